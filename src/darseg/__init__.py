@@ -1,0 +1,70 @@
+"""Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
+
+The verbs of the command line – `train`, `evaluate`, `predict_folder`, `check`, `plan`, `demo` – and the value
+types that flow between the rooms are importable from here. Names are imported when first used, since torch
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Augmentation": "data.augment",
+    "Batch": "data.batches",
+    "ClassDistribution": "pseudo.distribution",
+    "ClassSet": "data.classes",
+    "ConfidenceHistogram": "pseudo.histogram",
+    "DarsegError": "errors",
+    "Example": "data.dataset",
+    "HistogramBuilder": "pseudo.histogram",
+    "Manifest": "data.manifest",
+    "Network": "model.network",
+    "Output": "model.network",
+    "Prediction": "data.prediction",
+    "Protocol": "model.predict",
+    "PseudoLabelSet": "pseudo.labelset",
+    "Recipe": "config",
+    "Round": "run.build",
+    "RunDirectory": "run.directory",
+    "Sample": "data.manifest",
+    "Scores": "train.scores",
+    "Stage": "train.stage",
+    "Thresholds": "pseudo.thresholds",
+    "assign": "pseudo.assign",
+    "build_network": "model.network",
+    "check": "run.check",
+    "choose_cbst": "pseudo.thresholds",
+    "choose_dars": "pseudo.thresholds",
+    "choose_global": "pseudo.thresholds",
+    "demo": "run.demo",
+    "evaluate": "run.evaluate",
+    "image_generator": "pseudo.assign",
+    "load_network": "model.weights",
+    "load_recipe": "config",
+    "plan": "run.check",
+    "predict": "model.predict",
+    "predict_classes": "model.predict",
+    "predict_folder": "run.evaluate",
+    "read_image": "data.manifest",
+    "read_label": "data.manifest",
+    "run_stage": "train.stage",
+    "train": "run.rounds",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'darseg' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"darseg.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

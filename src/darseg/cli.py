@@ -1,0 +1,249 @@
+"""The command line: commands → functions. Prints and exits, decides nothing.
+
+torch, OpenCV and pydantic are imported inside the commands, so that `darseg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from darseg import __version__
+from darseg.errors import DarsegError
+
+app = typer.Typer(
+    name="darseg",
+    help="A good segmentation network from a few labelled images and many unlabelled ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Role(str, Enum):
+    validation = "validation"
+    test = "test"
+    labeled = "labeled"
+    unlabeled = "unlabeled"
+
+
+class Kind(str, Enum):
+    index = "index"
+    color = "color"
+    overlay = "overlay"
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do, with which data.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.key=value …]", help="Change keys of the recipe, e.g. training.batch=8."),
+]
+Source = Annotated[
+    Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"darseg {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the drawn data, both runs and the picture go.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Of the training; the data are always the same.")] = 0,
+) -> None:
+    """Draw a long-tailed data set, train on it with and without DARS, and compare class by class."""
+    from darseg.run.demo import demo as run_demo
+
+    run_demo(out, seed)
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/NAME_OF_RECIPE.")] = None,
+    reuse: Annotated[
+        Path | None, typer.Option(help="Another run folder; steps it did with the same inputs are copied.")
+    ] = None,
+) -> None:
+    """Run all rounds of a recipe, or go on where it was stopped: label, train, evaluate, round by round."""
+    from darseg.config import load_recipe
+    from darseg.run.rounds import train as run_train
+
+    folder = out or Path("runs") / recipe.stem
+    summary = run_train(load_recipe(recipe, overrides or []), folder, reuse)
+    _print_table(_rounds_table(summary))
+    print(f"Written to {folder}")
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    recipe: Annotated[Path | None, typer.Option(help="For a checkpoint: the recipe with its data.")] = None,
+    role: Annotated[Role, typer.Option(help="Which images.")] = Role.validation,
+    round_index: Annotated[
+        int | None, typer.Option("--round", min=0, help="Default: the last finished.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
+) -> None:
+    """Score a trained network on labelled images."""
+    from darseg.config import load_recipe
+    from darseg.run.build import classes_of
+    from darseg.run.directory import write_json
+    from darseg.run.evaluate import evaluate as run_evaluate
+    from darseg.run.evaluate import load_trained
+
+    given = load_recipe(recipe) if recipe else None
+    scores, protocol = run_evaluate(source, given, role.value, round_index)
+    known = given or load_trained(source).recipe
+    assert known is not None
+    names = classes_of(known).names
+    described = scores.to_json(names) | {"protocol": protocol.describe(), "role": role.value}
+    rows = [["class", "IoU", "precision", "recall"]]
+    rows += [[name, *(described[key][name] for key in ("iou", "precision", "recall"))] for name in names]
+    _print_table(rows)
+    print(f"Protocol: {protocol.describe()}")
+    for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
+        print(f"{key.replace('_', ' ')}: {_cell(described[key])}")
+    if out:
+        write_json(out, described)
+
+
+@app.command()
+def predict(
+    source: Source,
+    images: Annotated[Path, typer.Argument(help="An image, or a folder of JPEG and PNG images.")],
+    out: Annotated[Path, typer.Argument(help="Gets index/, color/ and overlay/.")],
+    kind: Annotated[list[Kind] | None, typer.Option(help="Only these; may be repeated.")] = None,
+) -> None:
+    """Predict images: class values, class colours, and colours over the image, as PNGs."""
+    from darseg.run.evaluate import KINDS, predict_folder
+
+    failed = predict_folder(source, images, out, [one.value for one in kind] if kind else KINDS)
+    if failed:
+        raise DarsegError(
+            "\n".join([f"{len(failed)} image(s) could not be read, all others are done:", *failed])
+        )
+
+
+@app.command()
+def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Find every fault of a recipe's data in one go, and show the class shares."""
+    from darseg.config import load_recipe
+    from darseg.errors import DataError, faults
+    from darseg.run.build import classes_of
+    from darseg.run.check import check as run_check
+
+    loaded = load_recipe(recipe, overrides or [])
+    found = run_check(loaded)
+    roles = [role for role, count in found.images.items() if count and found.pixels[role].sum()]
+    rows: list[list[Any]] = [["share of labelled pixels", *roles]]
+    for k, name in enumerate(classes_of(loaded).names):
+        rows.append([name, *(_share(found.pixels[role], k) for role in roles)])
+    rows.append(["(ignored, of all pixels)", *(_ignored(found.pixels[role]) for role in roles)])
+    _print_table(rows)
+    print("images: " + ", ".join(f"{count} {role}" for role, count in found.images.items()))
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    if found.faults:
+        raise DataError(faults(f"{len(found.faults)} fault(s)", found.faults))
+    print("No faults.")
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Show what a recipe will do: rounds, steps, learning rates, images, temporary disk."""
+    from darseg.config import load_recipe
+    from darseg.run.check import plan as run_plan
+
+    made = run_plan(load_recipe(recipe, overrides or []))
+    rows: list[list[Any]] = [
+        ["round", "ratio", "steps", "images a step", "scale", "span", "rate at start", "at end"]
+    ]
+    for one, (begin, end) in zip(made.rounds, made.rates, strict=True):
+        batch = f"{one.batch} + {one.pseudo_batch}" if one.pseudo_batch else str(one.batch)
+        low, high = one.augmentation.scale
+        rows.append(
+            [
+                str(one.index),
+                "-" if one.labeling_ratio is None else f"{one.labeling_ratio:g}",
+                str(one.steps),
+                batch,
+                f"{low:g} – {high:g}",
+                f"{one.span[0]:.4g} – {one.span[1]:.4g}",
+                f"{begin:.6g}",
+                f"{end:.6g}",
+            ]
+        )
+    _print_table(rows)
+    print("images: " + ", ".join(f"{count} {role}" for role, count in made.images.items()))
+    print(f"network: {made.parameters / 1e6:.1f} million parameters")
+    print(f"labelling: {made.labeling}")
+    print(f"evaluation: {made.evaluation}")
+    print(f"temporary disk while labelling: at most {made.temporary_bytes / 1e6:.0f} MB")
+
+
+def _rounds_table(summary: dict) -> list[list[Any]]:
+    rounds = summary["rounds"]
+    rows: list[list[Any]] = [["validation", *(f"round {one['round']}" for one in rounds)]]
+    rows += [[name, *(one["iou"][name] for one in rounds)] for name in summary["classes"]]
+    for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
+        rows.append([key.replace("_", " "), *(one[key] for one in rounds)])
+    rows.append(["seconds", *(f"{one['seconds']:.0f}" for one in rounds)])
+    return rows
+
+
+def _share(pixels: Any, k: int) -> str:
+    return f"{pixels[k] / max(1, pixels[:-1].sum()):.4%}"
+
+
+def _ignored(pixels: Any) -> str:
+    return f"{pixels[-1] / max(1, pixels.sum()):.4%}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _print_table(rows: list[list[Any]]) -> None:
+    """Columns aligned, the first to the left; plain text, so that it can be piped and pasted."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for row in cells:
+        print(
+            "  ".join(
+                [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+            )
+        )
+
+
+def main() -> None:
+    """Entry point: a DarsegError becomes a message and exit code 2, Ctrl-C exit code 130."""
+    try:
+        app()
+    except DarsegError as error:
+        print(f"darseg: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("darseg: interrupted; the same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,137 @@
+"""Move image and label together: scale, rotate, blur, mirror, crop (the release's sequence, DARS section 4).
+
+Scale, rotation, mirror and crop are one affine map, so the pixels of the crop are resampled once and no
+others are touched; the blur then runs on the crop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from darseg.data.classes import IGNORE
+
+BLUR_KERNEL = (5, 5)  # pixels; the release's Gaussian, sigma as OpenCV derives it from the size
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training example is drawn from an image.
+
+    Attributes:
+        crop: height and width of the example, pixels.
+        scale: smallest and largest factor, relative to the original image; drawn uniformly.
+        rotate: largest angle, degrees, drawn uniformly in [-rotate, rotate] for half of the examples.
+        blur: a 5x5 Gaussian blur for half of the examples.
+        mirror: left and right swapped for half of the examples.
+        fill: colour where there is no image, RGB 0..255: the network's mean colour.
+    """
+
+    crop: tuple[int, int]
+    scale: tuple[float, float] = (0.5, 2.0)
+    rotate: float = 10.0
+    blur: bool = True
+    mirror: bool = True
+    fill: tuple[int, int, int] = (124, 116, 104)
+
+
+def crop_to_source(
+    size: tuple[int, int],
+    crop: tuple[int, int],
+    scaled: tuple[int, int],
+    angle: float,
+    mirror: bool,
+    offset: tuple[int, int],
+) -> np.ndarray:
+    """float64 [2, 3]: pixel centres (x, y) of the crop → pixel centres of the source image.
+
+    Args:
+        size: height, width of the source; `scaled`: its size after scaling.
+        angle: rotation of the scaled image about its centre, degrees, counter-clockwise; size kept.
+        mirror: the rotated image is mirrored left to right.
+        offset: row and column of the crop's corner in the mirrored image; negative where the crop is padded.
+    """
+    (height, width), (scaled_height, scaled_width) = size, scaled
+    to_scaled = np.array([[1.0, 0.0, offset[1]], [0.0, 1.0, offset[0]], [0.0, 0.0, 1.0]])
+    unmirror = np.eye(3)
+    if mirror:
+        unmirror[0] = [-1.0, 0.0, scaled_width - 1.0]
+    center_x, center_y = (scaled_width - 1) / 2, (scaled_height - 1) / 2
+    cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    unrotate = np.array(
+        [
+            [cosine, -sine, center_x - cosine * center_x + sine * center_y],
+            [sine, cosine, center_y - sine * center_x - cosine * center_y],
+            [0.0, 0.0, 1.0],
+        ]
+    )
+    factor_x, factor_y = width / scaled_width, height / scaled_height
+    # Pixel centres lie at half-integers of the plane, as everywhere in OpenCV's and PyTorch's resizing.
+    unscale = np.array(
+        [[factor_x, 0.0, factor_x / 2 - 0.5], [0.0, factor_y, factor_y / 2 - 0.5], [0.0, 0.0, 1.0]]
+    )
+    return (unscale @ unrotate @ unmirror @ to_scaled)[:2]
+
+
+def augment(
+    image: np.ndarray, label: np.ndarray, how: Augmentation, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one training example.
+
+    Args:
+        image: uint8 [H, W, 3]; label: uint8 [H, W], 255 = not labelled.
+        generator: all randomness; the same number of draws is taken whatever they decide.
+
+    Returns:
+        image uint8 [h, w, 3] and label uint8 [h, w] of the size `how.crop`. Bilinear and nearest
+        resampling; `how.fill` and 255 where there is no image.
+    """
+    height, width = label.shape
+    factor, angle_draw, row_draw, column_draw = generator.random(4)
+    rotates, blurs, mirrors = generator.random(3) < 0.5
+    scale = how.scale[0] + factor * (how.scale[1] - how.scale[0])
+    scaled = max(1, round(height * scale)), max(1, round(width * scale))
+    angle = (2 * angle_draw - 1) * how.rotate if rotates else 0.0
+    offset = _offset(scaled[0], how.crop[0], row_draw), _offset(scaled[1], how.crop[1], column_draw)
+    matrix = crop_to_source((height, width), how.crop, scaled, angle, bool(mirrors and how.mirror), offset)
+    out = how.crop[1], how.crop[0]
+    # Up to its edge pixels' outer halves the image repeats them, as a plain resize does; the fill comes beyond.
+    source = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    inner = matrix.copy()
+    inner[:, 2] += 1
+    cropped = cv2.warpAffine(
+        source,
+        inner,
+        out,
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=how.fill,
+    )
+    moved = cv2.warpAffine(
+        label,
+        matrix,
+        out,
+        flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=IGNORE,
+    )
+    # A crop larger than the scaled image: beyond its canvas is padding, though a rotated image would reach there.
+    outside = np.ones(how.crop, bool)
+    rows = slice(max(0, -offset[0]), max(0, -offset[0]) + scaled[0])
+    columns = slice(max(0, -offset[1]), max(0, -offset[1]) + scaled[1])
+    outside[rows, columns] = False
+    if outside.any():
+        cropped[outside] = how.fill
+        moved[outside] = IGNORE
+    if blurs and how.blur:
+        cropped = cv2.GaussianBlur(cropped, BLUR_KERNEL, 0)
+    return cropped, moved
+
+
+def _offset(scaled: int, crop: int, draw: float) -> int:
+    """Where the crop begins: drawn uniformly where there is room, centred (negative) where there is not."""
+    room = scaled - crop
+    return int(draw * (room + 1)) if room >= 0 else -((-room) // 2)

@@ -1,0 +1,83 @@
+"""Endless, seeded, resumable streams of batches.
+
+Position p of a stream is decided by the seed and p alone: which sample, and how it is augmented. So a stream
+can begin at any step, and the number of threads that prepare it changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from darseg.data.augment import Augmentation
+from darseg.data.classes import ClassSet
+from darseg.data.dataset import Example, draw_example
+from darseg.data.manifest import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labelled), ids of length B."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: tuple[str, ...]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Examples of one size → Batch."""
+    images = np.stack([example.image for example in examples]).transpose(0, 3, 1, 2)
+    labels = np.stack([example.label for example in examples])
+    return Batch(
+        torch.from_numpy(np.ascontiguousarray(images)),
+        torch.from_numpy(labels),
+        tuple(example.id for example in examples),
+    )
+
+
+def sample_index(position: int, count: int, seed: Sequence[int]) -> int:
+    """Which of `count` samples stands at `position`: each epoch is a permutation of its own."""
+    epoch, place = divmod(position, count)
+    return int(np.random.default_rng([*seed, 0, epoch]).permutation(count)[place])
+
+
+def stream_batches(
+    samples: Sequence[Sample],
+    classes: ClassSet,
+    augmentation: Augmentation,
+    batch_size: int,
+    seed: Sequence[int],
+    start: int = 0,
+    workers: int = 2,
+) -> Iterator[Batch]:
+    """Yield batches of step `start`, `start` + 1, … without end, prepared ahead by `workers` threads.
+
+    Args:
+        seed: non-negative integers that name the stream; equal seeds give equal streams.
+
+    OpenCV and numpy release the interpreter lock for decoding and warping, so threads are enough.
+    Errors of a sample are raised where its batch would have been yielded. Close the generator to stop.
+    """
+
+    def example(position: int) -> Example:
+        sample = samples[sample_index(position, len(samples), seed)]
+        return draw_example(sample, classes, augmentation, np.random.default_rng([*seed, 1, position]))
+
+    ahead = max(2, -(-2 * workers // batch_size))  # batches being prepared: enough to keep all threads busy
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    waiting: deque[list[Future[Example]]] = deque()
+    step = start
+    try:
+        while True:
+            while len(waiting) <= ahead:
+                positions = range(step * batch_size, (step + 1) * batch_size)
+                waiting.append([pool.submit(example, position) for position in positions])
+                step += 1
+            yield collate([future.result() for future in waiting.popleft()])
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,151 @@
+"""What the classes are called, how they are drawn, and which label value means "not labelled"."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from darseg.errors import DataError
+
+IGNORE = 255
+"""The value of pixels that are not labelled, inside darseg and in every label map it writes."""
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """K classes; class k is `names[k]`, drawn in `colors[k]` (RGB, 0..255).
+
+    `ignore` is the value in the user's label files that is no class. It is read as 255.
+    """
+
+    names: tuple[str, ...]
+    colors: tuple[tuple[int, int, int], ...]
+    ignore: int = IGNORE
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if not 2 <= count <= 255:
+            raise DataError(f"{count} classes: between 2 and 255 are needed.")
+        twice = sorted({name for name in self.names if self.names.count(name) > 1})
+        if twice or not all(isinstance(name, str) and name for name in self.names):
+            raise DataError(f"Class names must be unique and not empty; given twice: {twice or 'none'}.")
+        if len(self.colors) != count:
+            raise DataError(f"{count} class names but {len(self.colors)} colours: give one for each class.")
+        if any(len(color) != 3 or not all(0 <= part <= 255 for part in color) for color in self.colors):
+            raise DataError("A colour is three numbers from 0 to 255: red, green, blue.")
+        if not count <= self.ignore <= 255:
+            raise DataError(
+                f"The ignore value {self.ignore} lies among the class values 0..{count - 1} or above 255: "
+                f"choose one from {count} to 255."
+            )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def palette(self) -> np.ndarray:
+        """uint8 [256, 3]: colour of each label value; white for 255 (not labelled), black elsewhere."""
+        palette = np.zeros((256, 3), np.uint8)
+        palette[: len(self)] = self.colors
+        palette[IGNORE] = 255
+        return palette
+
+
+def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
+    """`count` colours that differ: bits of the index spread over the channels, as in VOC's colour map."""
+    colors = []
+    for index in range(count):
+        color, rest = [0, 0, 0], index + 1  # VOC's 0 is black; black and white are kept for "outside"
+        for bit in range(8):
+            for channel in range(3):
+                color[channel] |= ((rest >> channel) & 1) << (7 - bit)
+            rest >>= 3
+        colors.append((color[0], color[1], color[2]))
+    return tuple(colors)
+
+
+def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]], ignore: int = IGNORE) -> ClassSet:
+    """The built-in set of that name, or one made of names, or of names with colours."""
+    if isinstance(classes, str):
+        if classes not in BUILT_IN:
+            raise DataError(f"No built-in class set {classes!r}: there are {', '.join(BUILT_IN)}.")
+        built_in = BUILT_IN[classes]
+        return ClassSet(built_in.names, built_in.colors, ignore)
+    if isinstance(classes, Mapping):
+        colors = tuple((int(r), int(g), int(b)) for r, g, b in classes.values())
+        return ClassSet(tuple(classes), colors, ignore)
+    return ClassSet(tuple(classes), distinct_colors(len(classes)), ignore)
+
+
+def _table(text: str) -> ClassSet:
+    rows = [line.rsplit(maxsplit=3) for line in text.strip().splitlines()]
+    return ClassSet(
+        tuple(row[0].strip() for row in rows), tuple((int(r), int(g), int(b)) for _, r, g, b in rows)
+    )
+
+
+# The 19 train ids of Cityscapes with the colours of its published label table.
+CITYSCAPES = _table("""
+road 128 64 128
+sidewalk 244 35 232
+building 70 70 70
+wall 102 102 156
+fence 190 153 153
+pole 153 153 153
+traffic light 250 170 30
+traffic sign 220 220 0
+vegetation 107 142 35
+terrain 152 251 152
+sky 70 130 180
+person 220 20 60
+rider 255 0 0
+car 0 0 142
+truck 0 0 70
+bus 0 60 100
+train 0 80 100
+motorcycle 0 0 230
+bicycle 119 11 32
+""")
+
+# The 21 classes of PASCAL VOC 2012 with its development kit's colour map.
+VOC = _table("""
+background 0 0 0
+aeroplane 128 0 0
+bicycle 0 128 0
+bird 128 128 0
+boat 0 0 128
+bottle 128 0 128
+bus 0 128 128
+car 128 128 128
+cat 64 0 0
+chair 192 0 0
+cow 64 128 0
+diningtable 192 128 0
+dog 64 0 128
+horse 192 0 128
+motorbike 64 128 128
+person 192 128 128
+pottedplant 0 64 0
+sheep 128 64 0
+sofa 0 192 0
+train 128 192 0
+tvmonitor 0 64 128
+""")
+
+# The 11 classes of CamVid as SegNet's authors grouped them, with their colours.
+CAMVID = _table("""
+sky 128 128 128
+building 128 0 0
+pole 192 192 128
+road 128 64 128
+pavement 0 0 192
+tree 128 128 0
+sign_symbol 192 128 128
+fence 64 64 128
+car 64 0 128
+pedestrian 64 64 0
+bicyclist 0 128 192
+""")
+
+BUILT_IN = {"cityscapes": CITYSCAPES, "voc": VOC, "camvid": CAMVID}

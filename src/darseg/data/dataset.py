@@ -1,0 +1,52 @@
+"""Sample → Example: what a network sees of one image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from darseg.data.augment import Augmentation, augment
+from darseg.data.classes import ClassSet
+from darseg.data.manifest import Sample, read_image, read_label, unknown_values
+from darseg.errors import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """image uint8 [H, W, 3], label uint8 [H, W] (255 = not labelled), and the id they came from."""
+
+    id: str
+    image: np.ndarray
+    label: np.ndarray
+
+
+def load_example(sample: Sample, classes: ClassSet) -> Example:
+    """Read a labelled sample. Raises DataError: no label, other size, values that are no class."""
+    if sample.label is None:
+        raise DataError(f"{sample.image}: has no label map, and one is needed here.")
+    image, label = read_image(sample.image), read_label(sample.label, classes.ignore)
+    if image.shape[:2] != label.shape:
+        raise DataError(
+            f"{sample.label}: {label.shape[0]}x{label.shape[1]} pixels, but its image {sample.image} has "
+            f"{image.shape[0]}x{image.shape[1]} (height x width). Run `darseg check` for all such faults."
+        )
+    if label.max(initial=0) >= len(classes):
+        line = unknown_values(np.bincount(label.reshape(-1), minlength=256), classes)
+        if line:
+            raise DataError(f"{sample.label}: {line}.")
+    return Example(sample.id, image, label)
+
+
+def draw_example(
+    sample: Sample, classes: ClassSet, augmentation: Augmentation, generator: np.random.Generator
+) -> Example:
+    """Read a labelled sample and augment it."""
+    example = load_example(sample, classes)
+    return Example(sample.id, *augment(example.image, example.label, augmentation, generator))
+
+
+cv2.setNumThreads(
+    1
+)  # images are prepared in parallel; threads inside OpenCV would only get in each other's way

@@ -1,0 +1,50 @@
+"""Files appear whole: written aside in the same folder, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from darseg.errors import StorageError
+
+ASIDE = ".part"
+"""Suffix of files being written. A leftover is half of something and is overwritten the next time."""
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """What an OSError while writing `path` means for the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"The disk is full: {path} could not be written. Nothing half-written was left behind; "
+            "free some space and run the same command again, it goes on where it was."
+        )
+    reason = error.strerror or str(error)
+    return StorageError(f"Cannot write {path}: {reason}. Choose another folder, or change its permissions.")
+
+
+def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a file beside `path`, then rename it to `path`.
+
+    Raises StorageError where the disk is full or the folder cannot be written; the half-written file is
+    removed and an earlier `path` is left as it was.
+    """
+    aside = path.with_name(path.name + ASIDE)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise storage_error(error, path) from error
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path` so that it is there whole or not at all (see `write_whole_with`)."""
+    encoded = data.encode() if isinstance(data, str) else data
+    write_whole_with(path, lambda aside: aside.write_bytes(encoded))

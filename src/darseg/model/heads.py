@@ -1,0 +1,74 @@
+"""Heads: features in, logits at the size of the features out.
+
+Biases only on the last convolution of a head; a BatchNorm makes them needless elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+BINS = (1, 2, 3, 6)
+"""Sides of the grids that pyramid pooling averages over (PSPNet)."""
+
+DROPOUT = 0.1
+"""Share of channels dropped before a head's last convolution, in training (PSPNet)."""
+
+
+def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, C, h, w] resized bilinearly to [B, C, *size]; corners stay corners (hence sides of 8n + 1)."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+class ConvNormReLU(nn.Module):
+    """Convolution without bias, BatchNorm, ReLU; the size is kept."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)))
+
+
+class PyramidPoolingHead(nn.Module):
+    """Pyramid pooling (PSPNet): what is here, beside what is around it on four scales.
+
+    [B, inputs, h, w] → [B, classes, h, w]. Each of the four branches averages over a grid of BINS x BINS
+    cells and keeps inputs // 4 channels; `channels` is the width of the 3x3 convolution that joins them.
+    """
+
+    def __init__(self, inputs: int, channels: int, classes: int) -> None:
+        super().__init__()
+        width = inputs // len(BINS)
+        self.branches = nn.ModuleList(ConvNormReLU(inputs, width, 1) for _ in BINS)
+        self.fuse = ConvNormReLU(inputs + len(BINS) * width, channels, 3)
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.classifier = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        height, width = features.shape[-2:]
+        parts = [features]
+        for bins, branch in zip(BINS, self.branches, strict=True):
+            pooled = F.adaptive_avg_pool2d(features, bins)
+            parts.append(upsample(branch(pooled), (height, width)))
+        return self.classifier(self.dropout(self.fuse(torch.cat(parts, dim=1))))
+
+
+class AuxiliaryHead(nn.Module):
+    """A small classifier on stage 3 that helps training (PSPNet): [B, inputs, h, w] → [B, classes, h, w].
+
+    Its 3x3 convolution has inputs // 4 channels: 256 on the 1024 of ResNet-50, as released.
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.fuse = ConvNormReLU(inputs, inputs // 4, 3)
+        self.dropout = nn.Dropout2d(DROPOUT)
+        self.classifier = nn.Conv2d(inputs // 4, classes, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.fuse(features)))

@@ -1,0 +1,332 @@
+"""Reading and writing weights, without ever running code that a file brings along.
+
+Networks are saved as safetensors, with what it takes to build them again. Backbones pretrained on ImageNet
+are read from torch files (tensors only) or safetensors, in the layouts of torchvision, semseg and timm.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import http.client
+import json
+import os
+import pickle
+import re
+import tarfile
+import urllib.parse
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from darseg.data.files import ASIDE, storage_error, write_whole
+from darseg.errors import RecipeError, WeightsError, faults
+from darseg.model.backbone import Backbone, TimmBackbone
+from darseg.model.network import Network, NetworkSpec
+
+# All metadata is one entry: safetensors writes several in no fixed order; equal networks should be equal
+# files.
+METADATA = "darseg"
+
+CHUNK = 1 << 20
+"""Bytes read at a time from the network and the disk."""
+
+TIMEOUT = 60.0
+"""Seconds without an answer after which a download is given up."""
+
+
+def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
+    """Write weights and `spec` to `path`, whole or not at all; equal networks give equal bytes.
+
+    Raises WeightsError where `spec` describes another network, StorageError where the disk refuses.
+    """
+    given = (network.classes, network.stride, network.auxiliary_head is not None, network.backbone.name)
+    told = (spec.classes, spec.output_stride, spec.auxiliary, spec.backbone)
+    if given != told:
+        raise WeightsError(
+            f"{path}: the network (classes, output stride, auxiliary, backbone) is {given}, but its "
+            f"description says {told}: give the NetworkSpec it was built from."
+        )
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+    described = json.dumps(dataclasses.asdict(spec), sort_keys=True)
+    write_whole(path, safetensors.torch.save(tensors, {METADATA: described}))
+
+
+def read_spec(path: Path) -> NetworkSpec:
+    """What the network saved at `path` is, its class names and colours included. Raises WeightsError."""
+    metadata: dict[str, str] = {}
+    start = _check_there(path)
+    try:
+        if _is_safetensors(start):
+            with safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    if METADATA not in metadata:
+        raise WeightsError(
+            f"{path} is not a network saved by darseg: it does not say which network its weights belong to. "
+            "Give a file written by darseg; weights of a backbone alone are loaded with load_backbone."
+        )
+    try:
+        fields = json.loads(metadata[METADATA])
+        fields["class_names"] = tuple(fields["class_names"])
+        fields["class_colors"] = tuple(tuple(color) for color in fields["class_colors"])
+        return NetworkSpec(**fields)
+    except (ValueError, TypeError, KeyError, RecipeError) as error:
+        raise WeightsError(
+            f"{path}: the description of the network cannot be read ({error}). It may come from a newer "
+            "darseg: upgrade with pip install --upgrade darseg, or save the network again."
+        ) from error
+
+
+def load_network(path: Path) -> Network:
+    """The network saved at `path`, on the CPU and in eval mode.
+
+    Raises WeightsError for files that are missing, damaged or not networks of darseg, RecipeError where the
+    backbone cannot be built here (timm is not installed).
+    """
+    network = read_spec(path).build()
+    found = _read_tensors(path)
+    wanted = network.state_dict()
+    wrong = _misfits(wanted, {key: key for key in wanted}, found)
+    wrong += [f"{key}: not a part of this network" for key in found if key not in wanted]
+    if wrong:
+        raise WeightsError(
+            faults(f"{path} does not fit the network it describes", wrong, limit=10)
+            + "\nIt may come from another version of darseg: save the network again with this one."
+        )
+    network.load_state_dict(found)
+    return network.eval()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_backbone` did."""
+
+    source: Path
+    loaded: tuple[str, ...]
+    """Keys of the backbone that were filled."""
+    unused: tuple[str, ...]
+    """Keys of the file that the backbone has no place for: the classifier."""
+    uncounted: tuple[str, ...]
+    """`num_batches_tracked` keys that the file, saved by an old torch, lacks. Nothing here needs them."""
+
+
+def load_backbone(network: Network, source: Path) -> LoadReport:
+    """Fill the backbone of `network` with pretrained weights; heads stay as they are.
+
+    `source` is a state dict in the layout of torchvision (ResNets), semseg (ResNets with the deep stem) or
+    timm (its networks), as torch file or safetensors, bare or under "state_dict", keys with or without
+    "module.". Raises WeightsError, leaving the network as it was, unless every part of the backbone is
+    filled and nothing but a classifier is left over.
+    """
+    found = {key.removeprefix("module."): value for key, value in _read_tensors(source).items()}
+    backbone = network.backbone
+    wanted = backbone.state_dict()
+    origin = {key: _origin(key, backbone, found) for key in wanted}
+    uncounted = tuple(
+        key for key, name in origin.items() if key.endswith("num_batches_tracked") and name not in found
+    )
+    origin = {key: name for key, name in origin.items() if key not in uncounted}
+    wrong = _misfits(wanted, origin, found)
+    unused = tuple(sorted(set(found) - set(origin.values())))
+    wrong += [
+        f"{key}: of a larger network than {backbone.name}" for key in _foreign(unused, backbone, origin)
+    ]
+    if wrong:
+        raise WeightsError(
+            faults(f"{source} does not fit the backbone {backbone.name}", wrong, limit=20)
+            + "\nNothing was loaded. Give weights of this backbone, or choose the backbone these weights are "
+            "of (a plain and a deep stem, resnet50 and resnet50_deep, are two backbones)."
+        )
+    with torch.no_grad():
+        for key, name in origin.items():
+            wanted[key].copy_(found[name])  # tensors of a state dict share the memory of the network's own
+    return LoadReport(source, tuple(origin), unused, uncounted)
+
+
+def _origin(key: str, backbone: Backbone, found: dict[str, Tensor]) -> str:
+    """The key in the file that fills `key` of the backbone."""
+    if not isinstance(backbone, TimmBackbone):
+        return key
+    key = key.removeprefix("body.")
+    if key in found:
+        return key
+    # For some networks timm unpacks a sequence as it cuts off the classifier: stages.0.x becomes stages_0.x.
+    top, _, rest = key.partition(".")
+    unpacked = (f"{top[:i]}.{top[i + 1 :]}.{rest}" for i, letter in enumerate(top) if letter == "_")
+    return next((candidate for candidate in unpacked if candidate in found), key)
+
+
+def _foreign(unused: tuple[str, ...], backbone: Backbone, origin: dict[str, str]) -> list[str]:
+    """Unused keys that are no classifier's.
+
+    ResNet-101's weights would fill every place of a ResNet-50: what is left over tells them apart.
+    """
+    tops = {name.partition(".")[0] for name in origin.values()}
+    foreign = [key for key in unused if key.partition(".")[0] in tops]
+    if foreign and isinstance(backbone, TimmBackbone):
+        whole = backbone.all_keys()
+        foreign = [key for key in foreign if key not in whole]
+    return foreign
+
+
+def _misfits(wanted: dict[str, Tensor], origin: dict[str, str], found: dict[str, Tensor]) -> list[str]:
+    """A line for each wanted key whose origin is missing from `found` or has another shape."""
+    wrong = []
+    for key, name in origin.items():
+        shape = list(wanted[key].shape)
+        if name not in found:
+            wrong.append(f"{name}: missing, {shape} is wanted")
+        elif list(found[name].shape) != shape:
+            wrong.append(f"{name}: has shape {list(found[name].shape)}, {shape} is wanted")
+    return wrong
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file by key; nothing in the file is run."""
+    start = _check_there(path)
+    try:
+        if _is_safetensors(start):
+            return safetensors.torch.load_file(path)
+        if tarfile.is_tarfile(path):
+            # torch before 2.6 unpickles these without its guard, even with weights_only.
+            raise _unsafe(path, "it is a tar archive, a format torch gave up long ago")
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise _unsafe(path, f"it holds more than tensors ({forbidden[1]})") from error
+        raise _damaged(path, error) from error
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader
+        raise _damaged(path, error) from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise WeightsError(
+            f"{path} holds a {type(content).__name__}, not a state dict (names and tensors). Save the state "
+            "dict instead: torch.save(model.state_dict(), path)."
+        )
+    tensors = {
+        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise WeightsError(
+            f"{path} holds no tensors under its keys {sorted(map(str, content))[:5]}: give a state dict, "
+            'bare or under "state_dict".'
+        )
+    return tensors
+
+
+def _check_there(path: Path) -> bytes:
+    """The first bytes of `path`; WeightsError unless it is a file that could hold weights."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise WeightsError(
+            f"Cannot read weights from {path}: {reason}. Check the path, or download it."
+        ) from error
+    if start.lstrip().startswith(b"<"):
+        raise WeightsError(
+            f"{path} is a web page, not weights: the download gave a page instead of the file (a log-in or "
+            "an error page). Open the address in a browser and save the file itself."
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a Git LFS pointer, not the weights it points to: run git lfs pull there."
+        )
+    return start
+
+
+def _is_safetensors(start: bytes) -> bool:
+    return start[8:9] == b"{"  # eight bytes of length, then JSON
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    size = path.stat().st_size
+    return WeightsError(
+        f"{path} ({size:,} bytes) cannot be read as weights: {type(error).__name__}, {_reason(str(error))}. "
+        "It is damaged, cut short, or neither a torch nor a safetensors file: copy or download it again."
+    )
+
+
+def _unsafe(path: Path, reason: str) -> WeightsError:
+    return WeightsError(
+        f"{path} was not read, since reading it could run code: {reason}. Get a file of tensors alone, or, "
+        "if you trust this one, read it elsewhere and save its state dict with torch.save(state_dict, path)."
+    )
+
+
+def _reason(text: str, limit: int = 200) -> str:
+    """The first line of a message; torch's go on for many."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    return line[:limit].rstrip(".")
+
+
+def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
+    """The file behind `url`, downloaded to `cache_dir` unless it is there already with digest `sha256`.
+
+    Raises WeightsError where it cannot be had or has another digest (then nothing is kept), StorageError
+    where the disk refuses. Processes may fetch the same file at once.
+    """
+    wanted = sha256.lower()
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "weights"
+    target = cache_dir / f"{wanted[:12]}-{name}"  # files of one name at two addresses do not collide
+    if target.is_file() and _file_digest(target) == wanted:
+        return target
+    aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}{ASIDE}")  # each process its own
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            digest, size = hashlib.sha256(), 0
+            for chunk in _download(url):
+                file.write(chunk)
+                digest.update(chunk)
+                size += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        if digest.hexdigest() != wanted:
+            raise WeightsError(
+                f"{url} gave {size:,} bytes with sha256 {digest.hexdigest()}, wanted was {wanted}: the "
+                "download was cut short or the file has changed. Nothing was kept; try again, or check "
+                "address and digest."
+            )
+        os.replace(aside, target)
+    except OSError as error:
+        raise storage_error(error, target) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+    return target
+
+
+def _download(url: str) -> Iterator[bytes]:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            while chunk := response.read(CHUNK):
+                yield chunk
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise WeightsError(
+            f"Cannot download {url}: {error}. Check the address and the connection, or download the file "
+            "elsewhere and give its path."
+        ) from error
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The conductor: rounds, run folders, the journal, and the verbs of the command line."""

@@ -1,0 +1,86 @@
+"""Before a run: what is wrong with the data, and what the recipe will do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from darseg.config import Recipe
+from darseg.data.manifest import Findings, examine, image_size
+from darseg.errors import DarsegError
+from darseg.run.build import (
+    Round,
+    build_initial_network,
+    check_sizes,
+    evaluation_protocol,
+    labeling_protocol,
+    manifest_of,
+    plan_rounds,
+    spec_of,
+)
+from darseg.run.journal import Journal
+from darseg.train.schedule import rate_at
+
+BYTES_PER_PIXEL = 3  # a waiting prediction before compression: class 1, confidence code 2
+
+
+def check(recipe: Recipe, console: Console | None = None) -> Findings:
+    """Everything that is wrong with a recipe's data, network sizes and weights, in one go.
+
+    Reads every image and label. Raises DataError only where the images cannot even be listed.
+    """
+    manifest = manifest_of(recipe)
+    total = sum(len(samples) for samples in manifest.roles().values())
+    with Journal(None, None, console or Console()).progress("check", total) as advance:
+        found = examine(manifest, advance)
+    faults = list(found.faults)
+    try:
+        network, _ = build_initial_network(recipe)
+        check_sizes(recipe, network)
+        plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+    except DarsegError as error:
+        faults.append(str(error))
+    return Findings(tuple(faults), found.warnings, found.images, found.pixels)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will do: its rounds, the rates they begin and end at, images and temporary disk."""
+
+    rounds: tuple[Round, ...]
+    rates: tuple[tuple[float, float], ...]
+    images: dict[str, int]
+    parameters: int
+    temporary_bytes: int
+    labeling: str
+    evaluation: str
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Plan a recipe without training or reading images, but for the size of the first unlabelled one."""
+    manifest = manifest_of(recipe)
+    network = spec_of(recipe).build()
+    check_sizes(recipe, network)
+    rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+    power = recipe.training.power
+    rates = tuple(
+        (
+            rate_at(0, one.steps, one.span, one.learning_rate, power),
+            rate_at(one.steps, one.steps, one.span, one.learning_rate, power),
+        )
+        for one in rounds
+    )
+    pixels = 0
+    if manifest.unlabeled:
+        height, width = image_size(manifest.unlabeled[0].image)
+        pixels = height * width * len(manifest.unlabeled)
+    return Plan(
+        rounds=tuple(rounds),
+        rates=rates,
+        images={role: len(samples) for role, samples in manifest.roles().items()},
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        temporary_bytes=BYTES_PER_PIXEL * pixels if len(rounds) > 1 else 0,
+        labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe()}",
+        evaluation=evaluation_protocol(recipe).describe(),
+    )

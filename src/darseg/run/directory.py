@@ -1,0 +1,268 @@
+"""The run folder: who writes where, and what is done already.
+
+    RUN/
+      recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json
+      round_0/     network.safetensors  momentum.safetensors  train.json   scores.json  evaluate.json
+      round_1/     labels/ID.png  histogram.npz  thresholds.json  (pseudo_scores.json)  label.json   + as round_0
+      …
+    and, only while at work, round_N/checkpoint.safetensors and round_N/predictions/.
+
+A step (label, train, evaluate of a round) is done when its manifest – label.json, train.json, evaluate.json,
+written last – says so. It names the digests of what went in and of what came out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from darseg.data.files import storage_error, write_whole, write_whole_with
+from darseg.data.manifest import Manifest, Sample
+from darseg.errors import DataError, RunError, faults
+from darseg.pseudo.labelset import PseudoLabelSet
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a finished step left: digests of its inputs and outputs, seconds, and facts worth keeping."""
+
+    step: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    seconds: float
+    facts: Mapping[str, Any]
+
+
+class RunDirectory:
+    """Names and reads the files of a run folder; the only place that knows its layout."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    recipe = property(lambda self: self.root / "recipe.yaml")
+    environment = property(lambda self: self.root / "environment.json")
+    data = property(lambda self: self.root / "data.json")
+    journal = property(lambda self: self.root / "journal.jsonl")
+    tensorboard = property(lambda self: self.root / "tensorboard")
+    summary = property(lambda self: self.root / "summary.json")
+
+    def round(self, index: int) -> Path:
+        return self.root / f"round_{index}"
+
+    def network(self, index: int) -> Path:
+        return self.round(index) / "network.safetensors"
+
+    def momentum(self, index: int) -> Path:
+        return self.round(index) / "momentum.safetensors"
+
+    def checkpoint(self, index: int) -> Path:
+        return self.round(index) / "checkpoint.safetensors"
+
+    def labels(self, index: int) -> Path:
+        return self.round(index) / "labels"
+
+    def predictions(self, index: int) -> Path:
+        return self.round(index) / "predictions"
+
+    def label_set(self, index: int) -> PseudoLabelSet:
+        """The pseudo labels of a round that are done. Raises DataError where they are damaged."""
+        folder = self.round(index)
+        return PseudoLabelSet.load(self.labels(index), folder / "histogram.npz", folder / "thresholds.json")
+
+    def record_path(self, index: int, step: str) -> Path:
+        return self.round(index) / f"{step}.json"
+
+    def read_record(self, index: int, step: str) -> StepRecord | None:
+        """What a finished step left, None where it is not finished. Raises RunError where it is damaged."""
+        path = self.record_path(index, step)
+        try:
+            return StepRecord(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{path}: this record is damaged ({error}). Delete it and run the same command again; the step is redone."
+            ) from error
+
+    def last_network(self) -> Path:
+        """Weights of the latest finished round. Raises RunError where there is none."""
+        rounds = [int(p.parent.name.split("_")[1]) for p in self.root.glob("round_*/train.json")]
+        if not rounds:
+            raise RunError(
+                f"{self.root}: no finished round here (no round_0/train.json). Wanted a run folder of "
+                "`darseg train`, or a .safetensors checkpoint; run `darseg train` to its end first."
+            )
+        return self.network(max(rounds))
+
+    def finished(
+        self, index: int, step: str, inputs: Mapping[str, str], reuse: RunDirectory | None = None
+    ) -> StepRecord | None:
+        """The record of a step that is done with these very inputs, None where it has yet to be done.
+
+        Where `reuse` has done the same step with the same inputs, its results are copied first.
+        Raises RunError where the step was done with other inputs, or its results were changed since.
+        """
+        record = self.read_record(index, step)
+        if record is None and reuse is not None:
+            other = reuse.read_record(index, step)
+            if other is not None and other.inputs == inputs:
+                self._copy(reuse, index, step, other)
+                record = other
+        if record is None:
+            return None
+        if record.inputs != inputs:
+            changed = sorted(
+                key for key in {*record.inputs, *inputs} if record.inputs.get(key) != inputs.get(key)
+            )
+            raise RunError(
+                f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "
+                "Put the data back as it was, or start a new run folder with --out."
+            )
+        wrong = [
+            name for name, digest in record.outputs.items() if digest_path(self.round(index) / name) != digest
+        ]
+        if wrong:
+            raise RunError(
+                faults(
+                    f"{self.round(index)}: results of step '{step}' were changed or removed since it finished; "
+                    f"delete {self.record_path(index, step).name} and all later rounds to redo it, or restore them",
+                    wrong,
+                )
+            )
+        return record
+
+    def _copy(self, other: RunDirectory, index: int, step: str, record: StepRecord) -> None:
+        for name in record.outputs:
+            source, target = other.round(index) / name, self.round(index) / name
+            if source.is_dir():
+                shutil.copytree(source, target, dirs_exist_ok=True)
+            else:
+                write_whole_with(target, lambda aside, source=source: shutil.copyfile(source, aside))
+        write_whole_with(
+            self.record_path(index, step),
+            lambda aside: shutil.copyfile(other.record_path(index, step), aside),
+        )
+
+    def finish(
+        self,
+        index: int,
+        step: str,
+        inputs: Mapping[str, str],
+        outputs: Iterable[str],
+        seconds: float,
+        facts: Mapping[str, Any] | None = None,
+    ) -> StepRecord:
+        """Record that a step is done; written last, so that it is done or not."""
+        digests = {name: digest_path(self.round(index) / name) for name in outputs}
+        record = StepRecord(step, dict(inputs), digests, round(seconds, 3), dict(facts or {}))
+        write_json(self.record_path(index, step), vars(record))
+        return record
+
+
+def open_run(
+    root: Path, recipe_text: str, differences: Callable[[Path], list[str]], data: Mapping[str, str]
+) -> RunDirectory:
+    """Begin a run folder, or go on in one that was begun with the same recipe and data.
+
+    Args:
+        differences: the recipe found there → what differs, a line each.
+        data: role → digest of its samples.
+
+    Raises RunError naming both ways out where recipe or data differ; StorageError where nothing can be written.
+    """
+    run = RunDirectory(root)
+    if run.recipe.exists():
+        changed = differences(run.recipe)
+        if changed:
+            raise RunError(
+                faults(f"{root} was begun with another recipe", changed)
+                + "\nEither undo these changes to go on with that run, or start another with --out NEW_FOLDER."
+            )
+        found = json.loads(run.data.read_text()) if run.data.exists() else dict(data)
+        roles = [role for role in sorted({*found, *data}) if found.get(role) != data.get(role)]
+        if roles:
+            raise RunError(
+                f"{root} was begun with other images or labels ({', '.join(roles)}: files were added, removed or "
+                "changed in size). Either put them back to go on with that run, or start another with --out NEW_FOLDER."
+            )
+    elif root.exists() and not root.is_dir():
+        raise RunError(f"{root} is a file: choose another folder with --out.")
+    elif root.exists() and any(root.iterdir()):
+        raise RunError(f"{root} is not empty and no run folder: choose another with --out.")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error(error, root) from error
+    if not run.data.exists():
+        write_json(run.data, dict(data))
+    if not run.recipe.exists():
+        write_whole(run.recipe, recipe_text)
+    return run
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole, indented; NaN is refused, undefined figures are null."""
+    write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def digest_path(path: Path) -> str:
+    """SHA-256 of a file, or of a folder's relative paths and file digests; "missing" where there is none."""
+    if path.is_dir():
+        lines = [
+            f"{p.relative_to(path).as_posix()} {digest_path(p)}"
+            for p in sorted(path.rglob("*"))
+            if p.is_file()
+        ]
+        return digest_text("\n".join(lines))
+    if not path.exists():
+        return "missing"
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
+
+
+def digest_text(text: str) -> str:
+    """SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_settings(**settings: Any) -> str:
+    """SHA-256 of plain settings, independent of their order."""
+    return digest_text(json.dumps(settings, sort_keys=True, default=lambda value: vars(value)))
+
+
+def digest_samples(samples: Iterable[Sample]) -> str:
+    """SHA-256 over ids and file sizes: notices what was added, removed or replaced, without reading it all."""
+    lines, missing = [], []
+    for sample in samples:
+        try:
+            label = sample.label.stat().st_size if sample.label else "-"
+            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}")
+        except OSError as error:
+            missing.append(f"{error.filename}: {error.strerror}")
+    if missing:
+        raise DataError(faults("Files of the data set cannot be read", missing))
+    return digest_text("\n".join(lines))
+
+
+def digest_manifest(manifest: Manifest) -> dict[str, str]:
+    """Role → digest of its samples."""
+    return {role: digest_samples(samples) for role, samples in manifest.roles().items()}
+
+
+def digest_state(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names and bytes of a state dict."""
+    sha = hashlib.sha256()
+    for name, tensor in state.items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()

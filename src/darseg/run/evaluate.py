@@ -1,0 +1,153 @@
+"""Use a trained network: score it on labelled images, predict images of any folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.console import Console
+
+from darseg.config import Recipe, load_recipe
+from darseg.data.classes import ClassSet, distinct_colors
+from darseg.data.manifest import IMAGE_SUFFIXES, find_files, read_image
+from darseg.errors import DataError, RunError
+from darseg.model.network import Network, NetworkSpec
+from darseg.model.predict import Protocol, predict_classes
+from darseg.model.weights import load_network, read_spec
+from darseg.pseudo.labelset import write_map
+from darseg.run.build import classes_of, evaluation_protocol, manifest_of, place
+from darseg.run.directory import RunDirectory
+from darseg.run.journal import Journal
+from darseg.run.rounds import evaluate_samples
+from darseg.train.scores import Scores
+
+OVERLAY_OPACITY = 0.55  # of the class colours over the image
+KINDS = ("index", "color", "overlay")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with what is known about it. `recipe` is None for a checkpoint outside a run folder."""
+
+    network: Network
+    spec: NetworkSpec
+    recipe: Recipe | None
+    path: Path
+
+    def classes(self) -> ClassSet:
+        names = self.spec.class_names or tuple(f"class {k}" for k in range(self.spec.classes))
+        return ClassSet(names, self.spec.class_colors or distinct_colors(self.spec.classes))
+
+    def protocol(self, image: np.ndarray) -> Protocol:
+        """The recipe's evaluation protocol; without recipe the whole image in one window, and its mirror."""
+        if self.recipe is not None:
+            return evaluation_protocol(self.recipe)
+        height, width = image.shape[:2]
+        return Protocol((self.network.legal_side(height), self.network.legal_side(width)))
+
+
+def load_trained(source: Path, round_index: int | None = None) -> Trained:
+    """The network of a run folder (its last finished round, or `round_index`) or of a .safetensors file.
+
+    Raises RunError, WeightsError.
+    """
+    recipe = None
+    path = source
+    if source.is_dir():
+        run = RunDirectory(source)
+        path = run.last_network() if round_index is None else run.network(round_index)
+        if not path.exists():
+            raise RunError(f"{source}: round {round_index} is not finished ({path} does not exist).")
+        recipe = load_recipe(run.recipe)
+    elif not source.exists():
+        raise RunError(f"{source}: no such run folder or checkpoint.")
+    return Trained(place(load_network(path)), read_spec(path), recipe, path)
+
+
+def evaluate(
+    source: Path,
+    recipe: Recipe | None = None,
+    role: str = "validation",
+    round_index: int | None = None,
+    console: Console | None = None,
+) -> tuple[Scores, Protocol]:
+    """Score a trained network on the images of one role.
+
+    Args:
+        source: run folder or .safetensors checkpoint; the latter needs `recipe`, which names data and protocol.
+        role: "validation", "test", "labeled", or "unlabeled" where those images have labels.
+
+    Raises RunError, WeightsError, DataError.
+    """
+    trained = load_trained(source, round_index)
+    recipe = recipe or trained.recipe
+    if recipe is None:
+        raise RunError(
+            f"{source} is a checkpoint outside a run folder: name the data with --recipe RECIPE.yaml."
+        )
+    classes = classes_of(recipe)
+    if len(classes) != trained.network.classes:
+        raise DataError(
+            f"{source} has {trained.network.classes} classes, the recipe has {len(classes)}: give the recipe it "
+            "was trained with."
+        )
+    samples = manifest_of(recipe).roles()[role]
+    if not samples:
+        raise DataError(f"The recipe has no {role} images. Set data.{role}, or choose another --role.")
+    bare = [sample.id for sample in samples if sample.label is None]
+    if bare:
+        raise DataError(
+            f"{len(bare)} {role} image(s) have no label map, the first is {bare[0]!r}: cannot be scored."
+        )
+    protocol = evaluation_protocol(recipe)
+    with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:
+        return evaluate_samples(trained.network, samples, classes, protocol, advance), protocol
+
+
+def predict_folder(
+    source: Path,
+    images: Path,
+    out: Path,
+    kinds: Sequence[str] = KINDS,
+    console: Console | None = None,
+) -> list[str]:
+    """Predict an image, or all images below a folder, into `out/KIND/ID.png`.
+
+    Args:
+        kinds: "index" (class values), "color" (class colours), "overlay" (colours over the image).
+
+    Returns:
+        a line for each image that could not be read; the others are done.
+    """
+    trained = load_trained(source)
+    found = {images.stem: images} if images.is_file() else find_files(images, IMAGE_SUFFIXES)
+    if not found:
+        raise DataError(f"{images}: no JPEG or PNG images found.")
+    palette = trained.classes().palette()
+    failed: list[str] = []
+    with Journal(None, None, console or Console()).progress("predict", len(found)) as advance:
+        for name, path in found.items():
+            try:
+                image = read_image(path)
+            except DataError as error:
+                failed.append(str(error))
+                advance()
+                continue
+            classes = predict_classes(trained.network, image, trained.protocol(image))
+            for kind in kinds:
+                write_map(out / kind / f"{name}.png", _draw(kind, image, classes, palette))
+            advance()
+    return failed
+
+
+def _draw(kind: str, image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """What is written: uint8 [H, W] or, for OpenCV, [H, W, 3] in BGR."""
+    if kind == "index":
+        return classes
+    colored = palette[classes]
+    if kind == "overlay":
+        colored = cv2.addWeighted(colored, OVERLAY_OPACITY, image, 1 - OVERLAY_OPACITY, 0)
+    return cv2.cvtColor(colored, cv2.COLOR_RGB2BGR)

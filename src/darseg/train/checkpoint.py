@@ -1,0 +1,78 @@
+"""The state of a stage: weights, momentum, step. Safetensors; equal states give equal bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from darseg.data.files import write_whole_with
+from darseg.errors import RunError
+from darseg.model.network import Network
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """After `step` steps of a stage: the network's state dict and SGD's momentum by parameter name.
+
+    Nothing else is needed to go on: data, augmentation and dropout are drawn from the seed and the step.
+    """
+
+    step: int
+    network: Mapping[str, torch.Tensor]
+    momentum: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def capture(cls, step: int, network: Network, optimizer: torch.optim.Optimizer) -> Checkpoint:
+        """The present state, as references: save it before the next step."""
+        momentum = {
+            name: optimizer.state[parameter]["momentum_buffer"]
+            for name, parameter in network.named_parameters()
+            if "momentum_buffer" in optimizer.state.get(parameter, {})
+        }
+        return cls(step, network.state_dict(), momentum)
+
+    def restore(self, network: Network, optimizer: torch.optim.Optimizer) -> None:
+        """Put weights and momentum back."""
+        network.load_state_dict(self.network)
+        restore_momentum(self.momentum, network, optimizer)
+
+
+@torch.no_grad()
+def restore_momentum(
+    momentum: Mapping[str, torch.Tensor], network: Network, optimizer: torch.optim.Optimizer
+) -> None:
+    """Give SGD the momentum that an earlier stage ended with."""
+    for name, parameter in network.named_parameters():
+        if name in momentum:
+            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
+            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum[name])
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
+    """Write a checkpoint whole. Raises StorageError where the disk is full; the earlier one is kept."""
+    tensors = {f"network.{key}": value for key, value in checkpoint.network.items()}
+    tensors |= {f"momentum.{key}": value for key, value in checkpoint.momentum.items()}
+    flat = {key: value.detach().contiguous() for key, value in tensors.items()}
+    write_whole_with(path, lambda aside: save_file(flat, aside, {"step": str(checkpoint.step)}))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises RunError where it is damaged."""
+    network, momentum = {}, {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                part, name = key.split(".", 1)
+                (network if part == "network" else momentum)[name] = file.get_tensor(key)
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise RunError(
+            f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; "
+            "the stage then starts from its beginning."
+        ) from error
+    return Checkpoint(step, network, momentum)

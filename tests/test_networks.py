@@ -1,0 +1,448 @@
+"""One contract, passed by every network; and figures of the original release."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from darseg.errors import DataError, RecipeError, SizeError
+from darseg.model.backbone import RESNETS
+from darseg.model.heads import BINS, PyramidPoolingHead, upsample
+from darseg.model.network import Network, NetworkSpec, build_network, parameter_groups
+from darseg.model.weights import load_network, save_network
+
+torch.set_num_threads(1)
+
+SHARED = Path(os.environ.get("DARSEG_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+CLASSES = 5
+NETWORKS = [
+    ("resnet18", 8),
+    ("resnet18", 16),
+    ("resnet50", 16),
+    ("resnet50_deep", 8),
+    ("resnet101_deep", 16),
+    ("timm/tf_efficientnet_lite0", 16),
+    ("timm/resnet18", 16),
+    ("timm/mobilenetv3_small_100", 16),
+    ("timm/convnext_atto", 16),
+]
+
+
+def spec_of(backbone: str, output_stride: int) -> NetworkSpec:
+    if backbone.startswith("timm/"):
+        try:
+            importlib.import_module("timm")
+        except (ImportError, RuntimeError, OSError) as error:
+            pytest.skip(f"timm cannot be imported: {error}")
+    return NetworkSpec(
+        backbone=backbone, classes=CLASSES, output_stride=output_stride, head_channels=16, auxiliary=True
+    )
+
+
+def build(spec: NetworkSpec, seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return spec.build()
+
+
+def pictures(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def shake(module: torch.nn.Module) -> None:
+    """Scales and statistics of BatchNorm that are not all 0 and 1; a scale of 0 would let no gradient
+    through."""
+    generator = torch.Generator().manual_seed(5)
+    for key, value in module.state_dict().items():
+        if value.ndim == 1 and key.endswith(("weight", "running_var")):
+            value.copy_(torch.rand(value.shape, generator=generator) * 0.5 + 0.5)
+        elif value.ndim == 1:
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize(("backbone", "output_stride"), NETWORKS)
+def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
+    spec = spec_of(backbone, output_stride)
+    network = build(spec)
+    assert network.classes == CLASSES and network.stride == output_stride
+
+    # The same seed gives the same network.
+    again = build(spec).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in network.state_dict().items())
+
+    # The backbone keeps to the output stride.
+    shake(network)
+    features = network.backbone.eval()(torch.zeros(1, 3, 65, 33))
+    assert (features.stage3.shape[1], features.stage4.shape[1]) == network.backbone.channels
+    # A stem of patches (ConvNeXt) leaves the last pixel of a side out, padded convolutions do not.
+    assert features.stage4.shape[2:] in [(64 // output_stride + n, 32 // output_stride + n) for n in (0, 1)]
+
+    # Training: both outputs at input size, gradients reach every parameter.
+    network.train()
+    labels = torch.randint(0, CLASSES, (2, 33, 49), generator=torch.Generator().manual_seed(1))
+    output = network(pictures(2, 3, 33, 49))
+    assert output.main.shape == (2, CLASSES, 33, 49)
+    assert output.auxiliary is not None and output.auxiliary.shape == (2, CLASSES, 33, 49)
+    (F.cross_entropy(output.main, labels) + 0.4 * F.cross_entropy(output.auxiliary, labels)).backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+    network.zero_grad()
+
+    # Evaluation: main only, any legal size, one image at a time or many.
+    network.eval()
+    with torch.no_grad():
+        images = pictures(2, 3, 65, 33)
+        output = network(images)
+        assert output.auxiliary is None
+        assert output.main.shape == (2, CLASSES, 65, 33) and output.main.isfinite().all()
+        one = network(images[1:]).main
+        assert torch.allclose(one, output.main[1:], rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+        mean, std = (
+            torch.tensor(part)[:, None, None] for part in (network.mean.tolist(), network.std.tolist())
+        )
+        assert torch.equal(network((images.float() - mean) / std).main, output.main)
+
+    # Saved and read back: the same logits, to the bit.
+    save_network(network, tmp_path / "network.safetensors", spec)
+    loaded = load_network(tmp_path / "network.safetensors")
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(images).main, output.main)
+
+    # Parameter groups: every parameter exactly once, heads at ten times the rate.
+    backbone_group, head_group = parameter_groups(network, 0.01, 10, 1e-4)
+    grouped = [id(parameter) for group in (backbone_group, head_group) for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in network.parameters())
+    assert {id(parameter) for parameter in network.backbone.parameters()} == {
+        id(parameter) for parameter in backbone_group["params"]
+    }
+    assert (backbone_group["lr"], backbone_group["factor"]) == (0.01, 1)
+    assert (head_group["lr"], head_group["factor"]) == (0.1, 10)
+    assert backbone_group["weight_decay"] == head_group["weight_decay"] == 1e-4
+    torch.optim.SGD([backbone_group, head_group], lr=0.01)
+
+    # Sizes.
+    legal = 2 * output_stride + 1
+    with pytest.raises(SizeError) as caught:
+        network(pictures(1, 3, legal - 1, legal + 1))
+    for text in (
+        f"{legal - 1} x {legal + 1}",
+        f"{output_stride}n + 1",
+        f"{legal - output_stride} x {legal}",
+        f"{legal} x {legal + output_stride}",
+    ):
+        assert text in str(caught.value)
+    network(pictures(1, 3, output_stride + 1, output_stride + 1))  # the smallest
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+@pytest.mark.parametrize("backbone", RESNETS)
+def test_shapes_of_all_resnets(backbone: str, output_stride: int) -> None:
+    with torch.device("meta"):  # shapes alone, nothing is computed
+        network = NetworkSpec(backbone=backbone, classes=CLASSES, output_stride=output_stride).build()
+        for height, width in ((33, 49), (65, 17)):
+            output = network(torch.zeros(2, 3, height, width))
+            assert output.auxiliary is not None
+            assert output.main.shape == output.auxiliary.shape == (2, CLASSES, height, width)
+            for features in network.backbone(torch.zeros(2, 3, height, width)):
+                assert features.shape[2:] == (
+                    (height - 1) // output_stride + 1,
+                    (width - 1) // output_stride + 1,
+                )
+
+
+# --- sizes and inputs
+
+
+@pytest.fixture(scope="module")
+def small() -> Network:
+    return build(NetworkSpec(backbone="resnet18", classes=3, output_stride=8, head_channels=8)).eval()
+
+
+@given(st.integers(-3, 200))
+def test_legal_side_is_the_smallest_that_is_legal_and_large_enough(small: Network, n: int) -> None:
+    legal = [8 * k + 1 for k in range(1, 40)]
+    assert small.legal_side(n) == min(side for side in legal if side >= n)
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_sizes_are_checked(small: Network, height: int, width: int) -> None:
+    legal = {8 * k + 1 for k in range(1, 40)}
+    if {height, width} <= legal:
+        small.check_size(height, width)
+    else:
+        with pytest.raises(SizeError, match="nearest legal sizes"):
+            small.check_size(height, width)
+
+
+def test_other_inputs_are_refused(small: Network) -> None:
+    with pytest.raises(DataError, match=r"\[1, 4, 9, 9\].*\[B, 3, H, W\]"):
+        small(torch.zeros(1, 4, 9, 9))
+    with pytest.raises(DataError, match=r"int64.*uint8"):
+        small(torch.zeros(1, 3, 9, 9, dtype=torch.int64))
+
+
+def test_mean_std_and_fill(small: Network) -> None:
+    assert np.allclose(small.mean.numpy() / 255, [0.485, 0.456, 0.406])
+    assert np.allclose(small.std.numpy() / 255, [0.229, 0.224, 0.225])
+    assert small.fill == (124, 116, 104)
+    assert not any(name in ("mean", "std") for name, _ in small.named_parameters())
+
+
+def test_timm_brings_its_own_mean_and_std() -> None:
+    network = build(spec_of("timm/tf_efficientnet_lite0", 16))
+    assert network.mean.tolist() == network.std.tolist() == [127.5] * 3
+    assert network.fill == (128, 128, 128)
+
+
+def test_without_auxiliary_head() -> None:
+    network = build_network(backbone="resnet18", classes=3, head_channels=8, auxiliary=False)
+    assert network(pictures(2, 3, 17, 17)).auxiliary is None
+    assert not any("auxiliary" in key for key in network.state_dict())
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    network = build_network(backbone="resnet18", classes=3, head_channels=8)
+    frozen = next(network.backbone.parameters()).requires_grad_(False)
+    grouped = [
+        parameter for group in parameter_groups(network, 0.1, 10, 0.0) for parameter in group["params"]
+    ]
+    assert len(grouped) == len(list(network.parameters())) - 1
+    assert all(parameter is not frozen for parameter in grouped)
+
+
+def test_defaults_are_the_papers_head() -> None:
+    spec = NetworkSpec()
+    assert (spec.architecture, spec.backbone, spec.classes) == ("pspnet", "resnet50", 19)
+    assert (spec.output_stride, spec.head_channels, spec.auxiliary) == (8, 512, True)
+
+
+# --- refusals
+
+
+def test_all_faults_of_a_spec_at_once() -> None:
+    with pytest.raises(RecipeError) as caught:
+        NetworkSpec(architecture="fcn", classes=1, output_stride=4, head_channels=0, class_names=("a", "b"))
+    for text in ("'fcn'", "pspnet", "1 classes", "output stride 4", "0 head channels", "2 class names"):
+        assert text in str(caught.value)
+
+
+def test_unknown_backbone() -> None:
+    with pytest.raises(RecipeError, match=r"'resnet52'.*resnet50_deep.*timm/NAME"):
+        build_network(backbone="resnet52")
+
+
+@pytest.mark.parametrize(
+    "fault", ["ImportError('no timm')", "RuntimeError('torchvision::nms does not exist')"]
+)
+def test_timm_that_cannot_be_imported(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "timm.py").write_text(f"raise {fault}")
+    for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RecipeError) as caught:
+        build_network(backbone="timm/resnet18")
+    for text in ('pip install "darseg[timm]"', fault.split("'")[1], "resnet18", "torchvision"):
+        assert text in str(caught.value)
+
+
+def test_timm_networks_that_are_not_there_or_do_not_dilate() -> None:
+    spec_of("timm/resnet18", 16)  # skips where timm is not there
+    with pytest.raises(RecipeError, match=r"no network 'resnet18x'"):
+        build_network(backbone="timm/resnet18x")
+    for name in ("hrnet_w18_small", "vit_tiny_patch16_224"):
+        with pytest.raises(
+            RecipeError, match=rf"timm/{name} cannot be built with output stride 8.*stride 16"
+        ):
+            build_network(backbone=f"timm/{name}", output_stride=8)
+
+
+# --- slow oracles, written from the description
+
+
+def norm(state: dict[str, Tensor], key: str, x: Tensor) -> Tensor:
+    mean, var, weight, bias = (
+        state[f"{key}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / torch.sqrt(var + 1e-5) * weight + bias
+
+
+def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride: int) -> list[Tensor]:
+    plan = RESNETS[name]
+    if plan.deep_stem:
+        for index, stride in ((1, 2), (2, 1), (3, 1)):
+            x = F.conv2d(x, state[f"conv{index}.weight"], stride=stride, padding=1)
+            x = norm(state, f"bn{index}", x).relu()
+    else:
+        x = norm(state, "bn1", F.conv2d(x, state["conv1.weight"], stride=2, padding=3)).relu()
+    x = F.max_pool2d(x, 3, 2, 1)
+    strides = {8: (1, 2, 1, 1), 16: (1, 2, 2, 1)}[output_stride]
+    dilations = {8: (1, 1, 2, 4), 16: (1, 1, 1, 2)}[output_stride]
+    stages = []
+    for stage in range(4):
+        block = 0
+        while f"layer{stage + 1}.{block}.conv1.weight" in state:
+            key, y = f"layer{stage + 1}.{block}", x
+            stride, strided = strides[stage] if block == 0 else 1, False
+            for index in (1, 2, 3):
+                weight = state.get(f"{key}.conv{index}.weight")
+                if weight is None:
+                    continue
+                three = weight.shape[-1] == 3
+                dilation = dilations[stage] if three else 1
+                step = stride if three and not strided else 1
+                strided |= three
+                y = F.conv2d(y, weight, stride=step, padding=dilation if three else 0, dilation=dilation)
+                y = norm(state, f"{key}.bn{index}", y)
+                if f"{key}.conv{index + 1}.weight" in state:
+                    y = y.relu()
+            if f"{key}.downsample.0.weight" in state:
+                x = F.conv2d(x, state[f"{key}.downsample.0.weight"], stride=stride)
+                x = norm(state, f"{key}.downsample.1", x)
+            x = (x + y).relu()
+            block += 1
+        stages.append(x)
+    return stages[2:]
+
+
+@pytest.mark.parametrize(
+    ("name", "output_stride"), [("resnet18", 8), ("resnet18", 16), ("resnet50", 8), ("resnet50_deep", 16)]
+)
+def test_resnets_against_the_oracle(name: str, output_stride: int) -> None:
+    torch.manual_seed(0)
+    backbone = build_network(backbone=name, classes=3, head_channels=8, output_stride=output_stride).backbone
+    shake(backbone.eval())
+    x = torch.randn(1, 3, 49, 65, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        wanted = dilated_resnet(name, backbone.state_dict(), x, output_stride)
+        for found, expected in zip(backbone(x), wanted, strict=True):
+            assert found.shape == expected.shape
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def slow_upsample(x: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Corners on corners, between the four neighbours linearly."""
+    out = np.zeros((x.shape[0], height, width))
+    for row in range(height):
+        for column in range(width):
+            y = row * (x.shape[1] - 1) / max(1, height - 1)
+            z = column * (x.shape[2] - 1) / max(1, width - 1)
+            for i in {math.floor(y), math.ceil(y)}:
+                for j in {math.floor(z), math.ceil(z)}:
+                    out[:, row, column] += (1 - abs(y - i)) * (1 - abs(z - j)) * x[:, i, j]
+    return out
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(2, 9), st.integers(2, 9))
+def test_upsample_against_the_oracle(h: int, w: int, height: int, width: int) -> None:
+    x = torch.randn(1, 2, h, w, generator=torch.Generator().manual_seed(h * 7 + w))
+    assert np.allclose(
+        upsample(x, (height, width))[0].numpy(), slow_upsample(x[0].numpy(), height, width), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("size", [(2, 2), (7, 5), (6, 13)])
+def test_pyramid_pooling_against_the_oracle(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    head = PyramidPoolingHead(8, 5, 3).eval()
+    shake(head)
+    state = head.state_dict()
+    height, width = size
+    x = torch.randn(1, 8, *size)
+    parts = [x]
+    for index, bins in enumerate(BINS):
+        pooled = torch.zeros(1, 8, bins, bins)
+        for i in range(bins):
+            for j in range(bins):
+                rows = slice(i * height // bins, -(-(i + 1) * height // bins))
+                columns = slice(j * width // bins, -(-(j + 1) * width // bins))
+                pooled[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
+        y = F.conv2d(pooled, state[f"branches.{index}.conv.weight"])
+        y = norm(state, f"branches.{index}.norm", y).relu()
+        parts.append(torch.from_numpy(slow_upsample(y[0].numpy(), *size)).float()[None])
+    y = F.conv2d(torch.cat(parts, 1), state["fuse.conv.weight"], padding=1)
+    y = norm(state, "fuse.norm", y).relu()
+    wanted = F.conv2d(y, state["classifier.weight"], state["classifier.bias"])
+    with torch.no_grad():
+        assert torch.allclose(head(x), wanted, atol=1e-5)
+
+
+# --- what the released network answers
+
+RELEASED = {
+    **{
+        f"layer0.{theirs}.": f"backbone.{ours}."
+        for theirs, ours in ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"), (6, "conv3"), (7, "bn3"))
+    },
+    **{f"layer{stage}.": f"backbone.layer{stage}." for stage in (1, 2, 3, 4)},
+    **{f"ppm.features.{branch}.1.": f"head.branches.{branch}.conv." for branch in range(4)},
+    **{f"ppm.features.{branch}.2.": f"head.branches.{branch}.norm." for branch in range(4)},
+    **{
+        f"{theirs}.{index}.": f"{ours}.{name}."
+        for theirs, ours in (("cls", "head"), ("aux", "auxiliary_head"))
+        for index, name in ((0, "fuse.conv"), (1, "fuse.norm"), (4, "classifier"))
+    },
+}
+"""Beginnings of keys: of the release → ours. No beginning is the beginning of another."""
+
+
+def renamed(key: str) -> str:
+    (theirs,) = (beginning for beginning in RELEASED if key.startswith(beginning))
+    return RELEASED[theirs] + key.removeprefix(theirs)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Path:
+    folder = SHARED / "reference"
+    if not (folder / "pspnet50_out.npz").is_file():
+        pytest.skip(
+            f"no answers of the released network in {folder} (set DARSEG_SHARED to the folder that has them)"
+        )
+    return folder
+
+
+def reference_weight(key: str, shape: list[int]) -> Tensor:
+    """The weights the answers were made with, drawn from the key's name."""
+    generator = torch.Generator().manual_seed(zlib.crc32(("reference:" + key).encode()))
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(1)
+    if key.endswith("running_var"):
+        return torch.rand(shape, generator=generator) * 0.5 + 0.75
+    if key.endswith("running_mean"):
+        return torch.randn(shape, generator=generator) * 0.05
+    if len(shape) == 4:
+        return torch.randn(shape, generator=generator) * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
+    if key.endswith("weight"):
+        return torch.rand(shape, generator=generator) * 0.4 + 0.5
+    return torch.randn(shape, generator=generator) * 0.05
+
+
+def test_pspnet50_answers_as_released(reference: Path) -> None:
+    keys = json.loads((reference / "pspnet50_keys.json").read_text())
+    state = {renamed(key): reference_weight(key, shape) for key, (shape, _) in keys.items()}
+    network = build_network(backbone="resnet50_deep", classes=19, output_stride=8, head_channels=512).eval()
+    state |= {"mean": network.mean, "std": network.std}  # not a part of the released files
+    network.load_state_dict(state, strict=True)
+    x = torch.randn(1, 3, 89, 121, generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        found = network(x).main.numpy()
+    wanted = np.load(reference / "pspnet50_out.npz")["y"]
+    assert found.shape == wanted.shape == (1, 19, 89, 121)
+    difference = np.abs(found - wanted).max() / np.abs(wanted).max()
+    print(f"largest difference: {difference:.2e} of the largest logit")
+    assert difference < 1e-4

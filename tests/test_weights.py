@@ -1,0 +1,468 @@
+"""Weights: saved and read back, pretrained backbones, refusals, downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import pickle
+import tarfile
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from darseg.errors import DarsegError, StorageError, WeightsError
+from darseg.model.network import Network, NetworkSpec, build_network
+from darseg.model.weights import fetch, load_backbone, load_network, read_spec, save_network
+
+torch.set_num_threads(1)
+
+SHARED = Path(os.environ.get("DARSEG_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+SPEC = NetworkSpec(
+    backbone="resnet18",
+    classes=2,
+    output_stride=16,
+    head_channels=8,
+    class_names=("ground", "sky"),
+    class_colors=((1, 2, 3), (4, 5, 6)),
+)
+
+
+def small(backbone: str = "resnet18", seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return build_network(backbone=backbone, classes=2, output_stride=16, head_channels=8)
+
+
+def timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except (ImportError, RuntimeError, OSError) as error:
+        pytest.skip(f"timm cannot be imported: {error}")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("saved") / "network.safetensors"
+    save_network(small(), path, SPEC)
+    return path
+
+
+def snapshot(network: Network) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+# --- our own files
+
+
+def test_round_trip(saved: Path) -> None:
+    assert read_spec(saved) == SPEC
+    loaded = load_network(saved)
+    assert not loaded.training
+    assert same(loaded.state_dict(), small().state_dict())
+
+
+def test_equal_networks_are_equal_files(saved: Path, tmp_path: Path) -> None:
+    for attempt in range(2):
+        save_network(small(), tmp_path / f"{attempt}.safetensors", SPEC)
+        assert (tmp_path / f"{attempt}.safetensors").read_bytes() == saved.read_bytes()
+    network = small()
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    save_network(network, tmp_path / "last.safetensors", SPEC)
+    assert (tmp_path / "last.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_a_loaded_network_does_not_depend_on_its_file(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "network.safetensors"
+    path.write_bytes(saved.read_bytes())
+    loaded = load_network(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    assert same(loaded.state_dict(), small().state_dict())
+
+
+def test_normalisation_is_saved(tmp_path: Path) -> None:
+    network = small()
+    network.mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    save_network(network, tmp_path / "n.safetensors", SPEC)
+    assert load_network(tmp_path / "n.safetensors").fill == (1, 2, 3)
+
+
+def test_a_description_of_another_network_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"'resnet18'.*'resnet34'.*NetworkSpec"):
+        save_network(small(), tmp_path / "n.safetensors", NetworkSpec("pspnet", "resnet34", 2, 16, 8))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError):
+        save_network(small(), tmp_path / "file" / "n.safetensors", SPEC)
+
+
+def test_files_that_are_not_ours(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name in ("other.safetensors", "other.pth"):
+        with pytest.raises(WeightsError, match=r"not a network saved by darseg.*load_backbone"):
+            load_network(tmp_path / name)
+
+
+def test_a_description_from_the_future(saved: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(saved)
+    for change in ({"shape": "round"}, {"architecture": "cube"}):
+        fields = {**json.loads(_metadata(saved)), **change}
+        path = tmp_path / "n.safetensors"
+        safetensors.torch.save_file(tensors, path, {"darseg": json.dumps(fields)})
+        with pytest.raises(WeightsError, match=r"newer darseg.*upgrade"):
+            load_network(path)
+    safetensors.torch.save_file(tensors, path, {"darseg": "{"})
+    with pytest.raises(WeightsError, match="cannot be read"):
+        load_network(path)
+
+
+def test_tensors_that_do_not_fit_their_description(saved: Path, tmp_path: Path) -> None:
+    tensors = safetensors.torch.load_file(saved)
+    del tensors["backbone.conv1.weight"]
+    tensors["head.classifier.bias"] = torch.zeros(7)
+    tensors["surplus"] = torch.zeros(1)
+    safetensors.torch.save_file(tensors, tmp_path / "n.safetensors", {"darseg": _metadata(saved)})
+    with pytest.raises(WeightsError) as caught:
+        load_network(tmp_path / "n.safetensors")
+    for text in (
+        "backbone.conv1.weight: missing",
+        "head.classifier.bias: has shape [7], [2] is wanted",
+        "surplus: not a part",
+    ):
+        assert text in str(caught.value)
+
+
+def _metadata(path: Path) -> str:
+    with safetensors.safe_open(path, framework="pt") as file:
+        return file.metadata()["darseg"]
+
+
+# --- damaged and unsafe files, for both readers
+
+
+class Runs:
+    """What unpickling it does: leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_that_would_run_code_are_refused(zipped: bool, tmp_path: Path) -> None:
+    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    torch.save(
+        {"a": torch.zeros(1), "b": Runs(trace)},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
+    with pytest.raises(
+        WeightsError, match=r"(?s)could run code: it holds more than tensors .*mkdir.*save its state dict"
+    ):
+        load_backbone(small(), path)
+    assert not trace.exists()
+
+
+def test_bare_pickles_and_tar_archives_are_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    path = tmp_path / "evil.pkl"
+    path.write_bytes(pickle.dumps(Runs(trace)))
+    with pytest.raises(WeightsError):
+        load_backbone(small(), path)
+    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.add(path, name)
+    with pytest.raises(WeightsError, match=r"could run code.*tar archive"):
+        load_backbone(small(), tmp_path / "evil.tar")
+    assert not trace.exists()
+
+
+def test_missing_files_and_folders(tmp_path: Path) -> None:
+    for read in (load_network, lambda path: load_backbone(small(), path)):
+        with pytest.raises(WeightsError, match=r"missing\.pth: there is no such file.*download"):
+            read(tmp_path / "missing.pth")
+        with pytest.raises(WeightsError, match="directory"):
+            read(tmp_path)
+
+
+def test_web_pages_and_pointers(tmp_path: Path) -> None:
+    page, pointer = tmp_path / "page.pth", tmp_path / "pointer.pth"
+    page.write_text("\n<!DOCTYPE html><html>Please log in</html>")
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for read in (load_network, lambda path: load_backbone(small(), path)):
+        with pytest.raises(WeightsError, match=r"web page.*save the file itself"):
+            read(page)
+        with pytest.raises(WeightsError, match="git lfs pull"):
+            read(pointer)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "zip", "pickle"])
+@pytest.mark.parametrize("kept", [0.0, 0.0001, 0.5, 0.98])
+def test_truncated_files(form: str, kept: float, saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    if form == "safetensors":
+        whole = saved.read_bytes()
+    else:
+        torch.save(small().backbone.state_dict(), path, _use_new_zipfile_serialization=form == "zip")
+        whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole))])
+    network = small()
+    before = snapshot(network)
+    with pytest.raises(WeightsError, match=r"(?s)weights \([\d,]+ bytes\).*(damaged|cut short)"):
+        load_backbone(network, path)
+    assert same(network.state_dict(), before)
+    with pytest.raises(WeightsError):
+        load_network(path)
+
+
+def test_files_that_are_no_state_dict(tmp_path: Path) -> None:
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(WeightsError, match=r"holds a list, not a state dict.*state_dict\(\)"):
+        load_backbone(small(), tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pth")
+    with pytest.raises(WeightsError, match=r"no tensors.*'epoch'"):
+        load_backbone(small(), tmp_path / "numbers.pth")
+
+
+# --- pretrained backbones
+
+
+def imagenet(network: Network) -> dict[str, Tensor]:
+    """A state dict as the file of a pretrained classifier has it."""
+    state = {key: value.clone() for key, value in network.backbone.state_dict().items()}
+    return {**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "layout"),
+    [
+        ("resnet18", "bare"),
+        ("resnet18", "nested"),
+        ("resnet18", "module"),
+        ("resnet18", "safetensors"),
+        ("resnet50_deep", "bare"),
+    ],
+)
+def test_resnets_from_imagenet(backbone: str, layout: str, tmp_path: Path) -> None:
+    source, network = small(backbone, seed=1), small(backbone, seed=2)
+    heads = {key: value for key, value in snapshot(network).items() if not key.startswith("backbone.")}
+    state, path = imagenet(source), tmp_path / "weights.pth"
+    if layout == "module":
+        state = {f"module.{key}": value for key, value in state.items()}
+    if layout == "safetensors":
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save({"state_dict": state, "epoch": 9} if layout == "nested" else state, path)
+    report = load_backbone(network, path)
+    assert same(network.backbone.state_dict(), source.backbone.state_dict())
+    assert {key: network.state_dict()[key] for key in heads}.keys() == heads.keys()
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in heads.items())
+    assert report.source == path
+    assert set(report.loaded) == set(source.backbone.state_dict())
+    assert report.unused == ("fc.bias", "fc.weight")
+    assert report.uncounted == ()
+
+
+def test_files_of_an_old_torch_count_no_batches(tmp_path: Path) -> None:
+    state = {key: value for key, value in imagenet(small(seed=1)).items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    network = small(seed=2)
+    report = load_backbone(network, tmp_path / "old.pth")
+    assert same(network.backbone.state_dict(), small(seed=1).backbone.state_dict())
+    assert len(report.uncounted) == 20 and "bn1.num_batches_tracked" in report.uncounted
+
+
+def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
+    state, path = imagenet(small(seed=1)), tmp_path / "weights.pth"
+    del state["layer1.0.bn1.running_var"]
+    state["layer4.0.conv1.weight"] = torch.zeros(512, 256, 1, 1)
+    torch.save(state, path)
+    network = small(seed=2)
+    before = snapshot(network)
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(network, path)
+    for text in (
+        "resnet18",
+        "layer1.0.bn1.running_var: missing, [64] is wanted",
+        "layer4.0.conv1.weight: has shape [512, 256, 1, 1], [512, 256, 3, 3] is wanted",
+        "Nothing was loaded",
+    ):
+        assert text in str(caught.value)
+    assert same(network.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "found"),
+    [
+        ("resnet34", "resnet18", "layer1.2.conv2.weight: of a larger network than resnet18"),
+        ("resnet50_deep", "resnet50", "conv1.weight: has shape [64, 3, 3, 3], [64, 3, 7, 7] is wanted"),
+        ("resnet50", "resnet50_deep", "conv2.weight: missing"),
+    ],
+)
+def test_weights_of_another_resnet(given: str, wanted: str, found: str, tmp_path: Path) -> None:
+    torch.save(imagenet(small(given)), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError) as caught:
+        load_backbone(small(wanted), tmp_path / "weights.pth")
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        ("tf_efficientnet_lite0", {"conv_head", "bn2", "classifier"}),
+        ("mobilenetv3_small_100", {"conv_head", "classifier"}),
+        ("convnext_atto", {"head"}),  # its stages.0 is called stages_0 in the backbone
+    ],
+)
+def test_timm_backbones(name: str, classifier: set[str], tmp_path: Path) -> None:
+    whole = timm().create_model(name, pretrained=False)
+    torch.save(whole.state_dict(), tmp_path / "weights.pth")
+    network = small(f"timm/{name}")
+    random_state = torch.get_rng_state()
+    report = load_backbone(network, tmp_path / "weights.pth")
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert set(report.loaded) == set(network.backbone.state_dict())
+    assert len(report.loaded) + len(report.unused) == len(whole.state_dict())
+    assert {key.split(".")[0] for key in report.unused} == classifier
+    # As timm's whole network: the sum of all parameters of the backbone, and its first convolution.
+    named = dict(whole.named_parameters())
+    total = sum(value.double().sum() for key, value in named.items() if key not in report.unused)
+    found = sum(value.double().sum() for value in network.backbone.parameters())
+    assert torch.isclose(torch.as_tensor(found), torch.as_tensor(total))
+    assert torch.equal(next(network.backbone.parameters()), next(iter(named.values())))
+
+
+def test_weights_of_a_deeper_timm_network(tmp_path: Path) -> None:
+    state = timm().create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+    state["blocks.3.9.conv_dw.weight"] = torch.zeros(1)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"blocks\.3\.9\.conv_dw\.weight: of a larger network"):
+        load_backbone(small("timm/tf_efficientnet_lite0"), tmp_path / "weights.pth")
+
+
+def test_weights_of_another_timm_network(tmp_path: Path) -> None:
+    torch.save(timm().create_model("resnet18", pretrained=False).state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"conv_stem\.weight: missing"):
+        load_backbone(small("timm/mobilenetv3_small_100"), tmp_path / "weights.pth")
+
+
+def test_pretrained_efficientnet_lite0() -> None:
+    path = SHARED / "weights" / "efficientnet_lite0_in1k.pth"
+    if not path.is_file():
+        pytest.skip(f"no pretrained weights at {path} (set DARSEG_SHARED to the folder that has them)")
+    whole = timm().create_model("tf_efficientnet_lite0", pretrained=False)
+    network = small("timm/tf_efficientnet_lite0")
+    report = load_backbone(network, path)
+    assert set(report.loaded) == set(network.backbone.state_dict())
+    assert {key.split(".")[0] for key in report.unused} == {"conv_head", "bn2", "classifier"}
+    assert len(report.loaded) + len(report.unused) == len(whole.state_dict())
+    with torch.no_grad():
+        assert network.eval()(torch.zeros(1, 3, 33, 33, dtype=torch.uint8)).main.isfinite().all()
+
+
+# --- downloads
+
+CONTENT = bytes(range(256)) * 9000  # more than one chunk
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    requests = 0
+
+    def do_GET(self) -> None:
+        type(self).requests += 1
+        if self.path.startswith("/missing"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[: 1 << 18] if self.path.startswith("/short") else CONTENT)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Handler.requests = 0
+    httpd = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def test_fetch_once(server: str, tmp_path: Path) -> None:
+    path = fetch(f"{server}/net%20a.pth?x=1", DIGEST.upper(), tmp_path / "cache")
+    assert path.read_bytes() == CONTENT
+    assert path.parent == tmp_path / "cache" and path.name.endswith("net a.pth")
+    assert fetch(f"{server}/net%20a.pth?x=1", DIGEST, tmp_path / "cache") == path
+    assert Handler.requests == 1
+    path.write_bytes(b"damaged")  # on the disk: had again
+    assert fetch(f"{server}/net%20a.pth?x=1", DIGEST, tmp_path / "cache").read_bytes() == CONTENT
+    assert Handler.requests == 2
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_fetch_from_a_file(tmp_path: Path) -> None:
+    source = tmp_path / "source.pth"
+    source.write_bytes(CONTENT)
+    assert fetch(source.as_uri(), DIGEST, tmp_path / "cache").read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["net.pth", "short.pth"])
+def test_other_bytes_are_refused(name: str, server: str, tmp_path: Path) -> None:
+    wanted = "0" * 64 if name == "net.pth" else DIGEST
+    with pytest.raises(WeightsError) as caught:
+        fetch(f"{server}/{name}", wanted, tmp_path)
+    if "sha256" in str(caught.value):
+        found = hashlib.sha256(CONTENT if name == "net.pth" else CONTENT[: 1 << 18]).hexdigest()
+        assert wanted in str(caught.value) and found in str(caught.value)
+    assert f"{server}/{name}" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_addresses_that_do_not_answer(server: str, tmp_path: Path) -> None:
+    for url, reason in (
+        (f"{server}/missing.pth", "404"),
+        ("file:///nowhere/n.pth", "nowhere"),
+        ("n.pth", "unknown"),
+    ):
+        with pytest.raises(WeightsError, match=rf"Cannot download.*{reason}.*Check the address"):
+            fetch(url, DIGEST, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    source = tmp_path / "source.pth"
+    source.write_bytes(CONTENT)
+    with pytest.raises(StorageError, match="Cannot write"):
+        fetch(source.as_uri(), DIGEST, source / "cache")
+
+
+def test_every_refusal_is_a_darseg_error() -> None:
+    assert issubclass(WeightsError, DarsegError)
