@@ -150,19 +150,19 @@ def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("backbone", RESNETS)
-def test_shapes_of_all_resnets(backbone: str, output_stride: int) -> None:
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101"])
+def test_shapes_of_plain_resnets(backbone: str, output_stride: int) -> None:
     with torch.device("meta"):  # shapes alone, nothing is computed
         network = NetworkSpec(backbone=backbone, classes=CLASSES, output_stride=output_stride).build()
-        for height, width in ((33, 49), (65, 17)):
-            output = network(torch.zeros(2, 3, height, width))
-            assert output.auxiliary is not None
-            assert output.main.shape == output.auxiliary.shape == (2, CLASSES, height, width)
-            for features in network.backbone(torch.zeros(2, 3, height, width)):
-                assert features.shape[2:] == (
-                    (height - 1) // output_stride + 1,
-                    (width - 1) // output_stride + 1,
-                )
+        height, width = 33, 65
+        output = network(torch.zeros(2, 3, height, width))
+        assert output.auxiliary is not None
+        assert output.main.shape == output.auxiliary.shape == (2, CLASSES, height, width)
+        for features in network.backbone(torch.zeros(2, 3, height, width)):
+            assert features.shape[2:] == (
+                (height - 1) // output_stride + 1,
+                (width - 1) // output_stride + 1,
+            )
 
 
 # --- sizes and inputs

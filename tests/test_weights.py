@@ -217,22 +217,22 @@ def test_web_pages_and_pointers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "zip", "pickle"])
-@pytest.mark.parametrize("kept", [0.0, 0.0001, 0.5, 0.98])
-def test_truncated_files(form: str, kept: float, saved: Path, tmp_path: Path) -> None:
+def test_truncated_files(form: str, saved: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights"
     if form == "safetensors":
         whole = saved.read_bytes()
     else:
         torch.save(small().backbone.state_dict(), path, _use_new_zipfile_serialization=form == "zip")
         whole = path.read_bytes()
-    path.write_bytes(whole[: int(kept * len(whole))])
     network = small()
     before = snapshot(network)
-    with pytest.raises(WeightsError, match=r"(?s)weights \([\d,]+ bytes\).*(damaged|cut short)"):
-        load_backbone(network, path)
+    for kept in (0, 5, 1000, len(whole) // 2, len(whole) - 1000):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(WeightsError, match=rf"weights \({kept:,} bytes\).*damaged, cut short"):
+            load_backbone(network, path)
+        with pytest.raises(WeightsError):
+            load_network(path)
     assert same(network.state_dict(), before)
-    with pytest.raises(WeightsError):
-        load_network(path)
 
 
 def test_files_that_are_no_state_dict(tmp_path: Path) -> None:

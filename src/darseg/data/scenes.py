@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 
 from darseg.data.classes import IGNORE, ClassSet
-from darseg.data.files import write_whole
+from darseg.data.files import storage_error, write_whole
 from darseg.errors import DataError, SizeError
 
 SCENE_CLASSES = ClassSet(
@@ -163,7 +163,10 @@ def write_scenes(root: Path, labeled: int, unlabeled: int, validation: int, seed
     files += [root / folder / f"{id_}.png" for folder in ("images", "labels") for id_ in ids]
     if marker.is_file() and marker.read_bytes() == wanted.encode() and all(file.is_file() for file in files):
         return
-    marker.unlink(missing_ok=True)  # from here until the end the set is not complete
+    try:
+        marker.unlink(missing_ok=True)  # from here until the end the set is not complete
+    except OSError as error:
+        raise storage_error(error, marker) from error
     for index, id_ in enumerate(ids):
         image, label = draw_scene(seed, index)
         write_whole(root / "images" / f"{id_}.png", _png(image[..., ::-1]))
@@ -174,7 +177,7 @@ def write_scenes(root: Path, labeled: int, unlabeled: int, validation: int, seed
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".png", np.ascontiguousarray(pixels), [cv2.IMWRITE_PNG_COMPRESSION, 1])
+    done, data = cv2.imencode(".png", np.ascontiguousarray(pixels))
     if not done:
         raise RuntimeError("OpenCV could not encode a PNG.")
     return data.tobytes()
@@ -570,6 +573,7 @@ class _Scene:
         np.copyto(self.image[area], patch, where=seen[..., None])
         self.label[area][seen] = label
         self.depth[area][seen] = z
+        self.glow[area][seen] = 0  # of lamps behind
 
     def shadow(self, points: Sequence[Point], strength: float) -> None:
         """Darken the ground inside a polygon of the ground plane."""
@@ -722,9 +726,9 @@ class _Scene:
             )
             head = [(left, tall, z), (right, tall, z), (right, top, z), (left, top, z)]
             shapes.append((head, _scaled(tone, 1.2)))
-            if self.weather == "night":
-                self.shine((end, tall, z), 0.8, (255, 215, 150))
         self.paint(shapes, POLE, z)
+        if arm and self.weather == "night":
+            self.shine((x + arm, tall, z), 0.8, (255, 215, 150))
 
     def sign(self, x: float, z: float) -> None:
         """A traffic sign with its post: triangle, rectangle or disc."""
@@ -764,11 +768,11 @@ class _Scene:
         self.cover((slice(top, bottom), slice(left, right)), crown, colors, VEGETATION, z)
 
     def shine(self, lamp: Point, radius: float, color: Color) -> None:
-        """A lamp of that radius in metres that glows at night."""
-        x, y = np.rint(self.camera.project([lamp])[0]).astype(int)
-        cv2.circle(
-            self.glow, (int(x), int(y)), max(1, round(radius * self.camera.pixels(lamp[2]))), color, -1
-        )
+        """A lamp of that radius in metres that glows at night; call it when its thing is painted."""
+        x, y = (round(float(part)) for part in self.camera.project([lamp])[0])
+        in_view = 0 <= x < self.width and 0 <= y < self.height
+        if in_view and self.depth[y, x] > 0.9 * lamp[2] - 0.3:
+            cv2.circle(self.glow, (x, y), max(1, round(radius * self.camera.pixels(lamp[2]))), color, -1)
 
     # Light and lens
 

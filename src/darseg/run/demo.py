@@ -1,0 +1,173 @@
+"""`darseg demo`: a drawn, long-tailed data set, trained with and without DARS, compared class by class."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from darseg.config import Recipe, load_recipe
+from darseg.data.files import write_whole
+from darseg.data.manifest import read_image, read_label
+from darseg.data.scenes import SCENE_CLASSES, write_scenes
+from darseg.model.predict import predict_classes
+from darseg.pseudo.labelset import write_map
+from darseg.run.build import evaluation_protocol, manifest_of
+from darseg.run.directory import RunDirectory
+from darseg.run.evaluate import load_trained
+from darseg.run.rounds import train
+
+DATA_SEED = 2021  # of the drawn scenes: the year of the paper, fixed before anything was trained on them
+LABELED, UNLABELED, VALIDATION = 16, 160, 60
+PICTURE_ROWS = 4
+
+
+def demo(out: Path, seed: int = 0, console: Console | None = None) -> dict:
+    """Draw the scenes, run rounds 0 to 2 and the control, print the comparison, draw a picture.
+
+    The control trains on the labelled images alone for as many steps as all rounds together.
+
+    Args:
+        out: folder for `data/`, `recipe.yaml`, `seed_N/dars/`, `seed_N/control/`, `seed_N/demo.json`, `seed_N/demo.png`.
+        seed: of the training; the drawn data are always the same.
+
+    Returns:
+        what `demo.json` holds: per class the IoU of the three networks and the class shares.
+    """
+    console, began = console or Console(), time.monotonic()
+    console.print(f"Drawing {LABELED} labelled, {UNLABELED} unlabelled and {VALIDATION} validation scenes …")
+    write_scenes(out / "data", LABELED, UNLABELED, VALIDATION, DATA_SEED)
+    write_whole(out / "recipe.yaml", recipe_text())
+    folder = out / f"seed_{seed}"
+    recipe = load_recipe(out / "recipe.yaml", [f"seed={seed}"])
+    console.rule("DARS: rounds 0, 1 and 2")
+    dars = train(recipe, folder / "dars", console=console)
+    console.rule("Control: the labelled images alone, as many steps")
+    steps = sum(one["steps"] for one in dars["rounds"])
+    longer = load_recipe(out / "recipe.yaml", [f"seed={seed}", f"rounds=[{{steps: {steps}}}]"])
+    control = train(longer, folder / "control", console=console)
+    result = compare(RunDirectory(folder / "dars"), dars, control)
+    result |= {"seed": seed, "steps": steps, "seconds": round(time.monotonic() - began, 1)}
+    write_whole(folder / "demo.json", json.dumps(result, indent=2) + "\n")
+    write_map(folder / "demo.png", draw_picture(recipe, folder))
+    console.rule("What came out")
+    console.print(_table(result))
+    console.print(
+        f"mean IoU: labelled only {result['mean_iou']['labeled_only']:.4f}, control "
+        f"{result['mean_iou']['control']:.4f}, DARS {result['mean_iou']['dars']:.4f}  "
+        f"({result['seconds']:.0f} s; picture: {folder / 'demo.png'})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return result
+
+
+def recipe_text() -> str:
+    """The demo's recipe, with the drawn classes and their colours filled in."""
+    text = importlib.resources.files("darseg.run").joinpath("demo.yaml").read_text()
+    pairs = zip(SCENE_CLASSES.names, SCENE_CLASSES.colors, strict=True)
+    return text.replace("CLASSES", "{" + ", ".join(f"{name}: {list(color)}" for name, color in pairs) + "}")
+
+
+def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
+    """IoU per class of labelled only (round 0), control and DARS (last round); class shares in the last round."""
+    last = dars["rounds"][-1]["round"]
+    labels = run.label_set(last)
+    truth = np.array(json.loads((run.round(last) / "pseudo_scores.json").read_text())["truth"])
+    counts = {"truth": truth, "predicted": labels.histogram.predicted, "pseudo": labels.kept}
+    networks = {
+        "labeled_only": dars["rounds"][0],
+        "control": control["rounds"][-1],
+        "dars": dars["rounds"][-1],
+    }
+    return {
+        "mean_iou": {name: one["mean_iou"] for name, one in networks.items()},
+        "iou": {name: one["iou"] for name, one in networks.items()},
+        "share": {
+            name: dict(zip(dars["classes"], (count / max(1, count.sum())).tolist(), strict=True))
+            for name, count in counts.items()
+        },
+    }
+
+
+def _table(result: dict) -> Table:
+    table = Table(
+        title="IoU on the validation scenes; class shares of the unlabelled scenes in the last round"
+    )
+    table.add_column("class")
+    for title in ("labelled only", "control", "DARS", "truth", "predicted", "pseudo labels"):
+        table.add_column(title, justify="right")
+    for name in result["share"]["truth"]:
+        ious = (result["iou"][network][name] for network in ("labeled_only", "control", "dars"))
+        shares = (result["share"][kind][name] for kind in ("truth", "predicted", "pseudo"))
+        cells = ["undefined" if iou is None else f"{iou:.3f}" for iou in ious]
+        table.add_row(name, *cells, *(f"{share:.3%}" for share in shares))
+    table.add_section()
+    table.add_row(
+        "mean", *(f"{result['mean_iou'][network]:.3f}" for network in ("labeled_only", "control", "dars"))
+    )
+    return table
+
+
+def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
+    """BGR uint8 [h, w, 3]: unlabelled scenes, their truth, round 0's prediction, the pseudo labels (white: none), DARS."""
+    manifest = manifest_of(recipe)
+    run = RunDirectory(folder / "dars")
+    last = len(recipe.rounds) - 1
+    palette, protocol = manifest.classes.palette(), evaluation_protocol(recipe)
+    first, final = load_trained(run.root, 0).network, load_trained(run.root, last).network
+    samples = manifest.unlabeled[:PICTURE_ROWS]
+    pseudo = run.label_set(last).samples(samples)
+    rows = []
+    for sample, labeled in zip(samples, pseudo, strict=True):
+        assert sample.label is not None and labeled.label is not None
+        image = read_image(sample.image)
+        maps = [
+            read_label(sample.label),
+            predict_classes(first, image, protocol),
+            read_label(labeled.label),
+            predict_classes(final, image, protocol),
+        ]
+        rows.append([image, *(palette[one] for one in maps)])
+    titles = ("image", "truth (never used)", "labelled only", f"pseudo labels, round {last}", "DARS")
+    legend = list(zip(manifest.classes.names, manifest.classes.colors, strict=True))
+    return _sheet(rows, titles, legend)
+
+
+def _sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    titles: Sequence[str],
+    legend: Sequence[tuple[str, tuple[int, int, int]]],
+    gap: int = 6,
+    line: int = 26,
+) -> np.ndarray:
+    """RGB pictures of one size in a grid with titles and a legend; returned as BGR."""
+    height, width = rows[0][0].shape[:2]
+    total_w = len(titles) * (width + gap) + gap
+    per_line = max(1, total_w // 130)
+    legend_lines = -(-len(legend) // per_line)
+    sheet = np.full(
+        (line + len(rows) * (height + gap) + legend_lines * line + gap, total_w, 3), 255, np.uint8
+    )
+
+    def write(text: str, x: int, y: int) -> None:
+        cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
+
+    for column, title in enumerate(titles):
+        write(title, gap + column * (width + gap), line - 9)
+        for index, row in enumerate(rows):
+            top, left = line + index * (height + gap), gap + column * (width + gap)
+            sheet[top : top + height, left : left + width] = row[column]
+    for index, (name, color) in enumerate(legend):
+        x = gap + index % per_line * 130
+        y = line + len(rows) * (height + gap) + index // per_line * line
+        cv2.rectangle(sheet, (x, y + 6), (x + 14, y + 20), color, cv2.FILLED)
+        write(name, x + 20, y + 18)
+    return cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)

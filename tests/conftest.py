@@ -1,0 +1,81 @@
+"""Shared by the tests: a tiny drawn data set in the layout users have, and a recipe for it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from darseg.data.scenes import SCENE_CLASSES, draw_scene
+
+REPOSITORY = Path(__file__).parents[1]
+SIZE = (65, 97)  # height, width of the tiny images
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bgr = image if image.ndim == 2 else image[:, :, ::-1]
+    assert cv2.imwrite(str(path), np.ascontiguousarray(bgr))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real images and weights, where there is one (DARSEG_SHARED, or ../shared)."""
+    folder = Path(os.environ.get("DARSEG_SHARED", REPOSITORY.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data here: {folder} does not exist (set DARSEG_SHARED)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in `images/`, labels in `labels/`: 4 labelled, 6 unlabelled (with truth), 3 for validation."""
+    root = tmp_path_factory.mktemp("tiny")
+    roles = {"validation": 3, "labeled": 4, "unlabeled": 6}
+    index = 0
+    for role, count in roles.items():
+        ids = []
+        for _ in range(count):
+            name = f"{role[0]}/{index:02d}"
+            image, label = draw_scene(7, index, SIZE)
+            write_png(root / "images" / f"{name}.png", image)
+            write_png(root / "labels" / f"{name}.png", label)
+            ids.append(name)
+            index += 1
+        (root / f"{role}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+def recipe_dict(data: Path) -> dict:
+    """Three short rounds of a small network, as plain values."""
+    return {
+        "seed": 3,
+        "threads": 1,
+        "data": {
+            "root": str(data),
+            "classes": list(SCENE_CLASSES.names),
+            "labeled": "labeled.txt",
+            "unlabeled": "unlabeled.txt",
+            "validation": "validation.txt",
+        },
+        "network": {"backbone": "resnet18", "output_stride": 16, "head_channels": 16, "weights": "none"},
+        "training": {"crop": [49, 65], "batch": 4, "learning_rate": 0.01, "checkpoint_every": 2},
+        "labeling": {"window": [65, 81]},
+        "rounds": [
+            {"steps": 6},
+            {"steps": 5, "labeling_ratio": 0.4},
+            {"steps": 5, "labeling_ratio": 0.65, "scale": [0.5, 2.5]},
+        ],
+    }
+
+
+@pytest.fixture
+def recipe_file(tiny_data: Path, tmp_path: Path) -> Path:
+    """The tiny recipe as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe_dict(tiny_data), sort_keys=False))
+    return path

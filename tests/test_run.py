@@ -1,0 +1,349 @@
+"""Whole runs: every file they leave, resuming after kills, refusing what cannot work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import recipe_dict
+
+from darseg.config import load_recipe
+from darseg.data.classes import IGNORE
+from darseg.data.manifest import read_image, read_label
+from darseg.data.scenes import SCENE_CLASSES
+from darseg.errors import DataError, NumericsError, RecipeError, RunError, SizeError, StorageError
+from darseg.model.weights import load_network
+from darseg.run.build import labeling_protocol, manifest_of
+from darseg.run.directory import RunDirectory
+from darseg.run.rounds import train
+
+K = len(SCENE_CLASSES)
+COMPARED = (
+    "network.safetensors",
+    "momentum.safetensors",
+    "thresholds.json",
+    "histogram.npz",
+    "scores.json",
+    "pseudo_scores.json",
+)
+
+
+def outcome(run: Path) -> dict[str, bytes]:
+    """The bytes that an interruption must not change."""
+    files = [p for name in COMPARED for p in run.glob(f"round_*/{name}")] + list(
+        run.glob("round_*/labels/**/*.png")
+    )
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption, by the command line."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe_dict(tiny_data)))
+    result = darseg("train", folder / "tiny.yaml", "--out", folder / "run")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def darseg(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "darseg", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
+    found = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
+    events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}
+    unlabeled = [f"u/{index:02d}" for index in range(7, 13)]
+    trained = ["network.safetensors", "momentum.safetensors", "train.json", "scores.json", "evaluate.json"]
+    labeled = ["histogram.npz", "thresholds.json", "pseudo_scores.json", "label.json"]
+    wanted = {"recipe.yaml", "environment.json", "data.json", "journal.jsonl", "summary.json"}
+    wanted |= {f"round_{r}/{name}" for r in range(3) for name in trained}
+    wanted |= {f"round_{r}/{name}" for r in (1, 2) for name in labeled}
+    wanted |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}
+    assert len(events) == 1
+    assert found - events == wanted
+
+
+def test_summary_has_the_promised_form(finished: Path) -> None:
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["classes"] == list(SCENE_CLASSES.names)
+    assert [one["round"] for one in summary["rounds"]] == [0, 1, 2]
+    assert [one["labeling_ratio"] for one in summary["rounds"]] == [None, 0.4, 0.65]
+    for index, one in enumerate(summary["rounds"]):
+        scores = json.loads((finished / f"round_{index}" / "scores.json").read_text())
+        assert list(one["iou"]) == summary["classes"]
+        assert one["iou"] == scores["iou"]
+        defined = [value for value in one["iou"].values() if value is not None]
+        assert one["mean_iou"] == pytest.approx(np.mean(defined))
+        assert 0 <= one["pixel_accuracy"] <= 1 and 0 <= one["mean_accuracy"] <= 1 and one["seconds"] > 0
+
+
+def test_journal_tells_the_whole_run(finished: Path) -> None:
+    events = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
+    names = [event["event"] for event in events if event["event"] not in ("step", "checkpoint", "warning")]
+    per_round = ["labeled", "trained", "evaluated"]
+    assert names == ["started", "trained", "evaluated", *per_round, *per_round, "finished"]
+    steps = [(e["round"], e["step"]) for e in events if e["event"] == "step"]
+    assert steps == [(0, 0), (0, 5), (1, 0), (1, 4), (2, 0), (2, 4)]
+    assert all(np.isfinite(e["loss"]) for e in events if e["event"] == "step")
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_labels_equal_a_slow_oracle(finished: Path, index: int) -> None:
+    """Sort every confidence of every image, as the method says, and compare thresholds and kept counts."""
+    run = RunDirectory(finished)
+    recipe = load_recipe(run.recipe)
+    manifest = manifest_of(recipe)
+    network = load_network(run.network(index - 1)).to(memory_format=torch.channels_last)
+    torch.set_num_threads(1)
+    window = labeling_protocol(recipe).window
+    assert window == (65, 81)
+    counts = np.zeros(K, np.int64)
+    for sample in manifest.labeled:
+        label = read_label(sample.label)
+        counts += np.array([(label == k).sum() for k in range(K)])
+    confidences: list[list[float]] = [[] for _ in range(K)]
+    predictions = {}
+    for sample in manifest.unlabeled:
+        image = read_image(sample.image)
+        total, seen = np.zeros((K, 65, 97)), np.zeros((65, 97))
+        for left in (
+            0,
+            16,
+        ):  # ceil(81 · 2/3) = 54 reaches beyond, so the second window is pulled back to 97 − 81
+            tile = torch.from_numpy(image[:, left : left + 81].copy()).permute(2, 0, 1)[None]
+            with torch.inference_mode():
+                plain, mirrored = network(tile).main[0], network(tile.flip(3)).main[0].flip(2)
+            total[:, :, left : left + 81] += ((plain + mirrored) / 2).numpy()
+            seen[:, left : left + 81] += 1
+        probabilities = torch.softmax(torch.from_numpy(total / seen).float().half(), dim=0)
+        confidence, classes = probabilities.max(dim=0)
+        predictions[sample.id] = (classes.numpy(), confidence.float().numpy())
+        for k in range(K):
+            confidences[k] += confidence[classes == k].float().tolist()
+    pixels = sum(map(len, confidences))
+    described = json.loads((run.round(index) / "thresholds.json").read_text())
+    ratio = [None, 0.4, 0.65][index]
+    kept = np.zeros(K, np.int64)
+    for k in range(K):
+        ranked = sorted(confidences[k], reverse=True)
+        wanted = int(ratio * (counts[k] / counts.sum()) * pixels)
+        assert described["wanted"][k] == wanted
+        # The network's last bits may differ between the batched and this unbatched prediction, hence a tolerance.
+        assert abs(described["found"][k] - len(ranked)) <= 2
+        if not ranked or wanted == 0:
+            assert described["threshold"][k] is None
+            continue
+        threshold = ranked[min(wanted, len(ranked)) - 1]
+        assert described["threshold"][k] == pytest.approx(threshold, abs=1e-3)
+    for sample in manifest.unlabeled:
+        label = read_label(run.labels(index) / f"{sample.id}.png")
+        classes, _ = predictions[sample.id]
+        some = label != IGNORE
+        assert (label[some] == classes[some]).mean() > 0.999 if some.any() else True
+        kept += np.bincount(label[some], minlength=K)
+    assert kept.tolist() == described["kept"]
+    enough = np.array(described["found"]) >= np.array(described["wanted"])
+    assert (np.abs(kept - described["wanted"])[enough] <= len(manifest.unlabeled)).all()
+
+
+def wait_for(process: subprocess.Popen, there: Callable[[], bool]) -> None:
+    for _ in range(6000):
+        if there() or process.poll() is not None:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run never came to this point")
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_dict(tiny_data)))
+    run = tmp_path / "run"
+    moments: list[Callable[[], bool]] = [
+        (run / "round_0" / "checkpoint.safetensors").exists,
+        lambda: len(list(run.glob("round_1/predictions/**/*.png"))) >= 3,
+        lambda: len(list(run.glob("round_1/labels/**/*.png"))) >= 2,
+        (run / "round_2" / "checkpoint.safetensors").exists,
+    ]
+    kills = 0
+    for moment in moments:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "darseg", "train", str(recipe), "--out", str(run)],
+            stdout=subprocess.DEVNULL,
+        )
+        wait_for(process, moment)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 3  # the run may have ended before the last signal came
+    result = darseg("train", recipe, "--out", run)
+    assert result.returncode == 0, result.stderr
+    assert outcome(run) == outcome(finished)
+    assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint.safetensors"))
+
+
+def test_run_again_when_finished_changes_nothing(finished: Path, tiny_data: Path) -> None:
+    before = outcome(finished)
+    summary = (finished / "summary.json").read_bytes()
+    train(load_recipe(finished / "recipe.yaml"), finished)
+    assert outcome(finished) == before and (finished / "summary.json").read_bytes() == summary
+
+
+def test_another_recipe_is_refused_with_both_ways_out(finished: Path) -> None:
+    changed = load_recipe(finished / "recipe.yaml", ["training.learning_rate=0.5"])
+    with pytest.raises(RunError, match=r"training\.learning_rate") as caught:
+        train(changed, finished)
+    assert "undo these changes" in str(caught.value) and "--out" in str(caught.value)
+
+
+def test_results_changed_by_hand_are_noticed(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    (run / "round_1" / "labels" / "u" / "07.png").unlink()
+    with pytest.raises(RunError, match="labels"):
+        train(load_recipe(run / "recipe.yaml"), run)
+
+
+def test_folder_that_is_no_run_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    (folder / "precious.jpg").write_bytes(b"x")
+    with pytest.raises(RunError, match="not empty and no run folder"):
+        train(load_recipe(recipe_file), folder)
+    assert [p.name for p in folder.iterdir()] == ["precious.jpg"]
+
+
+@pytest.mark.parametrize("method", ["cbst", "global"])
+def test_other_methods_reuse_round_0(finished: Path, tmp_path: Path, method: str) -> None:
+    changes = [f"labeling.method={method}", "rounds=[{steps: 6}, {steps: 3, labeling_ratio: 0.4}]"]
+    if method == "global":
+        changes = [changes[0], "labeling.threshold=0.3", "rounds=[{steps: 6}, {steps: 3}]"]
+    summary = train(load_recipe(finished / "recipe.yaml", changes), tmp_path / "run", reuse=finished)
+    same = [
+        Path("round_0") / name
+        for name in ("network.safetensors", "train.json", "scores.json", "evaluate.json")
+    ]
+    assert all((tmp_path / "run" / p).read_bytes() == (finished / p).read_bytes() for p in same)
+    assert len(summary["rounds"]) == 2
+    described = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())
+    assert all(keep in (0.0, 1.0) for keep in described["keep"])  # neither method samples
+    if method == "global":
+        assert {value for value in described["threshold"] if value is not None} <= {
+            pytest.approx(0.3, abs=1e-3)
+        }
+
+
+def test_loss_that_is_not_finite_stops_before_harm(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["training.learning_rate=1e30", "training.checkpoint_every=1"])
+    with pytest.raises(NumericsError, match=r"learning_rate") as caught:
+        train(recipe, tmp_path / "run")
+    assert "step" in str(caught.value) and "l/0" in str(caught.value)
+    assert not (tmp_path / "run" / "round_0" / "network.safetensors").exists()
+    assert (tmp_path / "run" / "round_0" / "checkpoint.safetensors").exists()
+
+
+def test_full_disk_while_labelling_loses_nothing(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    recipe, run, fsync = load_recipe(recipe_file), tmp_path / "run", os.fsync
+
+    def full(descriptor: int) -> None:
+        if "round_1/labels/u/09" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            train(recipe, run)
+    assert not list(run.rglob("*.part"))
+    assert not (run / "round_1" / "label.json").exists()
+    train(recipe, run)
+    assert outcome(run) == outcome(finished)
+
+
+def test_run_folder_that_cannot_be_made(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="Cannot write"):
+        train(load_recipe(recipe_file), tmp_path / "file" / "run")
+
+
+def test_sizes_the_network_cannot_take_are_all_named(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, ["training.crop=[50, 64]", "labeling.window=60"])
+    with pytest.raises(SizeError) as caught:
+        train(recipe, tmp_path / "run")
+    message = str(caught.value)
+    assert (
+        "training.crop" in message
+        and "labeling.window" in message
+        and "49 x 49" in message.replace("x 65", "x 49")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_rounds_without_unlabelled_images_are_refused(
+    recipe_file: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "all_labeled"
+    for name in ("07", "08", "09"):
+        for kind in ("images", "labels"):
+            target = root / kind / f"{name}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((tiny_data / kind / "u" / f"{name}.png").read_bytes())
+    recipe = load_recipe(
+        recipe_file,
+        [f"data.root={root}", "data.labeled=null", "data.unlabeled=null", "data.validation={every: 3}"],
+    )
+    with pytest.raises(RecipeError, match="no unlabelled images"):
+        train(recipe, tmp_path / "run")
+
+
+def test_class_absent_from_the_masks_is_allowed_and_said(
+    recipe_file: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    names = [*SCENE_CLASSES.names, "unicorn"]
+    recipe = load_recipe(
+        recipe_file, [f"data.classes={names}", "rounds=[{steps: 2}, {steps: 2, labeling_ratio: 0.5}]"]
+    )
+    summary = train(recipe, tmp_path / "run")
+    assert "unicorn" in summary["classes"]
+    journal = (tmp_path / "run" / "journal.jsonl").read_text()
+    assert "absent from all labelled masks" in journal and "unicorn" in journal
+    described = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())
+    assert described["wanted"][-1] == 0 and described["kept"][-1] == 0
+
+
+def test_masks_without_a_labelled_pixel(recipe_file: Path, tiny_data: Path, tmp_path: Path) -> None:
+    root = tmp_path / "void"
+    for kind in ("images", "labels"):
+        for path in (tiny_data / kind).rglob("*.png"):
+            target = root / path.relative_to(tiny_data)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "labels" and path.parent.name == "l":
+                cv2.imwrite(str(target), np.full((65, 97), 255, np.uint8))
+            else:
+                target.write_bytes(path.read_bytes())
+    for role in ("labeled", "unlabeled", "validation"):
+        (root / f"{role}.txt").write_text((tiny_data / f"{role}.txt").read_text())
+    with pytest.raises(DataError, match="None of the 4 labelled masks has a labelled pixel"):
+        train(load_recipe(recipe_file, [f"data.root={root}"]), tmp_path / "run")
+
+
+def test_missing_weights_never_mean_a_start_from_scratch(recipe_file: Path, tmp_path: Path) -> None:
+    result = darseg("train", recipe_file, "network.weights=nowhere.pth", "--out", tmp_path / "run")
+    assert result.returncode == 2 and "nowhere.pth" in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
