@@ -116,7 +116,7 @@ def evaluate(
     known = given or load_trained(source).recipe
     assert known is not None
     names = classes_of(known).names
-    described = scores.to_json(names) | {"protocol": protocol.describe(), "role": role.value}
+    described: dict[str, Any] = scores.to_json(names) | {"protocol": protocol.describe(), "role": role.value}
     rows = [["class", "IoU", "precision", "recall"]]
     rows += [[name, *(described[key][name] for key in ("iou", "precision", "recall"))] for name in names]
     _print_table(rows)

@@ -169,7 +169,7 @@ def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, i
                 index=index,
                 labeling_ratio=config.labeling_ratio,
                 augmentation=augmentation_of(recipe, index, fill),
-                steps=config.steps or config.epochs * max(1, count // batch),
+                steps=config.steps or (config.epochs or 0) * max(1, count // batch),
                 span=span,
                 learning_rate=config.learning_rate or recipe.training.learning_rate,
                 batch=batch,
@@ -186,4 +186,4 @@ def pick_device() -> torch.device:
 
 def place(network: Network) -> Network:
     """Move a network to the GPU where there is one. Channels-last: convolutions run several times faster so."""
-    return network.to(pick_device(), memory_format=torch.channels_last)
+    return network.to(pick_device()).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]

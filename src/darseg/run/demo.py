@@ -117,7 +117,7 @@ def _table(result: dict) -> Table:
 
 
 def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
-    """BGR uint8 [h, w, 3]: unlabelled scenes, their truth, round 0's prediction, the pseudo labels (white: none), DARS."""
+    """BGR uint8 [h, w, 3]: scenes, their truth, round 0's prediction, the pseudo labels (white: none), DARS."""
     manifest = manifest_of(recipe)
     run = RunDirectory(folder / "dars")
     last = len(recipe.rounds) - 1

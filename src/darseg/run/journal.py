@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -75,15 +76,15 @@ class Journal:
 
     def say(self, text: str) -> None:
         """A line on the console."""
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """A warning on the console and in the journal."""
-        self.console.print(f"[yellow]warning[/yellow]: {_escape(text)}", highlight=False)
+        self.console.print(f"[yellow]warning[/yellow]: {escape(text)}", highlight=False, soft_wrap=True)
         self.event("warning", text=text)
 
     @contextmanager
-    def progress(self, title: str, total: int, start: int = 0) -> Iterator[Advance]:
+    def progress(self, title: str, total: int, start: int = 0) -> Generator[Advance, None, None]:
         """A bar with rate and time left; a line every 30 s where the console is no terminal.
 
         Yields `advance(note="")`, to be called after each unit of work.
@@ -110,9 +111,8 @@ class Journal:
                 def advance(note: str = "") -> None:
                     nonlocal done
                     done += 1
-                    bar.update(
-                        task, completed=done, rate=f"{rate():.2f}/s", **({"note": note} if note else {})
-                    )
+                    fields: dict[str, Any] = {"note": note} if note else {}
+                    bar.update(task, completed=done, rate=f"{rate():.2f}/s", **fields)
 
                 yield advance
             return
@@ -140,7 +140,3 @@ def _ends_with_newline(path: Path) -> bool:
             return True
         file.seek(-1, 2)
         return file.read(1) == b"\n"
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -101,7 +101,7 @@ def run_stage(
                 on_checkpoint(Checkpoint.capture(done, network, optimizer))
     finally:
         for feed in feeds:
-            feed.close()  # ty: ignore[unresolved-attribute]
+            feed.close()  # ty: ignore[missing-attribute]
     network.eval()
     return Checkpoint.capture(stage.steps, network, optimizer)
 
