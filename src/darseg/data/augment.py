@@ -1,7 +1,7 @@
 """Move image and label together: scale, rotate, blur, mirror, crop (the release's sequence, DARS section 4).
 
 Scale, rotation, mirror and crop are one affine map, so the pixels of the crop are resampled once and no
-others are touched; the blur then runs on the crop.
+others are touched; the blur then runs on what the crop shows of the image.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from darseg.data.classes import IGNORE
+from darseg.errors import RecipeError
 
 BLUR_KERNEL = (5, 5)  # pixels; the release's Gaussian, sigma as OpenCV derives it from the size
 
@@ -37,10 +38,17 @@ class Augmentation:
     mirror: bool = True
     fill: tuple[int, int, int] = (124, 116, 104)
 
+    def __post_init__(self) -> None:
+        if min(self.crop) < 1:
+            raise RecipeError(f"A crop of {self.crop} pixels: height and width must be at least 1.")
+        if not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise RecipeError(f"Scale factors {self.scale}: wanted smallest and largest, above 0.")
+        if not 0 <= self.rotate < math.inf:
+            raise RecipeError(f"A rotation of up to {self.rotate} degrees: wanted 0 or more.")
+
 
 def crop_to_source(
     size: tuple[int, int],
-    crop: tuple[int, int],
     scaled: tuple[int, int],
     angle: float,
     mirror: bool,
@@ -96,9 +104,9 @@ def augment(
     scaled = max(1, round(height * scale)), max(1, round(width * scale))
     angle = (2 * angle_draw - 1) * how.rotate if rotates else 0.0
     offset = _offset(scaled[0], how.crop[0], row_draw), _offset(scaled[1], how.crop[1], column_draw)
-    matrix = crop_to_source((height, width), how.crop, scaled, angle, bool(mirrors and how.mirror), offset)
+    matrix = crop_to_source((height, width), scaled, angle, bool(mirrors and how.mirror), offset)
     out = how.crop[1], how.crop[0]
-    # Up to its edge pixels' outer halves the image repeats them, as a plain resize does; the fill comes beyond.
+    # The outer halves of edge pixels are plain, as in a resize, not mixed with the fill: repeat the edge once.
     source = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
     inner = matrix.copy()
     inner[:, 2] += 1
@@ -118,16 +126,16 @@ def augment(
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=IGNORE,
     )
-    # A crop larger than the scaled image: beyond its canvas is padding, though a rotated image would reach there.
+    # A crop larger than the scaled image: beyond its canvas is padding, though a rotated image would reach there,
+    # and the padding is not blurred into the image.
+    top, left = max(0, -offset[0]), max(0, -offset[1])
+    canvas = np.s_[top : top + scaled[0], left : left + scaled[1]]
     outside = np.ones(how.crop, bool)
-    rows = slice(max(0, -offset[0]), max(0, -offset[0]) + scaled[0])
-    columns = slice(max(0, -offset[1]), max(0, -offset[1]) + scaled[1])
-    outside[rows, columns] = False
-    if outside.any():
-        cropped[outside] = how.fill
-        moved[outside] = IGNORE
+    outside[canvas] = False
+    cropped[outside] = how.fill
+    moved[outside] = IGNORE
     if blurs and how.blur:
-        cropped = cv2.GaussianBlur(cropped, BLUR_KERNEL, 0)
+        cropped[canvas] = cv2.GaussianBlur(cropped[canvas], BLUR_KERNEL, 0)
     return cropped, moved
 
 

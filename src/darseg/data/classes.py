@@ -73,6 +73,8 @@ def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]], ignore
         built_in = BUILT_IN[classes]
         return ClassSet(built_in.names, built_in.colors, ignore)
     if isinstance(classes, Mapping):
+        if any(len(color) != 3 for color in classes.values()):
+            raise DataError("A colour is three numbers from 0 to 255: red, green, blue.")
         colors = tuple((int(r), int(g), int(b)) for r, g, b in classes.values())
         return ClassSet(tuple(classes), colors, ignore)
     return ClassSet(tuple(classes), distinct_colors(len(classes)), ignore)

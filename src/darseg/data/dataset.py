@@ -12,6 +12,9 @@ from darseg.data.classes import ClassSet
 from darseg.data.manifest import Sample, read_image, read_label, unknown_values
 from darseg.errors import DataError
 
+# Images are prepared in parallel; threads inside OpenCV would only get in each other's way.
+cv2.setNumThreads(1)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -45,8 +48,3 @@ def draw_example(
     """Read a labelled sample and augment it."""
     example = load_example(sample, classes)
     return Example(sample.id, *augment(example.image, example.label, augmentation, generator))
-
-
-cv2.setNumThreads(
-    1
-)  # images are prepared in parallel; threads inside OpenCV would only get in each other's way

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def storage_error(error: OSError, path: Path) -> StorageError:
 def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a file beside `path`, then rename it to `path`.
 
-    Raises StorageError where the disk is full or the folder cannot be written; the half-written file is
-    removed and an earlier `path` is left as it was.
+    Raises StorageError where the disk is full or the folder cannot be written. Whatever goes wrong, the
+    half-written file is removed and an earlier `path` is left as it was.
     """
     aside = path.with_name(path.name + ASIDE)
     try:
@@ -38,10 +39,21 @@ def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
         with open(aside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise storage_error(error, path) from error
+        cause = _os_error(error)
+        if cause is None:
+            raise
+        raise storage_error(cause, path) from error
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The failed system call behind an error; safetensors, written in Rust, tells it in its message only."""
+    if isinstance(error, OSError):
+        return error
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1]))) if number else None
 
 
 def write_whole(path: Path, data: bytes | str) -> None:

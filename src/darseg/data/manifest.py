@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +16,7 @@ from darseg.errors import DataError, faults
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 LABEL_SUFFIXES = (".png",)
+PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class Source:
     """Where the samples of one role come from.
 
     Without `list_file`: all images below `images`. With it, a line is an id below `images`, or
-    `image-path [label-path]` relative to `root`. `every` keeps entries 0, n, 2n, …; `except_every` the others.
+    `image-path [label-path]` relative to `root`. An image without label path has the label map that lies
+    below `labels` as the image lies below `images`, if there is one.
+    `every` keeps entries 0, n, 2n, …; `except_every` the others. Without `list_file` they count the images
+    that have a label.
     """
 
     root: Path
@@ -66,21 +71,23 @@ class Manifest:
 
 def read_image(path: Path) -> np.ndarray:
     """An image file as uint8 [H, W, 3], RGB. Raises DataError where it is missing or cannot be decoded."""
-    image = _decode(path, cv2.IMREAD_COLOR)
+    image = _decode(path, _read(path), cv2.IMREAD_COLOR)
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def read_label(path: Path, ignore: int = IGNORE) -> np.ndarray:
     """An 8-bit index PNG as uint8 [H, W]; the value `ignore` is read as 255.
 
-    Raises DataError where it is missing, cannot be decoded, or has colours or 16 bits.
+    Raises DataError where it is missing, cannot be decoded, or is not an 8-bit grey PNG.
     """
-    label = _decode(path, cv2.IMREAD_UNCHANGED)
-    if label.ndim != 2 or label.dtype != np.uint8:
-        channels = 1 if label.ndim == 2 else label.shape[2]
+    data = _read(path)
+    label = _decode(path, data, cv2.IMREAD_UNCHANGED)
+    # The file's own word counts: decoders stretch 1, 2 and 4 bits to 0..255, and class 1 would become 255.
+    kind = f"{data[24]}-bit {PNG_COLORS.get(data[25])} PNG" if _is_png(data) else "file that is no PNG"
+    if kind != "8-bit grey PNG" or label.ndim != 2:
         raise DataError(
-            f"{path}: found {channels} channel(s) of {label.dtype}, wanted an 8-bit single-channel PNG of "
-            "class indices. Convert colour or palette labels to indices first."
+            f"{path}: found a {kind}, wanted an 8-bit grey PNG of class indices (single-channel). "
+            "Convert colour or palette labels to indices first."
         )
     if ignore != IGNORE:
         label = np.where(label == ignore, np.uint8(IGNORE), label)
@@ -93,50 +100,58 @@ def image_size(path: Path) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def _decode(path: Path, flags: int) -> np.ndarray:
+def _read(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file. Check the list and the folders in the recipe.") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+
+
+def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
     if not _complete(data):
         raise DataError(f"{path}: the file is truncated ({len(data)} bytes). Copy or download it again.")
     try:
         # EXIF rotation would turn the image but not its label.
-        image = (
-            cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-            if data
-            else None
-        )
-    except cv2.error:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+    except cv2.error:  # an empty file, among others
         image = None
     if image is None:
         raise DataError(f"{path}: cannot be decoded as JPEG or PNG. Remove it from the list or replace it.")
     return image
 
 
+def _is_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG")
+
+
 def _complete(data: bytes) -> bool:
     """False where a JPEG or PNG lacks its end mark: decoders fill the missing part with grey in silence."""
-    if data.startswith(b"\xff\xd8"):
-        return data.rfind(b"\xff\xd9", max(0, len(data) - 4096)) >= 0
-    if data.startswith(b"\x89PNG"):
-        return data.rfind(b"IEND", max(0, len(data) - 4096)) >= 0
-    return True
+    if _is_png(data):
+        return b"IEND" in data
+    if not data.startswith(b"\xff\xd8"):
+        return True
+    # Segments before the scan may hold a whole thumbnail, end mark included; after the picture cameras add more.
+    at = 2
+    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.find(b"\xff\xd9", at) >= 0
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """id → file for all files below `folder` with one of the suffixes, ids in sorted order.
 
-    Raises DataError where the folder is missing, or two files have one id or ids that differ only in case.
+    Hidden files and folders (.ipynb_checkpoints) are not looked at.
+    Raises DataError where a folder is missing or cannot be read, or ids are equal or differ only in case.
     """
     if not folder.is_dir():
         raise DataError(
             f"{folder}: no such folder. Check data.root, data.images and data.labels in the recipe."
         )
     found: list[tuple[str, Path]] = []
-    for directory, subfolders, names in os.walk(folder, followlinks=True):
-        subfolders.sort()
+    for directory, subfolders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             path = Path(directory, name)
             if not name.startswith(".") and path.suffix.lower() in suffixes:
@@ -148,6 +163,12 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
             faults(f"{folder}: ids must differ by more than suffix and case, rename one of each", clashes)
         )
     return dict(found)
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise DataError(
+        f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions."
+    ) from error
 
 
 def sample_id(relative: Path | PurePosixPath | str) -> str:
@@ -168,10 +189,16 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
     Raises DataError naming every line that leads nowhere.
     """
     if source.list_file is None:
-        images = find_files(source.images, IMAGE_SUFFIXES)
-        labels = find_files(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
+        images, labels = _find_both(source)
         samples = [Sample(name, path, labels.get(name)) for name, path in images.items()]
         where = source.images
+        if source.every or source.except_every:
+            bare, samples = samples, [sample for sample in samples if sample.label]
+            if bare and not samples:
+                raise DataError(
+                    f"{where}: none of the {len(bare)} images has a label map in {source.labels}, and every and "
+                    "except_every count those that have. Check data.labels (same path, .png)."
+                )
     else:
         samples = _read_list(source, source.list_file)
         where = source.list_file
@@ -186,6 +213,17 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
+def _find_both(source: Source) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and label maps by id. Label maps in a folder below the images' are no images."""
+    images = (
+        find_files(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
+    )
+    labels = find_files(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
+    if source.images in source.labels.parents:
+        images = {name: path for name, path in images.items() if source.labels not in path.parents}
+    return images, labels
+
+
 def _read_list(source: Source, list_file: Path) -> list[Sample]:
     try:
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
@@ -193,8 +231,7 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
         raise DataError(f"{list_file}: no such list file. Check the recipe's data section.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{list_file}: cannot be read as UTF-8 text ({error}).") from error
-    images = find_files(source.images, IMAGE_SUFFIXES) if source.images.is_dir() else {}
-    labels = find_files(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
+    images, labels = _find_both(source)
     samples, wrong = [], []
     for number, line in enumerate(lines, 1):
         entry = line.strip()
@@ -210,14 +247,22 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
             )
             continue
         image, label = pair
-        if label is not None and not (source.root / label).is_file():
+        if label is not None and not os.path.isfile(source.root / label):
             wrong.append(f"line {number}: label {source.root / label} does not exist")
             continue
-        name = sample_id(image)
-        if label is None:
-            samples.append(Sample(name, source.root / image, labels.get(name)))
+        path = source.root / image
+        if ".." in Path(image).parts or not path.is_relative_to(source.root):
+            # Files are named by ids; such an id would lead out of the run folder, perhaps onto the user's label.
+            wrong.append(
+                f"line {number}: image {image} must lie below data.root, {source.root}, and be written without '..'"
+            )
+            continue
+        if label is not None:
+            label_path = source.root / label
         else:
-            samples.append(Sample(name, source.root / image, source.root / label))
+            below = path.relative_to(source.images if path.is_relative_to(source.images) else source.root)
+            label_path = labels.get(sample_id(below))
+        samples.append(Sample(sample_id(path.relative_to(source.root)), path, label_path))
     if wrong:
         raise DataError(faults(f"{list_file}: {len(wrong)} line(s) lead nowhere", wrong))
     clashes = _clashes([(sample.id, sample.image) for sample in samples])
@@ -227,15 +272,17 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
 
 
 def _split_line(root: Path, entry: str) -> tuple[str, str | None] | None:
-    """`image-path [label-path]`: names may contain blanks, so the split is the one whose image exists."""
-    if Path(entry).suffix.lower() in IMAGE_SUFFIXES and (root / entry).is_file():
+    """`image-path [label-path]`: names may contain blanks, so the split is the one whose files exist."""
+
+    def is_image(path: str) -> bool:
+        return Path(path).suffix.lower() in IMAGE_SUFFIXES and os.path.isfile(root / path)
+
+    if is_image(entry):
         return entry, None
-    parts = entry.split()
-    for count in range(1, len(parts)):
-        image, label = " ".join(parts[:count]), " ".join(parts[count:])
-        if (root / image).is_file():
-            return image, label
-    return None
+    splits = [(entry[: blank.start()], entry[blank.end() :]) for blank in re.finditer(r"\s+", entry)]
+    pairs = [(image, label) for image, label in splits if is_image(image)]
+    whole = [(image, label) for image, label in pairs if os.path.isfile(root / label)]
+    return next(iter(whole + pairs), None)
 
 
 def build_manifest(
@@ -248,38 +295,22 @@ def build_manifest(
 ) -> Manifest:
     """Give every image its role.
 
-    Roles are filled in the order test, validation, labelled, unlabelled. A role without a source takes
-    what is left of `default`: labelled the images that have a label, unlabelled those that have none,
-    validation and test nothing. A source without list file but with `every` draws from the images that have a label.
+    A role without a source takes what the others leave of `default`: labelled the images that have a
+    label, unlabelled all that remain, validation and test nothing.
 
     Raises DataError: an image in two roles, no labelled images, labelled, validation or test images without label.
     """
-
-    def samples_of(source: Source | None) -> tuple[Sample, ...]:
-        if source is None:
-            return ()
-        if source.list_file is None and (source.every or source.except_every):
-            plain = Source(source.root, source.images, source.labels)
-            with_label = [sample for sample in find_samples(plain) if sample.label]
-            step = source.every or source.except_every or 1
-            keep = source.every is not None
-            return tuple(s for index, s in enumerate(with_label) if (index % step == 0) == keep)
-        return find_samples(source)
-
-    roles = {"test": samples_of(test), "validation": samples_of(validation)}
-    taken = {sample.image for samples in roles.values() for sample in samples}
-    named = {sample.image for sample in samples_of(unlabeled)} if unlabeled else set()
-    rest = [] if labeled and unlabeled else [s for s in find_samples(default) if s.image not in taken]
-    if labeled is not None:
-        roles["labeled"] = samples_of(labeled)
-    else:
-        roles["labeled"] = tuple(s for s in rest if s.label is not None and s.image not in named)
-    taken |= {sample.image for sample in roles["labeled"]}
-    if unlabeled is not None:
-        roles["unlabeled"] = samples_of(unlabeled)
-    else:
-        roles["unlabeled"] = tuple(s for s in rest if s.image not in taken)
-    manifest = Manifest(classes, **roles)
+    sources = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
+    roles = {role: find_samples(source) for role, source in sources.items() if source is not None}
+    if labeled is None or unlabeled is None:
+        taken = {sample.image for samples in roles.values() for sample in samples}
+        rest = [sample for sample in find_samples(default) if sample.image not in taken]
+        roles.setdefault("labeled", tuple(sample for sample in rest if sample.label is not None))
+        known = {sample.image for sample in roles["labeled"]}
+        roles.setdefault("unlabeled", tuple(sample for sample in rest if sample.image not in known))
+    manifest = Manifest(
+        classes, roles["labeled"], roles["unlabeled"], roles.get("validation", ()), roles.get("test", ())
+    )
     wrong = _role_faults(manifest)
     if wrong:
         raise DataError(faults("The roles of the images do not work out", wrong))
@@ -315,7 +346,7 @@ class Findings:
     pixels: Mapping[str, np.ndarray]  # role → int64 [K + 1], the last entry counts ignored pixels
 
 
-def examine(manifest: Manifest, advance=lambda: None) -> Findings:
+def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
     """Read every image and label of a manifest and collect all faults (`darseg check`).
 
     `advance` is called once per sample. Nothing is written.
@@ -327,22 +358,9 @@ def examine(manifest: Manifest, advance=lambda: None) -> Findings:
     for role, samples in manifest.roles().items():
         counts = np.zeros(256, np.int64)
         for sample in samples:
-            try:
-                height, width = image_size(sample.image)
-                if sample.label is not None:
-                    label = read_label(sample.label, classes.ignore)
-                    if label.shape != (height, width):
-                        wrong.append(
-                            f"{sample.label}: {label.shape[0]}x{label.shape[1]} pixels, but its image "
-                            f"{sample.image} has {height}x{width} (height x width)"
-                        )
-                    values = np.bincount(label.reshape(-1), minlength=256)
-                    line = unknown_values(values, classes)
-                    if line:
-                        wrong.append(f"{sample.label}: {line}")
-                    counts += values
-            except DataError as error:
-                wrong.append(str(error))
+            values, faults_found = _examine_sample(sample, classes)
+            counts += values
+            wrong += faults_found
             advance()
         pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
     if manifest.labeled and not wrong:
@@ -364,6 +382,31 @@ def examine(manifest: Manifest, advance=lambda: None) -> Findings:
         {role: len(samples) for role, samples in manifest.roles().items()},
         pixels,
     )
+
+
+def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list[str]]:
+    """Counts int64 [256] of the label values, and all faults of image and label."""
+    counts, wrong, size = np.zeros(256, np.int64), [], None
+    try:
+        size = image_size(sample.image)
+    except DataError as error:
+        wrong.append(str(error))
+    if sample.label is None:
+        return counts, wrong
+    try:
+        label = read_label(sample.label, classes.ignore)
+    except DataError as error:
+        return counts, [*wrong, str(error)]
+    if size is not None and label.shape != size:
+        wrong.append(
+            f"{sample.label}: {label.shape[0]}x{label.shape[1]} pixels, but its image "
+            f"{sample.image} has {size[0]}x{size[1]} (height x width)"
+        )
+    counts += np.bincount(label.reshape(-1), minlength=256)
+    line = unknown_values(counts, classes)
+    if line:
+        wrong.append(f"{sample.label}: {line}")
+    return counts, wrong
 
 
 def unknown_values(values: np.ndarray, classes: ClassSet) -> str | None:

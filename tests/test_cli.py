@@ -1,0 +1,256 @@
+"""The command line as users meet it, the documents' examples, and real data."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+from conftest import REPOSITORY, recipe_dict
+from darseg.cli import main
+from darseg.config import load_recipe
+from darseg.data.manifest import read_image, read_label
+from darseg.data.scenes import SCENE_CLASSES
+from darseg.run.rounds import train
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe_dict(tiny_data)))
+    train(load_recipe(folder / "tiny.yaml", ["rounds=[{steps: 3}]"]), folder / "run")
+    return folder / "run"
+
+
+def darseg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
+    """Exit code, standard output and standard error of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr()
+    return ended.value.code or 0, shown.out, shown.err
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    return lambda *arguments: darseg(monkeypatch, capsys, *arguments)
+
+
+def test_plan_prints_rounds_and_rates(call, recipe_file: Path) -> None:
+    code, out, _ = call("plan", recipe_file, "training.learning_rate=0.01")
+    assert code == 0
+    lines = [re.split(r"  +", line.strip()) for line in out.splitlines()[:4]]
+    assert lines[1] == ["0", "-", "6", "4", "0.5 – 2", "0 – 1", "0.01", "0"]
+    before = 6 / (6 + 5)  # the share of the curve that lies behind, in steps
+    assert lines[2] == [
+        "1",
+        "0.4",
+        "5",
+        "2 + 2",
+        "0.5 – 2",
+        f"{before:.4g} – 1",
+        f"{0.01 * (1 - before) ** 0.9:.6g}",
+        "0",
+    ]
+    assert lines[3][4:6] == ["0.5 – 2.5", f"{11 / 16:.4g} – 1"]
+    assert "4 labeled, 6 unlabeled, 3 validation, 0 test" in out
+    assert f"at most {3 * 65 * 97 * 6 / 1e6:.0f} MB" in out
+
+
+def test_plan_counts_epochs_as_the_method_does(call, recipe_file: Path) -> None:
+    code, out, _ = call("plan", recipe_file, "rounds=[{epochs: 10}, {epochs: 10, labeling_ratio: 0.4}]")
+    assert code == 0
+    rows = [re.split(r"  +", line.strip()) for line in out.splitlines()[1:3]]
+    assert [row[2] for row in rows] == ["10", "30"]  # floor(4 / 4) and floor(6 / 2) steps an epoch
+    assert rows[1][6] == f"{0.01 * 0.5**0.9:.6g}"
+
+
+def test_check_of_good_data_shows_class_shares(call, recipe_file: Path) -> None:
+    code, out, err = call("check", recipe_file)
+    assert code == 0 and "No faults." in out, err
+    counts = np.zeros(len(SCENE_CLASSES))
+    root = Path(load_recipe(recipe_file).data.root)
+    for name in (root / "labeled.txt").read_text().split():
+        counts += np.bincount(read_label(root / "labels" / f"{name}.png").ravel(), minlength=256)[
+            : len(SCENE_CLASSES)
+        ]
+    road = next(line for line in out.splitlines() if line.startswith("road"))
+    assert road.split()[1] == f"{counts[1] / counts.sum():.4%}"
+
+
+def test_check_lists_every_fault_at_once(call, tiny_data: Path, recipe_file: Path, tmp_path: Path) -> None:
+    import shutil
+
+    root = tmp_path / "broken"
+    shutil.copytree(tiny_data, root)
+    (root / "images" / "l" / "03.png").write_bytes((root / "images" / "l" / "03.png").read_bytes()[:200])
+    cv2.imwrite(str(root / "labels" / "l" / "04.png"), np.zeros((5, 5), np.uint8))
+    cv2.imwrite(str(root / "labels" / "v" / "00.png"), np.full((65, 97), 77, np.uint8))
+    (root / "images" / "u" / "09.png").write_bytes(b"not an image")
+    code, _, err = call("check", recipe_file, f"data.root={root}", "training.crop=[50, 65]")
+    assert code == 2
+    for part in (
+        "5 fault(s)",
+        "truncated",
+        "5x5",
+        "65x97",
+        "77 (6305 pixels)",
+        "cannot be decoded",
+        "training.crop",
+    ):
+        assert part in err
+    assert "Traceback" not in err
+
+
+def test_one_image_in_two_roles(call, tiny_data: Path, recipe_file: Path) -> None:
+    code, _, err = call("check", recipe_file, "data.validation=labeled.txt")
+    assert code == 2 and "an image has one role" in err
+
+
+def test_evaluate_run_and_checkpoint_agree(call, run: Path, recipe_file: Path, tmp_path: Path) -> None:
+    code, out, _ = call("evaluate", run, "--out", tmp_path / "a.json")
+    assert code == 0 and "windows 65x81" in out
+    again = call(
+        "evaluate",
+        run / "round_0" / "network.safetensors",
+        "--recipe",
+        run / "recipe.yaml",
+        "--out",
+        tmp_path / "b.json",
+    )
+    assert again[0] == 0
+    one, other = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert one == other
+    assert one["iou"] == json.loads((run / "summary.json").read_text())["rounds"][0]["iou"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "nowhere"], "no such run folder or checkpoint"),
+        (["evaluate", "RUN", "--role", "test"], "no test images"),
+        (["evaluate", "RUN", "--round", "5"], "round 5 is not finished"),
+        (["evaluate", "RUN/round_0/network.safetensors"], "--recipe"),
+        (["predict", "RUN", "EMPTY", "OUT"], "no JPEG or PNG images"),
+        (["predict", "EMPTY", "EMPTY", "OUT"], "no finished round"),
+        (["train", "nowhere.yaml"], "no such recipe"),
+    ],
+)
+def test_bad_calls_exit_with_2_and_no_traceback(
+    call, run: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    filled = [
+        a.replace("RUN", str(run)).replace("EMPTY", str(empty)).replace("OUT", str(tmp_path / "o"))
+        for a in arguments
+    ]
+    code, _, err = call(*filled)
+    assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_predict_writes_index_color_and_overlay(call, run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    code, _, err = call("predict", run, tiny_data / "images", tmp_path / "out")
+    assert code == 0, err
+    for path in sorted((tiny_data / "images").rglob("*.png")):
+        name = path.relative_to(tiny_data / "images")
+        index = read_label(tmp_path / "out" / "index" / name)
+        color, overlay = (read_image(tmp_path / "out" / kind / name) for kind in ("color", "overlay"))
+        palette = np.array(load_recipe(run / "recipe.yaml") and distinct(), np.uint8)
+        assert (color == palette[index]).all()
+        blend = 0.55 * color.astype(float) + 0.45 * read_image(path)
+        assert np.abs(overlay - blend).max() <= 1
+
+
+def distinct() -> list[tuple[int, int, int]]:
+    from darseg.data.classes import distinct_colors
+
+    return list(distinct_colors(len(SCENE_CLASSES)))
+
+
+def test_predict_names_unreadable_images_and_does_the_others(
+    call, run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    good = (tiny_data / "images" / "u" / "07.png").read_bytes()
+    (images / "good.png").write_bytes(good)
+    (images / "bad.png").write_bytes(good[: len(good) // 2])
+    code, _, err = call("predict", run, images, tmp_path / "out", "--kind", "index")
+    assert code == 2 and "bad.png" in err and "all others are done" in err
+    assert [p.name for p in (tmp_path / "out").rglob("*.png")] == ["good.png"]
+
+
+def test_the_python_example_runs_and_is_short(recipe_file: Path, tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "python.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    assert len(code.splitlines()) <= 30
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=recipe_file.parent, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) >= 8
+
+
+def test_readme_recipe_is_valid(tmp_path: Path) -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    (tmp_path / "photos.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    recipe = load_recipe(tmp_path / "photos.yaml")
+    assert recipe.training.crop == (361, 361) and [one.labeling_ratio for one in recipe.rounds] == [
+        None,
+        0.4,
+        0.65,
+    ]
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_load(path: Path) -> None:
+    load_recipe(path)
+
+
+def test_camvid_recipe_on_the_real_images(shared: Path, tmp_path: Path) -> None:
+    """Two short rounds on real frames with the pretrained backbone: it learns, and labels what it knows."""
+    pytest.importorskip("timm", reason="timm is an optional extra", exc_type=ImportError)
+    recipe = load_recipe(
+        REPOSITORY / "recipes" / "camvid_1of8.yaml",
+        [
+            f"data.root={shared / 'data' / 'camvid'}",
+            f"network.weights={shared / 'weights' / 'efficientnet_lite0_in1k.pth'}",
+            "data.labeled.every=16",  # 23 labelled frames
+            "data.unlabeled={list: train.txt, except_every: 2}",
+            "data.unlabeled={list: val.txt, except_every: 2}",  # 50 other frames
+            "data.validation={list: val.txt, every: 10}",  # 11 frames, none of them among the 50
+            "data.test=null",
+            "rounds=[{steps: 12}, {steps: 3, labeling_ratio: 0.4}]",
+            "labeling.mirror=false",
+        ],
+    )
+    summary = train(recipe, tmp_path / "run")
+    first = summary["rounds"][0]
+    assert (
+        first["pixel_accuracy"] > 0.5 and first["iou"]["road"] > 0.4
+    )  # guessing the largest class gives 0.29
+    truth = json.loads((tmp_path / "run" / "round_1" / "pseudo_scores.json").read_text())
+    assert truth["pixel_accuracy"] > first["pixel_accuracy"]  # the confident pixels are right more often
+
+
+def test_the_recipe_page_shows_every_key_with_its_default(tmp_path: Path) -> None:
+    text = (REPOSITORY / "docs" / "recipe.md").read_text()
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(shown))
+    recipe = load_recipe(tmp_path / "page.yaml").model_dump(mode="json")
+    for section, keys in recipe.items():
+        if isinstance(keys, dict):
+            assert set(shown[section]) == set(keys), section
+    # The page's values are the defaults: leaving them out makes no difference.
+    required = {"data": {key: shown["data"][key] for key in ("root", "classes")}, "rounds": shown["rounds"]}
+    required["network"] = {"weights": shown["network"]["weights"]}
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(required))
+    assert load_recipe(tmp_path / "short.yaml").model_dump(mode="json") == recipe
