@@ -33,8 +33,8 @@ _HOMES = {
     "Round": "run.build",
     "RunDirectory": "run.directory",
     "Sample": "data.manifest",
-    "Scores": "train.scores",
-    "Stage": "train.stage",
+    "Scores": "training.scores",
+    "Stage": "training.stage",
     "Thresholds": "pseudo.thresholds",
     "assign": "pseudo.assign",
     "build_network": "model.network",
@@ -54,7 +54,7 @@ _HOMES = {
     "predict_folder": "run.evaluate",
     "read_image": "data.manifest",
     "read_label": "data.manifest",
-    "run_stage": "train.stage",
+    "run_stage": "training.stage",
     "train": "run.rounds",
 }
 

@@ -83,10 +83,10 @@ def read_label(path: Path, ignore: int = IGNORE) -> np.ndarray:
     data = _read(path)
     label = _decode(path, data, cv2.IMREAD_UNCHANGED)
     # The file's own word counts: decoders stretch 1, 2 and 4 bits to 0..255, and class 1 would become 255.
-    kind = f"{data[24]}-bit {PNG_COLORS.get(data[25])} PNG" if _is_png(data) else "file that is no PNG"
+    kind = f"{data[24]}-bit {PNG_COLORS.get(data[25])} PNG" if _is_png(data) else "no PNG"
     if kind != "8-bit grey PNG" or label.ndim != 2:
         raise DataError(
-            f"{path}: found a {kind}, wanted an 8-bit grey PNG of class indices (single-channel). "
+            f"{path}: found {kind}, wanted an 8-bit grey PNG of class indices (single-channel). "
             "Convert colour or palette labels to indices first."
         )
     if ignore != IGNORE:
@@ -326,7 +326,10 @@ def _role_faults(manifest: Manifest) -> list[str]:
     for role in ("labeled", "validation", "test"):
         bare = [sample.id for sample in manifest.roles()[role] if sample.label is None]
         if bare:
-            wrong.append(f"{role}: {len(bare)} image(s) without label map, the first is {bare[0]!r}")
+            wrong.append(
+                f"{role}: {len(bare)} image(s) without label map, the first is {bare[0]!r}; each needs one in "
+                "data.labels (same path, .png) or behind its path in the list"
+            )
     role_of: dict[Path, str] = {}
     for role, samples in manifest.roles().items():
         for sample in samples:

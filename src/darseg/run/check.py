@@ -20,7 +20,7 @@ from darseg.run.build import (
     spec_of,
 )
 from darseg.run.journal import Journal
-from darseg.train.schedule import rate_at
+from darseg.training.schedule import rate_at
 
 BYTES_PER_PIXEL = 3  # a waiting prediction before compression: class 1, confidence code 2
 

@@ -22,7 +22,7 @@ from darseg.run.build import classes_of, evaluation_protocol, manifest_of, place
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.run.rounds import evaluate_samples
-from darseg.train.scores import Scores
+from darseg.training.scores import Scores
 
 OVERLAY_OPACITY = 0.55  # of the class colours over the image
 KINDS = ("index", "color", "overlay")

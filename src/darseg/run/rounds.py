@@ -53,10 +53,10 @@ from darseg.run.directory import (
     write_json,
 )
 from darseg.run.journal import Journal
-from darseg.train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from darseg.train.loss import self_training
-from darseg.train.scores import Scores
-from darseg.train.stage import Stage, run_stage
+from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from darseg.training.loss import self_training
+from darseg.training.scores import Scores
+from darseg.training.stage import Stage, run_stage
 
 LOG_EVERY = 10  # steps between figures in the journal and TensorBoard
 

@@ -12,8 +12,8 @@ import torch
 from darseg.data.batches import Batch
 from darseg.errors import NumericsError
 from darseg.model.network import Network, parameter_groups
-from darseg.train.checkpoint import Checkpoint, restore_momentum
-from darseg.train.schedule import rate_at
+from darseg.training.checkpoint import Checkpoint, restore_momentum
+from darseg.training.schedule import rate_at
 
 Objective = Callable[[Network, Sequence[Batch], int], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
 """(network, one batch of each stream, step) → (loss, figures to report)."""

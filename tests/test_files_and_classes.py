@@ -1,0 +1,262 @@
+"""Files appear whole or not at all; class sets are checked when they are made."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from darseg.data import files
+from darseg.data.classes import (
+    BUILT_IN,
+    CAMVID,
+    CITYSCAPES,
+    IGNORE,
+    VOC,
+    ClassSet,
+    class_set,
+    distinct_colors,
+)
+from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
+from darseg.errors import DataError, StorageError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("data", "wanted"), [(b"\x00\xff", b"\x00\xff"), ("größe\n", "größe\n".encode()), (b"", b"")]
+)
+def test_a_file_is_written_and_its_folders_made(tmp_path: Path, data: bytes | str, wanted: bytes):
+    write_whole(tmp_path / "a" / "b" / "file.bin", data)
+    assert (tmp_path / "a" / "b" / "file.bin").read_bytes() == wanted
+    assert names(tmp_path) == ["a", "a/b", "a/b/file.bin"]
+
+
+def test_an_earlier_file_is_replaced_even_beside_a_leftover(tmp_path: Path):
+    path = tmp_path / "file"
+    write_whole(path, b"earlier")
+    path.with_name("file" + ASIDE).write_bytes(b"half of something much longer")
+    write_whole(path, b"later")
+    assert path.read_bytes() == b"later" and names(tmp_path) == ["file"]
+
+
+def test_readers_never_see_a_half(tmp_path: Path):
+    path = tmp_path / "file"
+    write_whole(path, b"earlier")
+
+    def write(aside: Path) -> None:
+        assert aside.parent == path.parent  # renaming works within one disk only
+        aside.write_bytes(b"lat")
+        assert path.read_bytes() == b"earlier"
+        aside.write_bytes(b"later")
+
+    write_whole_with(path, write)
+    assert path.read_bytes() == b"later" and names(tmp_path) == ["file"]
+
+
+def half_then(error: BaseException):
+    def write(aside: Path) -> None:
+        aside.write_bytes(b"half")
+        raise error
+
+    return write
+
+
+@pytest.mark.parametrize("earlier", [None, b"earlier"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk(tmp_path: Path, number: int, earlier: bytes | None):
+    path = tmp_path / "file"
+    if earlier is not None:
+        path.write_bytes(earlier)
+    before = names(tmp_path)
+    with pytest.raises(StorageError) as caught:
+        write_whole_with(path, half_then(OSError(number, os.strerror(number))))
+    message = str(caught.value)
+    assert "disk is full" in message and str(path) in message
+    assert "Nothing half-written" in message and "free some space and run the same command again" in message
+    assert isinstance(caught.value.__cause__, OSError)
+    assert names(tmp_path) == before and (earlier is None or path.read_bytes() == earlier)
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_fills_up_at_the_last_moment(tmp_path: Path, monkeypatch, call: str):
+    path = tmp_path / "file"
+    path.write_bytes(b"earlier")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, call, fail)
+    with pytest.raises(StorageError, match="disk is full"):
+        write_whole(path, b"later")
+    assert path.read_bytes() == b"earlier" and names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [ValueError("not a number"), KeyboardInterrupt()])
+def test_other_errors_pass_and_leave_nothing_either(tmp_path: Path, error: BaseException):
+    path = tmp_path / "file"
+    path.write_bytes(b"earlier")
+    with pytest.raises(type(error)) as caught:
+        write_whole_with(path, half_then(error))
+    assert caught.value is error
+    assert path.read_bytes() == b"earlier" and names(tmp_path) == ["file"]
+
+
+def test_writers_that_name_the_system_error_in_their_message_only(tmp_path: Path):
+    """As safetensors does: its error is no OSError."""
+    message = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(StorageError, match="disk is full"):
+        write_whole_with(tmp_path / "file", half_then(RuntimeError(message)))
+    assert names(tmp_path) == []
+
+
+def test_safetensors_over_the_limit(tmp_path: Path):
+    """The real writer against a real limit of the system, in a process of its own."""
+    script = """
+import resource, signal, sys
+import numpy as np
+from pathlib import Path
+from safetensors.numpy import save_file
+from darseg.data.files import write_whole_with
+from darseg.errors import StorageError
+path = Path(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    write_whole_with(path, lambda aside: save_file({"a": np.zeros(100_000)}, aside))
+except StorageError as error:
+    print(error)
+"""
+    path = tmp_path / "checkpoint"
+    path.write_bytes(b"earlier")
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    assert f"Cannot write {path}: File too large" in done.stdout
+    assert path.read_bytes() == b"earlier" and names(tmp_path) == ["checkpoint"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError) as caught:
+        write_whole(tmp_path / "file" / "below", b"data")
+    assert f"Cannot write {tmp_path / 'file' / 'below'}" in str(caught.value)
+    assert "Choose another folder, or change its permissions" in str(caught.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission(tmp_path: Path):
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with pytest.raises(
+            StorageError, match=r"Cannot write .*file: Permission denied\. Choose another folder"
+        ):
+            write_whole(tmp_path / "file", b"data")
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+def test_no_permission_as_the_system_says_it(tmp_path: Path):
+    with pytest.raises(StorageError, match=r"Cannot write .*file: Permission denied\. Choose another folder"):
+        write_whole_with(tmp_path / "file", half_then(PermissionError(errno.EACCES, "Permission denied")))
+    assert "Cannot write file: odd." in str(storage_error(OSError("odd"), Path("file")))
+
+
+# Classes
+
+
+def test_the_built_in_sets():
+    assert (len(CITYSCAPES), len(VOC), len(CAMVID)) == (19, 21, 11)
+    assert BUILT_IN == {"cityscapes": CITYSCAPES, "voc": VOC, "camvid": CAMVID}
+    for built_in in BUILT_IN.values():
+        assert built_in.ignore == IGNORE == 255
+        assert len(set(built_in.colors)) == len(built_in)
+    assert CITYSCAPES.names[:2] == ("road", "sidewalk") and CITYSCAPES.names[18] == "bicycle"
+    assert CITYSCAPES.names[6:8] == ("traffic light", "traffic sign")
+    assert CITYSCAPES.colors[13] == (0, 0, 142)
+    assert VOC.names[0] == "background" and VOC.names[20] == "tvmonitor" and VOC.names[15] == "person"
+    assert CAMVID.names[0] == "sky" and CAMVID.names[10] == "bicyclist"
+
+
+def test_vocs_colors_are_those_of_its_development_kit():
+    """Bit b of a class's index, counted in threes, is bit 7 - b / 3 of red, green, blue in turn."""
+    for index, color in enumerate(VOC.colors):
+        bits = [(index >> bit) & 1 for bit in range(24)]
+        assert color == tuple(sum(bits[3 * b + c] << (7 - b) for b in range(8)) for c in range(3))
+
+
+def test_distinct_colors():
+    colors = distinct_colors(254)
+    assert len(set(colors)) == 254
+    assert all(0 <= part <= 255 for color in colors for part in color)
+    assert not {(0, 0, 0), (255, 255, 255)} & set(colors)
+    assert colors[:20] == VOC.colors[1:]
+    assert distinct_colors(5) == colors[:5]  # a class keeps its colour when others are added
+
+
+def test_palette():
+    palette = CITYSCAPES.palette()
+    assert palette.shape == (256, 3) and palette.dtype == np.uint8
+    assert palette[:19].tolist() == [list(color) for color in CITYSCAPES.colors]
+    assert not palette[19:255].any() and palette[255].tolist() == [255, 255, 255]
+
+
+def test_class_sets_of_all_forms():
+    assert class_set("voc") == VOC
+    assert class_set("camvid", 11) == ClassSet(CAMVID.names, CAMVID.colors, 11)
+    assert class_set(["a", "b"]) == ClassSet(("a", "b"), distinct_colors(2))
+    assert class_set({"a": [1, 2, 3], "b": (4, 5, 6)}, 2) == ClassSet(("a", "b"), ((1, 2, 3), (4, 5, 6)), 2)
+    assert len(class_set([str(index) for index in range(255)])) == 255
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 300), st.integers(-2, 300))
+def test_the_ignore_value_is_no_class(count: int, ignore: int):
+    if 2 <= count <= 255 and count <= ignore <= 255:
+        made = class_set([f"class {index}" for index in range(count)], ignore)
+        assert len(made) == count and made.ignore == ignore
+    else:
+        with pytest.raises(DataError):
+            class_set([f"class {index}" for index in range(count)], ignore)
+
+
+@pytest.mark.parametrize(
+    ("classes", "ignore", "message"),
+    [
+        ("coco", 255, r"No built-in class set 'coco': there are cityscapes, voc, camvid"),
+        (["one"], 255, r"1 classes: between 2 and 255 are needed"),
+        ([], 255, r"0 classes: between 2 and 255"),
+        ([str(index) for index in range(256)], 255, r"256 classes: between 2 and 255"),
+        (["a", "b", "a"], 255, r"must be unique and not empty; given twice: \['a'\]"),
+        (["a", ""], 255, r"must be unique and not empty; given twice: none"),
+        (
+            ["a", "b"],
+            1,
+            r"ignore value 1 lies among the class values 0\.\.1 or above 255: choose one from 2 to 255",
+        ),
+        (["a", "b"], 256, r"ignore value 256 lies among .* or above 255"),
+        ("camvid", 10, r"ignore value 10 lies among the class values 0\.\.10"),
+        ({"a": [0, 0], "b": [0, 0, 0]}, 255, r"A colour is three numbers from 0 to 255"),
+        ({"a": [0, 0, 256], "b": [0, 0, 0]}, 255, r"A colour is three numbers from 0 to 255"),
+        ({"a": [0, 0, -1], "b": [0, 0, 0]}, 255, r"A colour is three numbers from 0 to 255"),
+    ],
+)
+def test_class_sets_that_cannot_be(classes, ignore: int, message: str):
+    with pytest.raises(DataError, match=message):
+        class_set(classes, ignore)
+
+
+def test_each_class_has_a_color():
+    with pytest.raises(DataError, match="2 class names but 1 colours: give one for each class"):
+        ClassSet(("a", "b"), ((0, 0, 0),))
