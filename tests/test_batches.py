@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -192,19 +193,14 @@ def test_a_lost_stream_stops_its_threads(samples):
 
 
 def test_only_a_few_batches_are_prepared_ahead(samples, monkeypatch):
-    """Memory does not grow while training is slower than reading."""
-    drawn = []
-
-    def count(*arguments):
-        drawn.append(1)
-        return draw_example(*arguments)
-
-    monkeypatch.setattr("darseg.data.batches.draw_example", count)
-    stream = stream_batches(samples, CLASSES, HOW, 4, (1,), workers=4)
-    for _ in range(5):
-        next(stream)
-    stream.close()
-    assert 20 <= len(drawn) <= 20 + 4 * 3
+    """Enough to keep all threads busy; no more, so memory does not grow while training is slower than reading."""
+    asked = []
+    submit = ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *call: asked.append(call) or submit(*call))
+    for batch, workers, ahead in ((4, 4, 2), (1, 8, 16), (16, 2, 2)):
+        asked.clear()
+        take(samples, 5, batch=batch, workers=workers)
+        assert len(asked) == (5 + ahead) * batch
 
 
 # One example

@@ -353,14 +353,20 @@ def test_lists_of_paths(tmp_path: Path):
 
 def test_names_with_blanks(tmp_path: Path):
     source = populate(tmp_path)
-    for name in ("my  street.jpg", "my.jpg", "a b c.png"):
+    for name in ("my  street.jpg", "my.jpg", "my.jpg copy.jpg", "a b c.png"):
         save(source.images / name, IMAGE)
     save(source.labels / "the mask  1.png", LABEL)
     save(source.labels / "a b c.png", LABEL)
-    text = "images/my  street.jpg   labels/the mask  1.png\nimages/my.jpg labels/the mask  1.png\na b c\n"
+    text = """
+        images/my  street.jpg   labels/the mask  1.png
+        images/my.jpg labels/the mask  1.png
+        images/my.jpg copy.jpg labels/the mask  1.png
+        a b c
+    """
     wanted = (
         Sample("images/my  street", source.images / "my  street.jpg", source.labels / "the mask  1.png"),
         Sample("images/my", source.images / "my.jpg", source.labels / "the mask  1.png"),
+        Sample("images/my.jpg copy", source.images / "my.jpg copy.jpg", source.labels / "the mask  1.png"),
         Sample("a b c", source.images / "a b c.png", source.labels / "a b c.png"),
     )
     assert find_samples(listed(source, text)) == wanted

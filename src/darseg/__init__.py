@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Augmentation": "data.augment",
+    "CAMVID": "data.classes",
+    "CITYSCAPES": "data.classes",
+    "VOC": "data.classes",
     "Batch": "data.batches",
     "ClassDistribution": "pseudo.distribution",
     "ClassSet": "data.classes",
