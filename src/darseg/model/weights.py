@@ -88,12 +88,13 @@ def read_spec(path: Path) -> NetworkSpec:
         ) from error
 
 
-def load_network(path: Path) -> Network:
+def load_network(path: Path | str) -> Network:
     """The network saved at `path`, on the CPU and in eval mode.
 
     Raises WeightsError for files that are missing, damaged or not networks of darseg, RecipeError where the
     backbone cannot be built here (timm is not installed).
     """
+    path = Path(path)
     network = read_spec(path).build()
     found = _read_tensors(path)
     wanted = network.state_dict()

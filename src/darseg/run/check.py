@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
 from darseg.config import Recipe
-from darseg.data.manifest import Findings, examine, image_size
+from darseg.data.manifest import IMAGE_SUFFIXES, LABEL_SUFFIXES, Findings, examine, find_files, image_size
 from darseg.errors import DarsegError
 from darseg.run.build import (
     Round,
@@ -34,14 +35,29 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     total = sum(len(samples) for samples in manifest.roles().values())
     with Journal(None, None, console or Console()).progress("check", total) as advance:
         found = examine(manifest, advance)
-    faults = list(found.faults)
+    faults, warnings = list(found.faults), list(found.warnings)
+    orphans = labels_without_image(recipe)
+    if orphans:
+        warnings.append(
+            f"{len(orphans)} label map(s) in {recipe.data.labels} belong to no image in {recipe.data.images}, the first "
+            f"is {orphans[0]!r}: a label needs the very path of its image, but for the suffix"
+        )
     try:
         network, _ = build_initial_network(recipe)
         check_sizes(recipe, network)
         plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     except DarsegError as error:
         faults.append(str(error))
-    return Findings(tuple(faults), found.warnings, found.images, found.pixels)
+    return Findings(tuple(faults), tuple(warnings), found.images, found.pixels)
+
+
+def labels_without_image(recipe: Recipe) -> list[str]:
+    """Ids of label maps in `data.labels` that no image in `data.images` has."""
+    folders = Path(recipe.data.root) / recipe.data.images, Path(recipe.data.root) / recipe.data.labels
+    if not all(folder.is_dir() for folder in folders):
+        return []
+    images, labels = find_files(folders[0], IMAGE_SUFFIXES), find_files(folders[1], LABEL_SUFFIXES)
+    return [name for name in labels if name not in images]
 
 
 @dataclass(frozen=True)

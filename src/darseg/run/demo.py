@@ -29,7 +29,7 @@ LABELED, UNLABELED, VALIDATION = 16, 160, 60
 PICTURE_ROWS = 4
 
 
-def demo(out: Path, seed: int = 0, console: Console | None = None) -> dict:
+def demo(out: Path | str, seed: int = 0, console: Console | None = None) -> dict:
     """Draw the scenes, run rounds 0 to 2 and the control, print the comparison, draw a picture.
 
     The control trains on the labelled images alone for as many steps as all rounds together.
@@ -41,7 +41,7 @@ def demo(out: Path, seed: int = 0, console: Console | None = None) -> dict:
     Returns:
         what `demo.json` holds: per class the IoU of the three networks and the class shares.
     """
-    console, began = console or Console(), time.monotonic()
+    out, console, began = Path(out), console or Console(), time.monotonic()
     console.print(f"Drawing {LABELED} labelled, {UNLABELED} unlabelled and {VALIDATION} validation scenes …")
     write_scenes(out / "data", LABELED, UNLABELED, VALIDATION, DATA_SEED)
     write_whole(out / "recipe.yaml", recipe_text())

@@ -43,8 +43,8 @@ class StepRecord:
 class RunDirectory:
     """Names and reads the files of a run folder; the only place that knows its layout."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
 
     recipe = property(lambda self: self.root / "recipe.yaml")
     environment = property(lambda self: self.root / "environment.json")

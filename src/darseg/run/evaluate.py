@@ -49,12 +49,12 @@ class Trained:
         return Protocol((self.network.legal_side(height), self.network.legal_side(width)))
 
 
-def load_trained(source: Path, round_index: int | None = None) -> Trained:
+def load_trained(source: Path | str, round_index: int | None = None) -> Trained:
     """The network of a run folder (its last finished round, or `round_index`) or of a .safetensors file.
 
     Raises RunError, WeightsError.
     """
-    recipe = None
+    recipe, source = None, Path(source)
     path = source
     if source.is_dir():
         run = RunDirectory(source)
@@ -68,7 +68,7 @@ def load_trained(source: Path, round_index: int | None = None) -> Trained:
 
 
 def evaluate(
-    source: Path,
+    source: Path | str,
     recipe: Recipe | None = None,
     role: str = "validation",
     round_index: int | None = None,
@@ -108,9 +108,9 @@ def evaluate(
 
 
 def predict_folder(
-    source: Path,
-    images: Path,
-    out: Path,
+    source: Path | str,
+    images: Path | str,
+    out: Path | str,
     kinds: Sequence[str] = KINDS,
     console: Console | None = None,
 ) -> list[str]:
@@ -122,7 +122,7 @@ def predict_folder(
     Returns:
         a line for each image that could not be read; the others are done.
     """
-    trained = load_trained(source)
+    trained, images, out = load_trained(source), Path(images), Path(out)
     found = {images.stem: images} if images.is_file() else find_files(images, IMAGE_SUFFIXES)
     if not found:
         raise DataError(f"{images}: no JPEG or PNG images found.")

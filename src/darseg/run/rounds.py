@@ -78,7 +78,9 @@ class Course:
         return self.run.round(round_.index) / name
 
 
-def train(recipe: Recipe, out: Path, reuse: Path | None = None, console: Console | None = None) -> dict:
+def train(
+    recipe: Recipe, out: Path | str, reuse: Path | str | None = None, console: Console | None = None
+) -> dict:
     """Run all rounds of a recipe in the folder `out`, or go on where an earlier call stopped.
 
     Args:
@@ -98,7 +100,7 @@ def train(recipe: Recipe, out: Path, reuse: Path | None = None, console: Console
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     distribution, absent = measure_distribution(manifest.labeled, manifest.classes)
     run = open_run(
-        out, dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
+        Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
     )
     journal = Journal(run.journal, run.tensorboard, console or Console())
     other = RunDirectory(reuse) if reuse else None
