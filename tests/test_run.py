@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,76 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: 
     assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint.safetensors"))
 
 
+def test_what_a_kill_leaves_around_a_record_is_put_right(
+    finished: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Killed just after a step's record, before its temporary files are gone; and while the folder is begun."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "round_1" / "predictions").mkdir()
+    (run / "round_1" / "predictions" / "x.codes.png").write_bytes(b"left over")
+    (run / "round_2" / "checkpoint.safetensors").write_bytes(b"left over")
+    (run / "data.json").unlink()
+    train(load_recipe(run / "recipe.yaml"), run)
+    assert outcome(run) == outcome(finished) and (run / "data.json").exists()
+    assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint.safetensors"))
+
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "recipe.yaml.part").write_text("seed: 3")  # killed before the rename
+    train(load_recipe(finished / "recipe.yaml", ["rounds=[{steps: 1}]"]), begun)
+    assert (begun / "summary.json").exists() and not list(begun.glob("*.part"))
+
+
+def broken_copy(tiny_data: Path, root: Path) -> Path:
+    """A validation label with a foreign value and a truncated unlabelled image: met only after round 0."""
+    shutil.copytree(tiny_data, root)
+    cv2.imwrite(str(root / "labels" / "v" / "00.png"), np.full((65, 97), 77, np.uint8))
+    image = root / "images" / "u" / "09.png"
+    image.write_bytes(image.read_bytes()[:300])
+    return root
+
+
+def test_faults_of_all_data_are_found_before_training(
+    recipe_file: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    root = broken_copy(tiny_data, tmp_path / "broken")
+    with pytest.raises(DataError, match=r"2 fault\(s\), nothing was begun") as caught:
+        train(load_recipe(recipe_file, [f"data.root={root}"]), tmp_path / "run")
+    assert "77 (6305 pixels)" in str(caught.value) and "truncated" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_truth_of_some_unlabelled_images_is_measured(
+    recipe_file: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "some"
+    shutil.copytree(tiny_data, root)
+    for index in range(9, 13):
+        (root / "labels" / "u" / f"{index:02d}.png").unlink()
+    run = RunDirectory(tmp_path / "run")
+    changes = [f"data.root={root}", "rounds=[{steps: 2}, {steps: 1, labeling_ratio: 1.0}]"]
+    train(load_recipe(recipe_file, changes), run.root)
+    scored = json.loads((run.round(1) / "pseudo_scores.json").read_text())
+    confusion = np.zeros((K, K), int)
+    for name in ("07", "08"):
+        truth, label = read_label(root / f"labels/u/{name}.png"), read_label(run.labels(1) / f"u/{name}.png")
+        for k in range(K):
+            for j in range(K):
+                confusion[k, j] += ((truth == k) & (label == j)).sum()
+    assert scored["confusion"] == confusion.tolist() and confusion.any()
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_processor_without_it_is_said(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warned: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    train(load_recipe(recipe_file, ["training.precision=bf16", "rounds=[{steps: 1}]"]), tmp_path / "run")
+    assert ("runs emulated" in (tmp_path / "run" / "journal.jsonl").read_text()) == warned
+
+
 def test_run_again_when_finished_changes_nothing(finished: Path, tiny_data: Path) -> None:
     before = outcome(finished)
     summary = (finished / "summary.json").read_bytes()
@@ -209,8 +280,6 @@ def test_another_recipe_is_refused_with_both_ways_out(finished: Path) -> None:
 
 
 def test_results_changed_by_hand_are_noticed(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     (run / "round_1" / "labels" / "u" / "07.png").unlink()
@@ -337,7 +406,7 @@ def test_masks_without_a_labelled_pixel(recipe_file: Path, tiny_data: Path, tmp_
                 target.write_bytes(path.read_bytes())
     for role in ("labeled", "unlabeled", "validation"):
         (root / f"{role}.txt").write_text((tiny_data / f"{role}.txt").read_text())
-    with pytest.raises(DataError, match="None of the 4 labelled masks has a labelled pixel"):
+    with pytest.raises(DataError, match="not one pixel is labelled"):
         train(load_recipe(recipe_file, [f"data.root={root}"]), tmp_path / "run")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -350,7 +351,7 @@ class Findings:
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
-    """Read every image and label of a manifest and collect all faults (`darseg check`).
+    """Read every image and label of a manifest and collect all faults (`darseg check`, and a run's beginning).
 
     `advance` is called once per sample. Nothing is written.
     """
@@ -358,14 +359,14 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     wrong: list[str] = []
     warnings: list[str] = []
     pixels: dict[str, np.ndarray] = {}
-    for role, samples in manifest.roles().items():
-        counts = np.zeros(256, np.int64)
-        for sample in samples:
-            values, faults_found = _examine_sample(sample, classes)
-            counts += values
-            wrong += faults_found
-            advance()
-        pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+        for role, samples in manifest.roles().items():
+            counts = np.zeros(256, np.int64)
+            for values, faults_found in pool.map(lambda sample: _examine_sample(sample, classes), samples):
+                counts += values
+                wrong += faults_found
+                advance()
+            pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
     if manifest.labeled and not wrong:
         absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
         if len(absent) == len(classes):

@@ -8,7 +8,15 @@ from pathlib import Path
 from rich.console import Console
 
 from darseg.config import Recipe
-from darseg.data.manifest import IMAGE_SUFFIXES, LABEL_SUFFIXES, Findings, examine, find_files, image_size
+from darseg.data.manifest import (
+    IMAGE_SUFFIXES,
+    LABEL_SUFFIXES,
+    Findings,
+    Manifest,
+    examine,
+    find_files,
+    image_size,
+)
 from darseg.errors import DarsegError
 from darseg.run.build import (
     Round,
@@ -32,9 +40,7 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     Reads every image and label. Raises DataError only where the images cannot even be listed.
     """
     manifest = manifest_of(recipe)
-    total = sum(len(samples) for samples in manifest.roles().values())
-    with Journal(None, None, console or Console()).progress("check", total) as advance:
-        found = examine(manifest, advance)
+    found = read_all(manifest, console or Console())
     faults, warnings = list(found.faults), list(found.warnings)
     orphans = labels_without_image(recipe)
     if orphans:
@@ -49,6 +55,13 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     except DarsegError as error:
         faults.append(str(error))
     return Findings(tuple(faults), tuple(warnings), found.images, found.pixels)
+
+
+def read_all(manifest: Manifest, console: Console) -> Findings:
+    """Read every image and label, with a progress bar, and collect what is wrong with them."""
+    total = sum(len(samples) for samples in manifest.roles().values())
+    with Journal(None, None, console).progress("check", total) as advance:
+        return examine(manifest, advance)
 
 
 def labels_without_image(recipe: Recipe) -> list[str]:

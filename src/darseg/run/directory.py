@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from darseg.data.files import storage_error, write_whole, write_whole_with
+from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import PseudoLabelSet
@@ -194,16 +194,17 @@ def open_run(
             )
     elif root.exists() and not root.is_dir():
         raise RunError(f"{root} is a file: choose another folder with --out.")
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(path.suffix != ASIDE for path in root.iterdir()):
         raise RunError(f"{root} is not empty and no run folder: choose another with --out.")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, root) from error
-    if not run.data.exists():
-        write_json(run.data, dict(data))
+    # The recipe first: it makes the folder a run folder. Killed in between, the data are noted next time.
     if not run.recipe.exists():
         write_whole(run.recipe, recipe_text)
+    if not run.data.exists():
+        write_json(run.data, dict(data))
     return run
 
 

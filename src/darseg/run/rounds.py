@@ -23,7 +23,7 @@ from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.dataset import load_example
 from darseg.data.manifest import Manifest, Sample, read_image, read_label
-from darseg.errors import DataError
+from darseg.errors import DataError, faults
 from darseg.model.network import Network
 from darseg.model.predict import Protocol, predict, predict_classes
 from darseg.model.weights import load_network, save_network
@@ -33,6 +33,7 @@ from darseg.pseudo.labelset import PseudoLabelSet, assign_labels, count_predicti
 from darseg.pseudo.thresholds import Thresholds, choose_cbst, choose_dars, choose_global
 from darseg.run.build import (
     Round,
+    bf16_is_emulated,
     build_initial_network,
     check_sizes,
     evaluation_protocol,
@@ -43,6 +44,7 @@ from darseg.run.build import (
     plan_rounds,
     spec_of,
 )
+from darseg.run.check import read_all
 from darseg.run.directory import (
     RunDirectory,
     digest_manifest,
@@ -98,11 +100,18 @@ def train(
     network, weights_from = build_initial_network(recipe)
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+    console = console or Console()
+    if not RunDirectory(out).recipe.exists():  # before hours of work, not after them
+        found = read_all(manifest, console)
+        if found.faults:
+            raise DataError(
+                faults(f"The data have {len(found.faults)} fault(s), nothing was begun", found.faults)
+            )
     distribution, absent = measure_distribution(manifest.labeled, manifest.classes)
     run = open_run(
         Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
     )
-    journal = Journal(run.journal, run.tensorboard, console or Console())
+    journal = Journal(run.journal, run.tensorboard, console)
     other = RunDirectory(reuse) if reuse else None
     course = Course(recipe, run, manifest, data, distribution, rounds, other, journal)
     try:
@@ -153,11 +162,6 @@ def measure_distribution(labeled: Sequence[Sample], classes: ClassSet) -> tuple[
         the distribution, and the names of the classes that occur in no mask (their share is 0).
     """
     counts = count_labels(masks(labeled, classes), len(classes))
-    if counts.sum() == 0:
-        raise DataError(
-            f"None of the {len(labeled)} labelled masks has a labelled pixel: all hold the ignore value "
-            f"{classes.ignore}. Check data.labels and data.ignore."
-        )
     absent = [name for name, count in zip(classes.names, counts, strict=True) if count == 0]
     return ClassDistribution.from_counts(counts), absent
 
@@ -198,6 +202,11 @@ def _begin(course: Course, weights_from: str) -> None:
         journal.event("started", environment=now, weights=weights_from)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {weights_from}")
+    if course.recipe.training.precision == "bf16" and bf16_is_emulated():
+        journal.warn(
+            "training.precision bf16: this processor lacks the instructions for it (AVX-512), so it runs emulated, "
+            "many times slower than fp32. Use training.precision=fp32 on this machine."
+        )
     journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
 
 
@@ -225,6 +234,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     }
     record = run.finished(index, "label", inputs, course.reuse)
     if record is not None:
+        shutil.rmtree(run.predictions(index), ignore_errors=True)  # left by a kill just after the record
         return run.label_set(index).samples(unlabeled), record.seconds
     began = time.monotonic()
     network = place(load_network(run.network(index - 1)))
@@ -255,13 +265,14 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     labels.save(course.path(round_, "histogram.npz"), course.path(round_, "thresholds.json"))
     outputs = ["labels", "histogram.npz", "thresholds.json"]
     facts = {"share": round(float(kept.sum() / max(1, histogram.predicted.sum())), 4)}
-    if all(sample.label for sample in unlabeled):
-        scores = pseudo_scores(unlabeled, labels, classes)
-        truth = count_labels(masks(unlabeled, classes), len(classes))
+    known = [sample for sample in unlabeled if sample.label]
+    if known:
+        scores = pseudo_scores(known, labels, classes)
+        truth = count_labels(masks(known, classes), len(classes))
         described = scores.to_json(classes.names) | {"truth": truth.tolist()}
         write_json(course.path(round_, "pseudo_scores.json"), described)
         outputs.append("pseudo_scores.json")
-        facts["pixel_accuracy"] = round(scores.pixel_accuracy, 4) if kept.any() else None
+        facts["pixel_accuracy"] = round(scores.pixel_accuracy, 4) if scores.confusion.any() else None
     seconds = time.monotonic() - began
     run.finish(index, "label", inputs, outputs, seconds, facts)
     shutil.rmtree(run.predictions(index), ignore_errors=True)
@@ -332,6 +343,7 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
     }
     record = run.finished(index, "train", inputs, course.reuse)
     if record is not None:
+        run.checkpoint(index).unlink(missing_ok=True)  # left by a kill just after the record
         return record.seconds
     momentum = None
     if index > 0:

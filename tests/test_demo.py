@@ -1,0 +1,84 @@
+"""`darseg demo`, with fewer scenes and steps: the same path, every figure it prints checked against the files."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from rich.console import Console
+
+from darseg.config import load_recipe
+from darseg.data.manifest import read_label
+from darseg.data.scenes import SCENE_CLASSES
+from darseg.run import demo as module
+
+LABELED, UNLABELED, VALIDATION = 4, 6, 3
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    """Folder, result and printed text of a small demo."""
+    out, text = tmp_path_factory.mktemp("demo"), module.recipe_text()
+    assert text.count("steps: 100") == 3
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("LABELED", "UNLABELED", "VALIDATION"):
+            patch.setattr(module, name, globals()[name])
+        patch.setattr(module, "recipe_text", lambda: text.replace("steps: 100", "steps: 3"))
+        console = Console(file=io.StringIO(), width=140)
+        result = module.demo(out, 5, console)
+    return out, result, console.file.getvalue()
+
+
+def test_dars_and_control_get_the_same_number_of_steps(ran) -> None:
+    out, result, _ = ran
+    dars, control = (
+        json.loads((out / "seed_5" / n / "summary.json").read_text()) for n in ("dars", "control")
+    )
+    assert [one["steps"] for one in dars["rounds"]] == [3, 3, 3]
+    assert [one["steps"] for one in control["rounds"]] == [9] and result["steps"] == 9
+    assert result["mean_iou"] == {
+        "labeled_only": dars["rounds"][0]["mean_iou"],
+        "control": control["rounds"][0]["mean_iou"],
+        "dars": dars["rounds"][2]["mean_iou"],
+    }
+    assert json.loads((out / "seed_5" / "demo.json").read_text()) == result
+
+
+def test_shares_are_counted_from_the_files(ran) -> None:
+    out, result, _ = ran
+    names = (out / "data" / "unlabeled.txt").read_text().split()
+    for kind, folder in (("truth", out / "data" / "labels"), ("pseudo", out / "seed_5/dars/round_2/labels")):
+        counts = np.zeros(len(SCENE_CLASSES))
+        for name in names:
+            counts += np.bincount(read_label(folder / f"{name}.png").ravel(), minlength=256)[: len(counts)]
+        assert list(result["share"][kind].values()) == pytest.approx(counts / counts.sum())
+    assert sum(result["share"]["predicted"].values()) == pytest.approx(1)
+
+
+def test_the_table_shows_every_class_and_figure(ran) -> None:
+    _, result, printed = ran
+    for name in SCENE_CLASSES.names:
+        row = next(line for line in printed.splitlines() if f" {name} " in line and "%" in line)
+        for network in ("labeled_only", "control", "dars"):
+            iou = result["iou"][network][name]
+            assert ("undefined" if iou is None else f"{iou:.3f}") in row
+        for kind in ("truth", "predicted", "pseudo"):
+            assert f"{result['share'][kind][name]:.3%}" in row
+    assert all(f"{value:.4f}" in printed for value in result["mean_iou"].values())
+
+
+def test_the_picture_has_a_row_a_scene(ran) -> None:
+    out, _, _ = ran
+    picture = cv2.imread(str(out / "seed_5" / "demo.png"))
+    assert picture.shape[0] > module.PICTURE_ROWS * 128 and picture.shape[1] > 5 * 192
+
+
+def test_its_own_recipe_is_what_the_page_promises(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(module.recipe_text())
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert [one.labeling_ratio for one in recipe.rounds] == [None, 0.4, 0.65]
+    assert tuple(recipe.data.classes) == SCENE_CLASSES.names and recipe.training.precision == "fp32"

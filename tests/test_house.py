@@ -1,0 +1,111 @@
+"""The laws of the house: who imports whom, what starts fast, what is public, one tree of errors."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import darseg
+from conftest import REPOSITORY
+
+SOURCE = REPOSITORY / "src" / "darseg"
+ROOMS = ("data", "model", "pseudo", "training", "run", "cli")  # each imports only those before it
+STRANGERS = {"pseudo", "training"}
+FRONT = {"__init__", "__main__"}  # the package itself: names things, does nothing
+MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
+
+
+def room_of(module: Path) -> str:
+    return module.parts[0] if len(module.parts) > 1 else module.stem
+
+
+def imported(text: str) -> Iterator[str]:
+    """The modules of darseg that a source text imports, at its top or inside its functions."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "darseg")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "darseg":
+                yield from (f"darseg.{alias.name}" for alias in node.names)
+            elif (node.module or "").startswith("darseg."):
+                yield str(node.module)
+
+
+def breach(room: str, other: str) -> bool:
+    """Whether `room` may not import from `other`."""
+    if other == room or other in {"errors", "__version__"}:
+        return False
+    if other == "config":
+        return room not in ("run", "cli")
+    if room == "config":
+        return True  # imports nothing but errors
+    if {room, other} == STRANGERS or room not in ROOMS or other not in ROOMS:
+        return True
+    return ROOMS.index(other) > ROOMS.index(room)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.stem not in FRONT], ids=Path.as_posix)
+def test_a_room_imports_only_rooms_to_its_left(module: Path) -> None:
+    names = set(imported((SOURCE / module).read_text())) - {"darseg"}
+    wrong = [name for name in names if breach(room_of(module), name.split(".")[1])]
+    assert not wrong, f"{module} may not import {wrong}"
+
+
+def test_the_law_would_notice() -> None:
+    text = "def f():\n    from darseg.run.rounds import train\n    import darseg.pseudo.assign\nfrom darseg import config"
+    assert sorted(imported(text)) == ["darseg.config", "darseg.pseudo.assign", "darseg.run.rounds"]
+    pairs = [
+        ("model", "run"),
+        ("training", "pseudo"),
+        ("data", "config"),
+        ("errors", "data"),
+        ("data", "new"),
+    ]
+    assert all(breach(*pair) for pair in pairs)
+    assert not breach("run", "config") and not breach("pseudo", "data")
+
+
+def test_every_module_is_in_a_room_of_the_readmes_map() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    shown = readme[readme.index("src/darseg/\n") :]
+    missing = [m for m in MODULES if m.stem not in FRONT and m.stem not in shown]
+    assert not missing
+
+
+def test_help_loads_nothing_slow() -> None:
+    code = (
+        "import sys; sys.argv = ['darseg', '--help']\n"
+        "from darseg.__main__ import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "slow = {'torch', 'cv2', 'numpy', 'pydantic', 'yaml', 'tensorboard', 'timm'} & set(sys.modules)\n"
+        "assert not slow, slow"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert all(verb in result.stdout for verb in ("demo", "train", "evaluate", "predict", "check", "plan"))
+
+
+def test_public_names_are_there_and_documented() -> None:
+    for name in darseg.__all__:
+        value = getattr(darseg, name)
+        assert value is not None
+        if callable(value):
+            assert (value.__doc__ or "").strip(), f"darseg.{name} has no docstring"
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        darseg.nonsense  # noqa: B018
+
+
+def test_all_errors_grow_on_one_tree() -> None:
+    errors = importlib.import_module("darseg.errors")
+    kinds = [value for value in vars(errors).values() if getattr(value, "__module__", "") == "darseg.errors"]
+    kinds = [kind for kind in kinds if isinstance(kind, type)]
+    assert len(kinds) >= 8 and all(issubclass(kind, errors.DarsegError) for kind in kinds)
+    assert all(kind.__name__ in errors.__doc__ for kind in kinds)
