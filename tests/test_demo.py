@@ -23,11 +23,11 @@ LABELED, UNLABELED, VALIDATION = 4, 6, 3
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
     """Folder, result and printed text of a small demo."""
     out, text = tmp_path_factory.mktemp("demo"), module.recipe_text()
-    assert text.count("steps: 100") == 3
+    assert text.count("steps: 150") == 3
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LABELED", "UNLABELED", "VALIDATION"):
             patch.setattr(module, name, globals()[name])
-        patch.setattr(module, "recipe_text", lambda: text.replace("steps: 100", "steps: 3"))
+        patch.setattr(module, "recipe_text", lambda: text.replace("steps: 150", "steps: 3"))
         console = Console(file=io.StringIO(), width=140)
         result = module.demo(out, 5, console)
     return out, result, console.file.getvalue()

@@ -32,6 +32,7 @@ CLASSES = 5
 NETWORKS = [
     ("resnet18", 8),
     ("resnet18", 16),
+    ("resnet18_half", 8),
     ("resnet50", 16),
     ("resnet50_deep", 8),
     ("resnet101_deep", 16),
@@ -150,7 +151,7 @@ def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50", "resnet101"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet18_half", "resnet34", "resnet50", "resnet101"])
 def test_shapes_of_plain_resnets(backbone: str, output_stride: int) -> None:
     with torch.device("meta"):  # shapes alone, nothing is computed
         network = NetworkSpec(backbone=backbone, classes=CLASSES, output_stride=output_stride).build()
@@ -320,7 +321,8 @@ def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride
 
 
 @pytest.mark.parametrize(
-    ("name", "output_stride"), [("resnet18", 8), ("resnet18", 16), ("resnet50", 8), ("resnet50_deep", 16)]
+    ("name", "output_stride"),
+    [("resnet18", 8), ("resnet18", 16), ("resnet18_half", 8), ("resnet50", 8), ("resnet50_deep", 16)],
 )
 def test_resnets_against_the_oracle(name: str, output_stride: int) -> None:
     torch.manual_seed(0)

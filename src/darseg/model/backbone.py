@@ -7,6 +7,7 @@ A backbone turns normalised images float [B, 3, H, W] into `Features` and says, 
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 from typing import NamedTuple
 
@@ -98,11 +99,14 @@ class ResNetPlan(NamedTuple):
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
     deep_stem: bool
+    width: int = 64
+    """Channels of stage 1 (before a block's expansion); each stage has twice those of the one before."""
 
 
 RESNETS = {
     "resnet18": ResNetPlan(BasicBlock, (2, 2, 2, 2), deep_stem=False),
     "resnet34": ResNetPlan(BasicBlock, (3, 4, 6, 3), deep_stem=False),
+    "resnet18_half": ResNetPlan(BasicBlock, (2, 2, 2, 2), deep_stem=False, width=32),
     "resnet50": ResNetPlan(Bottleneck, (3, 4, 6, 3), deep_stem=False),
     "resnet101": ResNetPlan(Bottleneck, (3, 4, 23, 3), deep_stem=False),
     "resnet50_deep": ResNetPlan(Bottleneck, (3, 4, 6, 3), deep_stem=True),
@@ -125,21 +129,22 @@ class ResNet(nn.Module):
         super().__init__()
         self.name = name
         self.deep_stem = plan.deep_stem
-        self.channels = (256 * plan.block.expansion, 512 * plan.block.expansion)
+        width = plan.width
+        self.channels = (4 * width * plan.block.expansion, 8 * width * plan.block.expansion)
         if plan.deep_stem:
-            self.conv1 = _conv3x3(3, 64, stride=2)
-            self.bn1 = nn.BatchNorm2d(64)
-            self.conv2 = _conv3x3(64, 64)
-            self.bn2 = nn.BatchNorm2d(64)
-            self.conv3 = _conv3x3(64, 128)
-            self.bn3 = nn.BatchNorm2d(128)
+            self.conv1 = _conv3x3(3, width, stride=2)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.conv2 = _conv3x3(width, width)
+            self.bn2 = nn.BatchNorm2d(width)
+            self.conv3 = _conv3x3(width, 2 * width)
+            self.bn3 = nn.BatchNorm2d(2 * width)
         else:
-            self.conv1 = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False)
-            self.bn1 = nn.BatchNorm2d(64)
+            self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         stride3, dilation3, stride4, dilation4 = (1, 2, 1, 4) if output_stride == 8 else (2, 1, 1, 2)
-        inputs = 128 if plan.deep_stem else 64
+        inputs = 2 * width if plan.deep_stem else width
 
         def stage(width: int, depth: int, stride: int, dilation: int) -> nn.Sequential:
             nonlocal inputs
@@ -149,10 +154,10 @@ class ResNet(nn.Module):
                 inputs = width * plan.block.expansion
             return nn.Sequential(*blocks)
 
-        self.layer1 = stage(64, plan.depths[0], 1, 1)
-        self.layer2 = stage(128, plan.depths[1], 2, 1)
-        self.layer3 = stage(256, plan.depths[2], stride3, dilation3)
-        self.layer4 = stage(512, plan.depths[3], stride4, dilation4)
+        self.layer1 = stage(width, plan.depths[0], 1, 1)
+        self.layer2 = stage(2 * width, plan.depths[1], 2, 1)
+        self.layer3 = stage(4 * width, plan.depths[2], stride3, dilation3)
+        self.layer4 = stage(8 * width, plan.depths[3], stride4, dilation4)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -230,7 +235,10 @@ def build_backbone(name: str, output_stride: int) -> Backbone:
 def import_timm(wanted_by: str) -> ModuleType:
     """timm, or a RecipeError that says how to get it."""
     try:
-        return importlib.import_module("timm")
+        with warnings.catch_warnings():
+            # torchvision's image extension, which nothing here uses, is missing beside CPU builds of torch.
+            warnings.filterwarnings("ignore", "Failed to load image Python extension")
+            return importlib.import_module("timm")
     except (ImportError, RuntimeError, OSError) as error:
         # A torchvision built for another torch fails with a RuntimeError or OSError, not an ImportError.
         raise RecipeError(
