@@ -12,12 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darseg.data.prediction import FLOAT16_CODES, Prediction
+from darseg.data.prediction import FLOAT16, Prediction
 from darseg.errors import DataError, RecipeError
 from darseg.pseudo.assign import assign, image_generator, kept_counts
 from darseg.pseudo.distribution import ClassDistribution, count_label_pixels, count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
-from darseg.pseudo.thresholds import ACCEPT_NOTHING, Thresholds, choose_cbst, choose_dars, choose_global
+from darseg.pseudo.thresholds import Thresholds, choose_cbst, choose_dars, choose_global
 
 torch.set_num_threads(1)
 
@@ -66,9 +66,10 @@ class Case:
         """Of each image, the class and confidence of each pixel, read from the logits."""
         images = []
         for logits in self.logits:
+            # Classes first, as the method has it: torch's kernels for other layouts differ in last bits.
             probabilities = torch.softmax(
-                torch.from_numpy(logits).reshape(self.classes, -1).T, dim=1
-            ).tolist()
+                torch.from_numpy(logits).reshape(self.classes, -1), dim=0
+            ).T.tolist()
             images.append([(row.index(max(row)), max(row)) for row in probabilities])
         return images
 
@@ -106,15 +107,15 @@ def test_dars_equals_sorting_every_pixel(case: Case) -> None:
     for k in range(case.classes):
         confidences = sorted((p for image in pixels for c, p in image if c == k), reverse=True)
         wanted = int(case.ratio * case.prior.share[k] * total)
-        assert chosen.found[k] == len(confidences)
+        assert chosen.predicted[k] == len(confidences)
         assert chosen.wanted[k] == wanted
-        if wanted == 0 or not confidences:
-            assert chosen.accept[k] == ACCEPT_NOTHING
+        if not confidences:
+            assert chosen.accept[k] == FLOAT16.codes
             assert np.isnan(chosen.threshold[k])
             assert chosen.keep[k] == chosen.accepted[k] == 0
             assert not kept[:, k].any()
             continue
-        threshold = confidences[min(wanted, len(confidences)) - 1]
+        threshold = confidences[min(max(wanted, 1), len(confidences)) - 1]  # none wanted: as high as can be
         accepted = sum(1 for p in confidences if p >= threshold)
         share = min(1, wanted / accepted)
         assert chosen.threshold[k] == threshold
@@ -131,7 +132,7 @@ def test_cbst_equals_sorting_every_pixel(case: Case) -> None:
     for k in range(case.classes):
         confidences = sorted((p for image in pixels for c, p in image if c == k), reverse=True)
         if not confidences:
-            assert chosen.accept[k] == ACCEPT_NOTHING
+            assert chosen.accept[k] == FLOAT16.codes
             assert chosen.wanted[k] == chosen.keep[k] == 0
             continue
         rank = min(int(len(confidences) * case.ratio) + 1, len(confidences))
@@ -147,7 +148,7 @@ def test_global_keeps_just_what_reaches_the_threshold(case: Case, threshold: flo
     for i, (prediction, image) in enumerate(zip(case.predictions, case.pixels(), strict=True)):
         label = assign(prediction, chosen, image_generator(0, 0, str(i)))
         assert label.ravel().tolist() == [k if confidence >= threshold else 255 for k, confidence in image]
-    assert (chosen.accept == ACCEPT_NOTHING).tolist() == (chosen.found == 0).tolist()
+    assert (chosen.accept == FLOAT16.codes).tolist() == (chosen.predicted == 0).tolist()
     assert np.array_equal(chosen.wanted, chosen.accepted)
 
 
@@ -162,7 +163,7 @@ def test_dars_by_hand() -> None:
     # 10 pixels at ratio 0.5: 2 of class 0, whose best three tie; 2 of class 1; 1 of class 2, never predicted.
     chosen = choose_dars(histogram, ClassDistribution(np.array([0.4, 0.4, 0.2])), 0.5)
     assert chosen.wanted.tolist() == [2, 2, 1]
-    assert chosen.found.tolist() == [5, 5, 0]
+    assert chosen.predicted.tolist() == [5, 5, 0]
     assert chosen.accepted.tolist() == [3, 5, 0]
     assert chosen.keep.tolist() == [2 / 3, 2 / 5, 0]
     assert chosen.threshold[:2].tolist() == [1.0, 0.5]
@@ -175,7 +176,7 @@ def test_dars_by_hand() -> None:
 def test_a_prior_of_zero_labels_nothing_and_too_few_predictions_are_all_kept() -> None:
     prediction = predicted([[(0, 1.0)] * 6 + [(1, 0.5), (1, 0.25)]])
     chosen = choose_dars(ConfidenceHistogram.count(prediction, 2), ClassDistribution(np.array([0.0, 1.0])), 1)
-    assert chosen.accept.tolist() == [ACCEPT_NOTHING, np.float16(0.25).view(np.uint16)]
+    assert chosen.accept.tolist() == [np.float16(1).view(np.uint16), np.float16(0.25).view(np.uint16)]
     assert chosen.wanted.tolist() == [0, 8]
     assert chosen.keep.tolist() == [0, 1]
     label = assign(prediction, chosen, image_generator(0, 1, "a"))
@@ -206,7 +207,7 @@ def test_float32_rounding_follows_the_release() -> None:
         counts = np.array([count, 0])
         prediction = Prediction(np.zeros((1, count), np.uint8), np.full((1, count), 15360, np.uint16))
         chosen = Thresholds(
-            np.array([15360, ACCEPT_NOTHING], np.int32), np.array([share, 0]), counts, counts, counts
+            np.array([15360, FLOAT16.codes], np.int32), np.array([share, 0]), counts, counts, counts
         )
         label = assign(prediction, chosen, image_generator(0, 0, ""))
         num = torch.tensor(count)
@@ -275,7 +276,7 @@ def test_logits_that_overflow_float16_are_refused(logits: list[float]) -> None:
 
 def test_large_finite_logits_saturate() -> None:
     prediction = prediction_of(np.array([60000, -60000, -np.inf]).reshape(3, 1, 1).astype(np.float16))
-    assert prediction.codes.tolist() == [[FLOAT16_CODES - 1]]
+    assert prediction.codes.tolist() == [[FLOAT16.codes - 1]]
 
 
 def test_distribution_refuses_what_is_no_distribution() -> None:
@@ -321,10 +322,12 @@ def test_histogram_is_checked() -> None:
     with pytest.raises(DataError, match=r"int64 \[3, 5\]: give int64 \[K, 15361\]"):
         ConfidenceHistogram(np.zeros((3, 5), np.int64))
     with pytest.raises(DataError, match="1 histogram counts are negative"):
-        ConfidenceHistogram(histogram.counts - np.eye(3, FLOAT16_CODES, dtype=np.int64)[:3] * [[1], [0], [0]])
+        ConfidenceHistogram(histogram.counts - np.eye(3, FLOAT16.codes, dtype=np.int64)[:3] * [[1], [0], [0]])
     with pytest.raises(DataError, match="1 classes: between 2 and 255"):
         ConfidenceHistogram.empty(1)
-    with pytest.raises(DataError, match="3 and 4 classes cannot be added"):
+    with pytest.raises(
+        DataError, match="3 and 4 classes, on the scales float16 and float16, cannot be added"
+    ):
         histogram + ConfidenceHistogram.empty(4)
     with pytest.raises(DataError, match=r"contains class 2, but there are 2 classes \(0..1\)"):
         ConfidenceHistogram.count(predicted([[(2, 0.5)]]), 2)
@@ -376,10 +379,10 @@ def test_choosing_refuses_what_cannot_work() -> None:
 
 def test_thresholds_are_checked() -> None:
     good: dict[str, Any] = {
-        "accept": np.array([3, ACCEPT_NOTHING], np.int32),
+        "accept": np.array([3, FLOAT16.codes], np.int32),
         "keep": np.array([0.5, 0.0]),
         "wanted": np.array([2, 1]),
-        "found": np.array([9, 0]),
+        "predicted": np.array([9, 0]),
         "accepted": np.array([4, 0]),
     }
     thresholds = Thresholds(**good)
@@ -387,13 +390,13 @@ def test_thresholds_are_checked() -> None:
         thresholds.keep[0] = 1
     changes: list[tuple[dict[str, Any], str]] = [
         ({"accept": np.array([3, 4], np.int64)}, r"accept is int64 \[2\] instead of int32 \[2\]"),
-        ({"found": np.array([3])}, r"found is int64 \[1\] instead of int64 \[2\]"),
-        ({"accept": np.array([-1, ACCEPT_NOTHING], np.int32)}, "accept must be a code .* class 0"),
+        ({"predicted": np.array([3])}, r"predicted is int64 \[1\] instead of int64 \[2\]"),
+        ({"accept": np.array([-1, FLOAT16.codes], np.int32)}, "accept must be a code .* class 0"),
         ({"keep": np.array([0.5, 0.1])}, "keep must lie in .* class 1"),
         ({"keep": np.array([np.nan, 0.0])}, "keep must lie in .* class 0"),
         ({"wanted": np.array([2, -1])}, "wanted must not be negative: broken for class 1"),
-        ({"accepted": np.array([10, 0])}, "accepted must lie between 0 and found: broken for class 0"),
-        ({"found": np.array([9, 1]), "accepted": np.array([4, 1])}, "accepted must be 0 .* class 1"),
+        ({"accepted": np.array([10, 0])}, "accepted must lie between 0 and predicted: broken for class 0"),
+        ({"predicted": np.array([9, 1]), "accepted": np.array([4, 1])}, "accepted must be 0 .* class 1"),
     ]
     for change, message in changes:
         with pytest.raises(DataError, match=message):
@@ -419,8 +422,8 @@ def test_damaged_thresholds_files_are_refused() -> None:
     for wrong in damaged:
         with pytest.raises(DataError, match=r"These are not thresholds \(.*label again"):
             Thresholds.from_json(wrong)
-    for threshold in (0.3, 1.5, float("nan")):
-        with pytest.raises(DataError, match=r"not a float16 in \[0, 1\]"):
+    for threshold in (0.3, 1.5, 0.5, None):
+        with pytest.raises(DataError, match=r"Thresholds and their codes differ"):
             Thresholds.from_json(columns | {"threshold": [threshold, 0.5, None]})
-    with pytest.raises(DataError, match=r"found is float64 \[3\]"):
-        Thresholds.from_json(columns | {"found": [1.5, 1, 0]})
+    with pytest.raises(DataError, match=r"predicted is float64 \[3\]"):
+        Thresholds.from_json(columns | {"predicted": [1.5, 1, 0]})

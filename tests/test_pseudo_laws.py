@@ -8,17 +8,17 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darseg.data.prediction import FLOAT16_CODES, Prediction
+from darseg.data.prediction import FLOAT16, Prediction
 from darseg.pseudo.assign import assign, image_generator, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
-from darseg.pseudo.thresholds import ACCEPT_NOTHING, Thresholds, choose_cbst, choose_dars, choose_global
+from darseg.pseudo.thresholds import Thresholds, choose_cbst, choose_dars, choose_global
 
 
 def draw_predictions(seed: int, classes: int, images: int) -> list[Prediction]:
     """Images of differing sizes; few distinct confidences, half of them close to 1; some classes missing."""
     rng = np.random.default_rng(seed)
-    values = np.append(rng.integers(0, FLOAT16_CODES, 12), [15360] * 6 + [15359] * 6).astype(np.uint16)
+    values = np.append(rng.integers(0, FLOAT16.codes, 12), [15360] * 6 + [15359] * 6).astype(np.uint16)
     present = np.flatnonzero(rng.random(classes) < 0.7)
     present = present if len(present) else np.array([classes - 1])
     predictions = []
@@ -49,11 +49,11 @@ some = settings(max_examples=25, deadline=None)
 
 
 def test_codes_are_ordered_as_confidences() -> None:
-    confidences = np.arange(FLOAT16_CODES, dtype=np.uint16).view(np.float16)
+    confidences = np.arange(FLOAT16.codes, dtype=np.uint16).view(np.float16)
     assert confidences[0] == 0
     assert confidences[-1] == 1
     assert (np.diff(confidences.astype(np.float64)) > 0).all()
-    codes = np.arange(FLOAT16_CODES, dtype=np.uint16).reshape(1, -1)
+    codes = np.arange(FLOAT16.codes, dtype=np.uint16).reshape(1, -1)
     assert np.array_equal(Prediction(np.zeros_like(codes, np.uint8), codes).confidence[0], confidences)
 
 
@@ -137,12 +137,12 @@ def test_the_wanted_mix_is_met(seed: int, classes: int, ratio: float) -> None:
         ),
         np.zeros(classes, np.int64),
     )
-    assert (kept <= chosen.found).all()
-    enough = chosen.found >= chosen.wanted
+    assert (kept <= chosen.predicted).all()
+    enough = chosen.predicted >= chosen.wanted
     # Every image rounds its kept pixels up, by less than one (the slack is float32's).
     assert (kept[enough] >= chosen.wanted[enough] - 1e-3).all()
     assert (kept[enough] <= chosen.wanted[enough] + len(predictions) + 1e-3).all()
-    assert np.array_equal(kept[~enough], chosen.found[~enough])
+    assert np.array_equal(kept[~enough], chosen.predicted[~enough])
 
 
 @some
@@ -169,8 +169,13 @@ def test_a_class_without_predictions_or_without_a_share_gets_nothing(
     predictions = draw_predictions(seed, classes, 2)
     histogram, distribution = count_all(predictions, classes), draw_distribution(seed, classes)
     chosen = choose_dars(histogram, distribution, ratio)
-    assert (chosen.accept[(histogram.predicted == 0) | (distribution.share == 0)] == ACCEPT_NOTHING).all()
-    assert np.array_equal(np.isnan(chosen.threshold), (chosen.found == 0) | (chosen.wanted == 0))
+    assert np.array_equal(np.isnan(chosen.threshold), chosen.predicted == 0)
+    assert np.array_equal(chosen.keep == 0, (chosen.predicted == 0) | (chosen.wanted == 0))
+    kept = sum(
+        kept_counts(assign(p, chosen, image_generator(0, 1, n)), classes)
+        for n, p in zip("ab", predictions, strict=True)
+    )
+    assert not kept[chosen.keep == 0].any()
 
 
 @some

@@ -144,7 +144,7 @@ def test_labels_equal_a_slow_oracle(finished: Path, index: int) -> None:
         wanted = int(ratio * (counts[k] / counts.sum()) * pixels)
         assert described["wanted"][k] == wanted
         # The network's last bits may differ between the batched and this unbatched prediction, hence a tolerance.
-        assert abs(described["found"][k] - len(ranked)) <= 2
+        assert abs(described["predicted"][k] - len(ranked)) <= 2
         if not ranked or wanted == 0:
             assert described["threshold"][k] is None
             continue
@@ -157,7 +157,7 @@ def test_labels_equal_a_slow_oracle(finished: Path, index: int) -> None:
         assert (label[some] == classes[some]).mean() > 0.999 if some.any() else True
         kept += np.bincount(label[some], minlength=K)
     assert kept.tolist() == described["kept"]
-    enough = np.array(described["found"]) >= np.array(described["wanted"])
+    enough = np.array(described["predicted"]) >= np.array(described["wanted"])
     assert (np.abs(kept - described["wanted"])[enough] <= len(manifest.unlabeled)).all()
 
 
@@ -175,7 +175,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: 
     run = tmp_path / "run"
     moments: list[Callable[[], bool]] = [
         (run / "round_0" / "checkpoint.safetensors").exists,
-        lambda: len(list(run.glob("round_1/predictions/**/*.png"))) >= 3,
+        lambda: len(list(run.glob("round_1/predictions/**/*.prediction"))) >= 3,
         lambda: len(list(run.glob("round_1/labels/**/*.png"))) >= 2,
         (run / "round_2" / "checkpoint.safetensors").exists,
     ]
@@ -202,7 +202,7 @@ def test_what_a_kill_leaves_around_a_record_is_put_right(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "round_1" / "predictions").mkdir()
-    (run / "round_1" / "predictions" / "x.codes.png").write_bytes(b"left over")
+    (run / "round_1" / "predictions" / "x.prediction").write_bytes(b"left over")
     (run / "round_2" / "checkpoint.safetensors").write_bytes(b"left over")
     (run / "data.json").unlink()
     train(load_recipe(run / "recipe.yaml"), run)

@@ -1,8 +1,8 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
-The verbs of the command line – `train`, `evaluate`, `predict_folder`, `check`, `plan`, `demo` – and the value
-types that flow between the rooms are importable from here. Names are imported when first used, since torch
-takes seconds.
+The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
+`check`, `plan`, `demo` – and the value types that flow between the rooms are importable from here. Names are
+imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _HOMES = {
     "ConfidenceHistogram": "pseudo.histogram",
     "DarsegError": "errors",
     "Example": "data.dataset",
+    "FINE": "data.prediction",
+    "FLOAT16": "data.prediction",
     "Findings": "data.manifest",
     "HistogramBuilder": "pseudo.histogram",
     "Manifest": "data.manifest",
@@ -33,6 +35,7 @@ _HOMES = {
     "Protocol": "model.predict",
     "PseudoLabelSet": "pseudo.labelset",
     "Recipe": "config",
+    "Redistribution": "pseudo.redistribute",
     "Round": "run.build",
     "RunDirectory": "run.directory",
     "Sample": "data.manifest",
@@ -45,9 +48,11 @@ _HOMES = {
     "choose_cbst": "pseudo.thresholds",
     "choose_dars": "pseudo.thresholds",
     "choose_global": "pseudo.thresholds",
+    "decide": "model.decide",
     "demo": "run.demo",
     "evaluate": "run.evaluate",
     "image_generator": "pseudo.assign",
+    "label_folder": "run.label",
     "load_network": "model.weights",
     "load_recipe": "config",
     "manifest_of": "run.build",
@@ -57,6 +62,8 @@ _HOMES = {
     "predict_folder": "run.evaluate",
     "read_image": "data.manifest",
     "read_label": "data.manifest",
+    "redistribute": "pseudo.redistribute",
+    "redistribute_folder": "run.label",
     "run_stage": "training.stage",
     "train": "run.rounds",
 }

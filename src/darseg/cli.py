@@ -5,6 +5,7 @@ torch, OpenCV and pydantic are imported inside the commands, so that `darseg --h
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -29,6 +30,25 @@ class Role(str, Enum):
     test = "test"
     labeled = "labeled"
     unlabeled = "unlabeled"
+
+
+class Method(str, Enum):
+    dars = "dars"
+    cbst = "cbst"
+    globally = "global"
+
+
+class Confidence(str, Enum):
+    float16 = "float16"
+    fine = "fine"
+
+
+class Sampling(str, Enum):
+    random = "random"
+    none = "none"
+
+
+TWICE = "Predict again instead of keeping predictions on the disk while labelling."
 
 
 class Kind(str, Enum):
@@ -145,6 +165,96 @@ def predict(
 
 
 @app.command()
+def label(
+    source: Source,
+    images: Annotated[Path, typer.Argument(help="A folder of images to pseudo-label.")],
+    out: Annotated[Path, typer.Argument(help="Gets ID.png and redistribution.json.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="For a checkpoint: the recipe it was trained with.")
+    ] = None,
+    class_counts: Annotated[
+        Path | None,
+        typer.Option(help="JSON: labelled pixels per class. Default: counted in the labelled masks."),
+    ] = None,
+    round_index: Annotated[
+        int | None, typer.Option("--round", min=0, help="Default: the last finished.")
+    ] = None,
+    labeling_ratio: Annotated[float | None, typer.Option(help="Default: of the last round.")] = None,
+    method: Annotated[Method | None, typer.Option(help="Default: the recipe's.")] = None,
+    threshold: Annotated[float | None, typer.Option(help="Of method global.")] = None,
+    confidence: Annotated[Confidence | None, typer.Option(help="Default: the recipe's.")] = None,
+    sampling: Annotated[Sampling | None, typer.Option(help="Default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: the recipe's.")] = None,
+    predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
+) -> None:
+    """Pseudo-label a folder of images with a trained network. Also under torchrun, on many processes."""
+    from darseg.config import load_recipe
+    from darseg.run.label import label_folder
+
+    described = label_folder(
+        source,
+        images,
+        out,
+        recipe=load_recipe(recipe) if recipe else None,
+        class_counts=class_counts,
+        round_index=round_index,
+        labeling_ratio=labeling_ratio,
+        method=method and method.value,
+        threshold=threshold,
+        confidence=confidence and confidence.value,
+        sampling=sampling and sampling.value,
+        seed=seed,
+        predict_twice=predict_twice,
+        threads=threads,
+    )
+    _print_labels(described, out)
+
+
+@app.command()
+def redistribute(
+    predictions: Annotated[
+        Path, typer.Argument(help="ID.npy or ID.npz: logits [K, H, W]; subfolders allowed.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Gets ID.png and redistribution.json.")],
+    class_counts: Annotated[
+        Path, typer.Option(help="JSON: labelled pixels per class, a list or name → count.")
+    ],
+    labeling_ratio: Annotated[
+        float | None, typer.Option(help="Share of all pixels to label, 0 < ratio <= 1 (not with global).")
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How thresholds are chosen.")] = Method.dars,
+    threshold: Annotated[float | None, typer.Option(help="Confidence, for method global only.")] = None,
+    confidence: Annotated[Confidence, typer.Option(help="Scale of confidences.")] = Confidence.float16,
+    sampling: Annotated[
+        Sampling, typer.Option(help="Drop the surplus of ties, or keep it.")
+    ] = Sampling.random,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random sampling.")] = 0,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="The files hold probabilities, softmaxed already.")
+    ] = False,
+    predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
+) -> None:
+    """Label images from predictions of any framework, without the bias towards majority classes."""
+    from darseg.run.label import redistribute_folder
+
+    described = redistribute_folder(
+        predictions,
+        out,
+        class_counts,
+        labeling_ratio,
+        method=method.value,
+        threshold=threshold,
+        confidence=confidence.value,
+        sampling=sampling.value,
+        seed=seed,
+        probabilities=probabilities,
+        predict_twice=predict_twice,
+    )
+    _print_labels(described, out)
+
+
+@app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Find every fault of a recipe's data in one go, and show the class shares."""
     from darseg.config import load_recipe
@@ -209,6 +319,21 @@ def _rounds_table(summary: dict) -> list[list[Any]]:
         rows.append([key.replace("_", " "), *(one[key] for one in rounds)])
     rows.append(["seconds", *(f"{one['seconds']:.0f}" for one in rounds)])
     return rows
+
+
+def _print_labels(described: dict, out: Path) -> None:
+    """The choice class by class; under torchrun by the first process alone."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    names = described["classes"] or [f"class {k}" for k in range(len(described["kept"]))]
+    columns = ("threshold", "keep", "wanted", "predicted", "accepted", "kept")
+    rows: list[list[Any]] = [["class", *columns]]
+    for k, name in enumerate(names):
+        values = [described[column][k] for column in columns]
+        rows.append([name, "-" if values[0] is None else values[0], *values[1:]])
+    _print_table(rows)
+    share = sum(described["kept"]) / max(1, sum(described["predicted"]))
+    print(f"{described['images']} images, {share:.2%} of their pixels labelled, in {out}")
 
 
 def _share(pixels: Any, k: int) -> str:

@@ -167,6 +167,10 @@ class ProtocolConfig(_Section):
 class LabelingConfig(ProtocolConfig):
     method: Literal["dars", "cbst", "global"] = "dars"
     threshold: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
+    confidence: Literal["float16", "fine"] = "float16"
+    sampling: Literal["random", "none"] = "random"
+    keep_predictions: StrictBool = False
+    predict_twice: StrictBool = False
 
 
 class RoundConfig(_Section):
@@ -420,6 +424,13 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             else "takes no threshold (only global does)"
         )
         yield ("labeling", "threshold"), f"method {labeling.method} {need}"
+    if labeling.keep_predictions and labeling.predict_twice:
+        yield (
+            ("labeling", "predict_twice"),
+            "makes no files that labeling.keep_predictions could keep; set one",
+        )
+    if labeling.sampling == "none" and labeling.method != "dars":
+        yield ("labeling", "sampling"), f"only method dars samples, this is {labeling.method}; leave it out"
     if len(recipe.rounds) > 1 and recipe.training.half_batch is None and recipe.training.batch < 4:
         yield (
             ("training", "batch"),

@@ -101,6 +101,14 @@ def image_size(path: Path) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
+def count_pixels(samples: Sequence[Sample]) -> int:
+    """Pixels of all images, taking all to be as large as the first."""
+    if not samples:
+        return 0
+    height, width = image_size(samples[0].image)
+    return height * width * len(samples)
+
+
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()

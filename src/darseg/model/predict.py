@@ -14,8 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from darseg.data.prediction import Prediction
-from darseg.errors import NumericsError
+from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
+from darseg.errors import DataError, NumericsError
+from darseg.model.decide import decide_strips
 from darseg.model.network import Network
 
 WINDOWS_AT_ONCE = 4  # windows (and as many mirrored) in one forward pass; fixed, since it can move last bits
@@ -54,55 +55,99 @@ def window_starts(side: int, window: int) -> list[int]:
     return [min(index * stride, side - window) for index in range(count)]
 
 
+class WindowSums:
+    """Sums of window scores float32 [K, H, W], and over how many windows each pixel's sum is.
+
+    Works plane by plane: a plane fits in the cache, all K do not.
+    """
+
+    def __init__(self, classes: int, height: int, width: int, device: torch.device) -> None:
+        self.total_KHW = torch.zeros(classes, height, width, device=device)
+        self.count_HW = torch.zeros(height, width, device=device)
+
+    def add(
+        self, scores_Khw: torch.Tensor, top: int, left: int, mirrored: torch.Tensor | None = None
+    ) -> None:
+        """Add a window whose corner lies at `top`, `left`, and the scores of its mirror image."""
+        height, width = scores_Khw.shape[1:]
+        rows, columns = slice(top, top + height), slice(left, left + width)
+        window = self.total_KHW[:, rows, columns]
+        if window.device.type == "cpu":
+            for k in range(len(window)):
+                window[k] += scores_Khw[k]
+                if mirrored is not None:
+                    window[k] += mirrored[k].flip(1)
+        else:
+            window += scores_Khw
+            if mirrored is not None:
+                window += mirrored.flip(2)
+        self.count_HW[rows, columns] += 1 if mirrored is None else 2
+
+    def crop(self, top: int, left: int, height: int, width: int) -> None:
+        """Forget what lies outside: the padding of a small image."""
+        self.total_KHW = self.total_KHW[:, top : top + height, left : left + width]
+        self.count_HW = self.count_HW[top : top + height, left : left + width]
+
+    def mean(self, top: int, bottom: int) -> torch.Tensor:
+        """Averages of some rows, float32 [K, bottom - top, W]."""
+        return self.total_KHW[:, top:bottom] / self.count_HW[top:bottom]
+
+
 @torch.inference_mode()
 def predict_scores(
     network: Network, image: np.ndarray, protocol: Protocol, average: Literal["logits", "probabilities"]
-) -> torch.Tensor:
-    """Averaged logits or probabilities, float32 [K, H, W] on the network's device.
+) -> WindowSums:
+    """Sums of logits or probabilities over windows, mirror and scales, on the network's device.
 
     Args:
         network: in eval mode.
         image: uint8 [H, W, 3], RGB.
     """
     device = network.mean.device
-    image_1CHW = torch.from_numpy(image).to(device).permute(2, 0, 1)[None]
+    image_1CHW = torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1)[None]
     normalised = network.normalise(image_1CHW)
     height, width = image.shape[:2]
-    total = None
+    all_scales: WindowSums | None = None
     for scale in protocol.scales:
         long_side = round(scale * (protocol.base_size or max(height, width)))
         size = _scaled(height, width, long_side)
-        scaled = normalised if size == (height, width) else _resize(normalised, size)
-        scores = _slide(network, scaled, protocol, average)
-        if size != (height, width):
-            scores = _resize(scores, (height, width))
-        total = scores if total is None else total + scores
-    assert total is not None
-    return total[0] / len(protocol.scales)
+        same = size == (height, width)
+        sums = _slide(network, normalised if same else _resize(normalised, size), protocol, average)
+        if same and len(protocol.scales) == 1:
+            return sums
+        if all_scales is None:
+            all_scales = WindowSums(network.classes, height, width, device)
+        scores = sums.mean(0, size[0])
+        all_scales.add(scores if same else _resize(scores[None], (height, width))[0], 0, 0)
+    assert all_scales is not None
+    return all_scales
 
 
-def predict(network: Network, image: np.ndarray, protocol: Protocol, name: str = "image") -> Prediction:
+def predict(
+    network: Network,
+    image: np.ndarray,
+    protocol: Protocol,
+    name: str = "image",
+    scale: ConfidenceScale = FLOAT16,
+) -> Prediction:
     """Classes and confidences of an image as labelling wants them (DARS, section 3; the release's arithmetic).
 
-    Logits are averaged in float32, cast to float16, and softmaxed once. Raises NumericsError naming the
-    image where a confidence is not a number (logits beyond float16's 65,504, or a network that diverged).
+    Logits are averaged in float32; `decide` makes classes and confidences of them. Raises NumericsError naming
+    the image where a confidence is not a number (logits beyond float16's 65,504, or a network that diverged).
     """
-    logits_KHW = predict_scores(network, image, protocol, "logits")
-    confidence, classes = torch.softmax(logits_KHW.half(), dim=0).max(dim=0)
-    if not bool(torch.isfinite(confidence).all()):
-        raise NumericsError(
-            f"{name}: predicted confidences are not finite (largest logit {float(logits_KHW.abs().max()):g}). "
-            "The network has diverged; train it again with a lower training.learning_rate."
-        )
-    codes = confidence.cpu().numpy().view(np.uint16)
-    return Prediction(classes.to(torch.uint8).cpu().numpy(), codes)
+    sums = predict_scores(network, image, protocol, "logits")
+    try:
+        with torch.inference_mode():
+            return decide_strips(sums.mean, sums.total_KHW.shape, sums.total_KHW.device, scale, False, name)
+    except DataError as error:
+        raise NumericsError(str(error)) from None
 
 
 def predict_classes(network: Network, image: np.ndarray, protocol: Protocol) -> np.ndarray:
     """Classes of an image as evaluation wants them, uint8 [H, W]: probabilities averaged, then the largest."""
-    return (
-        predict_scores(network, image, protocol, "probabilities").argmax(dim=0).to(torch.uint8).cpu().numpy()
-    )
+    sums = predict_scores(network, image, protocol, "probabilities")
+    with torch.inference_mode():
+        return sums.mean(0, image.shape[0]).argmax(dim=0).to(torch.uint8).cpu().numpy()
 
 
 def _scaled(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -115,8 +160,8 @@ def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
-def _slide(network: Network, image: torch.Tensor, protocol: Protocol, average: str) -> torch.Tensor:
-    """Average over all windows that cover a pixel: [1, 3, H, W] → [1, K, H, W]."""
+def _slide(network: Network, image: torch.Tensor, protocol: Protocol, average: str) -> WindowSums:
+    """Scores of all windows of an image [1, 3, H, W], summed where they overlap."""
     height, width = image.shape[2:]
     window_h, window_w = protocol.window
     pad_h, pad_w = max(window_h - height, 0), max(window_w - width, 0)
@@ -127,33 +172,19 @@ def _slide(network: Network, image: torch.Tensor, protocol: Protocol, average: s
         for top in window_starts(padded.shape[2], window_h)
         for left in window_starts(padded.shape[3], window_w)
     ]
-    total = torch.zeros(1, network.classes, *padded.shape[2:], device=image.device)
-    count = torch.zeros(1, 1, *padded.shape[2:], device=image.device)
+    sums = WindowSums(network.classes, padded.shape[2], padded.shape[3], image.device)
     for start in range(0, len(corners), WINDOWS_AT_ONCE):
         some = corners[start : start + WINDOWS_AT_ONCE]
         windows = torch.cat(
             [padded[:, :, top : top + window_h, left : left + window_w] for top, left in some]
         )
-        for (top, left), scores in zip(
-            some, _window_scores(network, windows, protocol, average), strict=True
-        ):
-            total[0, :, top : top + window_h, left : left + window_w] += scores
-            count[0, :, top : top + window_h, left : left + window_w] += 1
-    total /= count
-    top, left = pad_h // 2, pad_w // 2
-    return total[:, :, top : top + height, left : left + width]
-
-
-def _window_scores(
-    network: Network, windows_NCHW: torch.Tensor, protocol: Protocol, average: str
-) -> torch.Tensor:
-    images = torch.cat([windows_NCHW, windows_NCHW.flip(3)]) if protocol.mirror else windows_NCHW
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=protocol.bf16):
-        scores = network(images).main
-    scores = scores.float()
-    if average == "probabilities":
-        scores = scores.softmax(dim=1)
-    if protocol.mirror:
-        plain, mirrored = scores.chunk(2)
-        scores = (plain + mirrored.flip(3)) / 2
-    return scores
+        if protocol.mirror:
+            windows = torch.cat([windows, windows.flip(3)])
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=protocol.bf16):
+            scores = network(windows).main
+        if average == "probabilities":
+            scores = scores.float().softmax(dim=1)
+        for index, (top, left) in enumerate(some):
+            sums.add(scores[index], top, left, scores[len(some) + index] if protocol.mirror else None)
+    sums.crop(pad_h // 2, pad_w // 2, height, width)
+    return sums

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from darseg.data.classes import IGNORE
 from darseg.data.prediction import Prediction
+from darseg.errors import DataError
 from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import check_predicted_classes
 from darseg.pseudo.thresholds import Thresholds
@@ -28,8 +29,13 @@ def assign(
     Raises DataError when a predicted class is not among the thresholds.
     """
     check_predicted_classes(prediction, len(thresholds.accept))
-    # Codes are below ACCEPT_NOTHING and both fit in 16 bits.
-    lowest = thresholds.accept.astype(np.uint16)[prediction.classes]
+    if prediction.scale is not thresholds.scale:
+        raise DataError(
+            f"A prediction on the scale {prediction.scale.name} and thresholds on {thresholds.scale.name}: "
+            "count and choose on the scale of the predictions."
+        )
+    # Where nothing is accepted the code may not fit in 16 bits; the kept share, 0, then drops all.
+    lowest = np.minimum(thresholds.accept, 65535).astype(np.uint16)[prediction.classes]
     labels = np.where(prediction.codes >= lowest, prediction.classes, np.uint8(IGNORE))
     flat = labels.ravel()  # row by row, whatever the arrays' layout: positions decide what is drawn
     accepted = np.bincount(flat, minlength=IGNORE + 1)

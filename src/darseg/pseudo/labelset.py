@@ -1,22 +1,25 @@
 """Label maps of the unlabelled images on the disk: predicted, counted, decided, assigned, written.
 
 The only module of this room that touches the disk. Memory does not grow with the number of images: between
-counting and assigning, predictions wait in files (3 bytes a pixel before compression).
+counting and assigning, predictions wait in files (3 bytes a pixel before compression), or are made again.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import cv2
 import numpy as np
 
 from darseg.data.files import write_whole
 from darseg.data.manifest import Sample
-from darseg.data.prediction import Prediction
+from darseg.data.pipeline import overlapped
+from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.pseudo.assign import assign, image_generator, kept_counts
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
@@ -36,15 +39,13 @@ class PseudoLabelSet:
     thresholds: Thresholds
     kept: np.ndarray
 
-    def save(self, histogram: Path, thresholds: Path) -> None:
-        """Write histogram (npz) and thresholds (JSON, with the counts kept), each whole."""
-        write_whole(histogram, self.histogram.to_bytes())
-        described = self.thresholds.to_json() | {"kept": self.kept.tolist()}
-        write_whole(thresholds, json.dumps(described, indent=1) + "\n")
+    def to_json(self) -> dict:
+        """Thresholds and counts, a list of K each."""
+        return self.thresholds.to_json() | {"kept": self.kept.tolist()}
 
     @classmethod
     def load(cls, folder: Path, histogram: Path, thresholds: Path) -> PseudoLabelSet:
-        """What `save` wrote. Raises DataError where it is damaged."""
+        """From its folder, the bytes of its histogram and its `to_json`. Raises DataError where it is damaged."""
         described = json.loads(thresholds.read_text())
         kept = np.array(described["kept"], np.int64)
         counts = ConfidenceHistogram.from_bytes(histogram.read_bytes())
@@ -56,8 +57,17 @@ class PseudoLabelSet:
 
 
 def label_path(folder: Path, sample_id: str) -> Path:
-    """Where the label map of an image lies."""
-    return folder / f"{sample_id}.png"
+    """Where the label map of an image lies. Raises DataError for an id that leads out of the folder."""
+    return _below(folder, sample_id, ".png")
+
+
+def _below(folder: Path, sample_id: str, suffix: str) -> Path:
+    parts = PurePosixPath(sample_id).parts
+    if not parts or sample_id.startswith("/") or ".." in parts:
+        raise DataError(
+            f"The id {sample_id!r} leads out of the folder {folder}: an id is a relative path without '..'."
+        )
+    return folder / f"{sample_id}{suffix}"
 
 
 def write_map(path: Path, values: np.ndarray) -> None:
@@ -68,47 +78,73 @@ def write_map(path: Path, values: np.ndarray) -> None:
     write_whole(path, data.tobytes())
 
 
-def _store(folder: Path, sample_id: str, prediction: Prediction) -> None:
-    # The class map is written second: where it is there, both are.
-    write_map(folder / f"{sample_id}.codes.png", prediction.codes)
-    write_map(folder / f"{sample_id}.classes.png", prediction.classes)
+def prediction_path(folder: Path, sample_id: str) -> Path:
+    """Where the prediction of an image waits."""
+    return _below(folder, sample_id, ".prediction")
 
 
-def _stored(folder: Path, sample_id: str) -> Prediction | None:
-    path = folder / f"{sample_id}.classes.png"
-    if not path.exists():
+def read_prediction(folder: Path, sample_id: str) -> Prediction | None:
+    """A waiting prediction; None where it is missing or damaged, and has to be made again."""
+    try:
+        return Prediction.from_bytes(prediction_path(folder, sample_id).read_bytes())
+    except (OSError, DataError):
         return None
-    classes = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    codes = cv2.imread(str(folder / f"{sample_id}.codes.png"), cv2.IMREAD_UNCHANGED)
-    if classes is None or codes is None:  # damaged from outside: predicted again
-        return None
-    return Prediction(classes.astype(np.uint8, copy=False), codes.astype(np.uint16, copy=False))
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """How the predictions of a set of images are come by.
+
+    Attributes:
+        read: Sample → what `predict` needs of it; called in threads, ahead.
+        predict: (Sample, what was read) → Prediction; called one image at a time.
+        folder: where predictions wait for the second pass; None: they are made twice.
+    """
+
+    read: Callable[[Sample], Any]
+    predict: Callable[[Sample, Any], Prediction]
+    folder: Path | None
+
+    def run(
+        self,
+        samples: Sequence[Sample],
+        use: Callable[[Sample, Prediction], object],
+        advance: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Call `use` with every sample's prediction, in threads behind; new predictions are kept in `folder` first."""
+
+        def read(sample: Sample) -> Any:
+            waiting = None if self.folder is None else read_prediction(self.folder, sample.id)
+            return self.read(sample) if waiting is None else waiting
+
+        def work(sample: Sample, found: Any) -> tuple[bool, Prediction]:
+            if isinstance(found, Prediction):
+                return False, found
+            return True, self.predict(sample, found)
+
+        def write(sample: Sample, result: tuple[bool, Prediction]) -> None:
+            new, prediction = result
+            if new and self.folder is not None:
+                write_whole(prediction_path(self.folder, sample.id), prediction.to_bytes())
+            use(sample, prediction)
+
+        overlapped(samples, read, work, write, advance)
 
 
 def count_predictions(
     samples: Sequence[Sample],
     classes: int,
-    predict: Callable[[Sample], Prediction],
-    folder: Path,
-    advance: Callable[[], None] = lambda: None,
+    predictor: Predictor,
+    scale: ConfidenceScale = FLOAT16,
+    advance: Callable[[], object] = lambda: None,
 ) -> ConfidenceHistogram:
-    """Predict every sample, keep the predictions in `folder`, count their confidences.
+    """Predict every sample and count the confidences; what was predicted before, and waits, is not predicted again.
 
-    Args:
-        predict: Sample → Prediction; called only for images whose prediction is not in `folder` yet, so
-            killed and called again this goes on where it was.
-        advance: called after each image.
-
-    Raises StorageError where the disk is full.
+    Raises StorageError where the disk is full; DataError naming all images that cannot be used, once the others
+    are done.
     """
-    builder = HistogramBuilder(classes)
-    for sample in samples:
-        prediction = _stored(folder, sample.id)
-        if prediction is None:
-            prediction = predict(sample)
-            _store(folder, sample.id, prediction)
-        builder.add(prediction)
-        advance()
+    builder = HistogramBuilder(classes, scale)
+    predictor.run(samples, lambda _, prediction: builder.add(prediction), advance)
     return builder.build()
 
 
@@ -117,11 +153,11 @@ def assign_labels(
     thresholds: Thresholds,
     seed: int,
     round_index: int,
-    predictions: Path,
+    predictor: Predictor,
     labels: Path,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
-    """Write the label map of every sample to `labels/ID.png` from the predictions that wait in a folder.
+    """Write the label map of every sample to `labels/ID.png`; maps that are there already are only counted.
 
     Seed, round and an image's id decide its random sampling, nothing else does.
 
@@ -129,14 +165,26 @@ def assign_labels(
         int64 [K]: pixels labelled per class, over all maps.
     """
     kept = np.zeros(len(thresholds.keep), np.int64)
-    for sample in samples:
-        prediction = _stored(predictions, sample.id)
-        if prediction is None:
-            raise DataError(
-                f"{predictions}: the prediction of {sample.id!r} vanished while labelling; run again."
-            )
+    lock = threading.Lock()
+
+    def add(label: np.ndarray) -> None:
+        counts = kept_counts(label, len(kept))
+        with lock:
+            kept[:] += counts
+
+    def write(sample: Sample, prediction: Prediction) -> None:
         label = assign(prediction, thresholds, image_generator(seed, round_index, sample.id))
         write_map(label_path(labels, sample.id), label)
-        kept += kept_counts(label, len(kept))
-        advance()
+        add(label)
+
+    missing = []
+    for sample in samples:
+        path = label_path(labels, sample.id)
+        there = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
+        if there is None:
+            missing.append(sample)
+        else:
+            add(there)
+            advance()
+    predictor.run(missing, write, advance)
     return kept

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from darseg.config import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
 from darseg.data.augment import Augmentation
 from darseg.data.classes import ClassSet, class_set
-from darseg.data.manifest import Manifest, Source, build_manifest
+from darseg.data.manifest import Manifest, Sample, Source, build_manifest, read_label
 from darseg.errors import RecipeError, SizeError, faults
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol
@@ -45,6 +47,11 @@ def manifest_of(recipe: Recipe) -> Manifest:
 
     roles = (data.labeled, data.unlabeled, data.validation, data.test)
     return build_manifest(classes_of(recipe), default, *map(source, roles))
+
+
+def masks(samples: Sequence[Sample], classes: ClassSet) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, label map) of all samples that have one."""
+    return ((str(s.label), read_label(s.label, classes.ignore)) for s in samples if s.label)
 
 
 def spec_of(recipe: Recipe) -> NetworkSpec:
@@ -180,9 +187,16 @@ def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, i
     return rounds
 
 
+def set_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads; None: all cores."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+
+
 def pick_device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU of this process where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def bf16_is_emulated() -> bool:

@@ -13,10 +13,11 @@ from darseg.data.manifest import (
     LABEL_SUFFIXES,
     Findings,
     Manifest,
+    count_pixels,
     examine,
     find_files,
-    image_size,
 )
+from darseg.data.prediction import BYTES_PER_PIXEL
 from darseg.errors import DarsegError
 from darseg.run.build import (
     Round,
@@ -30,8 +31,6 @@ from darseg.run.build import (
 )
 from darseg.run.journal import Journal
 from darseg.training.schedule import rate_at
-
-BYTES_PER_PIXEL = 3  # a waiting prediction before compression: class 1, confidence code 2
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Findings:
@@ -100,16 +99,13 @@ def plan(recipe: Recipe) -> Plan:
         )
         for one in rounds
     )
-    pixels = 0
-    if manifest.unlabeled:
-        height, width = image_size(manifest.unlabeled[0].image)
-        pixels = height * width * len(manifest.unlabeled)
+    waits = len(rounds) > 1 and not recipe.labeling.predict_twice
     return Plan(
         rounds=tuple(rounds),
         rates=rates,
         images={role: len(samples) for role, samples in manifest.roles().items()},
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        temporary_bytes=BYTES_PER_PIXEL * pixels if len(rounds) > 1 else 0,
+        temporary_bytes=BYTES_PER_PIXEL * count_pixels(manifest.unlabeled) if waits else 0,
         labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe()}",
         evaluation=evaluation_protocol(recipe).describe(),
     )

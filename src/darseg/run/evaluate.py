@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from rich.console import Console
 
 from darseg.config import Recipe, load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
-from darseg.data.manifest import IMAGE_SUFFIXES, find_files, read_image
+from darseg.data.dataset import Example, load_example
+from darseg.data.manifest import IMAGE_SUFFIXES, Sample, find_files, read_image
+from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict_classes
@@ -21,7 +23,6 @@ from darseg.pseudo.labelset import write_map
 from darseg.run.build import classes_of, evaluation_protocol, manifest_of, place
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
-from darseg.run.rounds import evaluate_samples
 from darseg.training.scores import Scores
 
 OVERLAY_OPACITY = 0.55  # of the class colours over the image
@@ -105,6 +106,24 @@ def evaluate(
     protocol = evaluation_protocol(recipe)
     with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:
         return evaluate_samples(trained.network, samples, classes, protocol, advance), protocol
+
+
+def evaluate_samples(
+    network: Network,
+    samples: Sequence[Sample],
+    classes: ClassSet,
+    protocol: Protocol,
+    advance: Callable[[], None] = lambda: None,
+) -> Scores:
+    """Scores of a network (in eval mode) on labelled samples."""
+    scores = Scores.empty(len(classes))
+
+    def score(_: Sample, example: Example) -> None:
+        nonlocal scores
+        scores = scores.plus(example.label, predict_classes(network, example.image, protocol))
+
+    overlapped(samples, lambda sample: load_example(sample, classes), score, lambda *_: None, advance)
+    return scores
 
 
 def predict_folder(

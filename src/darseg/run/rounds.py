@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,15 @@ import darseg
 from darseg.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
-from darseg.data.dataset import load_example
-from darseg.data.manifest import Manifest, Sample, read_image, read_label
+from darseg.data.manifest import Manifest, Sample, count_pixels, read_label
 from darseg.errors import DataError, faults
 from darseg.model.network import Network
-from darseg.model.predict import Protocol, predict, predict_classes
 from darseg.model.weights import load_network, save_network
-from darseg.pseudo.distribution import ClassDistribution, count_labels
+from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
-from darseg.pseudo.labelset import PseudoLabelSet, assign_labels, count_predictions
-from darseg.pseudo.thresholds import Thresholds, choose_cbst, choose_dars, choose_global
+from darseg.pseudo.labelset import PseudoLabelSet
+from darseg.pseudo.redistribute import chooser, scale_of
+from darseg.pseudo.thresholds import Thresholds
 from darseg.run.build import (
     Round,
     bf16_is_emulated,
@@ -39,14 +38,17 @@ from darseg.run.build import (
     evaluation_protocol,
     labeling_protocol,
     manifest_of,
+    masks,
     pick_device,
     place,
     plan_rounds,
+    set_threads,
     spec_of,
 )
 from darseg.run.check import read_all
 from darseg.run.directory import (
     RunDirectory,
+    StepRecord,
     digest_manifest,
     digest_path,
     digest_settings,
@@ -54,7 +56,10 @@ from darseg.run.directory import (
     open_run,
     write_json,
 )
+from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
+from darseg.run.label import check_disk, label_samples, network_predictor
+from darseg.run.processes import Processes
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.loss import self_training
 from darseg.training.scores import Scores
@@ -71,10 +76,11 @@ class Course:
     run: RunDirectory
     manifest: Manifest
     data: Mapping[str, str]  # role → digest of its samples
-    distribution: ClassDistribution
+    counts: Sequence[int]  # labelled pixels per class: the prior
     rounds: Sequence[Round]
     reuse: RunDirectory | None
     journal: Journal
+    processes: Processes
 
     def path(self, round_: Round, name: str) -> Path:
         return self.run.round(round_.index) / name
@@ -94,30 +100,38 @@ def train(
 
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
-    torch.set_num_threads(recipe.threads or os.cpu_count() or 1)
-    manifest = manifest_of(recipe)
+    processes = Processes.here()
+    set_threads(recipe.threads)
+    manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
-    network, weights_from = build_initial_network(recipe)
+    network, weights_from = processes.together(lambda: build_initial_network(recipe))
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
-    console = console or Console()
-    if not RunDirectory(out).recipe.exists():  # before hours of work, not after them
-        found = read_all(manifest, console)
-        if found.faults:
-            raise DataError(
-                faults(f"The data have {len(found.faults)} fault(s), nothing was begun", found.faults)
-            )
-    distribution, absent = measure_distribution(manifest.labeled, manifest.classes)
-    run = open_run(
-        Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
+    console = console or Console(quiet=not processes.first)
+
+    def begin() -> tuple[Path, list[int]]:
+        if not RunDirectory(out).recipe.exists():  # before hours of work, not after them
+            found = read_all(manifest, console)
+            if found.faults:
+                raise DataError(
+                    faults(f"The data have {len(found.faults)} fault(s), nothing was begun", found.faults)
+                )
+        counts = count_labels(masks(manifest.labeled, manifest.classes), len(manifest.classes))
+        run = open_run(
+            Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
+        )
+        return run.root, counts.tolist()
+
+    root, counts = processes.from_first(begin)
+    run = RunDirectory(root)
+    journal = Journal(
+        run.journal if processes.first else None, run.tensorboard if processes.first else None, console
     )
-    journal = Journal(run.journal, run.tensorboard, console)
     other = RunDirectory(reuse) if reuse else None
-    course = Course(recipe, run, manifest, data, distribution, rounds, other, journal)
+    course = Course(recipe, run, manifest, data, counts, rounds, other, journal, processes)
     try:
-        _begin(course, weights_from)
-        if absent:
-            journal.warn(f"absent from all labelled masks, so never pseudo-labelled: {', '.join(absent)}")
+        if processes.first:
+            _begin(course, weights_from)
         return run_rounds(course, network)
     except BaseException as error:
         journal.event("stopped", reason=f"{type(error).__name__}: {error}")
@@ -127,48 +141,37 @@ def train(
 
 
 def run_rounds(course: Course, network: Network) -> dict:
-    """The whole run: label (from round 1 on), train, evaluate, round by round; see `train`."""
-    run, names = course.run, course.manifest.classes.names
+    """The whole run: label (from round 1 on), train, evaluate, round by round; see `train`.
+
+    All processes label; the first trains and evaluates.
+    """
+    run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
     before = digest_state(network.state_dict())
     place(network)
     for round_ in course.rounds:
         pseudo, labeling = _label(course, round_, before) if round_.index else ((), 0.0)
-        training = _train(course, round_, before, pseudo, network)
-        scores, evaluating = _evaluate(course, round_)
+
+        def rest(round_: Round = round_, pseudo=pseudo, labeling=labeling, before=before) -> None:
+            training = _train(course, round_, before, pseudo, network)
+            scores, evaluating = _evaluate(course, round_)
+            described = scores.to_json(names)
+            figures = {key: described[key] for key in ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")}
+            summary["rounds"].append(
+                {
+                    "round": round_.index,
+                    "labeling_ratio": round_.labeling_ratio,
+                    **figures,
+                    "steps": round_.steps,
+                    "seconds": round(labeling + training + evaluating, 1),
+                }
+            )
+            write_json(run.summary, summary)
+
+        processes.from_first(rest)
         before = digest_path(run.network(round_.index))
-        described = scores.to_json(names)
-        summary["rounds"].append(
-            {
-                "round": round_.index,
-                "labeling_ratio": round_.labeling_ratio,
-                "mean_iou": described["mean_iou"],
-                "iou": described["iou"],
-                "mean_accuracy": described["mean_accuracy"],
-                "pixel_accuracy": described["pixel_accuracy"],
-                "steps": round_.steps,
-                "seconds": round(labeling + training + evaluating, 1),
-            }
-        )
-        write_json(run.summary, summary)
     course.journal.event("finished")
-    return summary
-
-
-def measure_distribution(labeled: Sequence[Sample], classes: ClassSet) -> tuple[ClassDistribution, list[str]]:
-    """Class shares among the labelled pixels of the masks (DARS, section 3.2: the prior of alignment).
-
-    Returns:
-        the distribution, and the names of the classes that occur in no mask (their share is 0).
-    """
-    counts = count_labels(masks(labeled, classes), len(classes))
-    absent = [name for name, count in zip(classes.names, counts, strict=True) if count == 0]
-    return ClassDistribution.from_counts(counts), absent
-
-
-def masks(samples: Sequence[Sample], classes: ClassSet) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, label map) of all samples that have one."""
-    return ((str(s.label), read_label(s.label, classes.ignore)) for s in samples if s.label)
+    return processes.from_first(lambda: summary)
 
 
 def environment() -> dict:
@@ -207,24 +210,34 @@ def _begin(course: Course, weights_from: str) -> None:
             "training.precision bf16: this processor lacks the instructions for it (AVX-512), so it runs emulated, "
             "many times slower than fp32. Use training.precision=fp32 on this machine."
         )
+    absent = [
+        name for name, count in zip(course.manifest.classes.names, course.counts, strict=True) if not count
+    ]
+    if absent:
+        journal.warn(f"absent from all labelled masks, so never pseudo-labelled: {', '.join(absent)}")
+    if course.processes.count > 1:
+        journal.say(f"{course.processes.count} processes: all label, the first trains and evaluates")
     journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
 
 
 def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], float]:
-    """Pseudo-label the unlabelled images with the network of the round before.
+    """Pseudo-label the unlabelled images with the network of the round before; all processes together.
 
     Returns:
         the unlabelled samples with their new label maps, and seconds.
     """
     run, journal, unlabeled = course.run, course.journal, course.manifest.unlabeled
     classes, labeling, index = course.manifest.classes, course.recipe.labeling, round_.index
-    protocol = labeling_protocol(course.recipe)
+    protocol, scale = labeling_protocol(course.recipe), scale_of(labeling.confidence)
+    histogram, thresholds = course.path(round_, "histogram.npz"), course.path(round_, "thresholds.json")
     inputs = {
         "settings": digest_settings(
             protocol=asdict(protocol),
             method=labeling.method,
             ratio=round_.labeling_ratio,
             threshold=labeling.threshold,
+            confidence=labeling.confidence,
+            sampling=labeling.sampling,
             seed=course.recipe.seed,
             ignore=classes.ignore,
         ),
@@ -232,37 +245,66 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
         "unlabeled": course.data["unlabeled"],
         "network": before,
     }
-    record = run.finished(index, "label", inputs, course.reuse)
+    waiting = None if labeling.predict_twice else run.predictions(index)
+
+    def begin() -> StepRecord | None:
+        record = run.finished(index, "label", inputs, course.reuse)
+        if record is not None:
+            _clean_predictions(course, index)  # left by a kill just after the record
+        elif thresholds.exists():
+            # All maps were written but not recorded; or the record was deleted, to label anew.
+            shutil.rmtree(run.labels(index), ignore_errors=True)
+            histogram.unlink(missing_ok=True)
+            thresholds.unlink()
+        if record is None and waiting is not None and not histogram.exists():
+            check_disk(run.root, count_pixels(unlabeled), "set labeling.predict_twice=true")
+        return record
+
+    record = course.processes.from_first(begin)
     if record is not None:
-        shutil.rmtree(run.predictions(index), ignore_errors=True)  # left by a kill just after the record
         return run.label_set(index).samples(unlabeled), record.seconds
     began = time.monotonic()
     network = place(load_network(run.network(index - 1)))
-    with journal.progress(f"round {index}: predict", len(unlabeled)) as advance:
-        histogram = count_predictions(
-            unlabeled,
-            len(classes),
-            lambda sample: predict(network, read_image(sample.image), protocol, str(sample.image)),
-            run.predictions(index),
-            advance,
-        )
-    choose = chooser(labeling.method, course.distribution, round_.labeling_ratio, labeling.threshold)
-    thresholds = choose(histogram)
-    never = [name for name, found in zip(classes.names, thresholds.found, strict=True) if found == 0]
+    labels = label_samples(
+        unlabeled,
+        len(classes),
+        network_predictor(network, lambda image: protocol, scale, waiting),
+        partial(_choose, course, round_),
+        scale,
+        course.recipe.seed,
+        index,
+        run.labels(index),
+        histogram,
+        course.processes,
+        lambda title, total: journal.progress(f"round {index}: {title}", total),
+    )
+    end = partial(_record_labels, course, round_, inputs, labels, began)
+    return labels.samples(unlabeled), course.processes.from_first(end)
+
+
+def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Thresholds:
+    labeling = course.recipe.labeling
+    choose = chooser(
+        labeling.method, course.counts, round_.labeling_ratio, labeling.threshold, labeling.sampling
+    )
+    return choose(histogram)
+
+
+def _clean_predictions(course: Course, index: int) -> None:
+    if not course.recipe.labeling.keep_predictions:
+        shutil.rmtree(course.run.predictions(index), ignore_errors=True)
+
+
+def _record_labels(
+    course: Course, round_: Round, inputs: Mapping[str, str], labels: PseudoLabelSet, began: float
+) -> float:
+    """Write down how the label maps of a round came about, and that they are done. Returns seconds."""
+    run, journal, unlabeled, index = course.run, course.journal, course.manifest.unlabeled, round_.index
+    classes, histogram, kept = course.manifest.classes, labels.histogram, labels.kept
+    predicted = labels.thresholds.predicted
+    never = [name for name, found in zip(classes.names, predicted, strict=True) if found == 0]
     if never:
         journal.warn(f"round {index}: never predicted, so not pseudo-labelled: {', '.join(never)}")
-    with journal.progress(f"round {index}: label", len(unlabeled)) as advance:
-        kept = assign_labels(
-            unlabeled,
-            thresholds,
-            course.recipe.seed,
-            index,
-            run.predictions(index),
-            run.labels(index),
-            advance,
-        )
-    labels = PseudoLabelSet(run.labels(index), histogram, thresholds, kept)
-    labels.save(course.path(round_, "histogram.npz"), course.path(round_, "thresholds.json"))
     outputs = ["labels", "histogram.npz", "thresholds.json"]
     facts = {"share": round(float(kept.sum() / max(1, histogram.predicted.sum())), 4)}
     known = [sample for sample in unlabeled if sample.label]
@@ -273,33 +315,17 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
         write_json(course.path(round_, "pseudo_scores.json"), described)
         outputs.append("pseudo_scores.json")
         facts["pixel_accuracy"] = round(scores.pixel_accuracy, 4) if scores.confusion.any() else None
+    write_json(course.path(round_, "thresholds.json"), labels.to_json())
     seconds = time.monotonic() - began
     run.finish(index, "label", inputs, outputs, seconds, facts)
-    shutil.rmtree(run.predictions(index), ignore_errors=True)
+    _clean_predictions(course, index)
     journal.event("labeled", round=index, seconds=round(seconds, 1), **facts)
     right = f", {facts['pixel_accuracy']:.3f} of those rightly" if facts.get("pixel_accuracy") else ""
     journal.say(
-        f"round {index}: {facts['share']:.3f} of the unlabelled pixels labelled by {labeling.method}{right} "
-        f"({seconds:.0f} s)"
+        f"round {index}: {facts['share']:.3f} of the unlabelled pixels labelled by "
+        f"{course.recipe.labeling.method}{right} ({seconds:.0f} s)"
     )
-    return labels.samples(unlabeled), seconds
-
-
-def chooser(
-    method: str, distribution: ClassDistribution, labeling_ratio: float | None, threshold: float | None
-) -> Callable[[ConfidenceHistogram], Thresholds]:
-    """The labelling method of that name, ready for a histogram."""
-    match method:
-        case "dars":
-            assert labeling_ratio is not None
-            return partial(choose_dars, distribution=distribution, labeling_ratio=labeling_ratio)
-        case "cbst":
-            assert labeling_ratio is not None
-            return partial(choose_cbst, labeling_ratio=labeling_ratio)
-        case "global":
-            assert threshold is not None
-            return partial(choose_global, threshold=threshold)
-    raise ValueError(f"labelling method {method!r}")
+    return seconds
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:
@@ -432,19 +458,3 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
     )
     journal.say(f"round {index}: {shown} on {len(samples)} validation images ({seconds:.0f} s)")
     return scores, seconds
-
-
-def evaluate_samples(
-    network: Network,
-    samples: Sequence[Sample],
-    classes: ClassSet,
-    protocol: Protocol,
-    advance: Callable[[], None] = lambda: None,
-) -> Scores:
-    """Scores of a network (in eval mode) on labelled samples."""
-    scores = Scores.empty(len(classes))
-    for sample in samples:
-        example = load_example(sample, classes)
-        scores = scores.plus(example.label, predict_classes(network, example.image, protocol))
-        advance()
-    return scores
