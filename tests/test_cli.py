@@ -211,6 +211,18 @@ def test_the_python_example_runs_and_is_short(recipe_file: Path, tmp_path: Path)
     assert len(result.stdout.splitlines()) >= 8
 
 
+def test_the_example_for_other_frameworks_runs() -> None:
+    text = (REPOSITORY / "docs" / "redistribute.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("(40, 60) [")
+
+
+def test_plan_counts_the_disk_that_labelling_needs(call, recipe_file: Path) -> None:
+    assert "at most 0 MB" in call("plan", recipe_file, "labeling.predict_twice=true")[1]
+
+
 def test_readme_recipe_is_valid(tmp_path: Path) -> None:
     text = (REPOSITORY / "README.md").read_text()
     (tmp_path / "photos.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))

@@ -255,6 +255,58 @@ def test_truth_of_some_unlabelled_images_is_measured(
     assert scored["confusion"] == confusion.tolist() and confusion.any()
 
 
+@pytest.mark.parametrize("key", ["keep_predictions", "predict_twice"])
+def test_predictions_kept_or_made_twice_give_the_same_labels(
+    finished: Path, tmp_path: Path, key: str
+) -> None:
+    run = tmp_path / "run"
+    changes = [f"labeling.{key}=true", "rounds=[{steps: 6}, {steps: 1, labeling_ratio: 0.4}]"]
+    shutil.copytree(finished, tmp_path / "first", ignore=shutil.ignore_patterns("round_[12]"))
+    train(load_recipe(finished / "recipe.yaml", changes), run, reuse=tmp_path / "first")
+    for name in ("thresholds.json", "histogram.npz", *(f"labels/u/{i:02d}.png" for i in range(7, 13))):
+        assert (run / "round_1" / name).read_bytes() == (finished / "round_1" / name).read_bytes()
+    waiting = sorted(path.name for path in (run / "round_1").glob("predictions/u/*"))
+    assert waiting == ([f"{i:02d}.prediction" for i in range(7, 13)] if key == "keep_predictions" else [])
+
+
+def test_labels_are_made_anew_where_their_record_was_deleted(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "round_1" / "label.json").unlink()
+    (run / "round_1" / "labels" / "u" / "07.png").write_bytes(b"changed by hand")
+    train(load_recipe(run / "recipe.yaml"), run)
+    assert outcome(run) == outcome(finished)
+
+
+def test_fine_confidences_meet_the_target_without_sampling(finished: Path, tmp_path: Path) -> None:
+    changes = ["labeling.confidence=fine", "labeling.sampling=none"]
+    changes += ["rounds=[{steps: 6}, {steps: 1, labeling_ratio: 0.4}]"]
+    train(load_recipe(finished / "recipe.yaml", changes), tmp_path / "run", reuse=finished)
+    labels = RunDirectory(tmp_path / "run").label_set(1)
+    thresholds, counts = labels.thresholds, labels.histogram.counts
+    assert thresholds.scale.name == "fine" and labels.kept.sum() > 0
+    for k in range(K):
+        if not thresholds.predicted[k] or not thresholds.wanted[k]:
+            assert labels.kept[k] == 0
+            continue
+        last = counts[k, thresholds.accept[k]]  # pixels that share the last accepted code
+        aim = min(thresholds.wanted[k], thresholds.predicted[k])
+        assert aim <= labels.kept[k] < aim + last
+
+
+def test_too_little_disk_is_said_before_labelling(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    with pytest.raises(StorageError, match=r"labeling\.predict_twice=true"):
+        train(
+            load_recipe(recipe_file, ["rounds=[{steps: 1}, {steps: 1, labeling_ratio: 0.4}]"]),
+            tmp_path / "run",
+        )
+    assert not (tmp_path / "run" / "round_1" / "predictions").exists()
+
+
 @pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
 def test_bf16_on_a_processor_without_it_is_said(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warned: bool

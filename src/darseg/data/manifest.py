@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,12 +103,12 @@ def image_size(path: Path) -> tuple[int, int]:
     return image.shape[0], image.shape[1]
 
 
-def count_pixels(samples: Sequence[Sample]) -> int:
-    """Pixels of all images, taking all to be as large as the first."""
-    if not samples:
-        return 0
-    height, width = image_size(samples[0].image)
-    return height * width * len(samples)
+def count_pixels(samples: Sequence[Sample], size_of: Callable[[Path], tuple[int, ...]] = image_size) -> int:
+    """Pixels of all images, taking all to be as large as the first that can be read (`size_of`: height, width)."""
+    for sample in samples:
+        with contextlib.suppress(DataError):
+            return math.prod(size_of(sample.image)) * len(samples)
+    return 0
 
 
 def _read(path: Path) -> bytes:

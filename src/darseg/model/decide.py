@@ -43,55 +43,83 @@ def decide(
     _check(scores_KHW, name)
     shape, device = scores_KHW.shape, scores_KHW.device
     return decide_strips(
-        lambda top, bottom: scores_KHW[:, top:bottom], shape, device, scale, probabilities, name
+        lambda top, bottom, out: out.copy_(scores_KHW[:, top:bottom]),
+        shape,
+        device,
+        scale,
+        probabilities,
+        name,
     )
 
 
 def decide_strips(
-    strip: Callable[[int, int], Tensor],
+    fill: Callable[[int, int, Tensor], object],
     shape: tuple[int, ...],
     device: torch.device,
     scale: ConfidenceScale,
     probabilities: bool,
     name: str,
 ) -> Prediction:
-    """`decide` on scores that are made strip by strip: `strip(top, bottom)` gives rows [K, bottom - top, W]."""
+    """`decide` on scores that are made strip by strip.
+
+    Args:
+        fill: (top, bottom, out) puts the scores of these rows into out, float32 [K, bottom - top, W].
+    """
     classes, height, width = shape
     # torch.softmax computes what is left over after whole vectors with another exp; with strips of whole vectors
     # that is the end of the image, as if it had been given at once.
     whole = VECTOR // math.gcd(width, VECTOR)
     rows = -(-STRIP // (classes * width * whole)) * whole if device.type == "cpu" else height
+    rows = min(rows, height)
     picked = torch.empty((height, width), dtype=torch.uint8, device=device)
     codes = torch.empty((height, width), dtype=torch.int32, device=device)
+    buffers = _Buffers(classes * rows * width, device)
     pick = _float16 if scale is FLOAT16 else _fine
     for top in range(0, height, rows):
         bottom = min(height, top + rows)
-        scores = strip(top, bottom)
+        scores = buffers.view(torch.float32, classes, bottom - top, width)
+        fill(top, bottom, scores)
         if probabilities:
             _check_probabilities(scores, name)
-        picked[top:bottom], codes[top:bottom] = pick(scores, probabilities, name)
+        picked[top:bottom], codes[top:bottom] = pick(scores, buffers, probabilities, name)
     return Prediction(picked.cpu().numpy(), codes.cpu().numpy().astype(np.uint16), scale)
 
 
-def _float16(scores: Tensor, probabilities: bool, name: str) -> tuple[Tensor, Tensor]:
-    half = scores.half()
+class _Buffers:
+    """Memory for one strip, used again for the next: fresh pages cost more than the arithmetic."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size, self.device = size, device
+        self.made: dict[tuple[torch.dtype, str], Tensor] = {}
+
+    def view(self, dtype: torch.dtype, *shape: int, use: str = "") -> Tensor:
+        if (dtype, use) not in self.made:
+            self.made[dtype, use] = torch.empty(self.size, dtype=dtype, device=self.device)
+        return self.made[dtype, use][: math.prod(shape)].view(shape)
+
+
+def _float16(scores: Tensor, buffers: _Buffers, probabilities: bool, name: str) -> tuple[Tensor, Tensor]:
+    shape = scores.shape
+    half = buffers.view(torch.float16, *shape).copy_(scores)
     if not probabilities:
-        half = torch.softmax(half, dim=0)
-    bits = half.view(torch.int16).int()
+        half = torch.softmax(half, dim=0, out=buffers.view(torch.float16, *shape, use="softmax"))
+    keys = buffers.view(torch.int32, *shape).copy_(half.view(torch.int16))
     if probabilities:
-        bits.clamp_(0, FLOAT16.codes - 1)  # 1.0004 is a rounded 1
+        keys.clamp_(0, FLOAT16.codes - 1)  # 1.0004 is a rounded 1
     # One number that is largest for the largest probability and, among equal ones, for the first class.
-    last = len(bits) - 1
-    keys = (bits << 8).add_(torch.arange(last, -1, -1, dtype=torch.int32, device=bits.device)[:, None, None])
-    best = keys.amax(dim=0)
+    last = shape[0] - 1
+    order = torch.arange(last, -1, -1, dtype=torch.int32, device=keys.device)[:, None, None]
+    best = (keys.bitwise_left_shift_(8).add_(order)).amax(dim=0)
     codes = best >> 8
-    if bool(((codes < 0) | (codes >= FLOAT16.codes)).any()):
+    low, high = torch.aminmax(codes)
+    if not 0 <= int(low) <= int(high) < FLOAT16.codes:
         raise DataError(_overflow(scores, name))
     return (last - (best & 255)).to(torch.uint8), codes
 
 
-def _fine(scores: Tensor, probabilities: bool, name: str) -> tuple[Tensor, Tensor]:
-    scores = scores.float()
+def _fine(scores: Tensor, buffers: _Buffers, probabilities: bool, name: str) -> tuple[Tensor, Tensor]:
+    if probabilities:
+        scores.clamp_(min=0)
     top = scores.amax(dim=0)
     best = scores == top
     last = len(scores) - 1

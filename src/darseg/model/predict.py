@@ -55,14 +55,31 @@ def window_starts(side: int, window: int) -> list[int]:
     return [min(index * stride, side - window) for index in range(count)]
 
 
+class Memory:
+    """The sums of one image, used again for the next: fresh pages cost as much as the adding itself."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def zeros(self, device: torch.device, *shape: int) -> torch.Tensor:
+        """float32 zeros; they last until the next call."""
+        size = math.prod(shape)
+        if len(self._flat) < size or self._flat.device != device:
+            self._flat = torch.zeros(size, device=device)
+            return self._flat.view(shape)
+        return self._flat[:size].view(shape).zero_()
+
+
 class WindowSums:
     """Sums of window scores float32 [K, H, W], and over how many windows each pixel's sum is.
 
     Works plane by plane: a plane fits in the cache, all K do not.
     """
 
-    def __init__(self, classes: int, height: int, width: int, device: torch.device) -> None:
-        self.total_KHW = torch.zeros(classes, height, width, device=device)
+    def __init__(
+        self, classes: int, height: int, width: int, device: torch.device, memory: Memory | None = None
+    ) -> None:
+        self.total_KHW = (memory or Memory()).zeros(device, classes, height, width)
         self.count_HW = torch.zeros(height, width, device=device)
 
     def add(
@@ -74,9 +91,10 @@ class WindowSums:
         window = self.total_KHW[:, rows, columns]
         if window.device.type == "cpu":
             for k in range(len(window)):
-                window[k] += scores_Khw[k]
-                if mirrored is not None:
-                    window[k] += mirrored[k].flip(1)
+                if mirrored is None:
+                    window[k] += scores_Khw[k]
+                else:
+                    window[k] += mirrored[k].flip(1).add_(scores_Khw[k])
         else:
             window += scores_Khw
             if mirrored is not None:
@@ -88,20 +106,25 @@ class WindowSums:
         self.total_KHW = self.total_KHW[:, top : top + height, left : left + width]
         self.count_HW = self.count_HW[top : top + height, left : left + width]
 
-    def mean(self, top: int, bottom: int) -> torch.Tensor:
+    def mean(self, top: int, bottom: int, out: torch.Tensor | None = None) -> torch.Tensor:
         """Averages of some rows, float32 [K, bottom - top, W]."""
-        return self.total_KHW[:, top:bottom] / self.count_HW[top:bottom]
+        return torch.div(self.total_KHW[:, top:bottom], self.count_HW[top:bottom], out=out)
 
 
 @torch.inference_mode()
 def predict_scores(
-    network: Network, image: np.ndarray, protocol: Protocol, average: Literal["logits", "probabilities"]
+    network: Network,
+    image: np.ndarray,
+    protocol: Protocol,
+    average: Literal["logits", "probabilities"],
+    memory: Memory | None = None,
 ) -> WindowSums:
     """Sums of logits or probabilities over windows, mirror and scales, on the network's device.
 
     Args:
         network: in eval mode.
         image: uint8 [H, W, 3], RGB.
+        memory: for the sums of one image after the other; those of the image before are lost.
     """
     device = network.mean.device
     image_1CHW = torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1)[None]
@@ -112,7 +135,7 @@ def predict_scores(
         long_side = round(scale * (protocol.base_size or max(height, width)))
         size = _scaled(height, width, long_side)
         same = size == (height, width)
-        sums = _slide(network, normalised if same else _resize(normalised, size), protocol, average)
+        sums = _slide(network, normalised if same else _resize(normalised, size), protocol, average, memory)
         if same and len(protocol.scales) == 1:
             return sums
         if all_scales is None:
@@ -129,13 +152,14 @@ def predict(
     protocol: Protocol,
     name: str = "image",
     scale: ConfidenceScale = FLOAT16,
+    memory: Memory | None = None,
 ) -> Prediction:
     """Classes and confidences of an image as labelling wants them (DARS, section 3; the release's arithmetic).
 
     Logits are averaged in float32; `decide` makes classes and confidences of them. Raises NumericsError naming
     the image where a confidence is not a number (logits beyond float16's 65,504, or a network that diverged).
     """
-    sums = predict_scores(network, image, protocol, "logits")
+    sums = predict_scores(network, image, protocol, "logits", memory)
     try:
         with torch.inference_mode():
             return decide_strips(sums.mean, sums.total_KHW.shape, sums.total_KHW.device, scale, False, name)
@@ -143,9 +167,11 @@ def predict(
         raise NumericsError(str(error)) from None
 
 
-def predict_classes(network: Network, image: np.ndarray, protocol: Protocol) -> np.ndarray:
+def predict_classes(
+    network: Network, image: np.ndarray, protocol: Protocol, memory: Memory | None = None
+) -> np.ndarray:
     """Classes of an image as evaluation wants them, uint8 [H, W]: probabilities averaged, then the largest."""
-    sums = predict_scores(network, image, protocol, "probabilities")
+    sums = predict_scores(network, image, protocol, "probabilities", memory)
     with torch.inference_mode():
         return sums.mean(0, image.shape[0]).argmax(dim=0).to(torch.uint8).cpu().numpy()
 
@@ -160,7 +186,9 @@ def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
-def _slide(network: Network, image: torch.Tensor, protocol: Protocol, average: str) -> WindowSums:
+def _slide(
+    network: Network, image: torch.Tensor, protocol: Protocol, average: str, memory: Memory | None
+) -> WindowSums:
     """Scores of all windows of an image [1, 3, H, W], summed where they overlap."""
     height, width = image.shape[2:]
     window_h, window_w = protocol.window
@@ -172,7 +200,7 @@ def _slide(network: Network, image: torch.Tensor, protocol: Protocol, average: s
         for top in window_starts(padded.shape[2], window_h)
         for left in window_starts(padded.shape[3], window_w)
     ]
-    sums = WindowSums(network.classes, padded.shape[2], padded.shape[3], image.device)
+    sums = WindowSums(network.classes, padded.shape[2], padded.shape[3], image.device, memory)
     for start in range(0, len(corners), WINDOWS_AT_ONCE):
         some = corners[start : start + WINDOWS_AT_ONCE]
         windows = torch.cat(

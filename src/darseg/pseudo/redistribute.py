@@ -67,7 +67,7 @@ def redistribute(
     >>> redistribute({"a": scores}, [50, 50], 0.5).labels["a"]
     array([[  1, 255, 255,   0]], dtype=uint8)
     """
-    choose = chooser(method, class_counts, labeling_ratio, threshold, sampling)
+    choose = chooser(method, class_counts, labeling_ratio, threshold, sampling, confidence)
     scale = scale_of(confidence)
     classes = len(np.asarray(class_counts))
     pairs: Any = predictions.items() if isinstance(predictions, Mapping) else predictions
@@ -117,21 +117,30 @@ def chooser(
     labeling_ratio: float | None,
     threshold: float | None = None,
     sampling: str = "random",
+    confidence: str = "float16",
 ) -> partial[Thresholds]:
     """The labelling method of that name, ready for a histogram. Raises RecipeError naming all that does not fit."""
     wrong = []
-    if method not in METHODS:
-        wrong.append(f"method {method!r}: there are {', '.join(METHODS)}")
+    if confidence not in SCALES:
+        wrong.append(f"confidence {confidence!r}: there are {', '.join(SCALES)}")
     if sampling not in ("random", "none"):
         wrong.append(f"sampling {sampling!r}: there are random and none")
-    if method == "global":
+    elif sampling == "none" and method in ("cbst", "global"):
+        wrong.append(f"only method dars samples, so {method} takes no sampling none")
+    if method not in METHODS:
+        wrong.append(f"method {method!r}: there are {', '.join(METHODS)}")
+    elif method == "global":
         if threshold is None:
             wrong.append("method global needs a threshold, a confidence between 0 and 1")
+        elif not 0 <= threshold <= 1:
+            wrong.append(f"a confidence threshold of {threshold}: choose one from 0 to 1")
         if labeling_ratio is not None:
             wrong.append("method global takes no labelling ratio: the threshold decides")
     else:
         if labeling_ratio is None:
             wrong.append(f"method {method} needs a labelling ratio, above 0 and at most 1")
+        elif not 0 < labeling_ratio <= 1:
+            wrong.append(f"a labelling ratio of {labeling_ratio}: choose one above 0 and at most 1")
         if threshold is not None:
             wrong.append(f"method {method} takes no threshold (only global does)")
     if wrong:

@@ -188,8 +188,9 @@ def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, i
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use so many CPU threads; None: all cores."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    """Let torch use so many CPU threads; None: all cores, shared with the other processes on this machine."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
 
 
 def pick_device() -> torch.device:

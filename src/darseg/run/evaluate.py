@@ -17,7 +17,7 @@ from darseg.data.manifest import IMAGE_SUFFIXES, Sample, find_files, read_image
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol, predict_classes
+from darseg.model.predict import Memory, Protocol, predict_classes
 from darseg.model.weights import load_network, read_spec
 from darseg.pseudo.labelset import write_map
 from darseg.run.build import classes_of, evaluation_protocol, manifest_of, place
@@ -116,11 +116,11 @@ def evaluate_samples(
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:
     """Scores of a network (in eval mode) on labelled samples."""
-    scores = Scores.empty(len(classes))
+    scores, memory = Scores.empty(len(classes)), Memory()
 
     def score(_: Sample, example: Example) -> None:
         nonlocal scores
-        scores = scores.plus(example.label, predict_classes(network, example.image, protocol))
+        scores = scores.plus(example.label, predict_classes(network, example.image, protocol, memory))
 
     overlapped(samples, lambda sample: load_example(sample, classes), score, lambda *_: None, advance)
     return scores

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -17,11 +16,11 @@ from rich.console import Console
 
 from darseg.config import Recipe
 from darseg.data.files import write_whole
-from darseg.data.manifest import IMAGE_SUFFIXES, Sample, count_pixels, find_files, read_image
-from darseg.data.prediction import BYTES_PER_PIXEL, ConfidenceScale
+from darseg.data.manifest import IMAGE_SUFFIXES, Sample, count_pixels, find_files, image_size, read_image
+from darseg.data.prediction import BYTES_PER_PIXEL, ConfidenceScale, Prediction
 from darseg.errors import DataError, RunError, StorageError
 from darseg.model.network import Network
-from darseg.model.predict import Protocol, predict
+from darseg.model.predict import Memory, Protocol, predict
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import (
@@ -34,7 +33,7 @@ from darseg.pseudo.labelset import (
 from darseg.pseudo.redistribute import chooser, decide_array, scale_of
 from darseg.pseudo.thresholds import Thresholds
 from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
-from darseg.run.directory import digest_path, digest_samples, digest_settings, write_json
+from darseg.run.directory import digest_path, digest_settings, write_json
 from darseg.run.evaluate import load_trained
 from darseg.run.journal import Advance, Journal
 from darseg.run.processes import Processes
@@ -87,8 +86,10 @@ def network_predictor(
 ) -> Predictor:
     """Predictions of images by a network in eval mode."""
 
-    def run(sample: Sample, image: np.ndarray):
-        return predict(network, image, protocol(image), str(sample.image), scale)
+    memory = Memory()
+
+    def run(sample: Sample, image: np.ndarray) -> Prediction:
+        return predict(network, image, protocol(image), str(sample.image), scale, memory)
 
     return Predictor(lambda sample: read_image(sample.image), run, folder)
 
@@ -163,6 +164,11 @@ def label_folder(
     else:
         assert recipe is not None
         manifest = manifest_of(recipe)
+        if len(manifest.classes) != trained.network.classes:
+            raise DataError(
+                f"{source} has {trained.network.classes} classes, the recipe has {len(manifest.classes)}: give the "
+                "recipe it was trained with."
+            )
         counts = count_labels(masks(manifest.labeled, manifest.classes), len(manifest.classes)).tolist()
     settings = {
         "method": method,
@@ -185,7 +191,18 @@ def label_folder(
     }
     make = partial(network_predictor, trained.network, protocol)
     return _run(
-        samples, images, out, names, settings, inputs, make, count_pixels, predict_twice, processes, console
+        samples,
+        images,
+        out,
+        names,
+        settings,
+        inputs,
+        make,
+        image_size,
+        predict_twice,
+        IMAGE_SUFFIXES,
+        processes,
+        console,
     )
 
 
@@ -220,6 +237,8 @@ def redistribute_folder(
     """
     processes = Processes.here()
     predictions, out = Path(predictions), Path(out)
+    if not predictions.is_dir():
+        raise DataError(f"{predictions}: no such folder. Give the one that holds ID.npy or ID.npz files.")
     if isinstance(class_counts, (str, Path)):
         counts, names = read_class_counts(Path(class_counts))
     else:
@@ -236,13 +255,10 @@ def redistribute_folder(
     samples = [Sample(name, path) for name, path in find_files(predictions, SCORE_SUFFIXES).items()]
 
     def make(scale: ConfidenceScale, folder: Path | None) -> Predictor:
-        def run(sample: Sample, scores: np.ndarray):
+        def run(sample: Sample, scores: np.ndarray) -> Prediction:
             return decide_array(scores, len(counts), scale.name, probabilities, str(sample.image))
 
         return Predictor(lambda sample: read_scores(sample.image), run, folder)
-
-    def pixels(samples: Sequence[Sample]) -> int:
-        return int(np.prod(read_scores(samples[0].image).shape[1:])) * len(samples) if samples else 0
 
     return _run(
         samples,
@@ -252,8 +268,9 @@ def redistribute_folder(
         settings,
         {"probabilities": str(probabilities)},
         make,
-        pixels,
+        lambda path: read_scores(path).shape[-2:],
         predict_twice,
+        SCORE_SUFFIXES,
         processes,
         console,
     )
@@ -267,26 +284,29 @@ def _run(
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
     make: Callable[[ConfidenceScale, Path | None], Predictor],
-    pixels: Callable[[Sequence[Sample]], int],
+    size_of: Callable[[Path], tuple[int, ...]],
     predict_twice: bool,
+    suffixes: Sequence[str],
     processes: Processes,
     console: Console | None,
 ) -> dict[str, Any]:
     """Label into a folder of its own, going on where an earlier call was stopped."""
     if not samples:
-        raise DataError(
-            f"{where}: nothing to label found there ({', '.join((*IMAGE_SUFFIXES, *SCORE_SUFFIXES))})."
-        )
-    scale = scale_of(settings["confidence"])
+        raise DataError(f"{where}: nothing to label there; wanted are files {', '.join(suffixes)}.")
     choose = chooser(
         settings["method"],
         settings["class_counts"],
         settings["labeling_ratio"],
         settings["threshold"],
         settings["sampling"],
+        settings["confidence"],
     )
-    begun = {"settings": dict(settings), "inputs": {**inputs, "files": digest_samples(samples)}}
-    sizes = {sample.id: sample.image.stat().st_size for sample in samples}
+    scale = scale_of(settings["confidence"])
+    if where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
+        raise RunError(f"{out} lies in {where}, whose files are to be labelled: choose a folder elsewhere.")
+    # Arrays of one shape are files of one size, so the time of the last change counts as well.
+    sizes = {sample.id: [(about := sample.image.stat()).st_size, about.st_mtime_ns] for sample in samples}
+    begun = {"settings": dict(settings), "inputs": {**inputs, "files": digest_settings(files=sizes)}}
     result, marker, waiting = out / "redistribution.json", out / ".begun.json", out / ".predictions"
     histogram = out / "histogram.npz"
 
@@ -295,7 +315,7 @@ def _run(
         for path in (marker, result):
             if not path.exists():
                 continue
-            earlier = json.loads(path.read_text())
+            earlier = _read_record(path)
             changed = [key for key in begun if earlier.get(key) != begun[key]]
             if path == marker and changed == ["inputs"] and not histogram.exists():
                 # Files that were mended, added or removed while counting: what waits for the others still holds.
@@ -318,7 +338,7 @@ def _run(
         if out.exists() and (not out.is_dir() or any(p.suffix != ".part" for p in out.iterdir())):
             raise RunError(f"{out} is not empty and was not begun by this command: choose another folder.")
         if not predict_twice:
-            check_disk(out, pixels(samples), "use --predict-twice")
+            check_disk(out, count_pixels(samples, size_of), "use --predict-twice")
         write_json(marker, {**begun, "sizes": sizes})
         return False
 
@@ -348,24 +368,37 @@ def _run(
     return json.loads(result.read_text())
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and all(
+            isinstance(record.get(key), dict) for key in ("settings", "inputs")
+        ):
+            return record
+        found = "something else"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    raise RunError(f"{path}: this record is damaged or not darseg's ({found}). Choose another folder.")
+
+
 def read_scores(path: Path) -> np.ndarray:
     """The array of a .npy file, or the only one of a .npz; nothing in it is run. Raises DataError."""
     try:
         content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return content
-        with content:
-            if len(content.files) != 1:
-                raise DataError(
-                    f"{path}: holds {len(content.files)} arrays ({', '.join(content.files)}); wanted one."
-                )
-            return content[content.files[0]]
-    except DataError:
-        raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        if not isinstance(content, np.ndarray):
+            with content:
+                names = content.files
+                content = content[names[0]] if len(names) == 1 else names
+    except Exception as error:  # zip, zlib, tokenizer and numpy raise a dozen kinds for damaged files
         raise DataError(
-            f"{path}: cannot be read as an array of numbers ({error}). Write it again with numpy.save."
+            f"{path}: cannot be read as an array of numbers ({type(error).__name__}: {error}). Write it again with "
+            "numpy.save."
         ) from error
+    if isinstance(content, list):
+        raise DataError(f"{path}: holds {len(content)} arrays ({', '.join(content)}); wanted one.")
+    if not isinstance(content, np.ndarray):
+        raise DataError(f"{path}: holds no array of numbers. Write it again with numpy.save.")
+    return content
 
 
 def read_class_counts(path: Path) -> tuple[list[int], list[str] | None]:
@@ -385,7 +418,7 @@ def _class_counts(given: Any, where: str) -> tuple[list[int], list[str] | None]:
     counts = list(given.values()) if isinstance(given, Mapping) else given
     try:
         whole = [int(count) for count in counts]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         whole = []
     if not whole or any(isinstance(c, (bool, str)) or c != w for c, w in zip(counts, whole, strict=True)):
         raise DataError(f"{where}: wanted whole numbers, a list of K or name → count, as in [9000, 120].")

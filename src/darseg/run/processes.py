@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +19,9 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others: the first may train for days while they wait to label."""
+
+TELLING = 2.0
+"""Seconds that the first process has to tell of an error before the others end: torchrun then ends all."""
 
 
 class Processes:
@@ -37,6 +42,7 @@ class Processes:
             return cls()
         if not dist.is_initialized():
             dist.init_process_group("gloo", timeout=PATIENCE)
+            atexit.register(dist.destroy_process_group)  # else its threads abort the interpreter as it ends
         return cls(dist.get_rank(), count)
 
     @property
@@ -88,5 +94,6 @@ class Processes:
 
     def _end(self, told: list[tuple[type[DarsegError], str]]) -> NoReturn:
         if not self.first:
+            time.sleep(TELLING)
             raise SystemExit(2)
         raise told[0][0]("\n".join(dict.fromkeys(text for _, text in told)))

@@ -1,0 +1,302 @@
+"""Labelling that is stopped – by a full disk, by SIGKILL – or shared between processes: the bytes stay the same."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from darseg.errors import StorageError
+from darseg.run import label as module
+from darseg.run.processes import Processes
+from test_labeling import ARRAYS, BESIDES, COUNTS, NAMES, RATIO, file_of, outcome, redistribute_quietly, save
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("source"), ARRAYS)
+
+
+@pytest.fixture(scope="module")
+def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted call leaves."""
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    redistribute_quietly(source, out, COUNTS, RATIO)
+    return outcome(out)
+
+
+# The disk.
+
+
+def test_too_little_free_space_is_refused_before_the_work(
+    source: Path, tmp_path: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 12 * 3 * ARRAYS[NAMES[0]][0].size  # three bytes a pixel, all images as large as the first
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(
+        StorageError, match=r"0 MB are free, .* need 0 MB \(3 bytes a pixel\).*--predict-twice"
+    ):
+        redistribute_quietly(source, tmp_path / "deep" / "out", COUNTS, RATIO)
+    assert not (tmp_path / "deep").exists()
+    redistribute_quietly(source, tmp_path / "twice", COUNTS, RATIO, predict_twice=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+    redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO)
+    assert outcome(tmp_path / "twice") == outcome(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize(
+    ("where", "twice"),
+    [
+        (f"{NAMES[5]}.prediction", False),
+        *((name, twice) for name in (f"{NAMES[7]}.png", *BESIDES, ".begun.json") for twice in (False, True)),
+    ],
+)
+def test_a_disk_that_fills_up_loses_nothing(
+    source: Path, tmp_path: Path, wanted: dict[str, bytes], where: str, twice: bool
+) -> None:
+    out, fsync = tmp_path / "out", os.fsync
+
+    def full(descriptor: int) -> None:
+        if where in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match=f"The disk is full: .*{where} could not be written"):
+            redistribute_quietly(source, out, COUNTS, RATIO, predict_twice=twice)
+    assert not list(out.rglob("*.part")) and not (out / "redistribution.json").exists()
+    redistribute_quietly(source, out, COUNTS, RATIO, predict_twice=twice)
+    assert outcome(out) == wanted
+
+
+def test_a_full_disk_can_be_left_by_predicting_twice(
+    source: Path, tmp_path: Path, wanted: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        if ".prediction" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="disk is full"):
+        redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO)
+    redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO, predict_twice=True)
+    assert outcome(tmp_path / "out") == wanted
+
+
+@pytest.mark.parametrize(("twice", "reads"), [(False, 0), (True, 1)])
+def test_what_was_counted_and_written_is_not_predicted_again(
+    source: Path,
+    tmp_path: Path,
+    wanted: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    twice: bool,
+    reads: int,
+) -> None:
+    out, fsync, read = tmp_path / "out", os.fsync, []
+
+    def full(descriptor: int) -> None:
+        if f"{NAMES[7]}.png" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageError, match="disk is full"):
+            redistribute_quietly(source, out, COUNTS, RATIO, predict_twice=twice)
+    missing = [name for name in NAMES if not (out / f"{name}.png").exists()]
+    scores = module.read_scores
+    monkeypatch.setattr(module, "read_scores", lambda path: (read.append(path), scores(path))[1])
+    redistribute_quietly(source, out, COUNTS, RATIO, predict_twice=twice)
+    assert NAMES[7] in missing and len(missing) < 12
+    assert sorted(read) == [file_of(source, name) for name in missing] * reads
+    assert outcome(out) == wanted
+
+
+def test_damaged_files_that_wait_are_made_again(
+    source: Path, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    """Half a prediction and half a label map, as a failing disk leaves them."""
+    out, fsync = tmp_path / "out", os.fsync
+
+    def broken(descriptor: int) -> None:
+        if f"{NAMES[7]}.png" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", broken)
+        with pytest.raises(StorageError, match=r"Cannot write .*: Input/output error"):
+            redistribute_quietly(source, out, COUNTS, RATIO)
+    for path in (out / f"{NAMES[0]}.png", out / ".predictions" / f"{NAMES[9]}.prediction"):
+        path.write_bytes(path.read_bytes()[:30])
+    redistribute_quietly(source, out, COUNTS, RATIO)
+    assert outcome(out) == wanted
+
+
+# Kills.
+
+KILLER = """
+import itertools, os, signal, sys
+from pathlib import Path
+
+import darseg.run.label
+from darseg.cli import main
+
+base, arguments = Path(sys.argv[1]), sys.argv[2:]
+os.fsync = lambda descriptor: None  # slow; a kill does not lose what the system holds
+
+
+def run(out, at=0):
+    '''The exit code of the command in a fork of this process, killed before the at-th change of the disk.'''
+    child = os.fork()
+    if child:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        for path in out.rglob("*.part"):
+            path.write_bytes(path.read_bytes()[: at % 7])
+        return code
+    changes = itertools.count(1)
+    for name in ("replace", "unlink", "rmdir"):
+        def change(*names, act=getattr(os, name), **options):
+            if next(changes) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(*names, **options)
+        setattr(os, name, change)
+    sys.argv = ["darseg"] + [str(out) if one == "OUT" else one for one in arguments]
+    try:
+        main()
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    os._exit(1)
+
+
+kills = 0
+for at in itertools.count(1):
+    out = base / f"once_{at}"
+    if run(out, at) != -signal.SIGKILL:
+        break
+    kills += 1
+    assert run(out) == 0
+for at in (3, 7):
+    while run(base / f"often_{at}", at) == -signal.SIGKILL:
+        kills += 1
+print(kills, "kills")
+"""
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    """Before every single change of the disk, files half-written; and again and again until it is through."""
+    source = save(tmp_path / "source", {name: ARRAYS[name] for name in NAMES[3:9]})
+    redistribute_quietly(source, tmp_path / "wanted", COUNTS, RATIO)
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps(COUNTS))
+    command = ["redistribute", source, "OUT", "--class-counts", counts, "--labeling-ratio", RATIO]
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, *map(str, [tmp_path / "killed", *command])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    kills = int(result.stdout.splitlines()[-1].split()[0])
+    assert kills > 6 + 6 + 6 + 4  # predictions, maps, predictions removed, what is written besides
+    folders = list((tmp_path / "killed").iterdir())
+    wanted = outcome(tmp_path / "wanted")
+    assert len(folders) > 6 + 6 + 6 + 4 and all(outcome(folder) == wanted for folder in folders)
+
+
+# Many processes.
+
+
+def test_shares_of_processes_hold_every_item_once() -> None:
+    for count in (1, 2, 3, 7):
+        for items in (list(range(5)), list(range(20)), []):
+            shares = [Processes(rank, count).share(items) for rank in range(count)]
+            assert sorted(item for share in shares for item in share) == items
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [Processes(rank, 2).first for rank in (0, 1)] == [True, False]
+    alone = Processes.here()
+    assert alone.count == 1 and alone.first
+    assert alone.from_first(lambda: "made") == "made" and alone.add_up(np.array([3])).tolist() == [3]
+
+
+def torchrun(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port]
+    return subprocess.run(
+        [sys.executable, *map(str, [*launch, *command])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+    )
+
+
+WITNESS = """
+import os
+
+replace = os.replace
+
+
+def noted(aside, path):
+    replace(aside, path)
+    with open(os.environ["WITNESS"], "a") as file:
+        file.write(os.environ["RANK"] + " " + str(path) + "\\n")
+
+
+os.replace = noted
+from darseg.cli import main
+
+main()
+"""
+
+
+def test_two_processes_write_each_image_once_and_end_together_where_one_fails(
+    source: Path, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    copied, out, witness = (
+        shutil.copytree(source, tmp_path / "copied"),
+        tmp_path / "out",
+        tmp_path / "written",
+    )
+    counts, script = tmp_path / "counts.json", tmp_path / "witness.py"
+    counts.write_text(json.dumps(COUNTS))
+    script.write_text(WITNESS)
+    bad = file_of(copied, NAMES[3])
+    bad.write_bytes(b"")
+    arguments = ["redistribute", copied, out, "--class-counts", counts, "--labeling-ratio", RATIO]
+    failed = torchrun(script, *arguments, WITNESS=str(witness))
+    assert failed.returncode != 0
+    assert failed.stderr.count("darseg: 1 file(s) cannot be used; all others are done and kept") == 1
+    assert f"  - {bad}: cannot be read as an array of numbers" in failed.stderr
+    waiting = {f".predictions/{name}.prediction" for name in NAMES if name != NAMES[3]}
+    assert set(outcome(out)) == waiting | {".begun.json"}
+
+    shutil.copy(file_of(source, NAMES[3]), bad)
+    result = torchrun(script, *arguments, WITNESS=str(witness))
+    assert result.returncode == 0, result.stderr
+    assert outcome(out) == wanted
+    assert result.stdout.count("12 images") == 1  # one process speaks
+    lines = [line.split(" ", 1) for line in witness.read_text().splitlines()]
+    written = Counter(Path(path).relative_to(out).as_posix() for _, path in lines)
+    assert written.pop(".begun.json") == 2  # once more, as a file had changed
+    predictions = {f".predictions/{name}.prediction" for name in NAMES}
+    assert set(written) == predictions | {f"{name}.png" for name in NAMES} | set(BESIDES)
+    assert set(written.values()) == {1}
+    for rank in ("0", "1"):
+        maps = [path for who, path in lines if who == rank and path.endswith(".png")]
+        assert len(maps) == 6

@@ -1,0 +1,282 @@
+"""`darseg label` with a trained network, and training on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from conftest import recipe_dict
+from darseg.cli import main
+from darseg.config import load_recipe
+from darseg.data.manifest import read_image, read_label
+from darseg.data.scenes import SCENE_CLASSES
+from darseg.errors import StorageError
+from darseg.model.predict import predict
+from darseg.model.weights import load_network
+from darseg.run.build import labeling_protocol, place
+from darseg.run.label import label_folder
+from darseg.run.rounds import train
+from test_interrupted import torchrun
+from test_labeling import outcome
+
+K = len(SCENE_CLASSES)
+UNLABELED = [f"{index:02d}" for index in range(7, 13)]
+label_quietly = partial(label_folder, console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def recipe_path(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    recipe = recipe_dict(tiny_data)
+    recipe["network"]["backbone"] = "resnet18_half"
+    recipe["rounds"] = [{"steps": 2}, {"steps": 1, "labeling_ratio": 0.5}]
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(recipe_path: Path) -> Path:
+    """Two short rounds, by one process."""
+    folder = recipe_path.parent / "run"
+    train(load_recipe(recipe_path), folder, console=Console(quiet=True))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last network, outside of its run folder."""
+    target = tmp_path_factory.mktemp("checkpoint") / "network.safetensors"
+    return Path(shutil.copy(run / "round_1" / "network.safetensors", target))
+
+
+@pytest.fixture
+def images(tiny_data: Path) -> Path:
+    return tiny_data / "images" / "u"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Exit code, standard output and standard error of a command, in this process."""
+
+    def command(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code or 0, shown.out, shown.err
+
+    return command
+
+
+def labelled_pixels(root: Path) -> list[int]:
+    masks = [read_label(path) for path in (root / "labels" / "l").glob("*.png")]
+    return [sum(int((mask == k).sum()) for mask in masks) for k in range(K)]
+
+
+def predictions_of(run: Path, round_index: int, images: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    network = place(load_network(run / f"round_{round_index}" / "network.safetensors"))
+    protocol = labeling_protocol(load_recipe(run / "recipe.yaml"))
+    return {name: predict(network, read_image(images / f"{name}.png"), protocol) for name in UNLABELED}
+
+
+@pytest.mark.parametrize("round_index", [None, 0])
+def test_labels_are_the_networks_predictions(
+    call, run: Path, images: Path, tmp_path: Path, round_index: int | None
+) -> None:
+    chosen = [] if round_index is None else ["--round", round_index]
+    everything = ["--method", "global", "--threshold", 0, "--threads", 1]
+    code, shown, err = call("label", run, images, tmp_path / "out", *everything, *chosen)
+    assert code == 0, err
+    predictions = predictions_of(run, 1 if round_index is None else 0, images)
+    names = {f"{name}.png" for name in UNLABELED}
+    assert set(outcome(tmp_path / "out")) == names | {"redistribution.json", "histogram.npz"}
+    for name, prediction in predictions.items():
+        assert np.array_equal(read_label(tmp_path / "out" / f"{name}.png"), prediction.classes)
+    assert "6 images, 100.00% of their pixels labelled" in shown
+    described = json.loads((tmp_path / "out" / "redistribution.json").read_text())
+    found = np.bincount(np.concatenate([p.classes.ravel() for p in predictions.values()]), minlength=K)
+    assert described["kept"] == described["predicted"] == found.tolist()
+    assert described["classes"] == list(SCENE_CLASSES.names)
+
+
+def test_what_is_not_given_comes_from_the_recipe(
+    run: Path, tiny_data: Path, images: Path, tmp_path: Path
+) -> None:
+    """Ratio of the last round, seed, counts of the labelled masks; thresholds by sorting every confidence."""
+    described = label_quietly(run, images, tmp_path / "out")
+    counts = labelled_pixels(tiny_data)
+    settings = {"method": "dars", "labeling_ratio": 0.5, "threshold": None, "seed": 3, "class_counts": counts}
+    assert described["settings"] == settings | {"confidence": "float16", "sampling": "random"}
+    predictions = predictions_of(run, 1, images)
+    pixels = [
+        (int(k), float(p))
+        for one in predictions.values()
+        for k, p in zip(one.classes.ravel(), one.confidence.ravel(), strict=True)
+    ]
+    labels = {name: read_label(tmp_path / "out" / f"{name}.png") for name in UNLABELED}
+    for k in range(K):
+        ranked = sorted((p for c, p in pixels if c == k), reverse=True)
+        wanted = int(0.5 * (counts[k] / sum(counts)) * len(pixels))
+        assert described["wanted"][k] == wanted and described["predicted"][k] == len(ranked)
+        if not ranked:
+            assert described["threshold"][k] is None
+            continue
+        threshold = ranked[min(max(wanted, 1), len(ranked)) - 1]
+        assert described["threshold"][k] == threshold
+        for name, one in predictions.items():
+            assert ((labels[name] != k) | ((one.classes == k) & (one.confidence >= threshold))).all()
+        assert described["kept"][k] == sum(int((label == k).sum()) for label in labels.values())
+    assert any(described["kept"])
+
+
+def test_a_checkpoint_with_recipe_or_counts(
+    run: Path, checkpoint: Path, recipe_path: Path, tiny_data: Path, images: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_path)
+    label_quietly(run, images, tmp_path / "run")
+    label_quietly(checkpoint, images, tmp_path / "recipe", recipe=recipe)
+    assert outcome(tmp_path / "recipe") == outcome(tmp_path / "run")
+    names = [f"the {name}" for name in SCENE_CLASSES.names]
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps(dict(zip(names, labelled_pixels(tiny_data), strict=True))))
+    described = label_quietly(
+        checkpoint, images, tmp_path / "counts", class_counts=counts, labeling_ratio=0.5, seed=3, threads=1
+    )
+    asked = json.loads((tmp_path / "run" / "redistribution.json").read_text())
+    assert described["settings"] == asked["settings"] and described["classes"] == names
+    assert described["inputs"]["protocol"] != asked["inputs"]["protocol"]  # whole images instead of windows
+    one = label_quietly(checkpoint, images / "09.png", tmp_path / "one", recipe=recipe)
+    assert one["images"] == 1 and (tmp_path / "one" / "09.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["CHECKPOINT", "IMAGES", "OUT"], "give the labelled pixels per class with --class-counts COUNTS.json"),
+        (["CHECKPOINT", "IMAGES", "OUT"], "or the recipe it was trained with by --recipe"),
+        (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "TWO"], f"2 counts, but the network has {K} classes"),
+        (["RUN", "IMAGES", "OUT", "--class-counts", "TWO"], f"2 counts, but the network has {K} classes"),
+        (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "ALL"], "method dars needs a labelling ratio"),
+        (["RUN", "IMAGES", "OUT", "--class-counts", "NONE"], "no such file. Give labelled pixels per class"),
+        (["RUN", "IMAGES", "OUT", "--method", "global"], "method global needs a threshold"),
+        (["RUN", "IMAGES", "OUT", "--threshold", "0.5"], "method dars takes no threshold"),
+        (["RUN", "IMAGES", "OUT", "--round", "7"], "round 7 is not finished"),
+        (["NONE", "IMAGES", "OUT"], "no such run folder or checkpoint"),
+        (["RUN", "NONE", "OUT"], "no such folder"),
+        (["RUN", "EMPTY", "OUT"], "nothing to label there"),
+    ],
+)  # fmt: skip
+def test_calls_that_cannot_work(
+    call, run: Path, checkpoint: Path, images: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "two.json").write_text("[9000, 120]")
+    (tmp_path / "all.json").write_text(json.dumps([1] * K))
+    paths = {
+        "RUN": run,
+        "CHECKPOINT": checkpoint,
+        "IMAGES": images,
+        "OUT": tmp_path / "out",
+        "EMPTY": tmp_path / "empty",
+        "TWO": tmp_path / "two.json",
+        "ALL": tmp_path / "all.json",
+        "NONE": tmp_path / "nowhere",
+    }
+    code, _, err = call("label", *(paths.get(one, one) for one in arguments))
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreadable_image_is_named_and_the_others_wait(
+    call, run: Path, images: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(images, tmp_path / "images"))
+    whole = (copied / "10.png").read_bytes()
+    (copied / "10.png").write_bytes(whole[:200])
+    arguments = ["label", run, copied, tmp_path / "out", "--confidence", "fine", "--sampling", "none"]
+    code, _, err = call(*arguments)
+    assert code == 2 and "1 file(s) cannot be used; all others are done and kept" in err
+    assert f"  - {copied / '10.png'}: the file is truncated (200 bytes)" in err and "Traceback" not in err
+    waiting = {f".predictions/{name}.prediction" for name in UNLABELED if name != "10"}
+    assert set(outcome(tmp_path / "out")) == waiting | {".begun.json"}
+    (copied / "10.png").write_bytes(whole)
+    assert call(*arguments)[0] == 0
+    assert call("label", run, copied, tmp_path / "other", *arguments[4:], "--predict-twice")[0] == 0
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "other")
+
+
+def test_with_too_little_disk_it_must_predict_twice(
+    run: Path, images: Path, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused before predicting, by label and by a round of training; predicted twice it is the same, nothing kept."""
+    first, needed = Path(shutil.copytree(run, tmp_path / "first")), 3 * 65 * 97 * 6
+    shutil.rmtree(first / "round_1")
+    (first / "summary.json").unlink()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+    with pytest.raises(
+        StorageError, match=r"are free, .* may need 0 MB .* --predict-twice: then nothing waits"
+    ):
+        label_quietly(run, images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(StorageError, match=r"are free, .* or set labeling.predict_twice=true: then nothing"):
+        train(load_recipe(recipe_path), first, console=Console(quiet=True))
+    assert not list(first.glob("round_1/**/*.p*"))
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (written.append(str(b)), replace(a, b)))
+    twice = load_recipe(recipe_path, ["labeling.predict_twice=true"])
+    train(twice, tmp_path / "run", reuse=first, console=Console(quiet=True))
+    assert compared(tmp_path / "run") == compared(run)
+    assert not [path for path in written if path.endswith(".prediction")]
+    assert len([path for path in written if path.endswith(".png")]) == len(UNLABELED)
+
+
+def compared(run: Path) -> dict[str, bytes]:
+    """What neither interruptions nor the number of processes may change."""
+    names = ("network.safetensors", "momentum.safetensors", "thresholds.json", "histogram.npz", "scores.json")
+    files = [
+        *(p for name in names for p in run.glob(f"round_*/{name}")),
+        *run.glob("round_*/labels/**/*.png"),
+    ]
+    return {p.relative_to(run).as_posix(): p.read_bytes() for p in files}
+
+
+# Two processes.
+
+
+def test_label_by_two_processes(call, run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    arguments = ["label", run, tiny_data / "images", tmp_path / "one", "--threads", 1]
+    assert call(*arguments)[0] == 0
+    result = torchrun("-m", "darseg", *arguments[:3], tmp_path / "two", "--threads", 1)
+    assert result.returncode == 0, result.stderr
+    assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
+    labels = [p for p in outcome(tmp_path / "two") if p.endswith(".png")]
+    assert len(labels) == 13 and result.stdout.count("13 images") == 1
+
+
+def test_train_by_two_processes(run: Path, recipe_path: Path, tmp_path: Path) -> None:
+    result = torchrun("-m", "darseg", "train", recipe_path, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert compared(tmp_path / "run") == compared(run)
+    assert len(compared(run)) == 3 * 2 + 2 + len(UNLABELED)
+    assert result.stdout.count("2 processes: all label, the first trains and evaluates") == 1
+    events = [
+        json.loads(line)["event"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
+    ]
+    assert [events.count(name) for name in ("started", "labeled", "trained", "finished")] == [1, 1, 2, 1]
+    kept = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())["kept"]
+    maps = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in tmp_path.glob("run/round_1/labels/**/*.png")]
+    assert kept == [sum(int((one == k).sum()) for one in maps) for k in range(K)]

@@ -1,0 +1,393 @@
+"""`darseg redistribute` on folders: every file it leaves, every error; kills, full disks, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from darseg.cli import main
+from darseg.data.manifest import read_label
+from darseg.errors import DataError, RecipeError, RunError, StorageError
+from darseg.pseudo.histogram import ConfidenceHistogram
+from darseg.pseudo.labelset import label_path, prediction_path
+from darseg.pseudo.redistribute import redistribute
+from darseg.run import label as module
+from darseg.run.label import redistribute_folder
+
+torch.set_num_threads(1)
+
+COUNTS = [600, 300, 90, 10]
+RATIO = 0.5
+BESIDES = ("redistribution.json", "histogram.npz")
+redistribute_quietly = partial(redistribute_folder, console=Console(quiet=True))
+
+
+def draw(count: int) -> dict[str, np.ndarray]:
+    """Logits of images in subfolders, differing in size and type, with ties; the last class is never predicted."""
+    rng = np.random.default_rng(count)
+    arrays = {}
+    for index in range(count):
+        logits = np.round(rng.normal(0, 2, (4, 5 + index % 3, 7 + index % 4)))
+        logits[3] = -40
+        arrays[f"city_{index % 2}/{index:02d}.left"] = logits.astype(np.float16 if index % 3 else np.float32)
+    return dict(sorted(arrays.items()))
+
+
+def save(folder: Path, arrays: dict[str, np.ndarray]) -> Path:
+    for index, (name, array) in enumerate(arrays.items()):
+        path = folder / f"{name}{'.npz' if index % 2 else '.npy'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if index % 2:
+            np.savez_compressed(path, scores=array)
+        else:
+            np.save(path, array)
+    return folder
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """All files below a folder, hidden ones too."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+ARRAYS = draw(12)
+NAMES = list(ARRAYS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("source"), ARRAYS)
+
+
+@pytest.fixture(scope="module")
+def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted call leaves."""
+    out = tmp_path_factory.mktemp("wanted") / "out"
+    redistribute_quietly(source, out, COUNTS, RATIO)
+    return outcome(out)
+
+
+@pytest.fixture
+def copied(source: Path, tmp_path: Path) -> Path:
+    """The same files, to be damaged."""
+    return Path(shutil.copytree(source, tmp_path / "copied"))
+
+
+@pytest.fixture
+def counts_file(tmp_path: Path) -> Path:
+    path = tmp_path / "counts.json"
+    path.write_text(json.dumps(COUNTS))
+    return path
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Exit code, standard output and standard error of a command, in this process."""
+
+    def run(*arguments: object) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        shown = capsys.readouterr()
+        return ended.value.code or 0, shown.out, shown.err
+
+    return run
+
+
+def file_of(folder: Path, name: str) -> Path:
+    return next(path for suffix in (".npy", ".npz") if (path := folder / f"{name}{suffix}").exists())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"labeling_ratio": RATIO, "seed": 3},
+        {"labeling_ratio": 0.9, "confidence": "fine", "sampling": "none"},
+        {"labeling_ratio": 0.3, "method": "cbst"},
+        {"labeling_ratio": None, "method": "global", "threshold": 0.8},
+    ],
+    ids=["dars", "fine", "cbst", "global"],
+)
+def test_a_folder_is_labelled_as_arrays_are(source: Path, tmp_path: Path, how: dict) -> None:
+    described = redistribute_quietly(source, tmp_path / "out", COUNTS, **how)
+    result = redistribute(ARRAYS, COUNTS, **how)
+    found = outcome(tmp_path / "out")
+    assert set(found) == {*BESIDES, *(f"{name}.png" for name in NAMES)}
+    for name in NAMES:
+        assert found[f"{name}.png"] == cv2.imencode(".png", result.labels[name])[1].tobytes()
+        assert np.array_equal(read_label(tmp_path / "out" / f"{name}.png"), result.labels[name])
+    assert ConfidenceHistogram.from_bytes(found["histogram.npz"]) == result.histogram
+    assert described == json.loads(found["redistribution.json"])
+    wanted = result.thresholds.to_json() | {"kept": result.kept.tolist()}
+    assert {key: described[key] for key in wanted} == wanted
+    assert all(len(described[key]) == 4 for key in wanted if key != "confidence")
+    assert described["threshold"][3] is None and None not in described["threshold"][:3]
+    assert described["images"] == 12 and described["classes"] is None
+    asked = {"method": "dars", "threshold": None, "confidence": "float16", "sampling": "random", "seed": 0}
+    assert described["settings"] == asked | how | {"class_counts": COUNTS}
+
+
+def test_probabilities_from_a_folder(tmp_path: Path) -> None:
+    arrays = {name: torch.softmax(torch.from_numpy(a).float(), 0).numpy() for name, a in ARRAYS.items()}
+    redistribute_quietly(save(tmp_path / "in", arrays), tmp_path / "out", COUNTS, RATIO, probabilities=True)
+    labels = redistribute(arrays, COUNTS, RATIO, probabilities=True).labels
+    for name in NAMES:
+        assert np.array_equal(read_label(tmp_path / "out" / f"{name}.png"), labels[name])
+
+
+def test_the_command_writes_the_same_and_prints_a_table(
+    source: Path, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    names = ["road", "sky", "car", "bus"]
+    counts = tmp_path / "counts.json"
+    counts.write_text("\ufeff" + json.dumps(dict(zip(names, COUNTS, strict=True))), encoding="utf-8")
+    command = ["redistribute", source, tmp_path / "out", "--class-counts", counts, "--labeling-ratio", RATIO]
+    result = subprocess.run(
+        [sys.executable, "-m", "darseg", *map(str, command)], capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    found = outcome(tmp_path / "out")
+    described, unnamed = (json.loads(files.pop("redistribution.json")) for files in (found, dict(wanted)))
+    assert found == {name: data for name, data in wanted.items() if name != "redistribution.json"}
+    assert described == unnamed | {"classes": names}
+    lines = [line.split() for line in result.stdout.splitlines() if ":" not in line]
+    columns = ["threshold", "keep", "wanted", "predicted", "accepted", "kept"]
+    assert lines[0] == ["class", *columns] and [line[0] for line in lines[1:5]] == names
+    for k, line in enumerate(lines[1:5]):
+        assert line[3:] == [str(described[column][k]) for column in columns[2:]]
+    assert lines[4][1] == "-"
+    pixels = sum(described["predicted"])
+    assert f"12 images, {sum(described['kept']) / pixels:.2%} of their pixels labelled" in result.stdout
+
+
+def test_predicting_twice_keeps_nothing_and_gives_the_same(
+    call,
+    source: Path,
+    counts_file: Path,
+    tmp_path: Path,
+    wanted: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (written.append(str(b)), replace(a, b)))
+    out = tmp_path / "out"
+    arguments = ["redistribute", source, out, "--class-counts", counts_file, "--labeling-ratio", RATIO]
+    assert call(*arguments, "--predict-twice")[0] == 0
+    assert outcome(out) == wanted
+    assert len(written) == 12 + 3 and not [path for path in written if ".predictions" in path]
+    again = tmp_path / "again"
+    assert call("redistribute", source, again, *arguments[3:])[0] == 0
+    assert len([path for path in written if ".predictions" in path]) == 12 and outcome(again) == wanted
+
+
+def test_done_once_it_does_nothing_again(
+    call, source: Path, counts_file: Path, tmp_path: Path, wanted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["redistribute", source, out, "--class-counts", counts_file, "--labeling-ratio", RATIO]
+    code, first, _ = call(*arguments)
+    (out / ".predictions" / "city_0").mkdir(parents=True)  # left by a kill at the very end
+    (out / ".predictions" / "city_0" / "x.prediction").write_bytes(b"left over")
+    monkeypatch.setattr(module, "read_scores", lambda path: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(os, "replace", lambda a, b: pytest.fail(f"{b} was written"))
+    again, second, _ = call(*arguments)
+    assert (code, again) == (0, 0) and first.splitlines()[-6:] == second.splitlines()[-6:]
+    assert outcome(out) == wanted and not (out / ".predictions").exists()
+
+
+def test_other_settings_or_files_in_the_same_folder_are_refused(
+    copied: Path, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    out = tmp_path / "out"
+    redistribute_quietly(copied, out, COUNTS, RATIO)
+    for counts, how in (
+        (COUNTS, {"labeling_ratio": 0.4}),
+        (COUNTS, {"labeling_ratio": RATIO, "seed": 1}),
+        (COUNTS, {"labeling_ratio": RATIO, "confidence": "fine"}),
+        (COUNTS, {"labeling_ratio": RATIO, "sampling": "none"}),
+        (COUNTS, {"labeling_ratio": RATIO, "method": "cbst"}),
+        ([600, 300, 91, 10], {"labeling_ratio": RATIO}),
+    ):
+        with pytest.raises(RunError, match=r"was begun with other settings \(see redistribution.json\)"):
+            redistribute_quietly(copied, out, counts, **how)
+    with pytest.raises(RunError, match=r"begun with other inputs .* put back what was changed"):
+        redistribute_quietly(copied, out, COUNTS, RATIO, probabilities=True)
+    np.save(copied / "new.npy", ARRAYS[NAMES[0]])
+    with pytest.raises(RunError, match="begun with other inputs"):
+        redistribute_quietly(copied, out, COUNTS, RATIO)
+    (copied / "new.npy").unlink()
+    redistribute_quietly(copied, out, COUNTS, RATIO)
+    assert outcome(out) == wanted
+
+
+def test_a_folder_of_other_things_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("dear")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "full", tmp_path / "file"):
+        with pytest.raises(RunError, match=f"{out} is not empty and was not begun by this command"):
+            redistribute_quietly(source, out, COUNTS, RATIO)
+    with pytest.raises(StorageError, match="Cannot write"):
+        redistribute_quietly(source, tmp_path / "file" / "out", COUNTS, RATIO)
+    assert outcome(tmp_path) == {"full/thesis.txt": b"dear", "file": b""}
+
+
+def damage(folder: Path) -> dict[str, str]:
+    """Spoils all but the first and the last two files → name: what is said of it."""
+    good = ARRAYS[NAMES[0]]
+    truncated = file_of(folder, NAMES[2])
+    truncated.write_bytes(truncated.read_bytes()[:-20])
+    archive = file_of(folder, NAMES[3])
+    archive.write_bytes(archive.read_bytes()[:60])
+    np.save(file_of(folder, NAMES[4]), np.full(ARRAYS[NAMES[4]].shape, np.nan, np.float32))
+    np.savez(file_of(folder, NAMES[5]), a=good, b=good)
+    np.save(file_of(folder, NAMES[6]), np.array([{"a": 1}, None]), allow_pickle=True)
+    np.savez(file_of(folder, NAMES[7]), scores=good[:3])
+    np.save(file_of(folder, NAMES[8]), good.astype(np.float64))
+    file_of(folder, NAMES[9]).write_bytes(b"")
+    unreadable = "cannot be read as an array of numbers"
+    return {
+        NAMES[2]: unreadable,
+        NAMES[3]: unreadable,
+        NAMES[4]: f"{ARRAYS[NAMES[4]].size} of {ARRAYS[NAMES[4]].size} scores are NaN",
+        NAMES[5]: "holds 2 arrays (a, b); wanted one",
+        NAMES[6]: f"{unreadable} (ValueError: Object arrays cannot be loaded",
+        NAMES[7]: "that is 3 classes; the class counts have 4",
+        NAMES[8]: "found float64 [4, 5, 7], wanted float16 or float32",
+        NAMES[9]: f"{unreadable} (EOFError: No data left in file). Write it again with numpy.save",
+    }
+
+
+def test_all_bad_files_are_named_and_the_others_kept(
+    call, copied: Path, source: Path, counts_file: Path, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    out, said = tmp_path / "out", damage(copied)
+    arguments = ["redistribute", copied, out, "--class-counts", counts_file, "--labeling-ratio", RATIO]
+    for _ in range(2):
+        code, _, err = call(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("  - ")]
+        assert code == 2 and "Traceback" not in err
+        assert "8 file(s) cannot be used; all others are done and kept" in err
+        assert len(lines) == 8 and all(
+            line.startswith(f"  - {file_of(copied, name)}: ") and text in line
+            for line, (name, text) in zip(lines, said.items(), strict=True)
+        )
+        kept = {f".predictions/{name}.prediction" for name in NAMES if name not in said}
+        assert set(outcome(out)) == kept | {".begun.json"}
+    shutil.copytree(source, copied, dirs_exist_ok=True)
+    earlier = {p: p.stat().st_mtime_ns for p in out.rglob("*.prediction")}
+    read = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "read_scores", lambda p, f=module.read_scores: (read.append(p.name), f(p))[1])
+        assert call(*arguments)[0] == 0
+    assert sorted(read) == sorted(file_of(copied, name).name for name in said) and len(earlier) == 4
+    assert outcome(out) == wanted
+
+
+def test_files_changed_while_counting_are_predicted_anew(copied: Path, tmp_path: Path) -> None:
+    """A good file replaced, a bad one removed, another added: as if it had been so from the beginning."""
+    np.save(bad := file_of(copied, NAMES[4]), np.full((4, 5, 7), np.nan, np.float32))
+    with pytest.raises(DataError, match=r"1 file\(s\) cannot be used"):
+        redistribute_quietly(copied, tmp_path / "out", COUNTS, RATIO)
+    bad.unlink()
+    np.save(file_of(copied, NAMES[2]), np.zeros((4, 9, 9), np.float32))
+    np.save(copied / "new.npy", np.ones((4, 2, 2), np.float32))
+    redistribute_quietly(copied, tmp_path / "out", COUNTS, RATIO)
+    redistribute_quietly(copied, tmp_path / "other", COUNTS, RATIO)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "other")
+    with pytest.raises(RunError, match="begun with other settings"):
+        redistribute_quietly(copied, tmp_path / "out", COUNTS, 0.4)
+
+
+def test_settings_and_files_may_not_both_change_midway(copied: Path, tmp_path: Path) -> None:
+    np.save(file_of(copied, NAMES[4]), np.full((4, 5, 7), np.nan, np.float32))
+    with pytest.raises(DataError):
+        redistribute_quietly(copied, tmp_path / "out", COUNTS, RATIO)
+    np.save(file_of(copied, NAMES[4]), np.zeros((4, 5, 8), np.float32))
+    with pytest.raises(RunError, match=r"begun with other settings and inputs \(see .begun.json\)"):
+        redistribute_quietly(copied, tmp_path / "out", COUNTS, 0.4)
+    with pytest.raises(RunError, match=r"begun with other inputs \(see .begun.json\)"):
+        redistribute_quietly(copied, tmp_path / "out", COUNTS, RATIO, probabilities=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "no such file. Give labelled pixels per class as JSON"),
+        ("{", "cannot be read as JSON"),
+        ("[1, 2.5, 1, 1]", "wanted whole numbers, a list of K or name → count"),
+        ('[1, "2", 1, 1]', "wanted whole numbers"),
+        ("[true, 2, 1, 1]", "wanted whole numbers"),
+        ("[NaN, 2, 1, 1]", "wanted whole numbers"),
+        ("[[1], 2, 1, 1]", "wanted whole numbers"),
+        ("[]", "wanted whole numbers"),
+        ("7", "wanted whole numbers"),
+        ("null", "wanted whole numbers"),
+        ('"12"', "wanted whole numbers"),
+        ("[3, -1, 2, -4]", "labelled pixels cannot be negative (class 1: -1, class 3: -4)"),
+        ('{"road": 5, "sky": -2}', "labelled pixels cannot be negative (sky: -2)"),
+        ("[0, 0, 0, 0]", "No labelled pixel of any of the 4 classes"),
+        ("[5]", "1 classes: between 2 and 255 are needed"),
+    ],
+)
+def test_class_counts_that_cannot_be_used(
+    call, source: Path, tmp_path: Path, text: str | None, message: str
+) -> None:
+    counts = tmp_path / "given.json"
+    if text is not None:
+        counts.write_text(text)
+    arguments = ("redistribute", source, tmp_path / "out", "--class-counts", counts, "--labeling-ratio", 0.5)
+    code, _, err = call(*arguments)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_cannot_work_are_named_before_anything_is_begun(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"(?s)needs a threshold.*takes no labelling ratio"):
+        redistribute_quietly(source, tmp_path / "out", COUNTS, 0.5, method="global")
+    with pytest.raises(RecipeError, match="confidence 'exact'"):
+        redistribute_quietly(source, tmp_path / "out", COUNTS, 0.5, confidence="exact")
+    with pytest.raises(DataError, match=r"class counts: wanted whole numbers"):
+        redistribute_quietly(source, tmp_path / "out", [0.5, 0.5], 0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_and_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    good = ARRAYS[NAMES[0]]
+    folder = save(tmp_path / "in", {"a/x": good})
+    np.save(folder / "a" / "X.npy", good)
+    np.savez(folder / "a" / "x.npz", good)
+    with pytest.raises(DataError, match=r"ids must differ by more than suffix and case.*") as caught:
+        redistribute_quietly(folder, tmp_path / "out", COUNTS, RATIO)
+    assert all(name in str(caught.value) for name in ("a/x.npy", "a/X.npy", "a/x.npz"))
+    (tmp_path / "empty" / ".hidden").mkdir(parents=True)
+    np.save(tmp_path / "empty" / ".hidden" / "x.npy", good)
+    with pytest.raises(DataError, match="nothing to label there"):
+        redistribute_quietly(tmp_path / "empty", tmp_path / "out", COUNTS, RATIO)
+    with pytest.raises(DataError, match="no such folder"):
+        redistribute_quietly(tmp_path / "nowhere", tmp_path / "out", COUNTS, RATIO)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("where", [label_path, prediction_path])
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x", "..", "", "."])
+def test_ids_that_climb_out_are_refused(
+    where: Callable[[Path, str], Path], name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        DataError, match=r"leads out of the folder .*: an id is a relative path without '\.\.'"
+    ):
+        where(tmp_path, name)
+    assert where(tmp_path, "a/..b/x.y").relative_to(tmp_path / "a" / "..b").stem == "x.y"
