@@ -286,7 +286,7 @@ def test_two_processes_write_each_image_once_and_end_together_where_one_fails(
     waiting = {f".predictions/{name}.prediction" for name in NAMES if name != NAMES[3]}
     assert set(outcome(out)) == waiting | {".begun.json"}
 
-    shutil.copy(file_of(source, NAMES[3]), bad)
+    shutil.copy2(file_of(source, NAMES[3]), bad)
     result = torchrun(script, *arguments, WITNESS=str(witness))
     assert result.returncode == 0, result.stderr
     assert outcome(out) == wanted
