@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY, recipe_dict
-from darseg.cli import main
 from darseg.config import load_recipe
 from darseg.data.manifest import read_image, read_label
 from darseg.data.scenes import SCENE_CLASSES
@@ -27,20 +26,6 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe_dict(tiny_data)))
     train(load_recipe(folder / "tiny.yaml", ["rounds=[{steps: 3}]"]), folder / "run")
     return folder / "run"
-
-
-def darseg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object):
-    """Exit code, standard output and standard error of a command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    shown = capsys.readouterr()
-    return ended.value.code or 0, shown.out, shown.err
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return lambda *arguments: darseg(monkeypatch, capsys, *arguments)
 
 
 def test_plan_prints_rounds_and_rates(call, recipe_file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ import yaml
 from rich.console import Console
 
 from conftest import recipe_dict
-from darseg.cli import main
 from darseg.config import load_recipe
 from darseg.data.manifest import read_image, read_label
 from darseg.data.scenes import SCENE_CLASSES
@@ -65,20 +63,6 @@ def checkpoint(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def images(tiny_data: Path) -> Path:
     return tiny_data / "images" / "u"
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Exit code, standard output and standard error of a command, in this process."""
-
-    def command(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return ended.value.code or 0, shown.out, shown.err
-
-    return command
 
 
 def labelled_pixels(root: Path) -> list[int]:

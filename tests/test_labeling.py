@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +17,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from darseg.cli import main
 from darseg.data.manifest import read_label
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.pseudo.histogram import ConfidenceHistogram
@@ -90,20 +88,6 @@ def counts_file(tmp_path: Path) -> Path:
     path = tmp_path / "counts.json"
     path.write_text(json.dumps(COUNTS))
     return path
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Exit code, standard output and standard error of a command, in this process."""
-
-    def run(*arguments: object) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        shown = capsys.readouterr()
-        return ended.value.code or 0, shown.out, shown.err
-
-    return run
 
 
 def file_of(folder: Path, name: str) -> Path:

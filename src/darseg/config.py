@@ -118,9 +118,7 @@ def _weights(value: Any) -> Any:
 
 class NetworkConfig(_Section):
     architecture: Literal["pspnet"] = "pspnet"
-    backbone: StrictStr = (
-        "resnet50"  # resnet18|34|50|101, resnet50_deep|resnet101_deep, resnet18_half, timm/NAME
-    )
+    backbone: StrictStr = "resnet50"  # resnet18|34|50|101, resnet18_half, resnet50|101_deep, timm/NAME
     output_stride: Literal[8, 16] = 8
     weights: Annotated[
         Any,

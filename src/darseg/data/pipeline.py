@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 from darseg.errors import DataError, faults
@@ -39,7 +40,7 @@ def overlapped(
         behind: deque[Future[object]] = deque()
 
         def fill() -> None:
-            for item in _take(source, AHEAD - len(ahead)):
+            for item in islice(source, AHEAD - len(ahead)):
                 ahead.append((item, readers.submit(read, item)))
 
         fill()
@@ -67,11 +68,3 @@ def overlapped(
             faults(f"{len(unusable)} file(s) cannot be used; all others are done and kept", unusable)
             + "\nMend or remove them and run the same command again."
         )
-
-
-def _take(source: Iterator[Item], count: int) -> Iterator[Item]:
-    for _ in range(count):
-        try:
-            yield next(source)
-        except StopIteration:
-            return

@@ -75,7 +75,7 @@ def redistribute(
     for name, scores in pairs:
         if name in decided:
             raise DataError(f"{name!r} is given twice: an id names one image.")
-        decided[name] = decide_array(np.asarray(scores), classes, scale.name, probabilities, name)
+        decided[name] = decide_array(np.asarray(scores), classes, scale, probabilities, name)
         builder.add(decided[name])
     histogram = builder.build()
     thresholds = choose(histogram)
@@ -88,7 +88,7 @@ def redistribute(
 
 
 def decide_array(
-    scores: NDArray, classes: int, confidence: str, probabilities: bool, name: str
+    scores: NDArray, classes: int, scale: ConfidenceScale, probabilities: bool, name: str
 ) -> Prediction:
     """`decide` on an array that someone else made. Raises DataError naming it."""
     if scores.dtype not in (np.float16, np.float32):
@@ -101,7 +101,7 @@ def decide_array(
             "Wanted is [K, H, W], classes first."
         )
     tensor = torch.from_numpy(np.ascontiguousarray(scores))
-    return decide(tensor, scale_of(confidence), probabilities, name)
+    return decide(tensor, scale, probabilities, name)
 
 
 def scale_of(confidence: str) -> ConfidenceScale:

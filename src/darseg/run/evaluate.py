@@ -68,6 +68,15 @@ def load_trained(source: Path | str, round_index: int | None = None) -> Trained:
     return Trained(place(load_network(path)), read_spec(path), recipe, path)
 
 
+def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> None:
+    """Raise DataError where a network and the classes of a recipe are not equally many."""
+    if len(classes) != trained.network.classes:
+        raise DataError(
+            f"{source} has {trained.network.classes} classes, the recipe has {len(classes)}: give the recipe it "
+            "was trained with."
+        )
+
+
 def evaluate(
     source: Path | str,
     recipe: Recipe | None = None,
@@ -90,11 +99,7 @@ def evaluate(
             f"{source} is a checkpoint outside a run folder: name the data with --recipe RECIPE.yaml."
         )
     classes = classes_of(recipe)
-    if len(classes) != trained.network.classes:
-        raise DataError(
-            f"{source} has {trained.network.classes} classes, the recipe has {len(classes)}: give the recipe it "
-            "was trained with."
-        )
+    check_classes(source, trained, classes)
     samples = manifest_of(recipe).roles()[role]
     if not samples:
         raise DataError(f"The recipe has no {role} images. Set data.{role}, or choose another --role.")

@@ -34,7 +34,7 @@ from darseg.pseudo.redistribute import chooser, decide_array, scale_of
 from darseg.pseudo.thresholds import Thresholds
 from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
 from darseg.run.directory import digest_path, digest_settings, write_json
-from darseg.run.evaluate import load_trained
+from darseg.run.evaluate import check_classes, load_trained
 from darseg.run.journal import Advance, Journal
 from darseg.run.processes import Processes
 
@@ -164,11 +164,7 @@ def label_folder(
     else:
         assert recipe is not None
         manifest = manifest_of(recipe)
-        if len(manifest.classes) != trained.network.classes:
-            raise DataError(
-                f"{source} has {trained.network.classes} classes, the recipe has {len(manifest.classes)}: give the "
-                "recipe it was trained with."
-            )
+        check_classes(source, trained, manifest.classes)
         counts = count_labels(masks(manifest.labeled, manifest.classes), len(manifest.classes)).tolist()
     settings = {
         "method": method,
@@ -256,7 +252,7 @@ def redistribute_folder(
 
     def make(scale: ConfidenceScale, folder: Path | None) -> Predictor:
         def run(sample: Sample, scores: np.ndarray) -> Prediction:
-            return decide_array(scores, len(counts), scale.name, probabilities, str(sample.image))
+            return decide_array(scores, len(counts), scale, probabilities, str(sample.image))
 
         return Predictor(lambda sample: read_scores(sample.image), run, folder)
 
