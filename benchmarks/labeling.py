@@ -30,7 +30,8 @@ import torch.nn.functional as F
 
 import darseg
 from darseg.data.files import write_whole
-from darseg.data.manifest import Sample, read_image
+from darseg.data.images import read_image
+from darseg.data.manifest import Sample
 from darseg.data.prediction import FINE, FLOAT16, Prediction
 from darseg.data.scenes import draw_scene
 from darseg.model.decide import decide_strips

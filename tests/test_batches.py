@@ -6,6 +6,7 @@ import itertools
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -19,6 +20,7 @@ from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, collate, sample_index, stream_batches
 from darseg.data.classes import IGNORE, class_set
 from darseg.data.dataset import Example, draw_example, load_example
+from darseg.data.labels import LabelEncoding
 from darseg.data.manifest import Sample
 from darseg.errors import DataError
 
@@ -214,8 +216,10 @@ def test_an_example_is_image_and_label_as_they_are(samples):
 
 def test_the_users_ignore_value_is_read_as_255(tmp_path):
     label = np.array([[0, 1], [2, 11]], np.uint8)
-    sample = make(tmp_path, "a", np.zeros((2, 2, 3), np.uint8), label)
-    example = load_example(sample, class_set(["field", "road", "house"], ignore=11))
+    sample = replace(
+        make(tmp_path, "a", np.zeros((2, 2, 3), np.uint8), label), encoding=LabelEncoding(ignore=11)
+    )
+    example = load_example(sample, CLASSES)
     assert example.label.tolist() == [[0, 1], [2, IGNORE]]
 
 
@@ -229,6 +233,6 @@ def test_examples_that_cannot_be_loaded(tmp_path):
     ):
         load_example(turned, CLASSES)
     unknown = make(tmp_path, "c", image, np.full((4, 6), 3, np.uint8))
-    message = r"c_label\.png: label values outside the classes 0\.\.2 and ignore 255: 3 \(24 pixels\)"
+    message = r"c_label\.png: label values outside the classes 0\.\.2 and 255, not labelled: 3 \(24 pixels\)"
     with pytest.raises(DataError, match=message):
         load_example(unknown, CLASSES)

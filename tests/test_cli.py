@@ -15,7 +15,8 @@ import yaml
 
 from conftest import REPOSITORY, recipe_dict
 from darseg.config import load_recipe
-from darseg.data.manifest import read_image, read_label
+from darseg.data.images import read_image
+from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.run.rounds import train
 
@@ -32,11 +33,13 @@ def test_plan_prints_rounds_and_rates(call, recipe_file: Path) -> None:
     code, out, _ = call("plan", recipe_file, "training.learning_rate=0.01")
     assert code == 0
     lines = [re.split(r"  +", line.strip()) for line in out.splitlines()[:4]]
-    assert lines[1] == ["0", "-", "6", "4", "0.5 – 2", "0 – 1", "0.01", "0"]
+    assert lines[1] == ["0", "-", "-", "1", "6", "4", "0.5 – 2", "0 – 1", "0.01", "0"]
     before = 6 / (6 + 5)  # the share of the curve that lies behind, in steps
     assert lines[2] == [
         "1",
         "0.4",
+        "-",
+        "3",
         "5",
         "2 + 2",
         "0.5 – 2",
@@ -44,7 +47,7 @@ def test_plan_prints_rounds_and_rates(call, recipe_file: Path) -> None:
         f"{0.01 * (1 - before) ** 0.9:.6g}",
         "0",
     ]
-    assert lines[3][4:6] == ["0.5 – 2.5", f"{11 / 16:.4g} – 1"]
+    assert lines[3][6:8] == ["0.5 – 2.5", f"{11 / 16:.4g} – 1"]
     assert "4 labeled, 6 unlabeled, 3 validation, 0 test" in out
     assert f"at most {3 * 65 * 97 * 6 / 1e6:.0f} MB" in out
 
@@ -53,8 +56,11 @@ def test_plan_counts_epochs_as_the_method_does(call, recipe_file: Path) -> None:
     code, out, _ = call("plan", recipe_file, "rounds=[{epochs: 10}, {epochs: 10, labeling_ratio: 0.4}]")
     assert code == 0
     rows = [re.split(r"  +", line.strip()) for line in out.splitlines()[1:3]]
-    assert [row[2] for row in rows] == ["10", "30"]  # floor(4 / 4) and floor(6 / 2) steps an epoch
-    assert rows[1][6] == f"{0.01 * 0.5**0.9:.6g}"
+    assert [row[2:5] for row in rows] == [
+        ["10", "1", "10"],
+        ["10", "3", "30"],
+    ]  # 4 / 4, 6 / 2 steps
+    assert rows[1][8] == f"{0.01 * 0.5**0.9:.6g}"
 
 
 def test_check_of_good_data_shows_class_shares(call, recipe_file: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from darseg.config import load_recipe
-from darseg.data.manifest import read_label
+from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.run import demo as module
 

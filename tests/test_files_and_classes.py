@@ -11,15 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from darseg.data import files
 from darseg.data.classes import (
     BUILT_IN,
     CAMVID,
     CITYSCAPES,
-    IGNORE,
     VOC,
     ClassSet,
     class_set,
@@ -180,7 +177,6 @@ def test_the_built_in_sets():
     assert (len(CITYSCAPES), len(VOC), len(CAMVID)) == (19, 21, 11)
     assert BUILT_IN == {"cityscapes": CITYSCAPES, "voc": VOC, "camvid": CAMVID}
     for built_in in BUILT_IN.values():
-        assert built_in.ignore == IGNORE == 255
         assert len(set(built_in.colors)) == len(built_in)
     assert CITYSCAPES.names[:2] == ("road", "sidewalk") and CITYSCAPES.names[18] == "bicycle"
     assert CITYSCAPES.names[6:8] == ("traffic light", "traffic sign")
@@ -214,47 +210,29 @@ def test_palette():
 
 def test_class_sets_of_all_forms():
     assert class_set("voc") == VOC
-    assert class_set("camvid", 11) == ClassSet(CAMVID.names, CAMVID.colors, 11)
+    assert class_set("camvid") == CAMVID
     assert class_set(["a", "b"]) == ClassSet(("a", "b"), distinct_colors(2))
-    assert class_set({"a": [1, 2, 3], "b": (4, 5, 6)}, 2) == ClassSet(("a", "b"), ((1, 2, 3), (4, 5, 6)), 2)
+    assert class_set({"a": [1, 2, 3], "b": (4, 5, 6)}) == ClassSet(("a", "b"), ((1, 2, 3), (4, 5, 6)))
     assert len(class_set([str(index) for index in range(255)])) == 255
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 300), st.integers(-2, 300))
-def test_the_ignore_value_is_no_class(count: int, ignore: int):
-    if 2 <= count <= 255 and count <= ignore <= 255:
-        made = class_set([f"class {index}" for index in range(count)], ignore)
-        assert len(made) == count and made.ignore == ignore
-    else:
-        with pytest.raises(DataError):
-            class_set([f"class {index}" for index in range(count)], ignore)
-
-
 @pytest.mark.parametrize(
-    ("classes", "ignore", "message"),
+    ("classes", "message"),
     [
-        ("coco", 255, r"No built-in class set 'coco': there are cityscapes, voc, camvid"),
-        (["one"], 255, r"1 classes: between 2 and 255 are needed"),
-        ([], 255, r"0 classes: between 2 and 255"),
-        ([str(index) for index in range(256)], 255, r"256 classes: between 2 and 255"),
-        (["a", "b", "a"], 255, r"must be unique and not empty; given twice: \['a'\]"),
-        (["a", ""], 255, r"must be unique and not empty; given twice: none"),
-        (
-            ["a", "b"],
-            1,
-            r"ignore value 1 lies among the class values 0\.\.1 or above 255: choose one from 2 to 255",
-        ),
-        (["a", "b"], 256, r"ignore value 256 lies among .* or above 255"),
-        ("camvid", 10, r"ignore value 10 lies among the class values 0\.\.10"),
-        ({"a": [0, 0], "b": [0, 0, 0]}, 255, r"A colour is three numbers from 0 to 255"),
-        ({"a": [0, 0, 256], "b": [0, 0, 0]}, 255, r"A colour is three numbers from 0 to 255"),
-        ({"a": [0, 0, -1], "b": [0, 0, 0]}, 255, r"A colour is three numbers from 0 to 255"),
+        ("coco", r"No built-in class set 'coco': there are cityscapes, voc, camvid"),
+        (["one"], r"1 classes: between 2 and 255 are needed"),
+        ([], r"0 classes: between 2 and 255"),
+        ([str(index) for index in range(256)], r"256 classes: between 2 and 255"),
+        (["a", "b", "a"], r"must be unique and not empty; given twice: \['a'\]"),
+        (["a", ""], r"must be unique and not empty; given twice: none"),
+        ({"a": [0, 0], "b": [0, 0, 0]}, r"A colour is three numbers from 0 to 255"),
+        ({"a": [0, 0, 256], "b": [0, 0, 0]}, r"A colour is three numbers from 0 to 255"),
+        ({"a": [0, 0, -1], "b": [0, 0, 0]}, r"A colour is three numbers from 0 to 255"),
     ],
 )
-def test_class_sets_that_cannot_be(classes, ignore: int, message: str):
+def test_class_sets_that_cannot_be(classes, message: str):
     with pytest.raises(DataError, match=message):
-        class_set(classes, ignore)
+        class_set(classes)
 
 
 def test_each_class_has_a_color():

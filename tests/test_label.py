@@ -19,7 +19,8 @@ from rich.console import Console
 
 from conftest import recipe_dict
 from darseg.config import load_recipe
-from darseg.data.manifest import read_image, read_label
+from darseg.data.images import read_image
+from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.errors import StorageError
 from darseg.model.predict import predict

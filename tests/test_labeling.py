@@ -17,7 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from darseg.data.manifest import read_label
+from darseg.data.labels import read_label
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import label_path, prediction_path

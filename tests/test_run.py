@@ -22,7 +22,8 @@ import yaml
 from conftest import recipe_dict
 from darseg.config import load_recipe
 from darseg.data.classes import IGNORE
-from darseg.data.manifest import read_image, read_label
+from darseg.data.images import read_image
+from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.errors import DataError, NumericsError, RecipeError, RunError, SizeError, StorageError
 from darseg.model.weights import load_network

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from darseg.errors import DarsegError, StorageError, WeightsError
 from darseg.model.network import Network, NetworkSpec, build_network
-from darseg.model.weights import fetch, load_backbone, load_network, read_spec, save_network
+from darseg.model.weights import fetch, load_network, load_weights, read_spec, save_network
 
 torch.set_num_threads(1)
 
@@ -117,7 +117,7 @@ def test_files_that_are_not_ours(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("other.safetensors", "other.pth"):
-        with pytest.raises(WeightsError, match=r"not a network saved by darseg.*load_backbone"):
+        with pytest.raises(WeightsError, match=r"not a network saved by darseg.*darseg convert"):
             load_network(tmp_path / name)
 
 
@@ -179,7 +179,7 @@ def test_files_that_would_run_code_are_refused(zipped: bool, tmp_path: Path) -> 
     with pytest.raises(
         WeightsError, match=r"(?s)could run code: it holds more than tensors .*mkdir.*save its state dict"
     ):
-        load_backbone(small(), path)
+        load_weights(small(), path)
     assert not trace.exists()
 
 
@@ -188,17 +188,17 @@ def test_bare_pickles_and_tar_archives_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps(Runs(trace)))
     with pytest.raises(WeightsError):
-        load_backbone(small(), path)
+        load_weights(small(), path)
     with tarfile.open(tmp_path / "evil.tar", "w") as archive:
         for name in ("storages", "tensors", "pickle"):
             archive.add(path, name)
     with pytest.raises(WeightsError, match=r"could run code.*tar archive"):
-        load_backbone(small(), tmp_path / "evil.tar")
+        load_weights(small(), tmp_path / "evil.tar")
     assert not trace.exists()
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
-    for read in (load_network, lambda path: load_backbone(small(), path)):
+    for read in (load_network, lambda path: load_weights(small(), path)):
         with pytest.raises(WeightsError, match=r"missing\.pth: there is no such file.*download"):
             read(tmp_path / "missing.pth")
         with pytest.raises(WeightsError, match="directory"):
@@ -209,7 +209,7 @@ def test_web_pages_and_pointers(tmp_path: Path) -> None:
     page, pointer = tmp_path / "page.pth", tmp_path / "pointer.pth"
     page.write_text("\n<!DOCTYPE html><html>Please log in</html>")
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    for read in (load_network, lambda path: load_backbone(small(), path)):
+    for read in (load_network, lambda path: load_weights(small(), path)):
         with pytest.raises(WeightsError, match=r"web page.*save the file itself"):
             read(page)
         with pytest.raises(WeightsError, match="git lfs pull"):
@@ -229,7 +229,7 @@ def test_truncated_files(form: str, saved: Path, tmp_path: Path) -> None:
     for kept in (0, 5, 1000, len(whole) // 2, len(whole) - 1000):
         path.write_bytes(whole[:kept])
         with pytest.raises(WeightsError, match=rf"weights \({kept:,} bytes\).*damaged, cut short"):
-            load_backbone(network, path)
+            load_weights(network, path)
         with pytest.raises(WeightsError):
             load_network(path)
     assert same(network.state_dict(), before)
@@ -238,10 +238,10 @@ def test_truncated_files(form: str, saved: Path, tmp_path: Path) -> None:
 def test_files_that_are_no_state_dict(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(WeightsError, match=r"holds a list, not a state dict.*state_dict\(\)"):
-        load_backbone(small(), tmp_path / "list.pth")
+        load_weights(small(), tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
     with pytest.raises(WeightsError, match=r"no tensors.*'epoch'"):
-        load_backbone(small(), tmp_path / "numbers.pth")
+        load_weights(small(), tmp_path / "numbers.pth")
 
 
 # --- pretrained backbones
@@ -273,12 +273,12 @@ def test_resnets_from_imagenet(backbone: str, layout: str, tmp_path: Path) -> No
         safetensors.torch.save_file(state, path)
     else:
         torch.save({"state_dict": state, "epoch": 9} if layout == "nested" else state, path)
-    report = load_backbone(network, path)
+    report = load_weights(network, path)
     assert same(network.backbone.state_dict(), source.backbone.state_dict())
     assert {key: network.state_dict()[key] for key in heads}.keys() == heads.keys()
     assert all(torch.equal(network.state_dict()[key], value) for key, value in heads.items())
     assert report.source == path
-    assert set(report.loaded) == set(source.backbone.state_dict())
+    assert set(report.loaded) == {f"backbone.{key}" for key in source.backbone.state_dict()}
     assert report.unused == ("fc.bias", "fc.weight")
     assert report.uncounted == ()
 
@@ -287,9 +287,9 @@ def test_files_of_an_old_torch_count_no_batches(tmp_path: Path) -> None:
     state = {key: value for key, value in imagenet(small(seed=1)).items() if "num_batches" not in key}
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     network = small(seed=2)
-    report = load_backbone(network, tmp_path / "old.pth")
+    report = load_weights(network, tmp_path / "old.pth")
     assert same(network.backbone.state_dict(), small(seed=1).backbone.state_dict())
-    assert len(report.uncounted) == 20 and "bn1.num_batches_tracked" in report.uncounted
+    assert len(report.uncounted) == 20 and "backbone.bn1.num_batches_tracked" in report.uncounted
 
 
 def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     network = small(seed=2)
     before = snapshot(network)
     with pytest.raises(WeightsError) as caught:
-        load_backbone(network, path)
+        load_weights(network, path)
     for text in (
         "resnet18",
         "layer1.0.bn1.running_var: missing, [64] is wanted",
@@ -322,7 +322,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
 def test_weights_of_another_resnet(given: str, wanted: str, found: str, tmp_path: Path) -> None:
     torch.save(imagenet(small(given)), tmp_path / "weights.pth")
     with pytest.raises(WeightsError) as caught:
-        load_backbone(small(wanted), tmp_path / "weights.pth")
+        load_weights(small(wanted), tmp_path / "weights.pth")
     assert found in str(caught.value)
 
 
@@ -339,9 +339,9 @@ def test_timm_backbones(name: str, classifier: set[str], tmp_path: Path) -> None
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
     network = small(f"timm/{name}")
     random_state = torch.get_rng_state()
-    report = load_backbone(network, tmp_path / "weights.pth")
+    report = load_weights(network, tmp_path / "weights.pth")
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert set(report.loaded) == set(network.backbone.state_dict())
+    assert set(report.loaded) == {f"backbone.{key}" for key in network.backbone.state_dict()}
     assert len(report.loaded) + len(report.unused) == len(whole.state_dict())
     assert {key.split(".")[0] for key in report.unused} == classifier
     # As timm's whole network: the sum of all parameters of the backbone, and its first convolution.
@@ -357,13 +357,13 @@ def test_weights_of_a_deeper_timm_network(tmp_path: Path) -> None:
     state["blocks.3.9.conv_dw.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=r"blocks\.3\.9\.conv_dw\.weight: of a larger network"):
-        load_backbone(small("timm/tf_efficientnet_lite0"), tmp_path / "weights.pth")
+        load_weights(small("timm/tf_efficientnet_lite0"), tmp_path / "weights.pth")
 
 
 def test_weights_of_another_timm_network(tmp_path: Path) -> None:
     torch.save(timm().create_model("resnet18", pretrained=False).state_dict(), tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match=r"conv_stem\.weight: missing"):
-        load_backbone(small("timm/mobilenetv3_small_100"), tmp_path / "weights.pth")
+        load_weights(small("timm/mobilenetv3_small_100"), tmp_path / "weights.pth")
 
 
 def test_pretrained_efficientnet_lite0() -> None:
@@ -372,8 +372,8 @@ def test_pretrained_efficientnet_lite0() -> None:
         pytest.skip(f"no pretrained weights at {path} (set DARSEG_SHARED to the folder that has them)")
     whole = timm().create_model("tf_efficientnet_lite0", pretrained=False)
     network = small("timm/tf_efficientnet_lite0")
-    report = load_backbone(network, path)
-    assert set(report.loaded) == set(network.backbone.state_dict())
+    report = load_weights(network, path)
+    assert set(report.loaded) == {f"backbone.{key}" for key in network.backbone.state_dict()}
     assert {key.split(".")[0] for key in report.unused} == {"conv_head", "bn2", "classifier"}
     assert len(report.loaded) + len(report.unused) == len(whole.state_dict())
     with torch.no_grad():

@@ -51,6 +51,17 @@ class Sampling(str, Enum):
 TWICE = "Predict again instead of keeping predictions on the disk while labelling."
 
 
+class Released(str, Enum):
+    pspnet50 = "pspnet50"
+    deeplabv2_101 = "deeplabv2_101"
+
+
+class ClassNames(str, Enum):
+    cityscapes = "cityscapes"
+    voc = "voc"
+    camvid = "camvid"
+
+
 class Kind(str, Enum):
     index = "index"
     color = "color"
@@ -124,7 +135,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
-    """Score a trained network on labelled images."""
+    """Score a trained network on labelled images, by the recipe's protocol or a changed one."""
     from darseg.config import load_recipe
     from darseg.run.build import classes_of
     from darseg.run.directory import write_json
@@ -162,6 +173,40 @@ def predict(
         raise DarsegError(
             "\n".join([f"{len(failed)} image(s) could not be read, all others are done:", *failed])
         )
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Of the release or of semseg; nothing in it is run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Must not exist yet.")],
+    architecture: Annotated[Released, typer.Option(help="The network it is of.")],
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="How many; default: as many as the file has.")
+    ] = None,
+    release_classifier: Annotated[
+        bool,
+        typer.Option(
+            "--release-classifier", help="DeepLabv2 sums 2 of 4 branches, as published checkpoints need."
+        ),
+    ] = False,
+    names: Annotated[ClassNames | None, typer.Option(help="Keep these class names and colours.")] = None,
+    strict: Annotated[bool, typer.Option(help="--no-strict: take what fits, the rest is random.")] = True,
+) -> None:
+    """Turn a checkpoint of the original release into a network of darseg, for evaluate, predict and label."""
+    from darseg.data.classes import class_set
+    from darseg.model.weights import convert as run_convert
+
+    known = class_set(names.value) if names else None
+    report = run_convert(checkpoint, out, architecture.value, classes, release_classifier, known, strict)
+    print(f"{len(report.loaded)} tensors of {checkpoint} are in {out}")
+    for title, lines in (
+        ("not filled, drawn at random", report.unfilled),
+        ("in the file, without a place here", report.unused),
+        ("counts of batches the file lacks, left at 0", report.uncounted),
+    ):
+        if lines:
+            print(f"{title}:")
+            print("\n".join(f"  {line}" for line in lines))
 
 
 @app.command()
@@ -271,6 +316,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     rows.append(["(ignored, of all pixels)", *(_ignored(found.pixels[role]) for role in roles)])
     _print_table(rows)
     print("images: " + ", ".join(f"{count} {role}" for role, count in found.images.items()))
+    for note in found.notes:
+        print(f"note: {note}")
     for warning in found.warnings:
         print(f"warning: {warning}")
     if found.faults:
@@ -286,7 +333,18 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     made = run_plan(load_recipe(recipe, overrides or []))
     rows: list[list[Any]] = [
-        ["round", "ratio", "steps", "images a step", "scale", "span", "rate at start", "at end"]
+        [
+            "round",
+            "ratio",
+            "epochs",
+            "of steps",
+            "steps",
+            "images a step",
+            "scale",
+            "span",
+            "rate at start",
+            "at end",
+        ]
     ]
     for one, (begin, end) in zip(made.rounds, made.rates, strict=True):
         batch = f"{one.batch} + {one.pseudo_batch}" if one.pseudo_batch else str(one.batch)
@@ -295,6 +353,8 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
             [
                 str(one.index),
                 "-" if one.labeling_ratio is None else f"{one.labeling_ratio:g}",
+                "-" if one.epochs is None else str(one.epochs),
+                str(one.epoch_steps),
                 str(one.steps),
                 batch,
                 f"{low:g} – {high:g}",
@@ -305,10 +365,16 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
         )
     _print_table(rows)
     print("images: " + ", ".join(f"{count} {role}" for role, count in made.images.items()))
-    print(f"network: {made.parameters / 1e6:.1f} million parameters")
+    print(f"network: {made.network}, {made.parameters / 1e6:.1f} million parameters")
     print(f"labelling: {made.labeling}")
     print(f"evaluation: {made.evaluation}")
     print(f"temporary disk while labelling: at most {made.temporary_bytes / 1e6:.0f} MB")
+    print(
+        f"memory while training, fp32: {made.state_bytes / 1e9:.2f} GB weights, gradients and momentum, "
+        f"{made.activation_bytes / 1e9:.2f} GB kept for the backward pass; convolutions' workspace comes on top"
+    )
+    for note in made.notes:
+        print(f"note: {note}")
 
 
 def _rounds_table(summary: dict) -> list[list[Any]]:

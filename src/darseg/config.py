@@ -41,6 +41,10 @@ Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]
 """Height and width; one number stands for both."""
 
 
+NAMED_VALUES = ("index", "one_based", "binary", "cityscapes_ids")
+"""Of data.label_values; `data/labels.py` knows what they mean."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -84,12 +88,47 @@ def _classes(value: Any) -> Any:
     return value
 
 
+def _values(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in NAMED_VALUES:
+            raise ValueError(f"should be one of {', '.join(NAMED_VALUES)}, or value: class")
+        return value
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(
+            f"should be one of {', '.join(NAMED_VALUES)}, or value: class, as in {{0: ignore, 255: crack}}"
+        )
+    # A saved recipe has its keys as texts.
+    value = {int(key) if isinstance(key, str) and key.isdigit() else key: name for key, name in value.items()}
+    for key, name in value.items():
+        if key != "other" and not (type(key) is int and 0 <= key <= 65535):
+            raise ValueError(f"{key!r} is no label value; should be 0 to 65535, or other")
+        if type(name) not in (int, str):
+            raise ValueError(f"{key}: {name!r} should be a class, by name or index, or ignore")
+    return value
+
+
+def _label_colors(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("should be class: [[red, green, blue], …], as in {ignore: [[0, 0, 0]]}")
+    for name, colors in value.items():
+        for color in colors if isinstance(colors, (list, tuple)) else [None]:
+            parts = color if isinstance(color, (list, tuple)) else []
+            if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
+                raise ValueError(f"{name}: should be a list of colours, as in [[0, 0, 0], [255, 255, 255]]")
+    return {name: tuple(tuple(color) for color in colors) for name, colors in value.items()}
+
+
 class DataConfig(_Section):
     root: StrictStr  # absolute once loaded; in the file relative to it
+    layout: Literal["folders", "cityscapes", "voc"] = "folders"
     classes: Annotated[Any, PlainValidator(_classes)]  # cityscapes | voc | camvid | names | {name: [r, g, b]}
     ignore: Annotated[StrictInt, Field(ge=0, le=255)] = 255
-    images: StrictStr = "images"
-    labels: StrictStr = "labels"
+    label_values: Annotated[Any, PlainValidator(_values)] = "index"
+    label_format: Literal["auto", "index", "color"] = "auto"
+    label_colors: Annotated[Any, PlainValidator(_label_colors)] | None = None
+    images: StrictStr | None = None  # None: images, or the layout's
+    labels: StrictStr | None = None  # None: labels, or the layout's
+    sbd: StrictStr | None = None  # voc: SBD's folder, absolute or below root
     labeled: Source | None = None
     unlabeled: Source | None = None
     validation: Source | None = None
@@ -100,7 +139,7 @@ class WeightsFile(_Section):
     """Weights to download; the digest is checked before anything is read."""
 
     url: Annotated[StrictStr, Field(pattern=r"^(https?|file)://")]
-    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{8,64}$")]  # or its beginning
 
 
 def _weights(value: Any) -> Any:
@@ -112,21 +151,24 @@ def _weights(value: Any) -> Any:
         try:
             return WeightsFile(**value)
         except (ValidationError, TypeError):
-            raise ValueError("should have exactly url (https://…) and sha256 (64 hex digits)") from None
+            raise ValueError(
+                "should have exactly url (https://…) and sha256 (8 to 64 hex digits, from the first on)"
+            ) from None
     raise ValueError('should be "none", the path of a weight file, or {url: …, sha256: …}')
 
 
 class NetworkConfig(_Section):
-    architecture: Literal["pspnet"] = "pspnet"
-    backbone: StrictStr = "resnet50"  # resnet18|34|50|101, resnet18_half, resnet50|101_deep, timm/NAME
+    architecture: Literal["pspnet", "deeplabv2"] = "pspnet"
+    backbone: StrictStr = "resnet50"  # resnet18|34|50|101, …_half, …_deep, resnet101_caffe, timm/NAME
     output_stride: Literal[8, 16] = 8
     weights: Annotated[
         Any,
         PlainValidator(_weights),
         PlainSerializer(lambda value: value.model_dump() if isinstance(value, WeightsFile) else value),
     ]
-    head_channels: Count = 512
-    auxiliary_weight: NotNegative = 0.4
+    strict: StrictBool = True
+    head_channels: Count | None = None  # None: 512 (pspnet)
+    auxiliary_weight: NotNegative | None = None  # None: 0.4 (pspnet)
 
 
 class AugmentationConfig(_Section):
@@ -144,6 +186,7 @@ class TrainingConfig(_Section):
     crop: Size = (713, 713)
     batch: BatchSize = 16
     half_batch: BatchSize | None = None  # None: half of batch
+    micro_batch: BatchSize | None = None  # None: batch and half batches go through the network whole
     learning_rate: Positive = 0.01
     head_factor: Positive = 10.0
     momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.9
@@ -174,6 +217,7 @@ class LabelingConfig(ProtocolConfig):
 class RoundConfig(_Section):
     epochs: Count | None = None
     steps: Count | None = None
+    epoch_over: Literal["labeled", "unlabeled"] | None = None  # None: labeled in round 0, then unlabeled
     labeling_ratio: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
     scale: tuple[Positive, Positive] | None = None
     learning_rate: Positive | None = None
@@ -185,6 +229,7 @@ class Recipe(_Section):
 
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     threads: Count | None = None
+    release_quirks: StrictBool = False
     data: DataConfig
     network: NetworkConfig
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -399,11 +444,19 @@ def _all_keys(model: type[BaseModel] = Recipe, above: Key = ()) -> Iterator[Key]
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     data, labeling = recipe.data, recipe.labeling
-    if not isinstance(data.classes, str) and data.ignore < len(data.classes):
+    if data.label_values != "index" and data.ignore != 255:
+        yield ("data", "ignore"), "has no meaning beside data.label_values; say value: ignore there"
+    elif not isinstance(data.classes, str) and data.ignore < len(data.classes):
         yield (
             ("data", "ignore"),
             f"found {data.ignore}, which is class {data.ignore} of {len(data.classes)}; should be no class",
         )
+    if data.layout != "folders":
+        for name in ("images", "labels"):
+            if getattr(data, name) is not None:
+                yield ("data", name), f"layout {data.layout} knows where they are; leave it out"
+    if data.layout != "voc" and data.sbd:
+        yield ("data", "sbd"), f"belongs to layout voc, this is {data.layout}"
     for role in ("labeled", "unlabeled", "validation", "test"):
         source = getattr(data, role)
         if source and source.every and source.except_every:
@@ -429,6 +482,15 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         )
     if labeling.sampling == "none" and labeling.method != "dars":
         yield ("labeling", "sampling"), f"only method dars samples, this is {labeling.method}; leave it out"
+    network, training = recipe.network, recipe.training
+    if network.architecture == "deeplabv2":
+        for name in ("head_channels", "auxiliary_weight"):
+            if getattr(network, name):
+                yield ("network", name), "deeplabv2 has no such head; leave it out"
+    micro, half = training.micro_batch, training.half_batch or training.batch // 2
+    for name, size in (("batch", training.batch), ("half_batch", half if len(recipe.rounds) > 1 else 0)):
+        if micro and size % micro:
+            yield ("training", "micro_batch"), f"found {micro}; should divide training.{name}, {size}"
     if len(recipe.rounds) > 1 and recipe.training.half_batch is None and recipe.training.batch < 4:
         yield (
             ("training", "batch"),
@@ -439,6 +501,8 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         key: Key = ("rounds", index)
         if (one.epochs is None) == (one.steps is None):
             yield key, "should have either epochs or steps"
+        if one.steps and one.epoch_over:
+            yield (*key, "epoch_over"), "has no meaning where steps are given; leave it out"
         if one.span and one.span[0] >= one.span[1]:
             yield (*key, "span"), f"found {list(one.span)}; the first should be the smaller"
         if index == 0 and one.labeling_ratio is not None:
@@ -472,9 +536,20 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update={"data": data, "network": network})
 
 
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that reads back: PyYAML leaves Unicode's line breaks in plain texts, where they become blanks."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every key written out; `load_recipe` reads it back as an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:

@@ -15,18 +15,39 @@ import numpy as np
 import torch
 
 from darseg.data.augment import Augmentation
-from darseg.data.classes import ClassSet
+from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.dataset import Example, draw_example
 from darseg.data.manifest import Sample
 
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labelled), ids of length B."""
+    """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labelled), ids of length B.
+
+    `labeled_pixels`, int64 [], are those of the whole batch where this is a micro-batch of it; None: of this one.
+    """
 
     images: torch.Tensor
     labels: torch.Tensor
     ids: tuple[str, ...]
+    labeled_pixels: torch.Tensor | None = None
+
+    def count_labeled(self) -> torch.Tensor:
+        """What the sum of a loss over pixels is divided by, int64 []."""
+        if self.labeled_pixels is None:
+            return (self.labels != IGNORE).sum()
+        return self.labeled_pixels
+
+    def split(self, size: int | None) -> list[Batch]:
+        """Micro-batches of `size` images (None: this batch as it is) that remember the labelled pixels of the whole."""
+        if size is None or size >= len(self.ids):
+            return [self]
+        labeled = self.count_labeled()
+        starts = range(0, len(self.ids), size)
+        return [
+            Batch(self.images[at : at + size], self.labels[at : at + size], self.ids[at : at + size], labeled)
+            for at in starts
+        ]
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -1,4 +1,4 @@
-"""What the classes are called, how they are drawn, and which label value means "not labelled"."""
+"""What the classes are called and how they are drawn."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ IGNORE = 255
 
 @dataclass(frozen=True)
 class ClassSet:
-    """K classes; class k is `names[k]`, drawn in `colors[k]` (RGB, 0..255).
-
-    `ignore` is the value in the user's label files that is no class. It is read as 255.
-    """
+    """K classes; class k is `names[k]`, drawn in `colors[k]` (RGB, 0..255)."""
 
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
-    ignore: int = IGNORE
 
     def __post_init__(self) -> None:
         count = len(self.names)
@@ -35,11 +31,6 @@ class ClassSet:
             raise DataError(f"{count} class names but {len(self.colors)} colours: give one for each class.")
         if any(len(color) != 3 or not all(0 <= part <= 255 for part in color) for color in self.colors):
             raise DataError("A colour is three numbers from 0 to 255: red, green, blue.")
-        if not count <= self.ignore <= 255:
-            raise DataError(
-                f"The ignore value {self.ignore} lies among the class values 0..{count - 1} or above 255: "
-                f"choose one from {count} to 255."
-            )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,19 +56,18 @@ def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(colors)
 
 
-def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]], ignore: int = IGNORE) -> ClassSet:
+def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]]) -> ClassSet:
     """The built-in set of that name, or one made of names, or of names with colours."""
     if isinstance(classes, str):
         if classes not in BUILT_IN:
             raise DataError(f"No built-in class set {classes!r}: there are {', '.join(BUILT_IN)}.")
-        built_in = BUILT_IN[classes]
-        return ClassSet(built_in.names, built_in.colors, ignore)
+        return BUILT_IN[classes]
     if isinstance(classes, Mapping):
         if any(len(color) != 3 for color in classes.values()):
             raise DataError("A colour is three numbers from 0 to 255: red, green, blue.")
         colors = tuple((int(r), int(g), int(b)) for r, g, b in classes.values())
-        return ClassSet(tuple(classes), colors, ignore)
-    return ClassSet(tuple(classes), distinct_colors(len(classes)), ignore)
+        return ClassSet(tuple(classes), colors)
+    return ClassSet(tuple(classes), distinct_colors(len(classes)))
 
 
 def _table(text: str) -> ClassSet:

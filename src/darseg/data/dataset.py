@@ -9,7 +9,9 @@ import numpy as np
 
 from darseg.data.augment import Augmentation, augment
 from darseg.data.classes import ClassSet
-from darseg.data.manifest import Sample, read_image, read_label, unknown_values
+from darseg.data.images import read_image
+from darseg.data.labels import read_label, unknown_values
+from darseg.data.manifest import Sample
 from darseg.errors import DataError
 
 # Images are prepared in parallel; threads inside OpenCV would only get in each other's way.
@@ -29,14 +31,14 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
     """Read a labelled sample. Raises DataError: no label, other size, values that are no class."""
     if sample.label is None:
         raise DataError(f"{sample.image}: has no label map, and one is needed here.")
-    image, label = read_image(sample.image), read_label(sample.label, classes.ignore)
+    image, label = read_image(sample.image), read_label(sample.label, sample.encoding)
     if image.shape[:2] != label.shape:
         raise DataError(
             f"{sample.label}: {label.shape[0]}x{label.shape[1]} pixels, but its image {sample.image} has "
             f"{image.shape[0]}x{image.shape[1]} (height x width). Run `darseg check` for all such faults."
         )
     if label.max(initial=0) >= len(classes):
-        line = unknown_values(np.bincount(label.reshape(-1), minlength=256), classes)
+        line = unknown_values(np.bincount(label.reshape(-1), minlength=256), len(classes))
         if line:
             raise DataError(f"{sample.label}: {line}.")
     return Example(sample.id, image, label)

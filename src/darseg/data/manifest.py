@@ -11,27 +11,35 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-import cv2
 import numpy as np
 
 from darseg.data.classes import IGNORE, ClassSet
+from darseg.data.images import IMAGE_SUFFIXES, image_size
+from darseg.data.labels import (
+    LABEL_SUFFIXES,
+    PLAIN,
+    LabelEncoding,
+    decode_label,
+    to_classes,
+    unknown_values,
+    usual_mistakes,
+)
+from darseg.data.layouts import Layout
 from darseg.errors import DataError, faults
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-LABEL_SUFFIXES = (".png",)
-PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
 @dataclass(frozen=True)
 class Sample:
     """An image and, where there is one, its label map.
 
-    `id` is the image's path relative to its root, without suffix, with forward slashes.
+    `id` is the image's path relative to its root, without suffix, with forward slashes. `encoding` is how the values
+    of the label file become classes.
     """
 
     id: str
     image: Path
     label: Path | None = None
+    encoding: LabelEncoding = PLAIN
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,8 @@ class Source:
     below `labels` as the image lies below `images`, if there is one.
     `every` keeps entries 0, n, 2n, …; `except_every` the others. Without `list_file` they count the images
     that have a label.
+    With a `layout` labels are where that data set has them, and `labels` is not looked at; a label path of a list that
+    does not exist gives way to the one the layout has. `ids`: these images below `images` instead of all.
     """
 
     root: Path
@@ -51,6 +61,9 @@ class Source:
     list_file: Path | None = None
     every: int | None = None
     except_every: int | None = None
+    encoding: LabelEncoding = PLAIN
+    layout: Layout | None = None
+    ids: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,82 +85,12 @@ class Manifest:
         }
 
 
-def read_image(path: Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3], RGB. Raises DataError where it is missing or cannot be decoded."""
-    image = _decode(path, _read(path), cv2.IMREAD_COLOR)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-
-
-def read_label(path: Path, ignore: int = IGNORE) -> np.ndarray:
-    """An 8-bit index PNG as uint8 [H, W]; the value `ignore` is read as 255.
-
-    Raises DataError where it is missing, cannot be decoded, or is not an 8-bit grey PNG.
-    """
-    data = _read(path)
-    label = _decode(path, data, cv2.IMREAD_UNCHANGED)
-    # The file's own word counts: decoders stretch 1, 2 and 4 bits to 0..255, and class 1 would become 255.
-    kind = f"{data[24]}-bit {PNG_COLORS.get(data[25])} PNG" if _is_png(data) else "no PNG"
-    if kind != "8-bit grey PNG" or label.ndim != 2:
-        raise DataError(
-            f"{path}: found {kind}, wanted an 8-bit grey PNG of class indices (single-channel). "
-            "Convert colour or palette labels to indices first."
-        )
-    if ignore != IGNORE:
-        label = np.where(label == ignore, np.uint8(IGNORE), label)
-    return label
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Height and width of an image file."""
-    image = read_image(path)
-    return image.shape[0], image.shape[1]
-
-
 def count_pixels(samples: Sequence[Sample], size_of: Callable[[Path], tuple[int, ...]] = image_size) -> int:
     """Pixels of all images, taking all to be as large as the first that can be read (`size_of`: height, width)."""
     for sample in samples:
         with contextlib.suppress(DataError):
             return math.prod(size_of(sample.image)) * len(samples)
     return 0
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Check the list and the folders in the recipe.") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
-
-
-def _decode(path: Path, data: bytes, flags: int) -> np.ndarray:
-    if not _complete(data):
-        raise DataError(f"{path}: the file is truncated ({len(data)} bytes). Copy or download it again.")
-    try:
-        # EXIF rotation would turn the image but not its label.
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:  # an empty file, among others
-        image = None
-    if image is None:
-        raise DataError(f"{path}: cannot be decoded as JPEG or PNG. Remove it from the list or replace it.")
-    return image
-
-
-def _is_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG")
-
-
-def _complete(data: bytes) -> bool:
-    """False where a JPEG or PNG lacks its end mark: decoders fill the missing part with grey in silence."""
-    if _is_png(data):
-        return b"IEND" in data
-    if not data.startswith(b"\xff\xd8"):
-        return True
-    # Segments before the scan may hold a whole thumbnail, end mark included; after the picture cameras add more.
-    at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.find(b"\xff\xd9", at) >= 0
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -200,8 +143,10 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
     Raises DataError naming every line that leads nowhere.
     """
     if source.list_file is None:
-        images, labels = _find_both(source)
-        samples = [Sample(name, path, labels.get(name)) for name, path in images.items()]
+        images, label_of = _find_both(source)
+        if source.ids is not None:
+            images = {name: images[name] for name in source.ids if name in images}
+        samples = [_sample(source, name, path, label_of(name, path)) for name, path in images.items()]
         where = source.images
         if source.every or source.except_every:
             bare, samples = samples, [sample for sample in samples if sample.label]
@@ -224,15 +169,25 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
     return tuple(samples)
 
 
-def _find_both(source: Source) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Images and label maps by id. Label maps in a folder below the images' are no images."""
+LabelOf = Callable[[str, Path], Path | None]
+"""(id below the images, image) → its label file."""
+
+
+def _find_both(source: Source) -> tuple[dict[str, Path], LabelOf]:
+    """Images by id, and where their labels are. Label maps in a folder below the images' are no images."""
     images = (
         find_files(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
     )
+    if (layout := source.layout) is not None:
+        return images, lambda _, image: layout.label_of(image)
     labels = find_files(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
     if source.images in source.labels.parents:
         images = {name: path for name, path in images.items() if source.labels not in path.parents}
-    return images, labels
+    return images, lambda name, _: labels.get(name)
+
+
+def _sample(source: Source, name: str, image: Path, label: Path | None) -> Sample:
+    return Sample(name, image, label, source.encoding if label else PLAIN)
 
 
 def _read_list(source: Source, list_file: Path) -> list[Sample]:
@@ -242,14 +197,14 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
         raise DataError(f"{list_file}: no such list file. Check the recipe's data section.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{list_file}: cannot be read as UTF-8 text ({error}).") from error
-    images, labels = _find_both(source)
+    images, label_of = _find_both(source)
     samples, wrong = [], []
     for number, line in enumerate(lines, 1):
         entry = line.strip()
         if not entry:
             continue
         if entry in images:
-            samples.append(Sample(entry, images[entry], labels.get(entry)))
+            samples.append(_sample(source, entry, images[entry], label_of(entry, images[entry])))
             continue
         pair = _split_line(source.root, entry)
         if pair is None:
@@ -258,10 +213,11 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
             )
             continue
         image, label = pair
-        if label is not None and not os.path.isfile(source.root / label):
+        path = source.root / image
+        stand_in = source.layout.label_of(path) if source.layout else None
+        if label is not None and not os.path.isfile(source.root / label) and stand_in is None:
             wrong.append(f"line {number}: label {source.root / label} does not exist")
             continue
-        path = source.root / image
         if ".." in Path(image).parts or not path.is_relative_to(source.root):
             # Files are named by ids; such an id would lead out of the run folder, perhaps onto the user's label.
             wrong.append(
@@ -269,11 +225,12 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
             )
             continue
         if label is not None:
-            label_path = source.root / label
+            named = source.root / label
+            label_path = named if stand_in is None or named.is_file() else stand_in
         else:
             below = path.relative_to(source.images if path.is_relative_to(source.images) else source.root)
-            label_path = labels.get(sample_id(below))
-        samples.append(Sample(sample_id(path.relative_to(source.root)), path, label_path))
+            label_path = label_of(sample_id(below), path)
+        samples.append(_sample(source, sample_id(path.relative_to(source.root)), path, label_path))
     if wrong:
         raise DataError(faults(f"{list_file}: {len(wrong)} line(s) lead nowhere", wrong))
     clashes = _clashes([(sample.id, sample.image) for sample in samples])
@@ -352,12 +309,14 @@ def _role_faults(manifest: Manifest) -> list[str]:
 
 @dataclass(frozen=True)
 class Findings:
-    """What `examine` found: faults a run would stumble over, warnings it would live with, pixels per class."""
+    """What `examine` found: faults a run would stumble over, warnings it would live with, pixels per class, and
+    notes: what was done with files that a reader might not expect."""
 
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
     images: Mapping[str, int]
     pixels: Mapping[str, np.ndarray]  # role → int64 [K + 1], the last entry counts ignored pixels
+    notes: tuple[str, ...] = ()
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
@@ -369,14 +328,30 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     wrong: list[str] = []
     warnings: list[str] = []
     pixels: dict[str, np.ndarray] = {}
+    seen: dict[LabelEncoding, set[int]] = {}
+    ids_read = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
         for role, samples in manifest.roles().items():
             counts = np.zeros(256, np.int64)
-            for values, faults_found in pool.map(lambda sample: _examine_sample(sample, classes), samples):
+            found = pool.map(lambda sample: _examine_sample(sample, classes), samples)
+            for sample, (values, raw, faults_found) in zip(samples, found, strict=True):
                 counts += values
                 wrong += faults_found
+                if sample.label:
+                    encoding = sample.encoding.for_file(sample.label)
+                    seen.setdefault(encoding, set()).update(raw)
+                    ids_read += encoding is not sample.encoding
                 advance()
             pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
+    for encoding, raw in seen.items():
+        # Not where a label file was not read: its values would be missing here.
+        mistakes = usual_mistakes(raw, classes, encoding) if raw else []
+        (wrong if wrong or raw == {0, IGNORE} else warnings).extend(mistakes)
+    notes = (
+        [f"{ids_read:,} label files hold Cityscapes' ids (labelIds), read as the 19 train ids"]
+        if ids_read
+        else []
+    )
     if manifest.labeled and not wrong:
         absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
         if len(absent) == len(classes):
@@ -395,44 +370,34 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         tuple(warnings),
         {role: len(samples) for role, samples in manifest.roles().items()},
         pixels,
+        tuple(notes),
     )
 
 
-def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list[str]]:
-    """Counts int64 [256] of the label values, and all faults of image and label."""
-    counts, wrong, size = np.zeros(256, np.int64), [], None
+def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list[int], list[str]]:
+    """Counts int64 [256] of the classes, the values of an index label file, and all faults of image and label."""
+    counts, values, wrong, size = np.zeros(256, np.int64), [], [], None
     try:
         size = image_size(sample.image)
     except DataError as error:
         wrong.append(str(error))
     if sample.label is None:
-        return counts, wrong
+        return counts, values, wrong
     try:
-        label = read_label(sample.label, classes.ignore)
+        encoding = sample.encoding.for_file(sample.label)
+        raw = decode_label(sample.label, encoding.format)
+        if raw.dtype != np.int32:
+            values = np.flatnonzero(np.bincount(raw.reshape(-1))).tolist()
+        label = to_classes(raw, encoding, sample.label)
     except DataError as error:
-        return counts, [*wrong, str(error)]
+        return counts, values, [*wrong, str(error)]
     if size is not None and label.shape != size:
         wrong.append(
             f"{sample.label}: {label.shape[0]}x{label.shape[1]} pixels, but its image "
             f"{sample.image} has {size[0]}x{size[1]} (height x width)"
         )
     counts += np.bincount(label.reshape(-1), minlength=256)
-    line = unknown_values(counts, classes)
+    line = unknown_values(counts, len(classes))
     if line:
         wrong.append(f"{sample.label}: {line}")
-    return counts, wrong
-
-
-def unknown_values(values: np.ndarray, classes: ClassSet) -> str | None:
-    """A fault line for label values that are no class, from their counts int64 [256]; None where all is well."""
-    unknown = [
-        value for value in np.flatnonzero(values).tolist() if value >= len(classes) and value != IGNORE
-    ]
-    if not unknown:
-        return None
-    listed = ", ".join(f"{value} ({values[value]} pixels)" for value in unknown[:8])
-    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
-    return (
-        f"label values outside the classes 0..{len(classes) - 1} and ignore {classes.ignore}: {listed}{more}. "
-        "Set data.ignore, or add the classes"
-    )
+    return counts, values, wrong

@@ -73,13 +73,15 @@ class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions and a shortcut (ResNet-50 and -101); the stride is on the 3x3."""
 
     expansion = 4
+    stride_on_first = False
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
         super().__init__()
         outputs = width * self.expansion
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
+        stride1, stride2 = (stride, 1) if self.stride_on_first else (1, stride)
+        self.conv1 = nn.Conv2d(inputs, width, 1, stride1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride, dilation)
+        self.conv2 = _conv3x3(width, width, stride2, dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
@@ -93,24 +95,33 @@ class Bottleneck(nn.Module):
         return self.relu(self.bn3(self.conv3(out)) + shortcut)
 
 
+class CaffeBottleneck(Bottleneck):
+    """The stride on the first 1x1 convolution, as in the ResNets first published, for Caffe, and in DeepLabv2."""
+
+    stride_on_first = True
+
+
 class ResNetPlan(NamedTuple):
     """What tells one ResNet from another."""
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
-    deep_stem: bool
+    deep_stem: bool = False
     width: int = 64
     """Channels of stage 1 (before a block's expansion); each stage has twice those of the one before."""
+    deeplab: bool = False
+    """As DeepLabv2 has it: max-pooling rounds sizes up, and BatchNorm's scale and shift are not trained."""
 
 
 RESNETS = {
-    "resnet18": ResNetPlan(BasicBlock, (2, 2, 2, 2), deep_stem=False),
-    "resnet34": ResNetPlan(BasicBlock, (3, 4, 6, 3), deep_stem=False),
-    "resnet18_half": ResNetPlan(BasicBlock, (2, 2, 2, 2), deep_stem=False, width=32),
-    "resnet50": ResNetPlan(Bottleneck, (3, 4, 6, 3), deep_stem=False),
-    "resnet101": ResNetPlan(Bottleneck, (3, 4, 23, 3), deep_stem=False),
+    "resnet18": ResNetPlan(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": ResNetPlan(BasicBlock, (3, 4, 6, 3)),
+    "resnet18_half": ResNetPlan(BasicBlock, (2, 2, 2, 2), width=32),
+    "resnet50": ResNetPlan(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": ResNetPlan(Bottleneck, (3, 4, 23, 3)),
     "resnet50_deep": ResNetPlan(Bottleneck, (3, 4, 6, 3), deep_stem=True),
     "resnet101_deep": ResNetPlan(Bottleneck, (3, 4, 23, 3), deep_stem=True),
+    "resnet101_caffe": ResNetPlan(CaffeBottleneck, (3, 4, 23, 3), deeplab=True),
 }
 
 
@@ -119,7 +130,8 @@ class ResNet(nn.Module):
 
     Output stride 8: every 3x3 convolution of stage 3 has dilation 2, of stage 4 dilation 4, the first block
     of a stage included. Output stride 16: stage 4 has dilation 2. Parameters are called as in torchvision;
-    with the deep stem (three 3x3 convolutions instead of one 7x7) as in semseg.
+    with the deep stem (three 3x3 convolutions instead of one 7x7) as in semseg. Of a DeepLab plan BatchNorm's scale
+    and shift are frozen; its running statistics still move.
     """
 
     mean = IMAGENET_MEAN
@@ -142,7 +154,7 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(3, width, 7, 2, padding=3, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, padding=1)
+        self.maxpool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=plan.deeplab)
         stride3, dilation3, stride4, dilation4 = (1, 2, 1, 4) if output_stride == 8 else (2, 1, 1, 2)
         inputs = 2 * width if plan.deep_stem else width
 
@@ -161,6 +173,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d) and plan.deeplab:
+                module.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Features:
         x = self.relu(self.bn1(self.conv1(images)))

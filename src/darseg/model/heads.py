@@ -1,6 +1,6 @@
 """Heads: features in, logits at the size of the features out.
 
-Biases only on the last convolution of a head; a BatchNorm makes them needless elsewhere.
+Biases only where logits are made; a BatchNorm makes them needless elsewhere.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ BINS = (1, 2, 3, 6)
 
 DROPOUT = 0.1
 """Share of channels dropped before a head's last convolution, in training (PSPNet)."""
+
+ATROUS_DILATIONS = (6, 12, 18, 24)
+"""Dilations of the parallel convolutions of DeepLabv2's classifier."""
+
+RELEASE_BRANCHES = 2
+"""How many of these the release sums: its loop returns early (METHOD: "where the release slips")."""
+
+ATROUS_STD = 0.01
+"""Standard deviation that DeepLabv2 draws new convolutions with."""
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -72,3 +81,28 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return self.classifier(self.dropout(self.fuse(features)))
+
+
+class AtrousHead(nn.Module):
+    """DeepLabv2's classifier: parallel 3x3 convolutions, dilated 6, 12, 18 and 24, summed.
+
+    [B, inputs, h, w] → [B, classes, h, w]. `branches` are how many are summed; the release has all four and sums
+    the first two, so all are kept whatever is summed.
+    """
+
+    def __init__(self, inputs: int, classes: int, branches: int = len(ATROUS_DILATIONS)) -> None:
+        super().__init__()
+        self.summed = branches
+        self.branches = nn.ModuleList(
+            nn.Conv2d(inputs, classes, 3, padding=dilation, dilation=dilation)
+            for dilation in ATROUS_DILATIONS
+        )
+        for index, branch in enumerate(self.branches):
+            nn.init.normal_(branch.weight, std=ATROUS_STD)  # ty: ignore[invalid-argument-type]
+            branch.requires_grad_(index < branches)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits = self.branches[0](features)
+        for branch in self.branches[1 : self.summed]:
+            logits = logits + branch(features)
+        return logits

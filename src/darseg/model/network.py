@@ -13,9 +13,21 @@ from torch import Tensor, nn
 
 from darseg.errors import DataError, RecipeError, SizeError, faults
 from darseg.model.backbone import OUTPUT_STRIDES, Backbone, build_backbone
-from darseg.model.heads import AuxiliaryHead, PyramidPoolingHead, upsample
+from darseg.model.heads import (
+    ATROUS_DILATIONS,
+    RELEASE_BRANCHES,
+    AtrousHead,
+    AuxiliaryHead,
+    PyramidPoolingHead,
+    upsample,
+)
 
-ARCHITECTURES = ("pspnet",)
+ARCHITECTURES = ("pspnet", "deeplabv2")
+HEAD_CHANNELS = 512
+"""Width of PSPNet's last 3x3 convolution, as published."""
+
+BESIDE_HEADS = "backbone.layer4."
+"""What learns at the heads' rate in the release's DeepLabv2, which counts parameter groups wrongly."""
 
 
 class Output(NamedTuple):
@@ -117,17 +129,20 @@ class NetworkSpec:
     """What it takes to build a network again; saved beside its weights.
 
     Raises RecipeError, naming all faults, for values that cannot work. `class_names` and `class_colors` (RGB,
-    0..255) are kept for whoever reads the predictions; empty where not known.
+    0..255) are kept for whoever reads the predictions; empty where not known. `head_channels`, the width of the head,
+    and the auxiliary head are PSPNet's; DeepLabv2 has neither. `release_classifier`: DeepLabv2 sums two branches
+    instead of four, as the release does.
     """
 
     architecture: str = "pspnet"
     backbone: str = "resnet50"
     classes: int = 19
     output_stride: int = 8
-    head_channels: int = 512
+    head_channels: int = HEAD_CHANNELS
     auxiliary: bool = True
     class_names: tuple[str, ...] = ()
     class_colors: tuple[tuple[int, int, int], ...] = ()
+    release_classifier: bool = False
 
     def __post_init__(self) -> None:
         found = []
@@ -139,6 +154,10 @@ class NetworkSpec:
             found.append(f"{self.classes} classes: between 2 and 255 are needed")
         if self.head_channels < 1:
             found.append(f"{self.head_channels} head channels: at least 1 is needed (the paper has 512)")
+        if self.architecture == "deeplabv2" and self.auxiliary:
+            found.append("auxiliary: deeplabv2 has no auxiliary head")
+        if self.architecture != "deeplabv2" and self.release_classifier:
+            found.append("release_classifier: only deeplabv2's classifier differs in the release")
         for what, given in (("names", self.class_names), ("colours", self.class_colors)):
             if given and len(given) != self.classes:
                 found.append(
@@ -151,7 +170,11 @@ class NetworkSpec:
         """The network, randomly initialised, in training mode. Raises RecipeError for unknown backbones."""
         backbone = build_backbone(self.backbone, self.output_stride)
         stage3, stage4 = backbone.channels
-        head = PyramidPoolingHead(stage4, self.head_channels, self.classes)
+        if self.architecture == "deeplabv2":
+            branches = RELEASE_BRANCHES if self.release_classifier else len(ATROUS_DILATIONS)
+            head: nn.Module = AtrousHead(stage4, self.classes, branches)
+        else:
+            head = PyramidPoolingHead(stage4, self.head_channels, self.classes)
         auxiliary_head = AuxiliaryHead(stage3, self.classes) if self.auxiliary else None
         return Network(backbone, head, auxiliary_head, self.classes, self.output_stride)
 
@@ -161,33 +184,52 @@ def build_network(
     backbone: str = "resnet50",
     classes: int = 19,
     output_stride: int = 8,
-    head_channels: int = 512,
-    auxiliary: bool = True,
+    head_channels: int = HEAD_CHANNELS,
+    auxiliary: bool | None = None,
+    release_classifier: bool = False,
 ) -> Network:
     """A network, randomly initialised and in training mode; the same after the same `torch.manual_seed`.
 
-    `backbone` is `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet50_deep`, `resnet101_deep` (the
-    latter two with the paper's stem of three 3x3 convolutions) or `timm/NAME`. Raises RecipeError.
+    `architecture` is `pspnet` or `deeplabv2`; `backbone` is `resnet18`, `resnet34`, `resnet50`, `resnet101`,
+    `resnet50_deep`, `resnet101_deep` (the latter two with the paper's stem of three 3x3 convolutions),
+    `resnet101_caffe` (DeepLabv2's) or `timm/NAME`. `auxiliary`: an auxiliary head; None: where the architecture has
+    one. Raises RecipeError.
 
     >>> network = build_network(backbone="resnet18", classes=5, output_stride=16, head_channels=64).eval()
     >>> network(torch.zeros(1, 3, 33, 49, dtype=torch.uint8)).main.shape
     torch.Size([1, 5, 33, 49])
     """
-    return NetworkSpec(architecture, backbone, classes, output_stride, head_channels, auxiliary).build()
+    if auxiliary is None:
+        auxiliary = architecture == "pspnet"
+    return NetworkSpec(
+        architecture,
+        backbone,
+        classes,
+        output_stride,
+        head_channels,
+        auxiliary,
+        release_classifier=release_classifier,
+    ).build()
 
 
 def parameter_groups(
-    network: Network, learning_rate: float, head_factor: float, weight_decay: float
+    network: Network,
+    learning_rate: float,
+    head_factor: float,
+    weight_decay: float,
+    stage4_as_head: bool = False,
 ) -> list[dict[str, Any]]:
     """Two groups for an optimiser: the backbone at `learning_rate`, the heads at `head_factor` times that.
 
     Every trainable parameter is in exactly one. Besides `lr` and `weight_decay` a group has its `factor`, so
     that a schedule can set `lr = rate * factor`. The paper: learning rate 0.01, factor 10, decay 1e-4.
+    `stage4_as_head`: a ResNet's last stage learns at the heads' rate, as in the release's DeepLabv2.
     """
     backbone, heads = [], []
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            (backbone if name.startswith("backbone.") else heads).append(parameter)
+            slow = name.startswith("backbone.") and not (stage4_as_head and name.startswith(BESIDE_HEADS))
+            (backbone if slow else heads).append(parameter)
     return [
         {"params": params, "lr": learning_rate * factor, "weight_decay": weight_decay, "factor": factor}
         for params, factor in ((backbone, 1.0), (heads, head_factor))

@@ -1,7 +1,8 @@
 """Reading and writing weights, without ever running code that a file brings along.
 
-Networks are saved as safetensors, with what it takes to build them again. Backbones pretrained on ImageNet
-are read from torch files (tensors only) or safetensors, in the layouts of torchvision, semseg and timm.
+Networks are saved as safetensors, with what it takes to build them again. Other weights are read from torch files
+(tensors only) or safetensors: backbones pretrained on ImageNet in the layouts of torchvision, semseg and timm, whole
+networks in ours and in the original release's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import tarfile
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,19 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from darseg.data.classes import ClassSet
 from darseg.data.files import ASIDE, storage_error, write_whole
 from darseg.errors import RecipeError, WeightsError, faults
 from darseg.model.backbone import Backbone, TimmBackbone
 from darseg.model.network import Network, NetworkSpec
+from darseg.model.release import CLASSIFIERS, RELEASED, our_key, released_architecture
 
 # All metadata is one entry: safetensors writes several in no fixed order; equal networks should be equal
 # files.
 METADATA = "darseg"
+
+NORMALISATION = ("mean", "std")
+"""Buffers of a network that files of other frameworks lack."""
 
 CHUNK = 1 << 20
 """Bytes read at a time from the network and the disk."""
@@ -74,7 +80,8 @@ def read_spec(path: Path) -> NetworkSpec:
     if METADATA not in metadata:
         raise WeightsError(
             f"{path} is not a network saved by darseg: it does not say which network its weights belong to. "
-            "Give a file written by darseg; weights of a backbone alone are loaded with load_backbone."
+            "Turn a checkpoint of the release into one with darseg convert; weights of a backbone alone belong into a "
+            "recipe (network.weights)."
         )
     try:
         fields = json.loads(metadata[METADATA])
@@ -98,7 +105,7 @@ def load_network(path: Path | str) -> Network:
     network = read_spec(path).build()
     found = _read_tensors(path)
     wanted = network.state_dict()
-    wrong = _misfits(wanted, {key: key for key in wanted}, found)
+    wrong = list(_misfits(wanted, {key: key for key in wanted}, found).values())
     wrong += [f"{key}: not a part of this network" for key in found if key not in wanted]
     if wrong:
         raise WeightsError(
@@ -111,48 +118,136 @@ def load_network(path: Path | str) -> Network:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_backbone` did."""
+    """What `load_weights` did."""
 
     source: Path
     loaded: tuple[str, ...]
-    """Keys of the backbone that were filled."""
+    """Keys of the network that were filled."""
     unused: tuple[str, ...]
-    """Keys of the file that the backbone has no place for: the classifier."""
+    """Keys of the file that the network has no place for: ImageNet's classifier; more where not strict."""
     uncounted: tuple[str, ...]
     """`num_batches_tracked` keys that the file, saved by an old torch, lacks. Nothing here needs them."""
+    unfilled: tuple[str, ...] = ()
+    """A line for each part that stays as it was, though the file should fill it; empty where strict."""
+    whole: bool = False
+    """Whether the file holds a whole network, heads included, and not a backbone alone."""
 
 
-def load_backbone(network: Network, source: Path) -> LoadReport:
-    """Fill the backbone of `network` with pretrained weights; heads stay as they are.
+def load_weights(network: Network, source: Path, strict: bool = True) -> LoadReport:
+    """Fill `network` with the weights of a file, on whatever device it is.
 
-    `source` is a state dict in the layout of torchvision (ResNets), semseg (ResNets with the deep stem) or
-    timm (its networks), as torch file or safetensors, bare or under "state_dict", keys with or without
-    "module.". Raises WeightsError, leaving the network as it was, unless every part of the backbone is
-    filled and nothing but a classifier is left over.
+    Args:
+        source: torch file or safetensors, bare or under "state_dict", keys with or without "module.", in the layout of
+            - a network saved by darseg, or of the release's and semseg's PSPNet and DeepLabv2: fills all of it;
+            - torchvision (ResNets), semseg (ResNets with the deep stem) or timm (its networks): fills the backbone,
+              heads stay as they are.
+        strict: every part must be filled, and nothing but ImageNet's classifier be left over. Otherwise what
+            fits is loaded, and the report lists the rest.
+
+    Raises WeightsError, leaving the network as it was, where strictness is hurt or nothing fits at all.
     """
     found = {key.removeprefix("module."): value for key, value in _read_tensors(source).items()}
-    backbone = network.backbone
-    wanted = backbone.state_dict()
-    origin = {key: _origin(key, backbone, found) for key in wanted}
+    backbone, wanted = network.backbone, network.state_dict()
+    architecture = released_architecture(found)
+    whole = architecture is not None or any(key.startswith("backbone.") for key in found)
+    if architecture is not None:
+        theirs = {our_key(key, architecture): key for key in found}
+        origin = {key: theirs.get(key, key) for key in wanted if key not in NORMALISATION}
+    elif whole:
+        origin = {key: key for key in wanted}
+    else:
+        parts = backbone.state_dict()
+        origin = {f"backbone.{key}": _origin(key, backbone, found) for key in parts}
     uncounted = tuple(
         key for key, name in origin.items() if key.endswith("num_batches_tracked") and name not in found
     )
     origin = {key: name for key, name in origin.items() if key not in uncounted}
-    wrong = _misfits(wanted, origin, found)
+    misfits = _misfits(wanted, origin, found)
     unused = tuple(sorted(set(found) - set(origin.values())))
+    foreign = unused if whole else _foreign(unused, backbone, origin)
+    wrong = list(misfits.values())
     wrong += [
-        f"{key}: of a larger network than {backbone.name}" for key in _foreign(unused, backbone, origin)
+        f"{key}: {'no part of this network' if whole else f'of a larger network than {backbone.name}'}"
+        for key in foreign
     ]
-    if wrong:
+    if wrong and (strict or len(misfits) == len(origin)):
+        what = "the network" if whole else f"the backbone {backbone.name}"
         raise WeightsError(
-            faults(f"{source} does not fit the backbone {backbone.name}", wrong, limit=20)
-            + "\nNothing was loaded. Give weights of this backbone, or choose the backbone these weights are "
-            "of (a plain and a deep stem, resnet50 and resnet50_deep, are two backbones)."
+            faults(f"{source} does not fit {what}", wrong, limit=20)
+            + f"\nNothing was loaded. {_advice(network, found, architecture, whole)}"
         )
+    fitting = {key: name for key, name in origin.items() if key not in misfits}
     with torch.no_grad():
-        for key, name in origin.items():
+        for key, name in fitting.items():
             wanted[key].copy_(found[name])  # tensors of a state dict share the memory of the network's own
-    return LoadReport(source, tuple(origin), unused, uncounted)
+    return LoadReport(source, tuple(fitting), unused, uncounted, tuple(misfits.values()), whole)
+
+
+def _advice(network: Network, found: Mapping[str, Tensor], architecture: str | None, whole: bool) -> str:
+    if not whole:
+        return (
+            "Give weights of this backbone, or choose the backbone these weights are of (a plain and a deep stem, "
+            "resnet50 and resnet50_deep, are two backbones)."
+        )
+    classifier = CLASSIFIERS.get(architecture or "", "head.classifier.weight")
+    classes = len(found[classifier]) if classifier in found else network.classes
+    if classes != network.classes:
+        return f"The file is of a network for {classes} classes, this one has {network.classes}."
+    kind = f" The file's layout is that of the released {architecture}." if architecture else ""
+    return f"Build the network the file was saved from.{kind}"
+
+
+def convert(
+    source: Path | str,
+    out: Path | str,
+    architecture: str,
+    classes: int | None = None,
+    release_classifier: bool = False,
+    class_set: ClassSet | None = None,
+    strict: bool = True,
+) -> LoadReport:
+    """Write a checkpoint of the release or of semseg as a network of darseg, for `load_network` and `darseg predict`.
+
+    Args:
+        source: as `load_weights` reads it; an optimiser in the file is left out.
+        architecture: "pspnet50" or "deeplabv2_101".
+        classes: K; None: as many as the file (or `class_set`) has.
+        release_classifier: DeepLabv2 sums two of its four branches, as the published checkpoints need it.
+        class_set: names and colours to keep in the file.
+        strict: see `load_weights`; parts that are not filled are drawn at random otherwise.
+
+    Raises WeightsError: a file that is missing, damaged, unsafe or of another network; `out` exists.
+    """
+    source, out = Path(source), Path(out)
+    if architecture not in RELEASED:
+        raise WeightsError(f"No released network {architecture!r}: there are {', '.join(RELEASED)}.")
+    if out.exists():
+        raise WeightsError(f"{out} exists already, and is left as it is: give another name, or remove it.")
+    released = RELEASED[architecture]
+    if classes is None:
+        key = CLASSIFIERS[released.architecture]
+        keys = {key.removeprefix("module."): value for key, value in _read_tensors(source).items()}
+        found = len(keys[key]) if key in keys and keys[key].ndim else released.classes
+        classes = len(class_set) if class_set else found
+    if class_set and len(class_set) != classes:
+        raise WeightsError(
+            f"{classes} classes are wanted, but the set of names has {len(class_set)}: give the names of these classes."
+        )
+    spec = dataclasses.replace(
+        released,
+        classes=classes,
+        release_classifier=release_classifier,
+        class_names=class_set.names if class_set else (),
+        class_colors=class_set.colors if class_set else (),
+    )
+    network = spec.build()
+    report = load_weights(network, source, strict)
+    if not report.whole:
+        raise WeightsError(
+            f"{source} holds a backbone alone, no classifier: name it in a recipe (network.weights) and train."
+        )
+    save_network(network, out, spec)
+    return report
 
 
 def _origin(key: str, backbone: Backbone, found: dict[str, Tensor]) -> str:
@@ -168,8 +263,8 @@ def _origin(key: str, backbone: Backbone, found: dict[str, Tensor]) -> str:
     return next((candidate for candidate in unpacked if candidate in found), key)
 
 
-def _foreign(unused: tuple[str, ...], backbone: Backbone, origin: dict[str, str]) -> list[str]:
-    """Unused keys that are no classifier's.
+def _foreign(unused: tuple[str, ...], backbone: Backbone, origin: dict[str, str]) -> tuple[str, ...]:
+    """Unused keys of a backbone's file that are no classifier's.
 
     ResNet-101's weights would fill every place of a ResNet-50: what is left over tells them apart.
     """
@@ -178,18 +273,18 @@ def _foreign(unused: tuple[str, ...], backbone: Backbone, origin: dict[str, str]
     if foreign and isinstance(backbone, TimmBackbone):
         whole = backbone.all_keys()
         foreign = [key for key in foreign if key not in whole]
-    return foreign
+    return tuple(foreign)
 
 
-def _misfits(wanted: dict[str, Tensor], origin: dict[str, str], found: dict[str, Tensor]) -> list[str]:
+def _misfits(wanted: dict[str, Tensor], origin: dict[str, str], found: dict[str, Tensor]) -> dict[str, str]:
     """A line for each wanted key whose origin is missing from `found` or has another shape."""
-    wrong = []
+    wrong = {}
     for key, name in origin.items():
         shape = list(wanted[key].shape)
         if name not in found:
-            wrong.append(f"{name}: missing, {shape} is wanted")
+            wrong[key] = f"{name}: missing, {shape} is wanted"
         elif list(found[name].shape) != shape:
-            wrong.append(f"{name}: has shape {list(found[name].shape)}, {shape} is wanted")
+            wrong[key] = f"{name}: has shape {list(found[name].shape)}, {shape} is wanted"
     return wrong
 
 
@@ -279,13 +374,15 @@ def _reason(text: str, limit: int = 200) -> str:
 def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
     """The file behind `url`, downloaded to `cache_dir` unless it is there already with digest `sha256`.
 
+    `sha256` may be the beginning of the digest: torchvision's file names hold its first 8 digits.
+
     Raises WeightsError where it cannot be had or has another digest (then nothing is kept), StorageError
     where the disk refuses. Processes may fetch the same file at once.
     """
     wanted = sha256.lower()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "weights"
     target = cache_dir / f"{wanted[:12]}-{name}"  # files of one name at two addresses do not collide
-    if target.is_file() and _file_digest(target) == wanted:
+    if target.is_file() and _file_digest(target).startswith(wanted):
         return target
     aside = target.with_name(f"{target.name}.{uuid.uuid4().hex}{ASIDE}")  # each process its own
     try:
@@ -298,7 +395,7 @@ def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
                 size += len(chunk)
             file.flush()
             os.fsync(file.fileno())
-        if digest.hexdigest() != wanted:
+        if not digest.hexdigest().startswith(wanted):
             raise WeightsError(
                 f"{url} gave {size:,} bytes with sha256 {digest.hexdigest()}, wanted was {wanted}: the "
                 "download was cut short or the file has changed. Nothing was kept; try again, or check "

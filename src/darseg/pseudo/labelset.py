@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 
 from darseg.data.files import write_whole
+from darseg.data.labels import PLAIN
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
@@ -53,7 +54,9 @@ class PseudoLabelSet:
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps in place of any label they had: like any other samples."""
-        return tuple(replace(sample, label=label_path(self.folder, sample.id)) for sample in unlabeled)
+        return tuple(
+            replace(sample, label=label_path(self.folder, sample.id), encoding=PLAIN) for sample in unlabeled
+        )
 
 
 def label_path(folder: Path, sample_id: str) -> Path:

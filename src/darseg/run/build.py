@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,44 +14,85 @@ import torch
 from darseg.config import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
 from darseg.data.augment import Augmentation
 from darseg.data.classes import ClassSet, class_set
-from darseg.data.manifest import Manifest, Sample, Source, build_manifest, read_label
-from darseg.errors import RecipeError, SizeError, faults
-from darseg.model.network import Network, NetworkSpec
+from darseg.data.labels import label_encoding, read_label
+from darseg.data.layouts import Layout, find_sbd
+from darseg.data.manifest import Manifest, Sample, Source, build_manifest
+from darseg.errors import DataError, RecipeError, SizeError, faults
+from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
-from darseg.model.weights import fetch, load_backbone
+from darseg.model.weights import fetch, load_weights
+
+AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
+
+IMAGES, LABELS = "images", "labels"
+"""Folders below data.root where a recipe names no others."""
 
 CACHE = Path(os.environ.get("DARSEG_CACHE", "~/.cache/darseg"))
 
 
 def classes_of(recipe: Recipe) -> ClassSet:
-    return class_set(recipe.data.classes, recipe.data.ignore)
+    return class_set(recipe.data.classes)
 
 
 def manifest_of(recipe: Recipe) -> Manifest:
-    """Find the images of every role. Raises DataError."""
-    data = recipe.data
+    """Find the images of every role. Raises DataError, RecipeError."""
+    data, classes = recipe.data, classes_of(recipe)
     root = Path(data.root)
-    default = Source(root, root / data.images, root / data.labels)
+    encoding = label_encoding(
+        classes,
+        data.ignore,
+        data.label_values,
+        data.label_format,
+        data.label_colors,
+        own_colors=isinstance(data.classes, (str, Mapping)),
+    )
+    layout = layout_of(recipe)
+    images = layout.images if layout else root / (data.images or IMAGES)
+    labels = root / (data.labels or LABELS)
 
     def source(config: SourceConfig | None) -> Source | None:
         if config is None:
             return None
         return Source(
             root,
-            root / (config.images or data.images),
-            root / (config.labels or data.labels),
+            root / config.images if config.images else images,
+            root / config.labels if config.labels else labels,
             root / config.list if config.list else None,
             config.every,
             config.except_every,
+            encoding,
+            layout,
         )
 
-    roles = (data.labeled, data.unlabeled, data.validation, data.test)
-    return build_manifest(classes_of(recipe), default, *map(source, roles))
+    labeled, validation = data.labeled, data.validation
+    default = Source(root, images, labels, encoding=encoding, layout=layout)
+    if layout is not None and layout.name == "cityscapes":
+        default = replace(default, images=images / "train")
+        validation = validation or SourceConfig(images="leftImg8bit/val")
+    elif layout is not None:
+        default = replace(default, ids=tuple(layout.training_ids()))
+        labeled = labeled or SourceConfig(list="ImageSets/Segmentation/train.txt")
+        validation = validation or SourceConfig(list="ImageSets/Segmentation/val.txt")
+    roles = (labeled, data.unlabeled, validation, data.test)
+    return build_manifest(classes, default, *map(source, roles))
 
 
-def masks(samples: Sequence[Sample], classes: ClassSet) -> Iterator[tuple[str, np.ndarray]]:
+def layout_of(recipe: Recipe) -> Layout | None:
+    """The published data set the recipe's images are laid out as. Raises DataError where folders of it are missing."""
+    data, root = recipe.data, Path(recipe.data.root)
+    if data.layout == "folders":
+        return None
+    sbd = find_sbd(root, root / data.sbd if data.sbd else None) if data.layout == "voc" else None
+    layout = Layout(data.layout, root, sbd)
+    missing = layout.missing()
+    if missing:
+        raise DataError(faults(f"data.layout {data.layout}: the data set is not whole", missing))
+    return layout
+
+
+def masks(samples: Sequence[Sample]) -> Iterator[tuple[str, np.ndarray]]:
     """(path, label map) of all samples that have one."""
-    return ((str(s.label), read_label(s.label, classes.ignore)) for s in samples if s.label)
+    return ((str(s.label), read_label(s.label, s.encoding)) for s in samples if s.label)
 
 
 def spec_of(recipe: Recipe) -> NetworkSpec:
@@ -62,11 +103,19 @@ def spec_of(recipe: Recipe) -> NetworkSpec:
         backbone=network.backbone,
         classes=len(classes),
         output_stride=network.output_stride,
-        head_channels=network.head_channels,
-        auxiliary=network.auxiliary_weight > 0,
+        head_channels=network.head_channels or HEAD_CHANNELS,
+        auxiliary=auxiliary_weight_of(recipe) > 0,
         class_names=classes.names,
         class_colors=classes.colors,
+        release_classifier=network.architecture == "deeplabv2" and recipe.release_quirks,
     )
+
+
+def auxiliary_weight_of(recipe: Recipe) -> float:
+    """Weight of the auxiliary loss; 0 where the architecture has no auxiliary head."""
+    network = recipe.network
+    default = AUXILIARY_WEIGHT if network.architecture == "pspnet" else 0.0
+    return default if network.auxiliary_weight is None else network.auxiliary_weight
 
 
 def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
@@ -84,9 +133,13 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
         return network, f"none, {recipe.network.backbone} starts from random numbers (network.weights: none)"
     fetched = isinstance(weights, WeightsFile)
     path = fetch(weights.url, weights.sha256, CACHE.expanduser()) if fetched else Path(weights)
-    report = load_backbone(network, path)
-    unused = f", {len(report.unused)} not needed (classifier)" if report.unused else ""
-    return network, f"{len(report.loaded)} tensors of {recipe.network.backbone} from {path}{unused}"
+    report = load_weights(network, path, recipe.network.strict)
+    if report.unfilled:
+        left = f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
+    else:
+        left = f", {len(report.unused)} not needed (classifier)" if report.unused else ""
+    what = "the whole network" if report.whole else recipe.network.backbone
+    return network, f"{len(report.loaded)} tensors of {what} from {path}{left}"
 
 
 def check_sizes(recipe: Recipe, network: Network) -> None:
@@ -145,6 +198,8 @@ class Round:
             all rounds where a global threshold decides.
         span: fractions of the poly curve its steps cover.
         batch: labelled images a step; pseudo_batch: pseudo-labelled images a step (0 in round 0).
+        epoch_steps: steps of one epoch; epochs: how many, None where the recipe counts in steps.
+        micro_batch: images per forward pass.
     """
 
     index: int
@@ -155,12 +210,15 @@ class Round:
     learning_rate: float
     batch: int
     pseudo_batch: int
+    epoch_steps: int
+    epochs: int | None
+    micro_batch: int
 
 
 def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
-    Images are the labelled ones in round 0, the unlabelled ones later.
+    Images are the labelled ones in round 0, the unlabelled ones later, unless the round says otherwise (epoch_over).
     Raises RecipeError where rounds need unlabelled images and there are none.
     """
     if len(recipe.rounds) > 1 and unlabeled == 0:
@@ -171,17 +229,22 @@ def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, i
     half = recipe.training.half_batch or recipe.training.batch // 2
     rounds = []
     for index, (config, span) in enumerate(zip(recipe.rounds, recipe.spans(), strict=True)):
-        batch, count = (recipe.training.batch, labeled) if index == 0 else (half, unlabeled)
+        batch = recipe.training.batch if index == 0 else half
+        over = config.epoch_over or ("labeled" if index == 0 else "unlabeled")
+        epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // batch)
         rounds.append(
             Round(
                 index=index,
                 labeling_ratio=config.labeling_ratio,
                 augmentation=augmentation_of(recipe, index, fill),
-                steps=config.steps or (config.epochs or 0) * max(1, count // batch),
+                steps=config.steps or (config.epochs or 0) * epoch_steps,
                 span=span,
                 learning_rate=config.learning_rate or recipe.training.learning_rate,
                 batch=batch,
                 pseudo_batch=0 if index == 0 else half,
+                epoch_steps=epoch_steps,
+                epochs=config.epochs,
+                micro_batch=min(batch, recipe.training.micro_batch or batch),
             )
         )
     return rounds

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from darseg.config import Recipe
-from darseg.data.manifest import (
-    IMAGE_SUFFIXES,
-    LABEL_SUFFIXES,
-    Findings,
-    Manifest,
-    count_pixels,
-    examine,
-    find_files,
-)
+from darseg.data.images import IMAGE_SUFFIXES
+from darseg.data.labels import LABEL_SUFFIXES
+from darseg.data.manifest import Findings, Manifest, count_pixels, examine, find_files
 from darseg.data.prediction import BYTES_PER_PIXEL
 from darseg.errors import DarsegError
+from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
+from darseg.model.memory import training_memory
 from darseg.run.build import (
+    IMAGES,
+    LABELS,
     Round,
     build_initial_network,
     check_sizes,
     evaluation_protocol,
     labeling_protocol,
+    layout_of,
     manifest_of,
     plan_rounds,
     spec_of,
@@ -41,11 +41,15 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     manifest = manifest_of(recipe)
     found = read_all(manifest, console or Console())
     faults, warnings = list(found.faults), list(found.warnings)
-    orphans = labels_without_image(recipe)
+    layout = layout_of(recipe)
+    orphans = [] if layout else labels_without_image(recipe)
+    if layout:
+        warnings += layout.warnings()
     if orphans:
         warnings.append(
-            f"{len(orphans)} label map(s) in {recipe.data.labels} belong to no image in {recipe.data.images}, the first "
-            f"is {orphans[0]!r}: a label needs the very path of its image, but for the suffix"
+            f"{len(orphans)} label map(s) in {recipe.data.labels or LABELS} belong to no image in "
+            f"{recipe.data.images or IMAGES}, the first is {orphans[0]!r}: a label needs the very path of its image, but "
+            "for the suffix"
         )
     try:
         network, _ = build_initial_network(recipe)
@@ -53,7 +57,7 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
         plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     except DarsegError as error:
         faults.append(str(error))
-    return Findings(tuple(faults), tuple(warnings), found.images, found.pixels)
+    return Findings(tuple(faults), tuple(warnings), found.images, found.pixels, found.notes)
 
 
 def read_all(manifest: Manifest, console: Console) -> Findings:
@@ -65,7 +69,8 @@ def read_all(manifest: Manifest, console: Console) -> Findings:
 
 def labels_without_image(recipe: Recipe) -> list[str]:
     """Ids of label maps in `data.labels` that no image in `data.images` has."""
-    folders = Path(recipe.data.root) / recipe.data.images, Path(recipe.data.root) / recipe.data.labels
+    root = Path(recipe.data.root)
+    folders = root / (recipe.data.images or IMAGES), root / (recipe.data.labels or LABELS)
     if not all(folder.is_dir() for folder in folders):
         return []
     images, labels = find_files(folders[0], IMAGE_SUFFIXES), find_files(folders[1], LABEL_SUFFIXES)
@@ -74,15 +79,29 @@ def labels_without_image(recipe: Recipe) -> list[str]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will do: its rounds, the rates they begin and end at, images and temporary disk."""
+    """What a recipe will do.
+
+    Attributes:
+        rates: learning rate at the beginning and end of each round.
+        parameters: of the network, trained or not.
+        state_bytes: of weights, gradients and momentum, float32; activation_bytes: of what a step keeps for its backward
+            pass, float32, without the workspace of convolutions.
+        temporary_bytes: disk needed while labelling.
+        network, labeling, evaluation: described in a line.
+        notes: what a reader might not expect.
+    """
 
     rounds: tuple[Round, ...]
     rates: tuple[tuple[float, float], ...]
     images: dict[str, int]
     parameters: int
+    state_bytes: int
+    activation_bytes: int
     temporary_bytes: int
+    network: str
     labeling: str
     evaluation: str
+    notes: tuple[str, ...]
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -100,12 +119,47 @@ def plan(recipe: Recipe) -> Plan:
         for one in rounds
     )
     waits = len(rounds) > 1 and not recipe.labeling.predict_twice
+    # The halves of a step go through the network one after the other, and are kept until the backward pass.
+    state, activations = training_memory(
+        spec_of(recipe),
+        max(2 * one.micro_batch if one.pseudo_batch else one.micro_batch for one in rounds),
+        *recipe.training.crop,
+    )
     return Plan(
         rounds=tuple(rounds),
         rates=rates,
         images={role: len(samples) for role, samples in manifest.roles().items()},
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        state_bytes=state,
+        activation_bytes=activations,
         temporary_bytes=BYTES_PER_PIXEL * count_pixels(manifest.unlabeled) if waits else 0,
+        network=_describe_network(recipe),
         labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe()}",
         evaluation=evaluation_protocol(recipe).describe(),
+        notes=_notes(recipe, rounds),
     )
+
+
+def _describe_network(recipe: Recipe) -> str:
+    network, height_width = recipe.network, "x".join(map(str, recipe.training.crop))
+    return f"{network.architecture}, {network.backbone}, output stride {network.output_stride}, crops {height_width}"
+
+
+def _notes(recipe: Recipe, rounds: Sequence[Round]) -> tuple[str, ...]:
+    notes = []
+    micro = recipe.training.micro_batch
+    if micro and any(one.batch > micro for one in rounds):
+        passes = ", ".join(f"round {one.index}: {one.batch // one.micro_batch}" for one in rounds)
+        notes.append(
+            f"gradients are accumulated over micro-batches of {micro} images (per batch in {passes}); the loss is that "
+            "of whole batches, but BatchNorm sees micro-batches"
+        )
+    if recipe.release_quirks:
+        quirks = ["the first step of each later round runs at rate 0"] if len(rounds) > 1 else []
+        if recipe.network.architecture == "deeplabv2":
+            quirks += [
+                f"stage 4 learns at {recipe.training.head_factor:g} x as the head does",
+                f"the classifier sums {RELEASE_BRANCHES} of its {len(ATROUS_DILATIONS)} branches",
+            ]
+        notes.append(f"release_quirks, slips of the release reproduced: {'; '.join(quirks) or 'none here'}")
+    return tuple(notes)

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from darseg.config import Recipe, load_recipe
 from darseg.data.files import write_whole
-from darseg.data.manifest import read_image, read_label
+from darseg.data.images import read_image
+from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES, write_scenes
 from darseg.model.predict import predict_classes
 from darseg.pseudo.labelset import write_map

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
+from darseg.data.labels import PLAIN
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import PseudoLabelSet
@@ -242,12 +243,14 @@ def digest_settings(**settings: Any) -> str:
 
 
 def digest_samples(samples: Iterable[Sample]) -> str:
-    """SHA-256 over ids and file sizes: notices what was added, removed or replaced, without reading it all."""
+    """SHA-256 over ids, file sizes and how labels are read: notices what was added, removed or replaced, without
+    reading it all."""
     lines, missing = [], []
     for sample in samples:
         try:
             label = sample.label.stat().st_size if sample.label else "-"
-            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}")
+            encoding = "" if sample.encoding == PLAIN else f"\t{sample.encoding}"
+            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}")
         except OSError as error:
             missing.append(f"{error.filename}: {error.strerror}")
     if missing:

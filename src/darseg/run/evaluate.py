@@ -13,7 +13,8 @@ from rich.console import Console
 from darseg.config import Recipe, load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.dataset import Example, load_example
-from darseg.data.manifest import IMAGE_SUFFIXES, Sample, find_files, read_image
+from darseg.data.images import IMAGE_SUFFIXES, read_image
+from darseg.data.manifest import Sample, find_files
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
 from darseg.model.network import Network, NetworkSpec

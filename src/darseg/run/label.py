@@ -16,7 +16,8 @@ from rich.console import Console
 
 from darseg.config import Recipe
 from darseg.data.files import write_whole
-from darseg.data.manifest import IMAGE_SUFFIXES, Sample, count_pixels, find_files, image_size, read_image
+from darseg.data.images import IMAGE_SUFFIXES, image_size, read_image
+from darseg.data.manifest import Sample, count_pixels, find_files
 from darseg.data.prediction import BYTES_PER_PIXEL, ConfidenceScale, Prediction
 from darseg.errors import DataError, RunError, StorageError
 from darseg.model.network import Network
@@ -165,7 +166,7 @@ def label_folder(
         assert recipe is not None
         manifest = manifest_of(recipe)
         check_classes(source, trained, manifest.classes)
-        counts = count_labels(masks(manifest.labeled, manifest.classes), len(manifest.classes)).tolist()
+        counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
     settings = {
         "method": method,
         "labeling_ratio": labeling_ratio,

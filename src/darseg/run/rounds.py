@@ -21,7 +21,8 @@ import darseg
 from darseg.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
-from darseg.data.manifest import Manifest, Sample, count_pixels, read_label
+from darseg.data.labels import read_label
+from darseg.data.manifest import Manifest, Sample, count_pixels
 from darseg.errors import DataError, faults
 from darseg.model.network import Network
 from darseg.model.weights import load_network, save_network
@@ -32,6 +33,7 @@ from darseg.pseudo.redistribute import chooser, scale_of
 from darseg.pseudo.thresholds import Thresholds
 from darseg.run.build import (
     Round,
+    auxiliary_weight_of,
     bf16_is_emulated,
     build_initial_network,
     check_sizes,
@@ -116,7 +118,7 @@ def train(
                 raise DataError(
                     faults(f"The data have {len(found.faults)} fault(s), nothing was begun", found.faults)
                 )
-        counts = count_labels(masks(manifest.labeled, manifest.classes), len(manifest.classes))
+        counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         run = open_run(
             Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
         )
@@ -239,7 +241,6 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
             confidence=labeling.confidence,
             sampling=labeling.sampling,
             seed=course.recipe.seed,
-            ignore=classes.ignore,
         ),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
@@ -310,7 +311,7 @@ def _record_labels(
     known = [sample for sample in unlabeled if sample.label]
     if known:
         scores = pseudo_scores(known, labels, classes)
-        truth = count_labels(masks(known, classes), len(classes))
+        truth = count_labels(masks(known), len(classes))
         described = scores.to_json(classes.names) | {"truth": truth.tolist()}
         write_json(course.path(round_, "pseudo_scores.json"), described)
         outputs.append("pseudo_scores.json")
@@ -331,7 +332,7 @@ def _record_labels(
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:
     """Pseudo labels against the truth that the unlabelled images happen to have: measured, never used."""
     scores = Scores.empty(len(classes))
-    for (_, truth), sample in zip(masks(samples, classes), labels.samples(samples), strict=True):
+    for (_, truth), sample in zip(masks(samples), labels.samples(samples), strict=True):
         assert sample.label is not None
         scores = scores.plus(truth, read_label(sample.label))
     return scores
@@ -352,16 +353,19 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         bf16=settings.precision == "bf16",
         seed=(recipe.seed, index),
         checkpoint_every=settings.checkpoint_every,
+        micro_batch=settings.micro_batch,
+        stage4_as_head=recipe.release_quirks and recipe.network.architecture == "deeplabv2",
+        first_step_at_zero=recipe.release_quirks and index > 0,
     )
+    auxiliary_weight = auxiliary_weight_of(recipe)
     inputs = {
         "settings": digest_settings(
             stage=asdict(stage) | {"checkpoint_every": None},  # changes nothing in the result
             augmentation=asdict(round_.augmentation),
             batch=(round_.batch, round_.pseudo_batch),
-            auxiliary_weight=recipe.network.auxiliary_weight,
+            auxiliary_weight=auxiliary_weight,
             pseudo_weight=settings.pseudo_weight if pseudo else None,
             network=asdict(spec_of(recipe)),
-            ignore=classes.ignore,
         ),
         "labeled": course.data["labeled"],
         "labels": digest_path(run.labels(index)) if pseudo else "none",
@@ -397,7 +401,7 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         ]
 
     def objective(net: Network, batches: Sequence[Batch], step: int):
-        return self_training(net, batches, recipe.network.auxiliary_weight, settings.pseudo_weight)
+        return self_training(net, batches, auxiliary_weight, settings.pseudo_weight)
 
     def on_step(step: int, rate: float, figures: Mapping[str, torch.Tensor]) -> None:
         note = ""
@@ -433,7 +437,7 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
     protocol = evaluation_protocol(course.recipe)
     path = course.path(round_, "scores.json")
     inputs = {
-        "settings": digest_settings(protocol=asdict(protocol), ignore=classes.ignore),
+        "settings": digest_settings(protocol=asdict(protocol)),
         "validation": course.data["validation"],
         "network": digest_path(run.network(index)),
     }

@@ -14,18 +14,21 @@ from darseg.model.network import Network
 Figures = Mapping[str, torch.Tensor]
 
 
-def cross_entropy(logits_BKHW: torch.Tensor, labels_BHW: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels; 0 (and no gradient) where no pixel is labelled."""
-    total = F.cross_entropy(logits_BKHW.float(), labels_BHW.long(), ignore_index=IGNORE, reduction="sum")
-    return total / (labels_BHW != IGNORE).sum().clamp(min=1)
+def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean cross-entropy over labelled pixels; 0 (and no gradient) where no pixel is labelled.
+
+    Of a micro-batch: its share of the whole batch's mean, so that the micro-batches add up to it.
+    """
+    total = F.cross_entropy(logits_BKHW.float(), batch.labels.long(), ignore_index=IGNORE, reduction="sum")
+    return total / batch.count_labeled().clamp(min=1)
 
 
 def supervised(network: Network, batch: Batch, auxiliary_weight: float) -> torch.Tensor:
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
     output = network(batch.images)
-    loss = cross_entropy(output.main, batch.labels)
+    loss = cross_entropy(output.main, batch)
     if output.auxiliary is not None and auxiliary_weight > 0:
-        loss = loss + auxiliary_weight * cross_entropy(output.auxiliary, batch.labels)
+        loss = loss + auxiliary_weight * cross_entropy(output.auxiliary, batch)
     return loss
 
 

@@ -16,7 +16,8 @@ from darseg.training.checkpoint import Checkpoint, restore_momentum
 from darseg.training.schedule import rate_at
 
 Objective = Callable[[Network, Sequence[Batch], int], tuple[torch.Tensor, Mapping[str, torch.Tensor]]]
-"""(network, one batch of each stream, step) → (loss, figures to report)."""
+"""(network, one batch of each stream, step) → (loss, figures to report). Losses and figures of the micro-batches of
+a step are added up: means over a batch divide by `Batch.count_labeled`."""
 
 Streams = Callable[[int], Sequence[Iterator[Batch]]]
 """First step → the streams of batches from there on."""
@@ -32,6 +33,9 @@ class Stage:
         bf16: forward passes under bfloat16 autocast.
         seed: non-negative integers from which dropout is drawn, with the step.
         checkpoint_every: steps between checkpoints.
+        micro_batch: images per forward pass; gradients are accumulated. None: each batch whole. BatchNorm sees
+            micro-batches.
+        stage4_as_head, first_step_at_zero: as the release has it, by mistake (see `release_quirks` in docs/recipe.md).
     """
 
     steps: int
@@ -44,9 +48,14 @@ class Stage:
     bf16: bool = False
     seed: tuple[int, ...] = (0,)
     checkpoint_every: int = 200
+    micro_batch: int | None = None
+    stage4_as_head: bool = False
+    first_step_at_zero: bool = False
 
     def rate(self, step: int) -> float:
         """Learning rate of the backbone at a step."""
+        if step == 0 and self.first_step_at_zero:
+            return 0.0
         return rate_at(step, self.steps, self.span, self.learning_rate, self.power)
 
 
@@ -71,7 +80,9 @@ def run_stage(
     Raises NumericsError before the optimiser moves a weight where the loss is not finite.
     """
     device = network.mean.device
-    groups = parameter_groups(network, stage.learning_rate, stage.head_factor, stage.weight_decay)
+    groups = parameter_groups(
+        network, stage.learning_rate, stage.head_factor, stage.weight_decay, stage.stage4_as_head
+    )
     optimizer = torch.optim.SGD(groups, lr=stage.learning_rate, momentum=stage.momentum)
     first = 0
     if begin is not None:
@@ -89,11 +100,15 @@ def run_stage(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
-                loss, figures = objective(network, batches, step)
+            loss, figures = torch.zeros((), device=device), {}
+            for parts in zip(*(batch.split(stage.micro_batch) for batch in batches), strict=True):
+                with torch.autocast(device.type, torch.bfloat16, enabled=stage.bf16):
+                    part, shown = objective(network, parts, step)
+                part.backward()
+                loss = loss + part.detach()
+                figures = {name: figures.get(name, 0.0) + value for name, value in shown.items()}
             if not math.isfinite(loss.item()):
                 raise NumericsError(_not_finite(step, stage, loss.item(), rate, batches))
-            loss.backward()
             optimizer.step()
             on_step(step, rate, figures)
             done = step + 1

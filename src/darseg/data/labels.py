@@ -1,0 +1,393 @@
+"""Label files → classes: index, palette and colour images, value maps, the ids of Cityscapes, SBD's .mat files."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet
+from darseg.data.images import PNG_COLORS, check_complete, is_png, read_bytes
+from darseg.errors import DataError, RecipeError
+
+RGB = tuple[int, int, int]
+
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".mat")
+
+UNKNOWN = 256
+"""In lookup tables: no class and not 255."""
+
+LARGEST = 65535
+"""Of 16-bit label values."""
+
+IDS_SUFFIX = "_labelIds.png"
+"""Ends the names of Cityscapes' label maps that hold its 35 ids instead of the 19 train ids."""
+
+# Cityscapes' id of each train id, from its published label table; all other ids are not evaluated.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+@dataclass(frozen=True)
+class LabelEncoding:
+    """How the values of a label file become classes.
+
+    Attributes:
+        format: "index": a single channel (or three equal ones) of values, or palette indices; "color": colours;
+            "auto": grey and palette files are index, RGB files colour.
+        values: (value in the file, class or 255) for index files; None: values are the classes.
+        other: what values that are not listed become; None: they are a fault.
+        ignore: where `values` is None, the value besides 255 that is no class.
+        colors: (colour, class or 255) for colour files.
+        city_ids: files called *_labelIds.png hold Cityscapes' ids.
+    """
+
+    format: Literal["auto", "index", "color"] = "auto"
+    values: tuple[tuple[int, int], ...] | None = None
+    other: int | None = None
+    ignore: int = IGNORE
+    colors: tuple[tuple[RGB, int], ...] = ()
+    city_ids: bool = False
+
+    def for_file(self, path: Path) -> LabelEncoding:
+        """This encoding, or that of Cityscapes' ids where the file's name says so."""
+        return CITY_IDS if self.city_ids and path.name.endswith(IDS_SUFFIX) else self
+
+
+PLAIN = LabelEncoding()
+"""Values are classes, 255 is not labelled: what darseg itself writes."""
+
+CITY_IDS = LabelEncoding(values=tuple((value, k) for k, value in enumerate(CITYSCAPES_IDS)), other=IGNORE)
+
+
+def label_encoding(
+    classes: ClassSet,
+    ignore: int = IGNORE,
+    values: str | Mapping[int | str, int | str] = "index",
+    format: Literal["auto", "index", "color"] = "auto",
+    colors: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    own_colors: bool = True,
+) -> LabelEncoding:
+    """The encoding that a recipe describes.
+
+    Args:
+        values: value → class (name or index) or "ignore", where "other" stands for all else; or a name: "index" (values
+            are classes), "one_based" (0 is not labelled, classes from 1 on), "binary" (0 and 255), "cityscapes_ids".
+        colors: class name or "ignore" → colours that stand for it, besides the classes' own.
+        own_colors: the colours of `classes` are those of the label files.
+
+    Raises RecipeError naming what does not fit.
+    """
+    count, wrong = len(classes), []
+
+    def target(name: int | str, where: str) -> int:
+        if name == "ignore":
+            return IGNORE
+        if isinstance(name, int) and 0 <= name < count:
+            return name
+        if name in classes.names:
+            return classes.names.index(str(name))
+        wrong.append(f"{where}: {name!r} is neither a class nor ignore; classes: {', '.join(classes.names)}")
+        return IGNORE
+
+    pairs: tuple[tuple[int, int], ...] | None = None
+    other = None
+    if isinstance(values, Mapping):
+        listed = {value: target(name, f"data.label_values.{value}") for value, name in values.items()}
+        other = listed.pop("other", None)
+        pairs = tuple(sorted((int(value), k) for value, k in listed.items()))
+    elif values == "one_based":
+        pairs = ((0, IGNORE), *((k + 1, k) for k in range(count)), (IGNORE, IGNORE))
+    elif values == "binary":
+        pairs = ((0, 0), (255, 1))
+        if count != 2:
+            wrong.append(f"data.label_values: binary has 2 classes, the recipe has {count}")
+    elif values == "cityscapes_ids":
+        pairs, other = CITY_IDS.values, CITY_IDS.other
+        if count != len(CITYSCAPES_IDS):
+            wrong.append(f"data.label_values: cityscapes_ids has 19 classes, the recipe has {count}")
+    elif values != "index":
+        wrong.append(
+            f"data.label_values: {values!r} is no value map, nor index, one_based, binary or cityscapes_ids"
+        )
+    if pairs is not None and ignore != IGNORE:
+        wrong.append("data.ignore: has no meaning beside data.label_values; say value: ignore there")
+    if pairs is None and not count <= ignore <= IGNORE:
+        wrong.append(
+            f"data.ignore: the value {ignore} lies among the class values 0..{count - 1} or above 255: choose one "
+            f"from {count} to 255"
+        )
+    table: dict[RGB, int] = {}
+    if own_colors:
+        for k, color in enumerate(classes.colors):
+            if table.setdefault(color, k) != k:
+                own_colors_of = f"{classes.names[table[color]]} and {classes.names[k]}"
+                if format == "color":
+                    wrong.append(f"data.classes: {own_colors_of} have one colour, {list(color)}")
+    for name, several in (colors or {}).items():
+        for color in several:
+            red, green, blue = (int(part) for part in color)
+            table[red, green, blue] = target(name, "data.label_colors")
+    if wrong:
+        raise RecipeError("\n".join(wrong))
+    return LabelEncoding(
+        format,
+        pairs,
+        other,
+        ignore,
+        tuple(sorted(table.items())),
+        city_ids=values == "index" and classes.names == CITYSCAPES.names,
+    )
+
+
+def read_label(path: Path, encoding: LabelEncoding = PLAIN) -> np.ndarray:
+    """A label file as uint8 [H, W] of classes, 255 = not labelled.
+
+    PNG, BMP and TIFF, one channel of up to 16 bits, palette or colour, and SBD's .mat files. A transparent pixel
+    (alpha 0) is not labelled. Where the values are the classes (`values` None) they are not compared with a number
+    of classes; `unknown_values` does.
+
+    Raises DataError where it is missing, cannot be decoded, or holds values or colours that are no class.
+    """
+    encoding = encoding.for_file(path)
+    return to_classes(decode_label(path, encoding.format), encoding, path)
+
+
+def decode_label(path: Path, format: str) -> np.ndarray:
+    """What a label file holds: values uint8 or uint16 [H, W], or colours int32 [H, W] (R·65536 + G·256 + B).
+
+    In a file with an alpha channel, transparent values become 255, transparent colours -1.
+    """
+    data = read_bytes(path)
+    if path.suffix.lower() == ".mat":
+        return _sbd(path, data)
+    check_complete(path, data)
+    if is_png(data):
+        depth, kind = data[24], PNG_COLORS.get(data[25], "unknown")
+        if kind == "grey" and format != "color":
+            # Decoders stretch 1, 2 and 4 bits to 0..255: class 1 would become 255.
+            values = _decode_grey(path, data)
+            return values // np.uint8(255 // (2**depth - 1)) if depth < 8 else values
+        if depth == 16 and kind != "grey":
+            raise DataError(f"{path}: found a 16-bit {kind} PNG; 16-bit labels have one channel of values.")
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
+            warnings.simplefilter("ignore")  # a palette with transparency, which is read as indices
+            return _from_pillow(image, format, path)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise DataError(
+            f"{path}: cannot be decoded as a label map ({error}). PNG, BMP, TIFF and SBD's .mat files are read."
+        ) from None
+
+
+def _decode_grey(path: Path, data: bytes) -> np.ndarray:
+    try:
+        values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        values = None
+    if values is None or values.ndim != 2:
+        raise DataError(f"{path}: cannot be decoded. Remove it from the list or replace it.")
+    return values
+
+
+def _from_pillow(image: Image.Image, format: str, path: Path) -> np.ndarray:
+    mode = image.mode
+    if mode == "P" and format == "color":
+        image = image.convert("RGB")
+        mode = "RGB"
+    if mode == "1":
+        return np.asarray(image).astype(np.uint8)
+    if mode in ("L", "P", "I;16", "I;16B", "I", "LA") and format == "color":
+        raise DataError(
+            f"{path}: found one channel of values, and data.label_format is color. Set it to index, or to auto."
+        )
+    if mode in ("L", "P"):
+        return np.asarray(image)
+    if mode in ("I;16", "I;16B", "I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > LARGEST:
+            raise DataError(f"{path}: values {values.min()} to {values.max()}; 0 to {LARGEST} are read.")
+        return values.astype(np.uint16)
+    if mode == "LA":
+        values, alpha = np.moveaxis(np.asarray(image), 2, 0)
+        return np.where(alpha == 0, np.uint8(IGNORE), values)
+    if mode not in ("RGB", "RGBA"):
+        raise DataError(f"{path}: found pixels of kind {mode}; wanted are indices, a palette or RGB colours.")
+    pixels = np.asarray(image)
+    transparent = pixels[..., 3] == 0 if mode == "RGBA" else None
+    if format == "index":
+        if not (pixels[..., 0] == pixels[..., 1]).all() or not (pixels[..., 0] == pixels[..., 2]).all():
+            raise DataError(
+                f"{path}: found colours, and data.label_format is index. Set it to color, with the colours of the "
+                "classes (data.classes: {name: [red, green, blue]})."
+            )
+        values = pixels[..., 0]
+        return values if transparent is None else np.where(transparent, np.uint8(IGNORE), values)
+    keys = pixels[..., 0].astype(np.int32)
+    for channel in (1, 2):
+        keys <<= 8
+        keys |= pixels[..., channel]
+    if transparent is not None:
+        keys[transparent] = -1
+    return keys
+
+
+def _sbd(path: Path, data: bytes) -> np.ndarray:
+    """The class map of SBD (Hariharan et al., ICCV 2011): struct GTcls, field Segmentation."""
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise DataError(
+            f'{path}: reading .mat files needs scipy ({error}). Install it with: pip install "darseg[sbd]".'
+        ) from error
+    try:
+        found: Any = loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
+    except Exception as error:  # scipy's reader fails in many ways on damaged files
+        raise DataError(
+            f"{path}: no class map of SBD (GTcls.Segmentation) can be read from it ({type(error).__name__}: {error}). "
+            "Give the files of benchmark_RELEASE/dataset/cls, and copy them again where one is damaged."
+        ) from error
+    return np.ascontiguousarray(found, dtype=np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _value_table(encoding: LabelEncoding) -> np.ndarray:
+    """uint16 [65536]: class, 255 or UNKNOWN of each value."""
+    table = np.full(LARGEST + 1, UNKNOWN if encoding.other is None else encoding.other, np.uint16)
+    if encoding.values is None:
+        table[:256] = np.arange(256)
+        table[encoding.ignore] = IGNORE
+    else:
+        for value, k in encoding.values:
+            table[value] = k
+    return table
+
+
+@lru_cache(maxsize=2)
+def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
+    """uint16 [2^24 + 1]: class, 255 or UNKNOWN of each colour; the last entry, -1, is transparent."""
+    table = np.full(256**3 + 1, UNKNOWN, np.uint16)
+    table[-1] = IGNORE
+    for (red, green, blue), k in colors:
+        table[red << 16 | green << 8 | blue] = k
+    return table
+
+
+def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarray:
+    """Classes uint8 [H, W] of what `decode_label` found. Raises DataError for what is no class."""
+    if raw.dtype == np.int32:
+        if not encoding.colors:
+            raise DataError(f"{path}: found colours, but the classes have none. {_color_advice(raw)}")
+        classes = _color_table(encoding.colors)[raw]
+    elif raw.dtype == np.uint8 and encoding.values is None:
+        if encoding.ignore == IGNORE:
+            return raw
+        return np.where(raw == encoding.ignore, np.uint8(IGNORE), raw)
+    else:
+        classes = _value_table(encoding)[raw]
+    unknown = classes == UNKNOWN
+    if not unknown.any():
+        return classes.astype(np.uint8)
+    values, counts = np.unique(raw[unknown], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:8]
+    if raw.dtype == np.int32:
+        listed = [f"{list(_rgb(int(values[i])))} ({counts[i]} pixels)" for i in order]
+        advice = _color_advice(raw)
+        what = "colours"
+    else:
+        listed = [f"{values[i]} ({counts[i]} pixels)" for i in order]
+        advice = "Add them to data.label_values (value: class or ignore, or other: ignore)."
+        what = "values"
+    more = f" and {len(values) - 8} more" if len(values) > 8 else ""
+    raise DataError(f"{path}: label {what} that stand for no class: {', '.join(listed)}{more}. {advice}")
+
+
+def _rgb(key: int) -> RGB:
+    return key >> 16, key >> 8 & 255, key & 255
+
+
+def _color_advice(raw: np.ndarray) -> str:
+    if ((raw >> 16 == raw & 255) & (raw >> 8 & 255 == raw & 255))[raw >= 0].all():
+        return "All three channels are equal, so this is an index map saved as RGB: set data.label_format: index."
+    return (
+        "Give the classes their colours (data.classes: {name: [red, green, blue]}), and list colours of pixels that "
+        "are not labelled: data.label_colors: {ignore: [[0, 0, 0]]}."
+    )
+
+
+def unknown_values(values: np.ndarray, count: int) -> str | None:
+    """A fault line for label values that are none of `count` classes, from how often each occurs, int64 [256]."""
+    unknown = [value for value in np.flatnonzero(values).tolist() if value >= count and value != IGNORE]
+    if not unknown:
+        return None
+    listed = ", ".join(f"{value} ({values[value]} pixels)" for value in unknown[:8])
+    more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
+    return (
+        f"label values outside the classes 0..{count - 1} and 255, not labelled: {listed}{more}. "
+        "Set data.ignore or data.label_values, or add the classes"
+    )
+
+
+def usual_mistakes(seen: Iterable[int], classes: ClassSet, encoding: LabelEncoding) -> list[str]:
+    """What the values of all index label files together look like, where that is a usual mistake, and the key to set.
+
+    Args:
+        seen: every value that occurs in the files, before any map.
+    """
+    if encoding.values is not None:
+        return []
+    count = len(classes)
+    values = set(seen)
+    real = values - {encoding.ignore}
+    unknown = {value for value in real if value >= count and value != IGNORE}
+    if values == {0, 255} and encoding.ignore == IGNORE:
+        remedy = (
+            "data.label_values: binary"
+            if count == 2
+            else f"data.label_values: {{0: {classes.names[0]}, 255: …}}"
+        )
+        return [
+            "the labels hold 0 and 255 alone, as masks do, and 255 is read as not labelled, so that only "
+            f"{classes.names[0]} would be learned. If 255 is a class, set {remedy}"
+        ]
+    if not unknown:
+        if count > 1 and 0 not in values and real:
+            return [
+                f"no label holds the value 0 ({classes.names[0]}). If classes are counted from 1, set "
+                "data.label_values: one_based"
+            ]
+        return []
+    greys = {_grey(color): name for name, color in zip(classes.names, classes.colors, strict=True)}
+    if len(real) > 1 and all(value in greys or value in (0, IGNORE) for value in real):
+        names = ", ".join(f"{value} as {greys[value]}" for value in sorted(unknown) if value in greys)
+        return [
+            f"the label values are the greys of the class colours ({names}): colour labels that were read or saved as "
+            "grey. Give the colour files themselves (data.label_format: color), or map the greys in data.label_values"
+        ]
+    if unknown == {count}:
+        return [
+            f"the label values go one beyond the last class: if 0 is not labelled and classes are counted from 1, set "
+            f"data.label_values: one_based; if {count} is not labelled, set data.ignore: {count}"
+        ]
+    if len(real) <= count + 1 and len(unknown) >= len(real - unknown):
+        listed = ", ".join(f"{value}: …" for value in sorted(values))
+        return [
+            f"the labels hold {len(values)} values in all; say which class each is: data.label_values: {{{listed}}} "
+            "(a class name, its index, or ignore)"
+        ]
+    if count == len(CITYSCAPES_IDS) and max(real - {IGNORE}) <= max(CITYSCAPES_IDS):
+        return ["the label values look like the ids of Cityscapes: set data.label_values: cityscapes_ids"]
+    return []
+
+
+def _grey(color: RGB) -> int:
+    """The grey that colours become in OpenCV and Pillow (ITU-R 601)."""
+    red, green, blue = color
+    return round(0.299 * red + 0.587 * green + 0.114 * blue)

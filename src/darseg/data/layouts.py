@@ -1,0 +1,196 @@
+"""Where the published data sets keep their files: Cityscapes, and PASCAL VOC 2012 with SBD."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from darseg.data.labels import IDS_SUFFIX
+from darseg.errors import DataError
+
+CITIES = (
+    *("aachen", "bochum", "bremen", "cologne", "darmstadt", "dusseldorf", "erfurt", "hamburg", "hanover"),
+    *("jena", "krefeld", "monchengladbach", "strasbourg", "stuttgart", "tubingen", "ulm", "weimar", "zurich"),
+)
+"""Of Cityscapes' training images."""
+
+VALIDATION_CITIES = ("frankfurt", "lindau", "munster")
+
+CITYSCAPES_COUNTS = {"train": 2975, "val": 500}
+VOC_COUNTS = {"train": 1464, "val": 1449}
+VOC_UNLABELED = 9118
+"""Images of SBD that are in neither list of VOC 2012."""
+
+# What to unpack where a folder is missing (file names of the official downloads).
+ARCHIVES = {
+    "leftImg8bit": "leftImg8bit_trainvaltest.zip from cityscapes-dataset.com",
+    "gtFine": "gtFine_trainvaltest.zip from cityscapes-dataset.com",
+    "JPEGImages": "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    "ImageSets/Segmentation": "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012",
+    "SegmentationClass": "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012",
+}
+NEEDED = {
+    "cityscapes": ("leftImg8bit", "gtFine"),
+    "voc": ("JPEGImages", "ImageSets/Segmentation", "SegmentationClass"),
+}
+VOC_LABELS = ("SegmentationClass", "SegmentationClassAug")
+SBD_PLACES = (
+    "SBD",
+    "benchmark_RELEASE/dataset",
+    "../benchmark_RELEASE/dataset",
+    "../../benchmark_RELEASE/dataset",
+    "../SBD",
+    "../../SBD",
+)
+"""Where SBD's folder `cls` is looked for, relative to VOC2012."""
+
+IMAGE_ENDING = "_leftImg8bit"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published data set below `root`: `leftImg8bit` + `gtFine`, or `JPEGImages` + `SegmentationClass` + SBD.
+
+    Attributes:
+        sbd: the folder of SBD that holds `cls/ID.mat`; None where there is none.
+    """
+
+    name: Literal["cityscapes", "voc"]
+    root: Path
+    sbd: Path | None = None
+
+    @property
+    def images(self) -> Path:
+        return self.root / ("leftImg8bit" if self.name == "cityscapes" else "JPEGImages")
+
+    def label_of(self, image: Path) -> Path | None:
+        """The label file of an image, the first there is.
+
+        Cityscapes: `labelTrainIds`, else `labelIds`. VOC: `SegmentationClass`, else `SegmentationClassAug`, else SBD's.
+        """
+        return next((path for path in self._candidates(image) if path.is_file()), None)
+
+    def _candidates(self, image: Path) -> Iterable[Path]:
+        if self.name == "cityscapes":
+            below = image.relative_to(self.root) if image.is_relative_to(self.root) else image
+            if below.parts[0] == "leftImg8bit":
+                # train_extra has coarse labels only.
+                kind = "gtCoarse" if below.parts[1] == "train_extra" else "gtFine"
+                stem = image.stem.removesuffix(IMAGE_ENDING)
+                folder = self.root.joinpath(kind, *below.parts[1:-1])
+                yield folder / f"{stem}_{kind}_labelTrainIds.png"
+                yield folder / f"{stem}_{kind}{IDS_SUFFIX}"
+        else:
+            for folder in VOC_LABELS:
+                yield self.root / folder / f"{image.stem}.png"
+            if self.sbd:
+                yield self.sbd / "cls" / f"{image.stem}.mat"
+
+    def training_ids(self) -> list[str]:
+        """Ids of VOC's training images with SBD's: 1,464 + 9,118, every image with a label but those of val.txt."""
+        segmentation = self.root / "ImageSets/Segmentation"
+        ids = set(_list(segmentation / "train.txt"))
+        augmented = self.root / "SegmentationClassAug"
+        if augmented.is_dir():
+            ids |= {path.stem for path in augmented.glob("*.png")}
+        if self.sbd:
+            ids |= {path.stem for path in (self.sbd / "cls").glob("*.mat")}
+        return sorted(ids - set(_list(segmentation / "val.txt")))
+
+    def missing(self) -> list[str]:
+        """A line for each folder that is not there, and what to do about it."""
+        lines = []
+        for folder in NEEDED[self.name]:
+            if folder == "SegmentationClass" and (self.root / "SegmentationClassAug").is_dir():
+                continue
+            if (self.root / folder).is_dir():
+                continue
+            archive = ARCHIVES[folder].partition(" ")[0]
+            if (self.root / archive).exists():
+                lines.append(f"{self.root / folder} is missing, and {archive} lies there packed: unpack it")
+            elif nested := next(self.root.glob(f"*/{folder}"), None) or next(
+                self.root.glob(f"*/*/{folder}"), None
+            ):
+                place = nested
+                for _ in Path(folder).parts:
+                    place = place.parent
+                lines.append(
+                    f"{self.root / folder} is missing, but {nested} is there: set data.root to {place}"
+                )
+            else:
+                lines.append(f"{self.root / folder} is missing: get {ARCHIVES[folder]} and unpack it there")
+        if self.name == "voc" and not lines:
+            for name in VOC_COUNTS:
+                if not (self.root / f"ImageSets/Segmentation/{name}.txt").is_file():
+                    lines.append(
+                        f"{self.root}/ImageSets/Segmentation/{name}.txt is missing: unpack "
+                        f"{ARCHIVES['ImageSets/Segmentation']} again"
+                    )
+        return lines
+
+    def warnings(self) -> list[str]:
+        """What a half-unpacked or half-loaded download lacks, compared with the published counts."""
+        return self._cityscapes_warnings() if self.name == "cityscapes" else self._voc_warnings()
+
+    def _cityscapes_warnings(self) -> list[str]:
+        lines = []
+        for split, cities in (("train", CITIES), ("val", VALIDATION_CITIES)):
+            images = sorted((self.images / split).glob(f"*/*{IMAGE_ENDING}.*"))
+            if len(images) != CITYSCAPES_COUNTS[split]:
+                gone = [city for city in cities if not (self.images / split / city).is_dir()]
+                named = f"; cities without a folder: {', '.join(gone)}" if gone else ""
+                lines.append(
+                    f"{self.images / split} has {len(images):,} images, Cityscapes has {CITYSCAPES_COUNTS[split]:,}"
+                    f"{named}. Unpack {ARCHIVES['leftImg8bit']} again if it should be whole"
+                )
+            bare = Counter(path.parent.name for path in images if self.label_of(path) is None)
+            if bare:
+                named = ", ".join(f"{city} ({count})" for city, count in sorted(bare.items()))
+                lines.append(
+                    f"{bare.total():,} images in {self.images / split} have no label in {self.root / 'gtFine' / split}: "
+                    f"{named}. Unpack {ARCHIVES['gtFine']} again if they should"
+                )
+        return lines
+
+    def _voc_warnings(self) -> list[str]:
+        lines = []
+        segmentation = self.root / "ImageSets/Segmentation"
+        for name, count in VOC_COUNTS.items():
+            found = len(_list(segmentation / f"{name}.txt"))
+            if found != count:
+                lines.append(f"{segmentation / name}.txt lists {found:,} images, VOC 2012 has {count:,}")
+        beyond = len(set(self.training_ids()) - set(_list(segmentation / "train.txt")))
+        if beyond == 0:
+            lines.append(
+                f"neither {self.root / 'SegmentationClassAug'} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or "
+                f"data.sbd) is there, so which {VOC_UNLABELED:,} images are unlabelled cannot be told: get benchmark.tgz "
+                "of SBD (Hariharan et al. 2011) and unpack it there"
+            )
+        elif beyond != VOC_UNLABELED:
+            lines.append(
+                f"{beyond:,} images have a label besides those of train.txt and val.txt; VOC with SBD has "
+                f"{VOC_UNLABELED:,}"
+            )
+        return lines
+
+
+def find_sbd(root: Path, given: Path | None) -> Path | None:
+    """SBD's folder, which holds `cls`: the given one, or one of SBD_PLACES. Raises DataError for one without `cls`."""
+    if given is not None:
+        if not (given / "cls").is_dir():
+            raise DataError(
+                f"data.sbd: {given} has no folder cls. Give benchmark_RELEASE/dataset of SBD's benchmark.tgz."
+            )
+        return given
+    return next((root / place for place in SBD_PLACES if (root / place / "cls").is_dir()), None)
+
+
+def _list(path: Path) -> list[str]:
+    """Ids of one of VOC's lists; none where it is missing."""
+    try:
+        return path.read_text(encoding="utf-8").split()
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,40 @@
+"""How much memory a training step keeps, counted without computing anything."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from darseg.model.network import NetworkSpec
+
+BYTES_PER_PARAMETER = 12
+"""Weight, gradient and SGD's momentum, float32 each."""
+
+
+def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> tuple[int, int]:
+    """Bytes of weights with gradients and momentum, and of what a forward pass keeps for its backward pass.
+
+    Float32, for a batch of `images` crops, at the moment where a step needs most but for convolutions' workspace.
+    Runs the network on torch's meta device and adds up the tensors that autograd saves. Raises RecipeError.
+    """
+    saved: dict[int, int] = {}
+    with torch.device("meta"):
+        network = spec.build()
+        own = {tensor.untyped_storage()._cdata for tensor in network.state_dict(keep_vars=True).values()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = network(torch.zeros(images, 3, height, width, dtype=torch.uint8))
+            labels = torch.zeros(images, height, width, dtype=torch.long)
+            # Held until the sum is made: what is freed could lend its address to something else.
+            losses = [F.cross_entropy(logits, labels) for logits in output if logits is not None]
+        trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+        fixed = sum(parameter.numel() for parameter in network.parameters()) - trained
+        assert losses
+    return BYTES_PER_PARAMETER * trained + 4 * fixed, sum(saved.values())
