@@ -1,8 +1,8 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`check`, `plan`, `demo` – and the value types that flow between the rooms are importable from here. Names are
-imported when first used, since torch takes seconds.
+`check`, `plan`, `draw_split`, `demo` – and the value types that flow between the rooms are importable from here.
+Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ _HOMES = {
     "choose_global": "pseudo.thresholds",
     "decide": "model.decide",
     "demo": "run.demo",
+    "draw_split": "run.split",
     "evaluate": "run.evaluate",
     "image_generator": "pseudo.assign",
     "label_encoding": "data.labels",

@@ -6,6 +6,7 @@ torch, OpenCV and pydantic are imported inside the commands, so that `darseg --h
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from enum import Enum
 from pathlib import Path
@@ -375,6 +376,74 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     )
     for note in made.notes:
         print(f"note: {note}")
+
+
+@app.command()
+def split(
+    recipe: RecipeFile,
+    out: Annotated[Path, typer.Argument(help="Gets labeled.txt, unlabeled.txt and split.json.")],
+    overrides: Overrides = None,
+    fraction: Annotated[
+        str | None, typer.Option(metavar="1/8|0.125", help="Share of the images to be labelled.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Or their number.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another draw.")] = 0,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="See to it that rare classes appear; needs all labels.")
+    ] = False,
+    sequences: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX", help="Images in whose ids this (its first group) finds the same stay together."
+        ),
+    ] = None,
+) -> None:
+    """Draw which of a recipe's images are labelled, and write both lists."""
+    from darseg.config import load_recipe
+    from darseg.run.split import draw_split
+
+    described = draw_split(
+        load_recipe(recipe, overrides or []),
+        out,
+        fraction=fraction,
+        count=count,
+        seed=seed,
+        balanced=balanced,
+        sequences=sequences,
+    )
+    _print_split(described)
+    print(f"Written to {out}. In the recipe, or behind its name on the command line:")
+    for role in described["lists"]:
+        print(f"  {shlex.quote(f'data.{role}={(out / role).resolve()}.txt')}")
+
+
+def _print_split(described: dict) -> None:
+    lists = described["lists"]
+    known = {role: one for role, one in lists.items() if one["pixels"]}
+    if known:
+        columns = [column for role in known for column in (f"{role}: images", "share of pixels")]
+        rows: list[list[Any]] = [["class", *columns]]
+        for name in next(iter(known.values()))["pixels"]:
+            cells: list[Any] = [name]
+            for one in known.values():
+                share = one["pixels"][name] / max(1, sum(one["pixels"].values()))
+                cells += [one["images_with_class"][name], f"{share:.4%}"]
+            rows.append(cells)
+        _print_table(rows)
+    print("images: " + ", ".join(f"{one['images']} {role}" for role, one in lists.items()))
+    if described["sequences"]:
+        print("sequences: " + ", ".join(f"{len(one['sequences'])} {role}" for role, one in lists.items()))
+    labeled = lists["labeled"]
+    if labeled["images"] != described["count"]:
+        print(
+            f"warning: {described['count']} labelled images were wanted; whole sequences make {labeled['images']}"
+        )
+    if labeled["without_label"]:
+        print(
+            f"warning: {labeled['without_label']} images of labeled.txt have no label map yet; annotate them first"
+        )
+    if described["absent"]:
+        print(f"warning: absent from labeled.txt: {', '.join(described['absent'])}")
 
 
 def _rounds_table(summary: dict) -> list[list[Any]]:
