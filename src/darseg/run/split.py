@@ -17,7 +17,8 @@ from rich.console import Console
 from darseg.config import Recipe
 from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
-from darseg.data.manifest import Sample, read_label, sample_id, unknown_values
+from darseg.data.labels import read_label, unknown_values
+from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
 from darseg.errors import DataError, RecipeError, RunError, faults
 from darseg.run.build import manifest_of
@@ -61,7 +62,9 @@ def draw_split(
     share = None if fraction is None else _fraction(fraction)
     manifest = manifest_of(recipe)
     classes = manifest.classes
-    pool = _pool((*manifest.labeled, *manifest.unlabeled), Path(recipe.data.root))
+    pool = _pool(
+        (*manifest.labeled, *manifest.unlabeled), Path(recipe.data.root), recipe.data.layout != "folders"
+    )
     ids = list(pool)
     samples = [sample for sample, _ in pool.values()]
     bare = np.array([sample.label is None for sample in samples])
@@ -124,11 +127,14 @@ def _fraction(value: str | float | Fraction) -> Fraction:
         raise RecipeError(f"fraction {value}: wanted a number as in 1/8 or 0.125.") from None
 
 
-def _pool(samples: Sequence[Sample], root: Path) -> dict[str, tuple[Sample, str]]:
-    """id → sample and its line, ids in sorted order. Raises DataError for lines that could not be read again."""
+def _pool(samples: Sequence[Sample], root: Path, layout: bool) -> dict[str, tuple[Sample, str]]:
+    """id → sample and its line, ids in sorted order. Raises DataError for lines that could not be read again.
+
+    Lines name images alone where a layout knows their labels, which may lie elsewhere (SBD's).
+    """
     pool, wrong = [], []
     for sample in samples:
-        paths = [path for path in (sample.image, sample.label) if path is not None]
+        paths = [path for path in (sample.image, None if layout else sample.label) if path is not None]
         outside = [
             path for path in paths if not path.is_relative_to(root) or ".." in path.relative_to(root).parts
         ]
@@ -163,10 +169,10 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
         if sample.label is None:
             return np.zeros(256, np.int64)
         try:
-            values = np.bincount(_label_of(sample, classes).reshape(-1), minlength=256)
+            values = np.bincount(read_label(sample.label, sample.encoding).reshape(-1), minlength=256)
         except DataError as error:
             return str(error)
-        line = unknown_values(values, classes)
+        line = unknown_values(values, len(classes))
         return f"{sample.label}: {line}" if line else values
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding releases the interpreter lock
@@ -179,11 +185,6 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
     if wrong:
         raise DataError(faults(f"{len(wrong)} label map(s) cannot be used", wrong))
     return pixels
-
-
-def _label_of(sample: Sample, classes: ClassSet) -> np.ndarray:
-    assert sample.label is not None
-    return read_label(sample.label, classes.ignore)
 
 
 def _write_new(folder: Path, texts: dict[str, str]) -> None:
