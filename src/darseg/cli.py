@@ -129,6 +129,7 @@ def train(
 @app.command()
 def evaluate(
     source: Source,
+    overrides: Overrides = None,
     recipe: Annotated[Path | None, typer.Option(help="For a checkpoint: the recipe with its data.")] = None,
     role: Annotated[Role, typer.Option(help="Which images.")] = Role.validation,
     round_index: Annotated[
@@ -143,8 +144,9 @@ def evaluate(
     from darseg.run.evaluate import evaluate as run_evaluate
     from darseg.run.evaluate import load_trained
 
-    given = load_recipe(recipe) if recipe else None
-    scores, protocol = run_evaluate(source, given, role.value, round_index)
+    changes = overrides or []
+    given = load_recipe(recipe, changes) if recipe else None
+    scores, protocol = run_evaluate(source, given, role.value, round_index, changes)
     known = given or load_trained(source).recipe
     assert known is not None
     names = classes_of(known).names

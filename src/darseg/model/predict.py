@@ -41,11 +41,12 @@ class Protocol:
     scales: tuple[float, ...] = (1.0,)
     bf16: bool = False
 
-    def describe(self) -> str:
+    def describe(self, average: Literal["logits", "probabilities"] = "probabilities") -> str:
+        """In words; `average` is what is averaged over windows, mirror and scales."""
         window = f"{self.window[0]}x{self.window[1]}"
         size = f"long side {self.base_size}" if self.base_size else "own size"
         mirror = "with mirror" if self.mirror else "no mirror"
-        return f"{size}, windows {window} with stride 2/3, {mirror}, scales {list(self.scales)}"
+        return f"{size}, windows {window} with stride 2/3, {mirror}, scales {list(self.scales)}, {average} averaged"
 
 
 def window_starts(side: int, window: int) -> list[int]:

@@ -134,7 +134,7 @@ def plan(recipe: Recipe) -> Plan:
         activation_bytes=activations,
         temporary_bytes=BYTES_PER_PIXEL * count_pixels(manifest.unlabeled) if waits else 0,
         network=_describe_network(recipe),
-        labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe()}",
+        labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe('logits')}",
         evaluation=evaluation_protocol(recipe).describe(),
         notes=_notes(recipe, rounds),
     )

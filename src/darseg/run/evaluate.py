@@ -83,6 +83,7 @@ def evaluate(
     recipe: Recipe | None = None,
     role: str = "validation",
     round_index: int | None = None,
+    overrides: Sequence[str] = (),
     console: Console | None = None,
 ) -> tuple[Scores, Protocol]:
     """Score a trained network on the images of one role.
@@ -90,11 +91,13 @@ def evaluate(
     Args:
         source: run folder or .safetensors checkpoint; the latter needs `recipe`, which names data and protocol.
         role: "validation", "test", "labeled", or "unlabeled" where those images have labels.
+        overrides: changes of the run folder's recipe, as in "evaluation.scales=[0.75, 1.0]".
 
     Raises RunError, WeightsError, DataError.
     """
     trained = load_trained(source, round_index)
-    recipe = recipe or trained.recipe
+    if recipe is None and trained.recipe is not None:
+        recipe = load_recipe(RunDirectory(Path(source)).recipe, overrides)
     if recipe is None:
         raise RunError(
             f"{source} is a checkpoint outside a run folder: name the data with --recipe RECIPE.yaml."

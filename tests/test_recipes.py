@@ -1,0 +1,219 @@
+"""The shipped recipes: the paper's values, and that each runs with its own network."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pytest
+
+from conftest import REPOSITORY
+from darseg.config import load_recipe
+from darseg.model.network import NetworkSpec
+from darseg.run.check import plan
+
+RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
+
+
+class Published(NamedTuple):
+    """One row of the table of the method (paper and release)."""
+
+    network: str
+    crop: int
+    base_size: int
+    scales: tuple[tuple[float, float], ...]
+    ratios: tuple[float | None, ...]
+    learning_rate: float
+    epochs: int
+    batches: tuple[tuple[int, int], ...]
+    epoch_steps: tuple[int, ...]
+    images: tuple[int, int, int]
+
+
+SMALL, LARGE = (0.25, 1.0), (0.5, 2.0)
+HALVES = ((16, 0), (8, 8), (8, 8))
+EIGHTH, QUARTER = (372, 2603, 500), (744, 2231, 500)
+PSPNET, DEEPLAB = "pspnet, resnet50_deep, output stride 8", "deeplabv2, resnet101_caffe, output stride 8"
+
+PUBLISHED = {
+    "cityscapes_1of8_pspnet50_713": Published(
+        PSPNET, 713, 2048, (LARGE, LARGE, (0.5, 3.0)), (None, 0.4, 0.65), 0.01, 200, HALVES, (23, 325, 325), EIGHTH
+    ),
+    "cityscapes_1of4_pspnet50_713": Published(
+        PSPNET, 713, 2048, (LARGE, LARGE, (0.4, 2.5)), (None, 0.4, 0.65), 0.01, 200, HALVES, (46, 278, 278), QUARTER
+    ),
+    "cityscapes_1of8_pspnet50_361": Published(
+        PSPNET, 361, 1024, (SMALL, SMALL, (0.2, 1.5)), (None, 0.2, 0.5), 0.01, 200, HALVES, (23, 325, 325), EIGHTH
+    ),
+    "cityscapes_1of4_pspnet50_361": Published(
+        PSPNET, 361, 1024, (SMALL, SMALL, (0.2, 1.5)), (None, 0.4, 0.6), 0.01, 200, HALVES, (46, 278, 278), QUARTER
+    ),
+    "cityscapes_1of8_deeplabv2_101_361": Published(
+        DEEPLAB, 361, 1024, (SMALL,) * 3, (None, 0.2, 0.45), 0.002, 200, ((16, 0), (4, 4), (4, 4)), (162, 650, 650),
+        EIGHTH,
+    ),
+    "voc_1464_pspnet50_321": Published(
+        PSPNET, 321, 400, ((0.5, 1.5), (0.5, 1.5), (0.5, 2.0)), (None, 0.4, 0.5), 0.01, 50, HALVES, (91, 1139, 1139),
+        (1464, 9118, 1449),
+    ),
+}  # fmt: skip
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def draw_cityscapes_names(root: Path, labeled: int, unlabeled: int, validation: int) -> None:
+    """As many empty files as Cityscapes has, and the lists."""
+    for split, count in (("train", labeled + unlabeled), ("val", validation)):
+        for index in range(count):
+            name = f"{split}/town/town_{index:06d}_000019"
+            touch(root / f"leftImg8bit/{name}_leftImg8bit.png")
+            touch(root / f"gtFine/{name}_gtFine_labelIds.png")
+    lines = [
+        f"leftImg8bit/train/town/town_{i:06d}_000019_leftImg8bit.png "
+        f"gtFine/train/town/town_{i:06d}_000019_gtFine_labelTrainIds.png \n"
+        for i in range(labeled + unlabeled)
+    ]
+    for part in ("1of8", "1of4"):
+        folder = root / "splits" / part
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "labeled.txt").write_text("".join(lines[:labeled]))
+        (folder / "unlabeled.txt").write_text("".join(lines[labeled:]))
+
+
+def draw_voc_names(root: Path, labeled: int, unlabeled: int, validation: int) -> None:
+    ids = [f"2007_{i:06d}" for i in range(labeled + unlabeled + validation)]
+    for number, name in enumerate(ids):
+        touch(root / f"JPEGImages/{name}.jpg")
+        kind = "SegmentationClassAug" if labeled <= number < labeled + unlabeled else "SegmentationClass"
+        touch(root / kind / f"{name}.png")
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(ids[:labeled]) + "\n")
+    (lists / "val.txt").write_text("\n".join(ids[labeled + unlabeled :]) + "\n")
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Path]:
+    """Trees of empty files with the published counts; one image is real, for its size."""
+    roots = {}
+    for counts in {one.images for one in PUBLISHED.values()}:
+        root = roots[counts] = tmp_path_factory.mktemp("names")
+        voc = counts[0] == 1464
+        (draw_voc_names if voc else draw_cityscapes_names)(root, *counts)
+        first = sorted((root / ("JPEGImages" if voc else "leftImg8bit/train/town")).iterdir())[counts[0]]
+        size = (375, 500, 3) if voc else (1024, 2048, 3)
+        assert cv2.imwrite(str(first), np.zeros(size, np.uint8))
+    return roots
+
+
+def test_every_recipe_of_the_paper_is_there() -> None:
+    assert {path.stem for path in RECIPES} == {*PUBLISHED, "camvid_1of8"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_plans_what_was_published(name: str, names: dict[Any, Path], call) -> None:
+    published = PUBLISHED[name]
+    path = REPOSITORY / "recipes" / f"{name}.yaml"
+    root = names[published.images]
+    made = plan(load_recipe(path, [f"data.root={root}"]))
+    assert made.network == f"{published.network}, crops {published.crop}x{published.crop}"
+    assert made.images == dict(
+        zip(("labeled", "unlabeled", "validation", "test"), (*published.images, 0), strict=True)
+    )
+    protocol = (
+        f"long side {published.base_size}, windows {published.crop}x{published.crop} with stride 2/3, with mirror, "
+        "scales [1.0]"
+    )
+    assert made.labeling == f"dars, {protocol}, logits averaged"
+    assert made.evaluation == f"{protocol}, probabilities averaged"
+    assert made.notes == ()
+    assert tuple(one.augmentation.scale for one in made.rounds) == published.scales
+    assert tuple(one.labeling_ratio for one in made.rounds) == published.ratios
+    assert tuple((one.batch, one.pseudo_batch) for one in made.rounds) == published.batches
+    assert tuple(one.epoch_steps for one in made.rounds) == published.epoch_steps
+    assert all(one.epochs == published.epochs for one in made.rounds)
+    assert tuple(one.steps for one in made.rounds) == tuple(
+        published.epochs * n for n in published.epoch_steps
+    )
+    # The release counts epochs on: rounds enter the poly curve at 0, 1/2 and 2/3, and end at 0.
+    for (begin, end), share in zip(made.rates, (0, 1 / 2, 2 / 3), strict=True):
+        assert begin == pytest.approx(published.learning_rate * (1 - share) ** 0.9) and end == 0
+    # The command prints the same.
+    code, out, _ = call("plan", path, f"data.root={root}")
+    assert code == 0
+    rows = [re.split(r"  +", line.strip()) for line in out.splitlines()[1:4]]
+    for index, row in enumerate(rows):
+        batch, pseudo = published.batches[index]
+        low, high = published.scales[index]
+        ratio = published.ratios[index]
+        assert row[:7] == [
+            str(index),
+            f"{ratio:g}" if ratio else "-",
+            str(published.epochs),
+            str(published.epoch_steps[index]),
+            str(published.epochs * published.epoch_steps[index]),
+            f"{batch} + {pseudo}" if pseudo else str(batch),
+            f"{low:g} – {high:g}",
+        ]
+        share = (0, 1 / 2, 2 / 3)[index]
+        assert row[8:] == [f"{published.learning_rate * (1 - share) ** 0.9:.6g}", "0"]
+    assert published.network in out and f"long side {published.base_size}" in out
+
+
+def test_the_rest_of_the_papers_settings() -> None:
+    for name in PUBLISHED:
+        recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
+        training, augmentation = recipe.training, recipe.augmentation
+        assert (training.momentum, training.weight_decay, training.power) == (0.9, 1e-4, 0.9)
+        assert (training.head_factor, training.pseudo_weight) == (10, 1)
+        assert (augmentation.rotate, augmentation.blur, augmentation.mirror) == (10, True, True)
+        assert (recipe.labeling.method, recipe.labeling.confidence, recipe.labeling.sampling) == (
+            "dars",
+            "float16",
+            "random",
+        )
+        assert not recipe.release_quirks
+
+
+def test_quirks_and_micro_batches_are_said(names: dict[Any, Path]) -> None:
+    path = REPOSITORY / "recipes" / "cityscapes_1of8_deeplabv2_101_361.yaml"
+    changes = [f"data.root={names[EIGHTH]}", "release_quirks=true", "training.micro_batch=2"]
+    made = plan(load_recipe(path, changes))
+    assert made.notes == (
+        "gradients are accumulated over micro-batches of 2 images (per batch in round 0: 8, round 1: 2, round 2: 2); "
+        "the loss is that of whole batches, but BatchNorm sees micro-batches",
+        "release_quirks, slips of the release reproduced: the first step of each later round runs at rate 0; stage 4 "
+        "learns at 10 x as the head does; the classifier sums 2 of its 4 branches",
+    )
+    plain = plan(load_recipe(path, changes[:1]))
+    assert made.activation_bytes < plain.activation_bytes / 3
+    assert (
+        made.parameters
+        == plain.parameters
+        == sum(
+            parameter.numel()
+            for parameter in NetworkSpec("deeplabv2", "resnet101_caffe", 19, auxiliary=False)
+            .build()
+            .parameters()
+        )
+    )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_opens_with_what_it_needs(path: Path) -> None:
+    opening = path.read_text().split("\ndata:")[0]
+    for part in (
+        "labelled",
+        "# Needs",
+        "# Takes",
+        f"# Run     darseg train recipes/{path.name}",
+        "disk",
+        "memory",
+    ):
+        assert part in opening, part
