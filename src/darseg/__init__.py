@@ -1,8 +1,8 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`check`, `plan`, `draw_split`, `demo` – and the value types that flow between the rooms are importable from here.
-Names are imported when first used, since torch takes seconds.
+`rasterize_folder`, `check`, `plan`, `draw_split`, `demo` – and the value types that flow between the rooms are
+importable from here. Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _HOMES = {
     "Prediction": "data.prediction",
     "Protocol": "model.predict",
     "PseudoLabelSet": "pseudo.labelset",
+    "Rasterized": "run.rasterize",
     "Recipe": "config",
     "Redistribution": "pseudo.redistribute",
     "Round": "run.build",
@@ -66,6 +67,7 @@ _HOMES = {
     "predict": "model.predict",
     "predict_classes": "model.predict",
     "predict_folder": "run.evaluate",
+    "rasterize_folder": "run.rasterize",
     "read_image": "data.images",
     "read_label": "data.labels",
     "redistribute": "pseudo.redistribute",

@@ -49,6 +49,19 @@ class Sampling(str, Enum):
     none = "none"
 
 
+class Format(str, Enum):
+    coco = "coco"
+    panoptic = "panoptic"
+    labelme = "labelme"
+    cityscapes = "cityscapes"
+    cvat = "cvat"
+
+
+class Other(str, Enum):
+    fault = "fault"
+    ignore = "ignore"
+
+
 TWICE = "Predict again instead of keeping predictions on the disk while labelling."
 
 
@@ -300,6 +313,53 @@ def redistribute(
         predict_twice=predict_twice,
     )
     _print_labels(described, out)
+
+
+@app.command()
+def rasterize(
+    annotations: Annotated[
+        Path, typer.Argument(help="A COCO or CVAT file, or a folder of labelme's or Cityscapes' JSON files.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Gets ID.png and classes.yaml.")],
+    kind: Annotated[
+        Format | None, typer.Option("--format", help="Default: recognised by what is in the file.")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="a,b,c in this order, or cityscapes, voc, camvid. Default: all categories."),
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="The class of pixels nobody annotated. Default: not labelled.")
+    ] = None,
+    other: Annotated[
+        Other, typer.Option(help="Categories that are not among the classes: a fault, or not labelled.")
+    ] = Other.fault,
+    panoptic_folder: Annotated[
+        Path | None, typer.Option(help="PNGs of COCO panoptic. Default: beside the file, without .json.")
+    ] = None,
+) -> None:
+    """Make label maps of annotation files: COCO, COCO panoptic, labelme, Cityscapes, CVAT."""
+    from darseg.errors import DataError, faults
+    from darseg.run.rasterize import rasterize_folder
+
+    made = rasterize_folder(
+        annotations,
+        out,
+        format=kind and kind.value,
+        classes=classes,
+        background=background,
+        ignore_other=other is Other.ignore,
+        panoptic_folder=panoptic_folder,
+    )
+    rows: list[list[Any]] = [["class", "pixels", "share of labelled pixels"]]
+    rows += [[name, int(made.pixels[k]), _share(made.pixels, k)] for k, name in enumerate(made.classes)]
+    rows.append(["(not labelled, of all pixels)", int(made.pixels[-1]), _ignored(made.pixels)])
+    _print_table(rows)
+    for shape, count in made.skipped.items():
+        print(f"passed over, no area: {count} {shape}")
+    print(f"{made.images} label maps in {out}; in the recipe:\n{made.recipe()}")
+    if made.faults:
+        raise DataError(faults(f"{len(made.faults)} fault(s), all other images are done", made.faults))
 
 
 @app.command()
