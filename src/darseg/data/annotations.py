@@ -32,7 +32,8 @@ import cv2
 import numpy as np
 
 from darseg.data.classes import IGNORE
-from darseg.data.manifest import find_files, read_image, sample_id
+from darseg.data.images import read_image
+from darseg.data.manifest import find_files, sample_id
 from darseg.errors import DarsegError, DataError
 
 FORMATS = ("coco", "panoptic", "labelme", "cityscapes", "cvat")

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet
 from darseg.data.images import PNG_COLORS, check_complete, is_png, read_bytes
-from darseg.errors import DataError, RecipeError
+from darseg.errors import DataError, RecipeError, faults
 
 RGB = tuple[int, int, int]
 
@@ -136,7 +136,7 @@ def label_encoding(
             red, green, blue = (int(part) for part in color)
             table[red, green, blue] = target(name, "data.label_colors")
     if wrong:
-        raise RecipeError("\n".join(wrong))
+        raise RecipeError(faults("The labels cannot be read so", wrong))
     return LabelEncoding(
         format,
         pairs,
