@@ -177,7 +177,7 @@ def evaluate(
 @app.command()
 def predict(
     source: Source,
-    images: Annotated[Path, typer.Argument(help="An image, or a folder of JPEG and PNG images.")],
+    images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
     out: Annotated[Path, typer.Argument(help="Gets index/, color/ and overlay/.")],
     kind: Annotated[list[Kind] | None, typer.Option(help="Only these; may be repeated.")] = None,
 ) -> None:

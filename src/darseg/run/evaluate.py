@@ -153,7 +153,7 @@ def predict_folder(
     trained, images, out = load_trained(source), Path(images), Path(out)
     found = {images.stem: images} if images.is_file() else find_files(images, IMAGE_SUFFIXES)
     if not found:
-        raise DataError(f"{images}: no JPEG or PNG images found.")
+        raise DataError(f"{images}: no images found ({', '.join(IMAGE_SUFFIXES)}).")
     palette = trained.classes().palette()
     failed: list[str] = []
     with Journal(None, None, console or Console()).progress("predict", len(found)) as advance:

@@ -22,7 +22,7 @@ from darseg.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.labels import read_label
-from darseg.data.manifest import Manifest, Sample, count_pixels
+from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
 from darseg.errors import DataError, faults
 from darseg.model.network import Network
 from darseg.model.weights import load_network, save_network
@@ -212,6 +212,9 @@ def _begin(course: Course, weights_from: str) -> None:
             "training.precision bf16: this processor lacks the instructions for it (AVX-512), so it runs emulated, "
             "many times slower than fp32. Use training.precision=fp32 on this machine."
         )
+    for note in reading_notes(course.manifest):
+        journal.event("note", text=note)
+        journal.say(note)
     absent = [
         name for name, count in zip(course.manifest.classes.names, course.counts, strict=True) if not count
     ]
