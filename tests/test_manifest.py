@@ -224,7 +224,7 @@ def test_missing_and_empty_folders(tmp_path: Path):
         find_files(tmp_path / "gone", IMAGE_SUFFIXES)
     source = populate(tmp_path)
     assert find_files(source.images, IMAGE_SUFFIXES) == {}
-    with pytest.raises(DataError, match=r"images: no images found\. JPEG and PNG .*\.jpg, \.jpeg, \.png"):
+    with pytest.raises(DataError, match=r"images: no images found \(\.jpg, \.jpeg, \.png"):
         find_samples(source)
     with pytest.raises(DataError, match=r"images: no images found"):
         build_manifest(CLASSES, source, None, None, None)

@@ -163,9 +163,7 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
     if source.except_every is not None:
         samples = [sample for index, sample in enumerate(samples) if index % source.except_every]
     if not samples:
-        raise DataError(
-            f"{where}: no images found. JPEG and PNG files are read ({', '.join(IMAGE_SUFFIXES)})."
-        )
+        raise DataError(f"{where}: no images found ({', '.join(IMAGE_SUFFIXES)} are read).")
     return tuple(samples)
 
 
@@ -329,7 +327,6 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     warnings: list[str] = []
     pixels: dict[str, np.ndarray] = {}
     seen: dict[LabelEncoding, set[int]] = {}
-    ids_read = 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
         for role, samples in manifest.roles().items():
             counts = np.zeros(256, np.int64)
@@ -340,18 +337,12 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                 if sample.label:
                     encoding = sample.encoding.for_file(sample.label)
                     seen.setdefault(encoding, set()).update(raw)
-                    ids_read += encoding is not sample.encoding
                 advance()
             pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
     for encoding, raw in seen.items():
         # Not where a label file was not read: its values would be missing here.
         mistakes = usual_mistakes(raw, classes, encoding) if raw else []
         (wrong if wrong or raw == {0, IGNORE} else warnings).extend(mistakes)
-    notes = (
-        [f"{ids_read:,} label files hold Cityscapes' ids (labelIds), read as the 19 train ids"]
-        if ids_read
-        else []
-    )
     if manifest.labeled and not wrong:
         absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
         if len(absent) == len(classes):
@@ -370,8 +361,15 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         tuple(warnings),
         {role: len(samples) for role, samples in manifest.roles().items()},
         pixels,
-        tuple(notes),
+        tuple(reading_notes(manifest)),
     )
+
+
+def reading_notes(manifest: Manifest) -> list[str]:
+    """How label files are read where their names decide it."""
+    samples = [sample for role in manifest.roles().values() for sample in role if sample.label]
+    ids = sum(sample.encoding.for_file(sample.label) is not sample.encoding for sample in samples)
+    return [f"{ids:,} label files hold Cityscapes' ids (labelIds), read as the 19 train ids"] if ids else []
 
 
 def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list[int], list[str]]:
