@@ -367,8 +367,11 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
 
 def reading_notes(manifest: Manifest) -> list[str]:
     """How label files are read where their names decide it."""
-    samples = [sample for role in manifest.roles().values() for sample in role if sample.label]
-    ids = sum(sample.encoding.for_file(sample.label) is not sample.encoding for sample in samples)
+    samples = [sample for role in manifest.roles().values() for sample in role]
+    ids = sum(
+        sample.label is not None and sample.encoding.for_file(sample.label) is not sample.encoding
+        for sample in samples
+    )
     return [f"{ids:,} label files hold Cityscapes' ids (labelIds), read as the 19 train ids"] if ids else []
 
 
