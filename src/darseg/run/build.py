@@ -50,22 +50,8 @@ def manifest_of(recipe: Recipe) -> Manifest:
     images = layout.images if layout else root / (data.images or IMAGES)
     labels = root / (data.labels or LABELS)
 
-    def source(config: SourceConfig | None) -> Source | None:
-        if config is None:
-            return None
-        return Source(
-            root,
-            root / config.images if config.images else images,
-            root / config.labels if config.labels else labels,
-            root / config.list if config.list else None,
-            config.every,
-            config.except_every,
-            encoding,
-            layout,
-        )
-
+    whole = default = Source(root, images, labels, encoding=encoding, layout=layout)
     labeled, validation = data.labeled, data.validation
-    default = Source(root, images, labels, encoding=encoding, layout=layout)
     if layout is not None and layout.name == "cityscapes":
         default = replace(default, images=images / "train")
         validation = validation or SourceConfig(images="leftImg8bit/val")
@@ -73,6 +59,21 @@ def manifest_of(recipe: Recipe) -> Manifest:
         default = replace(default, ids=tuple(layout.training_ids()))
         labeled = labeled or SourceConfig(list="ImageSets/Segmentation/train.txt")
         validation = validation or SourceConfig(list="ImageSets/Segmentation/val.txt")
+
+    def source(config: SourceConfig | None) -> Source | None:
+        if config is None:
+            return None
+        # A list names any image of the data set; without one the training images are meant.
+        one = whole if config.list or config.images else default
+        return replace(
+            one,
+            images=root / config.images if config.images else one.images,
+            labels=root / config.labels if config.labels else labels,
+            list_file=root / config.list if config.list else None,
+            every=config.every,
+            except_every=config.except_every,
+        )
+
     roles = (labeled, data.unlabeled, validation, data.test)
     return build_manifest(classes, default, *map(source, roles))
 
