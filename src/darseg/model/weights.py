@@ -11,18 +11,22 @@ import contextlib
 import dataclasses
 import hashlib
 import http.client
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import tarfile
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
 import safetensors.torch
@@ -35,6 +39,7 @@ from darseg.errors import RecipeError, WeightsError, faults
 from darseg.model.backbone import Backbone, TimmBackbone
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import CLASSIFIERS, RELEASED, our_key, released_architecture
+from darseg.model.tarred import read_tarred
 
 # All metadata is one entry: safetensors writes several in no fixed order; equal networks should be equal
 # files.
@@ -55,16 +60,30 @@ def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
 
     Raises WeightsError where `spec` describes another network, StorageError where the disk refuses.
     """
-    given = (network.classes, network.stride, network.auxiliary_head is not None, network.backbone.name)
-    told = (spec.classes, spec.output_stride, spec.auxiliary, spec.backbone)
+    with torch.device("meta"):  # shapes alone: no memory, no random numbers drawn
+        described = spec.build()
+    given, told = _identity(network), _identity(described)
     if given != told:
         raise WeightsError(
-            f"{path}: the network (classes, output stride, auxiliary, backbone) is {given}, but its "
-            f"description says {told}: give the NetworkSpec it was built from."
+            f"{path}: the network (classes, output stride, auxiliary head, backbone, head, its branches, numbers in all) "
+            f"is {given}, but its description says {told}: give the NetworkSpec it was built from."
         )
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    described = json.dumps(dataclasses.asdict(spec), sort_keys=True)
-    write_whole(path, safetensors.torch.save(tensors, {METADATA: described}))
+    metadata = {METADATA: json.dumps(dataclasses.asdict(spec), sort_keys=True)}
+    write_whole(path, safetensors.torch.save(tensors, metadata))
+
+
+def _identity(network: Network) -> tuple:
+    """What tells one network from another, weights aside."""
+    return (
+        network.classes,
+        network.stride,
+        network.auxiliary_head is not None,
+        network.backbone.name,
+        type(network.head).__name__,
+        getattr(network.head, "summed", None),
+        sum(value.numel() for value in network.state_dict().values()),
+    )
 
 
 def read_spec(path: Path) -> NetworkSpec:
@@ -170,13 +189,13 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
         f"{key}: {'no part of this network' if whole else f'of a larger network than {backbone.name}'}"
         for key in foreign
     ]
-    if wrong and (strict or len(misfits) == len(origin)):
+    fitting = {key: name for key, name in origin.items() if key not in misfits}
+    if wrong and (strict or fitting.keys() <= set(NORMALISATION)):
         what = "the network" if whole else f"the backbone {backbone.name}"
         raise WeightsError(
             faults(f"{source} does not fit {what}", wrong, limit=20)
             + f"\nNothing was loaded. {_advice(network, found, architecture, whole)}"
         )
-    fitting = {key: name for key, name in origin.items() if key not in misfits}
     with torch.no_grad():
         for key, name in fitting.items():
             wanted[key].copy_(found[name])  # tensors of a state dict share the memory of the network's own
@@ -189,12 +208,20 @@ def _advice(network: Network, found: Mapping[str, Tensor], architecture: str | N
             "Give weights of this backbone, or choose the backbone these weights are of (a plain and a deep stem, "
             "resnet50 and resnet50_deep, are two backbones)."
         )
-    classifier = CLASSIFIERS.get(architecture or "", "head.classifier.weight")
-    classes = len(found[classifier]) if classifier in found else network.classes
+    told = [f"The file's layout is that of the released {architecture}."] if architecture else []
+    names = (CLASSIFIERS.get(architecture or "", ""), "head.classifier.weight", "head.branches.0.weight")
+    classes = next(
+        (len(found[name]) for name in names if name in found and found[name].ndim), network.classes
+    )
     if classes != network.classes:
-        return f"The file is of a network for {classes} classes, this one has {network.classes}."
-    kind = f" The file's layout is that of the released {architecture}." if architecture else ""
-    return f"Build the network the file was saved from.{kind}"
+        told.append(f"The file is of a network for {classes} classes, this one has {network.classes}.")
+    return " ".join(
+        [
+            *told,
+            "Build the network the file was saved from, or take what fits: network.strict: false in a recipe, "
+            "--no-strict with darseg convert.",
+        ]
+    )
 
 
 def convert(
@@ -295,12 +322,22 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         if _is_safetensors(start):
             return safetensors.torch.load_file(path)
         if tarfile.is_tarfile(path):
-            # torch before 2.6 unpickles these without its guard, even with weights_only.
-            raise _unsafe(path, "it is a tar archive, a format torch gave up long ago")
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = read_tarred(path)
+        elif _is_torchscript(path):  # torch before 2.6 loads these even with weights_only
+            raise _unsafe(path, "it is a TorchScript archive, a program and not weights alone")
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")  # what follows says more
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if forbidden := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise _unsafe(path, f"it holds more than tensors ({forbidden[1]})") from error
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        imports = [] if named else _imports(path)
+        strange = [name for name in imports if name.partition(".")[0] not in ("torch", "collections")]
+        if named or strange:
+            more = named[1] if named else ", ".join(strange)
+            raise _unsafe(path, f"it holds more than tensors ({more})") from error
+        if imports:
+            raise _unsafe(path, f"torch's guarded reader does not take it ({_reason(str(error))})") from error
         raise _damaged(path, error) from error
     except WeightsError:
         raise
@@ -350,6 +387,33 @@ def _is_safetensors(start: bytes) -> bool:
     return start[8:9] == b"{"  # eight bytes of length, then JSON
 
 
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _imports(path: Path) -> list[str]:
+    """What unpickling a torch file would import, read without doing it; as far as it can be read."""
+    found, texts = [], [""]
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        stream: IO[bytes] = file
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                (name,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+                stream = io.BytesIO(archive.read(name))
+        while True:  # old files are several pickles in a row; their end, or no pickle, raises
+            for operation, value, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    found.append(str(value).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    found.append(".".join(texts[-2:]))
+                elif isinstance(value, str):
+                    texts.append(value)
+    return found
+
+
 def _damaged(path: Path, error: Exception) -> WeightsError:
     size = path.stat().st_size
     return WeightsError(
@@ -366,7 +430,8 @@ def _unsafe(path: Path, reason: str) -> WeightsError:
 
 
 def _reason(text: str, limit: int = 200) -> str:
-    """The first line of a message; torch's go on for many."""
+    """The first line of a message, torch's preface left out; torch's go on for many."""
+    text = text.rpartition("WeightsUnpickler error:")[2]
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
     return line[:limit].rstrip(".")
 

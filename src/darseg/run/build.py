@@ -135,12 +135,13 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
     fetched = isinstance(weights, WeightsFile)
     path = fetch(weights.url, weights.sha256, CACHE.expanduser()) if fetched else Path(weights)
     report = load_weights(network, path, recipe.network.strict)
-    if report.unfilled:
-        left = f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
-    else:
-        left = f", {len(report.unused)} not needed (classifier)" if report.unused else ""
     what = "the whole network" if report.whole else recipe.network.backbone
-    return network, f"{len(report.loaded)} tensors of {what} from {path}{left}"
+    told = f"{len(report.loaded)} tensors of {what} from {path}"
+    if report.unfilled:
+        told += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
+    if report.unused:
+        told += f"; not needed: {', '.join(report.unused)}"
+    return network, told
 
 
 def check_sizes(recipe: Recipe, network: Network) -> None:

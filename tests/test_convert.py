@@ -1,0 +1,582 @@
+"""Files of other programs: the released networks' answers, every foreign layout, what does not fit, `darseg convert`."""
+
+from __future__ import annotations
+
+import collections
+import io
+import json
+import math
+import os
+import pickle
+import struct
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from torch import Tensor
+
+import darseg
+from conftest import recipe_dict
+from darseg.config import load_recipe
+from darseg.data.scenes import SCENE_CLASSES
+from darseg.errors import RecipeError, WeightsError
+from darseg.model.network import Network, NetworkSpec, build_network
+from darseg.model.weights import convert, load_network, load_weights, read_spec, save_network
+from darseg.run.build import build_initial_network
+
+torch.set_num_threads(1)
+
+REFERENCE = Path(__file__).parent / "assets" / "reference"
+KEYS: dict[str, dict[str, tuple[list[int], str]]] = {
+    name: json.loads((REFERENCE / f"{name}_keys.json").read_text()) for name in ("pspnet50", "deeplabv2_101")
+}
+"""Every key of the released networks' state dicts, with shape and type."""
+
+STEM = ((0, "conv1"), (1, "bn1"), (3, "conv2"), (4, "bn2"), (6, "conv3"), (7, "bn3"))
+
+
+def prefixes(architecture: str) -> dict[str, str]:
+    """Beginnings of keys, the release's → ours; no beginning is the beginning of another."""
+    stages = {f"layer{stage}.": f"backbone.layer{stage}." for stage in (1, 2, 3, 4)}
+    if architecture == "deeplabv2_101":
+        branches = {f"layer5.conv2d_list.{index}.": f"head.branches.{index}." for index in range(4)}
+        return stages | branches | {"conv1.": "backbone.conv1.", "bn1.": "backbone.bn1."}
+    heads = {
+        f"{theirs}.{index}.": f"{ours}.{part}."
+        for theirs, ours in (("cls", "head"), ("aux", "auxiliary_head"))
+        for index, part in ((0, "fuse.conv"), (1, "fuse.norm"), (4, "classifier"))
+    }
+    pyramid = {
+        f"ppm.features.{branch}.{index}.": f"head.branches.{branch}.{part}."
+        for branch in range(4)
+        for index, part in ((1, "conv"), (2, "norm"))
+    }
+    return stages | heads | pyramid | {f"layer0.{index}.": f"backbone.{part}." for index, part in STEM}
+
+
+def renamed(key: str, architecture: str) -> str:
+    table = prefixes(architecture)
+    (theirs,) = (beginning for beginning in table if key.startswith(beginning))
+    return table[theirs] + key.removeprefix(theirs)
+
+
+def reference_weight(key: str, shape: list[int]) -> Tensor:
+    """The weights the answers were made with, drawn from the key's name."""
+    generator = torch.Generator().manual_seed(zlib.crc32(("reference:" + key).encode()))
+    if key.endswith("num_batches_tracked"):
+        return torch.tensor(1)
+    if key.endswith("running_var"):
+        return torch.rand(shape, generator=generator) * 0.5 + 0.75
+    if key.endswith("running_mean"):
+        return torch.randn(shape, generator=generator) * 0.05
+    if len(shape) == 4:
+        return torch.randn(shape, generator=generator) * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
+    if key.endswith("weight"):
+        return torch.rand(shape, generator=generator) * 0.4 + 0.5
+    return torch.randn(shape, generator=generator) * 0.05
+
+
+def filled(value: float, shape: Sequence[int]) -> Tensor:
+    """One number at every place, and in the file only once."""
+    return torch.tensor(value).expand(shape)
+
+
+def released_state(architecture: str, classes: int | None = None) -> dict[str, Tensor]:
+    """The state dict of the reference; with `classes`: simple numbers, and so many rows in the classifiers."""
+    state = {}
+    for key, (shape, _) in KEYS[architecture].items():
+        if classes is None:
+            state[key] = reference_weight(key, shape)
+        else:
+            last = key.startswith(("cls.4.", "aux.4.", "layer5."))
+            state[key] = filled(0.5, [classes, *shape[1:]] if last else shape)
+    return state
+
+
+def module(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"module.{key}": value for key, value in state.items()}
+
+
+def checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
+    """As the release saves: a real optimiser's state beside the weights."""
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9, weight_decay=1e-4)
+    parameter.sum().backward()
+    optimizer.step()
+    return {
+        "epoch": 200,
+        "state_dict": collections.OrderedDict(state),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+@pytest.fixture(scope="module")
+def psp_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference PSPNet as the release would have saved it: with module. and an optimiser."""
+    path = tmp_path_factory.mktemp("released") / "pspnet50.pth"
+    torch.save(checkpoint(module(released_state("pspnet50"))), path)
+    return path
+
+
+# --- the released networks' answers
+
+
+@pytest.mark.parametrize("architecture", ["pspnet50", "deeplabv2_101"])
+def test_converted_checkpoints_answer_as_released(
+    architecture: str, psp_file: Path, tmp_path: Path, call: Callable
+) -> None:
+    deeplab = architecture == "deeplabv2_101"
+    source, classes = psp_file, 19
+    if deeplab:
+        source, classes = tmp_path / "deeplab.pth", 21
+        torch.save(checkpoint(released_state(architecture)), source, _use_new_zipfile_serialization=False)
+    out = tmp_path / "out" / "network.safetensors"
+    options = ["--release-classifier"] if deeplab else []
+    code, shown, errors = call(
+        "convert", source, out, "--architecture", architecture, "--classes", classes, *options
+    )
+    assert code == 0, errors
+    assert (
+        shown == f"{len(KEYS[architecture])} tensors of {source} are in {out}\n"
+    )  # and nothing is left over
+
+    network = darseg.load_network(out)
+    assert not network.training
+    x = torch.randn(1, 3, 89, 121, generator=torch.Generator().manual_seed(11))
+    with torch.no_grad():
+        found = network(x).main
+    wanted = np.load(REFERENCE / f"{architecture}_out.npz")["y"]
+    assert found.shape == wanted.shape == (1, classes, 89, 121) and found.dtype == torch.float32
+    assert np.abs(found.numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+    # Every tensor is where an independently written table of names puts it.
+    ours = network.state_dict()
+    names = {renamed(key, architecture): key for key in KEYS[architecture]}
+    assert ours.keys() - names.keys() == {"mean", "std"}
+    for key, name in names.items():
+        assert torch.equal(ours[key], reference_weight(name, KEYS[architecture][name][0])), key
+    if deeplab:  # the correct classifier answers otherwise
+        convert(source, tmp_path / "four.safetensors", architecture)
+        four = load_network(tmp_path / "four.safetensors")
+        spec = read_spec(tmp_path / "four.safetensors")
+        assert not spec.release_classifier and spec.classes == 21
+        assert spec.class_names == spec.class_colors == ()
+        small = x[:, :, :33, :33]
+        with torch.no_grad():
+            assert not torch.allclose(four(small).main, network(small).main, atol=1e-2)
+
+
+# --- convert: what goes in
+
+
+def test_semseg_with_21_classes_names_and_colours(tmp_path: Path, call: Callable) -> None:
+    """semseg's names are the release's; K is the file's where --classes says nothing. This file is of an old torch,
+    which counts no batches, and has a block too many."""
+    source, out = tmp_path / "voc.pth", tmp_path / "voc.safetensors"
+    given = ("convert", source, out, "--architecture", "pspnet50", "--names", "voc")
+    state = {key: value for key, value in released_state("pspnet50", 21).items() if "tracked" not in key}
+    state["layer3.6.conv1.weight"] = torch.zeros(1)
+    torch.save({"epoch": 50, "state_dict": module(state)}, source)
+    code, _, errors = call(*given)
+    assert code == 2 and "layer3.6.conv1.weight: no part of this network" in errors and not out.exists()
+    code, shown, errors = call(*given, "--no-strict")
+    assert code == 0, errors
+    first, *lines = shown.splitlines()
+    counts = [renamed(key, "pspnet50") for key in KEYS["pspnet50"] if key.endswith("num_batches_tracked")]
+    assert first == f"{len(state) - 1} tensors of {source} are in {out}"
+    assert lines[:2] == ["in the file, without a place here:", "  layer3.6.conv1.weight"]
+    assert lines[2] == "counts of batches the file lacks, left at 0:"
+    assert sorted(lines[3:]) == sorted(f"  {key}" for key in counts)
+    spec = read_spec(out)
+    assert (spec.architecture, spec.backbone, spec.classes) == ("pspnet", "resnet50_deep", 21)
+    assert spec.class_names[:2] == ("background", "aeroplane") and spec.class_colors[1] == (128, 0, 0)
+    whole = out.read_bytes()
+    code, _, errors = call(*given, "--no-strict")
+    assert code == 2 and f"{out} exists already" in errors and out.read_bytes() == whole
+
+
+def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callable) -> None:
+    out = tmp_path / "n.safetensors"
+    given = ("convert", psp_file, out, "--architecture", "pspnet50", "--classes", 21)
+    code, _, errors = call(*given)
+    assert code == 2 and not out.exists()
+    for text in (
+        "cls.4.weight: has shape [19, 512, 1, 1], [21, 512, 1, 1] is wanted",
+        "cls.4.bias: has shape [19], [21] is wanted",
+        "aux.4.weight: has shape",
+        "The file is of a network for 19 classes, this one has 21.",
+        "Nothing was loaded",
+        "--no-strict",
+    ):
+        assert text in errors
+    code, shown, errors = call(*given, "--no-strict")
+    assert code == 0, errors
+    assert "not filled, drawn at random:" in shown and "  cls.4.bias: has shape [19], [21] is wanted" in shown
+    assert shown.count("has shape") == 4 and "without a place" not in shown
+    loaded = load_network(out)
+    assert loaded.classes == 21
+    key = "ppm.features.2.1.weight"
+    assert torch.equal(
+        loaded.state_dict()[renamed(key, "pspnet50")], reference_weight(key, KEYS["pspnet50"][key][0])
+    )
+    given = ("convert", psp_file, tmp_path / "other.safetensors", "--architecture", "pspnet50")
+    code, _, errors = call(*given, "--names", "voc")
+    assert code == 2 and "for 19 classes, this one has 21" in errors
+    code, _, errors = call(*given, "--classes", 21, "--names", "cityscapes")
+    assert code == 2 and "21 classes are wanted, but the set of names has 19" in errors
+
+
+def test_another_architectures_file(psp_file: Path, tmp_path: Path, call: Callable) -> None:
+    torch.save(released_state("deeplabv2_101", 21), tmp_path / "deeplab.pth")
+    for source, wanted, found in (
+        (psp_file, "deeplabv2_101", "pspnet"),
+        (tmp_path / "deeplab.pth", "pspnet50", "deeplabv2"),
+    ):
+        code, _, errors = call("convert", source, tmp_path / "n.safetensors", "--architecture", wanted)
+        assert code == 2 and f"layout is that of the released {found}" in errors, errors
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_backbones_alone_are_not_converted(tmp_path: Path, call: Callable) -> None:
+    for backbone, architecture in (("resnet50_deep", "pspnet50"), ("resnet101", "deeplabv2_101")):
+        torch.save(imagenet(backbone), tmp_path / "imagenet.pth")
+        for strict in ("--strict", "--no-strict"):
+            code, _, errors = call(
+                *("convert", tmp_path / "imagenet.pth", tmp_path / "n.safetensors"),
+                *("--architecture", architecture, strict),
+            )
+            assert code == 2 and "backbone alone, no classifier" in errors and "network.weights" in errors
+    assert not (tmp_path / "n.safetensors").exists()
+
+
+def test_other_refusals_of_convert(psp_file: Path, tmp_path: Path, call: Callable) -> None:
+    whole, cut = psp_file.read_bytes(), tmp_path / "cut.pth"
+    out = tmp_path / "n.safetensors"
+    for kept in (0, 1000, len(whole) // 2, len(whole) - 100):
+        cut.write_bytes(whole[:kept])
+        code, _, errors = call("convert", cut, out, "--architecture", "pspnet50")
+        assert code == 2 and f"cut.pth ({kept:,} bytes)" in errors and "cut short" in errors
+    code, _, errors = call("convert", tmp_path / "none.pth", out, "--architecture", "pspnet50")
+    assert code == 2 and "no such file" in errors
+    code, _, errors = call("convert", psp_file, out, "--architecture", "pspnet50", "--release-classifier")
+    assert code == 2 and "only deeplabv2's classifier" in errors
+    code, _, errors = call("convert", psp_file, tmp_path, "--architecture", "pspnet50")
+    assert code == 2 and "exists already" in errors
+    code, _, errors = call("convert", psp_file, out, "--architecture", "fcn")
+    assert code == 2 and "pspnet50" in errors
+    with pytest.raises(WeightsError, match=r"'fcn'.*pspnet50, deeplabv2_101"):
+        convert(psp_file, out, "fcn")
+    with pytest.raises(RecipeError, match="between 2 and 255"):
+        convert(psp_file, out, "pspnet50", classes=300)
+    assert not out.exists()
+
+
+# --- files that run code
+
+
+class Runs:
+    """What unpickling it does: leaves a trace."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("form", ["zip", "old", "bare"])
+def test_code_in_pickles_of_every_protocol(form: str, protocol: int, tmp_path: Path, call: Callable) -> None:
+    path, trace = tmp_path / "evil.pth", tmp_path / "trace"
+    content = {"state_dict": {"cls.4.weight": torch.zeros(1)}, "x": Runs(trace)}
+    if form == "bare":
+        path.write_bytes(pickle.dumps(Runs(trace), protocol))
+    else:
+        torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
+    code, _, errors = call("convert", path, tmp_path / "n.safetensors", "--architecture", "pspnet50")
+    assert code == 2 and "could run code: it holds more than tensors" in errors and "mkdir" in errors
+    assert "weights_only" not in errors  # torch's advice to read it without the guard
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 4, 5])
+def test_pickle_protocols_that_torch_does_not_guard(protocol: int, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "n.pth", pickle_protocol=protocol)
+    with pytest.raises(WeightsError, match=r"guarded reader does not take it \(Unsupported operand \d+\)"):
+        load_weights(small(), tmp_path / "n.pth")
+
+
+def test_whole_modules_and_programs(tmp_path: Path) -> None:
+    torch.save(torch.nn.Conv2d(1, 1, 1), tmp_path / "module.pth")
+    with pytest.raises(WeightsError, match=r"could run code: .*more than tensors \(torch.nn.*Conv2d\)"):
+        load_weights(small(), tmp_path / "module.pth")
+    torch.jit.script(torch.nn.Conv2d(1, 1, 1)).save(tmp_path / "script.pt")
+    with pytest.raises(WeightsError, match=r"could run code: it is a TorchScript archive"):
+        load_weights(small(), tmp_path / "script.pt")
+
+
+def test_no_pickle_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "n.pth"
+    for content in (b"hello", b"\x89PNG\r\n\x1a\n" + bytes(200), bytes(range(256))):
+        path.write_bytes(content)
+        with pytest.raises(WeightsError, match=r"cannot be read as weights") as caught:
+            load_weights(small(), path)
+        assert "weights_only" not in str(caught.value)
+
+
+# --- tar archives, as torch wrote them until 2017: torchvision's first ResNets
+
+
+def write_tar(path: Path, state: dict[str, Any], whole: Any = None) -> None:
+    """Written from what torch's own reader of these files expects."""
+    tensors = [value.data if isinstance(value, torch.nn.Parameter) else value for value in state.values()]
+    storages, body, numbers = io.BytesIO(), io.BytesIO(), {id(one): 1000 + i for i, one in enumerate(tensors)}
+    pickle.dump(len(tensors), storages, 2)
+    pickle.dump(len(tensors), body, 2)
+    for tensor in tensors:
+        kind = {torch.float32: "Float", torch.int64: "Long"}[tensor.dtype]
+        number = numbers[id(tensor)]
+        pickle.dump((number + 10**6, "cpu", getattr(torch, f"{kind}Storage")), storages, 2)
+        flat = tensor.flatten()
+        storages.write(struct.pack("<q", len(flat)) + flat.numpy().tobytes())
+        pickle.dump((number, number + 10**6, getattr(torch, f"{kind}Tensor")), body, 2)
+        body.write(struct.pack("<i4x", tensor.ndim))
+        for sides in (tensor.shape, tensor.contiguous().stride(), (0,)):
+            body.write(struct.pack(f"<{len(sides)}q", *sides))
+    pickle.dump([], storages, 2)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value: Any) -> str | None:
+            return str(numbers[id(value)]) if isinstance(value, Tensor) and id(value) in numbers else None
+
+        def reducer_override(self, value: Any) -> Any:
+            if isinstance(value, torch.nn.Parameter) and whole is None:
+                (data,) = (one for one in tensors if one.data_ptr() == value.data_ptr())
+                return torch.nn.Parameter, (data,), (True, False, None)
+            return NotImplemented
+
+    text = io.BytesIO()
+    Pickler(text, 2).dump(collections.OrderedDict(state) if whole is None else whole)
+    with tarfile.open(path, "w") as archive:
+        for name, data in (("storages", storages), ("tensors", body), ("pickle", text)):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data.getvalue())
+            archive.addfile(entry, io.BytesIO(data.getvalue()))
+
+
+def test_tar_archives(tmp_path: Path) -> None:
+    """Parameters and tensors; torchvision's resnet50-19c8e357 is such a file."""
+    path = tmp_path / "resnet18.pth"
+    state: dict[str, Any] = {
+        key: value for key, value in imagenet("resnet18").items() if "tracked" not in key
+    }
+    state = {key: torch.nn.Parameter(v) if key.endswith("weight") else v for key, v in state.items()}
+    write_tar(path, state)
+    unguarded = torch.load(path, weights_only=False)  # the test's own file is what torch reads
+    assert all(torch.equal(unguarded[key], value) for key, value in state.items())
+    network = small()
+    report = load_weights(network, path)
+    assert report.unused == ("fc.bias", "fc.weight") and len(report.uncounted) == 20
+    for key, value in network.backbone.state_dict().items():
+        assert key.endswith("tracked") or torch.equal(value, state[key]), key
+
+
+def test_tar_archives_that_are_evil_or_damaged(tmp_path: Path) -> None:
+    path, trace = tmp_path / "n.pth", tmp_path / "trace"
+    for evil in (Runs(trace), {"a": Runs(trace)}, torch.nn.Conv2d(1, 1, 1), np.zeros(2)):
+        write_tar(path, {"a": torch.zeros(2)}, evil)
+        with pytest.raises(WeightsError, match="could run code: it holds more than tensors"):
+            load_weights(small(), path)
+    assert not trace.exists()
+    write_tar(path, {"a": torch.randn(400, 10)})
+    whole = path.read_bytes()
+    for kept in (600, 10_000, 18_000):
+        path.write_bytes(whole[:kept])
+        with pytest.raises(WeightsError, match="cut short"):
+            load_weights(small(), path)
+    # A tensor that reaches beyond its storage.
+    path.write_bytes(whole.replace(struct.pack("<qq", 400, 10), struct.pack("<qq", 400, 11)))
+    with pytest.raises(WeightsError, match="cut short"):
+        load_weights(small(), path)
+
+
+# --- pretrained backbones in the layouts of those who train them
+
+
+def small(backbone: str = "resnet18", classes: int = 2, seed: int = 0, **options: Any) -> Network:
+    torch.manual_seed(seed)
+    return build_network(backbone=backbone, classes=classes, output_stride=16, head_channels=8, **options)
+
+
+def imagenet(backbone: str) -> dict[str, Tensor]:
+    """A classifier's state dict, keys and shapes written from the published description, not from our networks."""
+    depths = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}[
+        backbone.split("_")[0]
+    ]
+    deep, wide = backbone.endswith("deep"), not backbone.startswith("resnet18")
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def convolution(key: str, norm: str, outputs: int, inputs: int, side: int) -> None:
+        shapes[f"{key}.weight"] = (outputs, inputs, side, side)
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{norm}.{part}"] = (outputs,)
+        shapes[f"{norm}.num_batches_tracked"] = ()
+
+    if deep:
+        for index, (outputs, inputs) in enumerate(((64, 3), (64, 64), (128, 64)), 1):
+            convolution(f"conv{index}", f"bn{index}", outputs, inputs, 3)
+    else:
+        convolution("conv1", "bn1", 64, 3, 7)
+    inputs = 128 if deep else 64
+    for stage, depth in enumerate(depths):
+        width = 64 << stage
+        outputs = 4 * width if wide else width
+        for block in range(depth):
+            key = f"layer{stage + 1}.{block}"
+            plan = (
+                ((width, inputs, 1), (width, width, 3), (outputs, width, 1))
+                if wide
+                else ((width, inputs, 3), (width, width, 3))
+            )
+            for index, (to, of, side) in enumerate(plan, 1):
+                convolution(f"{key}.conv{index}", f"{key}.bn{index}", to, of, side)
+            if block == 0 and (wide or stage > 0):
+                convolution(f"{key}.downsample.0", f"{key}.downsample.1", outputs, inputs, 1)
+            inputs = outputs
+    shapes |= {"fc.weight": (1000, inputs), "fc.bias": (1000,)}
+    return {
+        key: filled((zlib.crc32(key.encode()) % 997) / 997, shape) if shape else torch.tensor(7)
+        for key, shape in shapes.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("backbone", "file"),
+    [
+        ("resnet50_deep", "resnet50_deep"),  # semseg's
+        ("resnet101_deep", "resnet101_deep"),
+        ("resnet50", "resnet50"),  # torchvision's
+        ("resnet101", "resnet101"),
+        ("resnet101_caffe", "resnet101"),  # DeepLabv2 starts from torchvision's
+    ],
+)
+def test_imagenet_classifiers(backbone: str, file: str, tmp_path: Path) -> None:
+    state = imagenet(file)
+    torch.save(module(state), tmp_path / "n.pth")
+    network = small(backbone)
+    heads = {key: value.clone() for key, value in network.state_dict().items() if "head" in key}
+    report = load_weights(network, tmp_path / "n.pth")
+    assert not report.whole and report.unused == ("fc.bias", "fc.weight") and not report.unfilled
+    found = network.state_dict()
+    assert all(
+        torch.equal(found[f"backbone.{key}"], value) for key, value in state.items() if "fc." not in key
+    )
+    assert all(torch.equal(found[key], value) for key, value in heads.items())
+
+
+def test_what_fits_of_another_backbone_where_not_strict(tmp_path: Path) -> None:
+    torch.save(imagenet("resnet50_deep"), tmp_path / "n.pth")
+    network = small("resnet50")
+    with pytest.raises(WeightsError, match="Nothing was loaded"):
+        load_weights(network, tmp_path / "n.pth")
+    report = load_weights(network, tmp_path / "n.pth", strict=False)
+    assert report.unfilled == (
+        "conv1.weight: has shape [64, 3, 3, 3], [64, 3, 7, 7] is wanted",
+        "layer1.0.conv1.weight: has shape [64, 128, 1, 1], [64, 64, 1, 1] is wanted",
+        "layer1.0.downsample.0.weight: has shape [256, 128, 1, 1], [256, 64, 1, 1] is wanted",
+    )
+    assert {"bn3.weight", "conv2.weight", "fc.weight"} <= set(report.unused)
+    assert len(report.loaded) == len(network.backbone.state_dict()) - 3
+
+
+# --- weights of whole networks in a recipe
+
+
+def recipe_of(tmp_path: Path, weights: Path, **network: Any):
+    values = recipe_dict(tmp_path)
+    values["network"] |= {"weights": str(weights), **network}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    return load_recipe(tmp_path / "r.yaml")
+
+
+K = len(SCENE_CLASSES)
+
+
+def test_a_network_of_ours_as_initial_weights(tmp_path: Path) -> None:
+    path = tmp_path / "ours.safetensors"
+    spec = NetworkSpec("pspnet", "resnet18", K, 16, 16)
+    torch.manual_seed(5)
+    source = spec.build()
+    source.mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    source.std.copy_(torch.tensor([4.0, 5.0, 6.0]))
+    save_network(source, path, spec)
+    network, told = build_initial_network(recipe_of(tmp_path, path))
+    wanted = source.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in network.state_dict().items())
+    assert network.fill == (1, 2, 3)
+    assert told == f"{len(wanted)} tensors of the whole network from {path}"
+
+
+def test_a_released_network_as_initial_weights(psp_file: Path, tmp_path: Path) -> None:
+    options = {"backbone": "resnet50_deep", "head_channels": 512}
+    assert K != 19
+    with pytest.raises(WeightsError, match=f"for 19 classes, this one has {K}.*network.strict: false"):
+        build_initial_network(recipe_of(tmp_path, psp_file, **options))
+    network, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
+    assert f"{len(KEYS['pspnet50']) - 4} tensors of the whole network" in told
+    assert "; 4 that do not fit start from random numbers: cls.4.weight: has shape" in told
+    fresh = small(classes=K).mean  # a file of the release says nothing of the normalisation
+    assert torch.equal(network.mean, fresh)
+    key = "cls.0.weight"
+    assert torch.equal(
+        network.state_dict()[renamed(key, "pspnet50")], reference_weight(key, KEYS["pspnet50"][key][0])
+    )
+    # Without auxiliary head what is left over is refused, or told.
+    options = {"backbone": "resnet50_deep", "head_channels": 512, "auxiliary_weight": 0.0}
+    with pytest.raises(WeightsError, match=r"aux\.0\.weight: no part of this network"):
+        build_initial_network(recipe_of(tmp_path, psp_file, **options))
+    _, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
+    assert "; not needed: aux.0.weight, " in told
+
+
+def test_what_is_left_over_is_named(tmp_path: Path) -> None:
+    torch.save(imagenet("resnet18"), tmp_path / "n.pth")
+    _, told = build_initial_network(recipe_of(tmp_path, tmp_path / "n.pth"))
+    assert told == f"120 tensors of resnet18 from {tmp_path / 'n.pth'}; not needed: fc.bias, fc.weight"
+
+
+def test_of_our_files_more_than_mean_and_std_must_fit(tmp_path: Path) -> None:
+    """Every network has these two; loading them alone would start from scratch in silence."""
+    path = tmp_path / "n.safetensors"
+    safetensors.torch.save_file(
+        {"mean": torch.zeros(3), "std": torch.ones(3), "backbone.body.x": torch.ones(1)}, path
+    )
+    network = small()
+    before = network.mean.clone()
+    with pytest.raises(WeightsError, match="Nothing was loaded"):
+        load_weights(network, path, strict=False)
+    assert torch.equal(network.mean, before)
+
+
+def test_descriptions_must_be_of_the_network_that_is_saved(tmp_path: Path) -> None:
+    plain = small(auxiliary=False)
+    deeplab = small(architecture="deeplabv2", release_classifier=True)
+    for network, spec in (
+        (plain, NetworkSpec("deeplabv2", "resnet18", 2, 16, 8, auxiliary=False)),
+        (plain, NetworkSpec("pspnet", "resnet18", 2, 16, 9, auxiliary=False)),
+        (deeplab, NetworkSpec("deeplabv2", "resnet18", 2, 16, auxiliary=False)),
+    ):
+        with pytest.raises(WeightsError, match="give the NetworkSpec it was built from"):
+            save_network(network, tmp_path / "n.safetensors", spec)
+    state = torch.get_rng_state()
+    save_network(
+        plain, tmp_path / "n.safetensors", NetworkSpec("pspnet", "resnet18", 2, 16, 8, auxiliary=False)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
