@@ -31,9 +31,9 @@ def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> 
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = network(torch.zeros(images, 3, height, width, dtype=torch.uint8))
-            labels = torch.zeros(images, height, width, dtype=torch.long)
+            labels = torch.zeros(images, height, width, dtype=torch.uint8)
             # Held until the sum is made: what is freed could lend its address to something else.
-            losses = [F.cross_entropy(logits, labels) for logits in output if logits is not None]
+            losses = [F.cross_entropy(logits, labels.long()) for logits in output if logits is not None]
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         fixed = sum(parameter.numel() for parameter in network.parameters()) - trained
         assert losses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -128,9 +128,8 @@ def _dropout_seed(seed: Sequence[int], step: int) -> int:
 def _to(batch: Batch, device: torch.device) -> Batch:
     if device.type == "cpu":
         return batch
-    return Batch(
-        batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True), batch.ids
-    )
+    moved = {name: getattr(batch, name).to(device, non_blocking=True) for name in ("images", "labels")}
+    return replace(batch, **moved)
 
 
 def _not_finite(step: int, stage: Stage, loss: float, rate: float, batches: Sequence[Batch]) -> str:

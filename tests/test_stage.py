@@ -1,0 +1,336 @@
+"""One stage of training: micro-batches add up to the batch, the release's slips behind their switches, memory told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import recipe_dict
+from darseg.config import load_recipe
+from darseg.data.batches import Batch
+from darseg.data.classes import IGNORE
+from darseg.errors import NumericsError, RecipeError
+from darseg.model.memory import training_memory
+from darseg.model.network import Network, NetworkSpec
+from darseg.run.build import plan_rounds
+from darseg.run.check import plan
+from darseg.training.checkpoint import Checkpoint
+from darseg.training.loss import cross_entropy, self_training
+from darseg.training.stage import Stage, _to, run_stage
+
+torch.set_num_threads(1)
+
+CLASSES, SIDE, IMAGES = 3, 17, 6
+PSPNET = NetworkSpec("pspnet", "resnet18_half", CLASSES, 16, 8)
+DEEPLAB = NetworkSpec("deeplabv2", "resnet18_half", CLASSES, 16, auxiliary=False)
+
+
+def build(spec: NetworkSpec) -> Network:
+    """A network whose statistics are those of images, so that held still it is as well-conditioned as in training."""
+    torch.manual_seed(0)
+    network = spec.build()
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.no_grad():
+        network(batch_at(99, 0).images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return network
+
+
+def batch_at(step: int, stream: int, images: int = IMAGES) -> Batch:
+    """Images with 0, 1/5, 2/5 … of their pixels labelled."""
+    generator = torch.Generator().manual_seed(1000 * stream + step)
+    pictures = torch.randint(0, 256, (images, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, CLASSES, (images, SIDE, SIDE), dtype=torch.uint8, generator=generator)
+    chance = torch.rand(images, SIDE, SIDE, generator=generator)
+    labels[chance >= torch.arange(images)[:, None, None] / 5] = IGNORE
+    return Batch(pictures, labels, tuple(f"{stream}/{step}/{index}" for index in range(images)))
+
+
+def streams_of(count: int):
+    def stream(number: int, step: int) -> Iterator[Batch]:
+        while True:
+            yield batch_at(step, number)
+            step += 1
+
+    return lambda first: [stream(number, first) for number in range(count)]
+
+
+def still(network: Network, batches: Sequence[Batch], step: int) -> Any:
+    """The objective with BatchNorm's statistics held and nothing dropped: images then do not see each other."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.Dropout2d):
+            module.eval()
+    return self_training(network, batches, 0.4, 0.7)
+
+
+def run(stage: Stage, spec: NetworkSpec = PSPNET, streams: int = 2, objective=still, **given: Any):
+    network, shown = build(spec), []
+    end = run_stage(
+        network,
+        streams_of(streams),
+        objective,
+        stage,
+        on_step=lambda step, rate, figures: shown.append((rate, dict(figures))),
+        **given,
+    )
+    return network, shown, end
+
+
+# --- micro-batches
+
+
+@pytest.mark.parametrize(("spec", "streams"), [(PSPNET, 2), (DEEPLAB, 1)], ids=["pspnet", "deeplabv2"])
+def test_micro_batches_are_the_batch(spec: NetworkSpec, streams: int) -> None:
+    """The rate is small, since at a large one rounding grows from step to step; what moves is 100 times the tolerance."""
+    stage = Stage(steps=20, span=(0.0, 1.0), learning_rate=1e-4)
+    whole, wanted, _ = run(stage, spec, streams)
+    start = build(spec).state_dict()
+    assert max(float((value - start[key]).abs().max()) for key, value in whole.state_dict().items()) > 1e-4
+    for size in (1, 4):  # 4: the last is smaller
+        network, shown, _ = run(replace(stage, micro_batch=size), spec, streams)
+        assert len(shown) == 20
+        for (rate, figures), (rate0, figures0) in zip(shown, wanted, strict=True):
+            assert rate == rate0 and figures.keys() == figures0.keys()
+            for name, value in figures.items():
+                assert float(value) == pytest.approx(float(figures0[name]), rel=1e-5), name
+        for key, value in network.state_dict().items():
+            assert torch.allclose(value, whole.state_dict()[key], rtol=1e-6, atol=1e-6), key
+    for _, figures in wanted:
+        parts = [float(figures[name]) for name in ("loss_labeled", "loss_pseudo")[:streams]]
+        assert float(figures["loss"]) == pytest.approx(
+            sum(w * x for w, x in zip((1, 0.7), parts, strict=False)), rel=1e-5
+        )
+
+
+def test_the_loss_is_the_sum_over_labelled_pixels_by_their_number() -> None:
+    """Against the mean of images' means, which is another number where images have unequal shares."""
+    batch = batch_at(0, 0)
+    logits = torch.randn(IMAGES, CLASSES, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    costs = [
+        -torch.log_softmax(logits[b, :, i, j].double(), 0)[batch.labels[b, i, j].long()]
+        for b, i, j in (batch.labels != IGNORE).nonzero().tolist()
+    ]
+    wanted = sum(costs) / len(costs)
+    assert torch.isclose(cross_entropy(logits, batch).double(), torch.as_tensor(wanted), rtol=1e-5)
+    parts = [cross_entropy(one, part) for one, part in zip(logits.split(2), batch.split(2), strict=True)]
+    assert torch.isclose(torch.stack(parts).sum().double(), torch.as_tensor(wanted), rtol=1e-5)
+    assert cross_entropy(logits[:1], batch.split(1)[0]) == 0  # not a single pixel is labelled
+
+
+def test_nothing_labelled_moves_nothing() -> None:
+    empty = Batch(
+        torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8), torch.full((2, SIDE, SIDE), IGNORE), ("a", "b")
+    )
+
+    def streams(first: int) -> list[Iterator[Batch]]:
+        return [(empty for _ in range(9))]
+
+    for micro in (None, 1):
+        network, before = build(PSPNET), build(PSPNET).state_dict()
+        stage = Stage(steps=2, span=(0.0, 1.0), learning_rate=0.1, weight_decay=0.0, micro_batch=micro)
+        run_stage(network, streams, still, stage)
+        named = dict(network.named_parameters())
+        assert all(torch.equal(value, before[name]) for name, value in named.items())
+
+
+@given(st.integers(1, 9), st.integers(1, 12) | st.none(), st.integers(1, 12) | st.none())
+@settings(max_examples=40, deadline=None)
+def test_laws_of_split(images: int, size: int | None, again: int | None) -> None:
+    batch = batch_at(3, 0, images)
+    parts = batch.split(size)
+    assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
+    assert torch.equal(torch.cat([part.labels for part in parts]), batch.labels)
+    assert tuple(name for part in parts for name in part.ids) == batch.ids
+    assert all(len(part.ids) == len(part.images) == len(part.labels) for part in parts)
+    assert len(parts) == -(-images // (size or images))
+    assert all(len(part.ids) == (size or images) for part in parts[:-1])
+    wanted = int((batch.labels != IGNORE).sum())
+    pieces = [piece for part in parts for piece in part.split(again)]
+    assert all(int(piece.count_labeled()) == wanted for piece in pieces)
+
+
+def test_a_moved_micro_batch_remembers_the_whole() -> None:
+    part = batch_at(0, 0).split(2)[1]
+    moved = _to(part, torch.device("meta"))
+    assert moved.images.device.type == moved.labels.device.type == "meta" and moved.ids == part.ids
+    assert int(moved.count_labeled()) == int(part.count_labeled())
+
+
+def test_the_ids_of_all_streams_are_named_where_a_micro_batch_is_not_finite() -> None:
+    seen = []
+
+    def objective(network: Network, parts: Sequence[Batch], step: int) -> Any:
+        seen.append(parts[0].ids)
+        loss, figures = still(network, parts, step)
+        return loss * (float("nan") if len(seen) == 5 else 1.0), figures
+
+    before = None
+
+    def on_step(step: int, rate: float, figures: Mapping[str, Tensor]) -> None:
+        nonlocal before
+        before = {key: value.clone() for key, value in network.named_parameters()}
+
+    network = build(PSPNET)
+    stage = Stage(steps=3, span=(0.0, 1.0), learning_rate=0.01, micro_batch=2)
+    with pytest.raises(NumericsError, match=r"nan at step 1 of 3.*0/1/0, .*1/1/5"):
+        run_stage(network, streams_of(2), objective, stage, on_step=on_step)
+    assert before is not None
+    assert all(torch.equal(value, before[key]) for key, value in network.named_parameters())
+
+
+# --- slips of the release
+
+
+def test_the_first_step_at_rate_0_leaves_the_weights_and_moves_momentum() -> None:
+    stage = Stage(steps=1, span=(0.5, 1.0), learning_rate=0.01, first_step_at_zero=True)
+    network, shown, end = run(stage)
+    named = dict(network.named_parameters())
+    assert [rate for rate, _ in shown] == [0.0]
+    for key, value in build(PSPNET).named_parameters():
+        assert torch.equal(named[key], value), key
+    assert all(value.abs().sum() > 0 for value in end.momentum.values())
+    assert end.momentum.keys() == named.keys()
+    # Only that step: the next runs at the curve's rate, as do all where nothing is asked for.
+    slip, right = replace(stage, steps=4), replace(stage, steps=4, first_step_at_zero=False)
+    assert [slip.rate(step) for step in range(5)] == [0.0, *(right.rate(step) for step in range(1, 5))]
+    assert right.rate(0) == pytest.approx(0.01 * 0.5**0.9)
+
+
+def test_a_resumed_stage_with_a_first_step_at_0() -> None:
+    stage = Stage(
+        steps=4,
+        span=(0.5, 1.0),
+        learning_rate=0.01,
+        first_step_at_zero=True,
+        checkpoint_every=2,
+        micro_batch=2,
+    )
+    kept: list[Checkpoint] = []
+
+    def keep(one: Checkpoint) -> None:
+        copies = ({key: value.clone() for key, value in part.items()} for part in (one.network, one.momentum))
+        kept.append(Checkpoint(one.step, *copies))
+
+    _, shown, end = run(
+        stage, objective=lambda *given: self_training(*given[:2], 0.4, 1.0), on_checkpoint=keep
+    )
+    _, later, again = run(stage, objective=lambda *given: self_training(*given[:2], 0.4, 1.0), begin=kept[0])
+    assert [rate for rate, _ in later] == [rate for rate, _ in shown[2:]]
+    assert all(torch.equal(value, again.network[key]) for key, value in end.network.items())
+    assert all(torch.equal(value, again.momentum[key]) for key, value in end.momentum.items())
+
+
+def test_stage_4_at_the_heads_rate() -> None:
+    """Without momentum and decay a step is rate · gradient, so the two moves differ by the factor."""
+    stage = Stage(steps=1, span=(0.0, 1.0), learning_rate=1e-3, momentum=0.0, weight_decay=0.0)
+    start = build(DEEPLAB).state_dict()
+    plain, quirk = (
+        run(replace(stage, stage4_as_head=slip), DEEPLAB)[0].state_dict() for slip in (False, True)
+    )
+    for part, factor in (
+        ("backbone.layer3.1.conv2", 1),
+        ("backbone.layer4.1.conv2", 10),
+        ("head.branches.0", 1),
+    ):
+        moved, wanted = quirk[f"{part}.weight"] - start[f"{part}.weight"], plain[f"{part}.weight"]
+        assert torch.allclose(moved, factor * (wanted - start[f"{part}.weight"]), rtol=1e-2, atol=1e-6), part
+
+
+# --- epochs and memory, told before
+
+
+@pytest.mark.parametrize(
+    ("over", "wanted"),
+    [
+        ((None, None), [2, 3]),  # 4 labelled, 6 unlabelled, 2 a step
+        (("unlabeled", "labeled"), [3, 2]),
+        (("labeled", "unlabeled"), [2, 3]),
+    ],
+)
+def test_what_an_epoch_is_over(over: tuple, wanted: list[int], recipe_file, tmp_path, call) -> None:
+    rounds = [
+        {"epochs": 5, "epoch_over": over[0]},
+        {"epochs": 5, "labeling_ratio": 0.4, "epoch_over": over[1]},
+    ]
+    given = [
+        "training.batch=2",
+        "training.half_batch=2",
+        f"rounds={yaml.safe_dump(rounds, default_flow_style=True)}",
+    ]
+    recipe = load_recipe(recipe_file, given)
+    made = plan_rounds(recipe, 4, 6, (0, 0, 0))
+    assert [(one.epoch_steps, one.steps, one.epochs) for one in made] == [(n, 5 * n, 5) for n in wanted]
+    code, out, _ = call("plan", recipe_file, *given)
+    rows = [line.split() for line in out.splitlines()[1:3]]
+    assert code == 0 and [row[2:5] for row in rows] == [["5", str(n), str(5 * n)] for n in wanted]
+    with pytest.raises(RecipeError, match="epoch_over: has no meaning where steps are given"):
+        load_recipe(recipe_file, ["rounds=[{steps: 3, epoch_over: labeled}]"])
+
+
+def measured(spec: NetworkSpec, images: int, height: int, width: int) -> int:
+    """Bytes that a real forward pass and the real loss keep, counted on the CPU by the addresses of what is saved."""
+    network = build(spec)
+    own = {value.untyped_storage().data_ptr() for value in network.state_dict(keep_vars=True).values()}
+    held: list[Tensor] = []  # keeps addresses from being used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        held.append(tensor)
+        return tensor
+
+    batch = Batch(
+        torch.zeros(images, 3, height, width, dtype=torch.uint8),
+        torch.zeros(images, height, width, dtype=torch.uint8),
+        tuple(map(str, range(images))),
+    )
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = self_training(network, [batch], 0.4, 1.0)
+    assert loss.requires_grad
+    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in held}
+    return sum(size for address, size in sizes.items() if address not in own)
+
+
+@pytest.mark.parametrize("spec", [PSPNET, DEEPLAB, replace(PSPNET, classes=200)])
+def test_memory_is_what_a_step_keeps(spec: NetworkSpec) -> None:
+    state, kept = training_memory(spec, 2, 65, 49)
+    assert kept == pytest.approx(measured(spec, 2, 65, 49), rel=0.005)
+    network = build(spec)
+    assert state == 12 * sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_memory_grows_with_images_and_frozen_parameters_cost_less() -> None:
+    kept = [training_memory(PSPNET, images, 33, 65)[1] for images in (2, 4, 6)]
+    assert kept[2] - kept[1] == kept[1] - kept[0] and kept[0] < 1.02 * (kept[1] - kept[0])
+    caffe, resnet = (
+        training_memory(NetworkSpec("deeplabv2", name, 3, 16, auxiliary=False), 2, 17, 17)[0]
+        for name in ("resnet101_caffe", "resnet101")
+    )
+    with torch.device("meta"):
+        network = NetworkSpec("pspnet", "resnet101", 3).build().backbone
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert resnet - caffe == 8 * sum(2 * module.num_features for module in norms)
+
+
+def test_plan_counts_micro_batches(tiny_data, tmp_path) -> None:
+    values = recipe_dict(tiny_data)
+    values["training"] |= {"batch": 8, "half_batch": 4}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    whole, parts = (
+        plan(load_recipe(tmp_path / "r.yaml", given)) for given in ([], ["training.micro_batch=2"])
+    )
+    spec = NetworkSpec("pspnet", "resnet18", len(values["data"]["classes"]), 16, 16)
+    assert whole.activation_bytes == training_memory(spec, 8, 49, 65)[1]
+    assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labelled
+    assert any(
+        "micro-batches of 2 images (per batch in round 0: 4, round 1: 2" in note for note in parts.notes
+    )
