@@ -496,6 +496,40 @@ def test_what_fits_of_another_backbone_where_not_strict(tmp_path: Path) -> None:
     assert len(report.loaded) == len(network.backbone.state_dict()) - 3
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda value: value.to_sparse(),
+        lambda value: value.to(torch.int8),
+        lambda value: value.to(torch.complex64),
+        lambda value: value.to("meta"),
+        lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    ],
+    ids=["sparse", "int8", "complex", "meta", "quantised"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_are_no_plain_numbers(kind: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    state = {key: value.contiguous() for key, value in imagenet("resnet18").items()}
+    state["layer4.1.conv2.weight"] = kind(state["layer4.1.conv2.weight"])
+    torch.save(state, tmp_path / "n.pth")
+    network, before = small(), small().state_dict()
+    with pytest.raises(
+        WeightsError, match=r"layer4\.1\.conv2\.weight: holds .* are wanted\nNothing was loaded"
+    ):
+        load_weights(network, tmp_path / "n.pth")
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_floating_point_numbers_are_taken(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {key: value.to(dtype) if value.ndim else value for key, value in imagenet("resnet18").items()}
+    torch.save(state, tmp_path / "n.pth")
+    network = small()
+    load_weights(network, tmp_path / "n.pth")
+    found = network.backbone.state_dict()["layer4.1.conv2.weight"]
+    assert found.dtype == torch.float32 and torch.equal(found, state["layer4.1.conv2.weight"].float())
+
+
 # --- weights of whole networks in a recipe
 
 

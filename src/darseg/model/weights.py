@@ -304,7 +304,7 @@ def _foreign(unused: tuple[str, ...], backbone: Backbone, origin: dict[str, str]
 
 
 def _misfits(wanted: dict[str, Tensor], origin: dict[str, str], found: dict[str, Tensor]) -> dict[str, str]:
-    """A line for each wanted key whose origin is missing from `found` or has another shape."""
+    """A line for each wanted key whose origin is missing from `found`, has another shape or holds no plain numbers."""
     wrong = {}
     for key, name in origin.items():
         shape = list(wanted[key].shape)
@@ -312,7 +312,16 @@ def _misfits(wanted: dict[str, Tensor], origin: dict[str, str], found: dict[str,
             wrong[key] = f"{name}: missing, {shape} is wanted"
         elif list(found[name].shape) != shape:
             wrong[key] = f"{name}: has shape {list(found[name].shape)}, {shape} is wanted"
+        elif not _is_plain(found[name]) or found[name].is_floating_point() < wanted[key].is_floating_point():
+            kind = str(found[name].dtype).removeprefix("torch.")
+            wrong[key] = (
+                f"{name}: holds {kind} ({found[name].layout}), dense floating-point numbers are wanted"
+            )
     return wrong
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
