@@ -12,6 +12,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -614,3 +615,13 @@ def test_descriptions_must_be_of_the_network_that_is_saved(tmp_path: Path) -> No
         plain, tmp_path / "n.safetensors", NetworkSpec("pspnet", "resnet18", 2, 16, 8, auxiliary=False)
     )
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_trained_branches_do_not_become_four_in_silence(tmp_path: Path) -> None:
+    spec = NetworkSpec("deeplabv2", "resnet101_caffe", 3, auxiliary=False, release_classifier=True)
+    save_network(spec.build(), tmp_path / "two.safetensors", spec)
+    four = replace(spec, release_classifier=False).build()
+    with pytest.raises(WeightsError, match="only two branches were trained, this network sums four"):
+        load_weights(four, tmp_path / "two.safetensors")
+    assert load_weights(spec.build(), tmp_path / "two.safetensors").whole
+    assert load_weights(four, tmp_path / "two.safetensors", strict=False).loaded

@@ -215,6 +215,11 @@ def convert(
     known = class_set(names.value) if names else None
     report = run_convert(checkpoint, out, architecture.value, classes, release_classifier, known, strict)
     print(f"{len(report.loaded)} tensors of {checkpoint} are in {out}")
+    if architecture is Released.deeplabv2_101 and not release_classifier:
+        print(
+            "note: all four branches of the classifier are summed; the release's own checkpoints were trained with two,"
+        )
+        print("and give its scores with --release-classifier alone")
     for title, lines in (
         ("not filled, drawn at random", report.unfilled),
         ("in the file, without a place here", report.unused),

@@ -545,6 +545,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
+_Dumper.yaml_implicit_resolvers = (
+    _Loader.yaml_implicit_resolvers
+)  # to quote what the loader would take for a number
 
 
 def dump_recipe(recipe: Recipe) -> str:

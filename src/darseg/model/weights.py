@@ -37,6 +37,7 @@ from darseg.data.classes import ClassSet
 from darseg.data.files import ASIDE, storage_error, write_whole
 from darseg.errors import RecipeError, WeightsError, faults
 from darseg.model.backbone import Backbone, TimmBackbone
+from darseg.model.heads import ATROUS_DILATIONS
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import CLASSIFIERS, RELEASED, our_key, released_architecture
 from darseg.model.tarred import read_tarred
@@ -189,6 +190,10 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
         f"{key}: {'no part of this network' if whole else f'of a larger network than {backbone.name}'}"
         for key in foreign
     ]
+    if whole and architecture is None and getattr(network.head, "summed", 0) == len(ATROUS_DILATIONS):
+        with contextlib.suppress(WeightsError):  # of darseg's layout, but without a description
+            if read_spec(source).release_classifier:
+                wrong.append("classifier: of the file only two branches were trained, this network sums four")
     fitting = {key: name for key, name in origin.items() if key not in misfits}
     if wrong and (strict or fitting.keys() <= set(NORMALISATION)):
         what = "the network" if whole else f"the backbone {backbone.name}"
