@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
+import zlib
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from darseg.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+
+JPEG_MARK = b"\xff\xd8"
+TIFF_MARKS = (b"II*\0", b"MM\0*")
+
+BITS_PER_SAMPLE, ORIENTATION = 258, 274
+"""Tags of TIFF."""
 
 STEP_16_BIT = 257
 """65535 / 255: 16-bit values are divided by this and rounded."""
@@ -26,10 +36,11 @@ def read_image(path: Path) -> np.ndarray:
     values v become round(v / 257). Orientation marks of cameras (EXIF) are not followed: they would turn the image but
     not its label. Raises DataError where it is missing, cannot be decoded, or holds anything but 8- or 16-bit values.
     """
-    data = read_bytes(path)
-    check_complete(path, data)
+    data = read_whole(path)
+    if data.startswith(TIFF_MARKS) and (small := _small_tiff(path, data)) is not None:
+        return small
     # Faster where there are 8 bits; of 16 it would cut off the lower byte.
-    eight_bits = data[24] <= 8 if is_png(data) else data.startswith(b"\xff\xd8")
+    eight_bits = data[24] <= 8 if is_png(data) else data.startswith(JPEG_MARK)
     flags = cv2.IMREAD_COLOR if eight_bits else cv2.IMREAD_UNCHANGED
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
@@ -51,6 +62,28 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(image, conversions[channels])
 
 
+def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
+    """A TIFF of at most 8 bits, whose colours OpenCV would multiply with its alpha; None for another."""
+    try:
+        image, bits = open_with_pillow(data)
+    except Exception:  # OpenCV knows more kinds, or finds the same fault
+        return None
+    if bits > 8 or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
+        return None
+    try:
+        return np.ascontiguousarray(image.convert("RGB"))
+    except Exception as error:
+        raise DataError(f"{path}: cannot be decoded ({error}). Copy or download it again.") from None
+
+
+def open_with_pillow(data: bytes) -> tuple[Image.Image, int]:
+    """An image, not decoded yet, and the bits of a TIFF's values (8 for other formats). Raises all kinds of errors."""
+    image = Image.open(io.BytesIO(data))
+    return image, max(
+        getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8 if image.format != "TIFF" else 1,))
+    )
+
+
 def image_size(path: Path) -> tuple[int, int]:
     """Height and width of an image file."""
     image = read_image(path)
@@ -67,23 +100,54 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
 
 
+def read_whole(path: Path) -> bytes:
+    """The content of an image or label file that is not cut off, nor – where a checksum tells – damaged, and that no
+    decoder turns. Raises DataError."""
+    data = read_bytes(path)
+    check_complete(path, data)
+    return _unturned(data) if data.startswith(TIFF_MARKS) else data
+
+
+def _unturned(tiff: bytes) -> bytes:
+    """With its orientation mark, which some decoders follow, set to 1: as it is stored."""
+    order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
+
+    def number(at: int, size: int) -> int:
+        return int.from_bytes(tiff[at : at + size], order)
+
+    first = number(4, 4) + 2
+    for at in range(first, first + 12 * number(first - 2, 2), 12):
+        if number(at, 2) == ORIENTATION:
+            return tiff[: at + 8] + (1).to_bytes(2, order) + tiff[at + 10 :]
+    return tiff
+
+
 def is_png(data: bytes) -> bool:
     return data.startswith(b"\x89PNG")
 
 
 def check_complete(path: Path, data: bytes) -> None:
-    """Raise DataError where a JPEG or PNG lacks its end mark: decoders fill the missing part with grey in silence."""
-    if not _complete(data):
+    """Raise DataError where a JPEG or PNG ends early, which decoders fill with grey in silence, and where a checksum of
+    a PNG is wrong, which not all of them compare."""
+    if is_png(data):
+        kind, at, view = b"", 8, memoryview(data)
+        while kind != b"IEND" and at < len(data):
+            kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+            wrong = zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big")
+            # Chunks in small letters are not needed.
+            if end <= len(data) and ((wrong and kind[:1].isupper()) or (at == 8 and kind != b"IHDR")):
+                raise DataError(f"{path}: cannot be decoded, it is damaged. Copy or download it again.")
+            at = end
+        whole = kind == b"IEND" and at <= len(data)
+    else:
+        whole = not data.startswith(JPEG_MARK) or _ends(data)
+    if not whole:
         raise DataError(f"{path}: the file is truncated ({len(data)} bytes). Copy or download it again.")
 
 
-def _complete(data: bytes) -> bool:
-    if is_png(data):
-        return b"IEND" in data
-    if not data.startswith(b"\xff\xd8"):
-        return True
+def _ends(jpeg: bytes) -> bool:
     # Segments before the scan may hold a whole thumbnail, end mark included; after the picture cameras add more.
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1 : at + 2] != b"\xda":
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return data.find(b"\xff\xd9", at) >= 0
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":
+        at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+    return jpeg.find(b"\xff\xd9", at) >= 0

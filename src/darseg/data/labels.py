@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet
-from darseg.data.images import PNG_COLORS, check_complete, is_png, read_bytes
+from darseg.data.images import JPEG_MARK, PNG_COLORS, is_png, open_with_pillow, read_bytes, read_whole
 from darseg.errors import DataError, RecipeError, faults
 
 RGB = tuple[int, int, int]
@@ -25,11 +25,19 @@ LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".mat")
 UNKNOWN = 256
 """In lookup tables: no class and not 255."""
 
+TRANSPARENT = -1
+"""Among values and colours: the last entry of their lookup tables, not labelled."""
+
 LARGEST = 65535
 """Of 16-bit label values."""
 
+MAT_COMPRESSED = 15
+"""Kind of a compressed part of a .mat file (miCOMPRESSED)."""
+
 IDS_SUFFIX = "_labelIds.png"
 """Ends the names of Cityscapes' label maps that hold its 35 ids instead of the 19 train ids."""
+
+TRAIN_IDS_SUFFIX = "_labelTrainIds.png"
 
 # Cityscapes' id of each train id, from its published label table; all other ids are not evaluated.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -46,7 +54,7 @@ class LabelEncoding:
         other: what values that are not listed become; None: they are a fault.
         ignore: where `values` is None, the value besides 255 that is no class.
         colors: (colour, class or 255) for colour files.
-        city_ids: files called *_labelIds.png hold Cityscapes' ids.
+        city_ids: files called *_labelIds.png hold Cityscapes' ids, files called *_labelTrainIds.png do not.
     """
 
     format: Literal["auto", "index", "color"] = "auto"
@@ -57,8 +65,11 @@ class LabelEncoding:
     city_ids: bool = False
 
     def for_file(self, path: Path) -> LabelEncoding:
-        """This encoding, or that of Cityscapes' ids where the file's name says so."""
-        return CITY_IDS if self.city_ids and path.name.endswith(IDS_SUFFIX) else self
+        """This encoding, or that of Cityscapes' ids, or train ids, where the file's name says so."""
+        if self.city_ids and path.name.endswith(IDS_SUFFIX):
+            return CITY_IDS
+        trained = self.city_ids and self.values is not None and path.name.endswith(TRAIN_IDS_SUFFIX)
+        return PLAIN if trained else self
 
 
 PLAIN = LabelEncoding()
@@ -79,7 +90,8 @@ def label_encoding(
 
     Args:
         values: value → class (name or index) or "ignore", where "other" stands for all else; or a name: "index" (values
-            are classes), "one_based" (0 is not labelled, classes from 1 on), "binary" (0 and 255), "cityscapes_ids".
+            are classes), "one_based" (0 is not labelled, classes from 1 on), "binary" (0 and 255, or 1 in files of one
+            bit), "cityscapes_ids".
         colors: class name or "ignore" → colours that stand for it, besides the classes' own.
         own_colors: the colours of `classes` are those of the label files.
 
@@ -90,7 +102,7 @@ def label_encoding(
     def target(name: int | str, where: str) -> int:
         if name == "ignore":
             return IGNORE
-        if isinstance(name, int) and 0 <= name < count:
+        if type(name) is int and 0 <= name < count:
             return name
         if name in classes.names:
             return classes.names.index(str(name))
@@ -104,9 +116,9 @@ def label_encoding(
         other = listed.pop("other", None)
         pairs = tuple(sorted((int(value), k) for value, k in listed.items()))
     elif values == "one_based":
-        pairs = ((0, IGNORE), *((k + 1, k) for k in range(count)), (IGNORE, IGNORE))
+        pairs = ((0, IGNORE), (IGNORE, IGNORE), *((k + 1, k) for k in range(count)))
     elif values == "binary":
-        pairs = ((0, 0), (255, 1))
+        pairs = ((0, 0), (1, 1), (255, 1))
         if count != 2:
             wrong.append(f"data.label_values: binary has 2 classes, the recipe has {count}")
     elif values == "cityscapes_ids":
@@ -124,17 +136,21 @@ def label_encoding(
             f"data.ignore: the value {ignore} lies among the class values 0..{count - 1} or above 255: choose one "
             f"from {count} to 255"
         )
-    table: dict[RGB, int] = {}
+    meanings: dict[RGB, list[int]] = {}
     if own_colors:
         for k, color in enumerate(classes.colors):
-            if table.setdefault(color, k) != k:
-                own_colors_of = f"{classes.names[table[color]]} and {classes.names[k]}"
-                if format == "color":
-                    wrong.append(f"data.classes: {own_colors_of} have one colour, {list(color)}")
+            meanings.setdefault(color, []).append(k)
     for name, several in (colors or {}).items():
-        for color in several:
-            red, green, blue = (int(part) for part in color)
-            table[red, green, blue] = target(name, "data.label_colors")
+        k = target(name, "data.label_colors")
+        for red, green, blue in several:
+            meanings.setdefault((red, green, blue), []).append(k)
+    # Where files of values are expected, a colour of two classes may be meant for drawing alone; it is not read.
+    table = {color: several[0] for color, several in meanings.items() if len(set(several)) == 1}
+    if format == "color" or colors:
+        for color, several in meanings.items():
+            if color not in table:
+                named = " and ".join("ignore" if k == IGNORE else classes.names[k] for k in several)
+                wrong.append(f"data.classes, data.label_colors: {named} have one colour, {list(color)}")
     if wrong:
         raise RecipeError(faults("The labels cannot be read so", wrong))
     return LabelEncoding(
@@ -143,16 +159,16 @@ def label_encoding(
         other,
         ignore,
         tuple(sorted(table.items())),
-        city_ids=values == "index" and classes.names == CITYSCAPES.names,
+        city_ids=values in ("index", "cityscapes_ids") and classes.names == CITYSCAPES.names,
     )
 
 
 def read_label(path: Path, encoding: LabelEncoding = PLAIN) -> np.ndarray:
     """A label file as uint8 [H, W] of classes, 255 = not labelled.
 
-    PNG, BMP and TIFF, one channel of up to 16 bits, palette or colour, and SBD's .mat files. A transparent pixel
-    (alpha 0) is not labelled. Where the values are the classes (`values` None) they are not compared with a number
-    of classes; `unknown_values` does.
+    PNG, BMP and TIFF, one channel of up to 16 bits, palette or colour, and SBD's .mat files. Where an alpha channel
+    is 0 a pixel is not labelled. Where the values are the classes (`values` None) they are not compared with a
+    number of classes; `unknown_values` does.
 
     Raises DataError where it is missing, cannot be decoded, or holds values or colours that are no class.
     """
@@ -163,12 +179,15 @@ def read_label(path: Path, encoding: LabelEncoding = PLAIN) -> np.ndarray:
 def decode_label(path: Path, format: str) -> np.ndarray:
     """What a label file holds: values uint8 or uint16 [H, W], or colours int32 [H, W] (R·65536 + G·256 + B).
 
-    In a file with an alpha channel, transparent values become 255, transparent colours -1.
+    Of a file with an alpha channel the values are int16; transparent values and colours are TRANSPARENT.
     """
-    data = read_bytes(path)
     if path.suffix.lower() == ".mat":
-        return _sbd(path, data)
-    check_complete(path, data)
+        return _sbd(path, read_bytes(path))
+    data = read_whole(path)
+    if data.startswith(JPEG_MARK):
+        raise DataError(
+            f"{path}: found a JPEG; its compression changes label values. Give the original label maps, as PNG."
+        )
     if is_png(data):
         depth, kind = data[24], PNG_COLORS.get(data[25], "unknown")
         if kind == "grey" and format != "color":
@@ -178,13 +197,14 @@ def decode_label(path: Path, format: str) -> np.ndarray:
         if depth == 16 and kind != "grey":
             raise DataError(f"{path}: found a 16-bit {kind} PNG; 16-bit labels have one channel of values.")
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data)) as image:
-            warnings.simplefilter("ignore")  # a palette with transparency, which is read as indices
-            return _from_pillow(image, format, path)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        image, bits = open_with_pillow(data)
+        image.load()
+    except Exception as error:  # Pillow's readers fail in many ways on damaged files
+        error = "its kind is not known" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
             f"{path}: cannot be decoded as a label map ({error}). PNG, BMP, TIFF and SBD's .mat files are read."
         ) from None
+    return _from_pillow(image, bits, format, path)
 
 
 def _decode_grey(path: Path, data: bytes) -> np.ndarray:
@@ -197,19 +217,20 @@ def _decode_grey(path: Path, data: bytes) -> np.ndarray:
     return values
 
 
-def _from_pillow(image: Image.Image, format: str, path: Path) -> np.ndarray:
-    mode = image.mode
-    if mode == "P" and format == "color":
+def _from_pillow(image: Image.Image, bits: int, format: str, path: Path) -> np.ndarray:
+    if image.mode == "P" and format == "color":
+        image.info.pop("transparency", None)
         image = image.convert("RGB")
-        mode = "RGB"
-    if mode == "1":
-        return np.asarray(image).astype(np.uint8)
-    if mode in ("L", "P", "I;16", "I;16B", "I", "LA") and format == "color":
+    mode = image.mode
+    if mode in ("1", "L", "P", "I;16", "I;16B", "I", "LA") and format == "color":
         raise DataError(
             f"{path}: found one channel of values, and data.label_format is color. Set it to index, or to auto."
         )
+    if mode == "1":
+        return np.asarray(image).astype(np.uint8)
     if mode in ("L", "P"):
-        return np.asarray(image)
+        values = np.asarray(image)
+        return values // np.uint8(255 // (2**bits - 1)) if mode == "L" and bits < 8 else values  # as in PNGs
     if mode in ("I;16", "I;16B", "I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > LARGEST:
@@ -217,7 +238,9 @@ def _from_pillow(image: Image.Image, format: str, path: Path) -> np.ndarray:
         return values.astype(np.uint16)
     if mode == "LA":
         values, alpha = np.moveaxis(np.asarray(image), 2, 0)
-        return np.where(alpha == 0, np.uint8(IGNORE), values)
+        return np.where(alpha == 0, np.int16(TRANSPARENT), values)
+    if mode in ("RGB", "RGBA") and bits > 8:
+        raise DataError(f"{path}: found colours of {bits} bits; 16-bit labels have one channel of values.")
     if mode not in ("RGB", "RGBA"):
         raise DataError(f"{path}: found pixels of kind {mode}; wanted are indices, a palette or RGB colours.")
     pixels = np.asarray(image)
@@ -229,13 +252,13 @@ def _from_pillow(image: Image.Image, format: str, path: Path) -> np.ndarray:
                 "classes (data.classes: {name: [red, green, blue]})."
             )
         values = pixels[..., 0]
-        return values if transparent is None else np.where(transparent, np.uint8(IGNORE), values)
+        return values if transparent is None else np.where(transparent, np.int16(TRANSPARENT), values)
     keys = pixels[..., 0].astype(np.int32)
     for channel in (1, 2):
         keys <<= 8
         keys |= pixels[..., channel]
     if transparent is not None:
-        keys[transparent] = -1
+        keys[transparent] = TRANSPARENT
     return keys
 
 
@@ -248,7 +271,10 @@ def _sbd(path: Path, data: bytes) -> np.ndarray:
             f'{path}: reading .mat files needs scipy ({error}). Install it with: pip install "darseg[sbd]".'
         ) from error
     try:
+        _check_mat(data)
         found: Any = loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0, 0]
+        if found.ndim != 2 or found.dtype.kind not in "ui" or found.min() < 0 or found.max() > IGNORE:
+            raise ValueError(f"{found.dtype} of shape {found.shape}")
     except Exception as error:  # scipy's reader fails in many ways on damaged files
         raise DataError(
             f"{path}: no class map of SBD (GTcls.Segmentation) can be read from it ({type(error).__name__}: {error}). "
@@ -257,10 +283,25 @@ def _sbd(path: Path, data: bytes) -> np.ndarray:
     return np.ascontiguousarray(found, dtype=np.uint8)
 
 
+def _check_mat(data: bytes) -> None:
+    """Raise where a part of a .mat file (MATLAB 5) is cut off or damaged: scipy has crashed on such."""
+    order: Literal["little", "big"] = "big" if data[126:128] == b"MI" else "little"
+    at = 128
+    while at < len(data):
+        kind, size = (int.from_bytes(data[place : place + 4], order) for place in (at, at + 4))
+        part = data[at + 8 : at + 8 + size]
+        if len(part) < size:
+            raise ValueError("the file is truncated")
+        if kind == MAT_COMPRESSED:
+            zlib.decompress(part)  # compares its checksum
+        at += 8 + size
+
+
 @lru_cache(maxsize=8)
 def _value_table(encoding: LabelEncoding) -> np.ndarray:
-    """uint16 [65536]: class, 255 or UNKNOWN of each value."""
-    table = np.full(LARGEST + 1, UNKNOWN if encoding.other is None else encoding.other, np.uint16)
+    """uint16 [65537]: class, 255 or UNKNOWN of each value."""
+    table = np.full(LARGEST + 2, UNKNOWN if encoding.other is None else encoding.other, np.uint16)
+    table[TRANSPARENT] = IGNORE
     if encoding.values is None:
         table[:256] = np.arange(256)
         table[encoding.ignore] = IGNORE
@@ -272,9 +313,9 @@ def _value_table(encoding: LabelEncoding) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
-    """uint16 [2^24 + 1]: class, 255 or UNKNOWN of each colour; the last entry, -1, is transparent."""
+    """uint16 [2^24 + 1]: class, 255 or UNKNOWN of each colour."""
     table = np.full(256**3 + 1, UNKNOWN, np.uint16)
-    table[-1] = IGNORE
+    table[TRANSPARENT] = IGNORE
     for (red, green, blue), k in colors:
         table[red << 16 | green << 8 | blue] = k
     return table
@@ -364,7 +405,7 @@ def usual_mistakes(seen: Iterable[int], classes: ClassSet, encoding: LabelEncodi
                 "data.label_values: one_based"
             ]
         return []
-    greys = {_grey(color): name for name, color in zip(classes.names, classes.colors, strict=True)}
+    greys = {_grey(color): "ignore" if k == IGNORE else classes.names[k] for color, k in encoding.colors}
     if len(real) > 1 and all(value in greys or value in (0, IGNORE) for value in real):
         names = ", ".join(f"{value} as {greys[value]}" for value in sorted(unknown) if value in greys)
         return [
@@ -376,14 +417,15 @@ def usual_mistakes(seen: Iterable[int], classes: ClassSet, encoding: LabelEncodi
             f"the label values go one beyond the last class: if 0 is not labelled and classes are counted from 1, set "
             f"data.label_values: one_based; if {count} is not labelled, set data.ignore: {count}"
         ]
+    city = classes.names == CITYSCAPES.names or (count == len(CITYSCAPES_IDS) and len(real) > count + 1)
+    if city and max(unknown) <= max(CITYSCAPES_IDS):
+        return ["the label values look like the ids of Cityscapes: set data.label_values: cityscapes_ids"]
     if len(real) <= count + 1 and len(unknown) >= len(real - unknown):
         listed = ", ".join(f"{value}: …" for value in sorted(values))
         return [
             f"the labels hold {len(values)} values in all; say which class each is: data.label_values: {{{listed}}} "
             "(a class name, its index, or ignore)"
         ]
-    if count == len(CITYSCAPES_IDS) and max(real - {IGNORE}) <= max(CITYSCAPES_IDS):
-        return ["the label values look like the ids of Cityscapes: set data.label_values: cityscapes_ids"]
     return []
 
 

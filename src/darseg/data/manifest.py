@@ -16,6 +16,7 @@ import numpy as np
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.labels import (
+    CITY_IDS,
     LABEL_SUFFIXES,
     PLAIN,
     LabelEncoding,
@@ -327,6 +328,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     warnings: list[str] = []
     pixels: dict[str, np.ndarray] = {}
     seen: dict[LabelEncoding, set[int]] = {}
+    unread: set[LabelEncoding] = set()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
         for role, samples in manifest.roles().items():
             counts = np.zeros(256, np.int64)
@@ -336,13 +338,17 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                 wrong += faults_found
                 if sample.label:
                     encoding = sample.encoding.for_file(sample.label)
-                    seen.setdefault(encoding, set()).update(raw)
+                    seen.setdefault(encoding, set()).update(raw or ())
+                    unread |= {encoding} if raw is None else set()
                 advance()
             pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
     for encoding, raw in seen.items():
-        # Not where a label file was not read: its values would be missing here.
-        mistakes = usual_mistakes(raw, classes, encoding) if raw else []
-        (wrong if wrong or raw == {0, IGNORE} else warnings).extend(mistakes)
+        beyond = {value for value in raw if value >= len(classes)} - {encoding.ignore, IGNORE}
+        if (
+            beyond or encoding not in unread
+        ):  # values that are not there may be in files that could not be read
+            mistakes = usual_mistakes(raw, classes, encoding)
+            (wrong if beyond or raw == {0, IGNORE} else warnings).extend(mistakes)
     if manifest.labeled and not wrong:
         absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
         if len(absent) == len(classes):
@@ -369,15 +375,17 @@ def reading_notes(manifest: Manifest) -> list[str]:
     """How label files are read where their names decide it."""
     samples = [sample for role in manifest.roles().values() for sample in role]
     ids = sum(
-        sample.label is not None and sample.encoding.for_file(sample.label) is not sample.encoding
-        for sample in samples
+        sample.label is not None and sample.encoding.for_file(sample.label) is CITY_IDS for sample in samples
     )
     return [f"{ids:,} label files hold Cityscapes' ids (labelIds), read as the 19 train ids"] if ids else []
 
 
-def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list[int], list[str]]:
-    """Counts int64 [256] of the classes, the values of an index label file, and all faults of image and label."""
-    counts, values, wrong, size = np.zeros(256, np.int64), [], [], None
+def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list[int] | None, list[str]]:
+    """Counts int64 [256] of the classes, the values of an index label file, and all faults of image and label.
+
+    The values are None where the label file cannot be read.
+    """
+    counts, values, wrong, size = np.zeros(256, np.int64), None, [], None
     try:
         size = image_size(sample.image)
     except DataError as error:
@@ -387,8 +395,7 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> tuple[np.ndarray, list
     try:
         encoding = sample.encoding.for_file(sample.label)
         raw = decode_label(sample.label, encoding.format)
-        if raw.dtype != np.int32:
-            values = np.flatnonzero(np.bincount(raw.reshape(-1))).tolist()
+        values = [] if raw.dtype == np.int32 else np.flatnonzero(np.bincount(raw[raw >= 0])).tolist()
         label = to_classes(raw, encoding, sample.label)
     except DataError as error:
         return counts, values, [*wrong, str(error)]

@@ -1,0 +1,847 @@
+"""Images and labels of every format a user may have, against files written by hand; usual mistakes and their remedies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import recipe_dict
+from darseg.config import load_recipe
+from darseg.data.classes import CITYSCAPES, IGNORE, VOC, class_set
+from darseg.data.images import image_size, read_image
+from darseg.data.labels import (
+    PLAIN,
+    LabelEncoding,
+    decode_label,
+    label_encoding,
+    read_label,
+    usual_mistakes,
+)
+from darseg.data.manifest import Manifest, Sample, examine
+from darseg.errors import DataError, RecipeError
+from darseg.run.check import check
+from draw_layouts import VOC_FURTHER, draw_voc, voc_palette, write_mat
+
+H, W = 13, 21
+RANDOM = np.random.default_rng(0)
+CLASSES = class_set(["field", "road", "house"])
+COLORED = class_set({"field": [0, 0, 0], "road": [128, 64, 128], "house": [200, 10, 30]})
+
+
+# Files written by hand, so that no decoder is compared with its own encoder.
+
+
+def packed(values: np.ndarray, depth: int, align: int = 8) -> list[bytes]:
+    """Rows of values of `depth` bits each, the first in the highest bits."""
+    rows = []
+    for row in values.reshape(len(values), -1).tolist():
+        bits = "".join(f"{value:0{depth}b}" for value in row)
+        bits += "0" * (-len(bits) % align)
+        rows.append(int(bits, 2).to_bytes(len(bits) // 8, "big"))
+    return rows
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(values: np.ndarray, depth: int = 8, color: int = 0, *chunks: bytes) -> bytes:
+    """color: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, color, 0, 0, 0)
+    lines = b"".join(b"\0" + row for row in packed(values, depth))
+    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def tiff(
+    values: np.ndarray,
+    depth: int = 8,
+    photometric: int = 1,
+    *,
+    order: str = "<",
+    palette: list[int] | None = None,
+    alpha: int | None = None,
+    turned: int | None = None,
+    kind: int = 1,
+) -> bytes:
+    """photometric: 1 grey, 2 RGB, 3 palette. kind: 1 unsigned, 2 signed, 3 float."""
+    samples = values.shape[2] if values.ndim == 3 else 1
+    code = {(16, 1): "u2", (16, 2): "i2", (32, 1): "u4", (32, 2): "i4", (32, 3): "f4"}.get((depth, kind))
+    pixels = values.astype(order + code).tobytes() if code else b"".join(packed(values, depth))
+    tags: dict[int, tuple[str, list[int]]] = {
+        256: ("I", [values.shape[1]]),
+        257: ("I", [values.shape[0]]),
+        258: ("H", [depth] * samples),
+        259: ("H", [1]),
+        262: ("H", [photometric]),
+        273: ("I", [8]),
+        277: ("H", [samples]),
+        278: ("I", [values.shape[0]]),
+        279: ("I", [len(pixels)]),
+        339: ("H", [kind] * samples),
+    }
+    tags |= {320: ("H", palette)} if palette else {}
+    tags |= {338: ("H", [alpha])} if alpha is not None else {}
+    tags |= {274: ("H", [turned])} if turned else {}
+    pixels += b"\0" * (len(pixels) % 2)
+    entries, beyond, start = b"", b"", 8 + len(pixels) + 2 + 12 * len(tags) + 4
+    for tag, (letter, numbers) in sorted(tags.items()):
+        field = b"".join(struct.pack(order + letter, number) for number in numbers)
+        if len(field) > 4:
+            field, beyond = struct.pack(order + "I", start + len(beyond)), beyond + field
+        entries += struct.pack(order + "HHI", tag, 3 if letter == "H" else 4, len(numbers)) + field.ljust(
+            4, b"\0"
+        )
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(pixels))
+    return head + pixels + struct.pack(order + "H", len(tags)) + entries + b"\0\0\0\0" + beyond
+
+
+def bmp(values: np.ndarray, depth: int, palette: np.ndarray, top_down: bool = False) -> bytes:
+    """With a palette [n, 3], or of 24 bits (values [H, W, 3], no palette)."""
+    flat = values[..., ::-1] if depth == 24 else values
+    rows = packed(flat, min(depth, 8), 32)
+    body = b"".join(rows if top_down else rows[::-1])
+    colors = b"".join(bytes((int(b), int(g), int(r), 0)) for r, g, b in palette)
+    start = 54 + len(colors)
+    height = -len(values) if top_down else len(values)
+    head = struct.pack(
+        "<IiiHHIIiiII", 40, values.shape[1], height, 1, depth, 0, len(body), 0, 0, len(palette), 0
+    )
+    return b"BM" + struct.pack("<IHHI", start + len(body), 0, 0, start) + head + colors + body
+
+
+def with_pillow(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def put(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def random_values(depth: int, *channels: int) -> np.ndarray:
+    return RANDOM.integers(0, 2**depth, (H, W, *channels))
+
+
+def in_eight_bits(values: np.ndarray, depth: int) -> np.ndarray:
+    """The stated rule: few bits are stretched to 0..255, 16-bit values become round(v / 257)."""
+    if depth == 16:
+        return np.array([int(value / 257 + 0.5) for value in values.reshape(-1).tolist()]).reshape(
+            values.shape
+        )
+    return values * 255 // (2**depth - 1)
+
+
+def grey(values: np.ndarray) -> np.ndarray:
+    return np.stack([values] * 3, axis=2)
+
+
+# Images
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("format", ["png", "tif"])
+def test_grey_images(tmp_path: Path, format: str, depth: int):
+    values = random_values(depth)
+    data = png(values, depth) if format == "png" else tiff(values, depth)
+    image = read_image(put(tmp_path / f"a.{format}", data))
+    assert image.dtype == np.uint8 and image.flags.c_contiguous
+    assert np.array_equal(image, grey(in_eight_bits(values, depth)))
+    assert image_size(tmp_path / f"a.{format}") == (H, W)
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("format", ["png", "tif", "tif big-endian"])
+def test_color_images_and_alpha(tmp_path: Path, format: str, channels: int, depth: int):
+    """Colours stay under transparent pixels: OpenCV multiplies those of TIFFs with alpha."""
+    if format != "png" and (channels, depth) == (2, 16):
+        pytest.skip("grey with alpha of 16 bits is in PNGs alone")
+    values = random_values(depth, channels)
+    values[:, :4, -1] = 0
+    order = ">" if "big" in format else "<"
+    alpha = 2 if channels in (2, 4) else None
+    if format == "png":
+        data = png(values, depth, {2: 4, 3: 2, 4: 6}[channels])
+    else:
+        data = tiff(values, depth, 1 if channels == 2 else 2, order=order, alpha=alpha)
+    wanted = in_eight_bits(values, depth)
+    wanted = grey(wanted[..., 0]) if channels == 2 else wanted[..., :3]
+    assert np.array_equal(read_image(put(tmp_path / f"a.{format[:3]}", data)), wanted)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("format", ["png", "png transparent", "tif", "bmp", "bmp top down"])
+def test_palette_images(tmp_path: Path, format: str, depth: int):
+    if format.startswith("bmp") and depth == 2:
+        pytest.skip("BMP has no 2 bits")
+    values, palette = random_values(depth), RANDOM.integers(0, 256, (2**depth, 3))
+    if format.startswith("png"):
+        transparent = [chunk(b"tRNS", b"\0\x80")] if "transparent" in format else []
+        data = png(values, depth, 3, chunk(b"PLTE", bytes(palette.astype(np.uint8))), *transparent)
+    elif format == "tif":
+        data = tiff(values, depth, 3, palette=(palette.T.reshape(-1) * 257).tolist())
+    else:
+        data = bmp(values, depth, palette, "top" in format)
+    assert np.array_equal(read_image(put(tmp_path / f"a.{format[:3]}", data)), palette[values])
+
+
+def test_other_images(tmp_path: Path):
+    image = random_values(8, 3).astype(np.uint8)
+    picture, other = Image.fromarray(image), Image.fromarray(255 - image)
+    files = {
+        "24.bmp": bmp(image, 24, np.empty((0, 3))),
+        "pillow.bmp": with_pillow(picture, "BMP"),
+        "rgba.bmp": with_pillow(picture.convert("RGBA"), "BMP"),
+        "lossless.webp": with_pillow(picture, "WEBP", lossless=True),
+        "alpha.webp": with_pillow(picture.convert("RGBA"), "WEBP", lossless=True),
+        "pages.tif": with_pillow(picture, "TIFF", save_all=True, append_images=[other]),
+        **{
+            f"{how}.tiff": with_pillow(picture, "TIFF", compression=how)
+            for how in ("tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits")
+        },
+    }
+    for name, data in files.items():
+        assert np.array_equal(read_image(put(tmp_path / name, data)), image), name
+    soft = np.full((16, 24, 3), (200, 100, 50), np.uint8)
+    for name, options in {"JPEG": {}, "WEBP": {}, "TIFF": {"compression": "jpeg"}}.items():
+        path = put(tmp_path / f"soft.{name.lower()[:4]}", with_pillow(Image.fromarray(soft), name, **options))
+        assert np.abs(read_image(path).astype(int) - soft).max() < 8, name
+    grey_jpeg = with_pillow(Image.fromarray(soft[..., 0]), "JPEG")
+    assert np.abs(read_image(put(tmp_path / "grey.jpg", grey_jpeg)).astype(int) - 200).max() < 8
+
+
+@given(values=st.lists(st.integers(0, 65535), min_size=1, max_size=40))
+@settings(max_examples=60, deadline=None)
+def test_the_16_bit_rule(tmp_path_factory, values: list[int]):
+    path = tmp_path_factory.mktemp("deep") / "a.png"
+    path.write_bytes(png(np.array([values]), 16))
+    nearest = [min(range(256), key=lambda v: abs(257 * v - value)) for value in values]
+    assert read_image(path)[0, :, 1].tolist() == nearest
+
+
+def test_images_of_other_depths(tmp_path: Path):
+    for depth, kind, name in ((16, 2, "int16"), (32, 1, "uint32"), (32, 2, "int32"), (32, 3, "float32")):
+        path = put(tmp_path / "a.tif", tiff(random_values(8), depth, kind=kind))
+        with pytest.raises(
+            DataError, match=rf"found 1 channels of {name}, wanted grey or RGB of 8 or 16 bits"
+        ):
+            read_image(path)
+
+
+@pytest.mark.parametrize("turned", range(1, 9))
+@pytest.mark.parametrize("depth", [8, 16])
+def test_tiffs_are_not_turned(tmp_path: Path, turned: int, depth: int):
+    values = random_values(8)
+    path = put(tmp_path / "a.tif", tiff(values * (257 if depth == 16 else 1), depth, turned=turned))
+    assert np.array_equal(read_image(path), grey(values))
+    if depth == 8:
+        assert np.array_equal(read_label(path), values)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("format", ["png", "tif", "tif big-endian"])
+def test_grey_labels_are_values(tmp_path: Path, format: str, depth: int):
+    """Decoders stretch few bits: class 1 would be 255, 85 or 17."""
+    values = random_values(depth) % 256
+    data = (
+        png(values, depth) if format == "png" else tiff(values, depth, order=">" if "big" in format else "<")
+    )
+    label = read_label(put(tmp_path / f"a.{format[:3]}", data))
+    assert label.dtype == np.uint8 and np.array_equal(label, values)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+@pytest.mark.parametrize("format", ["png", "png transparent", "tif", "bmp", "bmp top down"])
+@pytest.mark.parametrize("palette", ["colors", "greys", "equal"])
+def test_palette_labels_are_indices(tmp_path: Path, format: str, depth: int, palette: str):
+    """Whatever the palette: colours, greys from dark to light, or the same for all."""
+    if format.startswith("bmp") and depth == 2:
+        pytest.skip("BMP has no 2 bits")
+    count = 2**depth
+    colors = {
+        "colors": RANDOM.integers(0, 256, (count, 3)),
+        "greys": np.stack([np.arange(count) * 255 // (count - 1)] * 3, 1),
+        "equal": np.full((count, 3), 7),
+    }[palette]
+    values = random_values(depth)
+    if format.startswith("png"):
+        transparent = [chunk(b"tRNS", b"\0\x80")] if "transparent" in format else []
+        data = png(values, depth, 3, chunk(b"PLTE", bytes(colors.astype(np.uint8))), *transparent)
+    elif format == "tif":
+        data = tiff(values, depth, 3, palette=(colors.T.reshape(-1) * 257).tolist())
+    else:
+        data = bmp(values, depth, colors, "top" in format)
+    path = put(tmp_path / f"a.{format[:3]}", data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(read_label(path), values)
+        # The same files with the colours meant.
+        if palette == "colors":
+            table = {tuple(map(int, color)): k for k, color in enumerate(colors)}
+            encoding = LabelEncoding("color", colors=tuple(sorted(table.items())))
+            wanted = np.array([[table[tuple(map(int, colors[v]))] for v in row] for row in values])
+            assert np.array_equal(read_label(path, encoding), wanted)
+
+
+@pytest.mark.parametrize("format", ["png", "tif"])
+def test_transparent_pixels_are_not_labelled(tmp_path: Path, format: str):
+    """Whatever 255 stands for."""
+    values = RANDOM.integers(0, 2, (H, W)) * 255
+    alpha = RANDOM.choice([0, 1, 255], (H, W))
+    one, three = np.stack([values, alpha], 2), np.stack([values, values, values, alpha], 2)
+    binary = label_encoding(class_set(["no", "yes"]), values="binary")
+    wanted = np.where(alpha == 0, IGNORE, values // 255)
+    pair = png(one, 8, 4) if format == "png" else tiff(one, 8, 1, alpha=2)
+    assert np.array_equal(read_label(put(tmp_path / f"a.{format}", pair), binary), wanted)
+    four = png(three, 8, 6) if format == "png" else tiff(three, 8, 2, alpha=2)
+    path = put(tmp_path / f"b.{format}", four)
+    index = label_encoding(class_set(["no", "yes"]), values="binary", format="index")
+    assert np.array_equal(read_label(path, index), wanted)
+    plain = read_label(path, LabelEncoding("index", ignore=200))
+    assert np.array_equal(plain, np.where(alpha == 0, IGNORE, values))
+    in_color = label_encoding(class_set({"no": [0, 0, 0], "yes": [255, 255, 255]}))
+    assert np.array_equal(read_label(path, in_color), wanted)
+    found = examine(
+        manifest_of(tmp_path, path, encoding=in_color, classes=class_set(["no", "yes"]), shape=(H, W))
+    )
+    assert found.faults == () and found.pixels["labeled"][2] == (alpha == 0).sum()
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_value_maps_equal_a_slow_loop(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("map")
+    depth = data.draw(st.sampled_from([8, 16]))
+    top = 2**depth - 1
+    count = data.draw(st.integers(2, 6))
+    names = [f"class {k}" for k in range(count)]
+    targets = st.sampled_from([*range(count), *names, "ignore"])
+    table = data.draw(st.dictionaries(st.integers(0, top), targets, min_size=1, max_size=12))
+    other = data.draw(st.none() | targets)
+    values = data.draw(st.lists(st.sampled_from([*table, 0, 255, top]), min_size=4, max_size=40))
+    encoding = label_encoding(class_set(names), values=table | ({} if other is None else {"other": other}))
+    path = folder / "a.png"
+    path.write_bytes(png(np.array([values]), depth))
+
+    def meaning(name: int | str) -> int:
+        return 255 if name == "ignore" else name if isinstance(name, int) else names.index(name)
+
+    wanted, unknown = [], set()
+    for value in values:
+        if value in table or other is not None:
+            wanted.append(meaning(table.get(value, other)))
+        else:
+            unknown.add(value)
+    if not unknown:
+        assert read_label(path, encoding).tolist() == [wanted]
+        return
+    with pytest.raises(DataError) as caught:
+        read_label(path, encoding)
+    for value in unknown:
+        assert f"{value} ({values.count(value)} pixels)" in str(caught.value)
+    assert "Add them to data.label_values (value: class or ignore, or other: ignore)" in str(caught.value)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_colors_come_back_as_classes(tmp_path_factory, data):
+    color = st.tuples(*[st.integers(0, 255)] * 3)
+    colors = data.draw(st.lists(color, min_size=3, max_size=8, unique=True))
+    classes = class_set({f"class {k}": color for k, color in enumerate(colors[:-1])})
+    encoding = label_encoding(classes, colors={"ignore": [colors[-1]]})
+    label = np.array(data.draw(st.lists(st.integers(0, len(colors) - 1), min_size=1, max_size=30)))[None]
+    pixels = np.array(colors)[label]
+    path = tmp_path_factory.mktemp("colors") / "a.png"
+    path.write_bytes(png(pixels, 8, 2))
+    assert np.array_equal(read_label(path, encoding), np.where(label == len(colors) - 1, IGNORE, label))
+    assert decode_label(path, "auto").tolist() == (pixels @ (65536, 256, 1)).tolist()
+
+
+def test_named_value_maps(tmp_path: Path):
+    path = put(tmp_path / "a.png", png(np.array([[0, 1, 2, 3, 255]])))
+    assert read_label(path, label_encoding(CLASSES, values="one_based")).tolist() == [[255, 0, 1, 2, 255]]
+    masks = label_encoding(class_set(["no", "yes"]), values="binary")
+    assert read_label(put(tmp_path / "b.png", png(np.array([[0, 255]]))), masks).tolist() == [[0, 1]]
+    # The same masks saved with one bit.
+    for name, data in {"c.png": png(np.array([[0, 1]]), 1), "c.tif": tiff(np.array([[0, 1]]), 1)}.items():
+        assert read_label(put(tmp_path / name, data), masks).tolist() == [[0, 1]]
+    ids = label_encoding(CITYSCAPES, values="cityscapes_ids")
+    path = put(tmp_path / "d.png", png(np.array([[0, 7, 33, 34, 255]])))
+    assert read_label(path, ids).tolist() == [[255, 0, 18, 255, 255]]
+    many = class_set([f"class {k}" for k in range(255)])
+    path = put(tmp_path / "e.png", png(np.array([[0, 1, 255]])))
+    assert read_label(path, label_encoding(many, values="one_based")).tolist() == [[255, 0, 254]]
+
+
+def test_values_beyond_255(tmp_path: Path):
+    path = put(tmp_path / "a.png", png(np.array([[0, 255, 256, 26001, 26001]]), 16))
+    with pytest.raises(
+        DataError, match=r"stand for no class: 26001 \(2 pixels\), 256 \(1 pixels\)\. Add them"
+    ):
+        read_label(path)
+    encoding = label_encoding(CLASSES, values={0: "field", 255: 1, 256: "house", 26001: "ignore"})
+    assert read_label(path, encoding).tolist() == [[0, 1, 2, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"values": {0: "street"}},
+            "data.label_values.0: 'street' is neither a class nor ignore; classes: field",
+        ),
+        ({"values": {0: 3}}, "data.label_values.0: 3 is neither a class nor ignore"),
+        ({"values": {"other": "sky"}}, "data.label_values.other: 'sky' is neither"),
+        ({"values": "binary"}, "binary has 2 classes, the recipe has 3"),
+        ({"values": "cityscapes_ids"}, "cityscapes_ids has 19 classes, the recipe has 3"),
+        (
+            {"values": "two_based"},
+            "'two_based' is no value map, nor index, one_based, binary or cityscapes_ids",
+        ),
+        ({"values": "one_based", "ignore": 9}, "data.ignore: has no meaning beside data.label_values"),
+        (
+            {"ignore": 2},
+            "data.ignore: the value 2 lies among the class values 0..2 or above 255: choose one from 3",
+        ),
+        ({"ignore": 256}, "the value 256 lies among"),
+        ({"colors": {"sky": [[1, 2, 3]]}}, "data.label_colors: 'sky' is neither a class nor ignore"),
+        ({"colors": {True: [[1, 2, 3]]}}, "data.label_colors: True is neither a class nor ignore"),
+        (
+            {"colors": {"road": [[1, 2, 3]], "ignore": [[1, 2, 3]]}},
+            "data.classes, data.label_colors: road and ignore have one colour, [1, 2, 3]",
+        ),
+    ],
+)
+def test_encodings_that_cannot_be(arguments: dict, message: str):
+    with pytest.raises(RecipeError) as caught:
+        label_encoding(CLASSES, **{"own_colors": False, **arguments})
+    assert message in str(caught.value)
+
+
+def test_a_color_of_two_classes(tmp_path: Path):
+    """It may be meant for drawing alone, but it is not read as one of them in silence."""
+    classes = class_set({"a": [1, 2, 3], "b": [1, 2, 3], "c": [9, 9, 8]})
+    with pytest.raises(RecipeError, match=r"a and b have one colour, \[1, 2, 3\]"):
+        label_encoding(classes, format="color")
+    with pytest.raises(RecipeError, match=r"c and ignore have one colour, \[9, 9, 8\]"):
+        label_encoding(classes, colors={"ignore": [[9, 9, 8]]})
+    path = put(tmp_path / "a.png", png(np.array([[[9, 9, 8], [1, 2, 3]]]), 8, 2))
+    with pytest.raises(DataError, match=r"stand for no class: \[1, 2, 3\] \(1 pixels\)"):
+        read_label(path, label_encoding(classes))
+
+
+def test_colors_and_values_mixed_up(tmp_path: Path):
+    values, colors = random_values(1), random_values(8, 3)
+    as_color, as_index = LabelEncoding("color", colors=(((0, 0, 0), 0),)), LabelEncoding("index")
+    files = {"png": png, "tif": tiff}
+    for suffix, write in files.items():
+        for depth in (1, 2, 4, 8, 16):
+            path = put(tmp_path / f"a.{suffix}", write(values, depth))
+            with pytest.raises(
+                DataError, match=r"one channel of values, and data.label_format is color. Set it to ind"
+            ):
+                read_label(path, as_color)
+        path = put(tmp_path / f"b.{suffix}", write(colors, 8, 2))
+        with pytest.raises(
+            DataError, match=r"found colours, and data.label_format is index. Set it to color, with the"
+        ):
+            read_label(path, as_index)
+        with pytest.raises(
+            DataError, match=r"found colours, but the classes have none\. Give the classes their col"
+        ):
+            read_label(path)
+        same = put(tmp_path / f"c.{suffix}", write(grey(values), 8, 2))
+        assert np.array_equal(read_label(same, as_index), values)
+        with pytest.raises(DataError, match=r"an index map saved as RGB: set data.label_format: index"):
+            read_label(same)
+        with pytest.raises(DataError, match=r"an index map saved as RGB: set data.label_format: index"):
+            read_label(same, label_encoding(COLORED))
+    border = put(tmp_path / "d.png", png(np.array([[[0, 0, 0], [224, 224, 192]]]), 8, 2))
+    with pytest.raises(
+        DataError, match=r"\[224, 224, 192\] \(1 pixels\)\. Give the classes .*data.label_colors: {ign"
+    ):
+        read_label(border, label_encoding(COLORED))
+
+
+@pytest.mark.parametrize(
+    ("name", "color", "channels"), [("RGB", 2, 3), ("grey with alpha", 4, 2), ("RGB with", 6, 4)]
+)
+def test_deep_labels_have_one_channel(tmp_path: Path, name: str, color: int, channels: int):
+    path = put(tmp_path / "a.png", png(random_values(16, channels), 16, color))
+    with pytest.raises(
+        DataError, match=rf"found a 16-bit {name}.*PNG; 16-bit labels have one channel of values"
+    ):
+        read_label(path)
+
+
+def test_labels_that_cannot_be(tmp_path: Path):
+    colors = put(tmp_path / "a.tif", tiff(random_values(16, 3), 16, 2))
+    with pytest.raises(
+        DataError, match=r"found colours of 16 bits; 16-bit labels have one channel of values"
+    ):
+        read_label(colors, label_encoding(COLORED))
+    floats = put(tmp_path / "b.tif", tiff(random_values(8), 32, kind=3))
+    with pytest.raises(DataError, match=r"pixels of kind F; wanted are indices, a palette or RGB colours"):
+        read_label(floats)
+    for value, kind in ((-1, 2), (65536, 1)):
+        wide = put(tmp_path / "c.tif", tiff(np.array([[0, value]]), 32, kind=kind))
+        with pytest.raises(DataError, match=r"values -?\d+ to \d+; 0 to 65535 are read"):
+            read_label(wide)
+    wide = put(tmp_path / "c.tif", tiff(np.array([[0, 7]]), 32, kind=2))
+    assert read_label(wide).tolist() == [[0, 7]]
+    lossy = put(tmp_path / "d.jpg", with_pillow(Image.fromarray(np.zeros((9, 9), np.uint8)), "JPEG"))
+    with pytest.raises(DataError, match=r"found a JPEG; its compression changes label values"):
+        read_label(lossy)
+    for name, data in {"e.png": b"", "f.png": b"no image", "g.mat": b"", "h.mat": b"no mat"}.items():
+        with pytest.raises(
+            DataError, match=rf"{name}: (cannot be decoded as a label map \(its kind|no class map)"
+        ):
+            read_label(put(tmp_path / name, data))
+
+
+def test_huge_labels_are_an_error(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = put(tmp_path / "a.png", png(random_values(8, 3), 8, 2))
+    with pytest.raises(DataError, match=r"cannot be decoded as a label map \(Image size"):
+        read_label(path, label_encoding(COLORED))
+
+
+# SBD
+
+
+def test_sbd_files(tmp_path: Path):
+    label = RANDOM.integers(0, 21, (H, W), np.uint8)
+    write_mat(tmp_path / "a.mat", label)
+    read = read_label(tmp_path / "a.mat")
+    assert read.dtype == np.uint8 and read.flags.c_contiguous and np.array_equal(read, label)
+    assert np.array_equal(read_label(tmp_path / "a.mat", label_encoding(VOC, format="color")), label)
+
+
+def test_mats_that_are_not_sbds(tmp_path: Path):
+    from scipy.io import savemat
+
+    wrong = {
+        "other": {"x": np.zeros(3)},
+        "instances": {"GTinst": {"Segmentation": np.zeros((2, 2), np.uint8)}},
+        "floats": {"GTcls": {"Segmentation": np.zeros((2, 2))}},
+        "cells": {"GTcls": {"Segmentation": np.array([[1, "a"]], object)}},
+        "deep": {"GTcls": {"Segmentation": np.full((2, 2), 300, np.uint16)}},
+        "negative": {"GTcls": {"Segmentation": np.full((2, 2), -1, np.int16)}},
+        "cube": {"GTcls": {"Segmentation": np.zeros((2, 2, 2), np.uint8)}},
+        "empty": {"GTcls": {"Segmentation": np.zeros((0, 0), np.uint8)}},
+    }
+    for name, content in wrong.items():
+        savemat(tmp_path / f"{name}.mat", content)
+        with pytest.raises(
+            DataError, match=rf"{name}\.mat: no class map of SBD .*Give the files of benchmark_RELEASE"
+        ):
+            read_label(tmp_path / f"{name}.mat")
+
+
+def test_sbd_files_need_scipy(tmp_path: Path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(
+        DataError, match=r'a\.mat: reading \.mat files needs scipy .* pip install "darseg\[sbd\]"'
+    ):
+        read_label(put(tmp_path / "a.mat", b"x"))
+
+
+# Damage
+
+
+def sound_files() -> dict[str, tuple[bytes, Callable[[Path], np.ndarray]]]:
+    values, colors = random_values(2), random_values(8, 3).astype(np.uint8)
+    small = Image.fromarray(values.astype(np.uint8))
+    picture = Image.fromarray(colors)
+    palette = chunk(b"PLTE", bytes(range(12)))
+    scipy_file = io.BytesIO()
+    write_mat(scipy_file, RANDOM.integers(0, 21, (H, W), np.uint8))  # type: ignore[arg-type]
+    return {
+        "grey.png": (png(values, 2), read_label),
+        "palette.png": (png(values, 2, 3, palette), read_label),
+        "color.png": (png(colors, 8, 2), read_image),
+        "deep.png": (png(random_values(16), 16), read_image),
+        "a.jpg": (with_pillow(picture, "JPEG"), read_image),
+        "a.webp": (with_pillow(picture, "WEBP"), read_image),
+        "lossless.webp": (with_pillow(picture, "WEBP", lossless=True), read_image),
+        "image.bmp": (bmp(colors, 24, np.empty((0, 3))), read_image),
+        "label.bmp": (bmp(values, 8, np.array([[3, 1, 2]] * 4)), read_label),
+        "image.tif": (with_pillow(picture, "TIFF"), read_image),
+        "deep.tif": (tiff(random_values(16, 3), 16, 2), read_image),
+        "label.tif": (tiff(values, 4), read_label),
+        "lzw.tif": (with_pillow(small, "TIFF", compression="tiff_lzw"), read_label),
+        "deflate.tif": (with_pillow(picture, "TIFF", compression="tiff_deflate"), read_image),
+        "a.mat": (scipy_file.getvalue(), read_label),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", sound_files())
+def test_damaged_files(tmp_path: Path, name: str):
+    """Cut short or altered: an error that names the file, never another exception or a crash. What has a checksum –
+    PNG, SBD's .mat – is never read wrongly."""
+    data, read = sound_files()[name]
+    path = put(tmp_path / name, data)
+    sound = read(path)
+    for share in (0.1, 0.3, 0.5, 0.8):
+        put(path, data[: int(len(data) * share)])
+        with pytest.raises(DataError, match=name):
+            read(path)
+    generator, same = random.Random(3), 0
+    for _ in range(120):
+        at = generator.randrange(len(data) if generator.random() < 0.6 else min(len(data), 150))
+        changed = bytearray(data)
+        match generator.randrange(3):
+            case 0:
+                changed[at] ^= 1 << generator.randrange(8)
+            case 1:
+                changed[at:at] = bytes([generator.randrange(256)])
+            case 2:
+                changed[at : at + 8] = bytes(8)
+        try:
+            read_now = read(put(path, bytes(changed)))
+        except DataError as error:
+            assert str(path) in str(error)
+            continue
+        if name.endswith((".png", ".mat")):
+            assert np.array_equal(read_now, sound)
+            same += 1
+    assert not name.endswith(".png") or same < 20
+
+
+def test_a_png_of_nothing(tmp_path: Path):
+    for data in (b"\x89PNG\r\n\x1a\n" + chunk(b"IEND", b""), b"\x89PNG\r\n\x1a\nIEND", b"\x89PNG"):
+        path = put(tmp_path / "a.png", data)
+        for read in (read_image, read_label):
+            with pytest.raises(
+                DataError, match=r"a\.png: (cannot be decoded, it is damaged|the file is truncated)"
+            ):
+                read(path)
+
+
+# What check says
+
+
+def manifest_of(folder: Path, *labels: Path, encoding=PLAIN, classes=CLASSES, shape=(6, 8)) -> Manifest:
+    image = folder / "image.png"
+    assert cv2.imwrite(str(image), np.zeros((*shape, 3), np.uint8))
+    samples = tuple(Sample(path.stem, image, path, encoding) for path in labels)
+    return Manifest(classes, samples, (), ())
+
+
+def recipe_of(folder: Path, classes: object, *labels: bytes, suffix: str = ".png", **data: object):
+    """A recipe in a file, over a data set of these label files; its images fit."""
+    for role, start in (("labels", 0), ("more", len(labels))):
+        for index, content in enumerate(labels):
+            path = put(folder / "labels" / f"{start + index}{suffix}", content)
+            try:
+                height, width = Image.open(path).size[::-1]
+            except OSError:
+                height, width = H, W
+            put(folder / "images" / f"{start + index}.png", png(np.zeros((height, width), int)))
+        ids = [str(start + index) for index in range(len(labels))]
+        (folder / ("labeled.txt" if role == "labels" else "validation.txt")).write_text("\n".join(ids))
+    put(folder / "images" / "u.png", png(np.zeros((H, W), int)))
+    (folder / "unlabeled.txt").write_text("u")
+    recipe = recipe_dict(folder)
+    recipe["data"] |= {"classes": classes, **data}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+def stripes(*values: int) -> np.ndarray:
+    return np.repeat(np.array([values]), 4, 0)
+
+
+THREE, TWO = ["field", "road", "house"], ["no", "yes"]
+MISTAKES = {
+    "masks": (TWO, [png(stripes(0, 255))], "set data.label_values: binary", {"label_values": "binary"}),
+    "masks of three": (
+        THREE,
+        [png(stripes(0, 255))],
+        "data.label_values: {0: field, 255: …}",
+        {"label_values": {0: "field", 255: "road"}},
+    ),
+    "counted from one": (
+        THREE,
+        [png(stripes(1, 2, 3))],
+        "set data.label_values: one_based",
+        {"label_values": "one_based"},
+    ),
+    "shifted, 0 is not labelled": (
+        THREE,
+        [png(stripes(0, 1, 2, 3))],
+        "if 0 is not labelled and classes are counted from 1, set data.label_values: one_based",
+        {"label_values": "one_based"},
+    ),
+    "last is not labelled": (
+        THREE,
+        [png(stripes(0, 1, 2, 3))],
+        "if 3 is not labelled, set data.ignore: 3",
+        {"ignore": 3},
+    ),
+    "spread greys": (
+        THREE,
+        [png(stripes(0, 100, 200))],
+        "data.label_values: {0: …, 100: …, 200: …}",
+        {"label_values": {0: "field", 100: "road", 200: "house"}},
+    ),
+    "cityscapes ids": (
+        "cityscapes",
+        [png(stripes(*range(34)))],
+        "set data.label_values: cityscapes_ids",
+        {"label_values": "cityscapes_ids"},
+    ),
+    "some cityscapes ids": (
+        "cityscapes",
+        [png(stripes(0, 1, 3, 7, 8, 11, 17, 20, 21, 22, 23, 24, 26, 27))],
+        "set data.label_values: cityscapes_ids",
+        {"label_values": "cityscapes_ids"},
+    ),
+    "colours as grey": (
+        {"sky": [70, 130, 180], "road": [128, 64, 128], "car": [0, 0, 142]},
+        [png(stripes(118, 90, 16))],
+        "the label values are the greys of the class colours (16 as car, 90 as road, 118 as sky)",
+        {"label_values": {118: "sky", 90: "road", 16: "car"}},
+    ),
+    "colours without a table": (
+        THREE,
+        [png(np.array([[[0, 0, 0], [1, 2, 3], [4, 5, 6]]]), 8, 2)],
+        "data.classes: {name: [red, green, blue]}",
+        {"classes": {"field": [0, 0, 0], "road": [1, 2, 3], "house": [4, 5, 6]}},
+    ),
+    "a border": (
+        {"field": [0, 0, 0], "road": [1, 2, 3], "house": [4, 5, 6]},
+        [png(np.array([[[0, 0, 0], [1, 2, 3], [4, 5, 6], [224, 224, 192]]]), 8, 2)],
+        "data.label_colors: {ignore: [[0, 0, 0]]}",
+        {"label_colors": {"ignore": [[224, 224, 192]]}},
+    ),
+    "an index map as RGB": (
+        THREE,
+        [png(grey(stripes(0, 1, 2)), 8, 2)],
+        "set data.label_format: index",
+        {"label_format": "index"},
+    ),
+    "a palette of colours that differ from file to file": (
+        {"field": [0, 0, 0], "road": [1, 2, 3]},
+        [png(stripes(0, 0, 7), 8, 3, chunk(b"PLTE", bytes([*[0] * 21, 1, 2, 3])))],
+        "data.label_values: {0: …, 7: …}",
+        {"label_format": "color"},
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_usual_mistakes_are_named_and_the_remedy_works(tmp_path: Path, call, mistake: str):
+    classes, labels, advice, remedy = copy.deepcopy(MISTAKES[mistake])
+    path = recipe_of(tmp_path, classes, *labels)
+    found = check(load_recipe(path))
+    told = "\n".join([*found.faults, *found.warnings])
+    assert advice in told, told
+    assert found.faults
+    code, shown, err = call("check", path)
+    assert code == 2 and advice.split(": ")[-1][:18] in " ".join((shown + err).split())
+    mended = check(
+        load_recipe(recipe_of(tmp_path / "mended", remedy.pop("classes", classes), *labels, **remedy))
+    )
+    assert mended.faults == (), mended.faults
+    assert not any("label_" in warning or "data.ignore" in warning for warning in mended.warnings)
+    assert sum(mended.pixels["labeled"][:-1]) > 0
+
+
+SOUND = {
+    "classes": (THREE, stripes(0, 1, 2)),
+    "with ignored": (THREE, stripes(0, 1, 2, 255)),
+    "two": (TWO, stripes(0, 1)),
+    "two with ignored": (TWO, stripes(0, 1, 255)),
+    "all of cityscapes": ("cityscapes", stripes(*range(19), 255)),
+    "all of voc": ("voc", stripes(*range(21), 255)),
+    "255 classes": ([f"class {k}" for k in range(255)], stripes(*range(256))),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_sound_labels_get_no_false_alarm(tmp_path: Path, case: str):
+    classes, values = SOUND[case]
+    found = check(load_recipe(recipe_of(tmp_path, classes, png(values), png(values[::-1]))))
+    assert found.faults == () and found.warnings == () and found.notes == ()
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_no_values_of_classes_are_a_mistake(data):
+    """Classes and 255 in any combination that has class 0 and another: nothing to say."""
+    count = data.draw(st.integers(2, 40))
+    classes = data.draw(st.sampled_from([CITYSCAPES, VOC, class_set([f"class {k}" for k in range(count)])]))
+    seen = data.draw(st.sets(st.sampled_from([*range(len(classes)), 255]))) | {
+        0,
+        data.draw(st.integers(1, 1)),
+    }
+    for encoding in (PLAIN, label_encoding(classes), label_encoding(classes, ignore=254)):
+        assert usual_mistakes(seen, classes, encoding) == []
+
+
+def test_an_absent_class_0_is_a_matter_for_a_warning(tmp_path: Path):
+    found = check(load_recipe(recipe_of(tmp_path, THREE, png(stripes(1, 2)))))
+    assert found.faults == ()
+    assert "no label holds the value 0 (field). If classes are counted from 1" in found.warnings[0]
+    # Nor does another fault make it one.
+    path = recipe_of(tmp_path / "b", THREE, png(stripes(1, 2)))
+    put(tmp_path / "b" / "images" / "u.png", b"")
+    found = check(load_recipe(path))
+    assert len(found.faults) == 1 and "u.png: cannot be decoded" in found.faults[0]
+
+
+def test_unreadable_labels_are_not_taken_for_absent_values(tmp_path: Path):
+    """The missing values may be in them."""
+    for values in (stripes(0, 255), stripes(1)):
+        path = recipe_of(tmp_path, TWO, png(values), png(stripes(0, 1)))
+        for name in ("1", "3"):
+            put(tmp_path / "labels" / f"{name}.png", b"broken")
+        found = check(load_recipe(path))
+        assert len(found.faults) == 2 and all(
+            "cannot be decoded as a label map" in fault for fault in found.faults
+        )
+        assert not any("label_values" in line for line in (*found.faults, *found.warnings))
+
+
+def test_mats_and_pngs_of_voc_are_checked_together(tmp_path: Path):
+    truth = draw_voc(tmp_path / "VOC2012", sbd=tmp_path / "VOC2012" / "SBD")
+    root = tmp_path / "VOC2012"
+    samples = [
+        Sample(name, root / "JPEGImages" / f"{name}.jpg", root / "SBD" / "cls" / f"{name}.mat")
+        for name in VOC_FURTHER
+    ]
+    found = examine(Manifest(VOC, tuple(samples), (), ()))
+    assert found.faults == ()
+    counts = sum(np.bincount(truth[name].reshape(-1), minlength=256) for name in VOC_FURTHER)
+    assert found.pixels["labeled"].tolist() == [*counts[:21], counts[255]]
+
+
+def test_vocs_palette_is_that_of_its_colors():
+    colors = np.array(voc_palette()).reshape(256, 3)
+    assert [tuple(color) for color in colors[:21].tolist()] == list(VOC.colors)
+    assert colors[255].tolist() == [224, 224, 192]
