@@ -455,6 +455,13 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         for name in ("images", "labels"):
             if getattr(data, name) is not None:
                 yield ("data", name), f"layout {data.layout} knows where they are; leave it out"
+        for role in ("labeled", "unlabeled", "validation", "test"):
+            if (source := getattr(data, role)) and source.labels is not None:
+                yield ("data", role, "labels"), f"layout {data.layout} knows where they are; leave it out"
+    if data.label_format == "index" and data.label_colors:
+        yield ("data", "label_colors"), "has no meaning with label_format index; leave one out"
+    if data.label_format == "color" and data.label_values != "index":
+        yield ("data", "label_values"), "has no meaning with label_format color; leave one out"
     if data.layout != "voc" and data.sbd:
         yield ("data", "sbd"), f"belongs to layout voc, this is {data.layout}"
     for role in ("labeled", "unlabeled", "validation", "test"):

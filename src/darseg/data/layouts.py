@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from darseg.data.labels import IDS_SUFFIX
+from darseg.data.labels import IDS_SUFFIX, TRAIN_IDS_SUFFIX
 from darseg.errors import DataError
 
 CITIES = (
@@ -36,7 +36,8 @@ NEEDED = {
     "cityscapes": ("leftImg8bit", "gtFine"),
     "voc": ("JPEGImages", "ImageSets/Segmentation", "SegmentationClass"),
 }
-VOC_LABELS = ("SegmentationClass", "SegmentationClassAug")
+AUGMENTED = "SegmentationClassAug"
+VOC_LABELS = ("SegmentationClass", AUGMENTED)
 SBD_PLACES = (
     "SBD",
     "benchmark_RELEASE/dataset",
@@ -56,11 +57,14 @@ class Layout:
 
     Attributes:
         sbd: the folder of SBD that holds `cls/ID.mat`; None where there is none.
+        train_ids: of Cityscapes' labels the 19 train ids are wanted: `labelTrainIds`, else `labelIds`, which are mapped.
+            False: the ids of the download are, for classes of the user's own, and those of the other file mean others.
     """
 
     name: Literal["cityscapes", "voc"]
     root: Path
     sbd: Path | None = None
+    train_ids: bool = True
 
     @property
     def images(self) -> Path:
@@ -69,9 +73,14 @@ class Layout:
     def label_of(self, image: Path) -> Path | None:
         """The label file of an image, the first there is.
 
-        Cityscapes: `labelTrainIds`, else `labelIds`. VOC: `SegmentationClass`, else `SegmentationClassAug`, else SBD's.
+        Cityscapes: `labelTrainIds`, if these are wanted, else `labelIds`. VOC: `SegmentationClass`, else
+        `SegmentationClassAug`, else SBD's.
         """
         return next((path for path in self._candidates(image) if path.is_file()), None)
+
+    def stand_in(self, image: Path) -> Path | None:
+        """The label file to take where a list names one that does not exist."""
+        return self.label_of(image) if self.name == "voc" or self.train_ids else None
 
     def _candidates(self, image: Path) -> Iterable[Path]:
         if self.name == "cityscapes":
@@ -81,7 +90,8 @@ class Layout:
                 kind = "gtCoarse" if below.parts[1] == "train_extra" else "gtFine"
                 stem = image.stem.removesuffix(IMAGE_ENDING)
                 folder = self.root.joinpath(kind, *below.parts[1:-1])
-                yield folder / f"{stem}_{kind}_labelTrainIds.png"
+                if self.train_ids:
+                    yield folder / f"{stem}_{kind}{TRAIN_IDS_SUFFIX}"
                 yield folder / f"{stem}_{kind}{IDS_SUFFIX}"
         else:
             for folder in VOC_LABELS:
@@ -89,39 +99,42 @@ class Layout:
             if self.sbd:
                 yield self.sbd / "cls" / f"{image.stem}.mat"
 
+    def where_labels_are(self) -> str:
+        """For messages."""
+        if self.name == "cityscapes":
+            return f"gtFine (as its image, …{TRAIN_IDS_SUFFIX} or …{IDS_SUFFIX})"
+        return "SegmentationClass, SegmentationClassAug or SBD's cls"
+
     def training_ids(self) -> list[str]:
         """Ids of VOC's training images with SBD's: 1,464 + 9,118, every image with a label but those of val.txt."""
         segmentation = self.root / "ImageSets/Segmentation"
         ids = set(_list(segmentation / "train.txt"))
-        augmented = self.root / "SegmentationClassAug"
-        if augmented.is_dir():
-            ids |= {path.stem for path in augmented.glob("*.png")}
+        ids |= {path.stem for path in _files(self.root / AUGMENTED, "*.png")}
         if self.sbd:
-            ids |= {path.stem for path in (self.sbd / "cls").glob("*.mat")}
+            ids |= {path.stem for path in _files(self.sbd / "cls", "*.mat")}
         return sorted(ids - set(_list(segmentation / "val.txt")))
 
     def missing(self) -> list[str]:
         """A line for each folder that is not there, and what to do about it."""
+        if not self.root.is_dir():
+            return [f"{self.root} does not exist: set data.root to the folder that holds {self.images.name}"]
+        folders = self._lacking(self.root)
+        if folders and (meant := next((place for place in self._near() if not self._lacking(place)), None)):
+            return [f"{self.root} has no {' and no '.join(folders)}, {meant} has: set data.root to that"]
         lines = []
-        for folder in NEEDED[self.name]:
-            if folder == "SegmentationClass" and (self.root / "SegmentationClassAug").is_dir():
-                continue
-            if (self.root / folder).is_dir():
-                continue
-            archive = ARCHIVES[folder].partition(" ")[0]
-            if (self.root / archive).exists():
-                lines.append(f"{self.root / folder} is missing, and {archive} lies there packed: unpack it")
-            elif nested := next(self.root.glob(f"*/{folder}"), None) or next(
-                self.root.glob(f"*/*/{folder}"), None
-            ):
-                place = nested
-                for _ in Path(folder).parts:
-                    place = place.parent
+        for folder in folders:
+            path = self.root / folder
+            archive, _, site = ARCHIVES[folder].partition(" from ")
+            elsewhere = next((near / folder for near in self._near() if (near / folder).is_dir()), None)
+            packed = next((near for near in (self.root, *self._near()) if (near / archive).is_file()), None)
+            if elsewhere:
+                lines.append(f"{path} is missing, but {elsewhere} is there: move or link it to {path}")
+            elif packed:
                 lines.append(
-                    f"{self.root / folder} is missing, but {nested} is there: set data.root to {place}"
+                    f"{path} is missing, and {packed / archive} is still packed: unpack it in {self.root}"
                 )
             else:
-                lines.append(f"{self.root / folder} is missing: get {ARCHIVES[folder]} and unpack it there")
+                lines.append(f"{path} is missing: get {archive} from {site} and unpack it in {self.root}")
         if self.name == "voc" and not lines:
             for name in VOC_COUNTS:
                 if not (self.root / f"ImageSets/Segmentation/{name}.txt").is_file():
@@ -131,6 +144,17 @@ class Layout:
                     )
         return lines
 
+    def _lacking(self, root: Path) -> list[str]:
+        there = {folder for folder in (*NEEDED[self.name], AUGMENTED) if (root / folder).is_dir()}
+        if AUGMENTED in there:  # has the labels of the other, too
+            there.add("SegmentationClass")
+        return [folder for folder in NEEDED[self.name] if folder not in there]
+
+    def _near(self) -> list[Path]:
+        """Folders that `root` may have been meant to be: in it, later years first, in those, and around it."""
+        inside = [path for pattern in ("*", "*/*") for path in sorted(self.root.glob(pattern), reverse=True)]
+        return [*(path for path in inside if path.is_dir()), self.root.parent, self.root.parent.parent]
+
     def warnings(self) -> list[str]:
         """What a half-unpacked or half-loaded download lacks, compared with the published counts."""
         return self._cityscapes_warnings() if self.name == "cityscapes" else self._voc_warnings()
@@ -138,7 +162,7 @@ class Layout:
     def _cityscapes_warnings(self) -> list[str]:
         lines = []
         for split, cities in (("train", CITIES), ("val", VALIDATION_CITIES)):
-            images = sorted((self.images / split).glob(f"*/*{IMAGE_ENDING}.*"))
+            images = _files(self.images / split, f"*/*{IMAGE_ENDING}.*")
             if len(images) != CITYSCAPES_COUNTS[split]:
                 gone = [city for city in cities if not (self.images / split / city).is_dir()]
                 named = f"; cities without a folder: {', '.join(gone)}" if gone else ""
@@ -161,8 +185,18 @@ class Layout:
         for name, count in VOC_COUNTS.items():
             found = len(_list(segmentation / f"{name}.txt"))
             if found != count:
-                lines.append(f"{segmentation / name}.txt lists {found:,} images, VOC 2012 has {count:,}")
-        beyond = len(set(self.training_ids()) - set(_list(segmentation / "train.txt")))
+                lines.append(
+                    f"{segmentation / name}.txt lists {found:,} images, VOC 2012 has {count:,}. Unpack "
+                    f"{ARCHIVES['ImageSets/Segmentation']} again if it should be the official list"
+                )
+        ids = set(self.training_ids())
+        bare = sorted(ids - {path.stem for path in _files(self.images, "*")})
+        if bare:
+            lines.append(
+                f"{len(bare):,} images with a label are not in {self.images} and are left out, the first is {bare[0]}. "
+                f"Unpack {ARCHIVES['JPEGImages']} again"
+            )
+        beyond = len(ids - set(_list(segmentation / "train.txt")))
         if beyond == 0:
             lines.append(
                 f"neither {self.root / 'SegmentationClassAug'} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or "
@@ -172,7 +206,7 @@ class Layout:
         elif beyond != VOC_UNLABELED:
             lines.append(
                 f"{beyond:,} images have a label besides those of train.txt and val.txt; VOC with SBD has "
-                f"{VOC_UNLABELED:,}"
+                f"{VOC_UNLABELED:,}. Unpack SBD's benchmark.tgz again if it should be whole"
             )
         return lines
 
@@ -186,6 +220,11 @@ def find_sbd(root: Path, given: Path | None) -> Path | None:
             )
         return given
     return next((root / place for place in SBD_PLACES if (root / place / "cls").is_dir()), None)
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """Without the hidden ones that some systems add."""
+    return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def _list(path: Path) -> list[str]:

@@ -213,7 +213,7 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
             continue
         image, label = pair
         path = source.root / image
-        stand_in = source.layout.label_of(path) if source.layout else None
+        stand_in = source.layout.stand_in(path) if source.layout else None
         if label is not None and not os.path.isfile(source.root / label) and stand_in is None:
             wrong.append(f"line {number}: label {source.root / label} does not exist")
             continue
@@ -278,24 +278,23 @@ def build_manifest(
     manifest = Manifest(
         classes, roles["labeled"], roles["unlabeled"], roles.get("validation", ()), roles.get("test", ())
     )
-    wrong = _role_faults(manifest)
+    where = default.layout.where_labels_are() if default.layout else "data.labels (same path, .png)"
+    wrong = _role_faults(manifest, where)
     if wrong:
         raise DataError(faults("The roles of the images do not work out", wrong))
     return manifest
 
 
-def _role_faults(manifest: Manifest) -> list[str]:
+def _role_faults(manifest: Manifest, where: str) -> list[str]:
     wrong = []
     if not manifest.labeled:
-        wrong.append(
-            "no labelled images: at least one image needs a label map in data.labels (same path, .png)"
-        )
+        wrong.append(f"no labelled images: at least one image needs a label map in {where}")
     for role in ("labeled", "validation", "test"):
         bare = [sample.id for sample in manifest.roles()[role] if sample.label is None]
         if bare:
             wrong.append(
                 f"{role}: {len(bare)} image(s) without label map, the first is {bare[0]!r}; each needs one in "
-                "data.labels (same path, .png) or behind its path in the list"
+                f"{where} or behind its path in the list"
             )
     role_of: dict[Path, str] = {}
     for role, samples in manifest.roles().items():

@@ -13,7 +13,7 @@ import torch
 
 from darseg.config import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
 from darseg.data.augment import Augmentation
-from darseg.data.classes import ClassSet, class_set
+from darseg.data.classes import CITYSCAPES, ClassSet, class_set
 from darseg.data.labels import label_encoding, read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, build_manifest
@@ -75,7 +75,12 @@ def manifest_of(recipe: Recipe) -> Manifest:
         )
 
     roles = (labeled, data.unlabeled, validation, data.test)
-    return build_manifest(classes, default, *map(source, roles))
+    try:
+        return build_manifest(classes, default, *map(source, roles))
+    except DataError as error:
+        if layout and (hints := layout.warnings()):
+            raise DataError(faults(f"{error}\nThe data set itself", hints)) from None
+        raise
 
 
 def layout_of(recipe: Recipe) -> Layout | None:
@@ -84,7 +89,7 @@ def layout_of(recipe: Recipe) -> Layout | None:
     if data.layout == "folders":
         return None
     sbd = find_sbd(root, root / data.sbd if data.sbd else None) if data.layout == "voc" else None
-    layout = Layout(data.layout, root, sbd)
+    layout = Layout(data.layout, root, sbd, train_ids=classes_of(recipe).names == CITYSCAPES.names)
     missing = layout.missing()
     if missing:
         raise DataError(faults(f"data.layout {data.layout}: the data set is not whole", missing))
