@@ -141,7 +141,7 @@ def test_evaluate_run_and_checkpoint_agree(call, run: Path, recipe_file: Path, t
         (["evaluate", "RUN", "--role", "test"], "no test images"),
         (["evaluate", "RUN", "--round", "5"], "round 5 is not finished"),
         (["evaluate", "RUN/round_0/network.safetensors"], "--recipe"),
-        (["predict", "RUN", "EMPTY", "OUT"], "no JPEG or PNG images"),
+        (["predict", "RUN", "EMPTY", "OUT"], "no images found"),
         (["predict", "EMPTY", "EMPTY", "OUT"], "no finished round"),
         (["train", "nowhere.yaml"], "no such recipe"),
     ],
