@@ -18,6 +18,8 @@ from darseg.config import load_recipe
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
+from darseg.errors import RunError
+from darseg.run.evaluate import evaluate
 from darseg.run.rounds import train
 
 
@@ -132,6 +134,24 @@ def test_evaluate_run_and_checkpoint_agree(call, run: Path, recipe_file: Path, t
     one, other = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert one == other
     assert one["iou"] == json.loads((run / "summary.json").read_text())["rounds"][0]["iou"]
+
+
+def test_evaluate_takes_changes_of_the_protocol(call, run: Path) -> None:
+    changes = ["evaluation.scales=[0.5, 1.0]", "evaluation.mirror=false"]
+    code, out, _ = call("evaluate", run, *changes)
+    assert code == 0 and "no mirror, scales [0.5, 1.0]" in out
+    again = call(
+        "evaluate", run / "round_0" / "network.safetensors", "--recipe", run / "recipe.yaml", *changes
+    )
+    assert again[0] == 0 and again[1].partition("\nclass")[2] == out.partition("\nclass")[2] != ""
+    code, _, err = call("evaluate", run, "evaluation.scale=[0.5]")
+    assert code == 2 and "evaluation.scales" in err
+
+
+def test_changes_beside_a_loaded_recipe_are_refused(run: Path) -> None:
+    # They would have no effect, and the scores would say nothing of it.
+    with pytest.raises(RunError, match="them to load_recipe"):
+        evaluate(run, load_recipe(run / "recipe.yaml"), overrides=["evaluation.scales=[0.5]"])
 
 
 @pytest.mark.parametrize(

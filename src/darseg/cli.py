@@ -153,16 +153,13 @@ def evaluate(
     """Score a trained network on labelled images, by the recipe's protocol or a changed one."""
     from darseg.config import load_recipe
     from darseg.run.build import classes_of
-    from darseg.run.directory import write_json
+    from darseg.run.directory import RunDirectory, write_json
     from darseg.run.evaluate import evaluate as run_evaluate
-    from darseg.run.evaluate import load_trained
 
     changes = overrides or []
     given = load_recipe(recipe, changes) if recipe else None
-    scores, protocol = run_evaluate(source, given, role.value, round_index, changes)
-    known = given or load_trained(source).recipe
-    assert known is not None
-    names = classes_of(known).names
+    scores, protocol = run_evaluate(source, given, role.value, round_index, [] if given else changes)
+    names = classes_of(given or load_recipe(RunDirectory(source).recipe, changes)).names
     described: dict[str, Any] = scores.to_json(names) | {"protocol": protocol.describe(), "role": role.value}
     rows = [["class", "IoU", "precision", "recall"]]
     rows += [[name, *(described[key][name] for key in ("iou", "precision", "recall"))] for name in names]

@@ -51,10 +51,12 @@ class Trained:
         return Protocol((self.network.legal_side(height), self.network.legal_side(width)))
 
 
-def load_trained(source: Path | str, round_index: int | None = None) -> Trained:
+def load_trained(
+    source: Path | str, round_index: int | None = None, overrides: Sequence[str] = ()
+) -> Trained:
     """The network of a run folder (its last finished round, or `round_index`) or of a .safetensors file.
 
-    Raises RunError, WeightsError.
+    `overrides` change the run folder's recipe. Raises RunError, WeightsError, RecipeError.
     """
     recipe, source = None, Path(source)
     path = source
@@ -63,7 +65,7 @@ def load_trained(source: Path | str, round_index: int | None = None) -> Trained:
         path = run.last_network() if round_index is None else run.network(round_index)
         if not path.exists():
             raise RunError(f"{source}: round {round_index} is not finished ({path} does not exist).")
-        recipe = load_recipe(run.recipe)
+        recipe = load_recipe(run.recipe, overrides)
     elif not source.exists():
         raise RunError(f"{source}: no such run folder or checkpoint.")
     return Trained(place(load_network(path)), read_spec(path), recipe, path)
@@ -91,13 +93,18 @@ def evaluate(
     Args:
         source: run folder or .safetensors checkpoint; the latter needs `recipe`, which names data and protocol.
         role: "validation", "test", "labeled", or "unlabeled" where those images have labels.
-        overrides: changes of the run folder's recipe, as in "evaluation.scales=[0.75, 1.0]".
+        overrides: changes of the run folder's recipe, as in "evaluation.scales=[0.75, 1.0]"; a `recipe` takes its own
+            when it is loaded.
 
-    Raises RunError, WeightsError, DataError.
+    Raises RunError, WeightsError, RecipeError, DataError.
     """
-    trained = load_trained(source, round_index)
-    if recipe is None and trained.recipe is not None:
-        recipe = load_recipe(RunDirectory(Path(source)).recipe, overrides)
+    if recipe is not None and overrides:
+        raise RunError(
+            f"overrides {', '.join(overrides)}: they change a run folder's own recipe, and another one is given. Give "
+            "them to load_recipe."
+        )
+    trained = load_trained(source, round_index, overrides)
+    recipe = recipe or trained.recipe
     if recipe is None:
         raise RunError(
             f"{source} is a checkpoint outside a run folder: name the data with --recipe RECIPE.yaml."
