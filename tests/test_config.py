@@ -146,10 +146,31 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
         ("data.labeled={every: 2, except_every: 2}", "should have one"),
         ("network.weights=null", '"none"'),
         ("training.learning_rate=.nan", "training.learning_rate"),
+        ("training.micro_batch=3", "found 3; should divide training.batch, 16"),
+        ("training.micro_batch=16", "found 16; should divide training.half_batch, 8"),
+        ("network={weights: none, architecture: deeplabv2, head_channels: 64}", "deeplabv2 has no such head"),
+        (
+            "network={weights: none, architecture: deeplabv2, auxiliary_weight: 0.4}",
+            "deeplabv2 has no such head",
+        ),
+        ("network.weights={url: 'https://a/b', sha256: 1234567}", "8 to 64 hex digits"),
+        ("data.label_values=grey", "should be one of index, one_based"),
+        ("data.label_values={}", "in {0: ignore, 255: crack}"),
+        ("data.label_values={-1: road}", "-1 is no label value"),
+        ("data.label_values={0: [1]}", "0: [1] should be a class, by name or index, or ignore"),
+        ("data.label_colors=[1]", "should be class: [[red, green, blue]"),
+        ("data.label_colors={road: [1, 2, 3]}", "road: should be a list of colours"),
     ],
 )
 def test_values_that_cannot_work(tmp_path: Path, override: str, message: str) -> None:
     assert message in refused(write(tmp_path), override)
+
+
+def test_quirks_that_a_backbone_cannot_have(tmp_path: Path) -> None:
+    # The plan would say that stage 4 learns faster, and nothing of it would happen.
+    network = "network={weights: none, architecture: deeplabv2, backbone: timm/resnet18}"
+    assert "belongs to a ResNet of darseg" in refused(write(tmp_path), network, "release_quirks=true")
+    assert not load_recipe(tmp_path / "recipe.yaml", [network]).release_quirks
 
 
 def test_a_fault_that_an_override_mends_is_none(tmp_path: Path) -> None:

@@ -494,6 +494,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         for name in ("head_channels", "auxiliary_weight"):
             if getattr(network, name):
                 yield ("network", name), "deeplabv2 has no such head; leave it out"
+        if recipe.release_quirks and network.backbone.startswith("timm/"):
+            yield (
+                ("release_quirks",),
+                "stage 4 at 10 x belongs to a ResNet of darseg; choose one as network.backbone",
+            )
     micro, half = training.micro_batch, training.half_batch or training.batch // 2
     for name, size in (("batch", training.batch), ("half_batch", half if len(recipe.rounds) > 1 else 0)):
         if micro and size % micro:
