@@ -257,6 +257,13 @@ def test_backbones_alone_are_not_converted(tmp_path: Path, call: Callable) -> No
     assert not (tmp_path / "n.safetensors").exists()
 
 
+def test_networks_of_darseg_have_their_own_number_of_classes(tmp_path: Path) -> None:
+    spec = NetworkSpec("pspnet", "resnet50_deep", 3)
+    save_network(spec.build(), tmp_path / "ours.safetensors", spec)
+    convert(tmp_path / "ours.safetensors", tmp_path / "again.safetensors", "pspnet50")
+    assert read_spec(tmp_path / "again.safetensors") == spec
+
+
 def test_other_refusals_of_convert(psp_file: Path, tmp_path: Path, call: Callable) -> None:
     whole, cut = psp_file.read_bytes(), tmp_path / "cut.pth"
     out = tmp_path / "n.safetensors"

@@ -166,7 +166,7 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
 
     Raises WeightsError, leaving the network as it was, where strictness is hurt or nothing fits at all.
     """
-    found = {key.removeprefix("module."): value for key, value in _read_tensors(source).items()}
+    found = _read_bare(source)
     backbone, wanted = network.backbone, network.state_dict()
     architecture = released_architecture(found)
     whole = architecture is not None or any(key.startswith("backbone.") for key in found)
@@ -214,11 +214,8 @@ def _advice(network: Network, found: Mapping[str, Tensor], architecture: str | N
             "resnet50 and resnet50_deep, are two backbones)."
         )
     told = [f"The file's layout is that of the released {architecture}."] if architecture else []
-    names = (CLASSIFIERS.get(architecture or "", ""), "head.classifier.weight", "head.branches.0.weight")
-    classes = next(
-        (len(found[name]) for name in names if name in found and found[name].ndim), network.classes
-    )
-    if classes != network.classes:
+    classes = _classes_in(found)
+    if classes not in (None, network.classes):
         told.append(f"The file is of a network for {classes} classes, this one has {network.classes}.")
     return " ".join(
         [
@@ -227,6 +224,12 @@ def _advice(network: Network, found: Mapping[str, Tensor], architecture: str | N
             "--no-strict with darseg convert.",
         ]
     )
+
+
+def _classes_in(found: Mapping[str, Tensor]) -> int | None:
+    """Classes of the whole network in a file, the release's or darseg's; None of a backbone alone."""
+    names = (*CLASSIFIERS.values(), "head.classifier.weight", "head.branches.0.weight")
+    return next((len(found[name]) for name in names if name in found and found[name].ndim), None)
 
 
 def convert(
@@ -257,10 +260,7 @@ def convert(
         raise WeightsError(f"{out} exists already, and is left as it is: give another name, or remove it.")
     released = RELEASED[architecture]
     if classes is None:
-        key = CLASSIFIERS[released.architecture]
-        keys = {key.removeprefix("module."): value for key, value in _read_tensors(source).items()}
-        found = len(keys[key]) if key in keys and keys[key].ndim else released.classes
-        classes = len(class_set) if class_set else found
+        classes = len(class_set) if class_set else _classes_in(_read_bare(source)) or released.classes
     if class_set and len(class_set) != classes:
         raise WeightsError(
             f"{classes} classes are wanted, but the set of names has {len(class_set)}: give the names of these classes."
@@ -327,6 +327,11 @@ def _misfits(wanted: dict[str, Tensor], origin: dict[str, str], found: dict[str,
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
+
+
+def _read_bare(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by key, without the "module." that training on several GPUs puts before them."""
+    return {key.removeprefix("module."): value for key, value in _read_tensors(path).items()}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
