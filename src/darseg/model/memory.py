@@ -8,8 +8,11 @@ from torch.nn import functional as F
 
 from darseg.model.network import NetworkSpec
 
-BYTES_PER_PARAMETER = 12
-"""Weight, gradient and SGD's momentum, float32 each."""
+BYTES_PER_NUMBER = 4
+"""Of float32."""
+
+PER_TRAINED_PARAMETER = 3
+"""Numbers: weight, gradient and SGD's momentum."""
 
 
 def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> tuple[int, int]:
@@ -37,4 +40,4 @@ def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> 
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         fixed = sum(parameter.numel() for parameter in network.parameters()) - trained
         assert losses
-    return BYTES_PER_PARAMETER * trained + 4 * fixed, sum(saved.values())
+    return BYTES_PER_NUMBER * (PER_TRAINED_PARAMETER * trained + fixed), sum(saved.values())
