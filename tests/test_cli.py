@@ -14,12 +14,16 @@ import pytest
 import yaml
 
 from conftest import REPOSITORY, recipe_dict
+from darseg import cli
 from darseg.config import load_recipe
+from darseg.data.annotations import FORMATS
+from darseg.data.classes import BUILT_IN
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.errors import RunError
-from darseg.run.evaluate import evaluate
+from darseg.model.release import RELEASED
+from darseg.run.evaluate import KINDS, evaluate
 from darseg.run.rounds import train
 
 
@@ -134,6 +138,17 @@ def test_evaluate_run_and_checkpoint_agree(call, run: Path, recipe_file: Path, t
     one, other = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert one == other
     assert one["iou"] == json.loads((run / "summary.json").read_text())["rounds"][0]["iou"]
+
+
+def test_the_commands_choices_are_all_there_are() -> None:
+    # Written out in cli.py, since what knows them takes seconds to import.
+    for choices, known in (
+        (cli.Format, FORMATS),
+        (cli.Released, RELEASED),
+        (cli.ClassNames, BUILT_IN),
+        (cli.Kind, KINDS),
+    ):
+        assert [one.value for one in choices] == list(known)
 
 
 def test_evaluate_takes_changes_of_the_protocol(call, run: Path) -> None:
