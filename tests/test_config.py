@@ -147,7 +147,7 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
         ("network.weights=null", '"none"'),
         ("training.learning_rate=.nan", "training.learning_rate"),
         ("training.micro_batch=3", "found 3; should divide training.batch, 16"),
-        ("training.micro_batch=16", "found 16; should divide training.half_batch, 8"),
+        ("training.micro_batch=5", "found 5; should divide training.half_batch, 8"),
         ("network={weights: none, architecture: deeplabv2, head_channels: 64}", "deeplabv2 has no such head"),
         (
             "network={weights: none, architecture: deeplabv2, auxiliary_weight: 0.4}",

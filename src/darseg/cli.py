@@ -142,7 +142,13 @@ def train(
 @app.command()
 def evaluate(
     source: Source,
-    overrides: Overrides = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value …]",
+            help='Change the protocol or the data, e.g. "evaluation.scales=[0.75, 1.0]" data.root=PATH.',
+        ),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="For a checkpoint: the recipe with its data.")] = None,
     role: Annotated[Role, typer.Option(help="Which images.")] = Role.validation,
     round_index: Annotated[

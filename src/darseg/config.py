@@ -501,7 +501,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
             )
     micro, half = training.micro_batch, training.half_batch or training.batch // 2
     for name, size in (("batch", training.batch), ("half_batch", half if len(recipe.rounds) > 1 else 0)):
-        if micro and size % micro:
+        if micro and size > micro and size % micro:
             yield ("training", "micro_batch"), f"found {micro}; should divide training.{name}, {size}"
     if len(recipe.rounds) > 1 and recipe.training.half_batch is None and recipe.training.batch < 4:
         yield (

@@ -193,7 +193,9 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
     try:
         lines = list_file.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise DataError(f"{list_file}: no such list file. Check the recipe's data section.") from None
+        raise DataError(
+            f"{list_file}: no such list file. Check the recipe's data section, or draw lists with darseg split."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{list_file}: cannot be read as UTF-8 text ({error}).") from error
     images, label_of = _find_both(source)

@@ -151,6 +151,8 @@ class LoadReport:
     """A line for each part that stays as it was, though the file should fill it; empty where strict."""
     whole: bool = False
     """Whether the file holds a whole network, heads included, and not a backbone alone."""
+    architecture: str | None = None
+    """Of the release, where the file has its layout."""
 
 
 def load_weights(network: Network, source: Path, strict: bool = True) -> LoadReport:
@@ -197,14 +199,18 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
     fitting = {key: name for key, name in origin.items() if key not in misfits}
     if wrong and (strict or fitting.keys() <= set(NORMALISATION)):
         what = "the network" if whole else f"the backbone {backbone.name}"
+        advice = _advice(network, found, architecture, whole)
         raise WeightsError(
-            faults(f"{source} does not fit {what}", wrong, limit=20)
-            + f"\nNothing was loaded. {_advice(network, found, architecture, whole)}"
+            faults(
+                f"{source} does not fit {what}. Nothing was loaded. {advice} What does not fit",
+                wrong,
+                limit=20,
+            )
         )
     with torch.no_grad():
         for key, name in fitting.items():
             wanted[key].copy_(found[name])  # tensors of a state dict share the memory of the network's own
-    return LoadReport(source, tuple(fitting), unused, uncounted, tuple(misfits.values()), whole)
+    return LoadReport(source, tuple(fitting), unused, uncounted, tuple(misfits.values()), whole, architecture)
 
 
 def _advice(network: Network, found: Mapping[str, Tensor], architecture: str | None, whole: bool) -> str:
@@ -213,7 +219,12 @@ def _advice(network: Network, found: Mapping[str, Tensor], architecture: str | N
             "Give weights of this backbone, or choose the backbone these weights are of (a plain and a deep stem, "
             "resnet50 and resnet50_deep, are two backbones)."
         )
-    told = [f"The file's layout is that of the released {architecture}."] if architecture else []
+    told = []
+    if architecture:
+        names = [name for name, spec in RELEASED.items() if spec.architecture == architecture]
+        told.append(
+            f"The file's layout is that of the released {architecture} (darseg convert --architecture {names[0]})."
+        )
     classes = _classes_in(found)
     if classes not in (None, network.classes):
         told.append(f"The file is of a network for {classes} classes, this one has {network.classes}.")
@@ -249,7 +260,7 @@ def convert(
         classes: K; None: as many as the file (or `class_set`) has.
         release_classifier: DeepLabv2 sums two of its four branches, as the published checkpoints need it.
         class_set: names and colours to keep in the file.
-        strict: see `load_weights`; parts that are not filled are drawn at random otherwise.
+        strict: see `load_weights`; parts that are not filled are drawn from seed 0 otherwise.
 
     Raises WeightsError: a file that is missing, damaged, unsafe or of another network; `out` exists.
     """
@@ -272,7 +283,9 @@ def convert(
         class_names=class_set.names if class_set else (),
         class_colors=class_set.colors if class_set else (),
     )
-    network = spec.build()
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # what is drawn where not strict is the same each time
+        network = spec.build()
     report = load_weights(network, source, strict)
     if not report.whole:
         raise WeightsError(

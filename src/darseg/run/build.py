@@ -146,6 +146,8 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
         told += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
     if report.unused:
         told += f"; not needed: {', '.join(report.unused)}"
+    if report.architecture == "deeplabv2" and not recipe.release_quirks:
+        told += "; all four branches of its classifier count here, the release's own networks were trained with two"
     return network, told
 
 
