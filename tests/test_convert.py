@@ -521,9 +521,7 @@ def test_tensors_that_are_no_plain_numbers(kind: Callable[[Tensor], Tensor], tmp
     state["layer4.1.conv2.weight"] = kind(state["layer4.1.conv2.weight"])
     torch.save(state, tmp_path / "n.pth")
     network, before = small(), small().state_dict()
-    with pytest.raises(
-        WeightsError, match=r"layer4\.1\.conv2\.weight: holds .* are wanted"
-    ):
+    with pytest.raises(WeightsError, match=r"layer4\.1\.conv2\.weight: holds .* are wanted"):
         load_weights(network, tmp_path / "n.pth")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -632,3 +630,20 @@ def test_two_trained_branches_do_not_become_four_in_silence(tmp_path: Path) -> N
         load_weights(four, tmp_path / "two.safetensors")
     assert load_weights(spec.build(), tmp_path / "two.safetensors").whole
     assert load_weights(four, tmp_path / "two.safetensors", strict=False).loaded
+
+
+def test_a_recipe_says_that_the_release_trained_two_branches(tmp_path: Path) -> None:
+    state = released_state("deeplabv2_101", K)
+    torch.save(state, tmp_path / "deeplab.pth")
+    options = {
+        "architecture": "deeplabv2",
+        "backbone": "resnet101_caffe",
+        "output_stride": 8,
+        "head_channels": None,
+    }
+    recipe = recipe_of(tmp_path, tmp_path / "deeplab.pth", **options)
+    note = "all four branches of its classifier count here"
+    assert note in build_initial_network(recipe)[1]
+    quirks = recipe.model_copy(update={"release_quirks": True})
+    network, told = build_initial_network(quirks)
+    assert note not in told and network.head.summed == 2
