@@ -123,6 +123,15 @@ def test_one_image_in_two_roles(call, tiny_data: Path, recipe_file: Path) -> Non
     assert code == 2 and "an image has one role" in err
 
 
+def test_evaluate_refuses_what_changes_nothing_or_cannot_be(call, run: Path) -> None:
+    code, _, err = call("evaluate", run, "training.batch=8")
+    assert code == 2 and "training.batch=8: changes nothing in an evaluation" in err
+    code, _, err = call("evaluate", run, "evaluation.window=100")
+    assert code == 2 and "evaluation.window: Images of 100 x 100" in err and "nearest legal sizes" in err
+    code, out, _ = call("evaluate", run, "evaluation.scales=[0.5, 1.0]")
+    assert code == 0 and "scales [0.5, 1.0]" in out
+
+
 def test_evaluate_run_and_checkpoint_agree(call, run: Path, recipe_file: Path, tmp_path: Path) -> None:
     code, out, _ = call("evaluate", run, "--out", tmp_path / "a.json")
     assert code == 0 and "windows 65x81" in out

@@ -622,6 +622,13 @@ def test_descriptions_must_be_of_the_network_that_is_saved(tmp_path: Path) -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_networks_of_ours_end_in_safetensors(psp_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match=r"n\.pth: networks of darseg are safetensors; name it n\.safetensors"
+    ):
+        convert(psp_file, tmp_path / "n.pth", "pspnet50")
+
+
 def test_two_trained_branches_do_not_become_four_in_silence(tmp_path: Path) -> None:
     spec = NetworkSpec("deeplabv2", "resnet101_caffe", 3, auxiliary=False, release_classifier=True)
     save_network(spec.build(), tmp_path / "two.safetensors", spec)

@@ -483,11 +483,11 @@ def test_a_cityscapes_archive_that_is_missing(tmp_path: Path, folder: str):
         in told(recipe)
     )
     (tmp_path / archive).touch()
-    assert f"{path} is missing, and {tmp_path / archive} is still packed: unpack it in {path.parent}" in told(
+    assert f"{path} is missing: {tmp_path / archive} is still packed: unpack it in {path.parent}" in told(
         recipe
     )
     (tmp_path / "city" / archive).touch()
-    assert f"{path} is missing, and {path.parent / archive} is still packed" in told(recipe)
+    assert f"{path} is missing: {path.parent / archive} is still packed" in told(recipe)
     # Unpacked into a folder of its own, as some programs do.
     shutil.move(tmp_path / "kept", tmp_path / "city" / archive[:-4] / folder)
     there = tmp_path / "city" / archive[:-4] / folder
@@ -542,7 +542,8 @@ def test_voc_without_sbd(tmp_path: Path):
     draw_voc(tmp_path / "VOC2012")
     recipe = recipe_of(tmp_path / "r", "voc", tmp_path / "VOC2012")
     message = told(recipe)
-    assert "which 9,118 images are unlabelled cannot be told: get benchmark.tgz of SBD" in message
+    assert "which 9,118 images are unlabelled cannot be told: get benchmark.tgz from www2.eecs" in message
+    assert f"unpack it in {tmp_path}" in message
     truth = draw_voc(tmp_path / "again", sbd=tmp_path / "VOC2012" / "benchmark_RELEASE" / "dataset")
     assert "cannot be told" not in told(recipe) and len(manifest_of(recipe).unlabeled) == 6
     assert_true(manifest_of(recipe), truth)
@@ -676,3 +677,38 @@ def test_what_is_drawn_is_what_is_meant(tmp_path: Path):
     assert len(present - {255}) >= 6 and 255 in present
     assert Image.open(tmp_path / "voc" / "SegmentationClass" / f"{VOC_TRAIN[0]}.png").mode == "P"
     assert (VOC_COUNTS["train"], VOC_UNLABELED) == (1464, 9118)
+
+
+def test_a_first_check_without_any_download_says_what_to_get(tmp_path: Path) -> None:
+    """VOC's tar brings VOCdevkit/VOC2012, so it is unpacked two folders above; a packed one is found there."""
+    missing = Layout("voc", tmp_path / "data/VOCdevkit/VOC2012").missing()
+    assert len(missing) == 1 and "does not exist" in missing[0]
+    assert (
+        f"get VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack it in {tmp_path}/data"
+        in missing[0]
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/VOCtrainval_11-May-2012.tar").touch()
+    (missing,) = Layout("voc", tmp_path / "data/VOCdevkit/VOC2012").missing()
+    assert (
+        f"{tmp_path}/data/VOCtrainval_11-May-2012.tar is still packed: unpack it in {tmp_path}/data"
+        in missing
+    )
+    missing = Layout("cityscapes", tmp_path / "city").missing()
+    assert [
+        name in line
+        for name, line in zip(
+            ("leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"), missing, strict=True
+        )
+    ]
+
+
+def test_voc_without_its_own_labels_says_whose_are_taken(tmp_path: Path) -> None:
+    draw_voc(tmp_path, augmented=True)
+    shutil.rmtree(tmp_path / "SegmentationClass")
+    layout = Layout("voc", tmp_path)
+    assert not layout.missing()
+    assert any(
+        "SegmentationClass is missing; the labels in SegmentationClassAug are taken" in line
+        for line in layout.warnings()
+    )

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from darseg.data.classes import CITYSCAPES
 from darseg.data.labels import label_encoding, read_label
+from darseg.errors import DataError
 from darseg.model.network import Network, build_network
 from darseg.model.predict import Protocol, predict_classes, predict_scores
 from darseg.training.scores import Scores
@@ -117,6 +118,17 @@ def test_logits_and_probabilities_are_two_averages(network: Network) -> None:
     logits = predict_scores(network, image, protocol, "logits").mean(0, 50).clone().softmax(0)
     probabilities = predict_scores(network, image, protocol, "probabilities").mean(0, 50)
     assert (logits - probabilities).abs().max() > 1e-3
+
+
+def test_one_number_stands_for_both_sides_of_a_window() -> None:
+    assert Protocol(33) == Protocol((33, 33))  # ty: ignore[invalid-argument-type]
+    for wrong in (
+        {"window": (33, 0)},
+        {"window": (33, 33), "scales": ()},
+        {"window": (33, 33), "scales": (0.0,)},
+    ):
+        with pytest.raises(DataError, match="two sides of at least 1 pixel and scales above 0"):
+            Protocol(**wrong)
 
 
 # --- scores

@@ -46,6 +46,7 @@ _HOMES = {
     "assign": "pseudo.assign",
     "build_network": "model.network",
     "check": "run.check",
+    "class_set": "data.classes",
     "LabelEncoding": "data.labels",
     "LoadReport": "model.weights",
     "convert": "model.weights",

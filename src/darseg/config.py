@@ -380,6 +380,7 @@ def _override(values: dict, override: str, text: _Text) -> None:
         elif isinstance(into, dict):
             if into.get(part) is None:
                 into[part] = {}
+                text.places.setdefault(key[: depth + 1], place)
             elif isinstance(into[part], str):  # a source given as its list file alone
                 into[part] = {"list": into[part]}
             into = into[part]

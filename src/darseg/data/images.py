@@ -29,13 +29,14 @@ STEP_16_BIT = 257
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path | str) -> np.ndarray:
     """An image file as uint8 [H, W, 3], RGB.
 
     JPEG, PNG, BMP, TIFF (its first page) and WebP; grey becomes three equal channels, alpha is left out, 16-bit
     values v become round(v / 257). Orientation marks of cameras (EXIF) are not followed: they would turn the image but
     not its label. Raises DataError where it is missing, cannot be decoded, or holds anything but 8- or 16-bit values.
     """
+    path = Path(path)
     data = read_whole(path)
     if data.startswith(TIFF_MARKS) and (small := _small_tiff(path, data)) is not None:
         return small

@@ -163,7 +163,7 @@ def label_encoding(
     )
 
 
-def read_label(path: Path, encoding: LabelEncoding = PLAIN) -> np.ndarray:
+def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
     """A label file as uint8 [H, W] of classes, 255 = not labelled.
 
     PNG, BMP and TIFF, one channel of up to 16 bits, palette or colour, and SBD's .mat files. Where an alpha channel
@@ -172,6 +172,7 @@ def read_label(path: Path, encoding: LabelEncoding = PLAIN) -> np.ndarray:
 
     Raises DataError where it is missing, cannot be decoded, or holds values or colours that are no class.
     """
+    path = Path(path)
     encoding = encoding.for_file(path)
     return to_classes(decode_label(path, encoding.format), encoding, path)
 

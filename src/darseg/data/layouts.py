@@ -32,6 +32,11 @@ ARCHIVES = {
     "ImageSets/Segmentation": "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012",
     "SegmentationClass": "VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012",
 }
+SBD_ARCHIVE = (
+    "benchmark.tgz from www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
+)
+"""Semantic Boundaries Dataset (Hariharan et al., ICCV 2011); brings the folder benchmark_RELEASE."""
+
 NEEDED = {
     "cityscapes": ("leftImg8bit", "gtFine"),
     "voc": ("JPEGImages", "ImageSets/Segmentation", "SegmentationClass"),
@@ -117,24 +122,23 @@ class Layout:
     def missing(self) -> list[str]:
         """A line for each folder that is not there, and what to do about it."""
         if not self.root.is_dir():
-            return [f"{self.root} does not exist: set data.root to the folder that holds {self.images.name}"]
+            archives = dict.fromkeys(ARCHIVES[folder] for folder in NEEDED[self.name])
+            return [
+                f"{self.root} does not exist: set data.root to the folder that holds {self.images.name}, or "
+                f"{self._get(archive)}"
+                for archive in archives
+            ]
         folders = self._lacking(self.root)
         if folders and (meant := next((place for place in self._near() if not self._lacking(place)), None)):
             return [f"{self.root} has no {' and no '.join(folders)}, {meant} has: set data.root to that"]
         lines = []
         for folder in folders:
             path = self.root / folder
-            archive, _, site = ARCHIVES[folder].partition(" from ")
             elsewhere = next((near / folder for near in self._near() if (near / folder).is_dir()), None)
-            packed = next((near for near in (self.root, *self._near()) if (near / archive).is_file()), None)
             if elsewhere:
                 lines.append(f"{path} is missing, but {elsewhere} is there: move or link it to {path}")
-            elif packed:
-                lines.append(
-                    f"{path} is missing, and {packed / archive} is still packed: unpack it in {self.root}"
-                )
             else:
-                lines.append(f"{path} is missing: get {archive} from {site} and unpack it in {self.root}")
+                lines.append(f"{path} is missing: {self._get(ARCHIVES[folder])}")
         if self.name == "voc" and not lines:
             for name in VOC_COUNTS:
                 if not (self.root / f"ImageSets/Segmentation/{name}.txt").is_file():
@@ -143,6 +147,23 @@ class Layout:
                         f"{ARCHIVES['ImageSets/Segmentation']} again"
                     )
         return lines
+
+    def _get(self, archive: str) -> str:
+        """What to do to have an archive ("NAME from SITE") unpacked. VOC's and SBD's bring their own folders."""
+        name, _, site = archive.partition(" from ")
+        packed = next((near / name for near in (self.root, *self._near()) if (near / name).is_file()), None)
+        what = (
+            f"{packed} is still packed: unpack it in"
+            if packed
+            else f"get {name} from {site} and unpack it in"
+        )
+        if self.name == "cityscapes":
+            return f"{what} {self.root}"
+        if self.root.parts[-2:] == ("VOCdevkit", "VOC2012"):
+            return f"{what} {self.root.parent.parent}"
+        if archive == SBD_ARCHIVE:
+            return f"{what} {self.root.parent}"
+        return f"{what} a folder of your choice; then set data.root to VOCdevkit/VOC2012 in it"
 
     def _lacking(self, root: Path) -> list[str]:
         there = {folder for folder in (*NEEDED[self.name], AUGMENTED) if (root / folder).is_dir()}
@@ -175,7 +196,7 @@ class Layout:
                 named = ", ".join(f"{city} ({count})" for city, count in sorted(bare.items()))
                 lines.append(
                     f"{bare.total():,} images in {self.images / split} have no label in {self.root / 'gtFine' / split}: "
-                    f"{named}. Unpack {ARCHIVES['gtFine']} again if they should"
+                    f"{named}. Unpack {ARCHIVES['gtFine']} again if they should have"
                 )
         return lines
 
@@ -189,6 +210,11 @@ class Layout:
                     f"{segmentation / name}.txt lists {found:,} images, VOC 2012 has {count:,}. Unpack "
                     f"{ARCHIVES['ImageSets/Segmentation']} again if it should be the official list"
                 )
+        if not (self.root / "SegmentationClass").is_dir():
+            lines.append(
+                f"{self.root / 'SegmentationClass'} is missing; the labels in {AUGMENTED} are taken instead. To have the "
+                f"official ones, {self._get(ARCHIVES['SegmentationClass'])}"
+            )
         ids = set(self.training_ids())
         bare = sorted(ids - {path.stem for path in _files(self.images, "*")})
         if bare:
@@ -199,9 +225,8 @@ class Layout:
         beyond = len(ids - set(_list(segmentation / "train.txt")))
         if beyond == 0:
             lines.append(
-                f"neither {self.root / 'SegmentationClassAug'} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or "
-                f"data.sbd) is there, so which {VOC_UNLABELED:,} images are unlabelled cannot be told: get benchmark.tgz "
-                "of SBD (Hariharan et al. 2011) and unpack it there"
+                f"neither {self.root / AUGMENTED} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or data.sbd) is "
+                f"there, so which {VOC_UNLABELED:,} images are unlabelled cannot be told: {self._get(SBD_ARCHIVE)}"
             )
         elif beyond != VOC_UNLABELED:
             lines.append(

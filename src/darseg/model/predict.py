@@ -28,7 +28,7 @@ class Protocol:
     """How whole images are predicted.
 
     Attributes:
-        window: height, width of the sliding window, pixels; legal sides of the network.
+        window: height, width of the sliding window, pixels (one number for both); legal sides of the network.
         base_size: the image is first scaled so that its long side has this many pixels; None: as it is.
         mirror: average each window with its mirror image.
         scales: factors on top of base_size; the results are averaged.
@@ -40,6 +40,15 @@ class Protocol:
     mirror: bool = True
     scales: tuple[float, ...] = (1.0,)
     bf16: bool = False
+
+    def __post_init__(self) -> None:
+        sides = (self.window, self.window) if isinstance(self.window, int) else tuple(self.window)
+        if len(sides) != 2 or min(sides) < 1 or not self.scales or min(self.scales) <= 0:
+            raise DataError(
+                f"A protocol with window {self.window} and scales {self.scales}: wanted are two sides of at least 1 "
+                "pixel and scales above 0."
+            )
+        object.__setattr__(self, "window", sides)
 
     def describe(self, average: Literal["logits", "probabilities"] = "probabilities") -> str:
         """In words; `average` is what is averaged over windows, mirror and scales."""

@@ -151,8 +151,9 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
     return network, told
 
 
-def check_sizes(recipe: Recipe, network: Network) -> None:
-    """Raise SizeError naming every crop and window the network cannot take, and the nearest it can."""
+def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
+    """Raise SizeError naming every crop and window (or `only` the one of that key) the network cannot take, and the
+    nearest it can."""
     sizes = {
         "training.crop": recipe.training.crop,
         "labeling.window": labeling_protocol(recipe).window,
@@ -160,6 +161,8 @@ def check_sizes(recipe: Recipe, network: Network) -> None:
     }
     wrong = []
     for key, (height, width) in sizes.items():
+        if only not in ("", key):
+            continue
         try:
             network.check_size(height, width)
         except SizeError as error:

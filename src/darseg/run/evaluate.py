@@ -16,17 +16,18 @@ from darseg.data.dataset import Example, load_example
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import Sample, find_files
 from darseg.data.pipeline import overlapped
-from darseg.errors import DataError, RunError
+from darseg.errors import DataError, RecipeError, RunError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Memory, Protocol, predict_classes
 from darseg.model.weights import load_network, read_spec
 from darseg.pseudo.labelset import write_map
-from darseg.run.build import classes_of, evaluation_protocol, manifest_of, place
+from darseg.run.build import check_sizes, classes_of, evaluation_protocol, manifest_of, place
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.training.scores import Scores
 
 OVERLAY_OPACITY = 0.55  # of the class colours over the image
+EVALUATION_KEYS = ("data.", "evaluation.")  # of a recipe
 KINDS = ("index", "color", "overlay")
 
 
@@ -103,6 +104,11 @@ def evaluate(
             f"overrides {', '.join(overrides)}: they change a run folder's own recipe, and another one is given. Give "
             "them to load_recipe."
         )
+    idle = [one for one in overrides if not one.startswith(EVALUATION_KEYS)]
+    if idle:
+        raise RecipeError(
+            f"{', '.join(idle)}: changes nothing in an evaluation; keys that do begin with {' or '.join(EVALUATION_KEYS)}"
+        )
     trained = load_trained(source, round_index, overrides)
     recipe = recipe or trained.recipe
     if recipe is None:
@@ -111,6 +117,7 @@ def evaluate(
         )
     classes = classes_of(recipe)
     check_classes(source, trained, classes)
+    check_sizes(recipe, trained.network, "evaluation.window")
     samples = manifest_of(recipe).roles()[role]
     if not samples:
         raise DataError(f"The recipe has no {role} images. Set data.{role}, or choose another --role.")
