@@ -267,12 +267,12 @@ def convert(
     source, out = Path(source), Path(out)
     if architecture not in RELEASED:
         raise WeightsError(f"No released network {architecture!r}: there are {', '.join(RELEASED)}.")
+    if out.exists():
+        raise WeightsError(f"{out} exists already, and is left as it is: give another name, or remove it.")
     if out.suffix != ".safetensors":
         raise WeightsError(
             f"{out}: networks of darseg are safetensors; name it {out.with_suffix('.safetensors').name}."
         )
-    if out.exists():
-        raise WeightsError(f"{out} exists already, and is left as it is: give another name, or remove it.")
     released = RELEASED[architecture]
     if classes is None:
         classes = len(class_set) if class_set else _classes_in(_read_bare(source)) or released.classes
