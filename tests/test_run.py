@@ -175,10 +175,10 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: 
     recipe.write_text(yaml.safe_dump(recipe_dict(tiny_data)))
     run = tmp_path / "run"
     moments: list[Callable[[], bool]] = [
-        (run / "round_0" / "checkpoint.safetensors").exists,
+        lambda: any(run.glob("round_0/checkpoint_*.safetensors")),
         lambda: len(list(run.glob("round_1/predictions/**/*.prediction"))) >= 3,
         lambda: len(list(run.glob("round_1/labels/**/*.png"))) >= 2,
-        (run / "round_2" / "checkpoint.safetensors").exists,
+        lambda: any(run.glob("round_2/checkpoint_*.safetensors")),
     ]
     kills = 0
     for moment in moments:
@@ -193,7 +193,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: 
     result = darseg("train", recipe, "--out", run)
     assert result.returncode == 0, result.stderr
     assert outcome(run) == outcome(finished)
-    assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint.safetensors"))
+    assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint_*"))
 
 
 def test_what_a_kill_leaves_around_a_record_is_put_right(
@@ -204,11 +204,11 @@ def test_what_a_kill_leaves_around_a_record_is_put_right(
     shutil.copytree(finished, run)
     (run / "round_1" / "predictions").mkdir()
     (run / "round_1" / "predictions" / "x.prediction").write_bytes(b"left over")
-    (run / "round_2" / "checkpoint.safetensors").write_bytes(b"left over")
+    (run / "round_2" / "checkpoint_00000002.safetensors").write_bytes(b"left over")
     (run / "data.json").unlink()
     train(load_recipe(run / "recipe.yaml"), run)
     assert outcome(run) == outcome(finished) and (run / "data.json").exists()
-    assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint.safetensors"))
+    assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint_*"))
 
     begun = tmp_path / "begun"
     begun.mkdir()

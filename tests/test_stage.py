@@ -81,7 +81,7 @@ def run(stage: Stage, spec: NetworkSpec = PSPNET, streams: int = 2, objective=st
         streams_of(streams),
         objective,
         stage,
-        on_step=lambda step, rate, figures: shown.append((rate, dict(figures))),
+        on_step=lambda step, rate, figures, waiting: shown.append((rate, dict(figures))),
         **given,
     )
     return network, shown, end
@@ -177,13 +177,13 @@ def test_the_ids_of_all_streams_are_named_where_a_micro_batch_is_not_finite() ->
 
     before = None
 
-    def on_step(step: int, rate: float, figures: Mapping[str, Tensor]) -> None:
+    def on_step(step: int, rate: float, figures: Mapping[str, Tensor], waiting: float) -> None:
         nonlocal before
         before = {key: value.clone() for key, value in network.named_parameters()}
 
     network = build(PSPNET)
     stage = Stage(steps=3, span=(0.0, 1.0), learning_rate=0.01, micro_batch=2)
-    with pytest.raises(NumericsError, match=r"nan at step 1 of 3.*0/1/0, .*1/1/5"):
+    with pytest.raises(NumericsError, match=r"at step 1 of 3 \(loss nan.*0/1/0, .*1/1/5"):
         run_stage(network, streams_of(2), objective, stage, on_step=on_step)
     assert before is not None
     assert all(torch.equal(value, before[key]) for key, value in network.named_parameters())

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from darseg import __version__
-from darseg.errors import DarsegError
+from darseg.errors import DarsegError, Interrupted
 
 app = typer.Typer(
     name="darseg",
@@ -571,6 +571,9 @@ def main() -> None:
     """Entry point: a DarsegError becomes a message and exit code 2, Ctrl-C exit code 130."""
     try:
         app()
+    except Interrupted as error:
+        print(f"darseg: {error} The same command goes on where it was.", file=sys.stderr)
+        sys.exit(error.code)
     except DarsegError as error:
         print(f"darseg: {error}", file=sys.stderr)
         sys.exit(2)

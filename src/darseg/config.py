@@ -193,8 +193,12 @@ class TrainingConfig(_Section):
     weight_decay: NotNegative = 1e-4
     power: Positive = 0.9
     pseudo_weight: NotNegative = 1.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sync_batchnorm: StrictBool | None = None  # None: for pspnet
+    compile: StrictBool = False
+    recompute: StrictBool = False
     checkpoint_every: Count = 200
+    keep_checkpoints: Count = 2
     workers: Count | None = None
 
 

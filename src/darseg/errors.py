@@ -5,8 +5,10 @@
     ├── DataError        images, labels and lists: missing, unreadable, contradictory
     │   └── SizeError    sizes a network cannot take
     ├── WeightsError     weight files: missing, damaged, unsafe, ill-fitting
-    ├── NumericsError    a loss that is not finite
+    ├── NumericsError    a loss or gradient that is not finite
     ├── RunError         run folders: another recipe, damaged state, not there
+    ├── MemoryLimit      a GPU without the memory that a step needs
+    ├── Interrupted      stopped by a signal, with its state saved
     └── StorageError     the disk: full, read-only
 
 A message says what was found and where, what was wanted, and what to do. The command line prints it
@@ -39,7 +41,17 @@ class WeightsError(DarsegError):
 
 
 class NumericsError(DarsegError):
-    """A loss is not finite; weights are left as they were before the step."""
+    """A loss or gradient is not finite; weights are left as they were before the step."""
+
+
+class MemoryLimit(DarsegError):
+    """A GPU has less memory than a step needs."""
+
+
+class Interrupted(DarsegError):
+    """A signal asked a run to end; what it had done is saved, and the same command goes on."""
+
+    code = 130  # exit status: 128 + number of the signal
 
 
 class RunError(DarsegError):

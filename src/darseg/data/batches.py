@@ -75,11 +75,14 @@ def stream_batches(
     seed: Sequence[int],
     start: int = 0,
     workers: int = 2,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """Yield batches of step `start`, `start` + 1, … without end, prepared ahead by `workers` threads.
 
     Args:
         seed: non-negative integers that name the stream; equal seeds give equal streams.
+        share: (rank, processes): only this process's part of every batch, of `batch_size` / processes images; all
+            parts together are the very batches of one process.
 
     OpenCV and numpy release the interpreter lock for decoding and warping, so threads are enough.
     Errors of a sample are raised where its batch would have been yielded. Close the generator to stop.
@@ -89,14 +92,17 @@ def stream_batches(
         sample = samples[sample_index(position, len(samples), seed)]
         return draw_example(sample, classes, augmentation, np.random.default_rng([*seed, 1, position]))
 
-    ahead = max(2, -(-2 * workers // batch_size))  # batches being prepared: enough to keep all threads busy
+    rank, processes = share
+    own = batch_size // processes
+    ahead = max(2, -(-2 * workers // own))  # batches being prepared: enough to keep all threads busy
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
     waiting: deque[list[Future[Example]]] = deque()
     step = start
     try:
         while True:
             while len(waiting) <= ahead:
-                positions = range(step * batch_size, (step + 1) * batch_size)
+                begin = step * batch_size + rank * own
+                positions = range(begin, begin + own)
                 waiting.append([pool.submit(example, position) for position in positions])
                 step += 1
             yield collate([future.result() for future in waiting.popleft()])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from darseg.config import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
 from darseg.data.augment import Augmentation
@@ -20,6 +21,7 @@ from darseg.data.manifest import Manifest, Sample, Source, build_manifest
 from darseg.errors import DataError, RecipeError, SizeError, faults
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
+from darseg.model.recompute import recompute_blocks
 from darseg.model.weights import fetch, load_weights
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
@@ -280,6 +282,47 @@ def bf16_is_emulated() -> bool:
     slower than fp32, measured with ResNet-18 on an AMD EPYC with AVX2 alone)."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return pick_device().type == "cpu" and on_x86 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
+
+
+def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
+    """What the recipe asks of a placed network besides its weights, before a stage: once per network.
+
+    Raises RecipeError for what cannot be.
+    """
+    if syncs_batchnorm(recipe, processes):
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if recipe.training.recompute:
+        recompute_blocks(network)
+
+
+def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
+    """Whether BatchNorm sees the images of all processes: on GPUs alone, as PyTorch has it; by default for PSPNet,
+    as in the release."""
+    wanted = recipe.training.sync_batchnorm
+    if wanted is None:
+        wanted = recipe.network.architecture == "pspnet"
+    return wanted and processes > 1 and pick_device().type == "cuda"
+
+
+def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
+    """Raise RecipeError where batches cannot be divided among the processes."""
+    wrong = []
+    for name, size in {
+        "batch": rounds[0].batch,
+        **({"half_batch": rounds[-1].batch} if len(rounds) > 1 else {}),
+    }.items():
+        own, micro = size // processes, recipe.training.micro_batch
+        if size % processes:
+            wrong.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
+        elif micro and own > micro and own % micro:
+            wrong.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
+        elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture == "pspnet":
+            wrong.append(
+                f"training.{name}: {own} image for each of {processes} processes; BatchNorm over the 1x1 bin of the "
+                "pyramid needs two"
+            )
+    if wrong:
+        raise RecipeError(faults(f"Batches are global, and {processes} processes share them", wrong))
 
 
 def place(network: Network) -> Network:

@@ -5,7 +5,7 @@
       round_0/     network.safetensors  momentum.safetensors  train.json   scores.json  evaluate.json
       round_1/     labels/ID.png  histogram.npz  thresholds.json  (pseudo_scores.json)  label.json   + as round_0
       …
-    and, only while at work, round_N/checkpoint.safetensors and round_N/predictions/.
+    and, only while at work, round_N/checkpoint_STEP.safetensors and round_N/predictions/.
 
 A step (label, train, evaluate of a round) is done when its manifest – label.json, train.json, evaluate.json,
 written last – says so. It names the digests of what went in and of what came out.
@@ -13,10 +13,13 @@ written last – says so. It names the digests of what went in and of what came 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +66,38 @@ class RunDirectory:
     def momentum(self, index: int) -> Path:
         return self.round(index) / "momentum.safetensors"
 
-    def checkpoint(self, index: int) -> Path:
-        return self.round(index) / "checkpoint.safetensors"
+    def checkpoint(self, index: int, step: int) -> Path:
+        return self.round(index) / f"checkpoint_{step:08d}.safetensors"
+
+    def checkpoints(self, index: int) -> list[Path]:
+        """Those of a stage at work, the latest first."""
+        return sorted(self.round(index).glob("checkpoint_*.safetensors"), reverse=True)
+
+    def drop_checkpoints(self, index: int, keep: int = 0) -> None:
+        """Remove all but the latest `keep`."""
+        for path in self.checkpoints(index)[keep:]:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def held(self) -> Generator[None, None, None]:
+        """Nobody else works in the folder meanwhile; freed by the system however this process ends.
+
+        Raises RunError where another process, on this machine or one that shares the folder, holds it.
+        """
+        descriptor = os.open(self.root, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"{self.root}: another process is at work in this run folder. Wait for it or end it, or start "
+                    "another run with --out NEW_FOLDER."
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+            yield
+        finally:
+            os.close(descriptor)
 
     def labels(self, index: int) -> Path:
         return self.round(index) / "labels"

@@ -36,12 +36,16 @@ class Processes:
 
     @classmethod
     def here(cls) -> Processes:
-        """Join the others that torchrun has started, by gloo: only counts are exchanged, and files are shared."""
+        """Join the others that torchrun has started: by gloo, and for tensors on GPUs by NCCL; files are shared."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
         if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            backend = "cpu:gloo"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+                backend += ",cuda:nccl"
+            dist.init_process_group(backend, timeout=PATIENCE)
             atexit.register(dist.destroy_process_group)  # else its threads abort the interpreter as it ends
         return cls(dist.get_rank(), count)
 
@@ -49,6 +53,11 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the one that writes what is written once."""
         return self.rank == 0
+
+    @property
+    def here_together(self) -> int:
+        """How many of them run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.count > 1 else 1
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """The items that fall to this process: each falls to one."""
@@ -92,8 +101,12 @@ class Processes:
             self._end(told)
         return result  # ty: ignore[invalid-explicit-return]
 
+    def leave(self, error: DarsegError) -> NoReturn:
+        """End a process beside the first, which tells of the error that all have met."""
+        time.sleep(TELLING)
+        raise SystemExit(getattr(error, "code", 2))
+
     def _end(self, told: list[tuple[type[DarsegError], str]]) -> NoReturn:
         if not self.first:
-            time.sleep(TELLING)
-            raise SystemExit(2)
+            self.leave(told[0][0](told[0][1]))
         raise told[0][0]("\n".join(dict.fromkeys(text for _, text in told)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
-from darseg.errors import DataError, faults
+from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, faults
 from darseg.model.network import Network
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.distribution import count_labels
@@ -36,6 +37,7 @@ from darseg.run.build import (
     auxiliary_weight_of,
     bf16_is_emulated,
     build_initial_network,
+    check_shares,
     check_sizes,
     evaluation_protocol,
     labeling_protocol,
@@ -44,6 +46,7 @@ from darseg.run.build import (
     pick_device,
     place,
     plan_rounds,
+    prepare_training,
     set_threads,
     spec_of,
 )
@@ -62,6 +65,7 @@ from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
 from darseg.run.label import check_disk, label_samples, network_predictor
 from darseg.run.processes import Processes
+from darseg.run.signals import Stop, catch_signals
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.loss import self_training
 from darseg.training.scores import Scores
@@ -83,6 +87,7 @@ class Course:
     reuse: RunDirectory | None
     journal: Journal
     processes: Processes
+    stop: Stop
 
     def path(self, round_: Round, name: str) -> Path:
         return self.run.round(round_.index) / name
@@ -109,9 +114,10 @@ def train(
     network, weights_from = processes.together(lambda: build_initial_network(recipe))
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+    check_shares(recipe, rounds, processes.count)
     console = console or Console(quiet=not processes.first)
 
-    def begin() -> tuple[Path, list[int]]:
+    def begin(stack: contextlib.ExitStack) -> tuple[Path, list[int]]:
         if not RunDirectory(out).recipe.exists():  # before hours of work, not after them
             found = read_all(manifest, console)
             if found.faults:
@@ -122,58 +128,61 @@ def train(
         run = open_run(
             Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
         )
+        stack.enter_context(run.held())
         return run.root, counts.tolist()
 
-    root, counts = processes.from_first(begin)
-    run = RunDirectory(root)
-    journal = Journal(
-        run.journal if processes.first else None, run.tensorboard if processes.first else None, console
-    )
-    other = RunDirectory(reuse) if reuse else None
-    course = Course(recipe, run, manifest, data, counts, rounds, other, journal, processes)
-    try:
-        if processes.first:
-            _begin(course, weights_from)
-        return run_rounds(course, network)
-    except BaseException as error:
-        journal.event("stopped", reason=f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        journal.close()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(catch_signals())
+        root, counts = processes.from_first(lambda: begin(stack))
+        run = RunDirectory(root)
+        journal = Journal(
+            run.journal if processes.first else None, run.tensorboard if processes.first else None, console
+        )
+        stack.callback(journal.close)
+        other = RunDirectory(reuse) if reuse else None
+        course = Course(recipe, run, manifest, data, counts, rounds, other, journal, processes, stop)
+        try:
+            if processes.first:
+                _begin(course, weights_from)
+            return run_rounds(course, network)
+        except BaseException as error:
+            journal.event("stopped", reason=f"{type(error).__name__}: {error}")
+            if isinstance(error, Interrupted) and stop.asked:
+                error.code = 128 + stop.asked
+            if not processes.first and isinstance(error, (Interrupted, NumericsError)):
+                processes.leave(error)  # all processes meet these, one tells of them
+            raise
 
 
 def run_rounds(course: Course, network: Network) -> dict:
     """The whole run: label (from round 1 on), train, evaluate, round by round; see `train`.
 
-    All processes label; the first trains and evaluates.
+    All processes do all three together; the first writes.
     """
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
     before = digest_state(network.state_dict())
     place(network)
+    prepare_training(course.recipe, network, processes.count)
     for round_ in course.rounds:
         pseudo, labeling = _label(course, round_, before) if round_.index else ((), 0.0)
-
-        def rest(round_: Round = round_, pseudo=pseudo, labeling=labeling, before=before) -> None:
-            training = _train(course, round_, before, pseudo, network)
-            scores, evaluating = _evaluate(course, round_)
-            described = scores.to_json(names)
-            figures = {key: described[key] for key in ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")}
-            summary["rounds"].append(
-                {
-                    "round": round_.index,
-                    "labeling_ratio": round_.labeling_ratio,
-                    **figures,
-                    "steps": round_.steps,
-                    "seconds": round(labeling + training + evaluating, 1),
-                }
-            )
-            write_json(run.summary, summary)
-
-        processes.from_first(rest)
+        training = _train(course, round_, before, pseudo, network)
+        scores, evaluating = _evaluate(course, round_)
+        described = scores.to_json(names)
+        figures = {key: described[key] for key in ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")}
+        summary["rounds"].append(
+            {
+                "round": round_.index,
+                "labeling_ratio": round_.labeling_ratio,
+                **figures,
+                "steps": round_.steps,
+                "seconds": round(labeling + training + evaluating, 1),
+            }
+        )
+        processes.from_first(lambda: write_json(run.summary, summary))
         before = digest_path(run.network(round_.index))
     course.journal.event("finished")
-    return processes.from_first(lambda: summary)
+    return summary
 
 
 def environment() -> dict:
@@ -221,8 +230,25 @@ def _begin(course: Course, weights_from: str) -> None:
     if absent:
         journal.warn(f"absent from all labelled masks, so never pseudo-labelled: {', '.join(absent)}")
     if course.processes.count > 1:
-        journal.say(f"{course.processes.count} processes: all label, the first trains and evaluates")
+        journal.say(_describe_processes(course))
+    if course.recipe.training.sync_batchnorm and pick_device().type == "cpu":
+        journal.warn(
+            "training.sync_batchnorm: PyTorch has SyncBatchNorm on GPUs alone; here BatchNorm sees the images of its own "
+            "process, and the running statistics are averaged"
+        )
     journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
+
+
+def _describe_processes(course: Course) -> str:
+    count = course.processes.count
+    shares = ", ".join(
+        f"round {one.index}: {one.batch // count}"
+        + (f" + {one.pseudo_batch // count}" if one.pseudo_batch else "")
+        for one in course.rounds
+    )
+    return (
+        f"{count} processes share every batch (images of each, {shares}), the images to label and to evaluate"
+    )
 
 
 def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], float]:
@@ -343,7 +369,7 @@ def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: Cl
 
 def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample], network: Network) -> float:
     """Train one round's network, in place and into the run folder. Returns seconds."""
-    run, journal, index = course.run, course.journal, round_.index
+    run, journal, index, processes = course.run, course.journal, round_.index, course.processes
     recipe, settings, classes = course.recipe, course.recipe.training, course.manifest.classes
     stage = Stage(
         steps=round_.steps,
@@ -353,44 +379,54 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         power=settings.power,
-        bf16=settings.precision == "bf16",
+        precision=settings.precision,
         seed=(recipe.seed, index),
         checkpoint_every=settings.checkpoint_every,
         micro_batch=settings.micro_batch,
+        report_every=LOG_EVERY,
+        compile=settings.compile,
         stage4_as_head=recipe.release_quirks and recipe.network.architecture == "deeplabv2",
         first_step_at_zero=recipe.release_quirks and index > 0,
     )
     auxiliary_weight = auxiliary_weight_of(recipe)
     inputs = {
         "settings": digest_settings(
-            stage=asdict(stage) | {"checkpoint_every": None},  # changes nothing in the result
+            stage=asdict(stage)
+            | {"checkpoint_every": None, "report_every": None},  # change nothing in the result
             augmentation=asdict(round_.augmentation),
             batch=(round_.batch, round_.pseudo_batch),
             auxiliary_weight=auxiliary_weight,
             pseudo_weight=settings.pseudo_weight if pseudo else None,
             network=asdict(spec_of(recipe)),
+            recompute=settings.recompute,
         ),
         "labeled": course.data["labeled"],
         "labels": digest_path(run.labels(index)) if pseudo else "none",
         "network": before,
     }
-    record = run.finished(index, "train", inputs, course.reuse)
+
+    def done() -> tuple[StepRecord | None, Path | None]:
+        record = run.finished(index, "train", inputs, course.reuse)
+        if record is not None:
+            run.drop_checkpoints(index)  # left by a kill just after the record
+        return record, None if record else _usable_checkpoint(course, index)
+
+    record, latest = processes.from_first(done)
     if record is not None:
-        run.checkpoint(index).unlink(missing_ok=True)  # left by a kill just after the record
         return record.seconds
     momentum = None
     if index > 0:
         network.load_state_dict(load_network(run.network(index - 1)).state_dict())
         momentum = load_checkpoint(run.momentum(index - 1)).momentum
     begin, earlier = None, 0.0
-    if run.checkpoint(index).exists():
-        begin = load_checkpoint(run.checkpoint(index))
+    if latest is not None:
+        begin = load_checkpoint(latest)
         saved = [e for e in journal.events("checkpoint") if (e["round"], e["step"]) == (index, begin.step)]
         earlier = saved[-1]["seconds"] if saved else 0.0
         journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
     began = time.monotonic()
     steps_before = sum(other.steps for other in course.rounds[:index])
-    workers = settings.workers or min(8, os.cpu_count() or 1)
+    workers = settings.workers or min(8, max(1, (os.cpu_count() or 1) // processes.here_together))
 
     def streams(first: int) -> list[Iterator[Batch]]:
         roles = [(course.manifest.labeled, round_.batch)]
@@ -398,39 +434,92 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
             roles.append((tuple(pseudo), round_.pseudo_batch))
         return [
             stream_batches(
-                samples, classes, round_.augmentation, size, (recipe.seed, index, role), first, workers
+                samples,
+                classes,
+                round_.augmentation,
+                size,
+                (recipe.seed, index, role),
+                first,
+                workers,
+                (processes.rank, processes.count),
             )
             for role, (samples, size) in enumerate(roles)
         ]
 
-    def objective(net: Network, batches: Sequence[Batch], step: int):
+    def objective(net: Callable, batches: Sequence[Batch], step: int):
         return self_training(net, batches, auxiliary_weight, settings.pseudo_weight)
 
-    def on_step(step: int, rate: float, figures: Mapping[str, torch.Tensor]) -> None:
+    def on_step(step: int, rate: float, figures: Mapping[str, torch.Tensor], waiting: float) -> None:
         note = ""
-        if step % LOG_EVERY == 0 or step == stage.steps - 1:
+        if stage.reports(step):
             values = {name: round(float(value), 6) for name, value in figures.items()}
-            journal.event("step", round=index, step=step, learning_rate=rate, **values)
-            shown = {"learning_rate": rate, **values}
+            shown = {"learning_rate": rate, **values, "waiting_for_data": round(waiting, 4)}
+            journal.event("step", round=index, step=step, **shown)
             journal.scalars(steps_before + step, "train", shown)
-            note = f"loss {values['loss']:.3f}, rate {rate:.2e}"
+            note = f"loss {values['loss']:.3f}, rate {rate:.2e}, {waiting:.0%} waiting for data"
         advance(note)
 
     def on_checkpoint(checkpoint: Checkpoint) -> None:
-        save_checkpoint(checkpoint, run.checkpoint(index))
+        if not processes.first:
+            return
+        save_checkpoint(checkpoint, run.checkpoint(index, checkpoint.step))
+        run.drop_checkpoints(index, settings.keep_checkpoints)
         seconds = round(earlier + time.monotonic() - began, 1)
         journal.event("checkpoint", round=index, step=checkpoint.step, seconds=seconds)
 
-    with journal.progress(f"round {index}: train", stage.steps, begin.step if begin else 0) as advance:
-        end = run_stage(network, streams, objective, stage, begin, momentum, on_step, on_checkpoint)
-    save_network(network, run.network(index), spec_of(recipe))
-    save_checkpoint(Checkpoint(end.step, {}, end.momentum), run.momentum(index))
+    with (
+        journal.progress(f"round {index}: train", stage.steps, begin.step if begin else 0) as advance,
+        course.stop.patiently() as stop,
+        _memory_told(recipe),
+    ):
+        end = run_stage(network, streams, objective, stage, begin, momentum, on_step, on_checkpoint, stop)
     seconds = earlier + time.monotonic() - began
-    facts = {"steps": stage.steps, "learning_rate": [stage.rate(0), stage.rate(stage.steps)]}
-    run.finish(index, "train", inputs, ["network.safetensors", "momentum.safetensors"], seconds, facts)
-    run.checkpoint(index).unlink(missing_ok=True)
-    journal.event("trained", round=index, seconds=round(seconds, 1), **facts)
+
+    def write() -> None:
+        save_network(network, run.network(index), spec_of(recipe))
+        save_checkpoint(Checkpoint(end.step, {}, end.momentum), run.momentum(index))
+        facts = {"steps": stage.steps, "learning_rate": [stage.rate(0), stage.rate(stage.steps)]}
+        run.finish(index, "train", inputs, ["network.safetensors", "momentum.safetensors"], seconds, facts)
+        run.drop_checkpoints(index)
+        journal.event("trained", round=index, seconds=round(seconds, 1), **facts)
+
+    processes.from_first(write)
     return seconds
+
+
+def _usable_checkpoint(course: Course, index: int) -> Path | None:
+    """The latest checkpoint that can be read; damaged ones are passed over with a warning.
+
+    Raises RunError where there are some and none can be read.
+    """
+    paths, damage = course.run.checkpoints(index), []
+    for path in paths:
+        try:
+            load_checkpoint(path)
+        except RunError as error:
+            damage.append(error)
+            course.journal.warn(f"{path.name} is damaged, going back to the one before")
+            continue
+        return path
+    if damage:
+        raise damage[0]
+    return None
+
+
+@contextlib.contextmanager
+def _memory_told(recipe: Recipe) -> Generator[None]:
+    """What to change in the recipe where a GPU's memory is not enough."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        training = recipe.training
+        now = training.micro_batch or training.batch
+        raise MemoryLimit(
+            f"The GPU has not enough memory for {now} crops of {training.crop[0]}x{training.crop[1]} pixels in a forward "
+            f"pass ({str(error).splitlines()[0]}). Halve what goes through at once with training.micro_batch="
+            f"{max(2, now // 2)}; or training.precision=bf16 (about half), training.recompute=true (less, for a third "
+            "more time), or a smaller training.crop. `darseg plan` counts what a step keeps."
+        ) from error
 
 
 def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
@@ -444,17 +533,25 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
         "validation": course.data["validation"],
         "network": digest_path(run.network(index)),
     }
-    record = run.finished(index, "evaluate", inputs, course.reuse)
+    processes = course.processes
+    record = processes.from_first(lambda: run.finished(index, "evaluate", inputs, course.reuse))
     if record is not None:
         return Scores.from_json(json.loads(path.read_text())), record.seconds
     began = time.monotonic()
     network = place(load_network(run.network(index)))
-    with journal.progress(f"round {index}: evaluate", len(samples)) as advance:
-        scores = evaluate_samples(network, samples, classes, protocol, advance)
+    with journal.progress(f"round {index}: evaluate", len(processes.share(samples))) as advance:
+        own = processes.together(
+            lambda: evaluate_samples(network, processes.share(samples), classes, protocol, advance)
+        )
+    scores = Scores(processes.add_up(own.confusion))
     described = scores.to_json(classes.names)
-    write_json(path, described | {"protocol": protocol.describe()})
     seconds = time.monotonic() - began
-    run.finish(index, "evaluate", inputs, ["scores.json"], seconds)
+
+    def write() -> None:
+        write_json(path, described | {"protocol": protocol.describe()})
+        run.finish(index, "evaluate", inputs, ["scores.json"], seconds)
+
+    processes.from_first(write)
     figures = {name: described[name] for name in ("mean_iou", "mean_accuracy", "pixel_accuracy")}
     journal.event("evaluated", round=index, seconds=round(seconds, 1), **figures, iou=described["iou"])
     last_step = sum(other.steps for other in course.rounds[: index + 1]) - 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
-from darseg.model.network import Network
 
 Figures = Mapping[str, torch.Tensor]
 
@@ -23,7 +22,7 @@ def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
     return total / batch.count_labeled().clamp(min=1)
 
 
-def supervised(network: Network, batch: Batch, auxiliary_weight: float) -> torch.Tensor:
+def supervised(network: Callable, batch: Batch, auxiliary_weight: float) -> torch.Tensor:
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
     output = network(batch.images)
     loss = cross_entropy(output.main, batch)
@@ -33,7 +32,7 @@ def supervised(network: Network, batch: Batch, auxiliary_weight: float) -> torch
 
 
 def self_training(
-    network: Network, batches: Sequence[Batch], auxiliary_weight: float, pseudo_weight: float
+    network: Callable, batches: Sequence[Batch], auxiliary_weight: float, pseudo_weight: float
 ) -> tuple[torch.Tensor, Figures]:
     """Loss of one step: labelled batch, then, where there is one, the pseudo-labelled batch times λ.
 
