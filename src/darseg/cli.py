@@ -397,12 +397,16 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option(min=1, help="As many as torchrun will start.")] = 1,
+) -> None:
     """Show what a recipe will do: rounds, steps, learning rates, images, temporary disk."""
     from darseg.config import load_recipe
     from darseg.run.check import plan as run_plan
 
-    made = run_plan(load_recipe(recipe, overrides or []))
+    made = run_plan(load_recipe(recipe, overrides or []), processes)
     rows: list[list[Any]] = [
         [
             "round",
@@ -441,7 +445,7 @@ def plan(recipe: RecipeFile, overrides: Overrides = None) -> None:
     print(f"evaluation: {made.evaluation}")
     print(f"temporary disk while labelling: at most {made.temporary_bytes / 1e6:.0f} MB")
     print(
-        f"memory while training, fp32: {made.state_bytes / 1e9:.2f} GB weights, gradients and momentum, "
+        f"memory of a process while training, fp32: {made.state_bytes / 1e9:.2f} GB weights, gradients and momentum, "
         f"{made.activation_bytes / 1e9:.2f} GB kept for the backward pass; convolutions' workspace comes on top"
     )
     for note in made.notes:

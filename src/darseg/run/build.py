@@ -304,6 +304,16 @@ def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
     return wanted and processes > 1 and pick_device().type == "cuda"
 
 
+def describe_shares(rounds: Sequence[Round], processes: int) -> str:
+    """What each process does of every batch."""
+    shares = ", ".join(
+        f"round {one.index}: {one.batch // processes}"
+        + (f" + {one.pseudo_batch // processes}" if one.pseudo_batch else "")
+        for one in rounds
+    )
+    return f"{processes} processes share every batch (images of each, {shares}), the images to label and to evaluate"
+
+
 def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
     """Raise RecipeError where batches cannot be divided among the processes."""
     wrong = []

@@ -21,7 +21,9 @@ from darseg.run.build import (
     LABELS,
     Round,
     build_initial_network,
+    check_shares,
     check_sizes,
+    describe_shares,
     evaluation_protocol,
     labeling_protocol,
     layout_of,
@@ -104,12 +106,16 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Plan a recipe without training or reading images, but for the size of the first unlabelled one."""
+def plan(recipe: Recipe, processes: int = 1) -> Plan:
+    """Plan a recipe without training or reading images, but for the size of the first unlabelled one.
+
+    `processes`: how many torchrun would start; memory is that of each.
+    """
     manifest = manifest_of(recipe)
     network = spec_of(recipe).build()
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+    check_shares(recipe, rounds, processes)
     power = recipe.training.power
     rates = tuple(
         (
@@ -120,11 +126,10 @@ def plan(recipe: Recipe) -> Plan:
     )
     waits = len(rounds) > 1 and not recipe.labeling.predict_twice
     # The halves of a step go through the network one after the other, and are kept until the backward pass.
-    state, activations = training_memory(
-        spec_of(recipe),
-        max(2 * one.micro_batch if one.pseudo_batch else one.micro_batch for one in rounds),
-        *recipe.training.crop,
+    at_once = max(
+        (2 if one.pseudo_batch else 1) * min(one.micro_batch, one.batch // processes) for one in rounds
     )
+    state, activations = training_memory(spec_of(recipe), max(2, at_once), *recipe.training.crop)
     return Plan(
         rounds=tuple(rounds),
         rates=rates,
@@ -136,7 +141,7 @@ def plan(recipe: Recipe) -> Plan:
         network=_describe_network(recipe),
         labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe('logits')}",
         evaluation=evaluation_protocol(recipe).describe(),
-        notes=_notes(recipe, rounds),
+        notes=_notes(recipe, rounds, processes),
     )
 
 
@@ -145,8 +150,8 @@ def _describe_network(recipe: Recipe) -> str:
     return f"{network.architecture}, {network.backbone}, output stride {network.output_stride}, crops {height_width}"
 
 
-def _notes(recipe: Recipe, rounds: Sequence[Round]) -> tuple[str, ...]:
-    notes = []
+def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str, ...]:
+    notes = [describe_shares(rounds, processes)] if processes > 1 else []
     micro = recipe.training.micro_batch
     if micro and any(one.batch > micro for one in rounds):
         passes = ", ".join(f"round {one.index}: {one.batch // one.micro_batch}" for one in rounds)

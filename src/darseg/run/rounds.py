@@ -39,6 +39,7 @@ from darseg.run.build import (
     build_initial_network,
     check_shares,
     check_sizes,
+    describe_shares,
     evaluation_protocol,
     labeling_protocol,
     manifest_of,
@@ -230,25 +231,13 @@ def _begin(course: Course, weights_from: str) -> None:
     if absent:
         journal.warn(f"absent from all labelled masks, so never pseudo-labelled: {', '.join(absent)}")
     if course.processes.count > 1:
-        journal.say(_describe_processes(course))
+        journal.say(describe_shares(course.rounds, course.processes.count))
     if course.recipe.training.sync_batchnorm and pick_device().type == "cpu":
         journal.warn(
             "training.sync_batchnorm: PyTorch has SyncBatchNorm on GPUs alone; here BatchNorm sees the images of its own "
             "process, and the running statistics are averaged"
         )
     journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
-
-
-def _describe_processes(course: Course) -> str:
-    count = course.processes.count
-    shares = ", ".join(
-        f"round {one.index}: {one.batch // count}"
-        + (f" + {one.pseudo_batch // count}" if one.pseudo_batch else "")
-        for one in course.rounds
-    )
-    return (
-        f"{count} processes share every batch (images of each, {shares}), the images to label and to evaluate"
-    )
 
 
 def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], float]:
