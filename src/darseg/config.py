@@ -508,6 +508,9 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
     for name, size in (("batch", training.batch), ("half_batch", half if len(recipe.rounds) > 1 else 0)):
         if micro and size > micro and size % micro:
             yield ("training", "micro_batch"), f"found {micro}; should divide training.{name}, {size}"
+    if training.recompute and training.compile:
+        # Compiled, BatchNorm's statistics of the two passes of a step move wrongly, or the backward pass fails.
+        yield ("training", "recompute"), "does not work with training.compile; set one"
     if len(recipe.rounds) > 1 and recipe.training.half_batch is None and recipe.training.batch < 4:
         yield (
             ("training", "batch"),

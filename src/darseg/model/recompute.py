@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+from collections.abc import Callable, Generator
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from darseg.errors import RecipeError
@@ -17,8 +19,8 @@ from darseg.model.network import Network
 def recompute_blocks(network: Network) -> None:
     """Keep only the inputs of each block while training, and compute the rest again where the backward pass needs it.
 
-    Gradients are the same. Each BatchNorm sees a batch twice, so its momentum m becomes 1 − √(1 − m): two updates then
-    move its statistics as one did. Raises RecipeError for backbones without such blocks (timm's).
+    Gradients and BatchNorm's running statistics are the same: these move the first time a block sees a batch, not
+    again. Raises RecipeError for backbones without such blocks (timm's).
     """
     blocks = [module for module in network.backbone.modules() if isinstance(module, (BasicBlock, Bottleneck))]
     if not blocks:
@@ -28,12 +30,29 @@ def recompute_blocks(network: Network) -> None:
         )
     for block in blocks:
         block.forward = partial(_forward, block, block.forward)
-        for module in block.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.momentum:
-                module.momentum = 1 - math.sqrt(1 - module.momentum)
 
 
-def _forward(block: nn.Module, forward, x: Tensor) -> Tensor:
-    if block.training and torch.is_grad_enabled():
-        return checkpoint(forward, x, use_reentrant=False)
-    return forward(x)
+def _forward(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(x)
+    return checkpoint(
+        forward,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _statistics_stay(block)),
+    )
+
+
+@contextlib.contextmanager
+def _statistics_stay(block: nn.Module) -> Generator[None, None, None]:
+    """BatchNorm does inside as in training, but its running statistics do not move."""
+    # SyncBatchNorm is no BatchNorm2d.
+    norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches

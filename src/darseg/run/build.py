@@ -285,7 +285,7 @@ def bf16_is_emulated() -> bool:
 
 
 def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
-    """What the recipe asks of a placed network besides its weights, before a stage: once per network.
+    """What the recipe asks of a network besides its weights, before its first stage: once per network.
 
     Raises RecipeError for what cannot be.
     """

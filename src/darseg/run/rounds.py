@@ -116,6 +116,7 @@ def train(
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     check_shares(recipe, rounds, processes.count)
+    prepare_training(recipe, network, processes.count)
     console = console or Console(quiet=not processes.first)
 
     def begin(stack: contextlib.ExitStack) -> tuple[Path, list[int]]:
@@ -164,7 +165,6 @@ def run_rounds(course: Course, network: Network) -> dict:
     summary: dict = {"classes": list(names), "rounds": []}
     before = digest_state(network.state_dict())
     place(network)
-    prepare_training(course.recipe, network, processes.count)
     for round_ in course.rounds:
         pseudo, labeling = _label(course, round_, before) if round_.index else ((), 0.0)
         training = _train(course, round_, before, pseudo, network)

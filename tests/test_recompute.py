@@ -1,0 +1,185 @@
+"""Computing activations again changes the memory of a step and nothing else; precisions and torch.compile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from darseg.config import load_recipe
+from darseg.errors import RecipeError
+from darseg.model.network import Network, NetworkSpec
+from darseg.model.recompute import recompute_blocks
+from darseg.run.rounds import train
+from darseg.training.loss import self_training
+from darseg.training.stage import Stage, run_stage
+from test_stage import CLASSES, DEEPLAB, PSPNET, batch_at, build, streams_of
+
+torch.set_num_threads(1)
+
+BOTTLENECKS = NetworkSpec("deeplabv2", "resnet50", CLASSES, 16, auxiliary=False)
+
+
+def moving(network: Callable, batches: Any, step: int) -> Any:
+    """The objective of a run: BatchNorm's statistics move, things are dropped, two passes before one way back."""
+    return self_training(network, batches, 0.4, 0.7)
+
+
+def passed(spec: NetworkSpec, prepare: Callable[[Network], object]) -> tuple[Network, list[Tensor]]:
+    """A network after the way there and back of two batches, and the tensors it saved for the way back."""
+    network = build(spec)
+    prepare(network)
+    network.train()
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    torch.manual_seed(5)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, _ = moving(network, [batch_at(0, 0, 4), batch_at(0, 1, 4)], 0)
+    own = {value.untyped_storage().data_ptr() for value in network.state_dict(keep_vars=True).values()}
+    held = [one for one in saved if one.untyped_storage().data_ptr() not in own]
+    loss.backward()
+    return network, held
+
+
+def size(tensors: list[Tensor]) -> int:
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("spec", [PSPNET, BOTTLENECKS], ids=["basic", "bottleneck"])
+def test_gradients_and_statistics_are_the_same_with_less_kept(spec: NetworkSpec) -> None:
+    plain, all_kept = passed(spec, lambda network: None)
+    again, kept = passed(spec, recompute_blocks)
+    gradients = dict(again.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert torch.allclose(gradients[name].grad, parameter.grad, rtol=1e-5, atol=1e-7), name
+    state = plain.state_dict()
+    assert list(again.state_dict()) == list(state)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, state[name]), name  # statistics move once, by the very same numbers
+    assert len(kept) < len(all_kept) / 2 and size(kept) < 0.7 * size(all_kept)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_stage_with_recompute_ends_with_the_same_weights(precision: Any) -> None:
+    ends = []
+    for prepare in (recompute_blocks, lambda network: None):
+        network = build(DEEPLAB)
+        prepare(network)
+        stage = Stage(steps=2, span=(0.0, 1.0), learning_rate=1e-3, precision=precision, micro_batch=3)
+        run_stage(network, streams_of(1), moving, stage)
+        ends.append(network.state_dict())
+    assert all(torch.allclose(value, ends[1][name], rtol=1e-5, atol=1e-6) for name, value in ends[0].items())
+
+
+def test_statistics_over_all_gpus_move_once_as_well() -> None:
+    """SyncBatchNorm is no BatchNorm2d; here it only stands in the blocks, as it runs on GPUs alone."""
+    network = build(PSPNET)
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    recompute_blocks(network)
+    block = network.backbone.layer1[0]
+    norm, found = block.bn1, []
+    assert isinstance(norm, nn.SyncBatchNorm)
+    norm.register_forward_pre_hook(lambda module, given: found.append((module.momentum, len(found))))
+    norm.forward = lambda x: x.relu()  # saves something, so that the way back needs it again
+    block.bn2.forward = lambda x: x.relu()
+    block(torch.rand(2, 32, 9, 9, requires_grad=True)).sum().backward()
+    assert found == [(0.1, 0), (0.0, 1)] and norm.momentum == 0.1 and norm.num_batches_tracked is not None
+
+
+def test_nothing_is_computed_again_where_nothing_goes_back() -> None:
+    network = build(PSPNET)
+    wanted = network.eval()(batch_at(0, 0).images).main
+    recompute_blocks(network)
+    with torch.inference_mode():
+        assert torch.equal(network(batch_at(0, 0).images).main, wanted)
+
+
+class Blockless(nn.Module):
+    name = "timm/some"
+
+
+def test_backbones_without_such_blocks_are_refused() -> None:
+    network = build(PSPNET)
+    network.backbone = Blockless()
+    with pytest.raises(RecipeError, match=r"timm/some has no blocks .* a smaller training\.micro_batch"):
+        recompute_blocks(network)
+
+
+def test_what_cannot_be_is_refused_before_a_run_folder_is_begun(recipe_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"training\.recompute.*does not work with training\.compile"):
+        load_recipe(recipe_file, ["training.recompute=true", "training.compile=true"])
+    pytest.importorskip("timm")
+    changes = ["network.backbone=timm/resnet18", "training.recompute=true"]
+    with pytest.raises(RecipeError, match="no blocks that could be computed again"):
+        train(load_recipe(recipe_file, changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_recompute_of_a_recipe_reaches_the_network(recipe_file: Path, tmp_path: Path) -> None:
+    runs = {}
+    for wanted in ("false", "true"):
+        changes = [f"training.recompute={wanted}", "rounds=[{steps: 2}, {steps: 1, labeling_ratio: 0.4}]"]
+        train(load_recipe(recipe_file, changes), tmp_path / wanted)
+        runs[wanted] = (tmp_path / wanted / "round_1" / "network.safetensors").read_bytes()
+    assert runs["true"] == runs["false"]  # on one machine and thread even the bytes
+
+
+# --- precisions
+
+
+def test_fp16_and_bf16_are_near_fp32() -> None:
+    """A step moves weights by gradients that differ in their last bits: scaled losses are scaled back."""
+    norms = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        stage = Stage(steps=1, span=(0.0, 1.0), learning_rate=1e-3, precision=precision)
+
+        def on_step(step, rate, figures, waiting, name=precision) -> None:
+            norms[name] = float(figures["gradient_norm"])
+
+        run_stage(build(DEEPLAB), streams_of(1), moving, stage, on_step=on_step)
+    assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)
+    assert norms["bf16"] == pytest.approx(norms["fp32"], rel=0.1)
+
+
+# --- torch.compile
+
+
+def compiled_and_plain(spec: NetworkSpec) -> list[dict[str, Tensor]]:
+    stage = Stage(steps=2, span=(0.0, 1.0), learning_rate=1e-3)
+    ends = []
+    for wanted in (True, False):
+        network = build(spec)
+        run_stage(network, streams_of(1), moving, replace(stage, compile=wanted))
+        ends.append(network.state_dict())
+    return ends
+
+
+def test_a_traced_network_trains_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that torch.compile does short of generating code, which takes a compiler and minutes."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile(module, backend="aot_eager"))
+    compiled, plain = compiled_and_plain(DEEPLAB)
+    assert list(compiled) == list(plain)
+    assert all(torch.allclose(value, plain[name], rtol=1e-4, atol=1e-5) for name, value in compiled.items())
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_the_plain_one() -> None:
+    if not os.environ.get("DARSEG_COMPILE"):
+        pytest.skip("takes minutes; set DARSEG_COMPILE=1")
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler here, and torch.compile needs one")
+    compiled, plain = compiled_and_plain(DEEPLAB)
+    assert all(torch.allclose(value, plain[name], rtol=1e-4, atol=1e-5) for name, value in compiled.items())
