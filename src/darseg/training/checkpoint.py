@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +19,8 @@ from darseg.model.network import Network
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """After `step` steps of a stage: the network's state dict and SGD's momentum by parameter name.
+    """After `step` steps of a stage: the network's state dict, SGD's momentum by parameter name, and in fp16 the state
+    of the loss scaling.
 
     Nothing else is needed to go on: data, augmentation and dropout are drawn from the seed and the step.
     """
@@ -25,21 +28,28 @@ class Checkpoint:
     step: int
     network: Mapping[str, torch.Tensor]
     momentum: Mapping[str, torch.Tensor]
+    scaling: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def capture(cls, step: int, network: Network, optimizer: torch.optim.Optimizer) -> Checkpoint:
+    def capture(
+        cls, step: int, network: Network, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> Checkpoint:
         """The present state, as references: save it before the next step."""
         momentum = {
             name: optimizer.state[parameter]["momentum_buffer"]
             for name, parameter in network.named_parameters()
             if "momentum_buffer" in optimizer.state.get(parameter, {})
         }
-        return cls(step, network.state_dict(), momentum)
+        return cls(step, network.state_dict(), momentum, scaler.state_dict())
 
-    def restore(self, network: Network, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights and momentum back."""
+    def restore(
+        self, network: Network, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    ) -> None:
+        """Put weights, momentum and loss scaling back."""
         network.load_state_dict(self.network)
         restore_momentum(self.momentum, network, optimizer)
+        if self.scaling:
+            scaler.load_state_dict(dict(self.scaling))
 
 
 @torch.no_grad()
@@ -58,7 +68,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     tensors = {f"network.{key}": value for key, value in checkpoint.network.items()}
     tensors |= {f"momentum.{key}": value for key, value in checkpoint.momentum.items()}
     flat = {key: value.detach().contiguous() for key, value in tensors.items()}
-    write_whole_with(path, lambda aside: save_file(flat, aside, {"step": str(checkpoint.step)}))
+    told = {"step": str(checkpoint.step)}
+    if checkpoint.scaling:
+        told["scaling"] = json.dumps(dict(checkpoint.scaling))
+    write_whole_with(path, lambda aside: save_file(flat, aside, told))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -66,13 +79,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     network, momentum = {}, {}
     try:
         with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            told = file.metadata()
+            step, scaling = int(told["step"]), json.loads(told.get("scaling", "{}"))
             for key in file.keys():  # noqa: SIM118 (no mapping)
                 part, name = key.split(".", 1)
                 (network if part == "network" else momentum)[name] = file.get_tensor(key)
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(
             f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; "
-            "the stage then starts from its beginning."
+            "without any, the stage starts from its beginning."
         ) from error
-    return Checkpoint(step, network, momentum)
+    return Checkpoint(step, network, momentum, scaling)

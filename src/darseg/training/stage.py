@@ -108,8 +108,8 @@ def run_stage(
         stop: asked after every step; where it says so (in any process), a checkpoint is made and Interrupted raised.
 
     Raises NumericsError before the optimiser moves a weight where loss or gradient is not finite. On a GPU the host does
-    not wait for every step: weights and momentum stay as they were from that step on, and the error comes a few
-    steps later, always before a checkpoint.
+    not wait for every step: the error comes a few steps later, always before a checkpoint, and until then weights and
+    momentum stay as they were (fp16: as the scaler has it, which passes over steps, but not over those that follow).
     """
     device, team = network.mean.device, _Team(network.mean.device)
     groups = parameter_groups(
@@ -121,17 +121,17 @@ def run_stage(
     scaler = torch.amp.GradScaler(device.type, enabled=stage.precision == "fp16")
     first = 0
     if begin is not None:
-        begin.restore(network, optimizer)
+        begin.restore(network, optimizer, scaler)
         first = begin.step
     elif momentum:
         restore_momentum(momentum, network, optimizer)
     if first >= stage.steps:
         network.eval()
-        return Checkpoint.capture(stage.steps, network, optimizer)
+        return Checkpoint.capture(stage.steps, network, optimizer, scaler)
     network.train()
     module = team.wrap(network)
     forward = torch.compile(module) if stage.compile else module
-    watch = _Watch(stage, device)
+    watch = _Watch(stage, team)
     autocast = AUTOCAST[stage.precision]
     feeds = streams(first)
     began, waited = time.monotonic(), 0.0
@@ -158,18 +158,20 @@ def run_stage(
                 figures = {name: figures.get(name, 0.0) + value for name, value in shown.items()}
             scaler.unscale_(optimizer)
             figures["gradient_norm"] = norm = _gradient_norm(network)
-            watch.look(step, rate, loss, norm, scaler, optimizer, batches)
+            watch.look(step, rate, team.total(loss), norm, scaler, optimizer, batches)
             scaler.step(optimizer)
             scaler.update()
             if stage.reports(step):
                 figures = team.add_up(figures)
             on_step(step, rate, figures, waited / max(time.monotonic() - began, 1e-9))
             done = step + 1
-            stopped = team.any(stop())
+            stopped, failed = team.any(stop(), watch.failed is not None)
+            if failed:
+                watch.settle()
             if (stopped or done % stage.checkpoint_every == 0) and done < stage.steps:
                 watch.settle()
                 team.average_statistics(network)
-                on_checkpoint(Checkpoint.capture(done, network, optimizer))
+                on_checkpoint(Checkpoint.capture(done, network, optimizer, scaler))
             if stopped and done < stage.steps:
                 raise Interrupted(f"stopped after step {done} of {stage.steps}; its state was saved.")
         watch.settle()
@@ -178,7 +180,7 @@ def run_stage(
             feed.close()  # ty: ignore[missing-attribute]
     team.average_statistics(network)
     network.eval()
-    return Checkpoint.capture(stage.steps, network, optimizer)
+    return Checkpoint.capture(stage.steps, network, optimizer, scaler)
 
 
 class _Team:
@@ -225,13 +227,29 @@ class _Team:
         dist.all_reduce(total)
         return dict(zip(names, total, strict=True)) | {"gradient_norm": figures["gradient_norm"]}
 
-    def any(self, here: bool) -> bool:
-        """Whether it is so in any process; asked on the CPU, so that no GPU is waited for."""
+    def total(self, loss: Tensor) -> Tensor:
+        """The loss of the whole batch; not finite where that of any process is not."""
+        if self.count == 1:
+            return loss
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        return loss
+
+    def any(self, *here: bool) -> tuple[bool, ...]:
+        """Whether each is so in any process; asked on the CPU, so that no GPU is waited for."""
         if self.count == 1:
             return here
-        flag = torch.tensor(int(here))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
+        flags = torch.tensor(here, dtype=torch.int64)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return tuple(map(bool, flags))
+
+    def gather(self, names: Sequence[str]) -> list[str]:
+        """Those of all processes, sorted."""
+        if self.count == 1:
+            return sorted(set(names))
+        all_names: list[Sequence[str]] = [()] * self.count
+        dist.all_gather_object(all_names, names)
+        return sorted({name for own in all_names for name in own})
 
     @torch.no_grad()
     def average_statistics(self, network: Network) -> None:
@@ -244,17 +262,28 @@ class _Team:
                 buffer /= self.count
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A step that was looked at: `numbers` are whether it failed, the loss, and the gradient's norm."""
+
+    step: int
+    rate: float
+    ids: tuple[str, ...]
+    numbers: Tensor
+
+
 class _Watch:
-    """Stops before weights move where loss or gradient is not finite.
+    """Stops before weights move where loss or gradient is not finite; in all processes at the same step.
 
     On the CPU at once. On a GPU the optimiser is told not to move, by a flag on the device, and the flag is read on the
     host when it has arrived there, without waiting.
     """
 
-    def __init__(self, stage: Stage, device: torch.device) -> None:
-        self.stage = stage
-        self.blocked = torch.zeros((), device=device) if device.type == "cuda" else None
-        self.waiting: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
+    def __init__(self, stage: Stage, team: _Team) -> None:
+        self.stage, self.team = stage, team
+        self.blocked = torch.zeros((), device=team.device) if team.device.type == "cuda" else None
+        self.waiting: deque[tuple[torch.cuda.Event, _Look]] = deque()
+        self.failed: _Look | None = None
 
     def look(
         self,
@@ -267,36 +296,36 @@ class _Watch:
         batches: Sequence[Batch],
     ) -> None:
         # Gradients beyond fp16's range only make the scaler pass over the step and scale less.
-        scaled = (
-            scaler.is_enabled() and scaler.get_scale() > SMALLEST_SCALE
-            if self.blocked is None
-            else scaler.is_enabled()
-        )
-        finite = torch.isfinite(loss) if scaled else torch.isfinite(loss) & torch.isfinite(norm)
+        excused = scaler.scale(torch.ones_like(loss)) > SMALLEST_SCALE
+        failed = ~(torch.isfinite(loss) & (torch.isfinite(norm) | excused))
+        ids = tuple(name for batch in batches for name in batch.ids)
+        numbers = torch.stack([failed.float(), loss.float(), norm.float()])
         if self.blocked is None:
-            if not finite:
-                raise NumericsError(_not_finite(step, self.stage, float(loss), float(norm), rate, batches))
+            self._read(_Look(step, rate, ids, numbers))
+            self.settle()
             return
-        self.blocked = torch.maximum(self.blocked, (~finite).float())
+        self.blocked = torch.maximum(self.blocked, failed.float())
         if not scaler.is_enabled():
             optimizer.found_inf = self.blocked  # ty: ignore[missing-attribute]
-        host = torch.stack([self.blocked, loss.float(), norm.float()]).to("cpu", non_blocking=True)
+        host = numbers.to("cpu", non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        text = _not_finite(step, self.stage, float("nan"), float("nan"), rate, batches)
-        self.waiting.append((event, host, text))
+        self.waiting.append((event, _Look(step, rate, ids, host)))
         while self.waiting and self.waiting[0][0].query():
-            self._read(*self.waiting.popleft())
+            self._read(self.waiting.popleft()[1])
 
     def settle(self) -> None:
-        """Wait for what was looked at."""
+        """Wait for what was looked at. Raises NumericsError where a step failed: all processes call this together."""
         while self.waiting:
-            self.waiting[0][0].synchronize()
-            self._read(*self.waiting.popleft())
+            event, look = self.waiting.popleft()
+            event.synchronize()
+            self._read(look)
+        if self.failed is not None:
+            raise NumericsError(_not_finite(self.failed, self.stage, self.team.gather(self.failed.ids)))
 
-    def _read(self, event: torch.cuda.Event, host: Tensor, text: str) -> None:
-        if host[0]:
-            raise NumericsError(text)
+    def _read(self, look: _Look) -> None:
+        if self.failed is None and look.numbers[0]:
+            self.failed = look
 
 
 @torch.no_grad()
@@ -321,18 +350,15 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     return replace(batch, **moved)
 
 
-def _not_finite(
-    step: int, stage: Stage, loss: float, norm: float, rate: float, batches: Sequence[Batch]
-) -> str:
-    ids = ", ".join(sorted({name for batch in batches for name in batch.ids}))
-    lower = (
-        "with training.precision=bf16 or fp32"
-        if stage.precision == "fp16"
-        else "with training.precision=fp32"
-    )
+def _not_finite(look: _Look, stage: Stage, ids: Sequence[str]) -> str:
+    _, loss, norm = look.numbers.tolist()
+    lower = {
+        "fp32": "or look at these images and labels",
+        "bf16": "or with training.precision=fp32",
+        "fp16": "or with training.precision=bf16 or fp32",
+    }
     return (
-        f"Loss or gradient is not finite at step {step} of {stage.steps} (loss {loss:g}, gradient norm {norm:g}, "
-        f"learning rate {rate:g}; images {ids}). The weights were not changed by it and the last good checkpoint is "
-        "kept. Start a new run with a lower training.learning_rate"
-        + (f", or {lower}." if stage.precision != "fp32" else ", or look at these images and labels.")
+        f"Loss or gradient is not finite at step {look.step} of {stage.steps} (loss {loss:g}, gradient norm {norm:g}, "
+        f"learning rate {look.rate:g}; images {', '.join(ids)}). The weights were not changed by it and the last good "
+        f"checkpoint is kept. Start a new run with a lower training.learning_rate, {lower[stage.precision]}."
     )
