@@ -74,8 +74,9 @@ class RunDirectory:
         return sorted(self.round(index).glob("checkpoint_*.safetensors"), reverse=True)
 
     def drop_checkpoints(self, index: int, keep: int = 0) -> None:
-        """Remove all but the latest `keep`."""
-        for path in self.checkpoints(index)[keep:]:
+        """Remove all but the latest `keep`, and what a kill left of one being written."""
+        halves = self.round(index).glob(f"checkpoint_*.safetensors{ASIDE}")
+        for path in (*self.checkpoints(index)[keep:], *halves):
             path.unlink(missing_ok=True)
 
     @contextmanager

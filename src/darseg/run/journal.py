@@ -52,13 +52,16 @@ class Journal:
         """Add figures at a step, counted over the whole run, to TensorBoard; undefined ones are left out."""
         if self._tensorboard_folder is None:
             return
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
+        try:
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-            self._writer = SummaryWriter(self._tensorboard_folder, purge_step=step)
-        for name, value in numbers.items():
-            if value is not None:
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+                self._writer = SummaryWriter(self._tensorboard_folder, purge_step=step)
+            for name, value in numbers.items():
+                if value is not None:
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
+        except OSError as error:  # of its thread that writes
+            raise storage_error(error, self._tensorboard_folder) from error
 
     def events(self, name: str) -> list[dict]:
         """All events of that name so far; lines cut off by a kill are passed over."""
@@ -129,8 +132,12 @@ class Journal:
         yield advance_quietly
 
     def close(self) -> None:
-        if self._writer is not None:
+        if self._writer is None or self._tensorboard_folder is None:
+            return
+        try:
             self._writer.close()
+        except OSError as error:
+            raise storage_error(error, self._tensorboard_folder) from error
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,29 +13,42 @@ from darseg.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+TOGETHER = 1.0
+"""Seconds within which signals are one request: a terminal sends Ctrl-C to all processes, and torchrun passes it on."""
+
 
 class Stop:
     """Whether a signal has asked this process to end.
 
     While `patient` is set it is only noted – a stage of training looks at every step and saves its state –, else
-    Interrupted is raised where the program is: labelling and evaluation lose one image at most.
+    Interrupted is raised where the program is: labelling and evaluation lose one image at most. Asked again, it does not
+    wait for the step either.
     """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
+        self.since = 0.0
         self.patient = False
 
     def __call__(self) -> bool:
         return self.asked is not None
 
     def handle(self, number: int, _: FrameType | None) -> None:
-        again, self.asked = self.asked is not None, signal.Signals(number)
-        if again or not self.patient:
-            raise Interrupted(f"stopped by {self.asked.name}")
+        if self.asked is None:
+            self.asked, self.since = signal.Signals(number), time.monotonic()
+            if not self.patient:
+                self.check()
+        elif time.monotonic() - self.since > TOGETHER:
+            self.check()
+
+    def check(self) -> None:
+        """Raise Interrupted where a signal has been noted."""
+        if self.asked is not None:
+            raise Interrupted(f"stopped by {self.asked.name}.")
 
     @contextmanager
     def patiently(self) -> Generator[Stop, None, None]:
-        """Signals are noted inside, and end the program after it at the latest."""
+        """Signals are only noted inside; `check` afterwards."""
         self.patient = True
         try:
             yield self
