@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -24,8 +25,9 @@ from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
-from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, faults
+from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
 from darseg.model.network import Network
+from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
@@ -148,7 +150,8 @@ def train(
                 _begin(course, weights_from)
             return run_rounds(course, network)
         except BaseException as error:
-            journal.event("stopped", reason=f"{type(error).__name__}: {error}")
+            with contextlib.suppress(StorageError):  # a full disk must not hide why the run stopped
+                journal.event("stopped", reason=f"{type(error).__name__}: {error}")
             if isinstance(error, Interrupted) and stop.asked:
                 error.code = 128 + stop.asked
             if not processes.first and isinstance(error, (Interrupted, NumericsError)):
@@ -168,6 +171,7 @@ def run_rounds(course: Course, network: Network) -> dict:
     for round_ in course.rounds:
         pseudo, labeling = _label(course, round_, before) if round_.index else ((), 0.0)
         training = _train(course, round_, before, pseudo, network)
+        course.stop.check()  # asked in the last step
         scores, evaluating = _evaluate(course, round_)
         described = scores.to_json(names)
         figures = {key: described[key] for key in ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")}
@@ -186,7 +190,7 @@ def run_rounds(course: Course, network: Network) -> dict:
     return summary
 
 
-def environment() -> dict:
+def environment(processes: int) -> dict:
     """What a run's bytes can depend on besides the recipe and the data."""
     device = pick_device()
     return {
@@ -198,20 +202,28 @@ def environment() -> dict:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
+        "processes": processes,
     }
 
 
 def _begin(course: Course, weights_from: str) -> None:
-    run, journal, now = course.run, course.journal, environment()
+    run, journal, now = course.run, course.journal, environment(course.processes.count)
     roles = course.manifest.roles()
     counts = ", ".join(f"{len(samples)} {role}" for role, samples in roles.items() if samples)
     if run.environment.exists():
         first = json.loads(run.environment.read_text())
-        changed = [f"{key} {first.get(key)} → {now[key]}" for key in now if first.get(key) != now[key]]
+        changed = [
+            f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]
+        ]
         journal.event("resumed", environment=now)
         journal.say(f"Going on in {run.root}: {counts}")
         if changed:
             journal.warn(f"another environment than at the start, last bits may differ: {'; '.join(changed)}")
+        if first.get("processes", now["processes"]) != now["processes"]:
+            journal.warn(
+                "on another number of processes dropout and BatchNorm's groups of images are others: the result is "
+                "equal in distribution, not in bits"
+            )
     else:
         write_json(run.environment, now)
         journal.event("started", environment=now, weights=weights_from)
@@ -284,19 +296,20 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
         return run.label_set(index).samples(unlabeled), record.seconds
     began = time.monotonic()
     network = place(load_network(run.network(index - 1)))
-    labels = label_samples(
-        unlabeled,
-        len(classes),
-        network_predictor(network, lambda image: protocol, scale, waiting),
-        partial(_choose, course, round_),
-        scale,
-        course.recipe.seed,
-        index,
-        run.labels(index),
-        histogram,
-        course.processes,
-        lambda title, total: journal.progress(f"round {index}: {title}", total),
-    )
+    with _memory_told(_less_to_predict(course.recipe, "labeling", protocol)):
+        labels = label_samples(
+            unlabeled,
+            len(classes),
+            network_predictor(network, lambda image: protocol, scale, waiting),
+            partial(_choose, course, round_),
+            scale,
+            course.recipe.seed,
+            index,
+            run.labels(index),
+            histogram,
+            course.processes,
+            lambda title, total: journal.progress(f"round {index}: {title}", total),
+        )
     end = partial(_record_labels, course, round_, inputs, labels, began)
     return labels.samples(unlabeled), course.processes.from_first(end)
 
@@ -441,11 +454,13 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
     def on_step(step: int, rate: float, figures: Mapping[str, torch.Tensor], waiting: float) -> None:
         note = ""
         if stage.reports(step):
-            values = {name: round(float(value), 6) for name, value in figures.items()}
+            # fp16 passes over steps whose gradient is beyond its range: they have no norm.
+            numbers = {name: float(value) for name, value in figures.items()}
+            values = {name: round(one, 6) if math.isfinite(one) else None for name, one in numbers.items()}
             shown = {"learning_rate": rate, **values, "waiting_for_data": round(waiting, 4)}
             journal.event("step", round=index, step=step, **shown)
             journal.scalars(steps_before + step, "train", shown)
-            note = f"loss {values['loss']:.3f}, rate {rate:.2e}, {waiting:.0%} waiting for data"
+            note = f"loss {numbers['loss']:.3f}, rate {rate:.2e}, {waiting:.0%} waiting for data"
         advance(note)
 
     def on_checkpoint(checkpoint: Checkpoint) -> None:
@@ -459,7 +474,7 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
     with (
         journal.progress(f"round {index}: train", stage.steps, begin.step if begin else 0) as advance,
         course.stop.patiently() as stop,
-        _memory_told(recipe),
+        _memory_told(_less_to_train(recipe, round_, processes.count)),
     ):
         end = run_stage(network, streams, objective, stage, begin, momentum, on_step, on_checkpoint, stop)
     seconds = earlier + time.monotonic() - began
@@ -477,38 +492,69 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
 
 
 def _usable_checkpoint(course: Course, index: int) -> Path | None:
-    """The latest checkpoint that can be read; damaged ones are passed over with a warning.
+    """The latest checkpoint that can be read; damaged ones after it are removed, with a warning.
 
-    Raises RunError where there are some and none can be read.
+    Raises RunError naming all where there are some and none can be read.
     """
-    paths, damage = course.run.checkpoints(index), []
-    for path in paths:
+    damaged: dict[Path, RunError] = {}
+    for path in course.run.checkpoints(index):
         try:
             load_checkpoint(path)
         except RunError as error:
-            damage.append(error)
-            course.journal.warn(f"{path.name} is damaged, going back to the one before")
+            damaged[path] = error
             continue
+        for other in damaged:
+            # Else it would stand for a later one among those that are kept.
+            course.journal.warn(f"{other} is damaged and was removed; going back to {path.name}")
+            other.unlink()
         return path
-    if damage:
-        raise damage[0]
+    if damaged:
+        raise RunError(
+            faults("No checkpoint of this round can be read", [str(one) for one in damaged.values()])
+        )
     return None
 
 
 @contextlib.contextmanager
-def _memory_told(recipe: Recipe) -> Generator[None]:
+def _memory_told(remedy: str) -> Generator[None]:
     """What to change in the recipe where a GPU's memory is not enough."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
-        training = recipe.training
-        now = training.micro_batch or training.batch
         raise MemoryLimit(
-            f"The GPU has not enough memory for {now} crops of {training.crop[0]}x{training.crop[1]} pixels in a forward "
-            f"pass ({str(error).splitlines()[0]}). Halve what goes through at once with training.micro_batch="
-            f"{max(2, now // 2)}; or training.precision=bf16 (about half), training.recompute=true (less, for a third "
-            "more time), or a smaller training.crop. `darseg plan` counts what a step keeps."
+            f"The GPU's memory is not enough ({str(error).splitlines()[0]}). {remedy}"
         ) from error
+
+
+def _less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
+    """How a round of training takes less memory."""
+    training = recipe.training
+    own = round_.batch // processes
+    now = min(training.micro_batch or own, own)
+    half = (training.half_batch or training.batch // 2) if len(recipe.rounds) > 1 else training.batch
+    shares = (training.batch // processes, half // processes)
+    fits = [size for size in range(2, now // 2 + 1) if not any(share % size for share in shares)]
+    fewer = f"training.micro_batch={fits[-1]} (now {now} images at once), " if fits else ""
+    crop, smaller = _half(training.crop, recipe.network.output_stride)
+    return (
+        f"Start a new run (--out; --reuse takes over finished rounds) with {fewer}training.precision=bf16 (about half), "
+        f"training.recompute=true (less, for a third more time), or training.crop={smaller} (now {crop}; about a "
+        "quarter). `darseg plan` counts what a step keeps."
+    )
+
+
+def _less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
+    """How labelling or evaluation takes less memory."""
+    window, smaller = _half(protocol.window, recipe.network.output_stride)
+    return (
+        f"Start a new run (--out; --reuse takes over finished rounds) with {section}.window={smaller} "
+        f"(now {window}; about a quarter of the memory)."
+    )
+
+
+def _half(size: tuple[int, int], stride: int) -> tuple[list[int], list[int]]:
+    """A size, and the nearest a network takes to half of its sides."""
+    return list(size), [stride * max(1, (side // 2) // stride) + 1 for side in size]
 
 
 def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
@@ -528,7 +574,10 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
         return Scores.from_json(json.loads(path.read_text())), record.seconds
     began = time.monotonic()
     network = place(load_network(run.network(index)))
-    with journal.progress(f"round {index}: evaluate", len(processes.share(samples))) as advance:
+    with (
+        journal.progress(f"round {index}: evaluate", len(processes.share(samples))) as advance,
+        _memory_told(_less_to_predict(course.recipe, "evaluation", protocol)),
+    ):
         own = processes.together(
             lambda: evaluate_samples(network, processes.share(samples), classes, protocol, advance)
         )
