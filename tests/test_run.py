@@ -373,7 +373,7 @@ def test_loss_that_is_not_finite_stops_before_harm(recipe_file: Path, tmp_path: 
         train(recipe, tmp_path / "run")
     assert "step" in str(caught.value) and "l/0" in str(caught.value)
     assert not (tmp_path / "run" / "round_0" / "network.safetensors").exists()
-    assert any((tmp_path / "run" / "round_0").glob("checkpoint_*.safetensors"))
+    assert list((tmp_path / "run" / "round_0").glob("checkpoint_*.safetensors"))
 
 
 def test_full_disk_while_labelling_loses_nothing(
