@@ -144,7 +144,7 @@ def pulled(recipe: Recipe, tmp_path: Path, at_step):
 # --- SIGKILL
 
 KILLER = """
-import json, itertools, os, random, signal, sys, time
+import json, itertools, os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import torch.utils.tensorboard
@@ -202,14 +202,19 @@ assert command(base / "warm") == 0  # here, so that what torch prepares need not
 began = time.monotonic()
 assert end(begin(base / "whole")) == 0
 lasted = time.monotonic() - began
-for number in range(kills + stops):
+number = 0
+while number < kills + stops:
     which = signal.SIGKILL if number < kills else signal.SIGTERM
     out, moment = base / f"killed_{number}", moments.uniform(0, lasted)
     child = begin(out)
     time.sleep(moment)
     os.kill(child, which)
     code, found = end(child), where(out)
-    again = end(begin(out)) if code else 0
+    if code == 0:  # it was through: drawn again
+        shutil.rmtree(out)
+        continue
+    number += 1
+    again = end(begin(out))
     print(json.dumps([which.name, round(moment / lasted, 3), code, found, again]), flush=True)
 for at in (7, 11) if kills else ():
     out, count = base / f"often_{at}", 0
@@ -221,6 +226,7 @@ for at in (7, 11) if kills else ():
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     path: Path, tmp_path: Path, wanted: dict[str, bytes]
 ) -> None:
@@ -238,12 +244,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     told = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
     assert all(again == 0 for *_, again in told), ended.stderr
     codes = {name: [code for which, _, code, *_ in told if which == name] for name in ("SIGKILL", "SIGTERM")}
-    assert len(codes["SIGKILL"]) == kills and codes["SIGKILL"].count(-signal.SIGKILL) > kills / 2
+    assert codes["SIGKILL"] == [-signal.SIGKILL] * kills
     assert set(codes["SIGTERM"]) <= {
         128 + signal.SIGTERM,
         -signal.SIGTERM,
-        0,
-    }  # before it, and when it was done
+    }  # the latter before the run begins
     folders = sorted((tmp_path / "runs").iterdir())
     assert len(folders) == 2 + len(told)
     for folder in folders:
