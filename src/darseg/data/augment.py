@@ -105,23 +105,11 @@ def augment(
     angle = (2 * angle_draw - 1) * how.rotate if rotates else 0.0
     offset = _offset(scaled[0], how.crop[0], row_draw), _offset(scaled[1], how.crop[1], column_draw)
     matrix = crop_to_source((height, width), scaled, angle, bool(mirrors and how.mirror), offset)
-    out = how.crop[1], how.crop[0]
-    # The outer halves of edge pixels are plain, as in a resize, not mixed with the fill: repeat the edge once.
-    source = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
-    inner = matrix.copy()
-    inner[:, 2] += 1
-    cropped = cv2.warpAffine(
-        source,
-        inner,
-        out,
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=how.fill,
-    )
+    cropped = _warp(image, matrix, how)
     moved = cv2.warpAffine(
         label,
         matrix,
-        out,
+        (how.crop[1], how.crop[0]),
         flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=IGNORE,
@@ -129,14 +117,41 @@ def augment(
     # A crop larger than the scaled image: beyond its canvas is padding, though a rotated image would reach there,
     # and the padding is not blurred into the image.
     top, left = max(0, -offset[0]), max(0, -offset[1])
-    canvas = np.s_[top : top + scaled[0], left : left + scaled[1]]
-    outside = np.ones(how.crop, bool)
-    outside[canvas] = False
-    cropped[outside] = how.fill
-    moved[outside] = IGNORE
+    bottom, right = top + scaled[0], left + scaled[1]
+    for beyond in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
+        cropped[beyond] = how.fill
+        moved[beyond] = IGNORE
+    canvas = np.s_[top:bottom, left:right]
     if blurs and how.blur:
         cropped[canvas] = cv2.GaussianBlur(cropped[canvas], BLUR_KERNEL, 0)
     return cropped, moved
+
+
+def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarray:
+    """The image's crop, bilinear, uint8 [h, w, 3]; only what the crop shows is read.
+
+    OpenCV warps four channels over twice as fast as three (docs/performance.md).
+    """
+    height, width = how.crop
+    corners = matrix @ np.array([[0, width - 1, 0, width - 1], [0, 0, height - 1, height - 1], [1, 1, 1, 1]])
+    lowest, highest = np.floor(corners.min(axis=1)), np.ceil(corners.max(axis=1))
+    left, top = (int(x) for x in np.clip(lowest - 2, 0, [image.shape[1] - 1, image.shape[0] - 1]))
+    right, bottom = (int(x) for x in np.clip(highest + 3, [left + 1, top + 1], image.shape[1::-1]))
+    # The outer halves of edge pixels are plain, as in a resize, not mixed with the fill: repeat the edge once.
+    # Where the cut is not the image's edge, the repeated pixel lies beyond what the crop shows.
+    four = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2RGBA)
+    source = cv2.copyMakeBorder(four, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    inner = matrix.copy()
+    inner[:, 2] += 1 - left, 1 - top
+    cropped = cv2.warpAffine(
+        source,
+        inner,
+        (width, height),
+        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+        borderMode=cv2.BORDER_CONSTANT,
+        borderValue=(*how.fill, 0),
+    )
+    return cv2.cvtColor(cropped, cv2.COLOR_RGBA2RGB)
 
 
 def _offset(scaled: int, crop: int, draw: float) -> int:
