@@ -233,6 +233,63 @@ def test_draws_have_the_distributions_they_should(drawn: list[dict]):
     assert np.abs(np.bincount(kinds, minlength=8) - eighth).max() < 4 * math.sqrt(eighth)
 
 
+def plainly(
+    image: np.ndarray, label: np.ndarray, how: Augmentation, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The plain sequence with draws of its own, one after the other where they are needed."""
+    scale = generator.uniform(*how.scale)
+    scaled = tuple(max(1, round(side * scale)) for side in label.shape)
+    angle = generator.uniform(-how.rotate, how.rotate) if generator.random() < 0.5 else 0.0
+    mirror = generator.random() < 0.5
+    rooms = [have - want for have, want in zip(scaled, how.crop, strict=True)]
+    offset = tuple(int(generator.integers(room + 1)) if room > 0 else 0 for room in rooms)
+    return slowly(image, label, how.crop, scaled, angle, mirror, offset, False)
+
+
+def seen(image: np.ndarray, label: np.ndarray) -> dict[str, float]:
+    """What an example of `coordinates` shows of how it was made, from its pixels alone."""
+    inside = cv2.erode((label != 255).astype(np.uint8), np.ones((5, 5)), borderValue=0) == 1
+    row, column = np.nonzero(inside)
+    places = np.stack([column, row, np.ones_like(row)], axis=1)
+    (to_x, to_y), *_ = np.linalg.lstsq(places, image[inside][:, :2], rcond=None)[0].T[None]
+    determinant = to_x[0] * to_y[1] - to_x[1] * to_y[0]
+    angle = math.degrees(math.atan2(to_x[1], to_y[1]))
+    height, width = label.shape
+    ignored = label == 255
+    return {
+        "scale": 1 / math.sqrt(abs(determinant)),
+        "angle": angle if abs(angle) > 0.25 else 0.0,
+        "mirror": float(determinant < 0),
+        "center x": to_x @ [width / 2, height / 2, 1],
+        "center y": to_y @ [width / 2, height / 2, 1],
+        "ignored": ignored.mean(),
+        "ignored above": ignored[0].mean(),
+        "ignored below": ignored[-1].mean(),
+        "ignored left": ignored[:, 0].mean(),
+        "ignored right": ignored[:, -1].mean(),
+        "filled": (np.round(image) == FILL).all(axis=2).mean(),
+    }
+
+
+@pytest.mark.parametrize("crop", [(97, 129), (161, 241)])
+def test_equal_in_distribution_to_the_plain_sequence(crop: tuple[int, int]):
+    """Scales, angles, mirror, positions and ignored borders, read off the pixels: two samples, Kolmogorov-Smirnov."""
+    image, label = coordinates(200, 232)
+    how = Augmentation(crop, scale=(0.5, 2.0), rotate=10.0, blur=False, fill=FILL)
+    count, one, two = 500, rng(11), rng(12)
+    ours = [seen(*augment(image, label, how, one)) for _ in range(count)]
+    wanted = [seen(*plainly(image, label, how, two)) for _ in range(count)]
+    for name in ours[0]:
+        # Rounded: the same value, a whole pixel or an angle of 0, measured twice.
+        a, b = (np.sort(np.round([example[name] for example in some], 2)) for some in (ours, wanted))
+        places = np.concatenate([a, b])
+        apart = np.searchsorted(a, places, "right") - np.searchsorted(b, places, "right")
+        distance = np.abs(apart).max() / count * math.sqrt(count / 2)
+        assert distance < 1.8, f"{name}: {distance:.2f}"  # above it in 3 of 1,000 cases
+    spread = {name: np.ptp([example[name] for example in ours]) for name in ours[0]}
+    assert spread["scale"] > 1.4 and spread["angle"] > 18 and spread["ignored"] > 0.1  # enough to see
+
+
 def test_crops_cover_all_positions_equally():
     image, label = coordinates(12, 10)
     generator, count = rng(1), 5600

@@ -16,10 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darseg.data import dataset
 from darseg.data.augment import Augmentation
-from darseg.data.batches import Batch, collate, sample_index, stream_batches
+from darseg.data.batches import Batch, sample_index, stream_batches
 from darseg.data.classes import IGNORE, class_set
-from darseg.data.dataset import Example, draw_example, load_example
+from darseg.data.dataset import Cache, draw_example, load_example
 from darseg.data.labels import LabelEncoding
 from darseg.data.manifest import Sample
 from darseg.errors import DataError
@@ -49,8 +50,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
     )
 
 
-def take(samples, steps: int, *, batch=3, seed=(1, 2), start=0, workers=2, how=HOW) -> list[Batch]:
-    stream = stream_batches(samples, CLASSES, how, batch, seed, start, workers)
+def take(
+    samples, steps: int, *, batch=3, seed=(1, 2), start=0, workers=2, how=HOW, load=load_example
+) -> list[Batch]:
+    stream = stream_batches(samples, CLASSES, how, batch, seed, start, workers, load=load)
     batches = list(itertools.islice(stream, steps))
     stream.close()
     return batches
@@ -71,22 +74,9 @@ def test_a_batch_is_what_it_says(samples):
     for batch in take(samples, 3, batch=4):
         assert batch.images.shape == (4, 3, 9, 13) and batch.images.dtype == torch.uint8
         assert batch.labels.shape == (4, 9, 13) and batch.labels.dtype == torch.uint8
-        assert batch.images.is_contiguous() and batch.labels.is_contiguous()
+        assert batch.images.is_contiguous(memory_format=torch.channels_last) and batch.labels.is_contiguous()
         assert len(batch.ids) == 4 and set(batch.ids) <= {sample.id for sample in samples}
         assert set(batch.labels.unique().tolist()) <= {0, 1, 2, IGNORE}
-
-
-def test_collate_keeps_order_and_channels():
-    rng = np.random.default_rng(0)
-    examples = [
-        Example(name, rng.integers(0, 256, (4, 5, 3), np.uint8), rng.integers(0, 3, (4, 5), np.uint8))
-        for name in "abc"
-    ]
-    batch = collate(examples)
-    assert batch.ids == ("a", "b", "c")
-    for index, example in enumerate(examples):
-        assert np.array_equal(batch.images[index].permute(1, 2, 0).numpy(), example.image)
-        assert np.array_equal(batch.labels[index].numpy(), example.label)
 
 
 def test_seed_and_position_decide(samples):
@@ -203,6 +193,112 @@ def test_only_a_few_batches_are_prepared_ahead(samples, monkeypatch):
         asked.clear()
         take(samples, 5, batch=batch, workers=workers)
         assert len(asked) == (5 + ahead) * batch
+
+
+def test_pinned_batches_are_asked_of_torch(samples, monkeypatch):
+    """Without a GPU there is no pinned memory: what is asked for is seen, and is for both tensors."""
+    asked = []
+    empty = torch.empty
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, pin_memory, **kind: asked.append(pin_memory) or empty(*size, **kind)
+    )
+    stream = stream_batches(samples, CLASSES, HOW, 3, (1, 2), pin=True)
+    pinned = [next(stream) for _ in range(2)]
+    stream.close()
+    assert asked and all(asked)
+    asked.clear()
+    assert equal(pinned, take(samples, 2)) and asked and not any(asked)
+
+
+# Decoded once
+
+EVERYTHING = 1 << 30
+
+
+def count_reading(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """How often each image is decoded from now on."""
+    read, counts = dataset.read_image, Counter()
+
+    def counted(path: Path) -> np.ndarray:
+        counts[path.stem] += 1
+        return read(path)
+
+    monkeypatch.setattr(dataset, "read_image", counted)
+    return counts
+
+
+@pytest.mark.parametrize("limit", [0, 3 * 4 * 24 * 24, EVERYTHING])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_cache_of_any_size_changes_no_batch(samples, limit: int, workers: int):
+    cache = Cache(limit)
+    assert equal(take(samples, 12, workers=workers, load=cache.load), take(samples, 12))
+    assert equal(take(samples, 3, start=9, load=cache.load), take(samples, 3, start=9))  # filled already
+
+
+def test_a_cache_decodes_once(samples, monkeypatch):
+    counts, cache = count_reading(monkeypatch), Cache(EVERYTHING)
+    for epoch in range(4):
+        for sample in samples:
+            assert cache.load(sample, CLASSES).id == sample.id
+        assert counts == {sample.id: 1 for sample in samples}, epoch
+
+
+def test_a_cache_keeps_no_more_than_its_limit(samples, monkeypatch):
+    """4 bytes a pixel; what does not fit is decoded every time, and what is smaller and comes later still fits."""
+    sizes = [4 * (20 + index) * 24 for index in range(COUNT)]
+    counts, cache = count_reading(monkeypatch), Cache(sizes[6] + sizes[4] + sizes[0])
+    for _ in range(3):
+        for index in (6, 4, 3, 0, 1):
+            cache.load(samples[index], CLASSES)
+    assert counts == {"6": 1, "4": 1, "3": 3, "0": 1, "1": 3}
+    nothing = Cache(0)
+    counts.clear()
+    for _ in range(2):
+        nothing.load(samples[0], CLASSES)
+    assert counts == {"0": 2}
+
+
+def test_new_labels_of_an_image_are_another_entry(samples, tmp_path):
+    """Pseudo labels of the next round, for the same images."""
+    label = tmp_path / "label.png"
+    assert cv2.imwrite(str(label), np.full((20, 24), 2, np.uint8))
+    cache = Cache(EVERYTHING)
+    before = cache.load(samples[0], CLASSES)
+    after = cache.load(replace(samples[0], label=label), CLASSES)
+    assert (after.label == 2).all() and not (before.label == 2).all()
+    assert np.array_equal(after.image, before.image)
+
+
+def test_what_a_cache_keeps_cannot_be_changed(samples):
+    cache = Cache(EVERYTHING)
+    for _ in range(2):
+        example = cache.load(samples[0], CLASSES)
+        for pixels in (example.image, example.label):
+            with pytest.raises(ValueError, match="read-only"):
+                pixels[0] = 0
+
+
+def test_threads_that_ask_at_once_get_the_same_and_count_it_once(samples):
+    size = 4 * 20 * 24
+    cache, barrier = Cache(size + 4 * 21 * 24), threading.Barrier(8)
+
+    def ask(_: int) -> np.ndarray:
+        barrier.wait()
+        return cache.load(samples[0], CLASSES).image
+
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(ask, range(8)))
+    assert all(np.array_equal(image, images[0]) for image in images)
+    assert cache.load(samples[1], CLASSES) is cache.load(samples[1], CLASSES)  # there is room for it
+
+
+def test_a_cache_keeps_no_errors(samples, tmp_path):
+    path, cache = tmp_path / "late.png", Cache(EVERYTHING)
+    late = replace(samples[0], image=path)
+    with pytest.raises(DataError, match=r"late\.png: no such file"):
+        cache.load(late, CLASSES)
+    path.write_bytes(samples[0].image.read_bytes())
+    assert cache.load(late, CLASSES).image.shape == (20, 24, 3)
 
 
 # One example

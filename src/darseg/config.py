@@ -199,7 +199,8 @@ class TrainingConfig(_Section):
     recompute: StrictBool = False
     checkpoint_every: Count = 200
     keep_checkpoints: Count = 2
-    workers: Count | None = None
+    workers: Count | None = None  # None: by the machine's cores
+    cache: StrictBool | None = None  # None: by free memory
 
 
 class ProtocolConfig(_Section):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from darseg.data.augment import Augmentation
 from darseg.data.classes import IGNORE, ClassSet
-from darseg.data.dataset import Example, draw_example
+from darseg.data.dataset import Load, draw_example, load_example
 from darseg.data.manifest import Sample
 
 
@@ -24,6 +25,7 @@ from darseg.data.manifest import Sample
 class Batch:
     """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labelled), ids of length B.
 
+    A stream's images lie channels last in memory, as the decoder made them and as convolutions want them.
     `labeled_pixels`, int64 [], are those of the whole batch where this is a micro-batch of it; None: of this one.
     """
 
@@ -50,17 +52,6 @@ class Batch:
         ]
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Examples of one size → Batch."""
-    images = np.stack([example.image for example in examples]).transpose(0, 3, 1, 2)
-    labels = np.stack([example.label for example in examples])
-    return Batch(
-        torch.from_numpy(np.ascontiguousarray(images)),
-        torch.from_numpy(labels),
-        tuple(example.id for example in examples),
-    )
-
-
 def sample_index(position: int, count: int, seed: Sequence[int]) -> int:
     """Which of `count` samples stands at `position`: each epoch is a permutation of its own."""
     epoch, place = divmod(position, count)
@@ -76,6 +67,8 @@ def stream_batches(
     start: int = 0,
     workers: int = 2,
     share: tuple[int, int] = (0, 1),
+    load: Load = load_example,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """Yield batches of step `start`, `start` + 1, … without end, prepared ahead by `workers` threads.
 
@@ -83,28 +76,43 @@ def stream_batches(
         seed: non-negative integers that name the stream; equal seeds give equal streams.
         share: (rank, processes): only this process's part of every batch, of `batch_size` / processes images; all
             parts together are the very batches of one process.
+        load: reads a sample; that of a Cache decodes each only once.
+        pin: put batches together in pinned memory, from which a GPU copies beside the host's work.
 
+    The threads write their examples into the batch themselves: whoever takes it finds nothing left to do.
     OpenCV and numpy release the interpreter lock for decoding and warping, so threads are enough.
     Errors of a sample are raised where its batch would have been yielded. Close the generator to stop.
     """
-
-    def example(position: int) -> Example:
-        sample = samples[sample_index(position, len(samples), seed)]
-        return draw_example(sample, classes, augmentation, np.random.default_rng([*seed, 1, position]))
 
     rank, processes = share
     own = batch_size // processes
     ahead = max(2, -(-2 * workers // own))  # batches being prepared: enough to keep all threads busy
     pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
-    waiting: deque[list[Future[Example]]] = deque()
+    waiting: deque[tuple[Tensor, Tensor, list[Future[str]]]] = deque()
+
+    def begin(step: int) -> tuple[Tensor, Tensor, list[Future[str]]]:
+        """Batch `step`, to be filled: images, channels last, labels, and ids to come."""
+        images = torch.empty((own, *augmentation.crop, 3), dtype=torch.uint8, pin_memory=pin)
+        labels = torch.empty((own, *augmentation.crop), dtype=torch.uint8, pin_memory=pin)
+        into = images.numpy(), labels.numpy()
+
+        def fill(place: int, position: int) -> str:
+            sample = samples[sample_index(position, len(samples), seed)]
+            generator = np.random.default_rng([*seed, 1, position])
+            example = draw_example(sample, classes, augmentation, generator, load)
+            into[0][place], into[1][place] = example.image, example.label
+            return example.id
+
+        first = step * batch_size + rank * own
+        return images, labels, [pool.submit(fill, place, first + place) for place in range(own)]
+
     step = start
     try:
         while True:
             while len(waiting) <= ahead:
-                begin = step * batch_size + rank * own
-                positions = range(begin, begin + own)
-                waiting.append([pool.submit(example, position) for position in positions])
+                waiting.append(begin(step))
                 step += 1
-            yield collate([future.result() for future in waiting.popleft()])
+            images, labels, ids = waiting.popleft()
+            yield Batch(images.permute(0, 3, 1, 2), labels, tuple(future.result() for future in ids))
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -44,9 +47,45 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
     return Example(sample.id, image, label)
 
 
+Load = Callable[[Sample, ClassSet], Example]
+"""Reads a labelled sample: `load_example`, or that of a Cache."""
+
+
+class Cache:
+    """Decoded examples, kept in memory up to a number of bytes; those beyond it are decoded whenever they are asked for.
+
+    For one set of classes and files that do not change meanwhile. Any number of threads may ask.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+        self._kept: dict[tuple[Path, Path | None], Example] = {}
+        self._lock = threading.Lock()
+
+    def load(self, sample: Sample, classes: ClassSet) -> Example:
+        """As `load_example`; the arrays are for reading only where they are kept."""
+        key = sample.image, sample.label
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        example = load_example(sample, classes)
+        size = example.image.nbytes + example.label.nbytes
+        with self._lock:
+            if key not in self._kept and size <= self._left:
+                self._left -= size
+                example.image.setflags(write=False)
+                example.label.setflags(write=False)
+                self._kept[key] = example
+        return example
+
+
 def draw_example(
-    sample: Sample, classes: ClassSet, augmentation: Augmentation, generator: np.random.Generator
+    sample: Sample,
+    classes: ClassSet,
+    augmentation: Augmentation,
+    generator: np.random.Generator,
+    load: Load = load_example,
 ) -> Example:
     """Read a labelled sample and augment it."""
-    example = load_example(sample, classes)
+    example = load(sample, classes)
     return Example(sample.id, *augment(example.image, example.label, augmentation, generator))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import shutil
 import time
@@ -23,6 +22,7 @@ import darseg
 from darseg.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
+from darseg.data.dataset import Cache
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
 from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
@@ -67,6 +67,7 @@ from darseg.run.directory import (
 from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
 from darseg.run.label import check_disk, label_samples, network_predictor
+from darseg.run.machine import cache_limit, workers_for
 from darseg.run.processes import Processes
 from darseg.run.signals import Stop, catch_signals
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -428,12 +429,13 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
     began = time.monotonic()
     steps_before = sum(other.steps for other in course.rounds[:index])
-    workers = settings.workers or min(8, max(1, (os.cpu_count() or 1) // processes.here_together))
+    roles = [(course.manifest.labeled, round_.batch)]
+    if pseudo:
+        roles.append((tuple(pseudo), round_.pseudo_batch))
+    workers = workers_for(settings.workers, processes.here_together, len(roles))
+    cache = Cache(cache_limit(settings.cache, processes.here_together))
 
     def streams(first: int) -> list[Iterator[Batch]]:
-        roles = [(course.manifest.labeled, round_.batch)]
-        if pseudo:
-            roles.append((tuple(pseudo), round_.pseudo_batch))
         return [
             stream_batches(
                 samples,
@@ -444,6 +446,8 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
                 first,
                 workers,
                 (processes.rank, processes.count),
+                cache.load,
+                pick_device().type == "cuda",
             )
             for role, (samples, size) in enumerate(roles)
         ]

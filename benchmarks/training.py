@@ -1,0 +1,500 @@
+"""Training, timed: augmentation beside the plain sequence, decoding, streams, steps beside a bare PyTorch loop.
+
+    .venv/bin/python benchmarks/training.py [--data ../shared/data/camvid] [--weights FILE] [--steps 8] [--skip augment …]
+
+The plain sequence is written here as METHOD describes it (section 3): scale the whole image, rotate, blur, mirror, crop,
+in float32. Both sides draw from the same distributions; decoding is in neither. The bare loop is what one would write in
+a notebook: the same network, optimiser and losses over batches that lie ready in memory, and nothing else. What is
+compared takes turns in one process; ratios are medians over the turns. Seconds of the processor, of all threads, tell
+more than the clock's where others use the machine; with --threads 1 no thread burns them waiting for another.
+
+On the CPU the network and settings are those of recipes/camvid_1of8.yaml in a round with pseudo labels, true labels
+standing in for these; without --data, on drawn images of the same size. On a CUDA GPU, where there is one, PSPNet-50 at
+crops of 361 and 713 in fp32, bf16 and compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from darseg.config import load_recipe
+from darseg.data.augment import Augmentation, augment
+from darseg.data.batches import Batch, stream_batches
+from darseg.data.classes import ClassSet, class_set
+from darseg.data.dataset import Cache, load_example
+from darseg.data.manifest import Sample
+from darseg.data.scenes import draw_scene
+from darseg.model.network import Network, NetworkSpec, parameter_groups
+from darseg.run.build import augmentation_of, auxiliary_weight_of, place, spec_of
+from darseg.run.machine import MOST_WORKERS, cache_limit, usable_cores, workers_for
+from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from darseg.training.loss import self_training
+from darseg.training.stage import AUTOCAST, Stage, run_stage
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
+CITYSCAPES = (1024, 2048)
+CAMVID = (360, 480)
+ALL = 1 << 40  # bytes: a cache without a limit
+
+
+# Data
+
+
+def plain(
+    image: np.ndarray, label: np.ndarray, how: Augmentation, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """METHOD.md, section 3, step after step on the whole image: float32 [h, w, 3] and uint8 [h, w]."""
+    pixels = image.astype(np.float32)
+    scale = generator.uniform(*how.scale)
+    height, width = max(1, round(label.shape[0] * scale)), max(1, round(label.shape[1] * scale))
+    pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_LINEAR)
+    label = cv2.resize(label, (width, height), interpolation=cv2.INTER_NEAREST)
+    if generator.random() < 0.5:
+        angle = generator.uniform(-how.rotate, how.rotate)
+        matrix = cv2.getRotationMatrix2D((width / 2, height / 2), angle, 1)
+        pixels = cv2.warpAffine(pixels, matrix, (width, height), flags=cv2.INTER_LINEAR, borderValue=how.fill)
+        label = cv2.warpAffine(label, matrix, (width, height), flags=cv2.INTER_NEAREST, borderValue=255)
+    if generator.random() < 0.5:
+        pixels = cv2.GaussianBlur(pixels, (5, 5), 0)
+    if generator.random() < 0.5:
+        pixels, label = cv2.flip(pixels, 1), cv2.flip(label, 1)
+    rows, columns = max(0, how.crop[0] - height), max(0, how.crop[1] - width)
+    if rows or columns:
+        by = (rows // 2, rows - rows // 2, columns // 2, columns - columns // 2)
+        pixels = cv2.copyMakeBorder(pixels, *by, cv2.BORDER_CONSTANT, value=how.fill)
+        label = cv2.copyMakeBorder(label, *by, cv2.BORDER_CONSTANT, value=255)
+    top = int(generator.integers(label.shape[0] - how.crop[0] + 1))
+    left = int(generator.integers(label.shape[1] - how.crop[1] + 1))
+    window = np.s_[top : top + how.crop[0], left : left + how.crop[1]]
+    return np.ascontiguousarray(pixels[window]), np.ascontiguousarray(label[window])
+
+
+def drawn(folder: Path, count: int, size: tuple[int, int], suffix: str) -> tuple[list[Sample], ClassSet]:
+    """Drawn scenes as files: an image in the format `suffix` names, with noise as of a camera, and a PNG label map."""
+    samples = []
+    for index in range(count):
+        image, label = draw_scene(0, index, (193, 385))
+        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
+        noise = np.random.default_rng(index).normal(0, 2, image.shape)
+        image = np.clip(image + noise, 0, 255).astype(np.uint8)
+        label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST)
+        sample = Sample(f"{index}", folder / f"{index}{suffix}", folder / f"{index}_label.png")
+        cv2.imwrite(str(sample.image), image[:, :, ::-1])
+        cv2.imwrite(str(sample.label), label)
+        samples.append(sample)
+    return samples, class_set([f"class {k}" for k in range(19)])
+
+
+def best(run: Callable[[], object], *others: Callable[[], object], turns: int = 5) -> list[float]:
+    """Fewest seconds of each, taking turns."""
+    seconds = [[timed(one) for one in (run, *others)] for _ in range(turns)]
+    return [min(column) for column in zip(*seconds, strict=True)]
+
+
+def timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def augmenting() -> None:
+    """Samples a second of one core, decoded images given."""
+    print(
+        "\n| samples a second and core, decoding not counted | plain sequence, float32 | darseg | ratio |\n"
+        "|---|---|---|---|"
+    )
+    cases = [
+        (CITYSCAPES, Augmentation((713, 713), (0.5, 2.0)), "0.5–2"),
+        (CITYSCAPES, Augmentation((361, 361), (0.25, 1.0)), "0.25–1"),
+        (CAMVID, Augmentation((193, 257), (0.5, 1.5)), "0.5–1.5"),
+    ]
+    for size, how, scales in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            samples, classes = drawn(Path(folder), 2, size, ".png")
+            examples = [load_example(sample, classes) for sample in samples]
+
+        def repeat(one: Callable, count: int = 24, examples=examples, how=how) -> None:
+            for seed in range(count):
+                example = examples[seed % 2]
+                one(example.image, example.label, how, np.random.default_rng(seed))
+
+        slow, fast = best(lambda r=repeat: r(plain), lambda r=repeat: r(augment))
+        crop = "x".join(map(str, how.crop))
+        print(
+            f"| crops {crop} of {size[0]}x{size[1]}, scale {scales} | {24 / slow:.1f} | {24 / fast:.0f} | "
+            f"{slow / fast:.1f} |"
+        )
+
+
+def decoding() -> None:
+    """Milliseconds of one core from file to example, beside the decoding alone."""
+    print(
+        "\n| ms of one core, 1024x2048, PNG label map | decode alone (OpenCV) | decode alone (Pillow) | "
+        "file to example, crop 713 | ratio to OpenCV's | from decoded images |\n|---|---|---|---|---|---|"
+    )
+    how = Augmentation((713, 713), (0.5, 2.0))
+    for suffix in (".png", ".jpg"):
+        with tempfile.TemporaryDirectory() as folder:
+            samples, classes = drawn(Path(folder), 4, CITYSCAPES, suffix)
+            data = [(s.image.read_bytes(), s.label.read_bytes() if s.label else b"") for s in samples]
+            cache = Cache(ALL)
+
+            def opencv(data=data) -> None:
+                for image, label in data:
+                    cv2.imdecode(np.frombuffer(image, np.uint8), cv2.IMREAD_COLOR)
+                    cv2.imdecode(np.frombuffer(label, np.uint8), cv2.IMREAD_UNCHANGED)
+
+            def pillow(data=data) -> None:
+                for one in itertools.chain(*data):
+                    np.asarray(Image.open(io.BytesIO(one)))
+
+            def ours(load: Callable, samples=samples, classes=classes) -> None:
+                for seed, sample in enumerate(samples):
+                    example = load(sample, classes)
+                    augment(example.image, example.label, how, np.random.default_rng(seed))
+
+            ours(cache.load)
+            one, two, three, four = (
+                1000 * seconds / len(samples)
+                for seconds in best(
+                    opencv, pillow, lambda o=ours: o(load_example), lambda o=ours, c=cache: o(c.load), turns=7
+                )
+            )
+            print(
+                f"| {suffix[1:].upper()} image | {one:.1f} | {two:.1f} | {three:.1f} | {three / one:.2f} | {four:.1f} |"
+            )
+
+
+def streaming() -> None:
+    """Samples a second of whole streams with all threads: batches of 8 crops of 713."""
+    workers = workers_for(None, 1, 1)
+    print(
+        f"\n| samples a second of a stream, {workers} threads, batches of 8 | from PNG files | from decoded images |"
+    )
+    print("|---|---|---|")
+    how, rates = Augmentation((713, 713), (0.5, 2.0)), []
+    with tempfile.TemporaryDirectory() as folder:
+        samples, classes = drawn(Path(folder), 8, CITYSCAPES, ".png")
+        cache = Cache(ALL)
+        for load in (load_example, cache.load):
+            stream = stream_batches(samples, classes, how, 8, (0,), workers=workers, load=load)
+            for _ in range(4):  # what was prepared ahead while nobody waited, and the filling of the cache
+                next(stream)
+            batches = 6 if load is load_example else 24
+            rates.append(8 * batches / timed(lambda s=stream, n=batches: [next(s) for _ in range(n)]))
+            stream.close()  # ty: ignore[unresolved-attribute]
+    print(f"| crops 713x713 of 1024x2048 | {rates[0]:.0f} | {rates[1]:.0f} |")
+
+
+# Steps
+
+
+def bare(
+    network: Network, batches: Sequence[Sequence[Batch]], stage: Stage, auxiliary: float, forward: Callable
+) -> tuple[float, float]:
+    """Seconds a step, and seconds of the processor, of a notebook's loop over ready batches, after a first step."""
+    groups = parameter_groups(network, stage.learning_rate, stage.head_factor, stage.weight_decay)
+    fused = True if network.mean.device.type == "cuda" else None
+    optimizer = torch.optim.SGD(groups, lr=stage.learning_rate, momentum=stage.momentum, fused=fused)
+    autocast = AUTOCAST[stage.precision]
+    network.train()
+    began, burnt = 0.0, 0.0
+    for step in range(stage.steps):
+        if step == 1:
+            began, burnt = now(), time.process_time()
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate(step) * group["factor"]
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.zeros((), device=network.mean.device)
+        for batch in batches[step % len(batches)]:
+            with torch.autocast(network.mean.device.type, autocast, enabled=autocast is not None):
+                output = forward(batch.images)
+            labels = batch.labels.long()
+            loss = loss + F.cross_entropy(output.main.float(), labels, ignore_index=255)
+            if output.auxiliary is not None:
+                loss = loss + auxiliary * F.cross_entropy(output.auxiliary.float(), labels, ignore_index=255)
+        loss.backward()
+        optimizer.step()
+    counted = stage.steps - 1
+    return (now() - began) / counted, (time.process_time() - burnt) / counted
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def staged(
+    network: Network, streams: Callable[[int], list[Iterator[Batch]]], stage: Stage, auxiliary: float
+) -> tuple[float, float, float]:
+    """Of darseg's loop with its loader the same, and the share of the time spent waiting for data."""
+    marks: list[tuple[float, float, float]] = []
+    begins = time.monotonic()
+
+    def on_step(step: int, rate: float, figures: object, share: float) -> None:
+        if step in (0, stage.steps - 1):
+            at = now()
+            marks.append((at, time.process_time(), share * (time.monotonic() - begins)))
+
+    def objective(net: Callable, batches: Sequence[Batch], step: int):
+        return self_training(net, batches, auxiliary, 1.0)
+
+    run_stage(network, streams, objective, stage, on_step=on_step)
+    (first, burnt_first, waited_first), (last, burnt, waited) = marks
+    counted = stage.steps - 1
+    waiting = max(0.0, waited - waited_first) / (last - first)
+    return (last - first) / counted, (burnt - burnt_first) / counted, waiting
+
+
+def against_bare(
+    name: str,
+    network: Network,
+    roles: Sequence[tuple[Sequence[Sample], int]],
+    classes: ClassSet,
+    how: Augmentation,
+    stage: Stage,
+    auxiliary: float,
+    cached: bool,
+    turns: int,
+) -> None:
+    """A row of the table of steps."""
+    device = network.mean.device
+    workers = workers_for(None, 1, len(roles))
+    cache = Cache(ALL if cached else 0)
+
+    def streams(first: int) -> list[Iterator[Batch]]:
+        return [
+            stream_batches(
+                samples,
+                classes,
+                how,
+                size,
+                (0, role),
+                first,
+                workers,
+                load=cache.load,
+                pin=device.type == "cuda",
+            )
+            for role, (samples, size) in enumerate(roles)
+        ]
+
+    if cached:
+        for samples, _ in roles:
+            for sample in samples:
+                cache.load(sample, classes)
+    ready = []
+    feeds = streams(0)
+    for _ in range(2):
+        batches = [next(feed) for feed in feeds]
+        ready.append([Batch(b.images.to(device), b.labels.to(device), b.ids) for b in batches])
+    for feed in feeds:
+        feed.close()  # ty: ignore[unresolved-attribute]
+    forward = torch.compile(network) if stage.compile else network
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    rows = []
+    bare(network, ready, stage, auxiliary, forward)
+    staged(network, streams, stage, auxiliary)
+    for turn in range(turns):
+        if turn % 2:  # who goes first changes: other work on the machine comes and goes
+            with_loader = staged(network, streams, stage, auxiliary)
+            rows.append((*bare(network, ready, stage, auxiliary, forward), *with_loader))
+        else:
+            alone = bare(network, ready, stage, auxiliary, forward)
+            rows.append((*alone, *staged(network, streams, stage, auxiliary)))
+    plainly, _, seconds, _, waiting = (float(np.median(column)) for column in zip(*rows, strict=True))
+    ratios = sorted(row[0] / row[2] for row in rows)
+    burnt = sorted(row[1] / row[3] for row in rows)
+    memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()
+    print(
+        f"| {name} | {1 / plainly:.3f} | {1 / seconds:.3f} | "
+        f"{np.median(ratios):.3f} ({ratios[0]:.3f} – {ratios[-1]:.3f}) | "
+        f"{np.median(burnt):.3f} ({burnt[0]:.3f} – {burnt[-1]:.3f}) | "
+        f"{waiting:.2%} | {memory / 1e6:.0f} |",
+        flush=True,
+    )
+
+
+def resident() -> int:
+    """The most memory this process ever held, bytes."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+STEPS_TABLE = (
+    "\n| {} | bare loop, steps a second | darseg with its loader | ratio: median (least – most of {}) | "
+    "ratio by processor seconds | waiting for data | most memory, MB |\n|---|---|---|---|---|---|---|"
+)
+
+
+def steps_on_the_cpu(data: Path | None, weights: Path | None, steps: int, turns: int) -> None:
+    overrides = [f"network.weights={weights or 'none'}"]
+    if data is not None:
+        overrides.append(f"data.root={data.resolve()}")
+    recipe = load_recipe(RECIPE, overrides)
+    try:
+        network = place(build(recipe, weights))
+        what = "CamVid recipe, a round with pseudo labels"
+    except Exception as error:  # timm is an extra
+        print(f"\nThe recipe's network cannot be built ({error}); PSPNet on ResNet-18 stands in for it.")
+        network = place(
+            NetworkSpec(backbone="resnet18", classes=11, output_stride=16, head_channels=128).build()
+        )
+        what = "ResNet-18 in the CamVid recipe"
+    with tempfile.TemporaryDirectory() as folder:
+        if data is not None:
+            from darseg.run.build import manifest_of
+
+            manifest = manifest_of(recipe)
+            labeled, unlabeled, classes = manifest.labeled, manifest.unlabeled, manifest.classes
+        else:
+            samples, _ = drawn(Path(folder), 24, CAMVID, ".jpg")
+            classes = class_set([f"class {k}" for k in range(11)])
+            labeled, unlabeled = samples[:8], samples[8:]
+        half = recipe.training.batch // 2
+        how = augmentation_of(recipe, 1, network.fill)
+        stage = Stage(steps, (0.5, 1.0), 1e-4)
+        print(STEPS_TABLE.format(f"CPU, {torch.get_num_threads()} threads", turns))
+        for cached in (True, False):
+            against_bare(
+                f"{what}, {'decoded images kept' if cached else 'decoding every time'}",
+                network,
+                [(labeled, half), (unlabeled, half)],
+                classes,
+                how,
+                stage,
+                auxiliary_weight_of(recipe),
+                cached,
+                turns,
+            )
+    checkpointing(network, recipe.training.checkpoint_every)
+
+
+def build(recipe, weights: Path | None) -> Network:
+    from darseg.run.build import build_initial_network
+
+    return build_initial_network(recipe)[0] if weights else spec_of(recipe).build()
+
+
+def checkpointing(network: Network, every: int) -> None:
+    """Seconds to take, write and read a checkpoint with full momentum."""
+    network.train()
+    optimizer = torch.optim.SGD(parameter_groups(network, 0.0, 1.0, 0.0), lr=0.0, momentum=0.9)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+        checkpoint = Checkpoint.capture(1, network, optimizer)
+        capture, save, load = best(
+            lambda: Checkpoint.capture(1, network, optimizer),
+            lambda: save_checkpoint(checkpoint, path),
+            lambda: load_checkpoint(path),
+        )
+        size = path.stat().st_size
+    print(
+        f"\nA checkpoint ({size / 1e6:.1f} MB, every {every} steps): {capture:.3f} s to take, {save:.3f} s to write, "
+        f"{load:.3f} s to read."
+    )
+
+
+def steps_on_the_gpu(steps: int, turns: int) -> None:
+    if not torch.cuda.is_available():
+        print("\nPSPNet-50 on a GPU (crops 361 and 713; fp32, bf16, compile): not run, no CUDA GPU is here.")
+        return
+    print(STEPS_TABLE.format(torch.cuda.get_device_name(), turns))
+    with tempfile.TemporaryDirectory() as folder:
+        samples, classes = drawn(Path(folder), 32, CITYSCAPES, ".png")
+        for side, scale in ((361, (0.25, 1.0)), (713, (0.5, 2.0))):
+            for precision, compiled, cached in (
+                ("fp32", False, True),
+                ("bf16", False, True),
+                ("bf16", False, False),
+                ("bf16", True, True),
+            ):
+                torch.manual_seed(0)
+                network = place(NetworkSpec(backbone="resnet50_deep", classes=19).build())
+                stage = Stage(steps, (0.5, 1.0), 1e-4, precision=precision, compile=compiled)
+                name = f"PSPNet-50, {side}, 8 + 8, {precision}{', compiled' if compiled else ''}"
+                name += ", decoded images kept" if cached else ", PNG decoded every time"
+                roles = [(samples[:16], 8), (samples[16:], 8)]
+                how = Augmentation((side, side), scale)
+                try:
+                    against_bare(name, network, roles, classes, how, stage, 0.4, cached, turns)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"| {name} | out of memory | | | | | |")
+                del network
+                torch.cuda.empty_cache()
+        checkpointing(place(NetworkSpec(backbone="resnet50_deep", classes=19).build()), 200)
+
+
+def commit() -> str:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    return found.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, help="CamVid's folder, as the recipe wants it")
+    parser.add_argument("--weights", type=Path, help="the recipe's backbone weights; without: random numbers")
+    parser.add_argument("--steps", type=int, default=6, help="of each turn")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["augment", "decode", "stream", "cpu", "gpu"]
+    )
+    arguments = parser.parse_args()
+    if arguments.steps < 2:
+        parser.error("--steps: at least 2, the first is not counted")
+    torch.set_num_threads(arguments.threads)
+    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    print(
+        f"{processor()}, {usable_cores()} cores, {arguments.threads} threads, load before {load}, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, OpenCV {cv2.__version__}, "
+        f"{torch.backends.cpu.get_cpu_capability()}, commit {commit()}; workers {workers_for(None, 1, 1)} (at most "
+        f"{MOST_WORKERS}), cache {cache_limit(None, 1) / 1e9:.1f} GB"
+    )
+    parts: dict[str, Callable[[], None]] = {
+        "augment": augmenting,
+        "decode": decoding,
+        "stream": streaming,
+        "cpu": lambda: steps_on_the_cpu(arguments.data, arguments.weights, arguments.steps, arguments.turns),
+        "gpu": lambda: steps_on_the_gpu(max(20, arguments.steps), arguments.turns),
+    }
+    for name, part in parts.items():
+        if name not in arguments.skip:
+            part()
+
+
+if __name__ == "__main__":
+    main()

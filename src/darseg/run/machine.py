@@ -1,0 +1,75 @@
+"""What the machine has to spare: cores and memory."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+CACHE_SHARE = 0.5
+"""Of the free memory that decoded images may take, by all processes of this machine together: the other half is for the
+network, and for the system to keep files in."""
+
+MOST_WORKERS = 8
+"""Threads that prepare batches. Eight prepare some 170 crops of 713x713 pixels a second from PNG files of 1024x2048, and
+2,000 from decoded images (docs/performance.md, one core times eight)."""
+
+
+def usable_cores() -> int:
+    """Cores this process may run on: fewer than the machine's under taskset, Slurm or cpusets."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS, Windows
+        return os.cpu_count() or 1
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that may still be taken without swapping or being killed; None where the system does not say (Linux does).
+
+    The least of what the machine has and what containers and Slurm leave, which set limits at any height of the tree
+    of control groups. Files that the system keeps in memory count as free.
+    """
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except (OSError, ValueError, IndexError):
+        return None
+    tree = root / "sys/fs/cgroup"
+    for _, kinds, path in groups if free else ():
+        if "memory" in kinds.split(","):  # the first version of control groups
+            top, limit, used, prefix = (
+                tree / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_",
+            )
+        elif not kinds:
+            top, limit, used, prefix = tree, "memory.max", "memory.current", ""
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # not there; or "max": no limit
+                left = int((folder / limit).read_text()) - int((folder / used).read_text())
+                free.append(left + _kept_files(folder / "memory.stat", prefix))
+    return max(0, min(free)) if free else None
+
+
+def _kept_files(stat: Path, prefix: str) -> int:
+    """Bytes of files that a control group keeps in memory and would give up."""
+    values = dict(line.split() for line in stat.read_text().splitlines())
+    return sum(int(values.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
+
+
+def cache_limit(wanted: bool | None, processes: int) -> int:
+    """Bytes of decoded images that one of `processes` on this machine may keep (`training.cache`)."""
+    if wanted is None:
+        return int((free_memory() or 0) * CACHE_SHARE / processes)
+    return sys.maxsize if wanted else 0
+
+
+def workers_for(wanted: int | None, processes: int, streams: int) -> int:
+    """Threads for each of `streams` streams of one of `processes` on this machine (`training.workers`)."""
+    return -(-(wanted or min(MOST_WORKERS, max(1, usable_cores() // processes))) // streams)
