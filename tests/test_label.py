@@ -253,11 +253,12 @@ def test_label_by_two_processes(call, run: Path, tiny_data: Path, tmp_path: Path
 
 
 def test_train_by_two_processes(run: Path, recipe_path: Path, tmp_path: Path) -> None:
-    result = torchrun("-m", "darseg", "train", recipe_path, "--out", tmp_path / "run")
+    result = torchrun("-m", "darseg", "train", recipe_path, "training.batch=8", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    assert compared(tmp_path / "run") == compared(run)
+    # Training is shared, so equal in distribution and not in bits (tests/test_processes.py compares the losses).
+    assert compared(tmp_path / "run").keys() == compared(run).keys()
     assert len(compared(run)) == 3 * 2 + 2 + len(UNLABELED)
-    assert result.stdout.count("2 processes: all label, the first trains and evaluates") == 1
+    assert result.stdout.count("2 processes share every batch") == 1
     events = [
         json.loads(line)["event"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     ]
