@@ -12,8 +12,8 @@ CACHE_SHARE = 0.5
 network, and for the system to keep files in."""
 
 MOST_WORKERS = 8
-"""Threads that prepare batches. Eight prepare some 170 crops of 713x713 pixels a second from PNG files of 1024x2048, and
-2,000 from decoded images (docs/performance.md, one core times eight)."""
+"""Threads that prepare batches. One core prepares 20 crops of 713x713 pixels a second from PNG files of 1024x2048, 285
+from decoded images (docs/performance.md); eight have not been measured."""
 
 
 def usable_cores() -> int:
