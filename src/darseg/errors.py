@@ -8,8 +8,9 @@
     ├── NumericsError    a loss or gradient that is not finite
     ├── RunError         run folders: another recipe, damaged state, not there
     ├── MemoryLimit      a GPU without the memory that a step needs
-    ├── Interrupted      stopped by a signal, with its state saved
     └── StorageError     the disk: full, read-only
+
+Interrupted, by a signal, is none of these: it is no Exception, so nothing takes it for a damaged file.
 
 A message says what was found and where, what was wanted, and what to do. The command line prints it
 and exits with code 2; anything that is not a DarsegError is a bug and keeps its traceback.
@@ -48,8 +49,12 @@ class MemoryLimit(DarsegError):
     """A GPU has less memory than a step needs."""
 
 
-class Interrupted(DarsegError):
-    """A signal asked a run to end; what it had done is saved, and the same command goes on."""
+class Interrupted(BaseException):
+    """A signal asked a run to end; what it had done is saved, and the same command goes on.
+
+    No Exception, so that code which meets all sorts of errors of a damaged file does not take it for one; and no
+    KeyboardInterrupt, which the command line's library would end by itself.
+    """
 
     code = 130  # exit status: 128 + number of the signal
 

@@ -101,7 +101,7 @@ class Processes:
             self._end(told)
         return result  # ty: ignore[invalid-explicit-return]
 
-    def leave(self, error: DarsegError) -> NoReturn:
+    def leave(self, error: BaseException) -> NoReturn:
         """End a process beside the first, which tells of the error that all have met."""
         time.sleep(TELLING)
         raise SystemExit(getattr(error, "code", 2))

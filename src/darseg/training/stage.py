@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -202,7 +203,9 @@ class _Team:
         # Statistics are not sent from the first before every pass: the two halves of a step are two passes, and a
         # change between them would spoil the backward pass.
         indices = [self.device.index or 0] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=indices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of a newer name for this option
+            return DistributedDataParallel(network, device_ids=indices, broadcast_buffers=False)
 
     def gathers(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
         """Gradients go round once a step, with its last micro-batch."""
