@@ -349,7 +349,7 @@ STEPS_TABLE = (
 
 
 def steps_on_the_cpu(data: Path | None, weights: Path | None, steps: int, turns: int) -> None:
-    overrides = [f"network.weights={weights or 'none'}"]
+    overrides = [f"network.weights={weights.resolve() if weights else 'none'}"]
     if data is not None:
         overrides.append(f"data.root={data.resolve()}")
     recipe = load_recipe(RECIPE, overrides)
