@@ -406,9 +406,10 @@ def checkpointing(network: Network, every: int) -> None:
     optimizer.step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
-        checkpoint = Checkpoint.capture(1, network, optimizer)
+        scaler = torch.amp.GradScaler(network.mean.device.type, enabled=False)
+        checkpoint = Checkpoint.capture(1, network, optimizer, scaler)
         capture, save, load = best(
-            lambda: Checkpoint.capture(1, network, optimizer),
+            lambda: Checkpoint.capture(1, network, optimizer, scaler),
             lambda: save_checkpoint(checkpoint, path),
             lambda: load_checkpoint(path),
             clock=time.perf_counter,
