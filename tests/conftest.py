@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +99,54 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return ended.value.code or 0, shown.out, shown.err
 
     return run
+
+
+@dataclass
+class Visit:
+    """A page in a browser, and what happened on it."""
+
+    page: Any
+    errors: list[str] = field(default_factory=list)
+    """Of the console, and of scripts."""
+    requests: list[str] = field(default_factory=list)
+    """Addresses asked for, the page's own first."""
+
+    def leaving_the_machine(self) -> list[str]:
+        local = ("file:", "data:", "blob:", "about:", "http://127.0.0.1:")
+        return [one for one in self.requests if not one.startswith(local)]
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """The system's Chromium, headless."""
+    api = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for found in map(shutil.which, names) if found), None)
+    if path is None:
+        pytest.skip(f"no Chromium here: none of {', '.join(names)} is installed")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])  # root has no sandbox
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium: Any) -> Iterator[Callable[..., Visit]]:
+    """Opens an address in a window of its own: visit(url, width=…, height=…, color_scheme="dark", …)."""
+    contexts = []
+
+    def open_page(url: str, width: int = 1280, height: int = 900, **options: Any) -> Visit:
+        context = chromium.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        visited = Visit(context.new_page())
+        visited.page.on(
+            "console", lambda said: visited.errors.append(said.text) if said.type == "error" else None
+        )
+        visited.page.on("pageerror", lambda error: visited.errors.append(str(error)))
+        visited.page.on("request", lambda request: visited.requests.append(request.url))
+        visited.page.goto(url)
+        return visited
+
+    yield open_page
+    for context in contexts:
+        context.close()
