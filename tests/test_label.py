@@ -231,7 +231,14 @@ def test_with_too_little_disk_it_must_predict_twice(
 
 def compared(run: Path) -> dict[str, bytes]:
     """What neither interruptions nor the number of processes may change."""
-    names = ("network.safetensors", "momentum.safetensors", "thresholds.json", "histogram.npz", "scores.json")
+    names = (
+        "network.safetensors",
+        "momentum.safetensors",
+        "thresholds.json",
+        "histogram.npz",
+        "images.json",
+        "scores.json",
+    )
     files = [
         *(p for name in names for p in run.glob(f"round_*/{name}")),
         *run.glob("round_*/labels/**/*.png"),

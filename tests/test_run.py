@@ -26,6 +26,7 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.errors import DataError, NumericsError, RecipeError, RunError, SizeError, StorageError
+from darseg.model.predict import predict
 from darseg.model.weights import load_network
 from darseg.run.build import labeling_protocol, manifest_of
 from darseg.run.directory import RunDirectory
@@ -37,6 +38,7 @@ COMPARED = (
     "momentum.safetensors",
     "thresholds.json",
     "histogram.npz",
+    "images.json",
     "scores.json",
     "pseudo_scores.json",
 )
@@ -70,13 +72,43 @@ def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
     events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}
     unlabeled = [f"u/{index:02d}" for index in range(7, 13)]
     trained = ["network.safetensors", "momentum.safetensors", "train.json", "scores.json", "evaluate.json"]
-    labeled = ["histogram.npz", "thresholds.json", "pseudo_scores.json", "label.json"]
+    labeled = ["histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json", "label.json"]
     wanted = {"recipe.yaml", "environment.json", "data.json", "journal.jsonl", "summary.json"}
     wanted |= {f"round_{r}/{name}" for r in range(3) for name in trained}
     wanted |= {f"round_{r}/{name}" for r in (1, 2) for name in labeled}
     wanted |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}
     assert len(events) == 1
     assert found - events == wanted
+
+
+@pytest.mark.parametrize("index", [1, 2])
+def test_facts_of_images_are_those_of_their_predictions_and_maps(finished: Path, index: int) -> None:
+    run = RunDirectory(finished)
+    recipe = load_recipe(run.recipe)
+    unlabeled = manifest_of(recipe).unlabeled
+    network = load_network(run.network(index - 1))
+    found = run.image_facts(index)
+    assert list(found) == [sample.id for sample in unlabeled]
+    for sample in unlabeled:
+        facts = found[sample.id]
+        prediction = predict(network, read_image(sample.image), labeling_protocol(recipe))
+        label = cv2.imread(str(run.labels(index) / f"{sample.id}.png"), cv2.IMREAD_UNCHANGED)
+        assert facts.predicted == tuple(np.count_nonzero(prediction.classes == k) for k in range(K))
+        assert facts.kept == tuple(np.count_nonzero(label == k) for k in range(K))
+        assert facts.coverage == pytest.approx(np.mean(label != 255))
+        assert facts.confidence == pytest.approx(prediction.confidence.astype(float).mean(), abs=1e-6)
+    assert np.sum([one.kept for one in found.values()], axis=0).tolist() == run.label_set(index).kept.tolist()
+
+
+def test_damaged_facts_of_images_are_named(finished: Path, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    assert run.image_facts(1) == {}
+    run.round(1).mkdir()
+    whole = (finished / "round_1" / "images.json").read_text()
+    for text in (whole[:50], "[]", '{"a": {"confidence": "x"}}'):
+        (run.round(1) / "images.json").write_text(text)
+        with pytest.raises(RunError, match=r"images\.json is damaged"):
+            run.image_facts(1)
 
 
 def test_summary_has_the_promised_form(finished: Path) -> None:

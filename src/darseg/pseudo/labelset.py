@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import cv2
 import numpy as np
 
-from darseg.data.files import write_whole
+from darseg.data.files import storage_error, write_whole
 from darseg.data.labels import PLAIN
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.pseudo.assign import assign, image_generator, kept_counts
+from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
 from darseg.pseudo.thresholds import Thresholds
 
@@ -95,6 +96,61 @@ def read_prediction(folder: Path, sample_id: str) -> Prediction | None:
 
 
 @dataclass(frozen=True)
+class ImageFacts:
+    """What labelling found in one image, for those who look through thousands.
+
+    Attributes:
+        confidence: mean over the pixels, in [0, 1].
+        predicted, kept: pixels per class, K each: predicted so, and labelled so.
+    """
+
+    confidence: float
+    predicted: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the pixels that are labelled."""
+        return sum(self.kept) / max(1, sum(self.predicted))
+
+
+class FactsLog:
+    """Appends the facts of images to a file, a line each; several threads may."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+
+    def add(self, sample_id: str, facts: ImageFacts) -> None:
+        # The line end comes first: a line that a kill cut off stays a line of its own.
+        line = "\n" + json.dumps({"id": sample_id, **asdict(facts)})
+        try:
+            with self._lock, open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+
+
+def read_facts_logs(paths: Iterable[Path]) -> dict[str, ImageFacts]:
+    """Id → facts, from logs of one process each; what a kill cut off is passed over, the last of equal ids counts."""
+    found = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                entry = json.loads(line)
+                name, facts = entry["id"], facts_from_json(entry)
+            except (ValueError, KeyError, TypeError):
+                continue
+            found[name] = facts
+    return found
+
+
+def facts_from_json(entry: dict) -> ImageFacts:
+    """Of the values of `asdict(facts)` as JSON gives them back."""
+    return ImageFacts(float(entry["confidence"]), tuple(entry["predicted"]), tuple(entry["kept"]))
+
+
+@dataclass(frozen=True)
 class Predictor:
     """How the predictions of a set of images are come by.
 
@@ -159,10 +215,14 @@ def assign_labels(
     predictor: Predictor,
     labels: Path,
     advance: Callable[[], object] = lambda: None,
+    log: FactsLog | None = None,
 ) -> np.ndarray:
     """Write the label map of every sample to `labels/ID.png`; maps that are there already are only counted.
 
     Seed, round and an image's id decide its random sampling, nothing else does.
+
+    Args:
+        log: gets the facts of each image before its map is written, so that a map that is there has its facts there.
 
     Returns:
         int64 [K]: pixels labelled per class, over all maps.
@@ -170,15 +230,20 @@ def assign_labels(
     kept = np.zeros(len(thresholds.keep), np.int64)
     lock = threading.Lock()
 
-    def add(label: np.ndarray) -> None:
+    def add(label: np.ndarray) -> np.ndarray:
         counts = kept_counts(label, len(kept))
         with lock:
             kept[:] += counts
+        return counts
 
     def write(sample: Sample, prediction: Prediction) -> None:
         label = assign(prediction, thresholds, image_generator(seed, round_index, sample.id))
+        counts = add(label)
+        if log is not None:
+            predicted = count_label_pixels(prediction.classes, len(kept))
+            facts = (tuple(one.tolist()) for one in (predicted, counts))
+            log.add(sample.id, ImageFacts(prediction.mean_confidence, *facts))
         write_map(label_path(labels, sample.id), label)
-        add(label)
 
     missing = []
     for sample in samples:

@@ -3,9 +3,10 @@
     RUN/
       recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json
       round_0/     network.safetensors  momentum.safetensors  train.json   scores.json  evaluate.json
-      round_1/     labels/ID.png  histogram.npz  thresholds.json  (pseudo_scores.json)  label.json   + as round_0
+      round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
+                   + as round_0
       …
-    and, only while at work, round_N/checkpoint_STEP.safetensors and round_N/predictions/.
+    and, only while at work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and round_N/images_PROCESS.jsonl.
 
 A step (label, train, evaluate of a round) is done when its manifest – label.json, train.json, evaluate.json,
 written last – says so. It names the digests of what went in and of what came out.
@@ -30,7 +31,7 @@ from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_wit
 from darseg.data.labels import PLAIN
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
-from darseg.pseudo.labelset import PseudoLabelSet
+from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet, facts_from_json
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,27 @@ class RunDirectory:
         """The pseudo labels of a round that are done. Raises DataError where they are damaged."""
         folder = self.round(index)
         return PseudoLabelSet.load(self.labels(index), folder / "histogram.npz", folder / "thresholds.json")
+
+    def facts_logs(self, index: int) -> list[Path]:
+        """Of a label step at work, one of each process."""
+        return sorted(self.round(index).glob("images_*.jsonl"))
+
+    def image_facts(self, index: int) -> dict[str, ImageFacts]:
+        """Id → what labelling found in that image; empty for rounds that were labelled before this was kept.
+
+        Raises RunError where the file is damaged.
+        """
+        path = self.round(index) / "images.json"
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            return {name: facts_from_json(entry) for name, entry in entries.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(
+                f"{path} is damaged ({type(error).__name__}: {error}). Put it back from a copy, or delete label.json "
+                "beside it and all later rounds, and train again."
+            ) from error
 
     def record_path(self, index: int, step: str) -> Path:
         return self.round(index) / f"{step}.json"

@@ -25,6 +25,7 @@ from darseg.model.predict import Memory, Protocol, predict
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import (
+    FactsLog,
     Predictor,
     PseudoLabelSet,
     assign_labels,
@@ -56,6 +57,7 @@ def label_samples(
     histogram: Path,
     processes: Processes,
     progress: Progress,
+    logs: Path | None = None,
 ) -> PseudoLabelSet:
     """Count, choose, assign: `labels/ID.png` for all samples, each written by one of the processes.
 
@@ -64,6 +66,7 @@ def label_samples(
 
     Args:
         histogram: file of the confidences of all processes, written between counting and assigning.
+        logs: folder for the facts of images, a file for each process; None: not kept.
     """
     mine = processes.share(samples)
     if histogram.exists():
@@ -75,9 +78,10 @@ def label_samples(
         counted = ConfidenceHistogram(processes.add_up(part.counts), scale)
         processes.from_first(lambda: write_whole(histogram, counted.to_bytes()))
     thresholds = processes.together(lambda: choose(counted))
+    log = None if logs is None else FactsLog(logs / f"images_{processes.rank}.jsonl")
     with progress("label", len(mine)) as advance:
         kept = processes.together(
-            lambda: assign_labels(mine, thresholds, seed, round_index, predictor, labels, advance)
+            lambda: assign_labels(mine, thresholds, seed, round_index, predictor, labels, advance, log)
         )
     return PseudoLabelSet(labels, counted, thresholds, processes.add_up(kept))
 

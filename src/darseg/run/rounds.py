@@ -23,6 +23,7 @@ from darseg.config import Recipe, dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.dataset import Cache
+from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
 from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
@@ -31,7 +32,7 @@ from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
-from darseg.pseudo.labelset import PseudoLabelSet
+from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
 from darseg.pseudo.redistribute import chooser, scale_of
 from darseg.pseudo.thresholds import Thresholds
 from darseg.run.build import (
@@ -282,12 +283,14 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     def begin() -> StepRecord | None:
         record = run.finished(index, "label", inputs, course.reuse)
         if record is not None:
-            _clean_predictions(course, index)  # left by a kill just after the record
+            _clean_labeling(course, index)  # left by a kill just after the record
         elif thresholds.exists():
             # All maps were written but not recorded; or the record was deleted, to label anew.
             shutil.rmtree(run.labels(index), ignore_errors=True)
             histogram.unlink(missing_ok=True)
             thresholds.unlink()
+            for path in run.facts_logs(index):
+                path.unlink()
         if record is None and waiting is not None and not histogram.exists():
             check_disk(run.root, count_pixels(unlabeled), "set labeling.predict_twice=true")
         return record
@@ -310,6 +313,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
             histogram,
             course.processes,
             lambda title, total: journal.progress(f"round {index}: {title}", total),
+            run.round(index),
         )
     end = partial(_record_labels, course, round_, inputs, labels, began)
     return labels.samples(unlabeled), course.processes.from_first(end)
@@ -323,7 +327,9 @@ def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Th
     return choose(histogram)
 
 
-def _clean_predictions(course: Course, index: int) -> None:
+def _clean_labeling(course: Course, index: int) -> None:
+    for path in course.run.facts_logs(index):
+        path.unlink()
     if not course.recipe.labeling.keep_predictions:
         shutil.rmtree(course.run.predictions(index), ignore_errors=True)
 
@@ -338,7 +344,7 @@ def _record_labels(
     never = [name for name, found in zip(classes.names, predicted, strict=True) if found == 0]
     if never:
         journal.warn(f"round {index}: never predicted, so not pseudo-labelled: {', '.join(never)}")
-    outputs = ["labels", "histogram.npz", "thresholds.json"]
+    outputs = ["labels", "histogram.npz", "thresholds.json", "images.json"]
     facts = {"share": round(float(kept.sum() / max(1, histogram.predicted.sum())), 4)}
     known = [sample for sample in unlabeled if sample.label]
     if known:
@@ -348,10 +354,13 @@ def _record_labels(
         write_json(course.path(round_, "pseudo_scores.json"), described)
         outputs.append("pseudo_scores.json")
         facts["pixel_accuracy"] = round(scores.pixel_accuracy, 4) if scores.confusion.any() else None
+    found = read_facts_logs(run.facts_logs(index))
+    facts_of_images = {sample.id: asdict(found[sample.id]) for sample in unlabeled if sample.id in found}
+    write_whole(course.path(round_, "images.json"), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, "thresholds.json"), labels.to_json())
     seconds = time.monotonic() - began
     run.finish(index, "label", inputs, outputs, seconds, facts)
-    _clean_predictions(course, index)
+    _clean_labeling(course, index)
     journal.event("labeled", round=index, seconds=round(seconds, 1), **facts)
     right = f", {facts['pixel_accuracy']:.3f} of those rightly" if facts.get("pixel_accuracy") else ""
     journal.say(
