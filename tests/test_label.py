@@ -264,7 +264,7 @@ def test_train_by_two_processes(run: Path, recipe_path: Path, tmp_path: Path) ->
     assert result.returncode == 0, result.stderr
     # Training is shared, so equal in distribution and not in bits (tests/test_processes.py compares the losses).
     assert compared(tmp_path / "run").keys() == compared(run).keys()
-    assert len(compared(run)) == 3 * 2 + 2 + len(UNLABELED)
+    assert len(compared(run)) == 3 * 2 + 3 + len(UNLABELED)
     assert result.stdout.count("2 processes share every batch") == 1
     events = [
         json.loads(line)["event"] for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
