@@ -1,8 +1,8 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `check`, `plan`, `draw_split`, `demo` – and the value types that flow between the rooms are
-importable from here. Names are imported when first used, since torch takes seconds.
+`rasterize_folder`, `check`, `plan`, `draw_split`, `mark_bad`, `demo` – and the value types that flow between the rooms
+are importable from here. Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ _HOMES = {
     "load_recipe": "config",
     "load_weights": "model.weights",
     "manifest_of": "run.build",
+    "mark_bad": "run.marks",
     "plan": "run.check",
     "predict": "model.predict",
     "predict_classes": "model.predict",

@@ -23,6 +23,7 @@ from darseg.pseudo.labelset import write_map
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained
+from darseg.run.marks import read_excluded, without
 from darseg.run.rounds import train
 
 DATA_SEED = 2021  # of the drawn scenes: the year of the paper, fixed before anything was trained on them
@@ -124,7 +125,7 @@ def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
     last = len(recipe.rounds) - 1
     palette, protocol = manifest.classes.palette(), evaluation_protocol(recipe)
     first, final = load_trained(run.root, 0).network, load_trained(run.root, last).network
-    samples = manifest.unlabeled[:PICTURE_ROWS]
+    samples = without(manifest.unlabeled, read_excluded(run, last))[:PICTURE_ROWS]
     pseudo = run.label_set(last).samples(samples)
     rows = []
     for sample, labeled in zip(samples, pseudo, strict=True):

@@ -1,10 +1,10 @@
 """The run folder: who writes where, and what is done already.
 
     RUN/
-      recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json
+      recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  (bad_images.json)
       round_0/     network.safetensors  momentum.safetensors  train.json   scores.json  evaluate.json
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
-                   + as round_0
+                   (excluded.json)  + as round_0
       …
     and, only while at work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and round_N/images_PROCESS.jsonl.
 
@@ -57,6 +57,7 @@ class RunDirectory:
     journal = property(lambda self: self.root / "journal.jsonl")
     tensorboard = property(lambda self: self.root / "tensorboard")
     summary = property(lambda self: self.root / "summary.json")
+    bad_images = property(lambda self: self.root / "bad_images.json")
 
     def round(self, index: int) -> Path:
         return self.root / f"round_{index}"
@@ -106,6 +107,10 @@ class RunDirectory:
 
     def predictions(self, index: int) -> Path:
         return self.round(index) / "predictions"
+
+    def excluded(self, index: int) -> Path:
+        """Ids of unlabelled images that the round leaves out; there only where it leaves out some."""
+        return self.round(index) / "excluded.json"
 
     def label_set(self, index: int) -> PseudoLabelSet:
         """The pseudo labels of a round that are done. Raises DataError where they are damaged."""

@@ -69,6 +69,7 @@ from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
 from darseg.run.label import check_disk, label_samples, network_predictor
 from darseg.run.machine import cache_limit, workers_for
+from darseg.run.marks import fix_excluded, without
 from darseg.run.processes import Processes
 from darseg.run.signals import Stop, catch_signals
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -257,11 +258,15 @@ def _begin(course: Course, weights_from: str) -> None:
 def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], float]:
     """Pseudo-label the unlabelled images with the network of the round before; all processes together.
 
+    Images marked as bad when the round began are left out; its number of steps stays as planned.
+
     Returns:
         the unlabelled samples with their new label maps, and seconds.
     """
-    run, journal, unlabeled = course.run, course.journal, course.manifest.unlabeled
-    classes, labeling, index = course.manifest.classes, course.recipe.labeling, round_.index
+    run, journal, index = course.run, course.journal, round_.index
+    classes, labeling = course.manifest.classes, course.recipe.labeling
+    excluded = course.processes.from_first(lambda: fix_excluded(run, index, course.manifest.unlabeled))
+    unlabeled = without(course.manifest.unlabeled, excluded)
     protocol, scale = labeling_protocol(course.recipe), scale_of(labeling.confidence)
     histogram, thresholds = course.path(round_, "histogram.npz"), course.path(round_, "thresholds.json")
     inputs = {
@@ -277,6 +282,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
         "network": before,
+        **({"excluded": digest_settings(ids=excluded)} if excluded else {}),
     }
     waiting = None if labeling.predict_twice else run.predictions(index)
 
@@ -298,6 +304,10 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     record = course.processes.from_first(begin)
     if record is not None:
         return run.label_set(index).samples(unlabeled), record.seconds
+    if excluded:
+        total = len(course.manifest.unlabeled)
+        journal.event("excluded", round=index, images=len(excluded), of=total)
+        journal.say(f"round {index}: {len(excluded)} of {total} unlabelled images left out, marked as bad")
     began = time.monotonic()
     network = place(load_network(run.network(index - 1)))
     with _memory_told(_less_to_predict(course.recipe, "labeling", protocol)):
@@ -315,7 +325,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
             lambda title, total: journal.progress(f"round {index}: {title}", total),
             run.round(index),
         )
-    end = partial(_record_labels, course, round_, inputs, labels, began)
+    end = partial(_record_labels, course, round_, inputs, labels, began, unlabeled)
     return labels.samples(unlabeled), course.processes.from_first(end)
 
 
@@ -335,10 +345,15 @@ def _clean_labeling(course: Course, index: int) -> None:
 
 
 def _record_labels(
-    course: Course, round_: Round, inputs: Mapping[str, str], labels: PseudoLabelSet, began: float
+    course: Course,
+    round_: Round,
+    inputs: Mapping[str, str],
+    labels: PseudoLabelSet,
+    began: float,
+    unlabeled: Sequence[Sample],
 ) -> float:
     """Write down how the label maps of a round came about, and that they are done. Returns seconds."""
-    run, journal, unlabeled, index = course.run, course.journal, course.manifest.unlabeled, round_.index
+    run, journal, index = course.run, course.journal, round_.index
     classes, histogram, kept = course.manifest.classes, labels.histogram, labels.kept
     predicted = labels.thresholds.predicted
     never = [name for name, found in zip(classes.names, predicted, strict=True) if found == 0]
