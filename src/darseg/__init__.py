@@ -1,8 +1,8 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `check`, `plan`, `draw_split`, `mark_bad`, `demo` – and the value types that flow between the rooms
-are importable from here. Names are imported when first used, since torch takes seconds.
+`rasterize_folder`, `check`, `plan`, `draw_split`, `view`, `mark_bad`, `demo` – and the value types that flow between the
+rooms are importable from here. Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ _HOMES = {
     "redistribute_folder": "run.label",
     "run_stage": "training.stage",
     "train": "run.rounds",
+    "view": "report.viewer",
 }
 
 __all__ = sorted(_HOMES)

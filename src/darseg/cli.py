@@ -195,6 +195,25 @@ def predict(
 
 
 @app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="A run folder with pseudo labels.")],
+    round_index: Annotated[
+        int | None,
+        typer.Option("--round", min=1, help="Whose pseudo labels. Default: the last that has some."),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=0, max=65535, help="0: any free one. Default: 8765, or the next free one."),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Also open it in the browser.")] = False,
+) -> None:
+    """Look through the unlabelled images of a run in the browser, and mark bad ones. Nothing leaves this machine."""
+    from darseg.report.viewer import view as run_view
+
+    run_view(run, round_index, port, open_browser, lambda line: print(line, flush=True))
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Of the release or of semseg; nothing in it is run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Must not exist yet.")],
