@@ -87,7 +87,7 @@ def test_facts_of_images_are_those_of_their_predictions_and_maps(finished: Path,
     recipe = load_recipe(run.recipe)
     unlabeled = manifest_of(recipe).unlabeled
     network = load_network(run.network(index - 1))
-    found = run.image_facts(index)
+    found = run.image_facts(index, K)
     assert list(found) == [sample.id for sample in unlabeled]
     for sample in unlabeled:
         facts = found[sample.id]
@@ -102,13 +102,13 @@ def test_facts_of_images_are_those_of_their_predictions_and_maps(finished: Path,
 
 def test_damaged_facts_of_images_are_named(finished: Path, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    assert run.image_facts(1) == {}
+    assert run.image_facts(1, K) == {}
     run.round(1).mkdir()
     whole = (finished / "round_1" / "images.json").read_text()
     for text in (whole[:50], "[]", '{"a": {"confidence": "x"}}'):
         (run.round(1) / "images.json").write_text(text)
         with pytest.raises(RunError, match=r"images\.json is damaged"):
-            run.image_facts(1)
+            run.image_facts(1, K)
 
 
 def test_summary_has_the_promised_form(finished: Path) -> None:

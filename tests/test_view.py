@@ -201,7 +201,7 @@ def test_facts_that_a_round_wrote_down_are_taken_from_there(run: Path) -> None:
 )
 def test_damaged_facts_are_told(run: Path, text: str) -> None:
     (run / "round_2" / "images.json").write_text(text)
-    with pytest.raises(RunError, match=r"images\.json: damaged \(.*\)\. Delete it"):
+    with pytest.raises(RunError, match=r"images\.json is damaged \(.*\)\. Put it back"):
         open_round(run)
 
 

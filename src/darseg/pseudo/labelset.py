@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -100,18 +100,37 @@ class ImageFacts:
     """What labelling found in one image, for those who look through thousands.
 
     Attributes:
-        confidence: mean over the pixels, in [0, 1].
-        predicted, kept: pixels per class, K each: predicted so, and labelled so.
+        pixels: of the image.
+        kept: pixels labelled, per class, K numbers.
+        predicted, confidence: pixels predicted per class; mean over the pixels, in [0, 1]. None where all that is left of
+            them is the label map.
     """
 
-    confidence: float
-    predicted: tuple[int, ...]
+    pixels: int
     kept: tuple[int, ...]
+    predicted: tuple[int, ...] | None = None
+    confidence: float | None = None
 
     @property
     def coverage(self) -> float:
         """Share of the pixels that are labelled."""
-        return sum(self.kept) / max(1, sum(self.predicted))
+        return sum(self.kept) / max(1, self.pixels)
+
+    def to_json(self) -> dict:
+        return {"confidence": self.confidence, "predicted": self.predicted, "kept": self.kept}
+
+    @classmethod
+    def from_json(cls, entry: dict, classes: int) -> ImageFacts:
+        """What `to_json` made. Raises ValueError, KeyError or TypeError for anything else."""
+        predicted, kept = (tuple(int(count) for count in entry[key]) for key in ("predicted", "kept"))
+        if (len(predicted), len(kept)) != (classes, classes):
+            raise ValueError(f"counts of {len(predicted)} and {len(kept)} classes instead of {classes}")
+        return cls(sum(predicted), kept, predicted, float(entry["confidence"]))
+
+    @classmethod
+    def of_map(cls, label_map: np.ndarray, classes: int) -> ImageFacts:
+        """What a label map tells, uint8 [H, W]."""
+        return cls(label_map.size, tuple(kept_counts(label_map, classes).tolist()))
 
 
 class FactsLog:
@@ -123,7 +142,7 @@ class FactsLog:
 
     def add(self, sample_id: str, facts: ImageFacts) -> None:
         # The line end comes first: a line that a kill cut off stays a line of its own.
-        line = "\n" + json.dumps({"id": sample_id, **asdict(facts)})
+        line = "\n" + json.dumps({"id": sample_id, **facts.to_json()})
         try:
             with self._lock, open(self.path, "a", encoding="utf-8") as file:
                 file.write(line)
@@ -131,23 +150,18 @@ class FactsLog:
             raise storage_error(error, self.path) from error
 
 
-def read_facts_logs(paths: Iterable[Path]) -> dict[str, ImageFacts]:
+def read_facts_logs(paths: Iterable[Path], classes: int) -> dict[str, ImageFacts]:
     """Id → facts, from logs of one process each; what a kill cut off is passed over, the last of equal ids counts."""
     found = {}
     for path in paths:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                name, facts = entry["id"], facts_from_json(entry)
+                name, facts = entry["id"], ImageFacts.from_json(entry, classes)
             except (ValueError, KeyError, TypeError):
                 continue
             found[name] = facts
     return found
-
-
-def facts_from_json(entry: dict) -> ImageFacts:
-    """Of the values of `asdict(facts)` as JSON gives them back."""
-    return ImageFacts(float(entry["confidence"]), tuple(entry["predicted"]), tuple(entry["kept"]))
 
 
 @dataclass(frozen=True)
@@ -241,8 +255,9 @@ def assign_labels(
         counts = add(label)
         if log is not None:
             predicted = count_label_pixels(prediction.classes, len(kept))
-            facts = (tuple(one.tolist()) for one in (predicted, counts))
-            log.add(sample.id, ImageFacts(prediction.mean_confidence, *facts))
+            kept_here, predicted_here = tuple(counts.tolist()), tuple(predicted.tolist())
+            facts = ImageFacts(prediction.classes.size, kept_here, predicted_here, prediction.mean_confidence)
+            log.add(sample.id, facts)
         write_map(label_path(labels, sample.id), label)
 
     missing = []

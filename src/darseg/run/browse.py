@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,7 @@ from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError, RunError
 from darseg.model.weights import load_network
-from darseg.pseudo.assign import kept_counts
-from darseg.pseudo.labelset import Predictor, label_path, read_prediction
+from darseg.pseudo.labelset import ImageFacts, Predictor, label_path, read_prediction
 from darseg.pseudo.redistribute import scale_of
 from darseg.run.build import labeling_protocol, manifest_of, place, set_threads
 from darseg.run.directory import RunDirectory
@@ -28,21 +26,6 @@ from darseg.run.label import network_predictor
 from darseg.run.marks import read_excluded, read_marks
 
 REMEMBERED = 16  # predictions kept in memory: 6 MB each at 1024×2048 pixels
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a round knows of one image.
-
-    Attributes:
-        pixels: of the image; kept, predicted: of each class, K numbers.
-        predicted, confidence (the mean of all pixels): None where the round did not write them down.
-    """
-
-    pixels: int
-    kept: tuple[int, ...]
-    predicted: tuple[int, ...] | None = None
-    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ class LabeledRound:
     classes: ClassSet
     samples: tuple[Sample, ...]
     excluded: frozenset[str]
-    noted: Mapping[str, Facts]
+    noted: Mapping[str, ImageFacts]
 
     def label_map(self, sample: Sample) -> np.ndarray | None:
         """uint8 [H, W], 255 = not labelled; None where the round left the image out. Raises DataError."""
@@ -94,32 +77,11 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
     manifest = manifest_of(recipe)
     read_marks(run, {sample.id for sample in manifest.unlabeled})
     excluded = frozenset(read_excluded(run, index))
-    noted = read_noted(run.round(index) / "images.json", len(manifest.classes))
+    noted = run.image_facts(index, len(manifest.classes))
     return LabeledRound(run, index, recipe, manifest.classes, manifest.unlabeled, excluded, noted)
 
 
-def read_noted(path: Path, classes: int) -> dict[str, Facts]:
-    """What a round wrote down of its images, id → facts; empty where there is no such file. Raises RunError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        noted = {
-            name: Facts(
-                sum(one["predicted"]), tuple(one["kept"]), tuple(one["predicted"]), float(one["confidence"])
-            )
-            for name, one in found.items()
-        }
-        if any({len(one.kept), len(one.predicted or ())} != {classes} for one in noted.values()):
-            raise ValueError(f"counts of other than {classes} classes")
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(
-            f"{path}: damaged ({type(error).__name__}: {error}). Delete it: then the label maps are read instead."
-        ) from error
-    return noted
-
-
-def read_facts(one: LabeledRound) -> Iterator[tuple[int, Facts | None]]:
+def read_facts(one: LabeledRound) -> Iterator[tuple[int, ImageFacts | None]]:
     """(position among the samples, facts) of every image that the round labelled: as the round wrote them down, else by
     reading one label map after the other. None: its label map cannot be read."""
     for position, sample in enumerate(one.samples):
@@ -132,7 +94,7 @@ def read_facts(one: LabeledRound) -> Iterator[tuple[int, Facts | None]]:
                 yield position, None
                 continue
             assert label is not None
-            yield position, Facts(label.size, tuple(kept_counts(label, len(one.classes)).tolist()))
+            yield position, ImageFacts.of_map(label, len(one.classes))
 
 
 class Repredictor:

@@ -31,7 +31,7 @@ from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_wit
 from darseg.data.labels import PLAIN
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
-from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet, facts_from_json
+from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class RunDirectory:
         """Of a label step at work, one of each process."""
         return sorted(self.round(index).glob("images_*.jsonl"))
 
-    def image_facts(self, index: int) -> dict[str, ImageFacts]:
+    def image_facts(self, index: int, classes: int) -> dict[str, ImageFacts]:
         """Id → what labelling found in that image; empty for rounds that were labelled before this was kept.
 
         Raises RunError where the file is damaged.
@@ -129,7 +129,7 @@ class RunDirectory:
         path = self.round(index) / "images.json"
         try:
             entries = json.loads(path.read_text(encoding="utf-8"))
-            return {name: facts_from_json(entry) for name, entry in entries.items()}
+            return {name: ImageFacts.from_json(entry, classes) for name, entry in entries.items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

@@ -369,8 +369,8 @@ def _record_labels(
         write_json(course.path(round_, "pseudo_scores.json"), described)
         outputs.append("pseudo_scores.json")
         facts["pixel_accuracy"] = round(scores.pixel_accuracy, 4) if scores.confusion.any() else None
-    found = read_facts_logs(run.facts_logs(index))
-    facts_of_images = {sample.id: asdict(found[sample.id]) for sample in unlabeled if sample.id in found}
+    found = read_facts_logs(run.facts_logs(index), len(classes))
+    facts_of_images = {sample.id: found[sample.id].to_json() for sample in unlabeled if sample.id in found}
     write_whole(course.path(round_, "images.json"), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, "thresholds.json"), labels.to_json())
     seconds = time.monotonic() - began
