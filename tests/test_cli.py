@@ -23,7 +23,8 @@ from darseg.data.labels import read_label
 from darseg.data.scenes import SCENE_CLASSES
 from darseg.errors import RunError
 from darseg.model.release import RELEASED
-from darseg.run.evaluate import KINDS, evaluate
+from darseg.run.evaluate import evaluate
+from darseg.run.predict import EXISTING, KINDS
 from darseg.run.rounds import train
 
 
@@ -156,6 +157,7 @@ def test_the_commands_choices_are_all_there_are() -> None:
         (cli.Released, RELEASED),
         (cli.ClassNames, BUILT_IN),
         (cli.Kind, KINDS),
+        (cli.Existing, EXISTING),
     ):
         assert [one.value for one in choices] == list(known)
 

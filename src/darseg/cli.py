@@ -80,6 +80,13 @@ class Kind(str, Enum):
     index = "index"
     color = "color"
     overlay = "overlay"
+    confidence = "confidence"
+
+
+class Existing(str, Enum):
+    fault = "fault"
+    keep = "keep"
+    replace = "replace"
 
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to do, with which data.")]
@@ -180,17 +187,37 @@ def evaluate(
 @app.command()
 def predict(
     source: Source,
-    images: Annotated[Path, typer.Argument(help="An image, or a folder of images.")],
-    out: Annotated[Path, typer.Argument(help="Gets index/, color/ and overlay/.")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES…", help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".'
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="Gets index/, color/, overlay/ and confidence/.")],
     kind: Annotated[list[Kind] | None, typer.Option(help="Only these; may be repeated.")] = None,
+    round_index: Annotated[
+        int | None, typer.Option("--round", min=0, help="Default: the last finished.")
+    ] = None,
+    existing: Annotated[
+        Existing, typer.Option(help="Files that are there: a fault, or keep what is whole, or replace them.")
+    ] = Existing.fault,
 ) -> None:
-    """Predict images: class values, class colours, and colours over the image, as PNGs."""
-    from darseg.run.evaluate import KINDS, predict_folder
+    """Predict images and videos: class values, class colours, colours over the image, and confidences."""
+    from darseg.errors import DataError, faults
+    from darseg.run.predict import KINDS, predict_folder
 
-    failed = predict_folder(source, images, out, [one.value for one in kind] if kind else KINDS)
-    if failed:
-        raise DarsegError(
-            "\n".join([f"{len(failed)} image(s) could not be read, all others are done:", *failed])
+    kinds = [one.value for one in kind] if kind else KINDS
+    done = predict_folder(source, images, out, kinds, round_index, existing.value)
+    told = [f"{done.images} image(s)"] if done.images or not done.videos else []
+    told += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []
+    told += [f"{done.kept} that were done before"] if done.kept else []
+    print(f"{', '.join(told)}: {', '.join(str(out / one) for one in kinds)}")
+    if done.failed:
+        raise DataError(
+            faults(
+                f"{len(done.failed)} file(s) could not be read, or not to the end; all others are done",
+                done.failed,
+            )
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
@@ -68,3 +68,13 @@ def overlapped(
             faults(f"{len(unusable)} file(s) cannot be used; all others are done and kept", unusable)
             + "\nMend or remove them and run the same command again."
         )
+
+
+def ahead_of(items: Iterable[Item]) -> Iterator[Item]:
+    """The items in their order, made in a thread of their own up to AHEAD before they are asked for."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, source, end) for _ in range(AHEAD))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, source, end))
+            yield item  # ty: ignore[invalid-yield]

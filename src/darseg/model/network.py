@@ -6,8 +6,9 @@ Letters: B images, K classes, H x W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,10 @@ from darseg.model.heads import (
     PyramidPoolingHead,
     upsample,
 )
+
+if TYPE_CHECKING:
+    from darseg.data.prediction import Prediction
+    from darseg.model.predict import Protocol
 
 ARCHITECTURES = ("pspnet", "deeplabv2")
 HEAD_CHANNELS = 512
@@ -99,6 +104,37 @@ class Network(nn.Module):
         if images.dtype == torch.uint8:
             return (images.to(self.mean.dtype) - self.mean[:, None, None]) / self.std[:, None, None]
         return images
+
+    def predict(self, image: np.ndarray, protocol: Protocol | None = None) -> Prediction:
+        """Classes and confidences of an image, as `darseg predict` and `darseg evaluate` have them.
+
+        Args:
+            image: uint8 [H, W, 3], RGB; of any size.
+            protocol: windows, mirror and scales; None: the whole image at once, and its mirror.
+
+        The network predicts in eval mode and is then put back as it was, each module by itself: neither weights nor
+        BatchNorm's statistics move. Not while another thread trains it. Raises DataError for another array, SizeError
+        for windows the network cannot take, NumericsError where probabilities are not numbers.
+        """
+        from darseg.model.predict import predict_evaluation, whole_image  # imports this module
+
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+            found = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image)
+            raise DataError(
+                f"An image of {found}: wanted is a numpy array, uint8 [H, W, 3], RGB, as darseg.read_image makes it."
+            )
+        if image.size == 0:
+            raise DataError(f"An image of {list(image.shape)} has no pixels.")
+        image = np.require(
+            image, requirements=["C", "W"]
+        )  # what torch takes; copies views such as image[..., ::-1]
+        training = [module for module in self.modules() if module.training]
+        self.eval()
+        try:
+            return predict_evaluation(self, image, protocol or whole_image(self, image))
+        finally:
+            for module in training:
+                module.training = True
 
     def forward(self, images: Tensor) -> Output:
         """Logits of `images` [B, 3, H, W]: uint8 RGB, or float and normalised already.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
+from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
 from darseg.model.decide import decide_strips
 from darseg.model.network import Network
@@ -177,13 +177,37 @@ def predict(
         raise NumericsError(str(error)) from None
 
 
+def predict_evaluation(
+    network: Network,
+    image: np.ndarray,
+    protocol: Protocol,
+    name: str = "image",
+    memory: Memory | None = None,
+) -> Prediction:
+    """Classes and confidences of an image as evaluation wants them: probabilities averaged in float32, then the largest.
+
+    Confidences are on the scale FINE, whose codes are off by at most 1.3e-4. Raises NumericsError naming the image
+    where probabilities are not numbers (a network that diverged).
+    """
+    sums = predict_scores(network, image, protocol, "probabilities", memory)
+    try:
+        with torch.inference_mode():
+            return decide_strips(sums.mean, sums.total_KHW.shape, sums.total_KHW.device, FINE, True, name)
+    except DataError as error:
+        raise NumericsError(str(error)) from None
+
+
 def predict_classes(
     network: Network, image: np.ndarray, protocol: Protocol, memory: Memory | None = None
 ) -> np.ndarray:
-    """Classes of an image as evaluation wants them, uint8 [H, W]: probabilities averaged, then the largest."""
-    sums = predict_scores(network, image, protocol, "probabilities", memory)
-    with torch.inference_mode():
-        return sums.mean(0, image.shape[0]).argmax(dim=0).to(torch.uint8).cpu().numpy()
+    """The classes of `predict_evaluation`, uint8 [H, W]."""
+    return predict_evaluation(network, image, protocol, memory=memory).classes.copy()  # may be written to
+
+
+def whole_image(network: Network, image: np.ndarray) -> Protocol:
+    """The image [H, W, 3] in one window, padded to a size the network takes, and its mirror."""
+    height, width = image.shape[:2]
+    return Protocol((network.legal_side(height), network.legal_side(width)))
 
 
 def _scaled(height: int, width: int, long_side: int) -> tuple[int, int]:

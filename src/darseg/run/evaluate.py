@@ -1,4 +1,4 @@
-"""Use a trained network: score it on labelled images, predict images of any folder."""
+"""Use a trained network: load it with what is known about it, and score it on labelled images."""
 
 from __future__ import annotations
 
@@ -6,29 +6,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 from rich.console import Console
 
 from darseg.config import Recipe, load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.dataset import Example, load_example
-from darseg.data.images import IMAGE_SUFFIXES, read_image
-from darseg.data.manifest import Sample, find_files
+from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RecipeError, RunError
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Memory, Protocol, predict_classes
+from darseg.model.predict import Memory, Protocol, predict_classes, whole_image
 from darseg.model.weights import load_network, read_spec
-from darseg.pseudo.labelset import write_map
 from darseg.run.build import check_sizes, classes_of, evaluation_protocol, manifest_of, place
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.training.scores import Scores
 
-OVERLAY_OPACITY = 0.55  # of the class colours over the image
 EVALUATION_KEYS = ("data.", "evaluation.")  # of a recipe
-KINDS = ("index", "color", "overlay")
 
 
 @dataclass(frozen=True)
@@ -48,8 +43,7 @@ class Trained:
         """The recipe's evaluation protocol; without recipe the whole image in one window, and its mirror."""
         if self.recipe is not None:
             return evaluation_protocol(self.recipe)
-        height, width = image.shape[:2]
-        return Protocol((self.network.legal_side(height), self.network.legal_side(width)))
+        return whole_image(self.network, image)
 
 
 def load_trained(
@@ -147,49 +141,3 @@ def evaluate_samples(
 
     overlapped(samples, lambda sample: load_example(sample, classes), score, lambda *_: None, advance)
     return scores
-
-
-def predict_folder(
-    source: Path | str,
-    images: Path | str,
-    out: Path | str,
-    kinds: Sequence[str] = KINDS,
-    console: Console | None = None,
-) -> list[str]:
-    """Predict an image, or all images below a folder, into `out/KIND/ID.png`.
-
-    Args:
-        kinds: "index" (class values), "color" (class colours), "overlay" (colours over the image).
-
-    Returns:
-        a line for each image that could not be read; the others are done.
-    """
-    trained, images, out = load_trained(source), Path(images), Path(out)
-    found = {images.stem: images} if images.is_file() else find_files(images, IMAGE_SUFFIXES)
-    if not found:
-        raise DataError(f"{images}: no images found ({', '.join(IMAGE_SUFFIXES)}).")
-    palette = trained.classes().palette()
-    failed: list[str] = []
-    with Journal(None, None, console or Console()).progress("predict", len(found)) as advance:
-        for name, path in found.items():
-            try:
-                image = read_image(path)
-            except DataError as error:
-                failed.append(str(error))
-                advance()
-                continue
-            classes = predict_classes(trained.network, image, trained.protocol(image))
-            for kind in kinds:
-                write_map(out / kind / f"{name}.png", _draw(kind, image, classes, palette))
-            advance()
-    return failed
-
-
-def _draw(kind: str, image: np.ndarray, classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """What is written: uint8 [H, W] or, for OpenCV, [H, W, 3] in BGR."""
-    if kind == "index":
-        return classes
-    colored = palette[classes]
-    if kind == "overlay":
-        colored = cv2.addWeighted(colored, OVERLAY_OPACITY, image, 1 - OVERLAY_OPACITY, 0)
-    return cv2.cvtColor(colored, cv2.COLOR_RGB2BGR)

@@ -1,0 +1,378 @@
+"""Predicting images and videos: what is written belongs together, is named after its source, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import darseg
+from conftest import write_png
+from darseg.data.images import read_image
+from darseg.data.scenes import draw_scene
+from darseg.data.video import USUAL_RATE, VideoWriter, read_frames, video_facts
+from darseg.errors import DataError, NumericsError, RunError, SizeError
+from darseg.model.network import Network, NetworkSpec
+from darseg.model.predict import Protocol, predict_classes, whole_image
+from darseg.model.weights import load_network, save_network
+from darseg.run.evaluate import load_trained
+from darseg.run.predict import KINDS, predict_folder
+
+SPEC = NetworkSpec(backbone="resnet18_half", classes=4, output_stride=16, head_channels=8)
+SIZE = (42, 60)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that has an opinion: logits far from each other, whatever the drawn weights."""
+    torch.manual_seed(5)
+    network = SPEC.build()
+    for key, value in network.state_dict().items():
+        if key.endswith("classifier.weight"):
+            value.mul_(40)
+    path = tmp_path_factory.mktemp("network") / "net.safetensors"
+    save_network(network, path, SPEC)
+    return path
+
+
+@pytest.fixture(scope="module")
+def network(checkpoint: Path) -> Network:
+    """As `predict_folder` has it: in another memory layout last bits differ."""
+    return load_trained(checkpoint).network
+
+
+def picture(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    image = draw_scene(3, number, (max(65, size[0]), max(65, size[1])))[0]
+    return np.ascontiguousarray(image[: size[0], : size[1]])
+
+
+def film(
+    path: Path, frames: int, rate: float = 12.5, code: str = "mp4v", size: tuple[int, int] = SIZE
+) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = cv2.VideoWriter(
+        str(path), cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*code), rate, (size[1], size[0])
+    )
+    for number in range(frames):
+        writer.write(picture(number, size)[:, :, ::-1])
+    writer.release()
+    return path
+
+
+def written(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def averaged(network: Network, image: np.ndarray) -> torch.Tensor:
+    """Probabilities of the whole image and of its mirror, written out: float64 [K, H, W]."""
+    height, width = image.shape[:2]
+    legal = [16 * max(1, -(-(side - 1) // 16)) + 1 for side in (height, width)]
+    x = (torch.from_numpy(image.copy()).permute(2, 0, 1)[None] - network.mean[:, None, None]) / network.std[
+        :, None, None
+    ]
+    top, left = (legal[0] - height) // 2, (legal[1] - width) // 2
+    x = F.pad(x, (left, legal[1] - width - left, top, legal[0] - height - top))
+    with torch.no_grad():
+        one, other = network(x).main[0], network(x.flip(3)).main[0].flip(2)
+    mean = (one.double().softmax(0) + other.double().softmax(0)) / 2
+    return mean[:, top : top + height, left : left + width]
+
+
+def test_a_prediction_is_of_the_averaged_probabilities(network: Network) -> None:
+    for size in (SIZE, (33, 49), (1, 1), (70, 20)):
+        image = picture(1, size)
+        mean = averaged(network, image)
+        found = network.predict(image)
+        best, classes = (part.numpy() for part in mean.max(dim=0))
+        clear = (mean.sort(dim=0).values.diff(dim=0)[-1] > 1e-5).numpy()
+        assert (found.classes == classes)[clear].all() and clear.mean() > 0.9
+        assert np.abs(found.confidence - best).max() < 2e-4  # of the scale: 1.3e-4
+        assert (found.classes == predict_classes(network, image, whole_image(network, image))).all()
+
+
+def test_a_protocol_may_be_given(network: Network) -> None:
+    image = picture(2, (60, 90))
+    how = Protocol((33, 33), mirror=False, scales=(0.5, 1.0))
+    found = network.predict(image, how)
+    assert (found.classes == predict_classes(network, image, how)).all()
+    assert (found.codes != network.predict(image).codes).any()
+    with pytest.raises(SizeError, match="nearest legal sizes"):
+        network.predict(image, Protocol((32, 32)))
+
+
+def test_predicting_leaves_a_network_in_training_as_it_was(checkpoint: Path) -> None:
+    network = load_network(checkpoint)
+    expected = network.predict(picture(1))
+    network.train()
+    network.backbone.eval()  # frozen, as some fine-tune it
+    before = {name: (module.training) for name, module in network.named_modules()}
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    found = network.predict(picture(1))
+    assert (found.codes == expected.codes).all() and (found.classes == expected.classes).all()
+    with pytest.raises(SizeError):
+        network.predict(picture(1), Protocol((32, 32)))
+    assert {name: module.training for name, module in network.named_modules()} == before
+    assert set(before.values()) == {True, False}
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_views_and_readonly_arrays_are_images_too(network: Network) -> None:
+    image = picture(4)
+    expected = network.predict(image).codes
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+    assert (network.predict(bgr[:, :, ::-1]).codes == expected).all()
+    image.setflags(write=False)
+    assert (network.predict(image).codes == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\]: wanted is"),
+        (np.zeros((4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\]"),
+        (np.zeros((4, 4, 3)), "float64"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "torch.Tensor"),
+        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+    ],
+)
+def test_what_is_no_image(network: Network, image, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        network.predict(image)
+
+
+def test_a_diverged_network_is_named(checkpoint: Path) -> None:
+    network = load_network(checkpoint)
+    with torch.no_grad():
+        network.head.classifier.bias[0] = float("nan")
+    with pytest.raises(NumericsError, match="network has diverged"):
+        network.predict(picture(0))
+
+
+def test_all_kinds_are_of_one_prediction(call, checkpoint: Path, network: Network, tmp_path: Path) -> None:
+    write_png(tmp_path / "in" / "a" / "b.png", picture(7))
+    code, out, err = call("predict", checkpoint, tmp_path / "in", tmp_path / "out")
+    assert code == 0, err
+    assert f"1 image(s): {tmp_path / 'out' / 'index'}" in out
+    assert written(tmp_path / "out") == {f"{kind}/a/b.png" for kind in KINDS}
+    expected = network.predict(picture(7))
+    index, confidence = (
+        cv2.imread(str(tmp_path / "out" / kind / "a" / "b.png"), cv2.IMREAD_UNCHANGED)
+        for kind in ("index", "confidence")
+    )
+    assert (index == expected.classes).all() and confidence.dtype == np.uint16
+    assert np.abs(confidence / 65535 - expected.confidence).max() < 1e-5
+
+
+def test_photographs_of_cameras_are_not_turned(checkpoint: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    mark = Image.Exif()
+    mark[274] = 6  # a quarter turn
+    Image.fromarray(picture(1)).save(tmp_path / "turned.jpg", exif=mark, quality=95)
+    predict_folder(checkpoint, tmp_path / "turned.jpg", tmp_path / "out", ["index"])
+    assert read_image(tmp_path / "out" / "index" / "turned.png").shape[:2] == SIZE
+
+
+def test_patterns_keep_the_folders_below_their_fixed_part(
+    call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("in/x/1.png", "in/x/y/2.PNG", "in/z/3.png", "in/top.png", "in/x/.hidden/4.png"):
+        write_png(tmp_path / name, picture(1)) if name.endswith("png") else (
+            write_png(tmp_path / "t.png", picture(1)),
+            (tmp_path / "in/x/y").mkdir(parents=True, exist_ok=True),
+            os.replace(tmp_path / "t.png", tmp_path / name),
+        )
+    (tmp_path / "in" / "x" / "notes.txt").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    for pattern, names in {
+        "in/**": {"x/1", "x/y/2", "z/3", "top"},
+        "in/**/*.png": {"x/1", "z/3", "top"},
+        "in/x/*": {"1", "y/2"},
+        "in/[xz]/?.png": {"x/1", "z/3"},
+        str(tmp_path / "in" / "*" / "1.png"): {"x/1"},
+    }.items():
+        code, _, err = call("predict", checkpoint, pattern, "out", "--kind", "index", "--existing", "replace")
+        assert code == 0, err
+        found = {name.removeprefix("index/").removesuffix(".png") for name in written(tmp_path / "out")}
+        assert found == names, pattern
+        for path in (tmp_path / "out").rglob("*.png"):
+            path.unlink()
+    code, _, err = call("predict", checkpoint, "in/*.jpg", "out")
+    assert code == 2 and "in/*.jpg: no images found" in err
+
+
+def test_a_name_with_brackets_is_a_name(call, checkpoint: Path, tmp_path: Path) -> None:
+    name = "crack [1] 'a' <b>.png"
+    write_png(tmp_path / name, picture(1))
+    code, out, err = call(
+        "predict", checkpoint, tmp_path / name, tmp_path / name, tmp_path / "out", "--kind", "index"
+    )
+    assert code == 0, err
+    assert "1 image(s)" in out and written(tmp_path / "out") == {f"index/{name}"}
+
+
+def test_images_that_differ_in_the_suffix_alone(call, checkpoint: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "in" / "a.png", picture(1))
+    write_png(tmp_path / "in" / "a.jpg", picture(2))
+    for given in (
+        [tmp_path / "in"],
+        [tmp_path / "in" / "a.png", tmp_path / "in" / "a.jpg"],
+        [tmp_path / "in" / "*"],
+    ):
+        code, _, err = call("predict", checkpoint, *given, tmp_path / "out")
+        assert code == 2 and "a.jpg and " in err and "a.png" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_that_is_there_is_overwritten_unasked(call, checkpoint: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        write_png(tmp_path / "in" / f"{number}.png", picture(number))
+    old = tmp_path / "out" / "index" / "1.png"
+    write_png(old, np.zeros((3, 3), np.uint8))
+    before = old.read_bytes()
+    arguments = ["predict", checkpoint, tmp_path / "in", tmp_path / "out", "--kind", "index"]
+    code, _, err = call(*arguments)
+    assert code == 2 and "1 file(s) are there already" in err and str(old) in err
+    assert written(tmp_path / "out") == {"index/1.png"} and old.read_bytes() == before
+    code, out, _ = call(*arguments, "--existing", "keep")
+    assert code == 0 and "1 image(s), 1 that were done before" in out and old.read_bytes() == before
+    code, out, _ = call(*arguments, "--existing", "replace")
+    assert code == 0 and "2 image(s): " in out and old.read_bytes() != before
+
+
+def test_predictions_are_not_predicted(call, checkpoint: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", picture(1))
+    for _ in range(2):
+        code, out, err = call(
+            "predict", checkpoint, tmp_path, tmp_path / "out", "--kind", "color", "--existing", "replace"
+        )
+        assert code == 0 and "1 image(s)" in out, err
+    assert written(tmp_path / "out") == {"color/a.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["in/a.png", "in/b.png"], "b.png is a file. Give a folder for the predictions"),
+        (["in/nothing.png", "out"], "no such image, video or folder"),
+    ],
+)
+def test_bad_calls(call, checkpoint: Path, tmp_path: Path, monkeypatch, arguments, message: str) -> None:
+    for name in "ab":
+        write_png(tmp_path / "in" / f"{name}.png", picture(1))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("predict", checkpoint, *arguments)
+    assert code == 2 and message in err and not (tmp_path / "out").exists()
+
+
+def test_a_video_becomes_numbered_frames_and_a_video(
+    call, checkpoint: Path, network: Network, tmp_path: Path
+) -> None:
+    film(tmp_path / "in" / "cam" / "walk.mp4", 7)
+    write_png(tmp_path / "in" / "cam" / "walk.png", picture(0))  # phones write both under one name
+    code, out, err = call("predict", checkpoint, tmp_path / "in", tmp_path / "out")
+    assert code == 0, err
+    assert "1 image(s), 7 frame(s) of 1 video(s)" in out
+    frames = {
+        f"{kind}/cam/walk/{n:06d}.png" for kind in ("index", "color", "confidence") for n in range(1, 8)
+    }
+    assert written(tmp_path / "out") == {
+        *frames,
+        "overlay/cam/walk.mp4",
+        *(f"{kind}/cam/walk.png" for kind in KINDS),
+    }
+    overlay = tmp_path / "out" / "overlay" / "cam" / "walk.mp4"
+    assert video_facts(overlay) == video_facts(tmp_path / "in" / "cam" / "walk.mp4")
+    shown = list(read_frames(overlay))
+    for number, frame in enumerate(read_frames(tmp_path / "in" / "cam" / "walk.mp4"), 1):
+        index = cv2.imread(
+            str(tmp_path / "out" / "index" / "cam" / "walk" / f"{number:06d}.png"), cv2.IMREAD_UNCHANGED
+        )
+        assert (index == network.predict(frame).classes).all()
+        color = read_image(tmp_path / "out" / "color" / "cam" / "walk" / f"{number:06d}.png")
+        blend = 0.55 * color.astype(float) + 0.45 * frame
+        assert np.abs(shown[number - 1] - blend).mean() < 16  # the codec loses some
+
+
+def test_a_video_cut_off_in_the_middle_is_reported_and_the_others_are_done(
+    call, checkpoint: Path, tmp_path: Path
+) -> None:
+    whole = film(tmp_path / "whole.mkv", 30, size=(64, 96)).read_bytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "cut.mkv").write_bytes(whole[: len(whole) * 6 // 10])
+    (tmp_path / "in" / "none.mp4").write_bytes(b"no video at all")
+    (tmp_path / "in" / "bad.jpg").write_bytes(b"no image")
+    film(tmp_path / "in" / "good.avi", 3, code="MJPG")
+    write_png(tmp_path / "in" / "good2.png", picture(1))
+    code, out, err = call("predict", checkpoint, tmp_path / "in", tmp_path / "out", "--kind", "overlay")
+    assert code == 2 and "3 file(s) could not be read, or not to the end" in err and "Traceback" not in err
+    assert "none.mp4: cannot be opened as a video" in err and "bad.jpg: cannot be decoded" in err
+    count = int(err.partition("damaged: ")[2].split()[0])
+    assert 0 < count < 30 and f"{count} of 30 frames can be read" in err
+    assert written(tmp_path / "out") == {"overlay/cut.mp4", "overlay/good.mp4", "overlay/good2.png"}
+    assert len(list(read_frames(tmp_path / "out" / "overlay" / "cut.mp4"))) == count
+    assert "1 image(s)" in out and f"{count + 3} frame(s) of 2 video(s)" in out
+
+
+def test_frames_of_a_longer_video_do_not_stay(checkpoint: Path, tmp_path: Path) -> None:
+    for frames in (5, 3):
+        film(tmp_path / "a.mp4", frames)
+        predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="replace")
+    assert written(tmp_path / "out") == {f"index/a/{n:06d}.png" for n in (1, 2, 3)}
+    found = predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="keep")
+    assert (found.kept, found.frames) == (1, 0)
+    (tmp_path / "out" / "index" / "a" / "000003.png").unlink()  # as if it had been stopped
+    found = predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="keep")
+    assert (found.kept, found.frames) == (0, 3)
+
+
+def test_names_that_a_video_takes(checkpoint: Path, tmp_path: Path) -> None:
+    film(tmp_path / "in" / "a.mp4", 2)
+    film(tmp_path / "in" / "b.mp4", 2)
+    write_png(tmp_path / "in" / "a" / "000001.png", picture(0))
+    with pytest.raises(DataError, match=r"a\.mp4, whose frames get a folder, and .*000001\.png"):
+        predict_folder(checkpoint, tmp_path / "in", tmp_path / "out")
+    film(tmp_path / "in" / "b.avi", 2, code="MJPG")
+    with pytest.raises(DataError, match=r"b\.avi and .*b\.mp4"):
+        predict_folder(checkpoint, tmp_path / "in", tmp_path / "out")
+
+
+def test_an_interrupted_video_leaves_no_half_of_one(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film(tmp_path / "a.mp4", 6)
+    calls = []
+
+    def stop(*arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return network.predict(arguments[1])
+
+    network = load_network(checkpoint)
+    monkeypatch.setattr("darseg.run.predict.predict_evaluation", stop)
+    with pytest.raises(KeyboardInterrupt):
+        predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["overlay"])
+    assert written(tmp_path / "out") == set()
+
+
+def test_a_written_video_that_is_not_whole_is_no_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = VideoWriter(tmp_path / "a.mp4", 10)
+    writer.add(picture(0, (41, 61)))
+    assert video_facts(film(tmp_path / "rate.mkv", 2, rate=USUAL_RATE)).rate == pytest.approx(USUAL_RATE)
+    monkeypatch.setattr(writer, "_frames", 2)  # as if one had been lost
+    with pytest.raises(darseg.errors.StorageError, match="could not be written whole"):
+        writer.close()
+    assert not (tmp_path / "a.mp4").exists() and not list(tmp_path.glob("*.part*"))
+
+
+def test_unknown_kinds(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="index, color, overlay, confidence"):
+        predict_folder(checkpoint, tmp_path, tmp_path / "out", ["colour"])
