@@ -1,8 +1,8 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `check`, `plan`, `draw_split`, `view`, `mark_bad`, `demo` – and the value types that flow between the
-rooms are importable from here. Names are imported when first used, since torch takes seconds.
+`rasterize_folder`, `propose_recipe`, `check`, `plan`, `draw_split`, `view`, `mark_bad`, `demo` – and the value types
+that flow between the rooms are importable from here. Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ _HOMES = {
     "Predicted": "run.predict",
     "Prediction": "data.prediction",
     "Protocol": "model.predict",
+    "Proposal": "run.propose",
     "PseudoLabelSet": "pseudo.labelset",
     "Rasterized": "run.rasterize",
     "Recipe": "config",
@@ -70,6 +71,7 @@ _HOMES = {
     "predict": "model.predict",
     "predict_classes": "model.predict",
     "predict_folder": "run.predict",
+    "propose_recipe": "run.propose",
     "rasterize_folder": "run.rasterize",
     "read_image": "data.images",
     "read_label": "data.labels",

@@ -128,6 +128,34 @@ def demo(
 
 
 @app.command()
+def init(
+    folder: Annotated[
+        Path, typer.Argument(help="Images, some of them with labels, in any usual arrangement.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(metavar="RECIPE.yaml", help="Default: NAME_OF_FOLDER.yaml, here.")
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Pretrained weights. Default: resnet*.pth in FOLDER or here, else none."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier recipe and its lists.")] = False,
+) -> None:
+    """Look at a folder of images and write a commented recipe for it that fits this machine."""
+    from darseg.run.propose import propose_recipe
+
+    made = propose_recipe(folder, out, weights=weights, overwrite=force)
+    for note in made.notes:
+        print(f"found: {note}")
+    for warning in made.warnings:
+        print(f"warning: {warning}")
+    print(f"Written: {', '.join(map(str, (made.recipe, *made.lists)))}. Read it, then:")
+    name, run = shlex.quote(str(made.recipe)), shlex.quote(str(Path("runs") / made.recipe.stem))
+    for command in (f"check {name}", f"plan {name}", f"train {name}", f"report {run}", f"view {run}"):
+        print(f"  darseg {command}")
+
+
+@app.command()
 def train(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -576,6 +576,19 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+def flow(value: Any) -> str:
+    """A plain value as YAML on one line, as `load_recipe` reads it back."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=float("inf"),
+    )
+    return text.removesuffix("...\n").strip()
+
+
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     """A line "key: old → new" for every key that differs."""
     before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))

@@ -1,0 +1,551 @@
+"""`darseg init`: folders as people have them, each with its truth; the proposed recipe reads exactly that."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from darseg.config import flow, load_recipe
+from darseg.data.classes import CAMVID, VOC
+from darseg.data.discover import Survey, find_names, guess_classes
+from darseg.data.labels import read_label
+from darseg.errors import DataError
+from darseg.model.network import NetworkSpec
+from darseg.run import propose
+from darseg.run.build import classes_of, manifest_of
+from darseg.run.check import check
+from darseg.run.propose import propose_recipe
+from darseg.run.rounds import train
+from draw_layouts import draw_cityscapes, draw_voc, voc_palette
+
+SIZE = (40, 56)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is timed, but in the test of that."""
+    monkeypatch.setattr(propose, "_seconds", lambda *_: 1.0)
+
+
+def truth_of(number: int, classes: int = 3, size: tuple[int, int] = SIZE) -> np.ndarray:
+    """Blocks of classes, all of them in every map, and a strip that is not labelled."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width]
+    label = ((rows // 8 + columns // 8 + number) % classes).astype(np.uint8)
+    label[:3] = 255
+    return label
+
+
+def photo(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
+    generator = np.random.default_rng(number)
+    return cv2.resize(
+        generator.integers(0, 256, (6, 8, 3), np.uint8), size[::-1], interpolation=cv2.INTER_CUBIC
+    )
+
+
+@dataclass
+class Drawn:
+    """What was drawn, and what must come of it. `truth`: image's path below the folder → classes.
+
+    `named`: name of each class of the truth. `void`: what 255 of the truth is in the files, where they cannot say it.
+    """
+
+    truth: dict[str, np.ndarray] = field(default_factory=dict)
+    roles: dict[str, int] = field(default_factory=dict)
+    named: tuple[str, ...] = ("class_0", "class_1", "class_2")
+    void: int = 255
+    lists: bool = False
+
+
+def save(path: Path, pixels: np.ndarray, palette: list[int] | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    if palette:
+        image.putpalette(palette)
+    image.save(path)
+
+
+def roles(labeled: int, unlabeled: int, validation: int, test: int = 0) -> dict[str, int]:
+    return {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
+
+
+def plain(root: Path) -> Drawn:
+    """images/ and labels/ with folders in them, some images without label."""
+    drawn = Drawn(roles=roles(4, 4, 2))
+    for number in range(10):
+        name = f"{'ab'[number % 2]}/{number:02d}"
+        save(root / "images" / f"{name}.jpg", photo(number))
+        if number < 6:
+            drawn.truth[f"images/{name}.jpg"] = truth_of(number)
+            save(root / "labels" / f"{name}.png", truth_of(number))
+    return drawn
+
+
+def binary(root: Path) -> Drawn:
+    """0/255 masks beside the images, with a suffix; sizes differ; names with blanks and quotes."""
+    drawn = Drawn(roles=roles(4, 1, 1), named=("background", "foreground"), lists=True)
+    for number in range(6):
+        size = (SIZE[0] + 3 * number, SIZE[1] + number)
+        name = f'it\'s "no" {number} <b>é</b> _x'
+        save(root / f"{name}.jpg", photo(number, size))
+        if number < 5:
+            truth = truth_of(number, 2, size)
+            truth[truth == 255] = 1
+            drawn.truth[f"{name}.jpg"] = truth
+            save(root / f"{name}_mask.png", truth * 255)
+    return drawn
+
+
+def twins(root: Path) -> Drawn:
+    """a.jpg and a.png; values with gaps."""
+    drawn = Drawn(roles=roles(4, 2, 1), named=("class_2", "class_7", "class_11"), lists=True)
+    values = np.full(256, 255, np.uint8)
+    values[:3] = 2, 7, 11
+    for number in range(7):
+        save(root / "shots" / f"{number}.jpg", photo(number))
+        if number < 5:
+            drawn.truth[f"shots/{number}.jpg"] = truth_of(number)
+            save(root / "shots" / f"{number}.png", values[truth_of(number)])
+    return drawn
+
+
+def colors(root: Path) -> Drawn:
+    """RGB masks with a table of names, and a colour that has none: not labelled."""
+    drawn = Drawn(roles=roles(4, 1, 1), named=("road surface", "sky", "car: parked"))
+    table = np.zeros((256, 3), np.uint8)
+    table[:3] = (128, 64, 128), (70, 130, 180), (0, 0, 142)
+    for number in range(6):
+        save(root / "rgb" / f"{number}.png", photo(number))
+        if number < 5:
+            drawn.truth[f"rgb/{number}.png"] = truth_of(number)
+            save(root / "masks" / f"{number}.png", table[truth_of(number)])
+    (root / "class_dict.csv").write_text(
+        "name,r,g,b\n"
+        + "".join(f"{n},{','.join(map(str, c))}\n" for n, c in zip(drawn.named, table, strict=False))
+    )
+    return drawn
+
+
+def unnamed_colors(root: Path) -> Drawn:
+    """RGB masks and nothing else: black is a class, with a warning."""
+    drawn = Drawn(roles=roles(2, 0, 1), named=("background", "class_800000", "class_ffff00"), void=0)
+    table = np.zeros((256, 3), np.uint8)
+    table[1:3] = (128, 0, 0), (255, 255, 0)
+    for number in range(3):
+        save(root / "images" / f"{number}.png", photo(number))
+        drawn.truth[f"images/{number}.png"] = truth_of(number)
+        save(root / "gt_color" / f"{number}.png", table[truth_of(number)])
+    return drawn
+
+
+def split_folders(root: Path) -> Drawn:
+    """train/ and val/ with images and masks beside each other; classes counted from 1, named in a YAML."""
+    drawn = Drawn(roles=roles(3, 2, 2), named=("asphalt", "grass", "yes"))
+    for part, numbers in {"train": range(5), "val": range(5, 7)}.items():
+        for number in numbers:
+            save(root / part / "images" / f"{number}.jpg", photo(number))
+            if number not in (3, 4):
+                truth = truth_of(number)
+                drawn.truth[f"{part}/images/{number}.jpg"] = truth
+                save(
+                    root / part / "masks" / f"{number}.png",
+                    np.where(truth == 255, 0, truth + 1).astype(np.uint8),
+                )
+    (root / "data.yaml").write_text(yaml.safe_dump({"names": list(drawn.named), "nc": 3}))
+    return drawn
+
+
+def camvid(root: Path) -> Drawn:
+    """train.txt, val.txt and test.txt beside images/ and labels/; a palette of a known set."""
+    drawn = Drawn(roles=roles(4, 3, 1, 1), named=CAMVID.names)
+    palette = [part for color in CAMVID.colors for part in color] + [0] * (768 - 33)
+    parts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for number in range(9):
+        part = ("train",) * 4 + (None,) * 3 + ("val", "test")
+        name = f"s/{number:03d}"
+        save(root / "images" / f"{name}.png", photo(number))
+        if part[number] is not None:
+            parts[part[number]].append(name)
+            drawn.truth[f"images/{name}.png"] = truth_of(number, 11)
+            save(root / "labels" / f"{name}.png", truth_of(number, 11), palette)
+    for name, ids in parts.items():
+        (root / f"{name}.txt").write_text("".join(f"{one}\n" for one in ids))
+    return drawn
+
+
+def voc_without_lists(root: Path) -> Drawn:
+    """JPEGImages, SegmentationClass and SegmentationObject, no ImageSets: VOC's tools, another's data."""
+    drawn = Drawn(roles=roles(4, 1, 1), named=VOC.names)
+    for number in range(6):
+        save(root / "JPEGImages" / f"p_{number}.jpg", photo(number))
+        if number < 5:
+            drawn.truth[f"JPEGImages/p_{number}.jpg"] = truth_of(number, 21)
+            save(root / "SegmentationClass" / f"p_{number}.png", truth_of(number, 21), voc_palette())
+            save(root / "SegmentationObject" / f"p_{number}.png", truth_of(number, 5), voc_palette())
+    return drawn
+
+
+def suffixes(root: Path) -> Drawn:
+    """images/img_1.png and masks/mask_1.png, in nested folders; three equal channels; ids and names in JSON."""
+    drawn = Drawn(roles=roles(4, 1, 1), named=("wall", "floor", "door"), lists=True)
+    values = np.full(256, 0, np.uint8)
+    values[:3] = 10, 20, 30
+    for number in range(6):
+        save(root / "data" / "images" / "x" / f"img_{number}.png", photo(number))
+        if number < 5:
+            drawn.truth[f"data/images/x/img_{number}.png"] = truth_of(number)
+            grey = values[truth_of(number)]
+            save(root / "data" / "masks" / "x" / f"mask_{number}.png", np.dstack([grey] * 3))
+    (root / "data" / "id2label.json").write_text(json.dumps({"10": "wall", "20": "floor", "30": "door"}))
+    return drawn
+
+
+def segnet(root: Path) -> Drawn:
+    """train, trainannot, val, valannot: SegNet's."""
+    drawn = Drawn(roles=roles(3, 0, 2))
+    for part, numbers in {"train": range(3), "val": range(3, 5)}.items():
+        for number in numbers:
+            save(root / part / f"{number}.png", photo(number))
+            drawn.truth[f"{part}/{number}.png"] = truth_of(number)
+            save(root / f"{part}annot" / f"{number}.png", truth_of(number))
+    return drawn
+
+
+def corrupt(root: Path) -> Drawn:
+    """A truncated image, a damaged label, one of another size, and a JPEG as label."""
+    drawn = plain(root)
+    bad = root / "images" / "b" / "09.jpg"
+    bad.write_bytes(bad.read_bytes()[:300])
+    label = root / "labels" / "a" / "00.png"
+    label.write_bytes(label.read_bytes()[:-20])
+    save(root / "labels" / "b" / "01.png", np.zeros((5, 5), np.uint8))
+    save(root / "labels" / "a" / "06.jpg", photo(1))
+    for name in ("a/00", "b/01"):
+        del drawn.truth[f"images/{name}.jpg"]
+    drawn.roles, drawn.lists = roles(3, 3, 1), True
+    return drawn
+
+
+FOLDERS: list[Callable[[Path], Drawn]] = [
+    *(
+        plain,
+        binary,
+        twins,
+        colors,
+        unnamed_colors,
+        split_folders,
+        camvid,
+        voc_without_lists,
+        suffixes,
+        segnet,
+        corrupt,
+    )
+]
+
+
+@pytest.mark.parametrize("draw", FOLDERS, ids=lambda draw: draw.__name__)
+def test_the_recipe_reads_what_was_drawn(
+    draw: Callable[[Path], Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "my photos"
+    drawn = draw(root)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    made = propose_recipe(root)
+    assert made.recipe == Path("my photos.yaml")
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+    assert bool(made.lists) == drawn.lists
+    recipe = load_recipe(made.recipe)
+    found = check(recipe)
+    assert not found.faults
+    assert found.images == drawn.roles
+    manifest = manifest_of(recipe)
+    names = classes_of(recipe).names
+    seen = {}
+    for role, samples in manifest.roles().items():
+        for sample in samples:
+            if role != "unlabeled":
+                seen[sample.image.relative_to(root.resolve()).as_posix()] = read_label(
+                    sample.label, sample.encoding
+                )
+    assert set(seen) == set(drawn.truth)
+    for name, label in seen.items():
+        truth = np.where(drawn.truth[name] == 255, drawn.void, drawn.truth[name])
+        assert ((label == 255) == (truth == 255)).all(), name
+        shown = np.array([*names, *[""] * (256 - len(names))])[label]
+        assert (shown == np.array([*drawn.named, *[""] * (256 - len(drawn.named))])[truth]).all(), name
+    check_what_must_hold(recipe, manifest, made.recipe.read_text())
+
+
+def check_what_must_hold(recipe, manifest, text: str) -> None:
+    """Of every proposal: legal sizes within the images, rounds by the unlabelled images, a reason for every value."""
+    sizes = [cv2.imread(str(s.image)).shape[:2] for some in manifest.roles().values() for s in some]
+    for side, crop in enumerate(recipe.training.crop):
+        assert (
+            crop <= max(17, min(size[side] for size in sizes))
+            and (crop - 1) % recipe.network.output_stride == 0
+        )
+    assert recipe.training.batch >= 4 and recipe.training.precision in ("fp32", "bf16")
+    assert [one.labeling_ratio for one in recipe.rounds] == (
+        [None, 0.4, 0.65] if manifest.unlabeled else [None]
+    )
+    bare = [
+        line
+        for line in text.splitlines()
+        if re.match(r"\s+(- )?\w+: .", line) and "#" not in line and "labeling_ratio: 0.65" not in line
+    ]
+    assert not bare
+
+
+@pytest.mark.parametrize("draw", [binary, split_folders], ids=lambda draw: draw.__name__)
+def test_a_proposal_trains(draw: Callable[[Path], Drawn], tmp_path: Path) -> None:
+    draw(tmp_path / "in")
+    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    rounds = "rounds=[{steps: 1}, {steps: 1, labeling_ratio: 0.4}]"
+    summary = train(load_recipe(made.recipe, [rounds, "threads=1"]), tmp_path / "run")
+    assert len(summary["rounds"]) == 2 and summary["rounds"][1]["mean_iou"] is not None
+
+
+def test_cityscapes_as_downloaded(tmp_path: Path) -> None:
+    draw_cityscapes(tmp_path / "in" / "city", train_ids=False, cities=["aachen"], per_city=2, per_val_city=1)
+    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(made.recipe)
+    assert recipe.data.layout == "cityscapes" and recipe.data.classes == "cityscapes"
+    assert recipe.data.root == str((tmp_path / "in" / "city").resolve())
+    assert check(recipe).images == roles(2, 0, 1) and len(recipe.rounds) == 1
+    assert any("2 labelled and 0 unlabelled images" in note for note in made.notes)
+
+
+def test_voc_as_downloaded(tmp_path: Path) -> None:
+    draw_voc(tmp_path / "VOCdevkit" / "VOC2012", augmented=True)
+    recipe = load_recipe(propose_recipe(tmp_path / "VOCdevkit", tmp_path / "r.yaml").recipe)
+    assert recipe.data.layout == "voc" and check(recipe).images == roles(4, 6, 3)
+    assert len(recipe.rounds) == 3
+
+
+def test_images_alone(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(30):
+        save(tmp_path / "in" / f"{number:02d}.jpg", photo(number))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("init", "in")
+    assert code == 2 and "30 images and no labels. Label some first – about 10" in err
+    assert [line.strip(" -") for line in err.splitlines() if line.startswith("  - ")] == [
+        f"{number:02d}.jpg" for number in range(0, 30, 3)
+    ]
+    assert "255 = not labelled" in err and not (tmp_path / "in.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "source"),
+    [
+        ("ann/1.json", {"shapes": [], "imagePath": "1.jpg"}, "in/ann"),
+        ("coco.json", {"images": [], "annotations": [], "categories": []}, "in/coco.json"),
+    ],
+)
+def test_annotations_are_to_be_drawn_first(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: dict, source: str
+) -> None:
+    save(tmp_path / "in" / "1.jpg", photo(1))
+    (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "in" / name).write_text(json.dumps(content))
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("init", "in")
+    assert code == 2 and f"darseg rasterize {source} in/labels" in err
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda root: root.mkdir(), "no images found"),
+        (lambda root: None, "no such folder"),
+        (lambda root: save(root / "labels" / "1.png", truth_of(1)), "and there are no images"),
+        (
+            lambda root: [save(root / "images/1.png", photo(1)), save(root / "labels/1.png", photo(2))],
+            "Not one label file could be read",
+        ),
+        (
+            lambda root: [
+                save(root / "images/1.png", photo(1)),
+                save(root / "labels/1.png", np.full(SIZE, 3, np.uint8)),
+            ],
+            "hold 3 alone: one class is nothing to tell apart",
+        ),
+        (
+            lambda root: [
+                save(root / "val/images/1.png", photo(1)),
+                save(root / "val/labels/1.png", truth_of(1)),
+                save(root / "train/images/2.png", photo(2)),
+            ],
+            "no labelled image is left for training",
+        ),
+    ],
+)
+def test_folders_with_nothing_to_learn_from(tmp_path: Path, draw, message: str) -> None:
+    draw(tmp_path / "in")
+    with pytest.raises(DataError, match=re.escape(message)):
+        propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    assert not (tmp_path / "r.yaml").exists() and not (tmp_path / "r_lists").exists()
+
+
+def test_what_is_corrupt_is_named_and_left_out(call, tmp_path: Path) -> None:
+    corrupt(tmp_path / "in")
+    code, out, err = call("init", tmp_path / "in", "--out", tmp_path / "r.yaml")
+    assert code == 0, err
+    assert "3 file(s) cannot be used" in out and "1 file(s) that should be labels cannot be" in out
+    for part in ("09.jpg: the file is truncated", "00.png", "5x5 pixels, but its image"):
+        assert part in out
+    text = (tmp_path / "r.yaml").read_text()
+    assert "# LOOK AT THIS: 3 file(s) cannot be used" in text
+    assert "a/06.jpg" in (tmp_path / "r_lists" / "unlabeled.txt").read_text()
+
+
+def test_commands_and_an_earlier_recipe(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain(tmp_path / "in here")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("init", "in here")
+    assert code == 0, err
+    assert out.splitlines()[-5:] == [
+        "  darseg check 'in here.yaml'",
+        "  darseg plan 'in here.yaml'",
+        "  darseg train 'in here.yaml'",
+        "  darseg report 'runs/in here'",
+        "  darseg view 'runs/in here'",
+    ]
+    mine = Path("in here.yaml").read_text() + "# mine\n"
+    Path("in here.yaml").write_text(mine)
+    code, _, err = call("init", "in here")
+    assert code == 2 and "exists" in err and Path("in here.yaml").read_text() == mine
+    assert call("init", "in here", "--force")[0] == 0
+    assert "# mine" not in Path("in here.yaml").read_text()
+
+
+def test_hostile_class_names_stay_text(tmp_path: Path) -> None:
+    hostile = ["<script>alert(1)</script>", "a: b # c", "'\"", "🛣️ road", "null", "- x", "x" * 200]
+    for number in range(5):
+        save(tmp_path / "in" / "images" / f"{number}.png", photo(number))
+        save(tmp_path / "in" / "labels" / f"{number}.png", truth_of(number, len(hostile)))
+    (tmp_path / "in" / "classes.txt").write_text("\n".join(hostile))
+    recipe = load_recipe(propose_recipe(tmp_path / "in", tmp_path / "r.yaml").recipe)
+    assert list(classes_of(recipe).names) == hostile
+
+
+@pytest.mark.parametrize("value", ["1", "yes", "a: b", "x\u2028y", "1e5", {"a # b": [1, 2]}, [1.5, None], ""])
+def test_flow_is_read_back(value) -> None:
+    assert yaml.safe_load(f"key: {flow(value)}  # comment") == {"key": value}
+    assert "\n" not in flow(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "names", "values", "colors"),
+    [
+        ("classes.txt", "road\nsky\n", ("road", "sky"), None, None),
+        ("classes.txt", "0 road\n7: traffic sign\n", ("road", "traffic sign"), (0, 7), None),
+        ("label_colors.txt", "64 128 64\tAnimal\n192 0 128 Arch way\n", ("Animal", "Arch way"), None, True),
+        ("labelmap.txt", "# label:color_rgb:parts:actions\nroad:1,2,3::\nsky:4,5,6::\n", ("road", "sky"), None, True),
+        ("classes.csv", "name,r,g,b\nroad,1,2,3\nsky,4,5,6\n", ("road", "sky"), None, True),
+        ("classes.json", '{"road": 3, "sky": 5}', ("road", "sky"), (3, 5), None),
+        ("labels.json", '[{"id": 1, "name": "road", "color": [1, 2, 3]}, {"id": 2, "name": "sky", "color": [0, 0, 0]}]',
+         ("road", "sky"), (1, 2), True),
+        ("classes.yaml", "classes: [road, sky]\nimages: 3\n", ("road", "sky"), None, None),
+        ("data.yaml", "names: {0: road, 1: sky}\n", ("road", "sky"), (0, 1), None),
+    ],
+)  # fmt: skip
+def test_class_names_in_files(tmp_path: Path, name: str, text: str, names, values, colors) -> None:
+    (tmp_path / name).write_text(text)
+    (one,) = find_names([tmp_path])
+    assert (one.names, one.values, one.colors is not None or None) == (names, values, colors)
+
+
+@pytest.mark.parametrize("text", ["images/a.jpg\nimages/b.jpg\n", "road\n", "road\nroad\n", "", "{broken"])
+def test_what_names_no_classes(tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels.txt").write_text(text)
+    (tmp_path / "classes.json").write_text(text)
+    assert not find_names([tmp_path])
+
+
+def test_names_that_do_not_fit_are_said_so(tmp_path: Path) -> None:
+    plain(tmp_path / "in")
+    (tmp_path / "in" / "classes.txt").write_text("road\nsky\n")  # the values are 0, 1 and 2
+    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(made.recipe)
+    assert recipe.data.label_values == "one_based"
+    assert any("set data.ignore: 2" in warning for warning in made.warnings)
+    (tmp_path / "in" / "classes.txt").write_text("road\n".join("abcd"[:1]) + "\nroad\nsky\n")
+    save(tmp_path / "in" / "labels" / "a" / "00.png", np.where(truth_of(0) == 2, 9, truth_of(0)))
+    made = propose_recipe(tmp_path / "in", tmp_path / "s.yaml")
+    assert any("which the label values do not fit" in warning for warning in made.warnings)
+    assert list(classes_of(load_recipe(made.recipe)).names) == ["class_0", "class_1", "class_2", "class_9"]
+
+
+@pytest.mark.parametrize(
+    ("values", "classes", "keys", "warned"),
+    [
+        ({0, 255}, ["background", "foreground"], "binary", False),
+        ({0, 1, 255}, ["class_0", "class_1"], None, False),
+        ({1, 2, 3}, ["class_1", "class_2", "class_3"], "one_based", False),
+        ({0, 3, 255}, ["class_0", "class_3"], {0: "class_0", 3: "class_3", 255: "ignore"}, False),
+        ({0, 127, 255}, ["class_0", "class_127", "class_255"], {0: "class_0", 127: "class_127", 255: "class_255"}, True),
+        ({0, 300}, ["class_0", "class_300"], {0: "class_0", 300: "class_300"}, False),
+    ],
+)  # fmt: skip
+def test_what_values_mean(values, classes, keys, warned: bool) -> None:
+    guess = guess_classes(Survey({}, {}, False, dict.fromkeys(values, 10), ()), [], [])
+    assert (guess.classes, guess.keys.get("label_values"), bool(guess.warnings)) == (classes, keys, warned)
+
+
+def test_sequences_are_noted(tmp_path: Path) -> None:
+    for number in range(12):
+        name = f"drive{number // 4}_{number:04d}"
+        save(tmp_path / "in" / "images" / f"{name}.png", photo(number))
+        save(tmp_path / "in" / "labels" / f"{name}.png", truth_of(number))
+    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    assert any("look like 3 sequences ('images/drive0'" in warning for warning in made.warnings)
+
+
+def test_weights_that_lie_there(tmp_path: Path) -> None:
+    plain(tmp_path / "in")
+    backbone = NetworkSpec(backbone="resnet34", classes=2, output_stride=16).build().backbone
+    torch.save(backbone.state_dict(), tmp_path / "in" / "resnet34-b627a593.pth")
+    (tmp_path / "resnet18-broken.pth").write_bytes(b"nothing")
+    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(made.recipe)
+    assert recipe.network.weights == str((tmp_path / "in" / "resnet34-b627a593.pth").resolve())
+    assert recipe.network.backbone == "resnet34"
+    assert any("resnet18-broken.pth is not used" in note for note in made.notes)
+
+
+def test_crop_and_batch_fit_the_memory() -> None:
+    spec = NetworkSpec(backbone="resnet18", classes=5, output_stride=16, head_channels=128)
+    crop, batch, whole = propose._crop_and_batch(spec, (1000, 2000), 257, 100, 1 << 40)
+    assert crop == (257, 257) and batch == 8
+    for budget in (whole - 1, whole // 2):
+        crop, batch, memory = propose._crop_and_batch(spec, (1000, 2000), 257, 100, budget)
+        assert memory <= budget and (crop, batch) < ((257, 257), 8)
+    assert propose._crop_and_batch(spec, (1000, 2000), 257, 100, 1)[1] == 4  # nothing fits: the smallest
+    assert propose._crop_and_batch(spec, (5, 9), 257, 1, 1 << 40)[:2] == ((17, 17), 4)
+
+
+def test_steps_fit_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = propose._Data(Path(), [], "")
+    data.labeled, data.unlabeled = 800, 4000
+    assert propose._steps(data, 8, 0.001, 3600) == (10_000, 20_000, 20_000)
+    steps = propose._steps(data, 8, 1.0, 3600)
+    assert steps == (720, 1440, 1440)
+    assert propose._steps(data, 8, 1000.0, 3600) == (100, 100, 100)
+
+
+def test_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    spec = NetworkSpec(backbone="resnet18_half", classes=3, output_stride=16, head_channels=8)
+    one, four = propose._seconds(spec, 2, (33, 33)), propose._seconds(spec, 8, (161, 161))
+    assert 0 < one < four
