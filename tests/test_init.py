@@ -299,10 +299,13 @@ def check_what_must_hold(recipe, manifest, text: str) -> None:
     assert [one.labeling_ratio for one in recipe.rounds] == (
         [None, 0.4, 0.65] if manifest.unlabeled else [None]
     )
+    lines = text.splitlines()
     bare = [
         line
-        for line in text.splitlines()
-        if re.match(r"\s+(- )?\w+: .", line) and "#" not in line and "labeling_ratio: 0.65" not in line
+        for before, line in zip(["", *lines], lines, strict=False)
+        if re.match(r"\s+(- )?\w+: .", line)
+        and "#" not in before + line
+        and "labeling_ratio: 0.65" not in line
     ]
     assert not bare
 
@@ -405,7 +408,7 @@ def test_what_is_corrupt_is_named_and_left_out(call, tmp_path: Path) -> None:
     for part in ("09.jpg: the file is truncated", "00.png", "5x5 pixels, but its image"):
         assert part in out
     text = (tmp_path / "r.yaml").read_text()
-    assert "# LOOK AT THIS: 3 file(s) cannot be used" in text
+    assert "# LOOK AT THIS: 3 file(s) cannot be used" in text and "look like" not in text
     assert "a/06.jpg" in (tmp_path / "r_lists" / "unlabeled.txt").read_text()
 
 
@@ -522,6 +525,16 @@ def test_weights_that_lie_there(tmp_path: Path) -> None:
     assert recipe.network.weights == str((tmp_path / "in" / "resnet34-b627a593.pth").resolve())
     assert recipe.network.backbone == "resnet34"
     assert any("resnet18-broken.pth is not used" in note for note in made.notes)
+
+
+def test_given_weights_must_fit(call, tmp_path: Path) -> None:
+    plain(tmp_path / "in")
+    (tmp_path / "resnet18.pth").write_bytes(b"nothing")
+    for name in ("resnet18.pth", "absent.pth"):
+        code, _, err = call(
+            "init", tmp_path / "in", "--out", tmp_path / "r.yaml", "--weights", tmp_path / name
+        )
+        assert code == 2 and name in err and not (tmp_path / "r.yaml").exists()
 
 
 def test_crop_and_batch_fit_the_memory() -> None:

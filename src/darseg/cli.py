@@ -218,10 +218,12 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGES…", help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".'
+            metavar="IMAGES", help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".'
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Gets index/, color/, overlay/ and confidence/.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Gets index/, color/, overlay/ and confidence/.")
+    ],
     kind: Annotated[list[Kind] | None, typer.Option(help="Only these; may be repeated.")] = None,
     round_index: Annotated[
         int | None, typer.Option("--round", min=0, help="Default: the last finished.")

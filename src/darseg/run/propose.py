@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -346,7 +347,7 @@ def _note_sequences(data: _Data, root: Path, parts: Mapping[str, Sequence[Found]
         if match:
             groups[match[1]] = groups.get(match[1], 0) + 1
     several = [name for name, count in groups.items() if count > 1]
-    if len(several) > 1:
+    if len(several) > 1 and sum(groups.values()) >= 3 * len(groups):
         data.warnings.append(
             f"the labelled images look like {len(groups)} sequences ({', '.join(map(repr, several[:3]))} …), and "
             "validation takes every fifth image: if neighbours show the same scene, scores will be too good. Hold whole "
@@ -650,13 +651,20 @@ def _comment(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in flat)
 
 
+def _above_key(text: str, indent: str = "") -> list[str]:
+    """Any text as comment lines of their own."""
+    wrapped = [part for line in text.splitlines() for part in textwrap.wrap(_comment(line), 110)]
+    return [f"{indent}# {line}" for line in wrapped]
+
+
 def _comments(data: _Data, out: Path) -> str:
-    lines = [
-        f"# Proposed by darseg init. Change what you like; all keys: docs/recipe.md. Next: darseg check {_quoted(out)}"
-    ]
-    lines += [f"# Found: {_comment(note)}" for note in data.notes]
+    lines = _above_key(
+        f"Proposed by darseg init. Change what you like; all keys: docs/recipe.md. Next: darseg check {_quoted(out)}"
+    )
+    for note in data.notes:
+        lines += _above_key(f"Found: {note}")
     for warning in data.warnings:
-        lines += [f"# LOOK AT THIS: {_comment(warning)}"]
+        lines += _above_key(f"LOOK AT THIS: {warning}")
     return "\n".join(lines) + "\n"
 
 
@@ -698,7 +706,8 @@ def _text(data: _Data, fit: _Fit, form: Form, out: Path) -> str:
         "network:",
         f"  backbone: {spec.backbone}  # for {fit.described}"
         + ("; resnet101 is the paper's larger one" if gpu else "; on a GPU take resnet50"),
-        f"  weights: {flow(fit.weights)}  # {_comment(ready)}",
+        *_above_key(ready, "  "),
+        f"  weights: {flow(fit.weights)}",
         f"  output_stride: {spec.output_stride}  # "
         + ("finer, as the paper's" if gpu else "faster; 8 is finer and takes longer"),
     ]
@@ -735,8 +744,8 @@ def _text(data: _Data, fit: _Fit, form: Form, out: Path) -> str:
     else:
         first, second, third = fit.steps
         lines += [
-            f"rounds:  # as the paper has them; steps for {len(fit.steps)} rounds by the time they take here "
-            f"({measured})",
+            *_above_key(f"Rounds as the paper has them, steps by the time they take: {measured}"),
+            "rounds:",
             f"  - steps: {first}  # about {minutes[0]}, on the {data.labeled} labelled images alone",
             f"  - steps: {second}  # about {minutes[1]}, besides labelling {data.unlabeled} images",
             "    labeling_ratio: 0.4  # share of the unlabelled pixels to label: the paper's; those that look surest",
