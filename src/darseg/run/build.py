@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,17 +12,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from darseg.config import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
+from darseg.config import (
+    LabelingConfig,
+    ProtocolConfig,
+    Recipe,
+    SourceConfig,
+    WeightsFile,
+    load_recipe,
+    recipe_differences,
+)
 from darseg.data.augment import Augmentation
 from darseg.data.classes import CITYSCAPES, ClassSet, class_set
 from darseg.data.labels import label_encoding, read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, build_manifest
-from darseg.errors import DataError, RecipeError, SizeError, faults
+from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
 from darseg.model.recompute import recompute_blocks
 from darseg.model.weights import fetch, load_weights
+from darseg.run.directory import RunDirectory
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
@@ -30,6 +39,22 @@ IMAGES, LABELS = "images", "labels"
 """Folders below data.root where a recipe names no others."""
 
 CACHE = Path(os.environ.get("DARSEG_CACHE", "~/.cache/darseg"))
+
+
+def recipe_of(run: Path | str) -> Recipe:
+    """The recipe of a run folder. Raises RunError where there is none, RecipeError where it is damaged."""
+    path = RunDirectory(run).recipe
+    if not path.is_file():
+        raise RunError(
+            f"{run} is no run folder: there is no recipe.yaml in it. Give the folder that `darseg train` wrote to."
+        )
+    return load_recipe(path)
+
+
+def differences(first: Recipe, second: Recipe, ignore: Collection[str] = ()) -> list[str]:
+    """A line "key: first → second" for every key of two recipes that differs, but for those to ignore."""
+    lines = recipe_differences(first, second)
+    return [line for line in lines if line.split(":")[0] not in ignore]
 
 
 def classes_of(recipe: Recipe) -> ClassSet:

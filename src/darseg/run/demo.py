@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -31,7 +31,12 @@ LABELED, UNLABELED, VALIDATION = 16, 160, 60
 PICTURE_ROWS = 4
 
 
-def demo(out: Path | str, seed: int = 0, console: Console | None = None) -> dict:
+def demo(
+    out: Path | str,
+    seed: int = 0,
+    console: Console | None = None,
+    after_round: Callable[[Path], object] | None = None,
+) -> dict:
     """Draw the scenes, run rounds 0 to 2 and the control, print the comparison, draw a picture.
 
     The control trains on the labelled images alone for as many steps as all rounds together.
@@ -39,6 +44,7 @@ def demo(out: Path | str, seed: int = 0, console: Console | None = None) -> dict
     Args:
         out: folder for `data/`, `recipe.yaml`, `seed_N/dars/`, `seed_N/control/`, `seed_N/demo.json`, `seed_N/demo.png`.
         seed: of the training; the drawn data are always the same.
+        after_round: of both runs, see `train`.
 
     Returns:
         what `demo.json` holds: per class the IoU of the three networks and the class shares.
@@ -50,11 +56,11 @@ def demo(out: Path | str, seed: int = 0, console: Console | None = None) -> dict
     folder = out / f"seed_{seed}"
     recipe = load_recipe(out / "recipe.yaml", [f"seed={seed}"])
     console.rule("DARS: rounds 0, 1 and 2")
-    dars = train(recipe, folder / "dars", console=console)
+    dars = train(recipe, folder / "dars", console=console, after_round=after_round)
     console.rule("Control: the labelled images alone, as many steps")
     steps = sum(one["steps"] for one in dars["rounds"])
     longer = load_recipe(out / "recipe.yaml", [f"seed={seed}", f"rounds=[{{steps: {steps}}}]"])
-    control = train(longer, folder / "control", console=console)
+    control = train(longer, folder / "control", console=console, after_round=after_round)
     result = compare(RunDirectory(folder / "dars"), dars, control)
     result |= {"seed": seed, "steps": steps, "seconds": round(time.monotonic() - began, 1)}
     write_whole(folder / "demo.json", json.dumps(result, indent=2) + "\n")

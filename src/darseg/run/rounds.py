@@ -94,19 +94,27 @@ class Course:
     journal: Journal
     processes: Processes
     stop: Stop
+    after_round: Callable[[Path], object] | None
 
     def path(self, round_: Round, name: str) -> Path:
         return self.run.round(round_.index) / name
 
 
 def train(
-    recipe: Recipe, out: Path | str, reuse: Path | str | None = None, console: Console | None = None
+    recipe: Recipe,
+    out: Path | str,
+    reuse: Path | str | None = None,
+    console: Console | None = None,
+    after_round: Callable[[Path], object] | None = None,
 ) -> dict:
     """Run all rounds of a recipe in the folder `out`, or go on where an earlier call stopped.
 
     Args:
         reuse: another run folder; steps it finished with the same inputs are copied instead of done again
             (round 0 is the same for all labelling methods, for example).
+        after_round: called with the run folder after each round that was worked on, and after the last; by the first
+            process, not in the seconds of the round. Meant for `darseg.write_report`: where it fails, the run
+            goes on with a warning.
 
     Returns:
         the content of `summary.json`.
@@ -147,7 +155,9 @@ def train(
         )
         stack.callback(journal.close)
         other = RunDirectory(reuse) if reuse else None
-        course = Course(recipe, run, manifest, data, counts, rounds, other, journal, processes, stop)
+        course = Course(
+            recipe, run, manifest, data, counts, rounds, other, journal, processes, stop, after_round
+        )
         try:
             if processes.first:
                 _begin(course, weights_from)
@@ -172,6 +182,7 @@ def run_rounds(course: Course, network: Network) -> dict:
     before = digest_state(network.state_dict())
     place(network)
     for round_ in course.rounds:
+        found_done = run.record_path(round_.index, "evaluate").exists()
         pseudo, labeling = _label(course, round_, before) if round_.index else ((), 0.0)
         training = _train(course, round_, before, pseudo, network)
         course.stop.check()  # asked in the last step
@@ -189,8 +200,23 @@ def run_rounds(course: Course, network: Network) -> dict:
         )
         processes.from_first(lambda: write_json(run.summary, summary))
         before = digest_path(run.network(round_.index))
+        if processes.first and not (found_done and round_ is not course.rounds[-1]):
+            _report(course, round_)
     course.journal.event("finished")
     return summary
+
+
+def _report(course: Course, round_: Round) -> None:
+    """What is wanted after a round; hours of training do not end because a page could not be written."""
+    if course.after_round is None:
+        return
+    began = time.monotonic()
+    try:
+        course.after_round(course.run.root)
+    except Exception as error:  # whatever it is
+        course.journal.warn(f"the report could not be written: {type(error).__name__}: {error}")
+    else:
+        course.journal.say(f"round {round_.index}: report ({time.monotonic() - began:.1f} s)")
 
 
 def environment(processes: int) -> dict:

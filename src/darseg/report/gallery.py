@@ -1,0 +1,254 @@
+"""Which unlabelled images to show, and how: image, raw prediction, pseudo label, truth where it is known."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from darseg.data.classes import IGNORE, ClassSet
+from darseg.data.images import read_image
+from darseg.data.labels import read_label
+from darseg.data.manifest import Sample
+from darseg.data.prediction import Prediction
+from darseg.errors import DataError, RunError
+from darseg.model.predict import Memory, predict
+from darseg.model.weights import load_network
+from darseg.pseudo.labelset import label_path, read_prediction
+from darseg.report.facts import DataFacts, RoundFacts, RunFacts
+from darseg.run.build import labeling_protocol, place
+from darseg.run.directory import RunDirectory
+
+EACH = 2  # images of a kind: most and least confident, fullest and emptiest, of a rare class
+RARE = 3  # rarest classes that are shown
+AT_MOST = 1000  # label maps that are read where a run kept no facts of its images
+SIDE = 480  # pixels of the long side as drawn
+JPEG_QUALITY = 80
+CHECK = 6  # pixels of a square of the checkerboard that stands for "not labelled"
+CHECKS = ((226, 226, 230), (176, 176, 184))  # its two greys: a pattern, so no class looks like it
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFacts:
+    """What is known of one image. confidence: mean over its pixels; predicted: int64 [K] pixels predicted per class;
+    both None where a run kept no facts. kept: int64 [K] pixels kept; share: of the image's pixels that were kept."""
+
+    confidence: float | None
+    predicted: NDArray[np.int64] | None
+    kept: NDArray[np.int64]
+    share: float
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What stands under one image of the gallery: data URLs, and shares of right pixels where the truth is known."""
+
+    id: str
+    reasons: tuple[str, ...]
+    confidence: float | None
+    share: float
+    image: str
+    prediction: str | None
+    label: str
+    truth: str | None
+    right: tuple[float | None, float | None]  # of the raw prediction, of the pseudo label
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Pictures of one round, and what a reader should know about how they were come by."""
+
+    round: int
+    pictures: tuple[Picture, ...]
+    notes: tuple[str, ...]
+
+
+def image_facts(run: RunDirectory, index: int, ids: list[str], classes: int) -> dict[str, ImageFacts]:
+    """Facts of the unlabelled images of a round: as `round_N/images.json` has them, else counted in label maps.
+
+    Of more than AT_MOST label maps, as many, evenly spaced, are read. Raises RunError where the file is damaged,
+    DataError where a map is.
+    """
+    path = run.round(index) / "images.json"
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {name: _fact(found[name], classes) for name in ids if name in found}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{path}: cannot be read as facts of images ({type(error).__name__}: {error}). Restore it, or remove "
+                "it: label maps are counted then."
+            ) from error
+    chosen = ids if len(ids) <= AT_MOST else [ids[at * len(ids) // AT_MOST] for at in range(AT_MOST)]
+
+    def count(name: str) -> ImageFacts:
+        label = read_label(label_path(run.labels(index), name))
+        kept = np.bincount(label.reshape(-1), minlength=IGNORE + 1)[:classes].astype(np.int64)
+        return ImageFacts(None, None, kept, float(kept.sum() / label.size))
+
+    with ThreadPoolExecutor(2) as threads:  # decoding releases the interpreter lock
+        return dict(zip(chosen, threads.map(count, chosen), strict=True))
+
+
+def _fact(entry: Mapping, classes: int) -> ImageFacts:
+    predicted, kept = (np.array(entry[key], np.int64) for key in ("predicted", "kept"))
+    if predicted.shape != (classes,) or kept.shape != (classes,):
+        raise ValueError(f"wanted {classes} counts, found {predicted.size} and {kept.size}")
+    confidence = None if entry["confidence"] is None else float(entry["confidence"])
+    return ImageFacts(confidence, predicted, kept, float(kept.sum() / max(1, predicted.sum())))
+
+
+def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ...]) -> dict[str, list[str]]:
+    """id → why it is shown, in the order to be shown: the most and least confident, the fullest and emptiest, the
+    images with most pixels kept of the rarest classes that were kept at all.
+
+    prior: [K], how frequent classes are; the rarest are those with the smallest. Ids decide between equals.
+    """
+    chosen: dict[str, list[str]] = {}
+
+    def take(reason: str, worth: Callable[[ImageFacts], float | None]) -> None:
+        values = [(worth(fact), name) for name, fact in facts.items()]
+        ranked = sorted((-value, name) for value, name in values if value is not None)
+        for _, name in ranked[:EACH]:
+            chosen.setdefault(name, []).append(reason)
+
+    take("most confident", lambda fact: fact.confidence)
+    take("least confident", lambda fact: None if fact.confidence is None else -fact.confidence)
+    take("most labelled", lambda fact: fact.share)
+    take("least labelled", lambda fact: -fact.share)
+    kept = np.sum([fact.kept for fact in facts.values()], axis=0) if facts else np.zeros(len(names))
+    rare = sorted((k for k in range(len(names)) if kept[k] > 0), key=lambda k: (prior[k], k))
+    for k in rare[:RARE]:
+        take(f"rare class: {names[k]}", lambda fact, k=k: float(fact.kept[k]) or None)
+    return chosen
+
+
+def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
+    """Pictures of the last round that has labels; None where none has, or the images are not there any more.
+
+    Raw predictions are those that were kept, else made again with the network and protocol that labelled.
+    """
+    if not facts.labeled or data.manifest is None:
+        return None
+    round_, run, classes = facts.labeled[-1], RunDirectory(facts.root), facts.classes
+    assert round_.labels is not None
+    samples = {sample.id: sample for sample in data.manifest.unlabeled}
+    found = image_facts(run, round_.index, list(samples), len(classes))
+    notes = []
+    if len(found) < len(samples):
+        notes.append(f"Chosen from {len(found):,} of {len(samples):,} images, evenly spaced.")
+    if not any(fact.confidence is not None for fact in found.values()):
+        notes.append("The run kept no confidences of single images, so the most and least confident are not shown.")
+    prior = data.counts if data.counts is not None else round_.labels.kept
+    chosen = choose(found, prior, classes.names)
+    predictions = _predictions(facts, run, round_, [samples[name] for name in chosen])
+    pictures = []
+    for (name, reasons), (image, prediction) in zip(chosen.items(), predictions, strict=True):
+        pictures.append(_picture(samples[name], reasons, found[name], image, prediction, run, round_, classes))
+    if any(picture.prediction is None for picture in pictures):
+        notes.append(f"The network of round {round_.index - 1} is not there any more, so raw predictions are missing.")
+    return Gallery(round_.index, tuple(pictures), tuple(notes))
+
+
+def _predictions(
+    facts: RunFacts, run: RunDirectory, round_: RoundFacts, samples: list[Sample]
+) -> Iterator[tuple[np.ndarray, Prediction | None]]:
+    """Image and raw prediction of each sample: kept ones, else made again by what labelled; None without weights."""
+    assert round_.labels is not None
+    network, memory, weights = None, Memory(), run.network(round_.index - 1)
+    for sample in samples:
+        image = read_image(sample.image)
+        prediction = read_prediction(run.predictions(round_.index), sample.id)
+        if prediction is None and weights.exists():
+            network = network or place(load_network(weights))
+            protocol = labeling_protocol(facts.recipe)
+            prediction = predict(
+                network, image, protocol, str(sample.image), round_.labels.histogram.scale, memory
+            )
+        yield image, prediction
+
+
+def _picture(
+    sample: Sample,
+    reasons: list[str],
+    fact: ImageFacts,
+    image: np.ndarray,
+    prediction: Prediction | None,
+    run: RunDirectory,
+    round_: RoundFacts,
+    classes: ClassSet,
+) -> Picture:
+    label = read_label(label_path(run.labels(round_.index), sample.id))
+    truth = read_label(sample.label, sample.encoding) if sample.label else None
+    raw = None if prediction is None else prediction.classes
+    if truth is not None and truth.shape != label.shape:
+        raise DataError(
+            f"{sample.label}: {truth.shape[0]}x{truth.shape[1]} pixels, its pseudo label has {label.shape[0]}x"
+            f"{label.shape[1]} (height x width): the data changed since they were labelled."
+        )
+    return Picture(
+        id=sample.id,
+        reasons=tuple(reasons),
+        confidence=fact.confidence if prediction is None else float(prediction.confidence.mean()),
+        share=fact.share,
+        image=jpeg_url(image),
+        prediction=None if raw is None else map_url(raw, classes),
+        label=map_url(label, classes),
+        truth=None if truth is None else map_url(truth, classes),
+        right=(_right(raw, truth), _right(label, truth)),
+    )
+
+
+def _right(values: np.ndarray | None, truth: np.ndarray | None) -> float | None:
+    """Share of the pixels with truth and answer that agree."""
+    if values is None or truth is None:
+        return None
+    seen = (truth != IGNORE) & (values != IGNORE)
+    return float((values == truth)[seen].mean()) if seen.any() else None
+
+
+def _small(values: np.ndarray, interpolation: int) -> np.ndarray:
+    height, width = values.shape[:2]
+    factor = SIDE / max(height, width)
+    if factor >= 1:
+        return values
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return cv2.resize(values, size, interpolation=interpolation)
+
+
+def jpeg_url(image: np.ndarray) -> str:
+    """uint8 [H, W, 3] RGB → a small JPEG as data URL."""
+    return _url(Image.fromarray(_small(image, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
+
+
+def map_url(label: np.ndarray, classes: ClassSet) -> str:
+    """uint8 [H, W] of classes and 255 → a small PNG of the classes' colours, 255 a checkerboard, as data URL."""
+    # 254 and 255 stand for the checkerboard's greys: K is at most 255, and a map of 255 classes has only one free value.
+    small = _small(label, cv2.INTER_NEAREST)
+    palette = classes.palette()
+    rows, columns = np.indices(small.shape) // CHECK
+    other = (small == IGNORE) & ((rows + columns) % 2 == 1)
+    if len(classes) < IGNORE:
+        palette[IGNORE], palette[IGNORE - 1] = CHECKS
+        picture = Image.fromarray(np.where(other, IGNORE - 1, small).astype(np.uint8), "P")
+        picture.putpalette(palette.tobytes())
+    else:
+        palette[IGNORE] = CHECKS[0]
+        colored = palette[small]
+        colored[other] = CHECKS[1]
+        picture = Image.fromarray(colored)
+    return _url(picture, "png", optimize=True)
+
+
+def _url(picture: Image.Image, kind: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
