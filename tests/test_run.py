@@ -73,7 +73,7 @@ def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
     unlabeled = [f"u/{index:02d}" for index in range(7, 13)]
     trained = ["network.safetensors", "momentum.safetensors", "train.json", "scores.json", "evaluate.json"]
     labeled = ["histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json", "label.json"]
-    wanted = {"recipe.yaml", "environment.json", "data.json", "journal.jsonl", "summary.json"}
+    wanted = {"recipe.yaml", "environment.json", "data.json", "journal.jsonl", "summary.json", "report.html"}
     wanted |= {f"round_{r}/{name}" for r in range(3) for name in trained}
     wanted |= {f"round_{r}/{name}" for r in (1, 2) for name in labeled}
     wanted |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}

@@ -1,8 +1,9 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `propose_recipe`, `check`, `plan`, `draw_split`, `view`, `mark_bad`, `demo` – and the value types
-that flow between the rooms are importable from here. Names are imported when first used, since torch takes seconds.
+`rasterize_folder`, `propose_recipe`, `check`, `plan`, `draw_split`, `view`, `mark_bad`, `write_report`, `compare_runs`,
+`demo` – and the value types that flow between the rooms are importable from here. Names are imported when first used,
+since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ _HOMES = {
     "build_network": "model.network",
     "check": "run.check",
     "class_set": "data.classes",
+    "Comparison": "report.comparison",
+    "compare_runs": "report.comparison",
     "LabelEncoding": "data.labels",
     "LoadReport": "model.weights",
     "convert": "model.weights",
@@ -80,6 +83,7 @@ _HOMES = {
     "run_stage": "training.stage",
     "train": "run.rounds",
     "view": "report.viewer",
+    "write_report": "report.overview",
 }
 
 __all__ = sorted(_HOMES)

@@ -122,9 +122,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the training; the data are always the same.")] = 0,
 ) -> None:
     """Draw a long-tailed data set, train on it with and without DARS, and compare class by class."""
+    from darseg.report.overview import write_report
     from darseg.run.demo import demo as run_demo
 
-    run_demo(out, seed)
+    run_demo(out, seed, after_round=write_report)
 
 
 @app.command()
@@ -166,12 +167,47 @@ def train(
 ) -> None:
     """Run all rounds of a recipe, or go on where it was stopped: label, train, evaluate, round by round."""
     from darseg.config import load_recipe
+    from darseg.report.overview import write_report
     from darseg.run.rounds import train as run_train
 
     folder = out or Path("runs") / recipe.stem
-    summary = run_train(load_recipe(recipe, overrides or []), folder, reuse)
+    summary = run_train(load_recipe(recipe, overrides or []), folder, reuse, after_round=write_report)
     _print_table(_rounds_table(summary))
     print(f"Written to {folder}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN… [OUT.html]", help="Run folders; several are compared."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the page goes; default: report.html in the run folder, comparison.html here."
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run, finished or at work, or one that compares runs; it needs no network."""
+    from darseg.report.comparison import NAME, compare_runs
+    from darseg.report.overview import write_report
+
+    if (
+        out is None
+        and len(runs) > 1
+        and runs[-1].suffix.lower() in (".html", ".htm")
+        and not runs[-1].is_dir()
+    ):
+        *runs, out = runs
+    if len(runs) == 1:
+        print(f"Written to {write_report(runs[0], out)}")
+        return
+    compared = compare_runs(runs, out or Path(NAME))
+    _print_table([list(row) for row in compared.rows])
+    for warning in compared.warnings:
+        print(f"warning: {warning}")
+    print(f"Written to {compared.out}")
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -175,9 +176,7 @@ def rate_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
     return figure
 
 
-def _curves(
-    rounds: Sequence[RoundFacts], titles: Mapping[str, str], colors: Mapping[str, str]
-) -> go.Figure:
+def _curves(rounds: Sequence[RoundFacts], titles: Mapping[str, str], colors: Mapping[str, str]) -> go.Figure:
     figure = _figure(300, hovermode="x unified")
     begin, shown = 0, set()
     for one in rounds:
@@ -240,7 +239,7 @@ def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
             [[text_of(names[i]), text_of(names[j]), int(confusion[i, j])] for j in range(count)]
             for i in range(count)
         ],
-        hovertemplate="%{customdata[0]} predicted as %{customdata[1]}: %{z:.2%} (%{customdata[2]:,} pixels)<extra></extra>",
+        hovertemplate="%{customdata[0]} predicted as %{customdata[1]}: %{z:.2%}, %{customdata[2]:,} px<extra></extra>",
     )
     _class_rows(figure, names)
     figure.update_xaxes(
@@ -274,7 +273,7 @@ def places(scale: ConfidenceScale, classes: int) -> tuple[NDArray[np.float64], N
     beyond = int(np.searchsorted(odds, high))
     place = np.clip(odds, low, high)
     place[beyond:] = high + 5 * width * np.arange(scale.codes - beyond) / (scale.codes - beyond)
-    return place, low + width * np.arange(BINS + 6)
+    return place, low + width * np.arange(BINS + 6, dtype=np.float64)
 
 
 def bin_confidences(
@@ -308,17 +307,19 @@ def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]
         y=[int(value) or None for value in counts],
         width=np.diff(edges).tolist(),
         marker={
-            "color": ["rgb{}".format(tuple(color)) if one else "rgba(148,163,184,0.55)" for one in above],
+            "color": [f"rgb{tuple(color)}" if one else "rgba(148,163,184,0.55)" for one in above],
             "line": {"width": 0.5, "color": NEUTRAL},
         },
-        customdata=[f"{begin:.4g} – {end:.4g}" for begin, end in zip(ends, ends[1:], strict=False)],
+        customdata=[f"{begin:.4g} – {end:.4g}" for begin, end in itertools.pairwise(ends)],
         hovertemplate="confidence %{customdata}: %{y:,} pixels<extra></extra>",
     )
     if threshold is not None:
         figure.add_vline(x=threshold, line={"color": "#e5484d", "width": 2})
     # The same axes for all classes of a round, so that they can be compared.
     most = labels.histogram.counts.sum(axis=1).max()
-    figure.update_yaxes(type="log", range=[-0.3, float(np.log10(max(most, 10)))], exponentformat="SI", nticks=4)
+    figure.update_yaxes(
+        type="log", range=[-0.3, float(np.log10(max(most, 10)))], exponentformat="SI", nticks=4
+    )
     wanted = [*TICKS, *(() if scale is FLOAT16 else (0.9999,))]
     shown = [(float(np.log(p / (1 - p))), f"{p:g}") for p in wanted if np.log(p / (1 - p)) > edges[0]]
     shown.append((float(edges[-1]), "1"))

@@ -1,4 +1,4 @@
-"""What a run folder says, as plain values: rounds that are done, curves, remarks; the data beside it, where still there."""
+"""What a run folder says, as plain values: rounds, curves, remarks; and the data beside it, where it is still there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,6 @@ from darseg.run.build import classes_of, manifest_of, masks, recipe_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.training.scores import Scores
-
-if TYPE_CHECKING:
-    from darseg.config import Recipe
 
 WORSE = 0.02  # IoU that a class loses from one round to the next before it is remarked on
 
@@ -84,8 +81,9 @@ class RunFacts:
     """
 
     root: Path
-    recipe: Recipe
     recipe_text: str
+    method: str
+    seed: int
     classes: ClassSet
     rounds: tuple[RoundFacts, ...]
     planned: int
@@ -142,15 +140,17 @@ def read_run(root: Path | str) -> RunFacts:
     classes = classes_of(recipe)
     journal = Journal(run.journal, None, Console(quiet=True))
     steps = journal.events("step")
-    rounds = [_read_round(run, index, recipe, steps) for index in range(len(recipe.rounds))]
+    ratios = [one.labeling_ratio for one in recipe.rounds]
+    rounds = [_read_round(run, index, ratio, steps) for index, ratio in enumerate(ratios)]
     started = [*journal.events("started"), {}][0]
     return RunFacts(
         root=Path(root),
-        recipe=recipe,
         recipe_text=run.recipe.read_text(encoding="utf-8"),
+        method=recipe.labeling.method,
+        seed=recipe.seed,
         classes=classes,
         rounds=tuple(one for one in rounds if one.seconds or len(one.curve.steps)),
-        planned=len(recipe.rounds),
+        planned=len(rounds),
         environment=_read(run.environment) or {},
         data=_read(run.data) or {},
         began=started.get("time"),
@@ -160,7 +160,7 @@ def read_run(root: Path | str) -> RunFacts:
     )
 
 
-def _read_round(run: RunDirectory, index: int, recipe: Recipe, events: Sequence[dict]) -> RoundFacts:
+def _read_round(run: RunDirectory, index: int, ratio: float | None, events: Sequence[dict]) -> RoundFacts:
     folder = run.round(index)
     records = {step: run.read_record(index, step) for step in ("label", "train", "evaluate")}
     done = {step: record for step, record in records.items() if record is not None}
@@ -182,7 +182,7 @@ def _read_round(run: RunDirectory, index: int, recipe: Recipe, events: Sequence[
         ) from error
     return RoundFacts(
         index=index,
-        labeling_ratio=recipe.rounds[index].labeling_ratio,
+        labeling_ratio=ratio,
         labels=labels,
         pseudo=pseudo,
         truth=truth,
@@ -223,7 +223,7 @@ def _read(path: Path) -> Any:
 def read_data(facts: RunFacts) -> DataFacts:
     """The data of a run, its labelled masks counted. A run may have left its data behind: that is no error."""
     try:
-        manifest = manifest_of(facts.recipe)
+        manifest = manifest_of(recipe_of(facts.root))
         counts = count_labels(masks(manifest.labeled), len(facts.classes))
     except DarsegError as error:
         return DataFacts(None, None, str(error))

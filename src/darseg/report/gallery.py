@@ -24,7 +24,7 @@ from darseg.model.predict import Memory, predict
 from darseg.model.weights import load_network
 from darseg.pseudo.labelset import label_path, read_prediction
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts
-from darseg.run.build import labeling_protocol, place
+from darseg.run.build import labeling_protocol, place, recipe_of
 from darseg.run.directory import RunDirectory
 
 EACH = 2  # images of a kind: most and least confident, fullest and emptiest, of a rare class
@@ -146,15 +146,21 @@ def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
     if len(found) < len(samples):
         notes.append(f"Chosen from {len(found):,} of {len(samples):,} images, evenly spaced.")
     if not any(fact.confidence is not None for fact in found.values()):
-        notes.append("The run kept no confidences of single images, so the most and least confident are not shown.")
+        notes.append(
+            "The run kept no confidences of single images, so the most and least confident are not shown."
+        )
     prior = data.counts if data.counts is not None else round_.labels.kept
     chosen = choose(found, prior, classes.names)
     predictions = _predictions(facts, run, round_, [samples[name] for name in chosen])
     pictures = []
     for (name, reasons), (image, prediction) in zip(chosen.items(), predictions, strict=True):
-        pictures.append(_picture(samples[name], reasons, found[name], image, prediction, run, round_, classes))
+        pictures.append(
+            _picture(samples[name], reasons, found[name], image, prediction, run, round_, classes)
+        )
     if any(picture.prediction is None for picture in pictures):
-        notes.append(f"The network of round {round_.index - 1} is not there any more, so raw predictions are missing.")
+        notes.append(
+            f"The network of round {round_.index - 1} is not there any more, so raw predictions are missing."
+        )
     return Gallery(round_.index, tuple(pictures), tuple(notes))
 
 
@@ -169,7 +175,7 @@ def _predictions(
         prediction = read_prediction(run.predictions(round_.index), sample.id)
         if prediction is None and weights.exists():
             network = network or place(load_network(weights))
-            protocol = labeling_protocol(facts.recipe)
+            protocol = labeling_protocol(recipe_of(facts.root))
             prediction = predict(
                 network, image, protocol, str(sample.image), round_.labels.histogram.scale, memory
             )

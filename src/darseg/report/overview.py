@@ -13,11 +13,11 @@ from darseg.report import charts
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, read_data, read_run, remarks
 from darseg.report.gallery import Gallery, Picture, draw_gallery
 from darseg.report.page import Page, change_of, escape, figure_of, signed, table
-from darseg.run.build import labeling_protocol
+from darseg.run.build import labeling_protocol, recipe_of
 from darseg.run.directory import RunDirectory
 
 NAME = "report.html"
-BAR = 0.25  # change of IoU that fills half a bar; larger ones are cut off
+BAR = 0.05  # change of IoU that fills half a bar, where no class changed more
 
 
 def write_report(run: Path | str, out: Path | str | None = None) -> Path:
@@ -37,7 +37,9 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     fault, gallery = data.fault, None
     try:
         gallery = draw_gallery(facts, data)
-    except DarsegError as error:  # an image that is gone or damaged by now does not make the figures worthless
+    except (
+        DarsegError
+    ) as error:  # an image that is gone or damaged by now does not make the figures worthless
         fault = str(error)
     page = Page(facts.name, _about(facts, data))
     page.section("Verdict", _verdict(facts, data), heading=False)
@@ -66,9 +68,13 @@ def _class_name(classes: ClassSet, k: int) -> str:
 
 def _about(facts: RunFacts, data: DataFacts) -> str:
     done = sum("evaluate" in one.seconds for one in facts.rounds)
-    parts = [f"{done} of {facts.planned} rounds" if not facts.finished else f"{facts.planned} round(s), finished"]
+    parts = [
+        f"{done} of {facts.planned} rounds"
+        if not facts.finished
+        else f"{facts.planned} round{'s' * (facts.planned > 1)}, finished"
+    ]
     if facts.planned > 1:
-        parts.insert(0, f"method {facts.recipe.labeling.method}")
+        parts.insert(0, f"method {facts.method}")
     if data.manifest is not None:
         roles = {role: len(samples) for role, samples in data.manifest.roles().items()}
         parts.append(f"{roles['labeled']:,} labelled + {roles['unlabeled']:,} unlabelled images")
@@ -100,11 +106,13 @@ def _verdict(facts: RunFacts, data: DataFacts) -> str:
         f'<div class="round"><span>round {index}</span><b>…</b><span>{"at work" if begun else "to come"}</span></div>'
         for index, begun in _missing(facts)
     ]
-    overall = _chip(_mean(last) - _mean(first)) if last is not first else ""
+    overall = ""
+    if last is not first:
+        overall = f"<small>{_chip(_mean(last) - _mean(first))} since round {first.index}</small>"
     return (
         f'<div class="verdict"><div class="figure"><small>mean IoU after round {last.index}</small>{_mean(last):.3f}'
-        f'</div><div class="rounds">{"".join(cards)}</div></div>'
-        f'<p class="said">{_sentence(facts, first, last, best)} {overall}</p>{listed}'
+        f'{overall}</div><div class="rounds">{"".join(cards)}</div></div>'
+        f'<p class="said">{_sentence(facts, first, last, best)}</p>{listed}'
     )
 
 
@@ -117,7 +125,9 @@ def _missing(facts: RunFacts) -> list[tuple[int, bool]]:
 
 def _unscored(facts: RunFacts) -> str:
     if any("evaluate" in one.seconds for one in facts.rounds):
-        return "Nothing was scored: there are no labelled validation pixels. Set data.validation in the recipe."
+        return (
+            "Nothing was scored: there are no labelled validation pixels. Set data.validation in the recipe."
+        )
     return "No round has been scored yet."
 
 
@@ -169,25 +179,32 @@ def _classes(page: Page, facts: RunFacts) -> str:
     change = ious[-1] - ious[0]
     worst = ious[-1] == np.nanmin(ious[-1])
     several = len(rounds) > 1
+    most = max(BAR, float(np.nanmax(abs(change), initial=0)))
     head = ["IoU", *(f"round {one.index}" for one in rounds)]
-    head += [f"change since round {rounds[0].index}", "precision", "recall"] if several else ["precision", "recall"]
+    head += (
+        [f"change since round {rounds[0].index}", "precision", "recall"]
+        if several
+        else ["precision", "recall"]
+    )
     last = rounds[-1].scores
     assert last is not None
     rows = []
     for k in range(len(classes)):
         cells = [_class_name(classes, k), *(figure_of(row[k]) for row in ious)]
         if several:
-            cells.append(change_of(change[k]) + _bar(change[k]))
+            cells.append(change_of(change[k]) + _bar(change[k] / most))
         cells += [figure_of(last.precision[k]), figure_of(last.recall[k])]
         rows.append(("worst" if worst[k] else "", cells))
     means = [_mean(one) for one in rounds]
     cells = ["mean", *(figure_of(value) for value in means)]
     if several:
-        cells.append(change_of(means[-1] - means[0]) + _bar(means[-1] - means[0]))
+        cells.append(change_of(means[-1] - means[0]) + _bar((means[-1] - means[0]) / most))
     cells += ["", figure_of(last.mean_accuracy)]
     rows.append(("total", cells))
     protocol = rounds[-1].protocol
-    hint = "IoU, precision and recall on the validation images" + (f", predicted at {protocol}" if protocol else "")
+    hint = "IoU, precision and recall on the validation images" + (
+        f", predicted at {protocol}" if protocol else ""
+    )
     return (
         f'<p class="hint">{escape(hint)}. Red: the lowest. Undefined (–): neither in the truth nor predicted.</p>'
         + table(head, rows)
@@ -197,10 +214,10 @@ def _classes(page: Page, facts: RunFacts) -> str:
 
 
 def _bar(change: float) -> str:
-    """A small bar to the right for what rose, to the left for what fell."""
+    """A small bar to the right for what rose, to the left for what fell; from -1 to 1."""
     if change != change:
         return '<span class="bar"></span>'
-    width = min(abs(change) / BAR, 1) * 50
+    width = abs(change) * 50
     side = f"left:50%;width:{width:.1f}%" if change >= 0 else f"right:50%;width:{width:.1f}%"
     return f'<span class="bar {"up" if change >= 0 else "down"}"><i style="{side}"></i></span>'
 
@@ -219,7 +236,9 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> str:
             "pseudo labels kept": one.labels.kept,
             "truth of the unlabelled": one.truth,
         }
-        known = {title: counts / max(1, counts.sum()) for title, counts in columns.items() if counts is not None}
+        known = {
+            title: counts / max(1, counts.sum()) for title, counts in columns.items() if counts is not None
+        }
         rows = [
             ("", [_class_name(facts.classes, k), *(f"{share[k]:.3%}" for share in known.values())])
             for k in range(len(names))
@@ -255,7 +274,10 @@ def _thresholds(page: Page, facts: RunFacts) -> str:
                 _class_name(facts.classes, k),
                 "never predicted" if never else f"{threshold:.5g}",
                 "–" if never else f"{chosen.keep[k]:.4f}",
-                *(f"{int(counts[k]):,}" for counts in (chosen.wanted, chosen.predicted, chosen.accepted, kept)),
+                *(
+                    f"{int(counts[k]):,}"
+                    for counts in (chosen.wanted, chosen.predicted, chosen.accepted, kept)
+                ),
                 "–" if not chosen.predicted[k] else f"{kept[k] / chosen.predicted[k]:.1%}",
             ]
             if right is not None:
@@ -273,7 +295,7 @@ def _thresholds(page: Page, facts: RunFacts) -> str:
         "labels; the rest is not labelled."
     )
     if any(one.pseudo is not None for one in facts.labeled):
-        hint += " Right: share of the kept pixels that agree with the truth of the unlabelled images, never used in training."
+        hint += " Right: share of the kept pixels that agree with the truth of the unlabelled images, which is not used."
     return f'<p class="hint">{hint}</p>' + _per_round(page, facts.labeled, bodies)
 
 
@@ -283,9 +305,7 @@ def _confidences(page: Page, facts: RunFacts) -> str:
         assert one.labels is not None
         chosen, cells = one.labels.thresholds, []
         for k, name in enumerate(classes.names):
-            title = (
-                f'<h3>{_swatch(classes.colors[k])}<span title="{escape(name)}">{escape(name)}</span></h3>'
-            )
+            title = f'<h3>{_swatch(classes.colors[k])}<span title="{escape(name)}">{escape(name)}</span></h3>'
             if not chosen.predicted[k]:
                 cells.append(f'<div>{title}<p>&nbsp;</p><div class="never">never predicted</div></div>')
                 continue
@@ -329,11 +349,14 @@ def _gallery(facts: RunFacts, gallery: Gallery | None, fault: str | None) -> str
         if fault:
             return f'<p class="hint">The gallery could not be drawn:</p><pre>{escape(fault)}</pre>'
         return '<p class="hint">No round has labelled images yet.</p>'
-    swatches = "".join(f'<span><span class="name">{_class_name(facts.classes, k)}</span></span>' for k in range(len(facts.classes)))
-    protocol = labeling_protocol(facts.recipe).describe("logits")
+    swatches = "".join(
+        f'<span><span class="name">{_class_name(facts.classes, k)}</span></span>'
+        for k in range(len(facts.classes))
+    )
+    protocol = labeling_protocol(recipe_of(facts.root)).describe("logits")
     hint = (
-        f"Unlabelled images of round {gallery.round}: what the network of round {gallery.round - 1} predicted ({protocol}), "
-        "and what was kept of it. " + " ".join(gallery.notes)
+        f"Unlabelled images of round {gallery.round}: what the network of round {gallery.round - 1} predicted "
+        f"({protocol}), and what was kept of it. " + " ".join(gallery.notes)
     )
     return (
         f'<p class="hint">{escape(hint)}</p><div class="legend">{swatches}'
@@ -354,7 +377,8 @@ def _picture(one: Picture) -> str:
         ("map", one.truth, "truth, not used"),
     ]
     shown = [
-        f'<figure><img class="{kind}" src="{url}" alt="{escape(f"{one.id}: {what}")}"><figcaption>{what}</figcaption></figure>'
+        f'<figure><img class="{kind}" src="{url}" alt="{escape(f"{one.id}: {what}")}">'
+        f"<figcaption>{what}</figcaption></figure>"
         for kind, url, what in figures
         if url is not None
     ]
@@ -379,7 +403,9 @@ def _run(facts: RunFacts, data: DataFacts, seconds: float) -> str:
     told |= {name: str(value) for name, value in facts.environment.items()}
     if data.manifest is not None:
         told |= {f"{role} images": f"{len(samples):,}" for role, samples in data.manifest.roles().items()}
-    told["checkpoint"] = str(RunDirectory(facts.root).network(facts.rounds[-1].index)) if facts.rounds else "–"
+    told["checkpoint"] = (
+        str(RunDirectory(facts.root).network(facts.rounds[-1].index)) if facts.rounds else "–"
+    )
     told["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     about = table([], [("", [escape(name), escape(value)]) for name, value in told.items()], "facts")
     return (

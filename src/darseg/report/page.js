@@ -5,6 +5,9 @@
   const boxes = [...document.querySelectorAll("[data-chart]")];
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+  // Cells without much colour show the paper, which plotly does not know when it chooses the colour of numbers.
+  const numbers = () => ({ "textfont.color": color("--text") });
+
   function themed() {
     const axis = { gridcolor: color("--grid"), linecolor: color("--line"), tickcolor: color("--line") };
     return {
@@ -65,6 +68,7 @@
     if (box.dataset.drawn) return;
     box.dataset.drawn = "yes";
     const figure = charts[box.dataset.chart];
+    for (const trace of figure.data) if (trace.type === "heatmap") into(trace, numbers());
     Plotly.newPlot(box, figure.data, into(figure.layout, themed()), { responsive: true, displayModeBar: false });
   }
 
@@ -75,6 +79,9 @@
   boxes.forEach((box) => seen.observe(box));
   window.addEventListener("beforeprint", () => boxes.filter((box) => box.offsetParent).forEach(draw));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    boxes.filter((box) => box.dataset.drawn).forEach((box) => Plotly.relayout(box, themed()));
+    for (const box of boxes.filter((one) => one.dataset.drawn)) {
+      const cells = box.data.flatMap((trace, index) => (trace.type === "heatmap" ? [index] : []));
+      Plotly.update(box, cells.length ? numbers() : {}, themed(), cells.length ? cells : undefined);
+    }
   });
 })();

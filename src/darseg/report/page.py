@@ -1,4 +1,4 @@
-"""A page that needs nothing but itself: styles, script, plotly packed, charts as data. Nothing is fetched, no name is run."""
+"""A page that needs nothing but itself: styles, script, plotly packed, charts as data. Nothing is fetched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import gzip
 import hashlib
 import html
 import importlib.resources
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -81,7 +80,8 @@ class Page:
         sections = "\n".join(
             f'<section id="s{index}">{body}</section>' for index, (_, body) in enumerate(self._sections)
         )
-        charts = "[" + ",".join(self._charts) + "]"
+        # No name can end the script element; JSON reads the escape as the sign.
+        charts = ("[" + ",".join(self._charts) + "]").replace("<", "\\u003c")
         return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -100,9 +100,9 @@ class Page:
 <noscript><section>Charts need JavaScript; tables and images do not.</section></noscript>
 {sections}
 </main>
-<footer>Written by darseg {darseg.__version__}. The page holds everything it shows and asks nothing of any network.</footer>
+<footer>Written by darseg {darseg.__version__}. The page holds everything it shows; nothing is fetched.</footer>
 <dialog></dialog>
-<script type="application/json" id="charts">{charts.replace("<", chr(92) + "u003c")}</script>
+<script type="application/json" id="charts">{charts}</script>
 <script type="text/plain" id="plotly">{packed}</script>
 <script>{script}</script>
 </body>

@@ -1,0 +1,636 @@
+"""Reports: facts against the files, pictures against predictions made by hand, pages in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import darseg
+from conftest import recipe_dict
+from darseg.config import load_recipe
+from darseg.data.classes import ClassSet, distinct_colors
+from darseg.data.images import read_image
+from darseg.data.labels import read_label
+from darseg.data.prediction import FINE, FLOAT16, Prediction
+from darseg.data.scenes import SCENE_CLASSES
+from darseg.errors import DataError, Interrupted, RunError
+from darseg.model.predict import predict
+from darseg.model.weights import load_network
+from darseg.pseudo.labelset import prediction_path
+from darseg.report import charts, gallery
+from darseg.report.comparison import compare_runs, spread
+from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
+from darseg.report.overview import write_report
+from darseg.run.build import labeling_protocol, manifest_of
+from darseg.run.directory import RunDirectory
+from darseg.training.scores import Scores
+
+K = len(SCENE_CLASSES)
+TRAP = "<script>document.title='taken'</script>"
+IMAGE_TRAP = "<img src=x onerror=\"document.title='taken'\">"
+NAMES = (
+    TRAP,
+    IMAGE_TRAP,
+    "</title><b>bold & 'quoted' \"twice\"",
+    "%{y} $x^2$ {0}",
+    "smile 😀 und größer",
+    "a very long name of a class " * 5,
+    "2020-01-01",
+    "<!--<script>",
+    "  two  blanks ",
+    "7",
+    "last",
+)
+
+
+@pytest.fixture(scope="module")
+def hostile(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose class and file names are hostile, with its data: `run/`, `data/`, `after_0.html`.
+
+    The report of round 1 failed, as if there had been no ink.
+    """
+    folder = tmp_path_factory.mktemp("hostile")
+    renamed = {"u/07": f"u/{IMAGE_TRAP}", "u/08": "u/%{y} 'q' & 😀", "u/09": "u/" + "long" * 40}
+    for kind in ("images", "labels"):
+        for path in (tiny_data / kind).rglob("*.png"):
+            name = path.relative_to(tiny_data / kind).with_suffix("").as_posix()
+            target = folder / "data" / kind / f"{renamed.get(name, name)}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    for role in ("labeled", "unlabeled", "validation"):
+        ids = [renamed.get(name, name) for name in (tiny_data / f"{role}.txt").read_text().split()]
+        (folder / "data" / f"{role}.txt").write_text("".join(f"{name}\n" for name in ids))
+    recipe = recipe_dict(folder / "data")
+    recipe["data"]["classes"] = list(NAMES)
+    (folder / "hostile.yaml").write_text(yaml.safe_dump(recipe))
+    calls: list[Path] = []
+
+    def after_round(root: Path) -> None:
+        calls.append(root)
+        if len(calls) == 2:
+            raise ValueError("no ink")
+        write_report(root)
+        if len(calls) == 1:
+            shutil.copy(root / "report.html", folder / "after_0.html")
+
+    darseg.train(load_recipe(folder / "hostile.yaml"), folder / "run", after_round=after_round)
+    assert calls == [folder / "run"] * 3
+    return folder
+
+
+@pytest.fixture
+def run(hostile: Path, tmp_path: Path) -> Path:
+    """A copy of that run to do harm to."""
+    return copy_run(hostile / "run", tmp_path / "run")
+
+
+def copy_run(source: Path, target: Path) -> Path:
+    """Weights, which no test changes, are linked: they are large."""
+
+    def copy(one: str, other: str) -> object:
+        return os.link(one, other) if one.endswith(".safetensors") else shutil.copy2(one, other)
+
+    return shutil.copytree(source, target, copy_function=copy)
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def change_json(path: Path, change: Callable[[dict], object]) -> None:
+    content = read_json(path)
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+# --- facts
+
+
+def test_facts_are_what_the_files_say(hostile: Path) -> None:
+    facts = read_run(hostile / "run")
+    assert facts.classes.names == NAMES and facts.finished and facts.planned == 3
+    assert [one.index for one in facts.rounds] == [0, 1, 2] and facts.method == "dars" and facts.seed == 3
+    summary = read_json(hostile / "run" / "summary.json")
+    for one, said in zip(facts.rounds, summary["rounds"], strict=True):
+        folder = hostile / "run" / f"round_{one.index}"
+        assert one.scores is not None and one.scores.mean_iou == pytest.approx(said["mean_iou"])
+        assert sum(one.seconds.values()) == pytest.approx(said["seconds"], abs=0.06)
+        assert one.steps == said["steps"] and one.labeling_ratio == said["labeling_ratio"]
+        assert (one.labels is not None) == (one.index > 0)
+        if one.labels is None:
+            continue
+        chosen = read_json(folder / "thresholds.json")
+        assert one.labels.kept.tolist() == chosen["kept"]
+        counts = np.load(folder / "histogram.npz")["float16_counts"]
+        assert np.array_equal(one.labels.histogram.counts, counts)
+        assert (
+            one.truth is not None and one.truth.tolist() == read_json(folder / "pseudo_scores.json")["truth"]
+        )
+
+
+def test_labelled_masks_are_counted(hostile: Path) -> None:
+    counts = np.zeros(K, int)
+    for path in (hostile / "data" / "labels" / "l").glob("*.png"):
+        values = np.asarray(Image.open(path))
+        counts += [(values == k).sum() for k in range(K)]
+    assert read_data(read_run(hostile / "run")).counts.tolist() == counts.tolist()
+
+
+def test_of_a_step_noted_twice_the_last_holds_and_torn_lines_are_passed_over(run: Path) -> None:
+    lines = [
+        {"event": "step", "round": 0, "step": 5, "loss_labeled": 9.5, "learning_rate": 0.5},
+        {"event": "step", "round": 0, "step": 3, "loss_labeled": None, "learning_rate": 0.25},
+    ]
+    text = "\n" + "\n".join(map(json.dumps, lines)) + '\n{"event": "step", "round": 0, "st'
+    with open(run / "journal.jsonl", "a") as file:
+        file.write(text)
+    curve = read_run(run).rounds[0].curve
+    assert curve.steps.tolist() == [0, 3, 5]
+    assert curve.figures["loss_labeled"][2] == 9.5 and np.isnan(curve.figures["loss_labeled"][1])
+    assert curve.figures["learning_rate"].tolist()[1:] == [0.25, 0.5]
+
+
+def scored(index: int, right: list[int], wrong: list[int]) -> RoundFacts:
+    """A round whose class k has right[k] pixels right and wrong[k] predicted as the next class."""
+    confusion = np.diag(right).astype(np.int64)
+    for k, count in enumerate(wrong):
+        confusion[k, (k + 1) % len(wrong)] += count
+    curve = Curve(np.zeros(0, np.int64), {})
+    return RoundFacts(index, None, None, None, None, 1, Scores(confusion), None, {"evaluate": 1.0}, curve)
+
+
+def test_remarks_name_rounds_that_made_things_worse(hostile: Path) -> None:
+    facts = read_run(hostile / "run")
+    three = ClassSet(("a", "b", "c"), distinct_colors(3))
+    rounds = (scored(0, [90, 90, 0], [10, 10, 10]), scored(1, [50, 91, 0], [50, 9, 10]))
+    facts = replace(facts, classes=three, rounds=rounds, warned=("said once", "IoU 0 after round 1: c"))
+    data = replace(read_data(facts), counts=np.array([5, 0, 1]))
+    texts = [one.text for one in remarks(facts, data)]
+    ious = [[90 / (100 + 10), 90 / (100 + 10), 0], [50 / (100 + 10), 91 / (100 + 50), 0]]
+    assert texts == [
+        f"round 1 made mean IoU worse: {np.mean(ious[0]):.4f} → {np.mean(ious[1]):.4f}",
+        "round 1 cost classes more than 0.02 of IoU: "
+        f"a {ious[0][0]:.3f} → {ious[1][0]:.3f}, b {ious[0][1]:.3f} → {ious[1][1]:.3f}",
+        "absent from all labelled masks, so never pseudo-labelled: b",
+        "IoU 0 after round 1: c",
+        "said once",
+    ]
+    assert [one.worse for one in remarks(facts, data)] == [True, True, False, False, False]
+
+
+def test_what_run_and_files_both_say_is_said_once(hostile: Path) -> None:
+    """The journal warns of classes that are never predicted; so do the histograms."""
+    facts = read_run(hostile / "run")
+    said = [text for text in facts.warned if "never predicted" in text]
+    assert said, "a network of six steps predicts every class; choose another seed"
+    texts = [one.text for one in remarks(facts, read_data(facts))]
+    assert len(texts) == len(set(texts)) and sum("never predicted" in text for text in texts) == len(said)
+    assert "the report could not be written: ValueError: no ink" in texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("round_1/scores.json", "{", "scores.json: cannot be read as JSON"),
+        ("round_1/thresholds.json", None, "round_1: results of a finished step are damaged or were removed"),
+        ("round_1/train.json", "[]", "train.json: this record is damaged"),
+        ("environment.json", "[]", "environment.json: holds list, wanted an object"),
+        ("recipe.yaml", None, "is no run folder: there is no recipe.yaml in it"),
+    ],
+)
+def test_a_damaged_run_is_told(run: Path, call, name: str, content: str | None, message: str) -> None:
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    before = (run / "report.html").read_bytes()
+    code, _, err = call("report", run)
+    assert code == 2 and message in err and "Traceback" not in err
+    assert (run / "report.html").read_bytes() == before
+
+
+# --- charts
+
+
+@given(st.data(), st.sampled_from([FLOAT16, FINE]), st.integers(2, 20))
+@settings(max_examples=60, deadline=None)
+def test_bins_lose_no_pixel_and_the_threshold_is_one_of_their_edges(data, scale, classes: int) -> None:
+    # No largest of K probabilities is below 1/K, so no code is.
+    lowest = scale.at_least(1 / classes)
+    codes = data.draw(st.lists(st.integers(lowest, scale.codes - 1), max_size=30))
+    accept = data.draw(st.integers(lowest, scale.codes))
+    counts = np.bincount(np.array(codes, int), minlength=scale.codes)
+    edges, binned, threshold = charts.bin_confidences(counts, accept, scale, classes)
+    assert (np.diff(edges) > 0).all() and len(binned) == len(edges) - 1 <= charts.BINS + 6
+    assert binned.sum() == len(codes)
+    if accept == scale.codes:
+        assert threshold is None
+    else:
+        assert threshold in edges
+        assert binned[edges[:-1] >= threshold].sum() == sum(code >= accept for code in codes)
+
+
+def test_a_long_curve_is_averaged() -> None:
+    steps = np.arange(0, 100_000, 10)
+    values = np.where(steps == 0, np.nan, steps * 2.0)
+    thinned, means = charts.thin(steps, values)
+    assert len(thinned) == charts.POINTS and thinned[0] == 45 and thinned[-1] == 99_945
+    assert means[-1] == pytest.approx(2 * 99_945) and means[0] == pytest.approx(2 * 50)
+    assert (
+        charts.thin(steps[:7], values[:7])[1] is not None and len(charts.thin(steps[:7], values[:7])[0]) == 7
+    )
+
+
+# --- gallery
+
+
+def fact(confidence: float | None, kept: list[int], pixels: int = 100) -> gallery.ImageFacts:
+    return gallery.ImageFacts(confidence, None, np.array(kept), sum(kept) / pixels)
+
+
+def test_extremes_and_rare_classes_are_chosen() -> None:
+    facts = {
+        "a": fact(0.9, [90, 0, 0]),
+        "b": fact(0.5, [10, 0, 1]),
+        "c": fact(0.7, [50, 0, 9]),
+        "d": fact(0.7, [50, 2, 0]),
+        "e": fact(0.8, [60, 0, 0]),
+    }
+    chosen = gallery.choose(facts, np.array([0.9, 0.08, 0.02]), ("road", "pole", "sign"))
+    assert chosen == {
+        "a": ["most confident", "most labelled", "rare class: road"],
+        "e": ["most confident", "most labelled", "rare class: road"],
+        "b": ["least confident", "least labelled", "rare class: sign"],
+        "c": ["least confident", "rare class: sign"],
+        "d": ["least labelled", "rare class: pole"],
+    }
+    unknown = {name: replace(one, confidence=None) for name, one in facts.items()}
+    assert not any(
+        "confident" in why
+        for whys in gallery.choose(unknown, np.ones(3), ("", "", "")).values()
+        for why in whys
+    )
+
+
+def test_facts_of_images_from_their_file_or_from_the_maps(hostile: Path, run: Path) -> None:
+    directory = RunDirectory(run)
+    ids = [sample.id for sample in manifest_of(load_recipe(directory.recipe)).unlabeled]
+    counted = gallery.image_facts(directory, 2, ids, K)
+    assert (
+        sum(one.kept for one in counted.values()).tolist()
+        == read_json(run / "round_2/thresholds.json")["kept"]
+    )
+    assert all(one.confidence is None and 0 < one.share <= 1 for one in counted.values())
+    entries = {
+        name: {"confidence": 0.5, "predicted": [65 * 97, *[0] * (K - 1)], "kept": one.kept.tolist()}
+        for name, one in counted.items()
+    }
+    (run / "round_2/images.json").write_text(json.dumps(entries))
+    shutil.rmtree(run / "round_2/labels")  # must not be read
+    told = gallery.image_facts(directory, 2, ids, K)
+    for name, one in told.items():
+        assert one.share == pytest.approx(counted[name].share) and one.confidence == 0.5
+    entries[ids[0]]["kept"] = [1]
+    (run / "round_2/images.json").write_text(json.dumps(entries))
+    with pytest.raises(
+        RunError, match=r"images.json: cannot be read as facts .* wanted 11 counts, found 11 and 1"
+    ):
+        gallery.image_facts(directory, 2, ids, K)
+
+
+def test_of_many_label_maps_some_are_read(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "AT_MOST", 2)
+    facts = read_run(hostile / "run")
+    drawn = gallery.draw_gallery(facts, read_data(facts))
+    assert drawn is not None and len(drawn.pictures) == 2
+    assert drawn.notes[0] == "Chosen from 2 of 6 images, evenly spaced."
+
+
+def decode(url: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1])))
+
+
+@pytest.mark.parametrize("classes", [3, 254, 255])
+def test_a_map_shows_the_classes_colours_and_a_pattern_where_nothing_is_labelled(classes: int) -> None:
+    colors = ClassSet(tuple(map(str, range(classes))), distinct_colors(255)[:classes])
+    label = np.full((40, 60), 255, np.uint8)
+    label[:20] = classes - 1
+    url = gallery.map_url(label, colors)
+    drawn = np.asarray(decode(url).convert("RGB"))
+    assert url.startswith("data:image/png") and drawn.shape == (40, 60, 3)
+    assert (drawn[:20] == colors.colors[-1]).all()
+    assert set(map(tuple, drawn[20:].reshape(-1, 3).tolist())) == set(gallery.CHECKS)
+
+
+def test_pictures_are_small(hostile: Path) -> None:
+    image = np.zeros((1000, 2000, 3), np.uint8)
+    assert decode(gallery.jpeg_url(image)).size == (480, 240)
+    assert decode(gallery.map_url(np.zeros((3000, 10), np.uint8), SCENE_CLASSES)).size == (2, 480)
+
+
+def test_raw_predictions_are_those_that_labelled(hostile: Path, run: Path) -> None:
+    facts = read_run(run)
+    drawn = gallery.draw_gallery(facts, read_data(facts))
+    assert drawn is not None and drawn.round == 2 and 2 <= len(drawn.pictures) <= 14
+    recipe = load_recipe(run / "recipe.yaml")
+    samples = {sample.id: sample for sample in manifest_of(recipe).unlabeled}
+    network = load_network(RunDirectory(run).network(1))
+    one = drawn.pictures[0]
+    by_hand = predict(network, read_image(samples[one.id].image), labeling_protocol(recipe))
+    assert one.prediction is not None and one.truth is not None
+    shown = np.asarray(decode(one.prediction))
+    assert (shown == by_hand.classes).mean() > 0.999  # memory formats move last bits
+    truth = read_label(samples[one.id].label)
+    seen = truth != 255
+    assert one.right[0] == pytest.approx((by_hand.classes == truth)[seen].mean(), abs=0.001)
+    label = read_label(run / "round_2" / "labels" / f"{one.id}.png")
+    assert one.right[1] == pytest.approx((label == truth)[seen & (label != 255)].mean())
+    # Kept ones are shown as they are.
+    kept = Prediction(np.full((65, 97), 4, np.uint8), np.full((65, 97), 15000, np.uint16))
+    path = prediction_path(RunDirectory(run).predictions(2), one.id)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(kept.to_bytes())
+    again = gallery.draw_gallery(facts, read_data(facts))
+    assert again is not None and (np.asarray(decode(again.pictures[0].prediction or "")) == 4).all()
+    # Without weights there are none, and that is said.
+    RunDirectory(run).network(1).unlink()
+    without = gallery.draw_gallery(facts, read_data(facts))
+    assert without is not None and [p.prediction is None for p in without.pictures].count(False) == 1
+    assert "The network of round 1 is not there any more" in without.notes[-1]
+
+
+# --- the page
+
+
+def scroll_through(page) -> None:
+    """So that charts, which are drawn when they come into view, are."""
+    until(page, "!!window.Plotly")
+    height = page.evaluate("document.documentElement.scrollHeight")
+    for top in range(0, height, 600):
+        page.evaluate(f"window.scrollTo({{top: {top}, behavior: 'instant'}})")
+        page.wait_for_timeout(40)
+    until(
+        page,
+        "[...document.querySelectorAll('[data-chart]')].every(e => !e.offsetParent || e.querySelector('.main-svg'))",
+    )
+
+
+def until(page, condition: str, seconds: float = 60) -> None:
+    """Wait until a condition holds. Not playwright's own waiting: it evaluates texts in the page, which forbids that."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"not within {seconds} s: {condition}"
+        page.wait_for_timeout(50)
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_the_page_in_a_browser(hostile: Path, visit, width: int, scheme: str) -> None:
+    path = hostile / "run" / "report.html"
+    visited = visit(path.as_uri(), width=width, height=844, color_scheme=scheme)
+    page = visited.page
+    scroll_through(page)
+    assert page.locator(".js-plotly-plot .main-svg").count() >= 5
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    images = page.locator("figure img")
+    assert images.count() >= 8
+    assert page.evaluate("[...document.querySelectorAll('figure img')].every(e => e.naturalWidth > 0)")
+    # Names are text: on the page, in charts, in hover texts; none was run, none became an element.
+    assert page.title() == "run – darseg"
+    assert (
+        page.locator("main script, main img:not(figure img), main b:not(.round b):not(.said b)").count() == 0
+    )
+    text = page.locator("main").inner_text()
+    assert TRAP in text and IMAGE_TRAP in text and "</title><b>bold & 'quoted' \"twice\"" in text
+    ticks = page.locator(".ytick text").all_text_contents()
+    assert (
+        TRAP[: charts.LONGEST_NAME - 1] + "…" in ticks and "2020-01-01" in ticks and "<!--<script>" in ticks
+    )
+
+    # The other theme changes the charts' colours too.
+    def inks() -> list:
+        return page.evaluate(
+            "[document.querySelector('.ytick text').style.fill, getComputedStyle(document.body).color]"
+        )
+
+    before = inks()
+    page.emulate_media(color_scheme="dark" if scheme == "light" else "light")
+    until(page, f"document.querySelector('.ytick text').style.fill != '{before[0]}'")
+    after = inks()
+    assert before[0] == before[1] and after[0] == after[1] and before != after
+    # Earlier rounds are a click away; pictures grow.
+    button = page.locator(".tabs button", has_text="Round 1").first
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    images.first.click()
+    assert page.locator("dialog[open] img").count() == 1
+    assert visited.errors == [] and visited.leaving_the_machine() == []
+
+
+def test_the_verdict_comes_first(hostile: Path) -> None:
+    text = (hostile / "run" / "report.html").read_text()
+    rounds = read_json(hostile / "run" / "summary.json")["rounds"]
+    figures = re.search(r'class="figure"><small>mean IoU after round 2</small>(\d\.\d{3})', text)
+    assert figures and figures[1] == f"{rounds[2]['mean_iou']:.3f}"
+    ious = rounds[2]["iou"]
+    lowest = min(value for value in ious.values() if value is not None)
+    worst = re.search(r"Worst class(?:es)?: <b>(.*?)</b>", text)
+    assert worst is not None
+    escaped = darseg_escape([name for name, value in ious.items() if value == lowest])
+    assert worst[1] == ", ".join(escaped)
+
+
+def darseg_escape(names: list[str]) -> list[str]:
+    marks = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"}
+    return ["".join(marks.get(letter, letter) for letter in name) for name in names]
+
+
+def test_a_run_at_work_has_a_page(hostile: Path) -> None:
+    text = (hostile / "after_0.html").read_text()
+    assert "mean IoU after round 0" in text and "1 of 3 rounds" in text
+    assert text.count("<span>to come</span>") == 2 and "No round has labelled images yet." in text
+    assert "Thresholds" not in text
+
+
+def test_killed_in_the_middle_of_a_round(run: Path) -> None:
+    """Labels of round 2 are done, its training is at work; no summary yet."""
+    for name in ("train.json", "network.safetensors", "momentum.safetensors", "scores.json", "evaluate.json"):
+        (run / "round_2" / name).unlink()
+    text = write_report(run).read_text()
+    assert "mean IoU after round 1" in text and "2 of 3 rounds" in text and "<span>at work</span>" in text
+    assert "Unlabelled images of round 2" in text
+
+
+def test_nothing_scored_yet(run: Path) -> None:
+    for index in range(3):
+        shutil.rmtree(run / f"round_{index}")
+    (run / "journal.jsonl").unlink()
+    text = write_report(run).read_text()
+    assert "No round has been scored yet." in text and text.count("<span>") == 0
+
+
+def test_without_validation_images(run: Path) -> None:
+    def empty(scores: dict) -> None:
+        scores["confusion"] = np.zeros((K, K), int).tolist()
+
+    for index in range(3):
+        change_json(run / f"round_{index}" / "scores.json", empty)
+    text = write_report(run).read_text()
+    assert "Nothing was scored: there are no labelled validation pixels. Set data.validation" in text
+
+
+def test_data_that_are_gone_leave_the_figures(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["data"]["root"] = "/nowhere/<b>"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = write_report(run).read_text()
+    assert "The gallery could not be drawn:" in text and "/nowhere/&lt;b&gt;" in text
+    assert "The labelled images could not be read any more" in text and "mean IoU after round 2" in text
+
+
+def test_a_file_of_the_users_is_not_written_over(run: Path, tmp_path: Path, call) -> None:
+    mine = tmp_path / "mine.html"
+    mine.write_text("<p>mine</p>")
+    code, _, err = call("report", run, mine)
+    assert (
+        code == 2
+        and f"{mine} is there and was not written by darseg" in err
+        and mine.read_text() == "<p>mine</p>"
+    )
+    with pytest.raises(RunError, match="is a folder: give the name of a file"):
+        write_report(run, tmp_path)
+    code, out, _ = call("report", run, tmp_path / "new.html")
+    assert code == 0 and out == f"Written to {tmp_path / 'new.html'}\n"
+    assert call("report", run, "--out", tmp_path / "new.html")[0] == 0  # darseg's own is
+
+
+# --- with training
+
+
+def test_a_finished_run_reports_once_more_and_signals_pass(hostile: Path, run: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    called: list[Path] = []
+    darseg.train(recipe, run, after_round=called.append)
+    assert called == [run]
+
+    def stop(root: Path) -> None:
+        raise Interrupted("stopped by SIGTERM.")
+
+    with pytest.raises(Interrupted):
+        darseg.train(recipe, run, after_round=stop)
+    texts = [json.loads(line).get("text", "") for line in (run / "journal.jsonl").read_text().splitlines()]
+    assert not any("SIGTERM" in text for text in texts)
+
+
+# --- comparison
+
+
+@pytest.fixture
+def several(hostile: Path, tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """dars with two seeds, cbst with one; scores made up."""
+    folders = {}
+    for name, seed, method, right in (
+        ("s0/dars", 0, "dars", 60),
+        ("s1/dars", 1, "dars", 70),
+        ("s0/cbst", 0, "cbst", 50),
+    ):
+        folder = copy_run(hostile / "run", tmp_path / name)
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        recipe["seed"], recipe["labeling"]["method"] = seed, method
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        confusion = np.diag(np.full(K, right))
+        confusion[0, 1] = 100 - right
+        confusion[-1] = confusion[:, -1] = 0  # a class that never occurs
+        change_json(
+            folder / "round_2/scores.json", lambda scores, c=confusion: scores.update(confusion=c.tolist())
+        )
+        folders[name] = folder
+    yield folders
+
+
+def test_seeds_are_one_column_with_their_deviation(
+    several: dict[str, Path], tmp_path: Path, call, visit
+) -> None:
+    out = tmp_path / "page.html"
+    code, printed, err = call("report", *several.values(), out)
+    assert code == 0, err
+    first = [right / 100 for right in (60, 70)]
+    rows = [line.split("  ") for line in printed.splitlines()]
+    cells = {row[0].strip(): [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
+    assert cells["IoU"] == ["dars", "cbst"] and cells["runs"] == ["2", "1"]
+    deviation = abs(first[0] - first[1]) / np.sqrt(2)
+    assert cells[TRAP] == [f"{np.mean(first):.4f} ± {deviation:.4f}", "0.5000"]
+    assert cells["last"] == ["undefined", "undefined"]
+    means = [np.mean([r / 100, r / (r + 100 - r), *[1.0] * 8]) for r in (60, 70, 50)]
+    assert cells["mean IoU"] == [spread(np.array(means[:2])), f"{means[2]:.4f}"]
+    assert printed.endswith(f"Written to {out}\n")
+    visited = visit(out.as_uri(), width=390, height=844)
+    scroll_through(visited.page)
+    assert visited.page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert visited.page.locator(".js-plotly-plot .main-svg").count() >= 2
+    text = visited.page.locator("main").inner_text()
+    assert "Best mean IoU: dars" in text and TRAP in text
+    assert "1 key(s) differ from dars" in text and "labeling.method: dars → cbst" in out.read_text()
+    assert visited.errors == [] and visited.leaving_the_machine() == []
+
+
+def test_spread_is_the_samples() -> None:
+    values = [0.2, 0.5, 0.6]
+    mean = sum(values) / 3
+    deviation = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+    assert spread(np.array([*values, np.nan])) == f"{mean:.4f} ± {deviation:.4f}"
+    assert spread(np.array([0.25])) == "0.2500" and spread(np.array([np.nan])) == "undefined"
+
+
+def test_runs_that_cannot_be_compared(several: dict[str, Path], tmp_path: Path) -> None:
+    dars, other, cbst = several.values()
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["data"]["classes"] = {f"new{at}" if at == 0 else name: [at, 0, 0] for at, name in enumerate(NAMES)}
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    shutil.rmtree(cbst / "round_0")
+    for index in (1, 2):
+        (cbst / f"round_{index}" / "evaluate.json").unlink()
+    with pytest.raises(RunError) as error:
+        compare_runs([dars, other, cbst, dars], tmp_path / "x.html")
+    said = str(error.value)
+    assert f"{dars}: given twice" in said and f"{cbst}: no round was scored" in said
+    assert f"{other}: other classes than {dars} (has new0; lacks {NAMES[0]})" in said
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_other_validation_images_or_protocols_are_warned_of(several: dict[str, Path], tmp_path: Path) -> None:
+    dars, other, cbst = several.values()
+    change_json(other / "data.json", lambda data: data.update(validation="other"))
+    change_json(cbst / "round_2/scores.json", lambda scores: scores.update(protocol="upside down"))
+    compared = compare_runs([dars, other, cbst], tmp_path / "x.html")
+    assert compared.warnings[0].startswith(f"{other} was scored on other validation images than {dars}")
+    assert compared.warnings[1].startswith(
+        f"{cbst} was scored by another protocol than {dars}: upside down / "
+    )
+    assert len(compared.rows[0]) == 4  # other images: not the same but for the seed
+    assert "other validation images" in (tmp_path / "x.html").read_text()
+
+
+def test_damaged_label_maps_and_truth_of_another_size_are_told(run: Path, tmp_path: Path) -> None:
+    facts = read_run(run)
+    data = read_data(facts)
+    small = tmp_path / "small.png"
+    Image.fromarray(np.zeros((3, 4), np.uint8)).save(small)
+    manifest = data.manifest
+    assert manifest is not None
+    wrong = replace(manifest, unlabeled=tuple(replace(sample, label=small) for sample in manifest.unlabeled))
+    with pytest.raises(DataError, match=r"3x4 pixels, its pseudo label has 65x97"):
+        gallery.draw_gallery(facts, replace(data, manifest=wrong))
+    next((run / "round_2" / "labels").rglob("*.png")).write_bytes(b"nothing")
+    assert "The gallery could not be drawn:" in write_report(run).read_text()
