@@ -356,15 +356,17 @@ def compared_chart(groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
         hovertemplate="%{x:.4f}<extra>a run</extra>",
     )
     _class_rows(figure, [name for name, _ in groups])
-    figure.update_xaxes(rangemode="tozero", title="mean IoU")
+    figure.update_xaxes(rangemode="tozero", zeroline=False, title="mean IoU")
     return figure
 
 
 def compared_classes_chart(names: Sequence[str], groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
     """IoU of every class, a dot with its deviation for each group. groups: name, float64 [runs, K]."""
-    figure = _figure(_rows_height(len(names)) + 14 * len(names) * (len(groups) > 2))
+    figure = _figure(_rows_height(len(names)) + 8 * len(names) * max(1, len(groups) - 1))
     for at, (group, values) in enumerate(groups):
-        offset = 0.0 if len(groups) == 1 else 0.5 * (at / (len(groups) - 1) - 0.5)
+        offset = (
+            0.0 if len(groups) == 1 else 0.56 * (at / (len(groups) - 1) - 0.5) * min(1.0, len(groups) / 4)
+        )
         known = [column[~np.isnan(column)] for column in values.T]
         figure.add_scatter(
             x=[float(one.mean()) if len(one) else None for one in known],

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from darseg.errors import RunError, faults
 from darseg.report import charts
 from darseg.report.facts import RoundFacts, RunFacts, read_run
-from darseg.report.page import Page, escape, signed, table
+from darseg.report.page import Page, escape, table
 from darseg.run.build import differences, recipe_of
 
 NAME = "comparison.html"
@@ -199,13 +199,13 @@ def _verdict(page: Page, groups: Sequence[Group], warnings: Sequence[str]) -> st
             (group for group in groups if group is not best), key=lambda group: group.mean_iou.mean()
         )
         ahead = best.mean_iou.mean() - second.mean_iou.mean()
-        said += f" {signed(ahead, 4)} before {escape(second.name)}."
-        least = max(
+        said += f" {ahead:.4f} ahead of {escape(second.name)}."
+        deviation = max(
             (np.std(one.mean_iou, ddof=1) for one in (best, second) if len(one.runs) > 1), default=None
         )
-        if least is None:
+        if deviation is None:
             said += " Of one run each: seeds may differ by as much."
-        elif ahead < least:
+        elif ahead < deviation:
             said += " That is less than the deviation between seeds."
     listed = "".join(f"<li>{escape(text)}</li>" for text in warnings)
     figure = charts.compared_chart([(group.name, group.mean_iou) for group in groups])

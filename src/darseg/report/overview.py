@@ -16,7 +16,6 @@ from darseg.report.page import Page, change_of, escape, figure_of, signed, table
 from darseg.run.build import labeling_protocol, recipe_of
 from darseg.run.directory import RunDirectory
 
-NAME = "report.html"
 BAR = 0.05  # change of IoU that fills half a bar, where no class changed more
 
 
@@ -55,7 +54,7 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
         page.section("Confusion", _confusion(page, facts))
     page.section("Gallery", _gallery(facts, gallery, fault))
     page.section("Run", _run(facts, data, time.monotonic() - began))
-    return page.write(Path(out) if out else Path(run) / NAME)
+    return page.write(Path(out) if out else RunDirectory(run).report)
 
 
 def _swatch(color: tuple[int, int, int]) -> str:

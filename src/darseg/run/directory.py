@@ -1,7 +1,8 @@
 """The run folder: who writes where, and what is done already.
 
     RUN/
-      recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  (bad_images.json)
+      recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
+      (bad_images.json)
       round_0/     network.safetensors  momentum.safetensors  train.json   scores.json  evaluate.json
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
                    (excluded.json)  + as round_0
@@ -58,6 +59,7 @@ class RunDirectory:
     tensorboard = property(lambda self: self.root / "tensorboard")
     summary = property(lambda self: self.root / "summary.json")
     bad_images = property(lambda self: self.root / "bad_images.json")
+    report = property(lambda self: self.root / "report.html")
 
     def round(self, index: int) -> Path:
         return self.root / f"round_{index}"
