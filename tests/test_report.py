@@ -36,6 +36,7 @@ from darseg.report import charts, gallery
 from darseg.report.comparison import compare_runs, spread
 from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
 from darseg.report.overview import write_report
+from darseg.run.browse import open_round
 from darseg.run.build import labeling_protocol, manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.training.scores import Scores
@@ -257,7 +258,7 @@ def test_a_long_curve_is_averaged() -> None:
 
 
 def fact(confidence: float | None, kept: list[int], pixels: int = 100) -> gallery.ImageFacts:
-    return gallery.ImageFacts(confidence, None, np.array(kept), sum(kept) / pixels)
+    return gallery.ImageFacts(pixels, tuple(kept), None, confidence)
 
 
 def test_extremes_and_rare_classes_are_chosen() -> None:
@@ -285,37 +286,42 @@ def test_extremes_and_rare_classes_are_chosen() -> None:
 
 
 def test_facts_of_images_from_their_file_or_from_the_maps(hostile: Path, run: Path) -> None:
-    directory = RunDirectory(run)
-    ids = [sample.id for sample in manifest_of(load_recipe(directory.recipe)).unlabeled]
-    counted = gallery.image_facts(directory, 2, ids, K)
-    assert (
-        sum(one.kept for one in counted.values()).tolist()
-        == read_json(run / "round_2/thresholds.json")["kept"]
-    )
-    assert all(one.confidence is None and 0 < one.share <= 1 for one in counted.values())
-    entries = {
-        name: {"confidence": 0.5, "predicted": [65 * 97, *[0] * (K - 1)], "kept": one.kept.tolist()}
-        for name, one in counted.items()
-    }
-    (run / "round_2/images.json").write_text(json.dumps(entries))
-    shutil.rmtree(run / "round_2/labels")  # must not be read
-    told = gallery.image_facts(directory, 2, ids, K)
+    told = gallery.image_facts(open_round(run, 2))
+    (run / "round_2/images.json").unlink()
+    counted = gallery.image_facts(open_round(run, 2))
+    assert list(told) == list(counted)
+    assert [sum(column) for column in zip(*(one.kept for one in counted.values()), strict=True)] == read_json(
+        run / "round_2/thresholds.json"
+    )["kept"]
+    assert all(one.confidence is None and 0 < one.coverage <= 1 for one in counted.values())
     for name, one in told.items():
-        assert one.share == pytest.approx(counted[name].share) and one.confidence == 0.5
-    entries[ids[0]]["kept"] = [1]
-    (run / "round_2/images.json").write_text(json.dumps(entries))
-    with pytest.raises(
-        RunError, match=r"images.json: cannot be read as facts .* wanted 11 counts, found 11 and 1"
-    ):
-        gallery.image_facts(directory, 2, ids, K)
+        assert one.coverage == counted[name].coverage and one.kept == counted[name].kept
+        assert one.confidence is not None and 0 < one.confidence < 1
 
 
-def test_of_many_label_maps_some_are_read(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_label_maps_some_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "AT_MOST", 2)
-    facts = read_run(hostile / "run")
+    (run / "round_2/images.json").unlink()
+    facts = read_run(run)
     drawn = gallery.draw_gallery(facts, read_data(facts))
     assert drawn is not None and len(drawn.pictures) == 2
     assert drawn.notes[0] == "Chosen from 2 of 6 images, evenly spaced."
+
+
+def test_images_that_a_round_left_out_are_not_shown(run: Path) -> None:
+    name = open_round(run, 2).samples[0].id
+    assert name in [picture.id for picture in (shown(run) or ())]
+    (run / "round_2/images.json").unlink()
+    (run / "round_2/labels" / f"{name}.png").unlink()
+    (run / "round_2/excluded.json").write_text(json.dumps([name]))
+    pictures = shown(run)
+    assert pictures and name not in [picture.id for picture in pictures]
+
+
+def shown(run: Path) -> tuple[gallery.Picture, ...] | None:
+    facts = read_run(run)
+    drawn = gallery.draw_gallery(facts, read_data(facts))
+    return drawn and drawn.pictures
 
 
 def decode(url: str) -> Image.Image:

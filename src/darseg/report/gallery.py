@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -19,13 +18,13 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
-from darseg.errors import DataError, RunError
-from darseg.model.predict import Memory, predict
-from darseg.model.weights import load_network
-from darseg.pseudo.labelset import label_path, read_prediction
-from darseg.report.facts import DataFacts, RoundFacts, RunFacts
-from darseg.run.build import labeling_protocol, place, recipe_of
+from darseg.errors import DataError
+from darseg.pseudo.labelset import ImageFacts, prediction_path
+from darseg.report.facts import DataFacts, RunFacts
+from darseg.run.browse import LabeledRound, Repredictor, labeled_round
+from darseg.run.build import recipe_of
 from darseg.run.directory import RunDirectory
+from darseg.run.marks import without
 
 EACH = 2  # images of a kind: most and least confident, fullest and emptiest, of a rare class
 RARE = 3  # rarest classes that are shown
@@ -34,17 +33,6 @@ SIDE = 480  # pixels of the long side as drawn
 JPEG_QUALITY = 80
 CHECK = 6  # pixels of a square of the checkerboard that stands for "not labelled"
 CHECKS = ((226, 226, 230), (176, 176, 184))  # its two greys: a pattern, so no class looks like it
-
-
-@dataclass(frozen=True, eq=False)
-class ImageFacts:
-    """What is known of one image. confidence: mean over its pixels; predicted: int64 [K] pixels predicted per class;
-    both None where a run kept no facts. kept: int64 [K] pixels kept; share: of the image's pixels that were kept."""
-
-    confidence: float | None
-    predicted: NDArray[np.int64] | None
-    kept: NDArray[np.int64]
-    share: float
 
 
 @dataclass(frozen=True)
@@ -71,39 +59,24 @@ class Gallery:
     notes: tuple[str, ...]
 
 
-def image_facts(run: RunDirectory, index: int, ids: list[str], classes: int) -> dict[str, ImageFacts]:
-    """Facts of the unlabelled images of a round: as `round_N/images.json` has them, else counted in label maps.
+def image_facts(one: LabeledRound) -> dict[str, ImageFacts]:
+    """Facts of the images a round labelled: as it wrote them down, else counted in label maps.
 
-    Of more than AT_MOST label maps, as many, evenly spaced, are read. Raises RunError where the file is damaged,
-    DataError where a map is.
+    Of more than AT_MOST label maps, as many, evenly spaced, are read. Raises DataError where a map is damaged.
     """
-    path = run.round(index) / "images.json"
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return {name: _fact(found[name], classes) for name in ids if name in found}
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"{path}: cannot be read as facts of images ({type(error).__name__}: {error}). Restore it, or remove "
-                "it: label maps are counted then."
-            ) from error
-    chosen = ids if len(ids) <= AT_MOST else [ids[at * len(ids) // AT_MOST] for at in range(AT_MOST)]
+    if one.noted:
+        return dict(one.noted)
+    samples = without(one.samples, one.excluded)
+    if len(samples) > AT_MOST:
+        samples = [samples[at * len(samples) // AT_MOST] for at in range(AT_MOST)]
 
-    def count(name: str) -> ImageFacts:
-        label = read_label(label_path(run.labels(index), name))
-        kept = np.bincount(label.reshape(-1), minlength=IGNORE + 1)[:classes].astype(np.int64)
-        return ImageFacts(None, None, kept, float(kept.sum() / label.size))
+    def count(sample: Sample) -> tuple[str, ImageFacts]:
+        label = one.label_map(sample)
+        assert label is not None
+        return sample.id, ImageFacts.of_map(label, len(one.classes))
 
     with ThreadPoolExecutor(2) as threads:  # decoding releases the interpreter lock
-        return dict(zip(chosen, threads.map(count, chosen), strict=True))
-
-
-def _fact(entry: Mapping, classes: int) -> ImageFacts:
-    predicted, kept = (np.array(entry[key], np.int64) for key in ("predicted", "kept"))
-    if predicted.shape != (classes,) or kept.shape != (classes,):
-        raise ValueError(f"wanted {classes} counts, found {predicted.size} and {kept.size}")
-    confidence = None if entry["confidence"] is None else float(entry["confidence"])
-    return ImageFacts(confidence, predicted, kept, float(kept.sum() / max(1, predicted.sum())))
+        return dict(threads.map(count, samples))
 
 
 def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ...]) -> dict[str, list[str]]:
@@ -122,8 +95,8 @@ def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ..
 
     take("most confident", lambda fact: fact.confidence)
     take("least confident", lambda fact: None if fact.confidence is None else -fact.confidence)
-    take("most labelled", lambda fact: fact.share)
-    take("least labelled", lambda fact: -fact.share)
+    take("most labelled", lambda fact: fact.coverage)
+    take("least labelled", lambda fact: -fact.coverage)
     kept = np.sum([fact.kept for fact in facts.values()], axis=0) if facts else np.zeros(len(names))
     rare = sorted((k for k in range(len(names)) if kept[k] > 0), key=lambda k: (prior[k], k))
     for k in rare[:RARE]:
@@ -138,10 +111,11 @@ def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
     """
     if not facts.labeled or data.manifest is None:
         return None
-    round_, run, classes = facts.labeled[-1], RunDirectory(facts.root), facts.classes
+    round_ = facts.labeled[-1]
     assert round_.labels is not None
-    samples = {sample.id: sample for sample in data.manifest.unlabeled}
-    found = image_facts(run, round_.index, list(samples), len(classes))
+    one = labeled_round(RunDirectory(facts.root), round_.index, recipe_of(facts.root), data.manifest)
+    samples = {sample.id: sample for sample in without(one.samples, one.excluded)}
+    found = {name: fact for name, fact in image_facts(one).items() if name in samples}
     notes = []
     if len(found) < len(samples):
         notes.append(f"Chosen from {len(found):,} of {len(samples):,} images, evenly spaced.")
@@ -150,49 +124,39 @@ def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
             "The run kept no confidences of single images, so the most and least confident are not shown."
         )
     prior = data.counts if data.counts is not None else round_.labels.kept
-    chosen = choose(found, prior, classes.names)
-    predictions = _predictions(facts, run, round_, [samples[name] for name in chosen])
-    pictures = []
-    for (name, reasons), (image, prediction) in zip(chosen.items(), predictions, strict=True):
-        pictures.append(
-            _picture(samples[name], reasons, found[name], image, prediction, run, round_, classes)
-        )
+    chosen = choose(found, prior, one.classes.names)
+    repredictor = Repredictor(one)
+    pictures = tuple(
+        _picture(one, samples[name], reasons, found[name], _prediction(repredictor, samples[name]))
+        for name, reasons in chosen.items()
+    )
     if any(picture.prediction is None for picture in pictures):
         notes.append(
             f"The network of round {round_.index - 1} is not there any more, so raw predictions are missing."
         )
-    return Gallery(round_.index, tuple(pictures), tuple(notes))
+    return Gallery(round_.index, pictures, tuple(notes))
 
 
-def _predictions(
-    facts: RunFacts, run: RunDirectory, round_: RoundFacts, samples: list[Sample]
-) -> Iterator[tuple[np.ndarray, Prediction | None]]:
-    """Image and raw prediction of each sample: kept ones, else made again by what labelled; None without weights."""
-    assert round_.labels is not None
-    network, memory, weights = None, Memory(), run.network(round_.index - 1)
-    for sample in samples:
-        image = read_image(sample.image)
-        prediction = read_prediction(run.predictions(round_.index), sample.id)
-        if prediction is None and weights.exists():
-            network = network or place(load_network(weights))
-            protocol = labeling_protocol(recipe_of(facts.root))
-            prediction = predict(
-                network, image, protocol, str(sample.image), round_.labels.histogram.scale, memory
-            )
-        yield image, prediction
+def _prediction(repredictor: Repredictor, sample: Sample) -> Prediction | None:
+    """The raw prediction of an image; None where none was kept and the network is gone."""
+    one = repredictor.round
+    if (
+        one.run.network(one.index - 1).exists()
+        or prediction_path(one.run.predictions(one.index), sample.id).exists()
+    ):
+        return repredictor.prediction(sample)
+    return None
 
 
 def _picture(
+    one: LabeledRound,
     sample: Sample,
     reasons: list[str],
     fact: ImageFacts,
-    image: np.ndarray,
     prediction: Prediction | None,
-    run: RunDirectory,
-    round_: RoundFacts,
-    classes: ClassSet,
 ) -> Picture:
-    label = read_label(label_path(run.labels(round_.index), sample.id))
+    classes, label = one.classes, one.label_map(sample)
+    assert label is not None
     truth = read_label(sample.label, sample.encoding) if sample.label else None
     raw = None if prediction is None else prediction.classes
     if truth is not None and truth.shape != label.shape:
@@ -203,9 +167,9 @@ def _picture(
     return Picture(
         id=sample.id,
         reasons=tuple(reasons),
-        confidence=fact.confidence if prediction is None else float(prediction.confidence.mean()),
-        share=fact.share,
-        image=jpeg_url(image),
+        confidence=fact.confidence if prediction is None else prediction.mean_confidence,
+        share=fact.coverage,
+        image=jpeg_url(read_image(sample.image)),
         prediction=None if raw is None else map_url(raw, classes),
         label=map_url(label, classes),
         truth=None if truth is None else map_url(truth, classes),

@@ -14,7 +14,7 @@ from darseg.config import Recipe, load_recipe
 from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
-from darseg.data.manifest import Sample
+from darseg.data.manifest import Manifest, Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError, RunError
 from darseg.model.weights import load_network
@@ -76,6 +76,11 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
     recipe = load_recipe(run.recipe)
     manifest = manifest_of(recipe)
     read_marks(run, {sample.id for sample in manifest.unlabeled})
+    return labeled_round(run, index, recipe, manifest)
+
+
+def labeled_round(run: RunDirectory, index: int, recipe: Recipe, manifest: Manifest) -> LabeledRound:
+    """`open_round` for one who has recipe and data at hand, and knows that the round's label maps are done."""
     excluded = frozenset(read_excluded(run, index))
     noted = run.image_facts(index, len(manifest.classes))
     return LabeledRound(run, index, recipe, manifest.classes, manifest.unlabeled, excluded, noted)
