@@ -2,7 +2,7 @@
 
     darseg demo                                                        # makes demo/
     .venv/bin/python scripts/figures.py demo/seed_0/dars               # figures of how it works
-    .venv/bin/python scripts/figures.py runs/photos --tutorial         # pictures of the tutorial, from its folder
+    .venv/bin/python scripts/figures.py runs/photos --tutorial predictions    # pictures of the tutorial, in its folder
 
 Charts are SVGs with a background of their own, in the colours that the reader's system asks for.
 """
@@ -270,7 +270,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="A finished run folder.")
-    parser.add_argument("--tutorial", action="store_true", help="The tutorial's pictures instead.")
+    parser.add_argument("--tutorial", type=Path, help="The tutorial's pictures; what `darseg predict` wrote.")
     parser.add_argument("--out", type=Path, default=IMAGES)
     arguments = parser.parse_args()
     run = darseg.RunDirectory(arguments.run)
@@ -278,6 +278,7 @@ def main() -> None:
     if arguments.tutorial:
         write_picture(arguments.out / "tutorial_photos.jpg", photos_picture(run))
         write_picture(arguments.out / "tutorial_labels.jpg", steps_picture(run, 2, 3))
+        write_picture(arguments.out / "tutorial_overlay.jpg", overlay_picture(arguments.tutorial / "overlay"))
         return
     charts = {
         "pipeline": pipeline(),
@@ -308,6 +309,12 @@ def photos_picture(run: darseg.RunDirectory) -> np.ndarray:
         "without a label",
     )
     return sheet(table, titles, list(zip(manifest.classes.names, manifest.classes.colors, strict=True)))
+
+
+def overlay_picture(folder: Path) -> np.ndarray:
+    """The first overlays of unlabelled photographs that `darseg predict` wrote (BGR)."""
+    names = [f"street_{index:03d}" for index in (1, 2, 3, 4, 6)]
+    return sheet([[darseg.read_image(folder / f"{name}.png") for name in names]], names, [])
 
 
 if __name__ == "__main__":
