@@ -35,7 +35,7 @@ from darseg.pseudo.labelset import prediction_path
 from darseg.report import charts, gallery
 from darseg.report.comparison import compare_runs, spread
 from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
-from darseg.report.overview import write_report
+from darseg.report.overview import page_of, write_report
 from darseg.run.browse import open_round
 from darseg.run.build import labeling_protocol, manifest_of
 from darseg.run.directory import RunDirectory
@@ -192,6 +192,14 @@ def test_remarks_name_rounds_that_made_things_worse(hostile: Path) -> None:
         "said once",
     ]
     assert [one.worse for one in remarks(facts, data)] == [True, True, False, False, False]
+
+
+def test_the_page_asks_for_a_control_of_as_many_steps(run: Path) -> None:
+    facts = read_run(run)
+    steps = sum(one.steps or 0 for one in facts.rounds)
+    assert f"rounds=[{{steps: {steps}}}]" in write_report(run).read_text()
+    alone = replace(facts, rounds=facts.rounds[:1])
+    assert "rounds=[" not in page_of(alone, read_data(alone), "", 0.0).html()
 
 
 def test_what_run_and_files_both_say_is_said_once(hostile: Path) -> None:

@@ -33,13 +33,23 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     began = time.monotonic()
     facts = read_run(run)
     data = read_data(facts)
+    pictures = pictures_of(facts, data)
+    page = page_of(facts, data, pictures, time.monotonic() - began)
+    return page.write(Path(out) if out else RunDirectory(run).report)
+
+
+def pictures_of(facts: RunFacts, data: DataFacts) -> str:
+    """The gallery of a run as HTML; where it cannot be drawn, why."""
     fault, gallery = data.fault, None
     try:
         gallery = draw_gallery(facts, data)
-    except (
-        DarsegError
-    ) as error:  # an image that is gone or damaged by now does not make the figures worthless
+    except DarsegError as error:  # an image gone or damaged by now does not make the figures worthless
         fault = str(error)
+    return _gallery(facts, gallery, fault)
+
+
+def page_of(facts: RunFacts, data: DataFacts, pictures: str, seconds: float) -> Page:
+    """The page about a run. pictures: its gallery; seconds: spent on reading and drawing so far."""
     page = Page(facts.name, _about(facts, data))
     page.section("Verdict", _verdict(facts, data), heading=False)
     if facts.scored:
@@ -52,9 +62,9 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
         page.section("Training", _training(page, facts))
     if facts.scored:
         page.section("Confusion", _confusion(page, facts))
-    page.section("Gallery", _gallery(facts, gallery, fault))
-    page.section("Run", _run(facts, data, time.monotonic() - began))
-    return page.write(Path(out) if out else RunDirectory(run).report)
+    page.section("Gallery", pictures)
+    page.section("Run", _run(facts, data, seconds))
+    return page
 
 
 def _swatch(color: tuple[int, int, int]) -> str:
@@ -111,7 +121,19 @@ def _verdict(facts: RunFacts, data: DataFacts) -> str:
     return (
         f'<div class="verdict"><div class="figure"><small>mean IoU after round {last.index}</small>{_mean(last):.3f}'
         f'{overall}</div><div class="rounds">{"".join(cards)}</div></div>'
-        f'<p class="said">{_sentence(facts, first, last, best)}</p>{listed}'
+        f'<p class="said">{_sentence(facts, first, last, best)}</p>{_caution(facts)}{listed}'
+    )
+
+
+def _caution(facts: RunFacts) -> str:
+    """Later rounds train on: without a control nobody knows whether the pseudo labels helped."""
+    if len(facts.scored) < 2:
+        return ""
+    steps = sum(one.steps or 0 for one in facts.rounds)
+    return (
+        f'<p class="hint">Later rounds also trained longer, {steps:,} steps in all. Whether the pseudo labels helped, a '
+        f'control tells: the same recipe with <code>"rounds=[{{steps: {steps}}}]"</code> on the labelled images alone; '
+        "then <code>darseg report THIS_RUN CONTROL</code>.</p>"
     )
 
 
