@@ -1,9 +1,9 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `propose_recipe`, `check`, `plan`, `draw_split`, `view`, `mark_bad`, `write_report`, `compare_runs`,
-`demo` – and the value types that flow between the rooms are importable from here. Names are imported when first used,
-since torch takes seconds.
+`rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`, `draw_split`, `view`, `mark_bad`,
+`write_report`, `compare_runs`, `demo` – and the value types that flow between the rooms are importable from here.
+Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _HOMES = {
     "Manifest": "data.manifest",
     "Network": "model.network",
     "Output": "model.network",
+    "Parity": "model.export",
     "Plan": "run.check",
     "Predicted": "run.predict",
     "Prediction": "data.prediction",
@@ -62,6 +63,7 @@ _HOMES = {
     "demo": "run.demo",
     "draw_split": "run.split",
     "evaluate": "run.evaluate",
+    "export_network": "run.export",
     "image_generator": "pseudo.assign",
     "label_encoding": "data.labels",
     "label_folder": "run.label",

@@ -307,6 +307,28 @@ def view(
 
 
 @app.command()
+def export(
+    source: Source,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.onnx|OUT.pt2", help="ONNX, or torch.export. Must not exist yet.")
+    ],
+    round_index: Annotated[
+        int | None, typer.Option("--round", min=0, help="Default: the last finished.")
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Real images to check the file with. Default: the run's validation images."),
+    ] = None,
+) -> None:
+    """Write a trained network for programs without darseg, and check that the file gives the same classes."""
+    from darseg.run.export import export_network
+
+    for line in export_network(source, out, round_index, images).describe():
+        print(line)
+    print(f"Written to {out}")
+
+
+@app.command()
 def convert(
     checkpoint: Annotated[Path, typer.Argument(help="Of the release or of semseg; nothing in it is run.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Must not exist yet.")],

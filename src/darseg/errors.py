@@ -5,6 +5,7 @@
     ├── DataError        images, labels and lists: missing, unreadable, contradictory
     │   └── SizeError    sizes a network cannot take
     ├── WeightsError     weight files: missing, damaged, unsafe, ill-fitting
+    ├── ExportError      a network that other programs cannot be given, or give other classes of
     ├── NumericsError    a loss or gradient that is not finite
     ├── RunError         run folders: another recipe, damaged state, not there
     ├── MemoryLimit      a GPU without the memory that a step needs
@@ -39,6 +40,10 @@ class SizeError(DataError):
 
 class WeightsError(DarsegError):
     """A weight file is missing, damaged, unsafe to read, or does not fit the network."""
+
+
+class ExportError(DarsegError):
+    """A network cannot be written for other programs, or the file written does not agree with it."""
 
 
 class NumericsError(DarsegError):

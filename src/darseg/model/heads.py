@@ -5,6 +5,8 @@ Biases only where logits are made; a BatchNorm makes them needless elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -58,12 +60,14 @@ class PyramidPoolingHead(nn.Module):
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(channels, classes, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(
+        self, features: Tensor, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
+    ) -> Tensor:
+        """`pool`: (features, bins) → their means over a grid of bins x bins cells; an exported network has its own."""
         height, width = features.shape[-2:]
         parts = [features]
         for bins, branch in zip(BINS, self.branches, strict=True):
-            pooled = F.adaptive_avg_pool2d(features, bins)
-            parts.append(upsample(branch(pooled), (height, width)))
+            parts.append(upsample(branch(pool(features, bins)), (height, width)))
         return self.classifier(self.dropout(self.fuse(torch.cat(parts, dim=1))))
 
 

@@ -1,0 +1,108 @@
+"""A trained network as ONNX or as a program of torch.export, checked on real images before it is kept."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from darseg.data.images import IMAGE_SUFFIXES, read_image
+from darseg.data.manifest import find_files
+from darseg.errors import DataError, ExportError, RunError, faults
+from darseg.model.export import Parity, check_suffix, metadata_of, write_exported
+from darseg.run.build import evaluation_protocol, manifest_of
+from darseg.run.directory import RunDirectory, digest_path
+from darseg.run.evaluate import Trained, load_trained
+
+COMPARED = 8
+"""Images to compare on at most, taken evenly from all there are; each is predicted twice."""
+
+ROLES = ("validation", "unlabeled", "labeled")
+"""Of a recipe's images, the first there are."""
+
+
+def export_network(
+    source: Path | str, out: Path | str, round_index: int | None = None, images: Path | str | None = None
+) -> Parity:
+    """Write a trained network for programs without darseg, and check that the file gives the same classes.
+
+    The file takes images uint8 [B, H, W, 3], RGB, of any size and number; it gives classes uint8 [B, H, W] and logits
+    float32 [B, K, H, W] of one window over the whole image, without mirror and other scales.
+
+    Args:
+        source: run folder or .safetensors checkpoint.
+        out: OUT.onnx, or OUT.pt2 for torch.export; must not exist yet.
+        round_index: of a run folder; None: the last finished.
+        images: a folder (or file) of images to compare on; None: the recipe's validation images, or where it has
+            none the unlabelled ones. At most 8 are taken.
+
+    Raises ExportError, leaving no file, where it cannot be written or fewer than 99.9 % of the pixels of any image have
+    the same class; RunError, WeightsError, DataError, NumericsError, StorageError.
+    """
+    source, out = Path(source), Path(out)
+    check_suffix(out)
+    if out.exists():
+        raise ExportError(f"{out} exists already, and is left as it is: give another name, or remove it.")
+    trained = load_trained(source, round_index)
+    compared = _images(source, trained, images)
+    network = trained.network.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
+    metadata = metadata_of(trained.spec, trained.classes(), _facts(source, trained))
+    return write_exported(network, out, compared, metadata)
+
+
+def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[str, np.ndarray]:
+    if images is not None:
+        folder = Path(images)
+        found = {folder.stem: folder} if folder.is_file() else find_files(folder, IMAGE_SUFFIXES)
+        if not found:
+            raise DataError(f"{folder}: no images found ({', '.join(IMAGE_SUFFIXES)}).")
+    elif trained.recipe is None:
+        raise RunError(
+            f"{source} is a checkpoint outside a run folder: name images to check the exported file with, "
+            "--images FOLDER."
+        )
+    else:
+        try:
+            roles = manifest_of(trained.recipe).roles()
+        except DataError as error:
+            raise DataError(
+                f"{error}\nOr name other images to check the exported file with: --images FOLDER."
+            ) from None
+        found = {sample.id: sample.image for sample in next(filter(None, (roles[role] for role in ROLES)))}
+    names = list(found)
+    taken = [
+        names[index] for index in np.unique(np.linspace(0, len(names) - 1, COMPARED).round().astype(int))
+    ]
+    read, wrong = {}, []
+    for name in taken:
+        try:
+            read[name] = read_image(found[name])
+        except DataError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise DataError(faults("Images to check the exported file with cannot be read", wrong))
+    return read
+
+
+def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
+    """Digest of the weights, and of a run what it was trained as and how it scored."""
+    facts: dict[str, Any] = {"source_sha256": digest_path(trained.path)}
+    numbered = re.fullmatch(r"round_(\d+)", trained.path.parent.name)
+    if trained.recipe is None or numbered is None:
+        return facts
+    run, index = RunDirectory(source), int(numbered[1])
+    training: dict[str, Any] = {
+        "round": index,
+        "labeling_ratio": trained.recipe.rounds[index].labeling_ratio,
+    }
+    if record := run.read_record(index, "train"):
+        training["steps"] = record.facts["steps"]
+    if run.read_record(index, "evaluate"):
+        training["mean_iou"] = json.loads((run.round(index) / "scores.json").read_text())["mean_iou"]
+        training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
+    return facts | {"training": training}
