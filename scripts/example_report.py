@@ -1,9 +1,9 @@
-"""docs/example_report.html: the report of a CamVid run, its pictures of a demo run.
+"""docs/example_report.html: the report of a CamVid run, with the pictures of another run.
 
-    .venv/bin/python scripts/example_report.py runs/camvid/seed_0/dars demo/seed_0/dars docs/example_report.html
+    .venv/bin/python scripts/example_report.py runs/camvid/seed_0/dars runs/photos docs/example_report.html
 
-CamVid's photographs are for personal and research use and are not part of this repository, so the page's gallery is that
-of the scenes that `darseg demo` draws.
+CamVid's photographs are for personal and research use and are not part of this repository, so the page's gallery is of
+drawn scenes: those of docs/tutorial.md, or of `darseg demo`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from darseg.report.overview import page_of, pictures_of
 
 NOTE = (
     '<p class="hint">The figures above are of CamVid, whose photographs may not be passed on. These pictures are of '
-    "another run, on the drawn scenes of <code>darseg demo</code>, to show what this part looks like.</p>"
+    "another run, on the drawn scenes of the tutorial, to show what this part looks like.</p>"
 )
 
 

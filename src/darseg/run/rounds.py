@@ -458,11 +458,17 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         "network": before,
     }
 
+    whole: list[Checkpoint] = []  # read by the first process already, to see whether it is whole
+
     def done() -> tuple[StepRecord | None, Path | None]:
         record = run.finished(index, "train", inputs, course.reuse)
         if record is not None:
             run.drop_checkpoints(index)  # left by a kill just after the record
-        return record, None if record else _usable_checkpoint(course, index)
+            return record, None
+        path, checkpoint = _usable_checkpoint(course, index)
+        if checkpoint is not None:
+            whole.append(checkpoint)
+        return None, path
 
     record, latest = processes.from_first(done)
     if record is not None:
@@ -473,7 +479,7 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         momentum = load_checkpoint(run.momentum(index - 1)).momentum
     begin, earlier = None, 0.0
     if latest is not None:
-        begin = load_checkpoint(latest)
+        begin = whole.pop() if whole else load_checkpoint(latest)
         saved = [e for e in journal.events("checkpoint") if (e["round"], e["step"]) == (index, begin.step)]
         earlier = saved[-1]["seconds"] if saved else 0.0
         journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
@@ -545,15 +551,15 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
     return seconds
 
 
-def _usable_checkpoint(course: Course, index: int) -> Path | None:
-    """The latest checkpoint that can be read; damaged ones after it are removed, with a warning.
+def _usable_checkpoint(course: Course, index: int) -> tuple[Path | None, Checkpoint | None]:
+    """The latest checkpoint that can be read, and what is in it; None where there is none.
 
-    Raises RunError naming all where there are some and none can be read.
+    Damaged ones after it are removed, with a warning. Raises RunError naming all where none of those there can be read.
     """
     damaged: dict[Path, RunError] = {}
     for path in course.run.checkpoints(index):
         try:
-            load_checkpoint(path)
+            checkpoint = load_checkpoint(path)
         except RunError as error:
             damaged[path] = error
             continue
@@ -561,12 +567,12 @@ def _usable_checkpoint(course: Course, index: int) -> Path | None:
             # Else it would stand for a later one among those that are kept.
             course.journal.warn(f"{other} is damaged and was removed; going back to {path.name}")
             other.unlink()
-        return path
+        return path, checkpoint
     if damaged:
         raise RunError(
             faults("No checkpoint of this round can be read", [str(one) for one in damaged.values()])
         )
-    return None
+    return None, None
 
 
 @contextlib.contextmanager
