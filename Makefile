@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 demo: setup
 	$(BIN)/darseg demo
 
+# A file of tests is one process's, since what its tests share is made once; a thread each, or they wait for one another.
 test: setup
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks
