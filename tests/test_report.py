@@ -31,7 +31,9 @@ from darseg.data.scenes import SCENE_CLASSES
 from darseg.errors import DataError, Interrupted, RunError
 from darseg.model.predict import predict
 from darseg.model.weights import load_network
+from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import prediction_path
+from darseg.pseudo.thresholds import choose_global
 from darseg.report import charts, gallery
 from darseg.report.comparison import compare_runs, spread
 from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
@@ -249,6 +251,28 @@ def test_bins_lose_no_pixel_and_the_threshold_is_one_of_their_edges(data, scale,
     else:
         assert threshold in edges
         assert binned[edges[:-1] >= threshold].sum() == sum(code >= accept for code in codes)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 19])
+def test_the_middle_is_on_the_axis_of_confidences(run: Path, classes: int) -> None:
+    labels = read_run(run).labeled[-1].labels
+    assert labels is not None
+    counts = np.zeros((classes, FLOAT16.codes), np.int64)
+    counts[:, FLOAT16.at_least(0.7)] = 9
+    histogram = ConfidenceHistogram(counts, FLOAT16)
+    few = replace(labels, histogram=histogram, thresholds=choose_global(histogram, 0.6))
+    axis = charts.confidence_chart(few, 0, (1, 2, 3)).layout.xaxis
+    assert axis.range[0] <= axis.tickvals[axis.ticktext.index("0.5")] == 0
+
+
+@pytest.mark.parametrize("method", ["dars", "cbst"])
+def test_only_dars_is_said_to_aim_at_the_labelled_images(run: Path, method: str) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["labeling"]["method"] = method
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    page = write_report(run).read_text()
+    said = ("which the pseudo labels should match", "labelled images (the aim)")
+    assert [one in page for one in said] == [method == "dars"] * 2
 
 
 def test_a_long_curve_is_averaged() -> None:

@@ -73,11 +73,15 @@ def shares_chart(
     labeled: NDArray | None,
     labels: PseudoLabelSet,
     truth: NDArray | None,
+    aligned: bool,
 ) -> go.Figure:
     """Class shares of one round on a logarithmic axis: labelled masks, raw predictions, what was kept; the truth of the
-    unlabelled images where known. Shares of 0 stand at the left edge."""
+    unlabelled images where known. Shares of 0 stand at the left edge.
+
+    aligned: whether the method aims at the shares of the labelled masks.
+    """
     series = [
-        ("labelled images (the aim)", labeled, TRUTH, "diamond"),
+        ("labelled images" + " (the aim)" * aligned, labeled, TRUTH, "diamond"),
         ("raw predictions", labels.thresholds.predicted, PREDICTED, "circle-open"),
         ("pseudo labels kept", labels.kept, KEPT, "circle"),
         ("truth of the unlabelled", truth, "#10a37f", "line-ns-open"),
@@ -321,7 +325,7 @@ def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]
         type="log", range=[-0.3, float(np.log10(max(most, 10)))], exponentformat="SI", nticks=4
     )
     wanted = [*TICKS, *(() if scale is FLOAT16 else (0.9999,))]
-    shown = [(float(np.log(p / (1 - p))), f"{p:g}") for p in wanted if np.log(p / (1 - p)) > edges[0]]
+    shown = [(float(np.log(p / (1 - p))), f"{p:g}") for p in wanted if np.log(p / (1 - p)) >= edges[0]]
     shown.append((float(edges[-1]), "1"))
     figure.update_xaxes(
         range=[float(edges[0]), float(edges[-1])],

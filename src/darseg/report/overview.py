@@ -249,6 +249,7 @@ def _per_round(page: Page, rounds: tuple[RoundFacts, ...], bodies: list[str]) ->
 
 def _shares(page: Page, facts: RunFacts, data: DataFacts) -> str:
     names, bodies = facts.classes.names, []
+    aligned = facts.method == "dars"
     for one in facts.labeled:
         assert one.labels is not None
         columns = {
@@ -264,16 +265,19 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> str:
             ("", [_class_name(facts.classes, k), *(f"{share[k]:.3%}" for share in known.values())])
             for k in range(len(names))
         ]
-        figure = charts.shares_chart(names, data.counts, one.labels, one.truth)
+        figure = charts.shares_chart(names, data.counts, one.labels, one.truth, aligned)
         bodies.append(
             page.chart(figure, f"class shares of round {one.index}")
             + "<details><summary>The same as a table</summary>"
             + table(["share of pixels", *known], rows)
             + "</details>"
         )
+    aim = (
+        "which the pseudo labels should match" if aligned else f"which method {facts.method} does not aim at"
+    )
     hint = (
-        "What each class has of all pixels: in the labelled images, which the pseudo labels should match; in the raw "
-        "predictions, which lean to frequent classes; and in what was kept of them. Logarithmic."
+        f"What each class has of all pixels: in the labelled images, {aim}; in the raw predictions, which lean to "
+        "frequent classes; and in what was kept of them. Logarithmic."
     )
     if data.counts is None:
         hint += " The labelled images could not be read any more, so their shares are missing."
