@@ -489,6 +489,13 @@ def test_the_verdict_comes_first(hostile: Path) -> None:
     assert worst[1] == ", ".join(escaped)
 
 
+def test_a_last_round_as_good_as_the_first_neither_raised_nor_lowered(run: Path) -> None:
+    shutil.copy(run / "round_0/scores.json", run / "round_2/scores.json")
+    text = write_report(run).read_text()
+    mean = read_json(run / "round_0/scores.json")["mean_iou"]
+    assert f"Self-training left mean IoU as it was, <b>{mean:.3f}</b>." in text
+
+
 def darseg_escape(names: list[str]) -> list[str]:
     marks = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;", "'": "&#x27;"}
     return ["".join(marks.get(letter, letter) for letter in name) for name in names]
@@ -658,6 +665,16 @@ def test_other_validation_images_or_protocols_are_warned_of(several: dict[str, P
     )
     assert len(compared.rows[0]) == 4  # other images: not the same but for the seed
     assert "other validation images" in (tmp_path / "x.html").read_text()
+
+
+def test_the_same_seed_again_is_warned_of(several: dict[str, Path], tmp_path: Path) -> None:
+    first, second = several["s0/dars"], tmp_path / "again"
+    copy_run(first, second)
+    compared = compare_runs([first, several["s1/dars"], second], tmp_path / "page.html")
+    assert compared.warnings == (
+        f"{second} has the seed of {first}, 0: their deviation says little of other seeds",
+    )
+    assert "3 runs" in compared.out.read_text() and "3 seeds" not in compared.out.read_text()
 
 
 def test_damaged_label_maps_and_truth_of_another_size_are_told(run: Path, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def compare_runs(runs: Sequence[Path | str], out: Path | str = NAME) -> Comparis
     """
     facts = [read_run(run) for run in runs]
     _check(facts)
-    groups, warnings = group_runs(facts), _warnings(facts)
+    groups = group_runs(facts)
+    warnings = _warnings(facts, groups)
     classes = facts[0].classes
     rows: list[tuple[str, ...]] = [("IoU", *(group.name for group in groups))]
     rows += [(name, *(spread(group.iou[:, k]) for group in groups)) for k, name in enumerate(classes.names)]
@@ -158,7 +159,7 @@ def _check(facts: Sequence[RunFacts]) -> None:
         raise RunError(faults("These runs cannot be compared", wrong))
 
 
-def _warnings(facts: Sequence[RunFacts]) -> list[str]:
+def _warnings(facts: Sequence[RunFacts], groups: Sequence[Group]) -> list[str]:
     found, first = [], facts[0]
     for one in facts[1:]:
         if one.data.get("validation") != first.data.get("validation"):
@@ -175,6 +176,13 @@ def _warnings(facts: Sequence[RunFacts]) -> list[str]:
         for one in facts
         if not one.finished
     ]
+    for group in groups:
+        for at, one in enumerate(group.runs):
+            same = next((other for other in group.runs[:at] if other.seed == one.seed), None)
+            if same is not None:
+                found.append(
+                    f"{one.root} has the seed of {same.root}, {one.seed}: their deviation says little of other seeds"
+                )
     return found
 
 
@@ -188,7 +196,7 @@ def _verdict(page: Page, groups: Sequence[Group], warnings: Sequence[str]) -> st
     for at, group in enumerate(groups):
         values = group.mean_iou
         deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-        count = f"{len(values)} seeds" if len(values) > 1 else "one run"
+        count = f"{len(values)} runs" if len(values) > 1 else "one run"
         cards.append(
             f'<div class="round{" best" * (group is best)}"><span>{_swatch(at)}{escape(group.name)}</span>'
             f"<b>{values.mean():.3f}{deviation}</b><span>{count}{', best' * (group is best)}</span></div>"

@@ -170,8 +170,12 @@ def _sentence(facts: RunFacts, first: RoundFacts, last: RoundFacts, best: RoundF
     iou, change = last.scores.iou, last.scores.iou - first.scores.iou
     if last is not first:
         moved = _mean(last) - _mean(first)
-        verb = "raised" if moved > 0 else "lowered" if moved < 0 else "left"
-        said.append(f"Self-training {verb} mean IoU from {_mean(first):.3f} to <b>{_mean(last):.3f}</b>.")
+        verb = "raised" if moved > 0 else "lowered"
+        said.append(
+            f"Self-training {verb} mean IoU from {_mean(first):.3f} to <b>{_mean(last):.3f}</b>."
+            if moved
+            else f"Self-training left mean IoU as it was, <b>{_mean(last):.3f}</b>."
+        )
         if best is not last:
             said.append(f"Round {best.index} was better ({_mean(best):.3f}).")
         known = np.flatnonzero(~np.isnan(change))
