@@ -174,7 +174,7 @@ def scored(index: int, right: list[int], wrong: list[int]) -> RoundFacts:
     for k, count in enumerate(wrong):
         confusion[k, (k + 1) % len(wrong)] += count
     curve = Curve(np.zeros(0, np.int64), {})
-    return RoundFacts(index, None, None, None, None, 1, Scores(confusion), None, {"evaluate": 1.0}, curve)
+    return RoundFacts(index, None, None, None, None, 0, 1, Scores(confusion), None, {"evaluate": 1.0}, curve)
 
 
 def test_remarks_name_rounds_that_made_things_worse(hostile: Path) -> None:
@@ -348,6 +348,10 @@ def test_images_that_a_round_left_out_are_not_shown(run: Path) -> None:
     (run / "round_2/excluded.json").write_text(json.dumps([name]))
     pictures = shown(run)
     assert pictures and name not in [picture.id for picture in pictures]
+    text = write_report(run).read_text()
+    assert re.findall(r"left out of round (\d)</th><td>(.*?)</td>", text) == [
+        ("2", "1 unlabelled, marked as bad")
+    ]
 
 
 def shown(run: Path) -> tuple[gallery.Picture, ...] | None:
@@ -515,6 +519,8 @@ def test_killed_in_the_middle_of_a_round(run: Path) -> None:
     text = write_report(run).read_text()
     assert "mean IoU after round 1" in text and "2 of 3 rounds" in text and "<span>at work</span>" in text
     assert "Unlabelled images of round 2" in text
+    checkpoint = re.search(r"checkpoint</th><td>(.*?)</td>", text)
+    assert checkpoint and checkpoint[1] == str(run / "round_1/network.safetensors")
 
 
 def test_nothing_scored_yet(run: Path) -> None:

@@ -20,6 +20,7 @@ from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.run.build import classes_of, manifest_of, masks, recipe_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
+from darseg.run.marks import read_excluded
 from darseg.training.scores import Scores
 
 WORSE = 0.02  # IoU that a class loses from one round to the next before it is remarked on
@@ -50,6 +51,7 @@ class RoundFacts:
     Attributes:
         labels: its pseudo labels; pseudo: those against the truth of the unlabelled images, where that is known.
         truth: int64 [K], pixels of each class in that truth.
+        left_out: unlabelled images marked as bad when it began.
         steps: of training; scores: on the validation images; protocol: how these were predicted.
         seconds: step ("label", "train", "evaluate") → how long it took.
     """
@@ -59,6 +61,7 @@ class RoundFacts:
     labels: PseudoLabelSet | None
     pseudo: Scores | None
     truth: NDArray[np.int64] | None
+    left_out: int
     steps: int | None
     scores: Scores | None
     protocol: str | None
@@ -186,6 +189,7 @@ def _read_round(run: RunDirectory, index: int, ratio: float | None, events: Sequ
         labels=labels,
         pseudo=pseudo,
         truth=truth,
+        left_out=len(read_excluded(run, index)),
         steps=done["train"].facts.get("steps") if "train" in done else None,
         scores=scores,
         protocol=protocol,

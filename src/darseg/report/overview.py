@@ -432,9 +432,13 @@ def _run(facts: RunFacts, data: DataFacts, seconds: float) -> str:
     told |= {name: str(value) for name, value in facts.environment.items()}
     if data.manifest is not None:
         told |= {f"{role} images": f"{len(samples):,}" for role, samples in data.manifest.roles().items()}
-    told["checkpoint"] = (
-        str(RunDirectory(facts.root).network(facts.rounds[-1].index)) if facts.rounds else "–"
-    )
+    told |= {
+        f"left out of round {one.index}": f"{one.left_out:,} unlabelled, marked as bad"
+        for one in facts.rounds
+        if one.left_out
+    }
+    trained = [one.index for one in facts.rounds if one.steps is not None]
+    told["checkpoint"] = str(RunDirectory(facts.root).network(trained[-1])) if trained else "–"
     told["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     about = table([], [("", [escape(name), escape(value)]) for name, value in told.items()], "facts")
     return (
