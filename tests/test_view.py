@@ -538,7 +538,7 @@ def test_what_cannot_be_viewed_is_told(
     run: Path, tmp_path: Path, call: Callable[..., tuple[Any, str, str]]
 ) -> None:
     code, _, said = call("view", tmp_path / "nowhere")
-    assert code == 2 and "no run folder of `darseg train`" in said
+    assert code == 2 and "is no run folder: there is no recipe.yaml in it" in said
     code, _, said = call("view", run, "--round", 3)
     assert code == 2 and "rounds with pseudo labels: 1, 2. Wanted is round 3" in said
     (run / "bad_images.json").write_text('[{"id": "x", "time": 1}]')

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darseg.config import Recipe, load_recipe
+from darseg.config import Recipe
 from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
@@ -20,7 +20,7 @@ from darseg.errors import DataError, RunError
 from darseg.model.weights import load_network
 from darseg.pseudo.labelset import ImageFacts, Predictor, label_path, read_prediction
 from darseg.pseudo.redistribute import scale_of
-from darseg.run.build import labeling_protocol, manifest_of, place, set_threads
+from darseg.run.build import labeling_protocol, manifest_of, place, recipe_of, set_threads
 from darseg.run.directory import RunDirectory
 from darseg.run.label import network_predictor
 from darseg.run.marks import read_excluded, read_marks
@@ -59,8 +59,7 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
     Raises RunError where there is none, and where marks, exclusions or facts are damaged.
     """
     run = RunDirectory(root)
-    if not run.recipe.exists():
-        raise RunError(f"{run.root}: no run folder of `darseg train` (no recipe.yaml there).")
+    recipe = recipe_of(root)
     done = sorted(int(path.parent.name.split("_")[1]) for path in run.root.glob("round_*/label.json"))
     if not done or (index is not None and index not in done):
         found = (
@@ -73,7 +72,6 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
             "and `darseg train` goes on with rounds that are missing."
         )
     index = done[-1] if index is None else index
-    recipe = load_recipe(run.recipe)
     manifest = manifest_of(recipe)
     read_marks(run, {sample.id for sample in manifest.unlabeled})
     return labeled_round(run, index, recipe, manifest)

@@ -12,10 +12,9 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from darseg.config import load_recipe
 from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
-from darseg.run.build import manifest_of
+from darseg.run.build import manifest_of, recipe_of
 from darseg.run.directory import RunDirectory, write_json
 
 
@@ -30,11 +29,8 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
 
     Raises RunError naming every id that is no unlabelled image of the run, and where `run` is no run folder.
     """
-    folder = RunDirectory(run)
-    if not folder.recipe.exists():
-        raise RunError(f"{folder.root}: no run folder of `darseg train` (no recipe.yaml there).")
-    known = {sample.id for sample in manifest_of(load_recipe(folder.recipe)).unlabeled}
-    return sorted(change_marks(folder, known, ids, bad))
+    known = {sample.id for sample in manifest_of(recipe_of(run)).unlabeled}
+    return sorted(change_marks(RunDirectory(run), known, ids, bad))
 
 
 def change_marks(
