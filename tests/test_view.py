@@ -169,6 +169,13 @@ def test_filters_and_orders_against_the_label_maps(client: TestClient, run: Path
     assert found["place"] == 1 and found["images"] == []
 
 
+def test_names_are_found_however_their_accents_are_written(client: TestClient) -> None:
+    wanted = [name for name in IDS if "ü" in name]
+    assert wanted
+    for text in ("ü", "u\u0308", "Ü", "U\u0308"):
+        assert names(client, text=text) == wanted
+
+
 def test_facts_that_a_round_wrote_down_are_taken_from_there(run: Path) -> None:
     """And label maps are not read for them."""
     rng = np.random.default_rng(5)

@@ -185,9 +185,10 @@ def _right(values: np.ndarray | None, truth: np.ndarray | None) -> float | None:
     return float((values == truth)[seen].mean()) if seen.any() else None
 
 
-def _small(values: np.ndarray, interpolation: int) -> np.ndarray:
+def small(values: np.ndarray, side: int, interpolation: int) -> np.ndarray:
+    """Scaled down so that the long side has at most `side` pixels; photograph and maps of an image alike."""
     height, width = values.shape[:2]
-    factor = SIDE / max(height, width)
+    factor = side / max(height, width)
     if factor >= 1:
         return values
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
@@ -196,23 +197,23 @@ def _small(values: np.ndarray, interpolation: int) -> np.ndarray:
 
 def jpeg_url(image: np.ndarray) -> str:
     """uint8 [H, W, 3] RGB → a small JPEG as data URL."""
-    return _url(Image.fromarray(_small(image, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
+    return _url(Image.fromarray(small(image, SIDE, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
 
 
 def map_url(label: np.ndarray, classes: ClassSet) -> str:
     """uint8 [H, W] of classes and 255 → a small PNG of the classes' colours, 255 a checkerboard, as data URL."""
     # 254 and 255 stand for the checkerboard's greys: K is at most 255, and a map of 255 classes has only one free value.
-    small = _small(label, cv2.INTER_NEAREST)
+    shown = small(label, SIDE, cv2.INTER_NEAREST)
     palette = classes.palette()
-    rows, columns = np.indices(small.shape) // CHECK
-    other = (small == IGNORE) & ((rows + columns) % 2 == 1)
+    rows, columns = np.indices(shown.shape) // CHECK
+    other = (shown == IGNORE) & ((rows + columns) % 2 == 1)
     if len(classes) < IGNORE:
         palette[IGNORE], palette[IGNORE - 1] = CHECKS
-        picture = Image.fromarray(np.where(other, IGNORE - 1, small).astype(np.uint8), "P")
+        picture = Image.fromarray(np.where(other, IGNORE - 1, shown).astype(np.uint8), "P")
         picture.putpalette(palette.tobytes())
     else:
         palette[IGNORE] = CHECKS[0]
-        colored = palette[small]
+        colored = palette[shown]
         colored[other] = CHECKS[1]
         picture = Image.fromarray(colored)
     return _url(picture, "png", optimize=True)

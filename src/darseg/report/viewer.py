@@ -15,6 +15,7 @@ import math
 import secrets
 import socket
 import threading
+import unicodedata
 import webbrowser
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from darseg.data.labels import read_label
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DarsegError, RunError
+from darseg.report.gallery import small
 from darseg.run.browse import LabeledRound, Repredictor, open_round, read_facts
 from darseg.run.marks import change_marks, read_marks
 
@@ -222,7 +224,7 @@ class Table:
         count, classes = len(one.samples), len(one.classes)
         self.round = one
         self.ids = [sample.id for sample in one.samples]
-        self.folded = [name.casefold() for name in self.ids]
+        self.folded = [_folded(name) for name in self.ids]
         self.position = {name: at for at, name in enumerate(self.ids)}
         self.by_id = np.argsort(np.argsort(np.array(self.ids, object)))
         self.left_out = np.array([name in one.excluded for name in self.ids])
@@ -278,7 +280,7 @@ class Table:
             if wanted.marked:
                 passes &= np.array([name in marks for name in self.ids])
             if wanted.text:
-                sought = wanted.text.casefold()
+                sought = _folded(wanted.text)
                 passes &= np.array([sought in name for name in self.folded])
             keys = {"id": self.by_id, "coverage": coverage, "confidence": self.confidence, "share": share}
             found = np.flatnonzero(passes)
@@ -525,6 +527,11 @@ def viewer_app(one: LabeledRound) -> ASGIApp:
     return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan))
 
 
+def _folded(text: str) -> str:
+    """For finding: letters of either case, however their accents are written (macOS takes names apart)."""
+    return unicodedata.normalize("NFC", text.casefold())
+
+
 def _number(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -541,26 +548,15 @@ def _pixel(values: np.ndarray, x: float, y: float) -> tuple[int, int]:
     return min(height - 1, max(0, int(y * height))), min(width - 1, max(0, int(x * width)))
 
 
-def _fit(values: np.ndarray, size: int, interpolation: int) -> np.ndarray:
-    """Scaled down so that the long side has at most `size` pixels; photograph and maps of an image alike."""
-    height, width = values.shape[:2]
-    factor = size / max(height, width)
-    if factor >= 1:
-        return values
-    return cv2.resize(
-        values, (max(1, round(width * factor)), max(1, round(height * factor))), interpolation=interpolation
-    )
-
-
 def _photo(image: np.ndarray, size: int, quality: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(_fit(image, size, cv2.INTER_AREA)).save(file, "JPEG", quality=quality)
+    Image.fromarray(small(image, size, cv2.INTER_AREA)).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
 def _indexed(values: np.ndarray, palette: np.ndarray, transparent: int | None, size: int) -> bytes:
     """An indexed PNG; pixels of the value `transparent` are see-through."""
-    image = Image.fromarray(np.ascontiguousarray(_fit(values, size, cv2.INTER_NEAREST)), "P")
+    image = Image.fromarray(np.ascontiguousarray(small(values, size, cv2.INTER_NEAREST)), "P")
     image.putpalette(palette.tobytes())
     file = io.BytesIO()
     clear = {} if transparent is None else {"transparency": transparent}
