@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 import zlib
 from dataclasses import replace
@@ -694,3 +695,17 @@ def test_many_unknown_values_are_cut_short():
     line = unknown_values(counts, len(CLASSES))
     assert line is not None and "3 (3 pixels), 4 (4 pixels)" in line
     assert "10 (10 pixels) and 9 more. Set data.ignore" in line and "11 (" not in line
+
+
+def test_names_that_are_no_utf8_are_refused_all_at_once(tmp_path: Path) -> None:
+    """Records, pages and lists hold ids as text."""
+    source = populate(tmp_path, "good")
+    for odd in (b"b\xff.png", b"c\xfe.png"):
+        try:
+            (source.images / os.fsdecode(odd)).write_bytes(png(LABEL, 8, 0))
+        except OSError:
+            pytest.skip("this file system takes no such names")
+    with pytest.raises(DataError, match="no UTF-8") as told:
+        find_samples(source)
+    assert "b\\udcff.png" in str(told.value) and "c\\udcfe.png" in str(told.value)
+    str(told.value).encode()

@@ -141,7 +141,7 @@ def _clashes(found: Iterable[tuple[str, Path]]) -> list[str]:
 def find_samples(source: Source) -> tuple[Sample, ...]:
     """All samples of one role, in the order of the list, or of their ids where there is no list.
 
-    Raises DataError naming every line that leads nowhere.
+    Raises DataError naming every line that leads nowhere, and every name that is no UTF-8.
     """
     if source.list_file is None:
         images, label_of = _find_both(source)
@@ -165,7 +165,20 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
         samples = [sample for index, sample in enumerate(samples) if index % source.except_every]
     if not samples:
         raise DataError(f"{where}: no images found ({', '.join(IMAGE_SUFFIXES)} are read).")
+    odd = [ascii(str(sample.image)) for sample in samples if not _is_utf8(sample.id)]
+    if odd:
+        raise DataError(
+            faults(f"{where}: ids go into records and pages, and these names are no UTF-8, rename them", odd)
+        )
     return tuple(samples)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # bytes of a file's name that Python could only keep, not read
+        return False
+    return True
 
 
 LabelOf = Callable[[str, Path], Path | None]
