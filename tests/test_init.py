@@ -432,6 +432,24 @@ def test_commands_and_an_earlier_recipe(call, tmp_path: Path, monkeypatch: pytes
     assert "# mine" not in Path("in here.yaml").read_text()
 
 
+def test_a_replacement_that_fails_leaves_recipe_and_lists_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins(tmp_path / "in")
+    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    assert made.lists
+    made.lists[0].write_text(made.lists[0].read_text() + "\n")  # mine
+    before = {path: path.read_bytes() for path in (made.recipe, *made.lists)}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(propose, "check", stop)
+    with pytest.raises(KeyboardInterrupt):
+        propose_recipe(tmp_path / "in", tmp_path / "r.yaml", overwrite=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_hostile_class_names_stay_text(tmp_path: Path) -> None:
     hostile = ["<script>alert(1)</script>", "a: b # c", "'\"", "🛣️ road", "null", "- x", "x" * 200]
     for number in range(5):

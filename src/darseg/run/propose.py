@@ -578,16 +578,17 @@ def _steps(data: _Data, batch: int, seconds: float, limit: float) -> tuple[int, 
 
 
 def _write(data: _Data, fit: _Fit, out: Path, lists: Path, console: Console) -> Proposal:
-    written: list[Path] = []
+    written: dict[Path, bytes | None] = {}  # list → what stood there before
     aside = out.with_name(out.name + ".part")
     try:
         for form in data.forms:
             if form is data.forms[-1] and data.roles is not None:
                 for role, pairs in data.roles.items():
                     if pairs:
-                        written.append(lists / f"{role}.txt")
+                        path = lists / f"{role}.txt"
+                        written[path] = path.read_bytes() if path.exists() else None
                         lines = [_line(data.root, image, label) for image, label in pairs]
-                        write_whole(written[-1], "".join(f"{line}\n" for line in lines))
+                        write_whole(path, "".join(f"{line}\n" for line in lines))
             text = _text(data, fit, form, out)
             write_whole(aside, text)
             recipe = load_recipe(aside)
@@ -598,8 +599,11 @@ def _write(data: _Data, fit: _Fit, out: Path, lists: Path, console: Console) -> 
         data.notes += found.notes
         write_whole(out, _comments(data, out) + text)
     except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
+        for path, before in written.items():
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_whole(path, before)
         with suppress(OSError):
             lists.rmdir()
         raise
