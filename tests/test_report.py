@@ -331,6 +331,16 @@ def test_facts_of_images_from_their_file_or_from_the_maps(hostile: Path, run: Pa
         assert one.confidence is not None and 0 < one.confidence < 1
 
 
+def test_images_whose_facts_are_lost_are_counted(run: Path) -> None:
+    """A power cut can take the last lines that were noted, though the maps are there."""
+    before = gallery.image_facts(open_round(run, 2))
+    lost = sorted(before)[0]
+    change_json(run / "round_2/images.json", lambda facts: facts.pop(lost))
+    after = gallery.image_facts(open_round(run, 2))
+    assert after.pop(lost).kept == before[lost].kept
+    assert after == {name: fact for name, fact in before.items() if name != lost}
+
+
 def test_of_many_label_maps_some_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "AT_MOST", 2)
     (run / "round_2/images.json").unlink()

@@ -60,13 +60,11 @@ class Gallery:
 
 
 def image_facts(one: LabeledRound) -> dict[str, ImageFacts]:
-    """Facts of the images a round labelled: as it wrote them down, else counted in label maps.
+    """Facts of the images a round labelled: as it wrote them down, those it did not counted in label maps.
 
     Of more than AT_MOST label maps, as many, evenly spaced, are read. Raises DataError where a map is damaged.
     """
-    if one.noted:
-        return dict(one.noted)
-    samples = without(one.samples, one.excluded)
+    samples = without(one.samples, {*one.excluded, *one.noted})
     if len(samples) > AT_MOST:
         samples = [samples[at * len(samples) // AT_MOST] for at in range(AT_MOST)]
 
@@ -76,7 +74,7 @@ def image_facts(one: LabeledRound) -> dict[str, ImageFacts]:
         return sample.id, ImageFacts.of_map(label, len(one.classes))
 
     with ThreadPoolExecutor(2) as threads:  # decoding releases the interpreter lock
-        return dict(threads.map(count, samples))
+        return dict(one.noted) | dict(threads.map(count, samples))
 
 
 def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ...]) -> dict[str, list[str]]:
