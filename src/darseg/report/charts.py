@@ -24,7 +24,6 @@ ROW = 24  # pixels of a class in charts that have a row for each
 POINTS = 1000  # of a curve; more are averaged
 
 BINS = 60
-LOWEST = 1 / 255  # no largest of K <= 255 probabilities is smaller
 DETAIL = {"float16": 0.998, "fine": 0.999999}  # confidences above are not binned by log-odds
 TICKS = (0.1, 0.5, 0.9, 0.99)
 

@@ -51,7 +51,6 @@ LARGEST, THUMBNAIL = 1600, 160  # pixels of the long side of a picture
 PAGE = 200  # most images in one answer
 AT_ONCE = 4  # pictures drawn at the same time: decoding takes memory
 LARGEST_POST = 10_000  # bytes
-MAP = "viridis"
 
 FILES = {
     "/": ("viewer.html", "text/html; charset=utf-8"),
