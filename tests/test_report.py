@@ -156,8 +156,8 @@ def test_labelled_masks_are_counted(hostile: Path) -> None:
 
 def test_of_a_step_noted_twice_the_last_holds_and_torn_lines_are_passed_over(run: Path) -> None:
     lines = [
-        {"event": "step", "round": 0, "step": 5, "loss_labeled": 9.5, "learning_rate": 0.5},
         {"event": "step", "round": 0, "step": 3, "loss_labeled": None, "learning_rate": 0.25},
+        {"event": "step", "round": 0, "step": 5, "loss_labeled": 9.5, "learning_rate": 0.5},
     ]
     text = "\n" + "\n".join(map(json.dumps, lines)) + '\n{"event": "step", "round": 0, "st'
     with open(run / "journal.jsonl", "a") as file:
@@ -166,6 +166,24 @@ def test_of_a_step_noted_twice_the_last_holds_and_torn_lines_are_passed_over(run
     assert curve.steps.tolist() == [0, 3, 5]
     assert curve.figures["loss_labeled"][2] == 9.5 and np.isnan(curve.figures["loss_labeled"][1])
     assert curve.figures["learning_rate"].tolist()[1:] == [0.25, 0.5]
+
+
+def test_a_round_done_anew_shows_its_own_curve_and_warnings(run: Path) -> None:
+    """Its folder was deleted, as docs/view.md says; the journal still tells of the first time."""
+    before = read_run(run)
+    journal = (run / "journal.jsonl").read_text()
+    stale = "round 2: never predicted, so not pseudo-labelled: last, 7"
+    lines = [
+        {"event": "warning", "text": stale},
+        {"event": "step", "round": 2, "step": 80, "loss_labeled": 3.0},
+        {"event": "warning", "text": "something else"},
+    ]
+    (run / "journal.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + journal)
+    facts = read_run(run)
+    assert facts.rounds[2].curve.steps.tolist() == before.rounds[2].curve.steps.tolist()
+    texts = [one.text for one in remarks(facts, read_data(facts))]
+    assert stale not in texts and "something else" in texts
+    assert sum(text.startswith("round 2: never predicted") for text in texts) == 1
 
 
 def scored(index: int, right: list[int], wrong: list[int]) -> RoundFacts:

@@ -25,6 +25,8 @@ from darseg.training.scores import Scores
 
 WORSE = 0.02  # IoU that a class loses from one round to the next before it is remarked on
 
+NEVER = "never predicted, so not pseudo-labelled"
+
 LOSSES = ("loss_labeled", "loss_pseudo")
 
 
@@ -199,9 +201,15 @@ def _read_round(run: RunDirectory, index: int, ratio: float | None, events: Sequ
 
 
 def _curve(events: Sequence[dict]) -> Curve:
-    """Of a resumed run, the last that was noted of a step holds."""
-    last = {one["step"]: one for one in events if isinstance(one.get("step"), int)}
-    steps = sorted(last)
+    """Where steps go back, in a resumed run or a round done anew, what was noted of them and later ones holds no more."""
+    last: dict[int, dict] = {}
+    for one in events:
+        step = one.get("step")
+        if isinstance(step, int):
+            if last and step <= next(reversed(last)):
+                last = {other: noted for other, noted in last.items() if other < step}
+            last[step] = one
+    steps = list(last)
     names = [name for name in ("learning_rate", *LOSSES) if any(name in last[step] for step in steps)]
 
     def figure(name: str) -> NDArray[np.float64]:
@@ -249,7 +257,7 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
         assert one.labels is not None
         predicted, kept = one.labels.thresholds.predicted, one.labels.kept
         if never := _named(names, predicted == 0):
-            found.append(Remark(f"round {one.index}: never predicted, so not pseudo-labelled: {never}"))
+            found.append(Remark(f"round {one.index}: {NEVER}: {never}"))
         if vanished := _named(names, (predicted > 0) & (kept == 0)):
             found.append(Remark(f"round {one.index}: predicted, but not one pixel kept: {vanished}"))
     if facts.scored:
@@ -257,7 +265,8 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
         assert last.scores is not None
         if zero := _named(names, last.scores.iou == 0):
             found.append(Remark(f"IoU 0 after round {last.index}: {zero}"))
-    found += [Remark(text) for text in facts.warned]
+    # The files know better what was never predicted: a round may have been done anew since the journal warned of it.
+    found += [Remark(text) for text in facts.warned if f": {NEVER}: " not in text]
     return list({remark.text: remark for remark in found}.values())
 
 
