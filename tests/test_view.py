@@ -128,13 +128,18 @@ def test_the_list_tells_what_the_label_maps_hold(client: TestClient, run: Path) 
     answer = client.get("/api/images").json()
     assert answer["total"] == 6
     found = {one["id"]: one for one in answer["images"]}
-    assert set(found) == set(IDS)
+    noted = json.loads((run / "round_2" / "images.json").read_text())
+    assert set(found) == set(noted) == set(IDS)
     for name in IDS:
         label = label_of(run, name)
         assert found[name]["coverage"] == pytest.approx(100 * (label != 255).mean(), abs=1e-3)
         detail = client.get(f"/api/images/{found[name]['index']}").json()
         shares = [100 * (label == k).mean() for k in range(K)]
-        assert detail["kept"] == pytest.approx(shares, abs=1e-3) and detail["predicted"] is None
+        assert detail["kept"] == pytest.approx(shares, abs=1e-3)
+        predicted = noted[name]["predicted"]
+        assert detail["predicted"] == pytest.approx(
+            [100 * count / sum(predicted) for count in predicted], abs=1e-3
+        )
         assert detail["truth"] is (name != "12")
     pages = [
         client.get("/api/images", params={"offset": at, "limit": 2}).json()["images"] for at in (0, 2, 4)
@@ -345,6 +350,7 @@ def test_earlier_rounds_and_left_out_images(run: Path) -> None:
 def test_a_file_that_cannot_be_read_says_so_and_hides_no_other(run: Path) -> None:
     name = open_round(run).samples[1].id
     (run / "round_2" / "labels" / f"{name}.png").write_bytes(b"\x89PNG torn")
+    (run / "round_2" / "images.json").unlink()  # else its facts are taken from there
     with client_of(run) as client:
         while (about := client.get("/api/run").json())["read"] < about["images"]:
             time.sleep(0.01)
@@ -557,14 +563,37 @@ def test_what_cannot_be_viewed_is_told(
     assert code == 2 and "no round has pseudo labels yet" in said
 
 
-def test_ctrl_c_ends_it_quietly(run: Path) -> None:
+@pytest.mark.parametrize("after", [0.0, 1.0])
+def test_ctrl_c_ends_it_quietly(run: Path, after: float) -> None:
     command = [sys.executable, "-m", "darseg", "view", str(run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline() if process.stdout else ""
     assert line.startswith("6 unlabelled images, pseudo labels of round 2: http://127.0.0.1:")
+    time.sleep(after)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.parametrize("moment", ["say", "listen"])
+def test_ctrl_c_before_the_server_runs_ends_it_too(
+    run: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def interrupt(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def listen(port: int | None) -> socket.socket:
+        interrupt()
+        return sock
+
+    sock = viewer.listen(0)
+    if moment == "listen":
+        monkeypatch.setattr(viewer, "listen", listen)
+    viewer.view(run, port=0, say=interrupt if moment == "say" else said.append)
+    sock.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 # The page.

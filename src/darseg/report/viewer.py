@@ -13,11 +13,12 @@ import io
 import json
 import math
 import secrets
+import signal
 import socket
 import threading
 import unicodedata
 import webbrowser
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -86,15 +87,28 @@ def view(
     Raises RunError where there are no pseudo labels, or the port is taken.
     """
     one = open_round(run, round_index)
-    with listen(port) as sock:
+    server = server_of(one)
+    with _ctrl_c(lambda: setattr(server, "should_exit", True)), listen(port) as sock:
         url = f"http://{ADDRESS}:{sock.getsockname()[1]}/"
         say(
             f"{len(one.samples)} unlabelled images, pseudo labels of round {one.index}: {url}  (Ctrl-C ends it)"
         )
         if open_browser:
             webbrowser.open(url)  # the socket listens already: the browser waits
-        with contextlib.suppress(KeyboardInterrupt):
-            server_of(one).run([sock])
+        server.run([sock])
+
+
+@contextlib.contextmanager
+def _ctrl_c(end: Callable[[], object]) -> Generator[None, None, None]:
+    """Ctrl-C calls `end`, also in the moments before uvicorn looks out for it. Only the main thread meets signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: end())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def server_of(one: LabeledRound) -> uvicorn.Server:
