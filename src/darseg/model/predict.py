@@ -170,11 +170,7 @@ def predict(
     the image where a confidence is not a number (logits beyond float16's 65,504, or a network that diverged).
     """
     sums = predict_scores(network, image, protocol, "logits", memory)
-    try:
-        with torch.inference_mode():
-            return decide_strips(sums.mean, sums.total_KHW.shape, sums.total_KHW.device, scale, False, name)
-    except DataError as error:
-        raise NumericsError(str(error)) from None
+    return _decide(sums, scale, False, name)
 
 
 def predict_evaluation(
@@ -190,9 +186,15 @@ def predict_evaluation(
     where probabilities are not numbers (a network that diverged).
     """
     sums = predict_scores(network, image, protocol, "probabilities", memory)
+    return _decide(sums, FINE, True, name)
+
+
+def _decide(sums: WindowSums, scale: ConfidenceScale, probabilities: bool, name: str) -> Prediction:
     try:
         with torch.inference_mode():
-            return decide_strips(sums.mean, sums.total_KHW.shape, sums.total_KHW.device, FINE, True, name)
+            return decide_strips(
+                sums.mean, sums.total_KHW.shape, sums.total_KHW.device, scale, probabilities, name
+            )
     except DataError as error:
         raise NumericsError(str(error)) from None
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from darseg.config import Recipe, flow, load_recipe
 from darseg.data.classes import BUILT_IN
 from darseg.data.discover import Discovery, Found, discover, find_names, guess_classes, survey
-from darseg.data.files import write_whole
+from darseg.data.files import ASIDE, write_whole
 from darseg.data.images import image_size
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, sample_id
@@ -579,7 +579,7 @@ def _steps(data: _Data, batch: int, seconds: float, limit: float) -> tuple[int, 
 
 def _write(data: _Data, fit: _Fit, out: Path, lists: Path, console: Console) -> Proposal:
     written: dict[Path, bytes | None] = {}  # list → what stood there before
-    aside = out.with_name(out.name + ".part")
+    aside = out.with_name(out.name + ASIDE)
     try:
         for form in data.forms:
             if form is data.forms[-1] and data.roles is not None:
@@ -614,7 +614,7 @@ def _write(data: _Data, fit: _Fit, out: Path, lists: Path, console: Console) -> 
 
 def _trial(data: _Data, out: Path, form: Form) -> Recipe:
     """A recipe with this data section and anything else."""
-    aside = out.with_name(out.name + ".part")
+    aside = out.with_name(out.name + ASIDE)
     text = [*_data_lines(data, form, out), "network: {weights: none}", "rounds: [{steps: 1}]"]
     try:
         write_whole(aside, "\n".join(text) + "\n")
