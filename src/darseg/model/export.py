@@ -282,8 +282,8 @@ def _one_window(network: Network, image: np.ndarray, name: str) -> np.ndarray:
 
 def _traced(network: Network, path: Path) -> torch.export.ExportedProgram:
     example = torch.zeros(*EXAMPLE, 3, dtype=torch.uint8)
-    dynamic = torch.export.Dim.DYNAMIC
     try:
+        dynamic = torch.export.Dim.DYNAMIC  # earlier releases of torch lack it
         with torch.no_grad(), _quiet(), _whole_number_padding():
             program = torch.export.export(
                 Portable(network), (example,), dynamic_shapes=({0: dynamic, 1: dynamic, 2: dynamic},)
