@@ -132,8 +132,8 @@ def _caution(facts: RunFacts) -> str:
     steps = sum(one.steps or 0 for one in facts.rounds)
     return (
         f'<p class="hint">Later rounds also trained longer, {steps:,} steps in all. Whether the pseudo labels helped, a '
-        f'control tells: the same recipe with <code>"rounds=[{{steps: {steps}}}]"</code> on the labelled images alone; '
-        "then <code>darseg report THIS_RUN CONTROL</code>.</p>"
+        f"control tells, as many steps on the labelled images alone: <code>darseg train THIS_RUN/recipe.yaml "
+        f'"rounds=[{{steps: {steps}}}]" --out CONTROL</code>, then <code>darseg report THIS_RUN CONTROL</code>.</p>'
     )
 
 
@@ -164,17 +164,17 @@ def _chip(change: float) -> str:
 
 
 def _sentence(facts: RunFacts, first: RoundFacts, last: RoundFacts, best: RoundFacts) -> str:
-    """The verdict in words: what self-training did, what gained and lost most, and the worst class."""
+    """The verdict in words: how the rounds went, what gained and lost most, and the worst class."""
     assert first.scores is not None and last.scores is not None
     names, said = facts.classes.names, []
     iou, change = last.scores.iou, last.scores.iou - first.scores.iou
     if last is not first:
         moved = _mean(last) - _mean(first)
-        verb = "raised" if moved > 0 else "lowered"
+        went = "rose" if moved > 0 else "fell"
         said.append(
-            f"Self-training {verb} mean IoU from {_mean(first):.3f} to <b>{_mean(last):.3f}</b>."
+            f"Mean IoU {went} from {_mean(first):.3f} to <b>{_mean(last):.3f}</b>."
             if moved
-            else f"Self-training left mean IoU as it was, <b>{_mean(last):.3f}</b>."
+            else f"Mean IoU stayed at <b>{_mean(last):.3f}</b>."
         )
         if best is not last:
             said.append(f"Round {best.index} was better ({_mean(best):.3f}).")
