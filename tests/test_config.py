@@ -118,6 +118,7 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     assert "no such recipe" in refused(tmp_path / "nowhere.yaml")
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     assert "UTF-8" in refused(tmp_path / "image.yaml")
+    assert "a folder, not a recipe" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(

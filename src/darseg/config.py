@@ -342,6 +342,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file.") from None
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{path}: a folder, not a recipe. Give the path of a YAML file; `darseg init` writes one for a folder of "
+            "images, and a run folder has its own, recipe.yaml."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
     text = _Text(path.name)
