@@ -242,7 +242,8 @@ def _first_label(folder: Path, seen: Discovery) -> str:
         )
         + "\nDraw label maps (PNG of class indices, 255 = not labelled) into labels/, under the names of their images, "
         "or annotate with labelme or CVAT and make label maps with `darseg rasterize`. Then run this again."
-        + why
+        "\nIf labels are there, they were taken for images: name their folder labels or masks, or their files a_mask.png "
+        "beside a.jpg (docs/init.md has all names)." + why
     )
 
 
