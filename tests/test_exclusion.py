@@ -147,7 +147,9 @@ def test_marks_made_after_a_round_leave_it_as_it_was(
     whole = {index: files(run / f"round_{index}") for index in range(3)}
     for ids, bad in ((BAD, False), (["u/12"], True)):
         darseg.mark_bad(run, ids, bad)
-        train(load_recipe(recipe), run, console=QUIET)
+        train(load_recipe(recipe), run)
+        said = capsys.readouterr().out
+        assert "nothing was done" in said and ("1 image(s) are marked as bad that round 2" in said) == bad
         assert {index: files(run / f"round_{index}") for index in range(3)} == whole
 
 

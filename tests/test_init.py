@@ -420,6 +420,18 @@ def test_what_is_corrupt_is_named_and_left_out(call, tmp_path: Path) -> None:
     assert "a/06.jpg" in (tmp_path / "r_lists" / "unlabeled.txt").read_text()
 
 
+def test_other_words_for_folders_and_a_run_of_one_round(call, tmp_path: Path, monkeypatch) -> None:
+    plain(tmp_path / "in")
+    (tmp_path / "in" / "images").rename(tmp_path / "in" / "Fotos")
+    (tmp_path / "in" / "labels").rename(tmp_path / "in" / "Masken")
+    for name in ("a/06", "b/07", "a/08", "b/09"):  # all that are left have labels
+        (tmp_path / "in" / "Fotos" / f"{name}.jpg").unlink()
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call("init", "in")
+    assert code == 0 and "6 images, 6 of them with labels" in out, out + err
+    assert "darseg report" in out and "darseg view" not in out
+
+
 def test_commands_and_an_earlier_recipe(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain(tmp_path / "in here")
     monkeypatch.chdir(tmp_path)

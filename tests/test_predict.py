@@ -376,3 +376,21 @@ def test_a_written_video_that_is_not_whole_is_no_video(
 def test_unknown_kinds(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="index, color, overlay, confidence"):
         predict_folder(checkpoint, tmp_path, tmp_path / "out", ["colour"])
+
+
+def test_ctrl_c_is_answered(call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    write_png(tmp_path / "a.png", picture(0))
+    monkeypatch.setattr("darseg.run.predict.predict_evaluation", stop)
+    code, _, err = call("predict", checkpoint, tmp_path / "a.png", tmp_path / "out")
+    assert (code, err) == (130, "darseg: interrupted. What was finished is kept.\n")
+
+
+def test_predictions_do_not_go_into_a_run_folder(checkpoint: Path, tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", picture(0))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    with pytest.raises(RunError, match=r"run is a run folder\. Give another"):
+        predict_folder(checkpoint, tmp_path / "a.png", tmp_path / "run")

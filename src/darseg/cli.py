@@ -62,6 +62,8 @@ class Other(str, Enum):
     ignore = "ignore"
 
 
+INTERRUPTED = 130  # exit code of what Ctrl-C ended: 128 + SIGINT
+
 TWICE = "Predict again instead of keeping predictions on the disk while labelling."
 
 
@@ -143,6 +145,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier recipe and its lists.")] = False,
 ) -> None:
     """Look at a folder of images and write a commented recipe for it that fits this machine."""
+    from darseg.config import load_recipe
     from darseg.run.propose import propose_recipe
 
     made = propose_recipe(folder, out, weights=weights, overwrite=force)
@@ -152,7 +155,10 @@ def init(
         print(f"warning: {warning}")
     print(f"Written: {', '.join(map(str, (made.recipe, *made.lists)))}. Read it, then:")
     name, run = shlex.quote(str(made.recipe)), shlex.quote(str(Path("runs") / made.recipe.stem))
-    for command in (f"check {name}", f"plan {name}", f"train {name}", f"report {run}", f"view {run}"):
+    commands = [f"check {name}", f"plan {name}", f"train {name}", f"report {run}"]
+    if len(load_recipe(made.recipe).rounds) > 1:  # else there will be no pseudo labels to look through
+        commands.append(f"view {run}")
+    for command in commands:
         print(f"  darseg {command}")
 
 
@@ -254,7 +260,8 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGES", help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".'
+            metavar="IMAGES… OUT",
+            help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".',
         ),
     ],
     out: Annotated[
@@ -715,6 +722,7 @@ def main() -> None:
     except DarsegError as error:
         print(f"darseg: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("darseg: interrupted; the same command goes on where it was.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer ends by itself, without a word
+            print("darseg: interrupted. What was finished is kept.", file=sys.stderr)
+        raise

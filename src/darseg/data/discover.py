@@ -32,10 +32,11 @@ def _set(words: str) -> frozenset[str]:
 
 LABEL_WORDS = _set(
     "label labels mask masks annotation annotations annot annots gt gts groundtruth truth segmentation segmentations seg "
-    "segs target targets labelmap labelmaps labelids labeltrainids trainids gtfine gtcoarse"
+    "segs target targets labelmap labelmaps labelids labeltrainids trainids gtfine gtcoarse maske masken"
 )
 IMAGE_WORDS = _set(
-    "image images img imgs im photo photos picture pictures frame frames rgb input inputs original originals leftimg8bit"
+    "image images img imgs im photo photos picture pictures frame frames rgb input inputs original originals leftimg8bit "
+    "bild bilder foto fotos"
 )
 COLOR_WORDS = _set("color colour colors colours colored coloured")
 """Labels as colours: taken where there are no others."""

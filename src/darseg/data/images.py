@@ -49,8 +49,7 @@ def read_image(path: Path | str) -> np.ndarray:
         image = None
     if image is None:
         raise DataError(
-            f"{path}: cannot be decoded as an image ({', '.join(IMAGE_SUFFIXES)}). Remove it from the list or "
-            "replace it."
+            f"{path}: cannot be decoded as an image ({', '.join(IMAGE_SUFFIXES)}). Remove or replace it."
         )
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + STEP_16_BIT // 2) // STEP_16_BIT).astype(np.uint8)

@@ -214,7 +214,7 @@ def _decode_grey(path: Path, data: bytes) -> np.ndarray:
     except cv2.error:
         values = None
     if values is None or values.ndim != 2:
-        raise DataError(f"{path}: cannot be decoded. Remove it from the list or replace it.")
+        raise DataError(f"{path}: cannot be decoded. Remove or replace it.")
     return values
 
 

@@ -68,8 +68,12 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
             else "no round has pseudo labels yet"
         )
         raise RunError(
-            f"{run.root}: {found}. Wanted is {'one' if index is None else f'round {index}'}; round 0 never has any, "
-            "and `darseg train` goes on with rounds that are missing."
+            f"{run.root}: {found}. Wanted is {'one' if index is None else f'round {index}'}; round 0 never has any"
+            + (
+                ", and `darseg train` goes on with rounds that are missing."
+                if len(recipe.rounds) > 1
+                else ", and this run's recipe has no other: add rounds, with unlabelled images, and train anew."
+            )
         )
     index = done[-1] if index is None else index
     manifest = manifest_of(recipe)

@@ -21,6 +21,7 @@ from darseg.data.video import VIDEO_SUFFIXES, VideoFacts, VideoWriter, read_fram
 from darseg.errors import DataError, RunError, faults
 from darseg.model.predict import Memory, predict_evaluation
 from darseg.pseudo.labelset import write_map
+from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained
 from darseg.run.journal import Journal
 
@@ -101,6 +102,8 @@ def predict_folder(
         )
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Give a folder for the predictions, behind the images.")
+    if RunDirectory(out).recipe.exists():
+        raise RunError(f"{out} is a run folder. Give another one for the predictions, behind the images.")
     trained = load_trained(source, round_index)
     several = [images] if isinstance(images, (str, Path)) else images
     inputs = _find_inputs(several, out)

@@ -69,7 +69,7 @@ from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
 from darseg.run.label import check_disk, label_samples, network_predictor
 from darseg.run.machine import cache_limit, workers_for
-from darseg.run.marks import fix_excluded, without
+from darseg.run.marks import fix_excluded, read_excluded, read_marks, without
 from darseg.run.processes import Processes
 from darseg.run.signals import Stop, catch_signals
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -181,8 +181,10 @@ def run_rounds(course: Course, network: Network) -> dict:
     summary: dict = {"classes": list(names), "rounds": []}
     before = digest_state(network.state_dict())
     place(network)
+    worked = False
     for round_ in course.rounds:
         found_done = run.record_path(round_.index, "evaluate").exists()
+        worked |= not found_done
         pseudo, labeling = _label(course, round_, before) if round_.index else ((), 0.0)
         training = _train(course, round_, before, pseudo, network)
         course.stop.check()  # asked in the last step
@@ -202,8 +204,23 @@ def run_rounds(course: Course, network: Network) -> dict:
         before = digest_path(run.network(round_.index))
         if processes.first and not (found_done and round_ is not course.rounds[-1]):
             _report(course, round_)
+    if processes.first and not worked:
+        _say_finished(course)
     course.journal.event("finished")
     return summary
+
+
+def _say_finished(course: Course) -> None:
+    """Nothing was left to do; marks that came too late for the rounds are named."""
+    run, last = course.run, course.rounds[-1].index
+    course.journal.say("All rounds are finished already: nothing was done.")
+    marks = read_marks(run, {sample.id for sample in course.manifest.unlabeled})
+    late = set(marks) - set(read_excluded(run, last))
+    if late and last:
+        course.journal.say(
+            f"{len(late)} image(s) are marked as bad that round {last} did not leave out: to do it anew, delete "
+            f"{run.round(last)} and give the same command."
+        )
 
 
 def _report(course: Course, round_: Round) -> None:
