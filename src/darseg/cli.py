@@ -330,6 +330,7 @@ def export(
     """Write a trained network for programs without darseg, and check that the file gives the same classes."""
     from darseg.run.export import export_network
 
+    print("Writing it, then comparing it on real images: half a minute or more.", file=sys.stderr)
     for line in export_network(source, out, round_index, images).describe():
         print(line)
     print(f"Written to {out}")

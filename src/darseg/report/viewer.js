@@ -184,8 +184,9 @@ function paint(element, image, position) {
   if (image.left_out) small.append("left out");
   else if (image.unreadable) small.append("unreadable");
   else if (image.coverage === null) small.append("…");
-  else small.append(image.share === null ? `${percent(image.coverage)} labelled` : `${percent(image.share)} ${info.classes[$("class").value]?.name ?? ""}`);
-  if (image.confidence !== null) small.append(` · ${image.confidence.toFixed(3)}`);
+  else small.append(image.share === null ? percent(image.coverage) : `${percent(image.share)} ${info.classes[$("class").value]?.name ?? ""}`);
+  if (image.confidence !== null) small.append(` · ${image.confidence.toFixed(2)}`);
+  small.title = image.confidence === null ? "labelled" : "labelled · mean confidence";
 }
 
 function thumbnails() {
