@@ -350,8 +350,8 @@ def test_images_alone(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_labels_under_names_that_say_nothing_are_asked_for(call, tmp_path: Path) -> None:
     for number in range(4):
-        save(tmp_path / "in" / "Fotos" / f"{number}.jpg", photo(number))
-        save(tmp_path / "in" / "Masken" / f"{number}.png", np.zeros((20, 30), np.uint8))
+        save(tmp_path / "in" / "eins" / f"{number}.jpg", photo(number))
+        save(tmp_path / "in" / "zwei" / f"{number}.png", np.zeros((20, 30), np.uint8))
     code, _, err = call("init", tmp_path / "in")
     assert code == 2 and "8 images and no labels" in err and "name their folder labels or masks" in err
 

@@ -128,7 +128,7 @@ def test_files_that_are_no_images(tmp_path: Path):
     for name, content in {"text.jpg": b"not an image", "empty.png": b""}.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
-            DataError, match=rf"{name}: cannot be decoded as an image \(.*\)\. Remove it .* or replace"
+            DataError, match=rf"{name}: cannot be decoded as an image \(.*\)\. Remove or replace it"
         ):
             read_image(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
