@@ -260,7 +260,7 @@ def predict(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGES… OUT",
+            metavar="IMAGES",
             help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".',
         ),
     ],
