@@ -22,6 +22,22 @@ REPOSITORY = Path(__file__).parents[1]
 SIZE = (65, 97)  # height, width of the tiny images
 
 
+KILL_BEFORE = """
+import itertools, os, signal
+
+def kill_before(at):
+    '''SIGKILL for this process before its at-th change of the disk; 0: never.'''
+    changes = itertools.count(1)
+    for name in ("replace", "unlink", "rmdir"):
+        def change(*names, act=getattr(os, name), **options):
+            if next(changes) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return act(*names, **options)
+        setattr(os, name, change)
+"""
+"""The beginning of scripts that fork and kill."""
+
+
 def write_png(path: Path, image: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     bgr = image if image.ndim == 2 else image[:, :, ::-1]

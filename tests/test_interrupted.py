@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from conftest import KILL_BEFORE
 from darseg.errors import StorageError
 from darseg.run import label as module
 from darseg.run.processes import Processes
@@ -146,8 +147,10 @@ def test_damaged_files_that_wait_are_made_again(
 
 # Kills.
 
-KILLER = """
-import itertools, os, signal, sys
+KILLER = (
+    KILL_BEFORE
+    + """
+import sys
 from pathlib import Path
 
 import darseg.run.label
@@ -165,13 +168,7 @@ def run(out, at=0):
         for path in out.rglob("*.part"):
             path.write_bytes(path.read_bytes()[: at % 7])
         return code
-    changes = itertools.count(1)
-    for name in ("replace", "unlink", "rmdir"):
-        def change(*names, act=getattr(os, name), **options):
-            if next(changes) == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return act(*names, **options)
-        setattr(os, name, change)
+    kill_before(at)
     sys.argv = ["darseg"] + [str(out) if one == "OUT" else one for one in arguments]
     try:
         main()
@@ -192,6 +189,7 @@ for at in (3, 7):
         kills += 1
 print(kills, "kills")
 """
+)
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> None:

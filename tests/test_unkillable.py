@@ -23,7 +23,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import recipe_dict
+from conftest import KILL_BEFORE, recipe_dict
 from darseg.config import Recipe, load_recipe
 from darseg.data.augment import Augmentation
 from darseg.data.batches import stream_batches
@@ -143,8 +143,10 @@ def pulled(recipe: Recipe, tmp_path: Path, at_step):
 
 # --- SIGKILL
 
-KILLER = """
-import json, itertools, os, random, shutil, signal, sys, time
+KILLER = (
+    KILL_BEFORE
+    + """
+import json, random, shutil, sys, time
 from pathlib import Path
 
 import torch.utils.tensorboard
@@ -164,13 +166,7 @@ def begin(out, at=0):
     os.dup2(quiet, 1)
     if at:
         os.fsync = lambda descriptor: None  # slow; a kill does not lose what the system holds
-        changes = itertools.count(1)
-        for name in ("replace", "unlink", "rmdir"):
-            def change(*names, act=getattr(os, name), **options):
-                if next(changes) == at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return act(*names, **options)
-            setattr(os, name, change)
+        kill_before(at)
     code = command(out)
     sys.stderr.flush()
     os._exit(code)
@@ -224,6 +220,7 @@ for at in (7, 11) if kills else ():
             path.write_bytes(path.read_bytes()[: 5 * count])
     print(json.dumps(["often", at, -9, f"{count} kills", code]), flush=True)
 """
+)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
     """
     run = RunDirectory(root)
     recipe = recipe_of(root)
-    done = sorted(int(path.parent.name.split("_")[1]) for path in run.root.glob("round_*/label.json"))
+    done = run.rounds_with("label")
     if not done or (index is not None and index not in done):
         found = (
             f"rounds with pseudo labels: {', '.join(map(str, done))}"

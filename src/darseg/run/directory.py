@@ -123,6 +123,10 @@ class RunDirectory:
         """Of a label step at work, one of each process."""
         return sorted(self.round(index).glob("images_*.jsonl"))
 
+    def drop_facts_logs(self, index: int) -> None:
+        for path in self.facts_logs(index):
+            path.unlink()
+
     def image_facts(self, index: int, classes: int) -> dict[str, ImageFacts]:
         """Id → what labelling found in that image; empty for rounds that were labelled before this was kept.
 
@@ -155,15 +159,19 @@ class RunDirectory:
                 f"{path}: this record is damaged ({error}). Delete it and run the same command again; the step is redone."
             ) from error
 
+    def rounds_with(self, step: str) -> list[int]:
+        """The rounds in which that step is finished, in order."""
+        return sorted(int(path.parent.name.split("_")[1]) for path in self.root.glob(f"round_*/{step}.json"))
+
     def last_network(self) -> Path:
         """Weights of the latest finished round. Raises RunError where there is none."""
-        rounds = [int(p.parent.name.split("_")[1]) for p in self.root.glob("round_*/train.json")]
+        rounds = self.rounds_with("train")
         if not rounds:
             raise RunError(
                 f"{self.root}: no finished round here (no round_0/train.json). Wanted a run folder of "
                 "`darseg train`, or a .safetensors checkpoint; run `darseg train` to its end first."
             )
-        return self.network(max(rounds))
+        return self.network(rounds[-1])
 
     def finished(
         self, index: int, step: str, inputs: Mapping[str, str], reuse: RunDirectory | None = None

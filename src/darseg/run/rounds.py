@@ -338,8 +338,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
             shutil.rmtree(run.labels(index), ignore_errors=True)
             histogram.unlink(missing_ok=True)
             thresholds.unlink()
-            for path in run.facts_logs(index):
-                path.unlink()
+            run.drop_facts_logs(index)
         if record is None and waiting is not None and not histogram.exists():
             check_disk(run.root, count_pixels(unlabeled), "set labeling.predict_twice=true")
         return record
@@ -381,8 +380,7 @@ def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Th
 
 
 def _clean_labeling(course: Course, index: int) -> None:
-    for path in course.run.facts_logs(index):
-        path.unlink()
+    course.run.drop_facts_logs(index)
     if not course.recipe.labeling.keep_predictions:
         shutil.rmtree(course.run.predictions(index), ignore_errors=True)
 
