@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -94,3 +96,39 @@ def test_cores_are_those_this_process_may_use():
 def test_workers(monkeypatch, wanted, cores, processes, streams, workers):
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     assert workers_for(wanted, processes, streams) == workers
+
+
+FAULTS = """
+import resource, sys
+import torch
+from darseg.run.machine import keep_memory
+
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    keep_memory()
+
+def use():
+    tensor = torch.empty(64 << 20, dtype=torch.uint8)
+    tensor.fill_(1)
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries allocate in other ways")
+def test_kept_memory_is_used_again_instead_of_taken_anew():
+    def faults(how: str, **told: str) -> int:
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
+        }
+        call = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(call, env=clean | told, check=True, capture_output=True, text=True).stdout)
+
+    pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
+    assert faults("leave") > 0.9 * pages
+    assert faults("keep") < 0.01 * pages
+    # Whoever says how glibc is to do it is obeyed.
+    assert faults("keep", MALLOC_MMAP_THRESHOLD_="1000000") > 0.9 * pages

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from darseg.errors import RecipeError
+from darseg.model.convolutions import exchange_convolutions
 
 RGB = tuple[float, float, float]
 
@@ -221,6 +222,7 @@ class TimmBackbone(nn.Module):
         self.channels = (stage3, stage4)
         self.mean = _in_255(self.body.pretrained_cfg["mean"])
         self.std = _in_255(self.body.pretrained_cfg["std"])
+        exchange_convolutions(self.body, timm)
 
     def forward(self, images: Tensor) -> Features:
         return Features(*self.body(images)[-2:])

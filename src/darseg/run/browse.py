@@ -17,10 +17,9 @@ from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError, RunError
-from darseg.model.weights import load_network
 from darseg.pseudo.labelset import ImageFacts, Predictor, label_path, read_prediction
 from darseg.pseudo.redistribute import scale_of
-from darseg.run.build import labeling_protocol, manifest_of, place, recipe_of, set_threads
+from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.directory import RunDirectory
 from darseg.run.label import network_predictor
 from darseg.run.marks import read_excluded, read_marks
@@ -138,7 +137,7 @@ class Repredictor:
         recipe, before = self.round.recipe, self.round.index - 1
         if self._predictor is None:
             set_threads(recipe.threads)
-            network = place(load_network(self.round.run.network(before)))
+            network = load_to_predict(self.round.run.network(before))
             protocol, scale = labeling_protocol(recipe), scale_of(recipe.labeling.confidence)
             self._predictor = network_predictor(network, lambda image: protocol, scale, None)
         return self._predictor.predict(sample, read_image(sample.image))

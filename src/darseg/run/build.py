@@ -27,11 +27,13 @@ from darseg.data.labels import label_encoding, read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, build_manifest
 from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
+from darseg.model.fold import fold_batchnorm
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
 from darseg.model.recompute import recompute_blocks
-from darseg.model.weights import fetch, load_weights
+from darseg.model.weights import fetch, load_network, load_weights
 from darseg.run.directory import RunDirectory
+from darseg.run.machine import keep_memory
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
@@ -360,6 +362,18 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
         raise RecipeError(faults(f"Batches are global, and {processes} processes share them", wrong))
 
 
+def load_to_predict(path: Path) -> Network:
+    """The network saved at `path`, in eval mode where it computes, BatchNorm folded: it can only predict.
+
+    All that predicts takes it from here, so that the same network gives the same bits everywhere. Raises WeightsError.
+    """
+    return place(fold_batchnorm(load_network(path)))
+
+
 def place(network: Network) -> Network:
-    """Move a network to the GPU where there is one. Channels-last: convolutions run several times faster so."""
+    """Move a network to the GPU where there is one. Channels-last: convolutions run several times faster so.
+
+    From then on this process keeps memory that it frees: what networks compute is allocated again and again.
+    """
+    keep_memory()
     return network.to(pick_device()).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]

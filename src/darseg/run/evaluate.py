@@ -17,8 +17,8 @@ from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RecipeError, RunError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Memory, Protocol, predict_classes, whole_image
-from darseg.model.weights import load_network, read_spec
-from darseg.run.build import check_sizes, classes_of, evaluation_protocol, manifest_of, place
+from darseg.model.weights import read_spec
+from darseg.run.build import check_sizes, classes_of, evaluation_protocol, load_to_predict, manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.training.scores import Scores
@@ -63,7 +63,7 @@ def load_trained(
         recipe = load_recipe(run.recipe, overrides)
     elif not source.exists():
         raise RunError(f"{source}: no such run folder or checkpoint.")
-    return Trained(place(load_network(path)), read_spec(path), recipe, path)
+    return Trained(load_to_predict(path), read_spec(path), recipe, path)
 
 
 def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> None:

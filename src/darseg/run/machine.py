@@ -1,8 +1,9 @@
-"""What the machine has to spare: cores and memory."""
+"""What the machine has to spare, cores and memory, and how a process keeps what it has."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -14,6 +15,28 @@ network, and for the system to keep files in."""
 MOST_WORKERS = 8
 """Threads that prepare batches. One core prepares 20 crops of 713x713 pixels a second from PNG files of 1024x2048, 285
 from decoded images (docs/performance.md); eight have not been measured."""
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Parameters of glibc's mallopt (malloc.h)."""
+
+KEPT = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
+"""Bytes: of a block that is given back by itself; free at the top before those are given back; taken at once there."""
+
+
+def keep_memory() -> None:
+    """Let this process keep memory that it frees, for what it allocates next.
+
+    glibc gives large blocks back to the system at once and takes them anew for the next tensor of that size, each page of
+    which the system then fills with zeros: of a network's forward pass on a CPU that was two fifths
+    (docs/performance.md). Where another library allocates (not Linux, musl) or the environment says how glibc is
+    to do it (`MALLOC_…_`, `GLIBC_TUNABLES`), nothing happens.
+    """
+    told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or told:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
+        for parameter, size in KEPT.items():
+            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def usable_cores() -> int:

@@ -45,6 +45,7 @@ from darseg.run.build import (
     describe_shares,
     evaluation_protocol,
     labeling_protocol,
+    load_to_predict,
     manifest_of,
     masks,
     pick_device,
@@ -351,7 +352,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
         journal.event("excluded", round=index, images=len(excluded), of=total)
         journal.say(f"round {index}: {len(excluded)} of {total} unlabelled images left out, marked as bad")
     began = time.monotonic()
-    network = place(load_network(run.network(index - 1)))
+    network = load_to_predict(run.network(index - 1))
     with _memory_told(_less_to_predict(course.recipe, "labeling", protocol)):
         labels = label_samples(
             unlabeled,
@@ -648,7 +649,7 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
     if record is not None:
         return Scores.from_json(json.loads(path.read_text())), record.seconds
     began = time.monotonic()
-    network = place(load_network(run.network(index)))
+    network = load_to_predict(run.network(index))
     with (
         journal.progress(f"round {index}: evaluate", len(processes.share(samples))) as advance,
         _memory_told(_less_to_predict(course.recipe, "evaluation", protocol)),

@@ -1,0 +1,220 @@
+"""Convolutions exchanged for faster ones, and BatchNorm folded: against PyTorch's own."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from darseg.model.backbone import Features
+from darseg.model.convolutions import DilatedDepthwise
+from darseg.model.fold import fold_batchnorm
+from darseg.model.heads import ConvNormReLU
+from darseg.model.network import Network
+from test_networks import NETWORKS, build, pictures, shake, spec_of
+
+
+@pytest.fixture
+def timm() -> Any:
+    spec_of("timm/resnet18", 16)  # skips where timm is not there
+    return importlib.import_module("timm")
+
+
+# --- dilated depthwise convolutions
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(2, 4),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    kernel=st.tuples(st.sampled_from([1, 3, 5]), st.sampled_from([3, 5, 7])),
+    dilation=st.tuples(st.integers(1, 4), st.integers(2, 4)),
+    bias=st.booleans(),
+    channels_last=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_a_dilated_depthwise_convolution_is_pytorchs_own(
+    batch, channels, size, kernel, dilation, bias, channels_last, seed
+) -> None:
+    torch.manual_seed(seed)
+    padding = tuple(step * (side - 1) // 2 for step, side in zip(dilation, kernel, strict=True))
+    ours = DilatedDepthwise(
+        channels, channels, kernel, padding=padding, dilation=dilation, groups=channels, bias=bias
+    ).double()
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.randn(batch, channels, *size, dtype=torch.float64).contiguous(memory_format=order)
+    upstream = torch.randn_like(x)
+
+    def run(forward: Any) -> list[Tensor]:
+        given_x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = forward(given_x)
+        return [y, *torch.autograd.grad(y, [given_x, *ours.parameters()], upstream)]
+
+    theirs = run(lambda x: F.conv2d(x, ours.weight, ours.bias, 1, padding, dilation, channels))
+    for trained, expected in zip(run(ours), theirs, strict=True):
+        assert trained.shape == expected.shape
+        torch.testing.assert_close(trained, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs[0])
+        assert torch.equal(ours.eval()(x), theirs[0])
+
+
+def test_bfloat16_goes_through_a_dilated_depthwise_convolution() -> None:
+    torch.manual_seed(0)
+    ours = DilatedDepthwise(8, 8, 3, padding=2, dilation=2, groups=8, bias=False)
+    x = torch.randn(2, 8, 9, 7)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ours(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), ours(x), rtol=0.02, atol=0.02)
+    y.float().sum().backward()
+    assert ours.weight.grad is not None and ours.weight.grad.dtype == torch.float32
+
+
+# --- timm's networks with their convolutions exchanged
+
+EXCHANGED = [
+    ("tf_efficientnet_lite0", 16, DilatedDepthwise),
+    ("tf_efficientnet_lite0", 8, DilatedDepthwise),
+    ("mobilenetv3_small_100", 8, DilatedDepthwise),
+    ("convnext_atto", 16, DilatedDepthwise),
+    ("resnet18", 16, None),
+]
+
+
+@pytest.mark.parametrize(("name", "stride", "wanted"), EXCHANGED)
+@pytest.mark.parametrize("size", [(17, 33), (81, 49)])
+def test_exchanged_convolutions_give_what_timms_give(timm, name, stride, wanted, size) -> None:
+    ours = build(spec_of(f"timm/{name}", stride)).backbone
+    theirs = timm.create_model(name, features_only=True, output_stride=stride, pretrained=False)
+    shake(ours)
+    theirs.load_state_dict(ours.body.state_dict())  # the same names
+    for one in (ours.double(), theirs.double()):
+        for module in one.modules():
+            if isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath":
+                module.p = module.drop_prob = 0.0
+    kinds = [type(module) for module in ours.modules()]
+    if wanted is not None:
+        assert wanted in kinds
+    same = [m for m in theirs.modules() if type(m).__name__ == "Conv2dSame" and m.kernel_size[0] % 2]
+    assert bool(same) == name.startswith("tf_")
+    left = [m for m in ours.modules() if type(m).__name__ == "Conv2dSame" and m.kernel_size[0] % 2]
+    assert not left
+
+    images = pictures(3, 3, *size).double() / 64 - 2
+    for mode in (True, False):
+        ours.train(mode), theirs.train(mode)
+        ours.zero_grad(), theirs.zero_grad()
+        found, expected = ours(images), theirs(images)[-2:]
+        sum(part.square().sum() for part in found).backward()
+        sum(part.square().sum() for part in expected).backward()
+        pairs = list(zip(found, expected, strict=True))
+        pairs += [(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
+        pairs += list(zip(ours.buffers(), theirs.buffers(), strict=True))
+        for one, other in pairs:
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+# --- BatchNorm folded
+
+
+def logits(network: Network, *shape: int) -> Tensor:
+    with torch.no_grad():
+        return network(pictures(2, 3, *shape)).main
+
+
+@pytest.mark.parametrize(("backbone", "output_stride"), NETWORKS)
+def test_folded_networks_give_the_same_logits(backbone: str, output_stride: int) -> None:
+    network = build(spec_of(backbone, output_stride)).eval()
+    shake(network)
+    before = logits(network, 65, 97)
+    folded = fold_batchnorm(network)
+    assert folded is network and not folded.training
+    assert not any(module.training for module in folded.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.head.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.backbone.modules())
+    after = logits(network, 65, 97)
+    assert not torch.equal(after, before)  # something was done
+    torch.testing.assert_close(after, before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
+class Odd(nn.Module):
+    """A backbone where one BatchNorm alone may go: others follow what somebody else uses too, or are called twice."""
+
+    mean, std = (120.0, 120.0, 120.0), (60.0, 60.0, 60.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, 8, 1), nn.BatchNorm2d(8)
+        self.shared, self.shared_norm = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+        self.twice, self.after, self.again = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.one, self.two, self.norm = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.first = nn.BatchNorm2d(8)
+
+    def forward(self, images: Tensor) -> Features:
+        x = self.first(self.stem_norm(self.stem(images)))
+        both = self.shared(x)
+        x = both + self.shared_norm(both)
+        x = self.after(self.twice(x)) + self.again(self.twice(x.relu()))
+        x = self.norm(self.one(x)) + self.norm(self.two(x))
+        return Features(x, x)
+
+
+class Wayward(Odd):
+    def forward(self, images: Tensor) -> Features:
+        return super().forward(images if images.sum() > 0 else -images)
+
+
+def with_backbone(backbone: nn.Module) -> Network:
+    network = Network(backbone, ConvNormReLU(8, 5, 1), None, 5, 8)  # ty: ignore[invalid-argument-type]
+    shake(network)
+    return network.eval()
+
+
+@pytest.mark.parametrize(("kind", "gone"), [(Odd, {"stem_norm"}), (Wayward, set())])
+def test_normalisations_that_others_depend_on_stay(kind: type[Odd], gone: set[str]) -> None:
+    torch.manual_seed(0)
+    backbone = kind()
+    network = with_backbone(backbone)
+    before = logits(network, 33, 41)
+    norms = {name for name, one in backbone.named_modules() if isinstance(one, nn.BatchNorm2d)}
+    fold_batchnorm(network)
+    left = {name for name, one in network.backbone.named_modules() if isinstance(one, nn.BatchNorm2d)}
+    assert norms - left == gone
+    torch.testing.assert_close(logits(network, 33, 41), before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
+def test_timms_batchnorm_keeps_what_follows_it(timm) -> None:
+    backbone = Odd()
+    backbone.stem_norm = timm.layers.BatchNormAct2d(8, act_layer=nn.Hardtanh)
+    network = with_backbone(backbone)
+    before = logits(network, 33, 41)
+    fold_batchnorm(network)
+    assert not isinstance(backbone.stem_norm, nn.BatchNorm2d)
+    torch.testing.assert_close(logits(network, 33, 41), before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
+class Scaled(nn.BatchNorm2d):
+    """A BatchNorm of somebody who does more in it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+def test_other_peoples_batchnorms_stay() -> None:
+    backbone = Odd()
+    backbone.stem_norm = Scaled(8)
+    network = with_backbone(backbone)
+    before = logits(network, 33, 41)
+    fold_batchnorm(network)
+    assert isinstance(network.backbone.stem_norm, Scaled)
+    torch.testing.assert_close(logits(network, 33, 41), before, rtol=0, atol=2e-5 * float(before.abs().max()))
