@@ -106,7 +106,8 @@ class Network(nn.Module):
         return images
 
     def predict(self, image: np.ndarray, protocol: Protocol | None = None) -> Prediction:
-        """Classes and confidences of an image, as `darseg predict` and `darseg evaluate` have them.
+        """Classes and confidences of an image, as `darseg predict` and `darseg evaluate` have them, but for rounding
+        (these fold BatchNorm into convolutions).
 
         Args:
             image: uint8 [H, W, 3], RGB; of any size.
