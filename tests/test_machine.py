@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from darseg.run import machine
+from darseg.run import build, machine
 from darseg.run.machine import cache_limit, free_memory, usable_cores, workers_for
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
@@ -102,12 +103,20 @@ FAULTS = """
 import resource, sys
 from darseg.run.machine import keep_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "leave":
+    if sys.argv[1] == "old":  # a glibc that allows 32 MiB at most
+        import ctypes
+        from types import SimpleNamespace
+        from darseg.run import machine
+        real = ctypes.CDLL(None).mallopt
+        def mallopt(which, size):
+            return real(which, size) if which != machine.M_MMAP_THRESHOLD or size <= 32 << 20 else 0
+        machine.ctypes = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=mallopt))
     keep_memory()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = b"x" * (64 << 20)
+    block = b"x" * int(sys.argv[2])
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 # The least of several: small blocks may have taken some of what was free, so that it must be made larger once.
@@ -117,15 +126,32 @@ print(min([faults() for _ in range(6)]))
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries allocate in other ways")
 def test_kept_memory_is_used_again_instead_of_taken_anew():
-    def faults(how: str, **told: str) -> int:
+    def faults(how: str, size: int = 64 << 20, **told: str) -> int:
         clean = {
             name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
         }
-        call = [sys.executable, "-c", FAULTS, how]
+        call = [sys.executable, "-c", FAULTS, how, str(size)]
         return int(subprocess.run(call, env=clean | told, check=True, capture_output=True, text=True).stdout)
 
     pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
     assert faults("leave") > 0.9 * pages
     assert faults("keep") < 0.01 * pages
+    assert faults("keep", 8 << 20) < 0.01 * pages
+    # Where so much is refused, blocks that were used again before still are.
+    assert faults("old", 8 << 20) < 0.01 * pages
     # Whoever says how glibc is to do it is obeyed.
     assert faults("keep", MALLOC_MMAP_THRESHOLD_="1000000") > 0.9 * pages
+
+
+def test_as_many_threads_as_cores_that_may_be_used(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(build, "usable_cores", lambda: 4)
+    try:
+        for here, wanted, threads in ((None, None, 4), ("2", None, 2), ("8", None, 1), ("2", 3, 3)):
+            monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+            if here:
+                monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+            build.set_threads(wanted)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

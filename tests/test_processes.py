@@ -69,7 +69,7 @@ def torchrun(count: int, *command: str, cwd: Path) -> subprocess.CompletedProces
 def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     wanted = np.array(losses(1, 0, None))
-    assert np.isfinite(wanted).all() and wanted[0, 0] != wanted[-1, 0]
+    assert np.isfinite(wanted).all()
     assert np.abs(np.array(losses(1, 0, 2)) - wanted).max() < 1e-5
     (tmp_path / "two.py").write_text(
         "import json, sys, torch, torch.distributed as dist\n"
@@ -102,10 +102,10 @@ def test_a_run_on_two_processes_and_one_that_goes_on_with_its_folder(tiny_data: 
     # Every validation pixel is scored once, whoever scored it.
     confusion = np.array(json.loads((tmp_path / "run/round_2/scores.json").read_text())["confusion"])
     assert 0.9 < confusion.sum() / (3 * 65 * 97) <= 1
-    # One process goes on where two ended: here there is nothing left to do, and all digests hold.
+    # One process goes on where two ended: here there is nothing left to do, and all digests hold. (From a checkpoint of
+    # two it goes on in test_unkillable.py.)
     again = torchrun(1, *command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    # The first round anew from a checkpoint of two: equal in distribution, not in bits.
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
 
 

@@ -191,6 +191,11 @@ def test_quirks_and_micro_batches_are_said(names: dict[Any, Path]) -> None:
         "release_quirks, slips of the release reproduced: the first step of each later round runs at rate 0; stage 4 "
         "learns at 10 x as the head does; the classifier sums 2 of its 4 branches",
     )
+    (shares, shared, _) = plan(load_recipe(path, changes), processes=4).notes
+    assert shares.startswith("4 processes share every batch")
+    assert (
+        "(per batch in round 0: 2)" in shared or "(per batch in round 0: 2, round 1: 1, round 2: 1)" in shared
+    )
     plain = plan(load_recipe(path, changes[:1]))
     assert made.activation_bytes < plain.activation_bytes / 3
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -345,8 +346,39 @@ def test_a_second_process_on_the_folder_is_refused(
     assert "another process is at work in this run folder" in second[0].stderr
     assert "--out NEW_FOLDER" in second[0].stderr and "Traceback" not in second[0].stderr
     assert outcome(run) == wanted
-    with RunDirectory(run).held():  # free again
-        pass
+    with RunDirectory(run).held() as locked:  # free again
+        assert locked
+
+
+def test_a_folder_that_cannot_be_locked_is_said(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    train(load_recipe(path, ["rounds=[{steps: 1}]"]), tmp_path / "run")
+    warned = [one["text"] for one in events(tmp_path / "run", "warning")]
+    assert any("a file system without locks" in text for text in warned)
+
+
+def test_a_data_file_written_anew_with_the_same_size_is_said(
+    path: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(load_recipe(path, ["rounds=[{steps: 1}]"]), run)
+    train(load_recipe(path, ["rounds=[{steps: 1}]"]), run)
+    assert not events(run, "data_written")
+    image = manifest_of(recipe).labeled[0].image
+    before = image.stat()
+    try:
+        os.utime(image, (time.time() + 5, time.time() + 5))
+        train(load_recipe(path, ["rounds=[{steps: 1}]"]), run)
+    finally:
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [one["files"] for one in events(run, "data_written")] == [1]
+    warned = [one["text"] for one in events(run, "warning")]
+    assert any(str(image) in text and "--out NEW_FOLDER" in text for text in warned)
 
 
 @pytest.mark.parametrize("size", [0, 5, 3000])
@@ -595,6 +627,29 @@ def test_an_fp16_stage_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     assert again.scaling == end.scaling
 
 
+def test_a_first_step_that_is_passed_over_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's fused SGD, as on GPUs, would take memory as it finds it."""
+
+    def objective(net: Network, batches: Any, step: int) -> Any:
+        halves = next(net.parameters()).half()  # the gradient of each is 3; 3 · 16384 is the first in range
+        return (3 * halves).sum().float(), {}
+
+    ends, real, empty = [], torch.optim.SGD, torch.empty_like
+    # What it finds is seldom small.
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(1e30))
+    stage = Stage(steps=4, span=(0, 1), learning_rate=1e-3, precision="fp16")
+    for fused in (None, True):
+        monkeypatch.setattr(
+            torch.optim, "SGD", lambda groups, fused=fused, **given: real(groups, **given | {"fused": fused})
+        )
+        ends.append(run_stage(build(DEEPLAB), streams_of(1), objective, stage))
+    for part in ("network", "momentum"):
+        plain, fused_ = (getattr(end, part) for end in ends)
+        assert plain.keys() == fused_.keys()
+        for key in plain:
+            torch.testing.assert_close(fused_[key], plain[key], rtol=1e-6, atol=1e-6)
+
+
 def test_fp16_runs_and_its_journal_stays_json(path: Path, tmp_path: Path) -> None:
     changes = ["training.precision=fp16", "rounds=[{steps: 2}]"]
     train(load_recipe(path, changes), tmp_path / "run")
@@ -639,8 +694,20 @@ def test_waiting_is_measured() -> None:
     [
         (["training.batch=8"], r"training\.micro_batch=4 \(now 8 images at once\)", "micro_batch=2"),
         ([], r"training\.micro_batch=2 \(now 4 images", "micro_batch=4"),
-        (["training.micro_batch=2"], r"training\.precision=bf16", "micro_batch"),  # no less is possible
+        (["training.micro_batch=2"], r"with training\.precision=bf16", "micro_batch"),  # no less is possible
         (["training.batch=6", "training.half_batch=6", "training.micro_batch=6"], "micro_batch=3", "batch=2"),
+        (
+            ["training.precision=fp16"],
+            r"training\.recompute=true \(less, for a third more time\) or tr",
+            "bf16",
+        ),
+        (["training.recompute=true"], r"precision=bf16 \(about half\) or training\.crop", "recompute"),
+        (["training.compile=true"], r"precision=bf16 \(about half\) or training\.crop", "recompute"),
+        (
+            ["training.micro_batch=2", "training.precision=fp16", "training.recompute=true"],
+            r"with training\.crop=\[17, 33\] \(now",
+            " or ",
+        ),
     ],
 )
 def test_a_gpu_without_memory_names_what_to_change(
@@ -655,7 +722,16 @@ def test_a_gpu_without_memory_names_what_to_change(
     message = str(caught.value)
     assert "Tried to allocate 2.00 GiB" in message and "More words" not in message and unsaid not in message
     assert "training.crop=[17, 33] (now [49, 65]; about a quarter)" in message
-    assert "training.recompute=true" in message
+    assert "--reuse" not in message  # each of these is an input of every training
+
+
+def test_a_gpu_without_memory_where_recipes_can_do_no_more() -> None:
+    assert module._smaller("training.crop", (17, 33), 16) == [
+        "training.crop=[17, 17] (now [17, 33]; about a quarter)"
+    ]
+    assert module._smaller("training.crop", (17, 17), 16) == []
+    assert module._either(["a", "b", "c"]) == "a, b or c"
+    assert module._either([]) == "a smaller network.backbone"
 
 
 @pytest.mark.parametrize(

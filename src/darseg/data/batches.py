@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -55,7 +56,12 @@ class Batch:
 def sample_index(position: int, count: int, seed: Sequence[int]) -> int:
     """Which of `count` samples stands at `position`: each epoch is a permutation of its own."""
     epoch, place = divmod(position, count)
-    return int(np.random.default_rng([*seed, 0, epoch]).permutation(count)[place])
+    return int(_order(tuple(seed), epoch, count)[place])
+
+
+@lru_cache(maxsize=8)  # two streams, each between two epochs
+def _order(seed: tuple[int, ...], epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([*seed, 0, epoch]).permutation(count)
 
 
 def stream_batches(

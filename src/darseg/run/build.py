@@ -33,7 +33,7 @@ from darseg.model.predict import Protocol
 from darseg.model.recompute import recompute_blocks
 from darseg.model.weights import fetch, load_network, load_weights
 from darseg.run.directory import RunDirectory
-from darseg.run.machine import keep_memory
+from darseg.run.machine import keep_memory, usable_cores
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
@@ -292,9 +292,9 @@ def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, i
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use so many CPU threads; None: all cores, shared with the other processes on this machine."""
+    """Let torch use so many CPU threads; None: all cores it may run on, shared with the other processes here."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // here))
+    torch.set_num_threads(threads or max(1, usable_cores() // here))
 
 
 def pick_device() -> torch.device:
@@ -365,7 +365,8 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
 def load_to_predict(path: Path) -> Network:
     """The network saved at `path`, in eval mode where it computes, BatchNorm folded: it can only predict.
 
-    All that predicts takes it from here, so that the same network gives the same bits everywhere. Raises WeightsError.
+    All that predicts takes it from here, so that one network gives the same bits everywhere (on as many threads). Raises
+    WeightsError.
     """
     return place(fold_batchnorm(load_network(path)))
 

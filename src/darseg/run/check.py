@@ -153,8 +153,9 @@ def _describe_network(recipe: Recipe) -> str:
 def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
     micro = recipe.training.micro_batch
-    if micro and any(one.batch > micro for one in rounds):
-        passes = ", ".join(f"round {one.index}: {one.batch // one.micro_batch}" for one in rounds)
+    shares = {one.index: one.batch // processes for one in rounds}
+    if micro and any(share > micro for share in shares.values()):
+        passes = ", ".join(f"round {index}: {max(1, share // micro)}" for index, share in shares.items())
         notes.append(
             f"gradients are accumulated over micro-batches of {micro} images (per batch in {passes}); the loss is that "
             "of whole batches, but BatchNorm sees micro-batches"

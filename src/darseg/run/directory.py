@@ -84,12 +84,14 @@ class RunDirectory:
             path.unlink(missing_ok=True)
 
     @contextmanager
-    def held(self) -> Generator[None, None, None]:
+    def held(self) -> Generator[bool, None, None]:
         """Nobody else works in the folder meanwhile; freed by the system however this process ends.
 
-        Raises RunError where another process, on this machine or one that shares the folder, holds it.
+        What is locked is the journal, opened for writing: so NFS holds it for all machines, as it does not a folder.
+        Gives False where the file system has no locks. Raises RunError where another process holds it.
         """
-        descriptor = os.open(self.root, os.O_RDONLY)
+        descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        locked = True
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,8 +101,8 @@ class RunDirectory:
                     "another run with --out NEW_FOLDER."
                 ) from None
             except OSError:
-                pass  # a file system without locks
-            yield
+                locked = False
+            yield locked
         finally:
             os.close(descriptor)
 
@@ -314,8 +316,8 @@ def digest_settings(**settings: Any) -> str:
 
 
 def digest_samples(samples: Iterable[Sample]) -> str:
-    """SHA-256 over ids, file sizes and how labels are read: notices what was added, removed or replaced, without
-    reading it all."""
+    """SHA-256 over ids, file sizes and how labels are read: notices what was added, removed or changed in size, without
+    reading it all (see `written_since`)."""
     lines, missing = [], []
     for sample in samples:
         try:
@@ -327,6 +329,18 @@ def digest_samples(samples: Iterable[Sample]) -> str:
     if missing:
         raise DataError(faults("Files of the data set cannot be read", missing))
     return digest_text("\n".join(lines))
+
+
+def written_since(manifest: Manifest, moment: float) -> list[Path]:
+    """Images and label maps written after `moment` (seconds since 1970): perhaps with other content of the same size."""
+    paths = {
+        path
+        for samples in manifest.roles().values()
+        for sample in samples
+        for path in (sample.image, sample.label)
+        if path is not None
+    }
+    return sorted(path for path in paths if path.stat().st_mtime > moment)
 
 
 def digest_manifest(manifest: Manifest) -> dict[str, str]:

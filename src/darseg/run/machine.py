@@ -16,18 +16,22 @@ MOST_WORKERS = 8
 """Threads that prepare batches. One core prepares 20 crops of 713x713 pixels a second from PNG files of 1024x2048, 285
 from decoded images (docs/performance.md); eight have not been measured."""
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 
-KEPT = {M_MMAP_THRESHOLD: 1 << 30, M_TRIM_THRESHOLD: (1 << 31) - 1, M_TOP_PAD: 64 << 20}
-"""Bytes: of a block that is given back by itself; free at the top before those are given back; taken at once there."""
+MAPPED_FROM = (1 << 30, 32 << 20)
+"""Bytes of a block from which on it is taken from the system by itself and given back at once: as wanted, and as older
+glibcs allow at most."""
+
+KEPT = (1 << 31) - 1
+"""Free bytes at the top of what the system gave, beyond which they are given back: the most an int can say."""
 
 
 def keep_memory() -> None:
     """Let this process keep memory that it frees, for what it allocates next.
 
-    glibc gives large blocks back to the system at once and takes them anew for the next tensor of that size, each page of
-    which the system then fills with zeros: of a network's forward pass on a CPU that was two fifths
+    glibc gives blocks of 32 MiB and more back at once and takes them anew for the next tensor of that size, each page of
+    which the system then fills with zeros: of a large image's forward pass on a CPU that was more than half
     (docs/performance.md). Where another library allocates (not Linux, musl) or the environment says how glibc is
     to do it (`MALLOC_…_`, `GLIBC_TUNABLES`), nothing happens.
     """
@@ -35,8 +39,10 @@ def keep_memory() -> None:
     if sys.platform != "linux" or told:
         return
     with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
-        for parameter, size in KEPT.items():
-            ctypes.CDLL(None).mallopt(parameter, size)
+        mallopt = ctypes.CDLL(None).mallopt
+        # Any call ends the threshold's growing by itself: it must not be left where it starts, at 128 KiB.
+        if any(mallopt(M_MMAP_THRESHOLD, size) for size in MAPPED_FROM):
+            mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def usable_cores() -> int:

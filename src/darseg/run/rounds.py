@@ -27,6 +27,7 @@ from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
 from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
+from darseg.model.backbone import RESNETS
 from darseg.model.network import Network
 from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, save_network
@@ -65,6 +66,7 @@ from darseg.run.directory import (
     digest_state,
     open_run,
     write_json,
+    written_since,
 )
 from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
@@ -133,6 +135,8 @@ def train(
     prepare_training(recipe, network, processes.count)
     console = console or Console(quiet=not processes.first)
 
+    locked: list[bool] = []  # in the first process
+
     def begin(stack: contextlib.ExitStack) -> tuple[Path, list[int]]:
         if not RunDirectory(out).recipe.exists():  # before hours of work, not after them
             found = read_all(manifest, console)
@@ -144,7 +148,7 @@ def train(
         run = open_run(
             Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
         )
-        stack.enter_context(run.held())
+        locked.append(stack.enter_context(run.held()))
         return run.root, counts.tolist()
 
     with contextlib.ExitStack() as stack:
@@ -162,6 +166,11 @@ def train(
         try:
             if processes.first:
                 _begin(course, weights_from)
+                if not all(locked):
+                    journal.warn(
+                        f"{run.root} lies on a file system without locks: a second process that works in it at the same "
+                        "time would not be noticed"
+                    )
             return run_rounds(course, network)
         except BaseException as error:
             with contextlib.suppress(StorageError):  # a full disk must not hide why the run stopped
@@ -270,6 +279,13 @@ def _begin(course: Course, weights_from: str) -> None:
             journal.warn(
                 "on another number of processes dropout and BatchNorm's groups of images are others: the result is "
                 "equal in distribution, not in bits"
+            )
+        began = run.environment.stat().st_mtime
+        if newer := written_since(course.manifest, began):
+            journal.event("data_written", files=len(newer))
+            journal.warn(
+                f"{len(newer)} data file(s) were written after this run began, the first is {newer[0]}. All sizes are as "
+                "they were, so it goes on; if what they hold is not, start another run with --out NEW_FOLDER"
             )
     else:
         write_json(run.environment, now)
@@ -610,27 +626,33 @@ def _less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
     half = (training.half_batch or training.batch // 2) if len(recipe.rounds) > 1 else training.batch
     shares = (training.batch // processes, half // processes)
     fits = [size for size in range(2, now // 2 + 1) if not any(share % size for share in shares)]
-    fewer = f"training.micro_batch={fits[-1]} (now {now} images at once), " if fits else ""
-    crop, smaller = _half(training.crop, recipe.network.output_stride)
-    return (
-        f"Start a new run (--out; --reuse takes over finished rounds) with {fewer}training.precision=bf16 (about half), "
-        f"training.recompute=true (less, for a third more time), or training.crop={smaller} (now {crop}; about a "
-        "quarter). `darseg plan` counts what a step keeps."
-    )
+    remedies = [f"training.micro_batch={fits[-1]} (now {now} images at once)"] if fits else []
+    if training.precision == "fp32":
+        remedies.append("training.precision=bf16 (about half)")
+    if not (training.recompute or training.compile) and recipe.network.backbone in RESNETS:
+        remedies.append("training.recompute=true (less, for a third more time)")
+    remedies += _smaller("training.crop", training.crop, recipe.network.output_stride)
+    return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` counts what a step keeps."
 
 
 def _less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
     """How labelling or evaluation takes less memory."""
-    window, smaller = _half(protocol.window, recipe.network.output_stride)
+    remedies = _smaller(f"{section}.window", protocol.window, recipe.network.output_stride)
     return (
-        f"Start a new run (--out; --reuse takes over finished rounds) with {section}.window={smaller} "
-        f"(now {window}; about a quarter of the memory)."
+        f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}; --reuse THIS_FOLDER takes over what does not "
+        "depend on it."
     )
 
 
-def _half(size: tuple[int, int], stride: int) -> tuple[list[int], list[int]]:
-    """A size, and the nearest a network takes to half of its sides."""
-    return list(size), [stride * max(1, (side // 2) // stride) + 1 for side in size]
+def _smaller(key: str, size: tuple[int, int], stride: int) -> list[str]:
+    """The key with the nearest a network takes to half of each side; nothing where that is what it has."""
+    smaller = [stride * max(1, (side // 2) // stride) + 1 for side in size]
+    return [f"{key}={smaller} (now {list(size)}; about a quarter)"] if smaller != list(size) else []
+
+
+def _either(remedies: Sequence[str]) -> str:
+    *others, last = remedies or ["a smaller network.backbone"]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:

@@ -56,11 +56,17 @@ class Checkpoint:
 def restore_momentum(
     momentum: Mapping[str, torch.Tensor], network: Network, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Give SGD the momentum that an earlier stage ended with."""
+    """Give SGD the momentum that an earlier stage ended with; zeros where there is none.
+
+    PyTorch would make it in the first step. Where that step is passed over (fp16 beyond its range), its fused SGD
+    would go on with the memory as it found it.
+    """
     for name, parameter in network.named_parameters():
-        if name in momentum:
-            buffer = torch.empty_like(parameter, memory_format=torch.preserve_format)
-            optimizer.state[parameter]["momentum_buffer"] = buffer.copy_(momentum[name])
+        if parameter.requires_grad:
+            buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            if name in momentum:
+                buffer.copy_(momentum[name])
+            optimizer.state[parameter]["momentum_buffer"] = buffer
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:

@@ -1,6 +1,8 @@
 """One stage of training: the plain loop, on one process or many. What to minimise comes in as a function.
 
-Many processes are PyTorch's DistributedDataParallel: started by torchrun, each with its share of every batch.
+Many processes are PyTorch's DistributedDataParallel: started by torchrun, each with its share of every batch. Plainly,
+not through a layer such as Lightning Fabric: that would take over wrapping, autocast and moving to the device, a few
+lines here, and leave what is long – shares, losses over all labelled pixels, statistics, signals.
 """
 
 from __future__ import annotations
@@ -124,8 +126,8 @@ def run_stage(
     if begin is not None:
         begin.restore(network, optimizer, scaler)
         first = begin.step
-    elif momentum:
-        restore_momentum(momentum, network, optimizer)
+    else:
+        restore_momentum(momentum or {}, network, optimizer)
     if first >= stage.steps:
         network.eval()
         return Checkpoint.capture(stage.steps, network, optimizer, scaler)
