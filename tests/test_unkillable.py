@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -627,6 +628,10 @@ def test_an_fp16_stage_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     assert again.scaling == end.scaling
 
 
+def _sgd(real: Callable, wanted: bool | None, groups: Any, **given: Any) -> torch.optim.Optimizer:
+    return real(groups, **given | {"fused": wanted})
+
+
 def test_a_first_step_that_is_passed_over_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's fused SGD, as on GPUs, would take memory as it finds it."""
 
@@ -639,9 +644,7 @@ def test_a_first_step_that_is_passed_over_leaves_no_momentum(monkeypatch: pytest
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(1e30))
     stage = Stage(steps=4, span=(0, 1), learning_rate=1e-3, precision="fp16")
     for fused in (None, True):
-        monkeypatch.setattr(
-            torch.optim, "SGD", lambda groups, fused=fused, **given: real(groups, **given | {"fused": fused})
-        )
+        monkeypatch.setattr(torch.optim, "SGD", partial(_sgd, real, fused))
         ends.append(run_stage(build(DEEPLAB), streams_of(1), objective, stage))
     for part in ("network", "momentum"):
         plain, fused_ = (getattr(end, part) for end in ends)
