@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,8 @@ from darseg.model.convolutions import DilatedDepthwise
 from darseg.model.fold import fold_batchnorm
 from darseg.model.heads import ConvNormReLU
 from darseg.model.network import Network
+from darseg.model.weights import save_network
+from darseg.run.build import load_to_predict
 from test_networks import NETWORKS, build, pictures, shake, spec_of
 
 
@@ -149,6 +152,15 @@ def test_folded_networks_give_the_same_logits(backbone: str, output_stride: int)
     after = logits(network, 65, 97)
     assert not torch.equal(after, before)  # something was done
     torch.testing.assert_close(after, before, rtol=0, atol=2e-5 * float(before.abs().max()))
+
+
+def test_what_predicts_can_be_loaded_in_inference_mode(tmp_path: Path) -> None:
+    spec = spec_of("resnet18", 16)
+    save_network(build(spec), tmp_path / "network.safetensors", spec)
+    with torch.inference_mode():
+        network = load_to_predict(tmp_path / "network.safetensors")
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in network.backbone.modules())
+        assert network(pictures(1, 3, 33, 33)).main.isfinite().all()
 
 
 class Odd(nn.Module):

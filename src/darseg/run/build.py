@@ -368,7 +368,8 @@ def load_to_predict(path: Path) -> Network:
     All that predicts takes it from here, so that one network gives the same bits everywhere (on as many threads). Raises
     WeightsError.
     """
-    return place(fold_batchnorm(load_network(path)))
+    with torch.inference_mode(False):  # what the caller may be in; its tensors know no operations
+        return place(fold_batchnorm(load_network(path)))
 
 
 def place(network: Network) -> Network:
