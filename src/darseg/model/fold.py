@@ -65,9 +65,7 @@ def _pairs(network: Network) -> list[tuple[str, str]]:
         conv = by_operation.get(operation)
         if conv is None or operation not in operations or operation.name() != CONVOLUTION:
             continue
-        weight = operation.next_functions[1][
-            0
-        ]  # of a convolution that makes its weights of others, an operation
+        weight = operation.next_functions[1][0]  # an operation too, where weights are made of others
         own = getattr(weight, "variable", None) is conv.weight
         if own and takers[operation] == takers[weight] == calls[conv] == calls[norm] == 1:
             found.append((names[conv], names[norm]))

@@ -88,9 +88,13 @@ class RunDirectory:
         """Nobody else works in the folder meanwhile; freed by the system however this process ends.
 
         What is locked is the journal, opened for writing: so NFS holds it for all machines, as it does not a folder.
-        Gives False where the file system has no locks. Raises RunError where another process holds it.
+        Gives False where the file system has no locks. Raises RunError where another process holds it, StorageError
+        where the journal cannot be written.
         """
-        descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise storage_error(error, self.journal) from error
         locked = True
         try:
             try:
