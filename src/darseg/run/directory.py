@@ -35,6 +35,10 @@ from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
 
 
+SECONDS_DIGITS = 3
+"""Decimal places of seconds in records."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What a finished step left: digests of its inputs and outputs, seconds, and facts worth keeping."""
@@ -239,7 +243,7 @@ class RunDirectory:
     ) -> StepRecord:
         """Record that a step is done; written last, so that it is done or not."""
         digests = {name: digest_path(self.round(index) / name) for name in outputs}
-        record = StepRecord(step, dict(inputs), digests, round(seconds, 3), dict(facts or {}))
+        record = StepRecord(step, dict(inputs), digests, round(seconds, SECONDS_DIGITS), dict(facts or {}))
         write_json(self.record_path(index, step), vars(record))
         return record
 

@@ -58,6 +58,7 @@ from darseg.run.build import (
 )
 from darseg.run.check import read_all
 from darseg.run.directory import (
+    SECONDS_DIGITS,
     RunDirectory,
     StepRecord,
     digest_manifest,
@@ -431,7 +432,7 @@ def _record_labels(
     facts_of_images = {sample.id: found[sample.id].to_json() for sample in unlabeled if sample.id in found}
     write_whole(course.path(round_, "images.json"), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, "thresholds.json"), labels.to_json())
-    seconds = time.monotonic() - began
+    seconds = _seconds_since(began)
     run.finish(index, "label", inputs, outputs, seconds, facts)
     _clean_labeling(course, index)
     journal.event("labeled", round=index, seconds=round(seconds, 1), **facts)
@@ -569,7 +570,7 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         _memory_told(_less_to_train(recipe, round_, processes.count)),
     ):
         end = run_stage(network, streams, objective, stage, begin, momentum, on_step, on_checkpoint, stop)
-    seconds = earlier + time.monotonic() - began
+    seconds = _seconds_since(began, earlier)
 
     def write() -> None:
         save_network(network, run.network(index), spec_of(recipe))
@@ -644,6 +645,11 @@ def _less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
     )
 
 
+def _seconds_since(began: float, earlier: float = 0.0) -> float:
+    """Rounded as they are recorded: the summary of a run that goes on is made of records, and must be the same."""
+    return round(earlier + time.monotonic() - began, SECONDS_DIGITS)
+
+
 def _smaller(key: str, size: tuple[int, int], stride: int) -> list[str]:
     """The key with the nearest a network takes to half of each side; nothing where that is what it has."""
     smaller = [stride * max(1, (side // 2) // stride) + 1 for side in size]
@@ -681,7 +687,7 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
         )
     scores = Scores(processes.add_up(own.confusion))
     described = scores.to_json(classes.names)
-    seconds = time.monotonic() - began
+    seconds = _seconds_since(began)
 
     def write() -> None:
         write_json(path, described | {"protocol": protocol.describe()})
