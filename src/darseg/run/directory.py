@@ -34,7 +34,6 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
 
-
 SECONDS_DIGITS = 3
 """Decimal places of seconds in records."""
 
