@@ -317,6 +317,13 @@ def test_signals_elsewhere_end_at_once(
     assert outcome(run) == wanted
 
 
+@pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_has_its_exit_code_wherever_it_comes(which: signal.Signals) -> None:
+    with pytest.raises(Interrupted) as caught:
+        Stop().handle(which, None)
+    assert caught.value.code == 128 + which
+
+
 def test_a_signal_asked_again_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

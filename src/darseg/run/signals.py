@@ -44,7 +44,9 @@ class Stop:
     def check(self) -> None:
         """Raise Interrupted where a signal has been noted."""
         if self.asked is not None:
-            raise Interrupted(f"stopped by {self.asked.name}.")
+            error = Interrupted(f"stopped by {self.asked.name}.")
+            error.code = 128 + self.asked
+            raise error
 
     @contextmanager
     def patiently(self) -> Generator[Stop, None, None]:
