@@ -607,12 +607,13 @@ def test_fp16_passes_over_steps_beyond_its_range_and_stops_where_scaling_is_no_r
     assert all(torch.equal(value, start[name]) for name, value in network.named_parameters())
 
 
+def overflowing(net: Network, batches: Any, step: int) -> Any:
+    halves = next(net.parameters()).half()  # the gradient of each is 3; 3 · 16384 is the first in range
+    return (3 * halves).sum().float(), {}
+
+
 def test_an_fp16_stage_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     """The scale has fallen before the checkpoint; begun anew, steps would be passed over again."""
-
-    def objective(net: Network, batches: Any, step: int) -> Any:
-        halves = next(net.parameters()).half()  # the gradient of each is 3; 3 · 16384 is the first in range
-        return (3 * halves).sum().float(), {}
 
     stage = Stage(steps=6, span=(0, 1), learning_rate=1e-3, precision="fp16", checkpoint_every=4)
     norms = []
@@ -620,7 +621,7 @@ def test_an_fp16_stage_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     end = run_stage(
         network,
         streams_of(1),
-        objective,
+        overflowing,
         stage,
         on_checkpoint=lambda one: save_checkpoint(one, tmp_path / "a.safetensors"),
         on_step=lambda s, r, f, w: norms.append(float(f["gradient_norm"])),
@@ -628,7 +629,7 @@ def test_an_fp16_stage_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     assert [bool(np.isfinite(norm)) for norm in norms] == [False, False, True, True, True, True]
     kept = load_checkpoint(tmp_path / "a.safetensors")
     assert kept.scaling["scale"] == 16384
-    again = run_stage(build(DEEPLAB), streams_of(1), objective, stage, begin=kept)
+    again = run_stage(build(DEEPLAB), streams_of(1), overflowing, stage, begin=kept)
     for part in ("network", "momentum"):
         found, held = getattr(again, part), getattr(end, part)
         assert found.keys() == held.keys() and all(torch.equal(found[key], held[key]) for key in held)
@@ -642,17 +643,13 @@ def _sgd(real: Callable, wanted: bool | None, groups: Any, **given: Any) -> torc
 def test_a_first_step_that_is_passed_over_leaves_no_momentum(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's fused SGD, as on GPUs, would take memory as it finds it."""
 
-    def objective(net: Network, batches: Any, step: int) -> Any:
-        halves = next(net.parameters()).half()  # the gradient of each is 3; 3 · 16384 is the first in range
-        return (3 * halves).sum().float(), {}
-
     ends, real, empty = [], torch.optim.SGD, torch.empty_like
     # What it finds is seldom small.
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(1e30))
     stage = Stage(steps=4, span=(0, 1), learning_rate=1e-3, precision="fp16")
     for fused in (None, True):
         monkeypatch.setattr(torch.optim, "SGD", partial(_sgd, real, fused))
-        ends.append(run_stage(build(DEEPLAB), streams_of(1), objective, stage))
+        ends.append(run_stage(build(DEEPLAB), streams_of(1), overflowing, stage))
     for part in ("network", "momentum"):
         plain, fused_ = (getattr(end, part) for end in ends)
         assert plain.keys() == fused_.keys()

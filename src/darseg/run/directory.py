@@ -34,9 +34,6 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
 
-SECONDS_DIGITS = 3
-"""Decimal places of seconds in records."""
-
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -240,9 +237,12 @@ class RunDirectory:
         seconds: float,
         facts: Mapping[str, Any] | None = None,
     ) -> StepRecord:
-        """Record that a step is done; written last, so that it is done or not."""
+        """Record that a step is done; written last, so that it is done or not.
+
+        Seconds are rounded here: take the record's, and a summary is the same whether its steps were done or found.
+        """
         digests = {name: digest_path(self.round(index) / name) for name in outputs}
-        record = StepRecord(step, dict(inputs), digests, round(seconds, SECONDS_DIGITS), dict(facts or {}))
+        record = StepRecord(step, dict(inputs), digests, round(seconds, 3), dict(facts or {}))
         write_json(self.record_path(index, step), vars(record))
         return record
 

@@ -58,7 +58,6 @@ from darseg.run.build import (
 )
 from darseg.run.check import read_all
 from darseg.run.directory import (
-    SECONDS_DIGITS,
     RunDirectory,
     StepRecord,
     digest_manifest,
@@ -136,9 +135,7 @@ def train(
     prepare_training(recipe, network, processes.count)
     console = console or Console(quiet=not processes.first)
 
-    locked: list[bool] = []  # in the first process
-
-    def begin(stack: contextlib.ExitStack) -> tuple[Path, list[int]]:
+    def begin(stack: contextlib.ExitStack) -> tuple[Path, list[int], bool]:
         if not RunDirectory(out).recipe.exists():  # before hours of work, not after them
             found = read_all(manifest, console)
             if found.faults:
@@ -149,12 +146,11 @@ def train(
         run = open_run(
             Path(out), dump_recipe(recipe), lambda found: recipe_differences(load_recipe(found), recipe), data
         )
-        locked.append(stack.enter_context(run.held()))
-        return run.root, counts.tolist()
+        return run.root, counts.tolist(), stack.enter_context(run.held())
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        root, counts = processes.from_first(lambda: begin(stack))
+        root, counts, locked = processes.from_first(lambda: begin(stack))
         run = RunDirectory(root)
         journal = Journal(
             run.journal if processes.first else None, run.tensorboard if processes.first else None, console
@@ -167,7 +163,7 @@ def train(
         try:
             if processes.first:
                 _begin(course, weights_from)
-                if not all(locked):
+                if not locked:
                     journal.warn(
                         f"{run.root} lies on a file system without locks: a second process that works in it at the same "
                         "time would not be noticed"
@@ -177,7 +173,7 @@ def train(
             with contextlib.suppress(StorageError):  # a full disk must not hide why the run stopped
                 journal.event("stopped", reason=f"{type(error).__name__}: {error}")
             if isinstance(error, Interrupted) and stop.asked:
-                error.code = 128 + stop.asked
+                error.code = stop.exit_code
             if not processes.first and isinstance(error, (Interrupted, NumericsError)):
                 processes.leave(error)  # all processes meet these, one tells of them
             raise
@@ -281,8 +277,7 @@ def _begin(course: Course, weights_from: str) -> None:
                 "on another number of processes dropout and BatchNorm's groups of images are others: the result is "
                 "equal in distribution, not in bits"
             )
-        began = run.environment.stat().st_mtime
-        if newer := written_since(course.manifest, began):
+        if newer := written_since(course.manifest, run.environment.stat().st_mtime):
             journal.event("data_written", files=len(newer))
             journal.warn(
                 f"{len(newer)} data file(s) were written after this run began, the first is {newer[0]}. All sizes are as "
@@ -432,8 +427,7 @@ def _record_labels(
     facts_of_images = {sample.id: found[sample.id].to_json() for sample in unlabeled if sample.id in found}
     write_whole(course.path(round_, "images.json"), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, "thresholds.json"), labels.to_json())
-    seconds = _seconds_since(began)
-    run.finish(index, "label", inputs, outputs, seconds, facts)
+    seconds = run.finish(index, "label", inputs, outputs, time.monotonic() - began, facts).seconds
     _clean_labeling(course, index)
     journal.event("labeled", round=index, seconds=round(seconds, 1), **facts)
     right = f", {facts['pixel_accuracy']:.3f} of those rightly" if facts.get("pixel_accuracy") else ""
@@ -570,18 +564,19 @@ def _train(course: Course, round_: Round, before: str, pseudo: Sequence[Sample],
         _memory_told(_less_to_train(recipe, round_, processes.count)),
     ):
         end = run_stage(network, streams, objective, stage, begin, momentum, on_step, on_checkpoint, stop)
-    seconds = _seconds_since(began, earlier)
+    taken = earlier + time.monotonic() - began
 
-    def write() -> None:
+    def write() -> float:
         save_network(network, run.network(index), spec_of(recipe))
         save_checkpoint(Checkpoint(end.step, {}, end.momentum), run.momentum(index))
         facts = {"steps": stage.steps, "learning_rate": [stage.rate(0), stage.rate(stage.steps)]}
-        run.finish(index, "train", inputs, ["network.safetensors", "momentum.safetensors"], seconds, facts)
+        outputs = ["network.safetensors", "momentum.safetensors"]
+        seconds = run.finish(index, "train", inputs, outputs, taken, facts).seconds
         run.drop_checkpoints(index)
         journal.event("trained", round=index, seconds=round(seconds, 1), **facts)
+        return seconds
 
-    processes.from_first(write)
-    return seconds
+    return processes.from_first(write)
 
 
 def _usable_checkpoint(course: Course, index: int) -> tuple[Path | None, Checkpoint | None]:
@@ -645,11 +640,6 @@ def _less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
     )
 
 
-def _seconds_since(began: float, earlier: float = 0.0) -> float:
-    """Rounded as they are recorded: the summary of a run that goes on is made of records, and must be the same."""
-    return round(earlier + time.monotonic() - began, SECONDS_DIGITS)
-
-
 def _smaller(key: str, size: tuple[int, int], stride: int) -> list[str]:
     """The key with the nearest a network takes to half of each side; nothing where that is what it has."""
     smaller = [stride * max(1, (side // 2) // stride) + 1 for side in size]
@@ -687,13 +677,13 @@ def _evaluate(course: Course, round_: Round) -> tuple[Scores, float]:
         )
     scores = Scores(processes.add_up(own.confusion))
     described = scores.to_json(classes.names)
-    seconds = _seconds_since(began)
+    taken = time.monotonic() - began
 
-    def write() -> None:
+    def write() -> float:
         write_json(path, described | {"protocol": protocol.describe()})
-        run.finish(index, "evaluate", inputs, ["scores.json"], seconds)
+        return run.finish(index, "evaluate", inputs, ["scores.json"], taken).seconds
 
-    processes.from_first(write)
+    seconds = processes.from_first(write)
     figures = {name: described[name] for name in ("mean_iou", "mean_accuracy", "pixel_accuracy")}
     journal.event("evaluated", round=index, seconds=round(seconds, 1), **figures, iou=described["iou"])
     last_step = sum(other.steps for other in course.rounds[: index + 1]) - 1

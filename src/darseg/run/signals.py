@@ -33,6 +33,11 @@ class Stop:
     def __call__(self) -> bool:
         return self.asked is not None
 
+    @property
+    def exit_code(self) -> int:
+        """As shells have it: 128 + the number of the signal."""
+        return 128 + (self.asked or 0)
+
     def handle(self, number: int, _: FrameType | None) -> None:
         if self.asked is None:
             self.asked, self.since = signal.Signals(number), time.monotonic()
@@ -45,7 +50,7 @@ class Stop:
         """Raise Interrupted where a signal has been noted."""
         if self.asked is not None:
             error = Interrupted(f"stopped by {self.asked.name}.")
-            error.code = 128 + self.asked
+            error.code = self.exit_code
             raise error
 
     @contextmanager
