@@ -33,7 +33,7 @@ from darseg.data.files import write_whole
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import FINE, FLOAT16, Prediction
-from darseg.data.scenes import draw_scene
+from darseg.demo.scenes import draw_scene
 from darseg.model.decide import decide_strips
 from darseg.model.predict import Memory, Protocol, WindowSums, predict, window_starts
 from darseg.pseudo.assign import assign, image_generator

@@ -32,13 +32,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.augment import Augmentation, augment
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet, class_set
 from darseg.data.dataset import Cache, load_example
 from darseg.data.manifest import Sample
-from darseg.data.scenes import draw_scene
+from darseg.demo.scenes import draw_scene
 from darseg.model.network import Network, NetworkSpec, parameter_groups
 from darseg.run.build import augmentation_of, auxiliary_weight_of, place, spec_of
 from darseg.run.machine import MOST_WORKERS, cache_limit, usable_cores, workers_for

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from darseg.cli import main
-from darseg.data.scenes import SCENE_CLASSES, draw_scene
+from darseg.demo.scenes import SCENE_CLASSES, draw_scene
 
 REPOSITORY = Path(__file__).parents[1]
 SIZE = (65, 97)  # height, width of the tiny images

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from darseg.data.classes import CITYSCAPES, VOC
-from darseg.data.scenes import draw_scene
+from darseg.demo.scenes import draw_scene
 
 SIZE = (97, 129)  # height, width
 SEED = 11

@@ -15,12 +15,12 @@ import yaml
 
 from conftest import REPOSITORY, recipe_dict
 from darseg import cli
-from darseg.config import load_recipe
-from darseg.data.annotations import FORMATS
+from darseg.annotate.annotations import FORMATS
+from darseg.config.text import load_recipe
 from darseg.data.classes import BUILT_IN
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
-from darseg.data.scenes import SCENE_CLASSES
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import RunError
 from darseg.model.release import RELEASED
 from darseg.run.evaluate import evaluate

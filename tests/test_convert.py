@@ -25,8 +25,8 @@ from torch import Tensor
 
 import darseg
 from conftest import recipe_dict
-from darseg.config import load_recipe
-from darseg.data.scenes import SCENE_CLASSES
+from darseg.config.text import load_recipe
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import RecipeError, WeightsError
 from darseg.model.network import Network, NetworkSpec, build_network
 from darseg.model.weights import convert, load_network, load_weights, read_spec, save_network

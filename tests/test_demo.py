@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.labels import read_label
-from darseg.data.scenes import SCENE_CLASSES
-from darseg.run import demo as module
+from darseg.demo import demo as module
+from darseg.demo.scenes import SCENE_CLASSES
 
 LABELED, UNLABELED, VALIDATION = 4, 6, 3
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 import darseg
 from conftest import SIZE, recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.errors import RunError, StorageError
 from darseg.run import label
 from darseg.run import rounds as module

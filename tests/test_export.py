@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import darseg
 from conftest import REPOSITORY, recipe_dict
 from darseg.data.classes import ClassSet
-from darseg.data.scenes import draw_scene
+from darseg.demo.scenes import draw_scene
 from darseg.errors import ExportError, NumericsError
 from darseg.model import backbone, export
 from darseg.model.export import (

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.classes import CITYSCAPES, IGNORE, VOC, class_set
 from darseg.data.images import image_size, read_image
 from darseg.data.labels import (

@@ -15,8 +15,9 @@ import darseg
 from conftest import REPOSITORY
 
 SOURCE = REPOSITORY / "src" / "darseg"
-ROOMS = ("data", "model", "pseudo", "training", "run", "report", "cli")  # each imports only those before it
-STRANGERS = {"pseudo", "training"}
+FRONT_ROOMS = ("report", "view", "init", "annotate", "demo")
+ROOMS = (("data",), ("model",), ("pseudo", "training"), ("methods",), ("run",), FRONT_ROOMS, ("cli",))
+"""Each room imports only rooms before it; rooms that stand together do not know each other."""
 FRONT = {"__init__", "__main__"}  # the package itself: names things, does nothing
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
@@ -38,17 +39,19 @@ def imported(text: str) -> Iterator[str]:
                 yield str(node.module)
 
 
+def place_of(room: str) -> int | None:
+    """Where a room stands in the law's order, None for an unknown one."""
+    return next((place for place, rooms in enumerate(ROOMS) if room in rooms), None)
+
+
 def breach(room: str, other: str) -> bool:
     """Whether `room` may not import from `other`."""
     if other == room or other in {"errors", "__version__"}:
         return False
     if other == "config":
-        return room not in ("run", "cli")
-    if room == "config":
-        return True  # imports nothing but errors
-    if {room, other} == STRANGERS or room not in ROOMS or other not in ROOMS:
-        return True
-    return ROOMS.index(other) > ROOMS.index(room)
+        return room not in ("run", "cli", *FRONT_ROOMS)
+    here, there = place_of(room), place_of(other)
+    return here is None or there is None or there >= here  # config imports nothing but errors
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.stem not in FRONT], ids=Path.as_posix)
@@ -67,9 +70,13 @@ def test_the_law_would_notice() -> None:
         ("data", "config"),
         ("errors", "data"),
         ("data", "new"),
+        ("report", "view"),
+        ("pseudo", "training"),
+        ("methods", "run"),
+        ("config", "data"),
     ]
     assert all(breach(*pair) for pair in pairs)
-    assert not breach("run", "config") and not breach("pseudo", "data")
+    assert not breach("run", "config") and not breach("pseudo", "data") and not breach("cli", "demo")
 
 
 def test_every_module_is_in_a_room_of_the_readmes_map() -> None:

@@ -15,16 +15,16 @@ import torch
 import yaml
 from PIL import Image
 
-from darseg.config import flow, load_recipe
+from darseg.config.text import flow, load_recipe
 from darseg.data.classes import CAMVID, VOC
-from darseg.data.discover import Survey, find_names, guess_classes
 from darseg.data.labels import read_label
 from darseg.errors import DataError
+from darseg.init import propose
+from darseg.init.discover import Survey, find_names, guess_classes
+from darseg.init.propose import propose_recipe
 from darseg.model.network import NetworkSpec
-from darseg.run import propose
 from darseg.run.build import classes_of, manifest_of
 from darseg.run.check import check
-from darseg.run.propose import propose_recipe
 from darseg.run.rounds import train
 from draw_layouts import draw_cityscapes, draw_voc, voc_palette
 

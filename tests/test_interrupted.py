@@ -19,7 +19,7 @@ import pytest
 from conftest import KILL_BEFORE
 from darseg.errors import StorageError
 from darseg.run import label as module
-from darseg.run.processes import Processes
+from darseg.training.processes import Processes
 from test_labeling import ARRAYS, BESIDES, COUNTS, NAMES, RATIO, file_of, outcome, redistribute_quietly, save
 
 

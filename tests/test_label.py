@@ -18,10 +18,10 @@ import yaml
 from rich.console import Console
 
 from conftest import recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
-from darseg.data.scenes import SCENE_CLASSES
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import StorageError
 from darseg.model.predict import predict
 from darseg.model.weights import load_network

@@ -123,7 +123,7 @@ def test_a_recipe_of_other_classes_is_refused(tiny_data: Path, tmp_path: Path) -
     import yaml
 
     from conftest import recipe_dict
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.model.weights import save_network
     from darseg.run.build import spec_of
 
@@ -142,7 +142,7 @@ def test_the_first_image_may_be_bad_too(tiny_data: Path, tmp_path: Path) -> None
     import yaml
 
     from conftest import recipe_dict
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.model.weights import save_network
     from darseg.run.build import spec_of
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 import draw_layouts
 from conftest import recipe_dict
-from darseg.config import Recipe, load_recipe
+from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
 from darseg.data.classes import CITYSCAPES, VOC
 from darseg.data.dataset import load_example
 from darseg.data.labels import CITY_IDS, CITYSCAPES_IDS, PLAIN, label_encoding, read_label

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import darseg
 from conftest import write_png
 from darseg.data.images import read_image
-from darseg.data.scenes import draw_scene
 from darseg.data.video import USUAL_RATE, VideoWriter, read_frames, video_facts
+from darseg.demo.scenes import draw_scene
 from darseg.errors import DataError, NumericsError, RunError, SizeError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict_classes, whole_image

@@ -21,17 +21,17 @@ from pycocotools import mask as coco_mask
 
 import darseg
 from conftest import write_png
-from darseg.config import load_recipe
-from darseg.data.annotations import (
+from darseg.annotate.annotations import (
     CITYSCAPES_VOID,
     AnnotatedImage,
     Region,
     paint,
     read_annotations,
 )
+from darseg.annotate.rasterize import Rasterized, rasterize_folder
+from darseg.config.text import load_recipe
 from darseg.data.classes import CAMVID, CITYSCAPES, VOC
 from darseg.errors import DarsegError, DataError, RunError
-from darseg.run.rasterize import Rasterized, rasterize_folder
 
 HEIGHT, WIDTH = 8, 10
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from conftest import REPOSITORY
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
 

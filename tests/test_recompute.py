@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.errors import RecipeError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.recompute import recompute_blocks

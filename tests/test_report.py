@@ -22,12 +22,12 @@ from PIL import Image
 
 import darseg
 from conftest import recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.prediction import FINE, FLOAT16, Prediction
-from darseg.data.scenes import SCENE_CLASSES
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, Interrupted, RunError
 from darseg.model.predict import predict
 from darseg.model.weights import load_network

@@ -20,11 +20,11 @@ import torch
 import yaml
 
 from conftest import recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.classes import IGNORE
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
-from darseg.data.scenes import SCENE_CLASSES
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, NumericsError, RecipeError, RunError, SizeError, StorageError
 from darseg.model.predict import predict
 from darseg.model.weights import load_network

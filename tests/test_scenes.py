@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darseg.data.scenes import SCENE_CLASSES, draw_scene, write_scenes
+from darseg.demo.scenes import SCENE_CLASSES, draw_scene, write_scenes
 from darseg.errors import DataError, SizeError, StorageError
 
 LISTS = ("validation.txt", "labeled.txt", "unlabeled.txt")
@@ -187,7 +187,7 @@ def test_an_interrupted_set_does_not_pass_for_complete(tmp_path: Path, monkeypat
         return draw_scene(seed, index)
 
     with monkeypatch.context() as patched:
-        patched.setattr("darseg.data.scenes.draw_scene", stop)
+        patched.setattr("darseg.demo.scenes.draw_scene", stop)
         with pytest.raises(KeyboardInterrupt):
             write_scenes(tmp_path, 1, 1, 1, seed=9)
     assert not (tmp_path / "scenes.json").exists()

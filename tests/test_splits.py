@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 
 import darseg
 from conftest import REPOSITORY, recipe_dict, write_png
-from darseg.config import Recipe, load_recipe
-from darseg.data.scenes import SCENE_CLASSES
+from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
 from darseg.data.splits import draw, labeled_count, sequences_of
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.run.build import manifest_of
 from darseg.run.split import draw_split

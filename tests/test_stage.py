@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
 from darseg.errors import NumericsError, RecipeError
-from darseg.model.memory import training_memory
+from darseg.model.footprint import training_memory
 from darseg.model.network import Network, NetworkSpec
 from darseg.run.build import plan_rounds
 from darseg.run.check import plan

@@ -26,7 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import KILL_BEFORE, recipe_dict
-from darseg.config import Recipe, load_recipe
+from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
 from darseg.data.augment import Augmentation
 from darseg.data.batches import stream_batches
 from darseg.errors import (
@@ -781,10 +782,10 @@ import torch
 import torch.distributed as dist
 
 import test_unkillable as tests
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.errors import NumericsError
 from darseg.run import rounds
-from darseg.run.processes import Processes
+from darseg.training.processes import Processes
 
 team = Processes.here()
 torch.set_num_threads(1)

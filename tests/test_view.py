@@ -29,14 +29,14 @@ from starlette.testclient import TestClient
 
 import darseg
 from conftest import Visit, recipe_dict
-from darseg.config import load_recipe
+from darseg.config.text import load_recipe
 from darseg.errors import RunError
-from darseg.report import viewer
 from darseg.run import browse
 from darseg.run.browse import LabeledRound, open_round
 from darseg.run.build import labeling_protocol
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
+from darseg.view import viewer
 
 torch.set_num_threads(1)
 

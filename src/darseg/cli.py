@@ -124,8 +124,8 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Of the training; the data are always the same.")] = 0,
 ) -> None:
     """Draw a long-tailed data set, train on it with and without DARS, and compare class by class."""
+    from darseg.demo.demo import demo as run_demo
     from darseg.report.overview import write_report
-    from darseg.run.demo import demo as run_demo
 
     run_demo(out, seed, after_round=write_report)
 
@@ -145,8 +145,8 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier recipe and its lists.")] = False,
 ) -> None:
     """Look at a folder of images and write a commented recipe for it that fits this machine."""
-    from darseg.config import load_recipe
-    from darseg.run.propose import propose_recipe
+    from darseg.config.text import load_recipe
+    from darseg.init.propose import propose_recipe
 
     made = propose_recipe(folder, out, weights=weights, overwrite=force)
     for note in made.notes:
@@ -172,7 +172,7 @@ def train(
     ] = None,
 ) -> None:
     """Run all rounds of a recipe, or go on where it was stopped: label, train, evaluate, round by round."""
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.report.overview import write_report
     from darseg.run.rounds import train as run_train
 
@@ -234,7 +234,7 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
     """Score a trained network on labelled images, by the recipe's protocol or a changed one."""
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.run.build import classes_of
     from darseg.run.directory import RunDirectory, write_json
     from darseg.run.evaluate import evaluate as run_evaluate
@@ -308,7 +308,7 @@ def view(
     open_browser: Annotated[bool, typer.Option("--open", help="Also open it in the browser.")] = False,
 ) -> None:
     """Look through the unlabelled images of a run in the browser, and mark bad ones. Nothing leaves this machine."""
-    from darseg.report.viewer import view as run_view
+    from darseg.view.viewer import view as run_view
 
     run_view(run, round_index, port, open_browser, lambda line: print(line, flush=True))
 
@@ -400,7 +400,7 @@ def label(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of torch.")] = None,
 ) -> None:
     """Pseudo-label a folder of images with a trained network. Also under torchrun, on many processes."""
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.run.label import label_folder
 
     described = label_folder(
@@ -489,8 +489,8 @@ def rasterize(
     ] = None,
 ) -> None:
     """Make label maps of annotation files: COCO, COCO panoptic, labelme, Cityscapes, CVAT."""
+    from darseg.annotate.rasterize import rasterize_folder
     from darseg.errors import DataError, faults
-    from darseg.run.rasterize import rasterize_folder
 
     made = rasterize_folder(
         annotations,
@@ -515,7 +515,7 @@ def rasterize(
 @app.command()
 def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Find every fault of a recipe's data in one go, and show the class shares."""
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.errors import DataError, faults
     from darseg.run.build import classes_of
     from darseg.run.check import check as run_check
@@ -545,7 +545,7 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="As many as torchrun will start.")] = 1,
 ) -> None:
     """Show what a recipe will do: rounds, steps, learning rates, images, temporary disk."""
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.run.check import plan as run_plan
 
     made = run_plan(load_recipe(recipe, overrides or []), processes)
@@ -615,7 +615,7 @@ def split(
     ] = None,
 ) -> None:
     """Draw which of a recipe's images are labelled, and write both lists."""
-    from darseg.config import load_recipe
+    from darseg.config.text import load_recipe
     from darseg.run.split import draw_split
 
     described = draw_split(

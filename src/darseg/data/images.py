@@ -151,3 +151,13 @@ def _ends(jpeg: bytes) -> bool:
     while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     return jpeg.find(b"\xff\xd9", at) >= 0
+
+
+def shrink(values: np.ndarray, side: int, interpolation: int) -> np.ndarray:
+    """Scaled down so that the long side has at most `side` pixels; photograph and maps of an image alike."""
+    height, width = values.shape[:2]
+    factor = side / max(height, width)
+    if factor >= 1:
+        return values
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return cv2.resize(values, size, interpolation=interpolation)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from darseg.data.classes import IGNORE, ClassSet
-from darseg.data.images import read_image
+from darseg.data.images import read_image, shrink
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
@@ -183,25 +183,15 @@ def _right(values: np.ndarray | None, truth: np.ndarray | None) -> float | None:
     return float((values == truth)[seen].mean()) if seen.any() else None
 
 
-def small(values: np.ndarray, side: int, interpolation: int) -> np.ndarray:
-    """Scaled down so that the long side has at most `side` pixels; photograph and maps of an image alike."""
-    height, width = values.shape[:2]
-    factor = side / max(height, width)
-    if factor >= 1:
-        return values
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    return cv2.resize(values, size, interpolation=interpolation)
-
-
 def jpeg_url(image: np.ndarray) -> str:
     """uint8 [H, W, 3] RGB → a small JPEG as data URL."""
-    return _url(Image.fromarray(small(image, SIDE, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
+    return _url(Image.fromarray(shrink(image, SIDE, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
 
 
 def map_url(label: np.ndarray, classes: ClassSet) -> str:
     """uint8 [H, W] of classes and 255 → a small PNG of the classes' colours, 255 a checkerboard, as data URL."""
     # 254 and 255 stand for the checkerboard's greys: K is at most 255, and a map of 255 classes has only one free value.
-    shown = small(label, SIDE, cv2.INTER_NEAREST)
+    shown = shrink(label, SIDE, cv2.INTER_NEAREST)
     palette = classes.palette()
     rows, columns = np.indices(shown.shape) // CHECK
     other = (shown == IGNORE) & ((rows + columns) % 2 == 1)

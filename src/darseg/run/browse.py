@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darseg.config import Recipe
+from darseg.config.recipe import Recipe
 from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
 from darseg.data.labels import read_label

@@ -12,15 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from darseg.config import (
-    LabelingConfig,
-    ProtocolConfig,
-    Recipe,
-    SourceConfig,
-    WeightsFile,
-    load_recipe,
-    recipe_differences,
-)
+from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
+from darseg.config.text import load_recipe, recipe_differences
 from darseg.data.augment import Augmentation
 from darseg.data.classes import CITYSCAPES, ClassSet, class_set
 from darseg.data.labels import label_encoding, read_label

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from darseg.config import Recipe
+from darseg.config.recipe import Recipe
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Findings, Manifest, count_pixels, examine, find_files
 from darseg.data.prediction import BYTES_PER_PIXEL
 from darseg.errors import DarsegError
+from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
-from darseg.model.memory import training_memory
 from darseg.run.build import (
     IMAGES,
     LABELS,

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from darseg.config import Recipe, load_recipe
+from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.dataset import Example, load_example
 from darseg.data.manifest import Sample

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from darseg.config import Recipe
+from darseg.config.recipe import Recipe
 from darseg.data.files import write_whole
 from darseg.data.images import IMAGE_SUFFIXES, image_size, read_image
 from darseg.data.manifest import Sample, count_pixels, find_files
@@ -38,7 +38,7 @@ from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
 from darseg.run.directory import digest_path, digest_settings, write_json
 from darseg.run.evaluate import check_classes, load_trained
 from darseg.run.journal import Advance, Journal
-from darseg.run.processes import Processes
+from darseg.training.processes import Processes
 
 SCORE_SUFFIXES = (".npy", ".npz")
 

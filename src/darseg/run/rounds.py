@@ -19,7 +19,8 @@ import torch
 from rich.console import Console
 
 import darseg
-from darseg.config import Recipe, dump_recipe, load_recipe, recipe_differences
+from darseg.config.recipe import Recipe
+from darseg.config.text import dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.dataset import Cache
@@ -73,10 +74,10 @@ from darseg.run.journal import Journal
 from darseg.run.label import check_disk, label_samples, network_predictor
 from darseg.run.machine import cache_limit, workers_for
 from darseg.run.marks import fix_excluded, read_excluded, read_marks, without
-from darseg.run.processes import Processes
 from darseg.run.signals import Stop, catch_signals
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.loss import self_training
+from darseg.training.processes import Processes
 from darseg.training.scores import Scores
 from darseg.training.stage import Stage, run_stage
 

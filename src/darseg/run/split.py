@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from darseg.config import Recipe
+from darseg.config.recipe import Recipe
 from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label, unknown_values

@@ -13,11 +13,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from darseg.config import Recipe, load_recipe
+from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
 from darseg.data.files import write_whole
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
-from darseg.data.scenes import SCENE_CLASSES, write_scenes
+from darseg.demo.scenes import SCENE_CLASSES, write_scenes
 from darseg.model.predict import predict_classes
 from darseg.pseudo.labelset import write_map
 from darseg.run.build import evaluation_protocol, manifest_of
@@ -79,7 +80,7 @@ def demo(
 
 def recipe_text() -> str:
     """The demo's recipe, with the drawn classes and their colours filled in."""
-    text = importlib.resources.files("darseg.run").joinpath("demo.yaml").read_text()
+    text = importlib.resources.files("darseg.demo").joinpath("demo.yaml").read_text()
     pairs = zip(SCENE_CLASSES.names, SCENE_CLASSES.colors, strict=True)
     return text.replace("CLASSES", "{" + ", ".join(f"{name}: {list(color)}" for name, color in pairs) + "}")
 

@@ -18,15 +18,16 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from darseg.config import Recipe, flow, load_recipe
+from darseg.config.recipe import Recipe
+from darseg.config.text import flow, load_recipe
 from darseg.data.classes import BUILT_IN
-from darseg.data.discover import Discovery, Found, discover, find_names, guess_classes, survey
 from darseg.data.files import ASIDE, write_whole
 from darseg.data.images import image_size
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, sample_id
 from darseg.errors import DarsegError, DataError, RunError, faults
-from darseg.model.memory import training_memory
+from darseg.init.discover import Discovery, Found, discover, find_names, guess_classes, survey
+from darseg.model.footprint import training_memory
 from darseg.model.network import HEAD_CHANNELS, NetworkSpec
 from darseg.model.weights import load_weights
 from darseg.run.build import manifest_of, pick_device, place

@@ -37,12 +37,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from darseg.data.classes import IGNORE
-from darseg.data.images import read_image
+from darseg.data.images import read_image, shrink
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DarsegError, RunError
-from darseg.report.gallery import small
 from darseg.run.browse import LabeledRound, Repredictor, open_round, read_facts
 from darseg.run.marks import change_marks, read_marks
 
@@ -328,7 +327,7 @@ class Table:
 def viewer_app(one: LabeledRound) -> ASGIApp:
     """The page and what it asks for, as an ASGI application."""
     run, table, repredictor = one.run, Table(one), Repredictor(one)
-    files = importlib.resources.files("darseg.report")
+    files = importlib.resources.files("darseg.view")
     token = secrets.token_hex(
         8
     )  # in addresses of pictures: a browser keeps them, but not for the next run at this port
@@ -563,13 +562,13 @@ def _pixel(values: np.ndarray, x: float, y: float) -> tuple[int, int]:
 
 def _photo(image: np.ndarray, size: int, quality: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(small(image, size, cv2.INTER_AREA)).save(file, "JPEG", quality=quality)
+    Image.fromarray(shrink(image, size, cv2.INTER_AREA)).save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
 def _indexed(values: np.ndarray, palette: np.ndarray, transparent: int | None, size: int) -> bytes:
     """An indexed PNG; pixels of the value `transparent` are see-through."""
-    image = Image.fromarray(np.ascontiguousarray(small(values, size, cv2.INTER_NEAREST)), "P")
+    image = Image.fromarray(np.ascontiguousarray(shrink(values, size, cv2.INTER_NEAREST)), "P")
     image.putpalette(palette.tobytes())
     file = io.BytesIO()
     clear = {} if transparent is None else {"transparency": transparent}

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from darseg.data.annotations import AnnotatedImage, Annotations, paint, read_annotations
+from darseg.annotate.annotations import AnnotatedImage, Annotations, paint, read_annotations
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
 from darseg.data.files import ASIDE, write_whole
 from darseg.data.pipeline import overlapped
@@ -75,7 +75,7 @@ def rasterize_folder(
 ) -> Rasterized:
     """Draw annotation files as label maps `out/ID.png`: 8-bit PNGs of class indices, 255 = not labelled.
 
-    Which pixels a shape covers is said in `darseg.data.annotations`. The same input gives the same bytes.
+    Which pixels a shape covers is said in `darseg.annotate.annotations`. The same input gives the same bytes.
 
     Args:
         annotations: a COCO or CVAT file, or a file or folder of labelme's or Cityscapes' JSON files.

@@ -1,0 +1,1 @@
+"""Annotation files of other tools in, label maps out."""

@@ -1,0 +1,266 @@
+"""The YAML text of a recipe: read with line numbers and overrides, all faults at once; written resolved."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from darseg.config.recipe import Key, Recipe, contradictions, resolved
+from darseg.errors import RecipeError, faults
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with 1e-4 as a number, as everybody means it, and without dates."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+class _Text:
+    """Plain values of a YAML text, where each key stands, and what is wrong with the text itself."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.places: dict[Key, str] = {}
+        self.faults: list[str] = []
+
+    def read(self, text: str, key: Key = (), override: str | None = None) -> Any:
+        """The values of `text`, to stand at `key`."""
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            return None if node is None else self._value(loader, node, key, override)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            place = override or (f"{self.name}:{mark.line + 1}" if mark else self.name)
+            self.faults.append(f"{place}: no valid YAML: {getattr(error, 'problem', None) or error}")
+            return None
+        finally:
+            loader.dispose()
+
+    def _value(self, loader: _Loader, node: yaml.Node, key: Key, override: str | None) -> Any:
+        place = override or f"{self.name}:{node.start_mark.line + 1}"
+        self.places.setdefault(key, place)
+        if isinstance(node, yaml.SequenceNode):
+            return [
+                self._value(loader, item, (*key, index), override) for index, item in enumerate(node.value)
+            ]
+        if isinstance(node, yaml.MappingNode):
+            values: dict[Any, Any] = {}
+            for name_node, value_node in node.value:
+                name = loader.construct_object(name_node)
+                where = override or f"{self.name}:{name_node.start_mark.line + 1}"
+                if not isinstance(name, (str, int, float, bool, type(None))):
+                    self.faults.append(f"{where}: a key should be a text")
+                    continue
+                inner = (*key, name)
+                if name in values:
+                    self.faults.append(
+                        f"{where}: {dotted(inner)} is given twice, first at {self.places[inner]}"
+                    )
+                self.places[inner] = where
+                values[name] = self._value(loader, value_node, inner, override)
+            return values
+        return loader.construct_object(node)
+
+    def place(self, key: Key) -> str:
+        """Where a key stands, or the nearest that encloses it."""
+        while key and key not in self.places:
+            key = key[:-1]
+        return self.places.get(key, f"{self.name}:1")
+
+
+def dotted(key: Sequence[str | int]) -> str:
+    """("rounds", 0, "steps") → "rounds.0.steps"."""
+    return ".".join(map(str, key))
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and the changes of a command line.
+
+    Args:
+        overrides: "section.key=value", the value in YAML; list elements by number ("rounds.0.steps=300").
+
+    `data.root` and the path of `network.weights` are relative to the recipe's folder, and absolute in the result.
+    Raises RecipeError with all faults, each with its line and, for an unknown key, the nearest known one.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file.") from None
+    except IsADirectoryError:
+        raise RecipeError(
+            f"{path}: a folder, not a recipe. Give the path of a YAML file; `darseg init` writes one for a folder of "
+            "images, and a run folder has its own, recipe.yaml."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    text = _Text(path.name)
+    values = text.read(content)
+    if not text.faults and not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        text.faults.append(
+            f"{path.name}:1: found {found}; a recipe has the keys {', '.join(Recipe.model_fields)}"
+        )
+    if not text.faults:
+        for override in overrides:
+            _override(values, override, text)
+    if text.faults:
+        raise RecipeError(faults(f"{path} cannot be used", text.faults))
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(one["loc"], one["type"], one["msg"], one["input"], text) for one in error.errors()]
+        raise RecipeError(faults(f"{path} cannot be used", lines)) from None
+    wrong = [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in contradictions(recipe)]
+    if wrong:
+        raise RecipeError(faults(f"{path} cannot be used", wrong))
+    return resolved(recipe, path.resolve().parent)
+
+
+def _override(values: dict, override: str, text: _Text) -> None:
+    place = f"override {override}"
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        text.faults.append(f"{place}: should be section.key=value, as in training.batch=8")
+        return
+    key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    # What stood below this key is gone.
+    text.places = {known: where for known, where in text.places.items() if known[: len(key)] != key}
+    new = text.read(value, key, place)
+    text.places[key] = place
+    into: Any = values
+    for depth, part in enumerate(key[:-1]):
+        if isinstance(into, list) and isinstance(part, int) and part < len(into):
+            into = into[part]
+        elif isinstance(into, dict):
+            if into.get(part) is None:
+                into[part] = {}
+                text.places.setdefault(key[: depth + 1], place)
+            elif isinstance(into[part], str):  # a source given as its list file alone
+                into[part] = {"list": into[part]}
+            into = into[part]
+        else:
+            text.faults.append(f"{place}: there is no {dotted(key[: depth + 1])}")
+            return
+    last = key[-1]
+    if isinstance(into, dict) or (isinstance(into, list) and isinstance(last, int) and last < len(into)):
+        into[last] = new
+    else:
+        text.faults.append(f"{place}: there is no {name}")
+
+
+def _describe(loc: Key, kind: str, message: str, found: Any, text: _Text) -> str:
+    key = dotted(loc)
+    place = text.place(loc)
+    if kind == "extra_forbidden":
+        known = _keys_at(loc[:-1])
+        near = difflib.get_close_matches(str(loc[-1]), known, 1, 0.5)
+        everywhere = {dotted(path) for path in _all_keys()}
+        elsewhere = sorted(path for path in everywhere if path.rsplit(".", 1)[-1] == str(loc[-1]))
+        if near:
+            hint = f"the nearest known key is {dotted((*loc[:-1], near[0]))}"
+        elif elsewhere:
+            hint = f"it belongs elsewhere: {', '.join(elsewhere)}"
+        else:
+            hint = f"known here: {', '.join(known)}"
+        return f"{place}: {key}: unknown key; {hint}"
+    if kind == "missing":
+        return f"{place}: {key}: missing; this key is required"
+    message = (
+        message.removeprefix("Value error, ")
+        .removeprefix("Input ")
+        .replace("a valid tuple", "a list, as in [1, 2]")
+    )
+    if kind == "too_short":
+        message = "should have at least one entry"
+    return f"{place}: {key}: found {found!r}; {message}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
+
+
+def _keys_at(loc: Key) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _all_keys(model: type[BaseModel] = Recipe, above: Key = ()) -> Iterator[Key]:
+    for name, field in model.model_fields.items():
+        yield (*above, name)
+        inner = _model_in(field.annotation)
+        if inner is not None:
+            yield from _all_keys(inner, (*above, name))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that reads back: PyYAML leaves Unicode's line breaks in plain texts, where they become blanks."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+_Dumper.yaml_implicit_resolvers = (
+    _Loader.yaml_implicit_resolvers
+)  # to quote what the loader would take for a number
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every key written out; `load_recipe` reads it back as an equal recipe."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def flow(value: Any) -> str:
+    """A plain value as YAML on one line, as `load_recipe` reads it back."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        default_flow_style=True,
+        sort_keys=False,
+        allow_unicode=True,
+        width=float("inf"),
+    )
+    return text.removesuffix("...\n").strip()
+
+
+def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+    """A line "key: old → new" for every key that differs."""
+    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    keys = sorted({*before, *after})
+    return [
+        f"{key}: {before.get(key, 'not set')} → {after.get(key, 'not set')}"
+        for key in keys
+        if before.get(key, ...) != after.get(key, ...)
+    ]
+
+
+def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for name, inner in value.items():
+            yield from _leaves(inner, (*key, name))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, (*key, index))
+    else:
+        yield dotted(key), value

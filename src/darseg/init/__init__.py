@@ -1,0 +1,1 @@
+"""An unknown folder in, a recipe out."""

@@ -1,0 +1,1 @@
+"""The local viewer of a run's pseudo labels."""
