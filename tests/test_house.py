@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 import darseg
 from conftest import REPOSITORY
+from wording import read_snapshot, says
 
 SOURCE = REPOSITORY / "src" / "darseg"
 FRONT_ROOMS = ("report", "view", "init", "annotate", "demo")
@@ -116,3 +118,20 @@ def test_all_errors_grow_on_one_tree() -> None:
     kinds = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) >= 8 and all(issubclass(kind, errors.DarsegError) for kind in kinds)
     assert all(kind.__name__ in errors.__doc__ for kind in kinds)
+
+
+def test_the_wording_file_names_tests_that_are_there() -> None:
+    functions = {
+        f"{path.name}::{node.name}"
+        for path in (REPOSITORY / "tests").glob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    stale = [name for name in read_snapshot() if re.split(r"[\[ ]", name)[0] not in functions]
+    assert not stale, f"delete these entries of tests/wording.txt: {stale}"
+
+
+def test_what_differs_between_machines_is_left_out_of_the_wording(tmp_path: Path) -> None:
+    says(f"{tmp_path}/a.png: 12 of 34.56 s", "a.png", "12", vary=[r"\d+\.\d+ s"])
+    with pytest.raises(AssertionError, match=r"'b\.png'"):
+        says(f"{tmp_path}/a.png", "b.png")
