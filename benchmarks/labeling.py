@@ -1,11 +1,11 @@
-"""Labelling, timed: darseg beside the released procedure in one run, memory, bytes kept, and against bare forward passes.
+"""Labeling, timed: darseg beside the released procedure in one run, memory, bytes kept, and against bare forward passes.
 
     .venv/bin/python benchmarks/labeling.py [--images 3] [--run RUN] [--skip memory forward …]
 
 The released procedure is written here as METHOD describes it, in plain numpy, slow as it is: float64 sums of windows,
 every confidence in a Python list per class, all logits as float16 on the disk, sorted, and a second pass. Both get the
 same window logits, drawn beforehand: network time is not in the table. --run names a finished run folder whose network
-and unlabelled images serve for the bytes kept and the end-to-end time; without it a PSPNet with random weights on drawn
+and unlabeled images serve for the bytes kept and the end-to-end time; without it a PSPNet with random weights on drawn
 images does.
 """
 
@@ -274,7 +274,7 @@ def bytes_kept(run: Path | None) -> None:
 
 
 def against_forward(run: Path | None, count: int) -> None:
-    """Both passes of labelling end to end, reading and writing included, against bare forward passes."""
+    """Both passes of labeling end to end, reading and writing included, against bare forward passes."""
     name, network, protocol, images = network_and_images(run, count)
     device = network.mean.device
     prior = np.full(network.classes, 1 / network.classes)
@@ -326,7 +326,7 @@ def against_forward(run: Path | None, count: int) -> None:
     height, width = images[0].shape[:2]
     print(
         f"\n| s an image, {height}x{width}, windows {protocol.window[0]}x{protocol.window[1]} | bare forward passes | "
-        "labelling end to end | ratio: median (least – most of 5) |\n|---|---|---|---|"
+        "labeling end to end | ratio: median (least – most of 5) |\n|---|---|---|---|"
     )
     print(
         f"| {name}, {device.type} | {forward:.3f} | {labeled:.3f} | "

@@ -4,7 +4,7 @@
 
 Convolutions: a dilated depthwise convolution, forwards and backwards, beside PyTorch's own and beside one without
 dilation; seconds of the processor. Step: one step of training of the CamVid recipe's network, random weights and
-pictures, with timm's own convolutions and with those exchanged. Passes: forward passes as labelling makes them; since
+pictures, with timm's own convolutions and with those exchanged. Passes: forward passes as labeling makes them; since
 memory is kept or not by a whole process, each figure is the least of a process of its own, and processes take turns.
 Ratios are medians over the turns.
 """

@@ -4,7 +4,7 @@
 
 The plain sequence is written here as METHOD describes it (section 3): scale the whole image, rotate, blur, mirror, crop,
 in float32. Both sides draw from the same distributions; decoding is in neither. The bare loop is what one would write in
-a notebook: the same network, optimiser and losses over batches that lie ready in memory, and nothing else. What is
+a notebook: the same network, optimizer and losses over batches that lie ready in memory, and nothing else. What is
 compared takes turns in one process; ratios are medians over the turns. Seconds of the processor, of all threads, tell
 more than the clock's where others use the machine; with --threads 1 no thread burns them waiting for another.
 
@@ -215,10 +215,10 @@ def bare(
     optimizer = torch.optim.SGD(groups, lr=stage.learning_rate, momentum=stage.momentum, fused=fused)
     autocast = AUTOCAST[stage.precision]
     network.train()
-    began, burnt = 0.0, 0.0
+    began, burned = 0.0, 0.0
     for step in range(stage.steps):
         if step == 1:
-            began, burnt = now(), time.process_time()
+            began, burned = now(), time.process_time()
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step) * group["factor"]
         optimizer.zero_grad(set_to_none=True)
@@ -233,7 +233,7 @@ def bare(
         loss.backward()
         optimizer.step()
     counted = stage.steps - 1
-    return (now() - began) / counted, (time.process_time() - burnt) / counted
+    return (now() - began) / counted, (time.process_time() - burned) / counted
 
 
 def now() -> float:
@@ -258,10 +258,10 @@ def staged(
         return self_training(net, batches, auxiliary, 1.0)
 
     run_stage(network, streams, objective, stage, on_step=on_step)
-    (first, burnt_first, waited_first), (last, burnt, waited) = marks
+    (first, burned_first, waited_first), (last, burned, waited) = marks
     counted = stage.steps - 1
     waiting = max(0.0, waited - waited_first) / (last - first)
-    return (last - first) / counted, (burnt - burnt_first) / counted, waiting
+    return (last - first) / counted, (burned - burned_first) / counted, waiting
 
 
 def against_bare(
@@ -322,12 +322,12 @@ def against_bare(
             rows.append((*alone, *staged(network, streams, stage, auxiliary)))
     plainly, _, seconds, _, waiting = (float(np.median(column)) for column in zip(*rows, strict=True))
     ratios = sorted(row[0] / row[2] for row in rows)
-    burnt = sorted(row[1] / row[3] for row in rows)
+    burned = sorted(row[1] / row[3] for row in rows)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()
     print(
         f"| {name} | {1 / plainly:.3f} | {1 / seconds:.3f} | "
         f"{np.median(ratios):.3f} ({ratios[0]:.3f} – {ratios[-1]:.3f}) | "
-        f"{np.median(burnt):.3f} ({burnt[0]:.3f} – {burnt[-1]:.3f}) | "
+        f"{np.median(burned):.3f} ({burned[0]:.3f} – {burned[-1]:.3f}) | "
         f"{waiting:.2%} | {memory / 1e6:.0f} |",
         flush=True,
     )

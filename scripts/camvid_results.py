@@ -20,7 +20,7 @@ STEPS = 100  # of a round in the recipe
 TOTAL = f"rounds=[{{steps: {3 * STEPS}}}]"
 GLOBAL_ROUNDS = f"rounds=[{{steps: {STEPS}}}, {{steps: {STEPS}}}, {{steps: {STEPS}, scale: [0.4, 2.0]}}]"
 
-# Run folder → changes to the recipe. Round 0 of dars is "labelled only"; cbst and global take it over.
+# Run folder → changes to the recipe. Round 0 of dars is "labeled only"; cbst and global take it over.
 RUNS = {
     "dars": [],
     "control": [TOTAL],
@@ -30,7 +30,7 @@ RUNS = {
 }
 # Column → (run folder, round).
 COLUMNS = {
-    "labelled only": ("dars", 0),
+    "labeled only": ("dars", 0),
     "control": ("control", 0),
     "dars 1": ("dars", 1),
     "dars 2": ("dars", 2),
@@ -38,7 +38,7 @@ COLUMNS = {
     "cbst 2": ("cbst", 2),
     "global 1": ("global", 1),
     "global 2": ("global", 2),
-    "all labelled": ("all_labeled", 0),
+    "all labeled": ("all_labeled", 0),
 }
 
 
@@ -81,7 +81,7 @@ def table(folders: list[Path]) -> str:
     )
     lines.append("")
     lines += [
-        "| pseudo labels | share of pixels labelled | of those right | recall of true pixels |",
+        "| pseudo labels | share of pixels labeled | of those right | recall of true pixels |",
         "|---|---|---|---|",
     ]
     for column, (name, index) in COLUMNS.items():
@@ -101,7 +101,7 @@ def table(folders: list[Path]) -> str:
 
 
 def shares(folder: Path, name: str, index: int) -> str:
-    """Class shares: labelled truth, unlabelled truth, raw predictions, pseudo labels; precision of the latter."""
+    """Class shares: labeled truth, unlabeled truth, raw predictions, pseudo labels; precision of the latter."""
     run = darseg.RunDirectory(folder / name)
     labels = run.label_set(index)
     scored = json.loads((run.round(index) / "pseudo_scores.json").read_text())

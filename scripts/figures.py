@@ -4,7 +4,7 @@
     .venv/bin/python scripts/figures.py demo/seed_0/dars               # figures of how it works
     .venv/bin/python scripts/figures.py runs/photos --tutorial predictions    # pictures of the tutorial, in its folder
 
-Charts are SVGs with a background of their own, in the colours that the reader's system asks for.
+Charts are SVGs with a background of their own, in the colors that the reader's system asks for.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ def pipeline() -> str:
     """One round as boxes and arrows."""
     wide = 170
     boxes = [
-        (15, 40, "labelled images", "few"),
-        (15, 180, "unlabelled images", "many"),
+        (15, 40, "labeled images", "few"),
+        (15, 180, "unlabeled images", "many"),
         (202, 40, "train", "half a batch of each"),
         (202, 180, "predict", "class and confidence"),
         (389, 180, "count", "by class and confidence"),
         (576, 180, "choose and assign", "threshold, keep share"),
-        (576, 40, "pseudo labels", "255 where not labelled"),
+        (576, 40, "pseudo labels", "255 where not labeled"),
     ]
     parts = [
         '<defs><marker id="m" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
@@ -107,9 +107,9 @@ def pipeline() -> str:
 
 
 def shares(run: darseg.RunDirectory, index: int, names: Sequence[str]) -> str:
-    """Predicted pixels, the labelled images' and pseudo labels of each class against the truth, as ratios of shares."""
+    """Predicted pixels, the labeled images' and pseudo labels of each class against the truth, as ratios of shares."""
     labels = run.label_set(index)
-    aim = labels.thresholds.wanted / labels.thresholds.wanted.sum()  # the labelled images' shares
+    aim = labels.thresholds.wanted / labels.thresholds.wanted.sum()  # the labeled images' shares
     truth = np.array(json.loads((run.round(index) / "pseudo_scores.json").read_text())["truth"])
     true, raw, kept = (counts / counts.sum() for counts in (truth, labels.histogram.predicted, labels.kept))
     left, right, top, step = 200, 700, 88, 27
@@ -122,7 +122,7 @@ def shares(run: darseg.RunDirectory, index: int, names: Sequence[str]) -> str:
     parts = [text(20, 28, f"Share of each class ÷ its share in the truth, round {index}", "title")]
     parts += ['<circle class="a" cx="26" cy="47" r="6"/>', text(38, 52, "raw predictions")]
     parts += [rect(160, 41, 12, 12, "b"), text(178, 52, "pseudo labels")]
-    parts += [line(290, 40, 290, 55, "aim"), text(298, 52, "labelled images: what alignment aims at")]
+    parts += [line(290, 40, 290, 55, "aim"), text(298, 52, "labeled images: what alignment aims at")]
     for ratio, word in ((0.25, "¼"), (0.5, "½"), (1, "as in the truth"), (2, "twice"), (4, "4 times")):
         kind = "strong" if ratio == 1 else "line"
         parts += [
@@ -133,9 +133,7 @@ def shares(run: darseg.RunDirectory, index: int, names: Sequence[str]) -> str:
         y = top + step * k
         parts += [text(130, y + 4, name, "end"), text(190, y + 4, f"{true[k]:.2%}", "end small")]
         if raw[k] == 0:
-            parts.append(
-                text(left + 8, y + 4, "never predicted: nothing to align, labelled nowhere", "small")
-            )
+            parts.append(text(left + 8, y + 4, "never predicted: nothing to align, labeled nowhere", "small"))
             continue
         parts.append(line(at(aim[k] / true[k]), y - 11, at(aim[k] / true[k]), y + 11, "aim"))
         parts.append(line(at(raw[k] / true[k]), y, at(kept[k] / true[k]), y, "strong"))
@@ -240,7 +238,7 @@ def schedule() -> str:
 
 
 def steps_picture(run: darseg.RunDirectory, index: int, rows: int) -> np.ndarray:
-    """Image, prediction, confidence, accepted pixels' labels, truth: what labelling does to single images (BGR)."""
+    """Image, prediction, confidence, accepted pixels' labels, truth: what labeling does to single images (BGR)."""
     recipe = darseg.load_recipe(run.recipe)
     manifest, network = darseg.manifest_of(recipe), load_trained(run.root, index - 1).network
     palette, protocol = manifest.classes.palette(), labeling_protocol(recipe)
@@ -292,7 +290,7 @@ def main() -> None:
 
 
 def photos_picture(run: darseg.RunDirectory) -> np.ndarray:
-    """Labelled photographs with their label maps, and others without (BGR)."""
+    """Labeled photographs with their label maps, and others without (BGR)."""
     manifest = darseg.manifest_of(darseg.load_recipe(run.recipe))
     palette = manifest.classes.palette()
     labeled = [
@@ -302,7 +300,7 @@ def photos_picture(run: darseg.RunDirectory) -> np.ndarray:
     others = [[darseg.read_image(s.image) for s in manifest.unlabeled[n : n + 3]] for n in (0, 3)]
     table = [pair + more for pair, more in zip(labeled, others, strict=True)]
     titles = (
-        "labelled: photograph",
+        "labeled: photograph",
         "its label map",
         "without a label",
         "without a label",
@@ -312,7 +310,7 @@ def photos_picture(run: darseg.RunDirectory) -> np.ndarray:
 
 
 def overlay_picture(folder: Path) -> np.ndarray:
-    """The first overlays of unlabelled photographs that `darseg predict` wrote (BGR)."""
+    """The first overlays of unlabeled photographs that `darseg predict` wrote (BGR)."""
     names = [f"street_{index:03d}" for index in (1, 2, 3, 4, 6)]
     return sheet([[darseg.read_image(folder / f"{name}.png") for name in names]], names, [])
 

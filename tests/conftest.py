@@ -55,7 +55,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images in `images/`, labels in `labels/`: 4 labelled, 6 unlabelled (with truth), 3 for validation."""
+    """Images in `images/`, labels in `labels/`: 4 labeled, 6 unlabeled (with truth), 3 for validation."""
     root = tmp_path_factory.mktemp("tiny")
     roles = {"validation": 3, "labeled": 4, "unlabeled": 6}
     index = 0

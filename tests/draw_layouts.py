@@ -1,8 +1,8 @@
 """Tiny data sets in the folders of Cityscapes, VOC 2012 and SBD: python tests/draw_layouts.py OUT
 
 Pictures and labels are drawn scenes whose classes stand for some of the real ones. What a user's unpacked download
-has besides images and labels – colour maps, a test split, lists, images without any label – is there too.
-Each function returns the truth: name (aachen_000000_000019, 2007_000032) → classes uint8 [H, W], 255: not labelled.
+has besides images and labels – color maps, a test split, lists, images without any label – is there too.
+Each function returns the truth: name (aachen_000000_000019, 2007_000032) → classes uint8 [H, W], 255: not labeled.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def draw_cityscapes(
 
 
 def voc_palette() -> list[int]:
-    """VOC's colour map of 256 entries, as its development kit computes it."""
+    """VOC's color map of 256 entries, as its development kit computes it."""
     palette = []
     for index in range(256):
         color, rest = [0, 0, 0], index

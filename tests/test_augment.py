@@ -127,7 +127,7 @@ def test_scaling_is_a_resize(factor: float, crop: tuple[int, int], drawn: list[d
         assert np.abs(out - wanted).mean() < 0.6  # rounding to uint8 alone: 0.25
         draw = {key: value for key, value in drawn[-1].items() if key != "blur"}
         x, y, _ = sources(label.shape, crop, **draw)
-        between = (np.abs(x % 1 - 0.5) < 0.05) | (np.abs(y % 1 - 0.5) < 0.05)  # either neighbour is nearest
+        between = (np.abs(x % 1 - 0.5) < 0.05) | (np.abs(y % 1 - 0.5) < 0.05)  # either neighbor is nearest
         assert np.array_equal(moved[~between], labels[~between])
         assert (moved == labels).mean() > 0.97
 

@@ -329,6 +329,6 @@ def test_examples_that_cannot_be_loaded(tmp_path):
     ):
         load_example(turned, CLASSES)
     unknown = make(tmp_path, "c", image, np.full((4, 6), 3, np.uint8))
-    message = r"c_label\.png: label values outside the classes 0\.\.2 and 255, not labelled: 3 \(24 pixels\)"
+    message = r"c_label\.png: label values outside the classes 0\.\.2 and 255, not labeled: 3 \(24 pixels\)"
     with pytest.raises(DataError, match=message):
         load_example(unknown, CLASSES)

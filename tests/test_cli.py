@@ -256,7 +256,7 @@ def test_the_example_for_other_frameworks_runs() -> None:
     assert result.stdout.startswith("(40, 60) [")
 
 
-def test_plan_counts_the_disk_that_labelling_needs(call, recipe_file: Path) -> None:
+def test_plan_counts_the_disk_that_labeling_needs(call, recipe_file: Path) -> None:
     assert "at most 0 MB" in call("plan", recipe_file, "labeling.predict_twice=true")[1]
 
 
@@ -284,7 +284,7 @@ def test_camvid_recipe_on_the_real_images(shared: Path, tmp_path: Path) -> None:
         [
             f"data.root={shared / 'data' / 'camvid'}",
             f"network.weights={shared / 'weights' / 'efficientnet_lite0_in1k.pth'}",
-            "data.labeled.every=16",  # 23 labelled frames
+            "data.labeled.every=16",  # 23 labeled frames
             "data.unlabeled={list: test.txt, every: 12}",  # 20 other frames
             "data.validation={list: val.txt, every: 10}",  # 11 frames
             "data.test=null",

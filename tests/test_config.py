@@ -156,12 +156,12 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
             "deeplabv2 has no such head",
         ),
         ("network.weights={url: 'https://a/b', sha256: 1234567}", "8 to 64 hex digits"),
-        ("data.label_values=grey", "should be one of index, one_based"),
+        ("data.label_values=gray", "should be one of index, one_based"),
         ("data.label_values={}", "in {0: ignore, 255: crack}"),
         ("data.label_values={-1: road}", "-1 is no label value"),
         ("data.label_values={0: [1]}", "0: [1] should be a class, by name or index, or ignore"),
         ("data.label_colors=[1]", "should be class: [[red, green, blue]"),
-        ("data.label_colors={road: [1, 2, 3]}", "road: should be a list of colours"),
+        ("data.label_colors={road: [1, 2, 3]}", "road: should be a list of colors"),
     ],
 )
 def test_values_that_cannot_work(tmp_path: Path, override: str, message: str) -> None:

@@ -106,7 +106,7 @@ def module(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
-    """As the release saves: a real optimiser's state beside the weights."""
+    """As the release saves: a real optimizer's state beside the weights."""
     parameter = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9, weight_decay=1e-4)
     parameter.sum().backward()
@@ -120,7 +120,7 @@ def checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def psp_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference PSPNet as the release would have saved it: with module. and an optimiser."""
+    """The reference PSPNet as the release would have saved it: with module. and an optimizer."""
     path = tmp_path_factory.mktemp("released") / "pspnet50.pth"
     torch.save(checkpoint(module(released_state("pspnet50"))), path)
     return path
@@ -177,7 +177,7 @@ def test_converted_checkpoints_answer_as_released(
 # --- convert: what goes in
 
 
-def test_semseg_with_21_classes_names_and_colours(tmp_path: Path, call: Callable) -> None:
+def test_semseg_with_21_classes_names_and_colors(tmp_path: Path, call: Callable) -> None:
     """semseg's names are the release's; K is the file's where --classes says nothing. This file is of an old torch,
     which counts no batches, and has a block too many."""
     source, out = tmp_path / "voc.pth", tmp_path / "voc.safetensors"
@@ -513,7 +513,7 @@ def test_what_fits_of_another_backbone_where_not_strict(tmp_path: Path) -> None:
         lambda value: value.to("meta"),
         lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
     ],
-    ids=["sparse", "int8", "complex", "meta", "quantised"],
+    ids=["sparse", "int8", "complex", "meta", "quantized"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_tensors_that_are_no_plain_numbers(kind: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
@@ -572,7 +572,7 @@ def test_a_released_network_as_initial_weights(psp_file: Path, tmp_path: Path) -
     network, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
     assert f"{len(KEYS['pspnet50']) - 4} tensors of the whole network" in told
     assert "; 4 that do not fit start from random numbers: cls.4.weight: has shape" in told
-    fresh = small(classes=K).mean  # a file of the release says nothing of the normalisation
+    fresh = small(classes=K).mean  # a file of the release says nothing of the normalization
     assert torch.equal(network.mean, fresh)
     key = "cls.0.weight"
     assert torch.equal(

@@ -201,7 +201,7 @@ def with_backbone(backbone: nn.Module) -> Network:
 
 
 @pytest.mark.parametrize("kind", [Odd, Wayward])
-def test_normalisations_that_others_depend_on_stay(kind: type[Odd]) -> None:
+def test_normalizations_that_others_depend_on_stay(kind: type[Odd]) -> None:
     torch.manual_seed(0)
     backbone = kind()
     network = with_backbone(backbone)
@@ -230,7 +230,7 @@ class Scaled(nn.BatchNorm2d):
         return 3 * super().forward(input)
 
 
-class Standardised(nn.Conv2d):
+class Standardized(nn.Conv2d):
     """A convolution whose weights are not what it multiplies by."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ def watched(norm: nn.Module) -> nn.Module:
         ("stem_norm", nn.BatchNorm2d(8, track_running_stats=False)),
         ("stem_norm", watched(nn.BatchNorm2d(8))),
         ("stem", watched(nn.Conv2d(3, 8, 3, 8, 1))),
-        ("stem", Standardised(3, 8, 3, 8, 1)),
+        ("stem", Standardized(3, 8, 3, 8, 1)),
         ("stem", parametrizations.weight_norm(nn.Conv2d(3, 8, 3, 8, 1))),
     ],
 )

@@ -139,7 +139,7 @@ def test_marks_made_after_a_round_leave_it_as_it_was(
     before = {index: files(run / f"round_{index}") for index in (0, 1)}
     darseg.mark_bad(run, BAD)
     train(load_recipe(recipe), run)
-    assert "round 2: 2 of 6 unlabelled images left out, marked as bad" in capsys.readouterr().out
+    assert "round 2: 2 of 6 unlabeled images left out, marked as bad" in capsys.readouterr().out
     assert {index: files(run / f"round_{index}") for index in (0, 1)} == before
     assert labeled(run, 1) == IDS and labeled(run, 2) == GOOD
     assert not (run / "round_1" / "excluded.json").exists()
@@ -328,11 +328,11 @@ def test_marks_are_sorted_and_keep_their_times(
         ),
         (
             '[{"id": "x", "time": 0}, {"id": "u/08", "time": 0}, {"id": "../y", "time": 0}]',
-            r"not among the 6 unlabelled ones of this run:\n  - 'x'\n  - '../y'\nAn id is",
+            r"not among the 6 unlabeled ones of this run:\n  - 'x'\n  - '../y'\nAn id is",
         ),
         (
             json.dumps([{"id": name, "time": 0} for name in IDS]),
-            r"all 6 unlabelled images are marked as bad, so round 2 has none to label\. Take marks away",
+            r"all 6 unlabeled images are marked as bad, so round 2 has none to label\. Take marks away",
         ),
     ],
 )
@@ -352,7 +352,7 @@ def test_what_cannot_be_marked_is_told_and_nothing_is_marked(
 ) -> None:
     run = after(0)
     with pytest.raises(
-        RunError, match=r"among the 6 unlabelled ones of this run:\n  - 'l/03'\n  - 'nonsense'"
+        RunError, match=r"among the 6 unlabeled ones of this run:\n  - 'l/03'\n  - 'nonsense'"
     ):
         darseg.mark_bad(run, ["u/08", "l/03", "nonsense"])
     assert not (run / "bad_images.json").exists()

@@ -408,7 +408,7 @@ def test_the_command(
     call("export", RunDirectory(run_folder).network(0), tmp_path / "out.pt2", "--images", tmp_path)
     assert len(written) == 8 and {"00", "19"} <= set(written)
 
-    # Without validation images the unlabelled ones.
+    # Without validation images the unlabeled ones.
     written.clear()
     bare = tmp_path / "bare"
     RunDirectory(bare).round(0).mkdir(parents=True)
@@ -480,6 +480,6 @@ def test_a_network_that_cannot_be_exported(spec: NetworkSpec, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
-def test_names_and_colours_where_a_checkpoint_has_none() -> None:
+def test_names_and_colors_where_a_checkpoint_has_none() -> None:
     known = metadata_of(NetworkSpec(classes=2), ClassSet(("a", "b"), ((0, 0, 0), (1, 1, 1))), {})
     assert json.loads(known["class_names"]) == ["a", "b"] and "training" not in known

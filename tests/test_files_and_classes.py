@@ -198,7 +198,7 @@ def test_distinct_colors():
     assert all(0 <= part <= 255 for color in colors for part in color)
     assert not {(0, 0, 0), (255, 255, 255)} & set(colors)
     assert colors[:20] == VOC.colors[1:]
-    assert distinct_colors(5) == colors[:5]  # a class keeps its colour when others are added
+    assert distinct_colors(5) == colors[:5]  # a class keeps its color when others are added
 
 
 def test_palette():
@@ -225,9 +225,9 @@ def test_class_sets_of_all_forms():
         ([str(index) for index in range(256)], r"256 classes: between 2 and 255"),
         (["a", "b", "a"], r"must be unique and not empty; given twice: \['a'\]"),
         (["a", ""], r"must be unique and not empty; given twice: none"),
-        ({"a": [0, 0], "b": [0, 0, 0]}, r"A colour is three numbers from 0 to 255"),
-        ({"a": [0, 0, 256], "b": [0, 0, 0]}, r"A colour is three numbers from 0 to 255"),
-        ({"a": [0, 0, -1], "b": [0, 0, 0]}, r"A colour is three numbers from 0 to 255"),
+        ({"a": [0, 0], "b": [0, 0, 0]}, r"A color is three numbers from 0 to 255"),
+        ({"a": [0, 0, 256], "b": [0, 0, 0]}, r"A color is three numbers from 0 to 255"),
+        ({"a": [0, 0, -1], "b": [0, 0, 0]}, r"A color is three numbers from 0 to 255"),
     ],
 )
 def test_class_sets_that_cannot_be(classes, message: str):
@@ -236,5 +236,5 @@ def test_class_sets_that_cannot_be(classes, message: str):
 
 
 def test_each_class_has_a_color():
-    with pytest.raises(DataError, match="2 class names but 1 colours: give one for each class"):
+    with pytest.raises(DataError, match="2 class names but 1 colors: give one for each class"):
         ClassSet(("a", "b"), ((0, 0, 0),))

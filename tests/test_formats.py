@@ -61,7 +61,7 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def png(values: np.ndarray, depth: int = 8, color: int = 0, *chunks: bytes) -> bytes:
-    """color: 0 grey, 2 RGB, 3 palette, 4 grey with alpha, 6 RGB with alpha."""
+    """color: 0 gray, 2 RGB, 3 palette, 4 gray with alpha, 6 RGB with alpha."""
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, color, 0, 0, 0)
     lines = b"".join(b"\0" + row for row in packed(values, depth))
     parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
@@ -79,7 +79,7 @@ def tiff(
     turned: int | None = None,
     kind: int = 1,
 ) -> bytes:
-    """photometric: 1 grey, 2 RGB, 3 palette. kind: 1 unsigned, 2 signed, 3 float."""
+    """photometric: 1 gray, 2 RGB, 3 palette. kind: 1 unsigned, 2 signed, 3 float."""
     samples = values.shape[2] if values.ndim == 3 else 1
     code = {(16, 1): "u2", (16, 2): "i2", (32, 1): "u4", (32, 2): "i4", (32, 3): "f4"}.get((depth, kind))
     pixels = values.astype(order + code).tobytes() if code else b"".join(packed(values, depth))
@@ -150,7 +150,7 @@ def in_eight_bits(values: np.ndarray, depth: int) -> np.ndarray:
     return values * 255 // (2**depth - 1)
 
 
-def grey(values: np.ndarray) -> np.ndarray:
+def gray(values: np.ndarray) -> np.ndarray:
     return np.stack([values] * 3, axis=2)
 
 
@@ -159,12 +159,12 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("format", ["png", "tif"])
-def test_grey_images(tmp_path: Path, format: str, depth: int):
+def test_gray_images(tmp_path: Path, format: str, depth: int):
     values = random_values(depth)
     data = png(values, depth) if format == "png" else tiff(values, depth)
     image = read_image(put(tmp_path / f"a.{format}", data))
     assert image.dtype == np.uint8 and image.flags.c_contiguous
-    assert np.array_equal(image, grey(in_eight_bits(values, depth)))
+    assert np.array_equal(image, gray(in_eight_bits(values, depth)))
     assert image_size(tmp_path / f"a.{format}") == (H, W)
 
 
@@ -172,9 +172,9 @@ def test_grey_images(tmp_path: Path, format: str, depth: int):
 @pytest.mark.parametrize("channels", [2, 3, 4])
 @pytest.mark.parametrize("format", ["png", "tif", "tif big-endian"])
 def test_color_images_and_alpha(tmp_path: Path, format: str, channels: int, depth: int):
-    """Colours stay under transparent pixels: OpenCV multiplies those of TIFFs with alpha."""
+    """Colors stay under transparent pixels: OpenCV multiplies those of TIFFs with alpha."""
     if format != "png" and (channels, depth) == (2, 16):
-        pytest.skip("grey with alpha of 16 bits is in PNGs alone")
+        pytest.skip("gray with alpha of 16 bits is in PNGs alone")
     values = random_values(depth, channels)
     values[:, :4, -1] = 0
     order = ">" if "big" in format else "<"
@@ -184,7 +184,7 @@ def test_color_images_and_alpha(tmp_path: Path, format: str, channels: int, dept
     else:
         data = tiff(values, depth, 1 if channels == 2 else 2, order=order, alpha=alpha)
     wanted = in_eight_bits(values, depth)
-    wanted = grey(wanted[..., 0]) if channels == 2 else wanted[..., :3]
+    wanted = gray(wanted[..., 0]) if channels == 2 else wanted[..., :3]
     assert np.array_equal(read_image(put(tmp_path / f"a.{format[:3]}", data)), wanted)
 
 
@@ -225,8 +225,8 @@ def test_other_images(tmp_path: Path):
     for name, options in {"JPEG": {}, "WEBP": {}, "TIFF": {"compression": "jpeg"}}.items():
         path = put(tmp_path / f"soft.{name.lower()[:4]}", with_pillow(Image.fromarray(soft), name, **options))
         assert np.abs(read_image(path).astype(int) - soft).max() < 8, name
-    grey_jpeg = with_pillow(Image.fromarray(soft[..., 0]), "JPEG")
-    assert np.abs(read_image(put(tmp_path / "grey.jpg", grey_jpeg)).astype(int) - 200).max() < 8
+    gray_jpeg = with_pillow(Image.fromarray(soft[..., 0]), "JPEG")
+    assert np.abs(read_image(put(tmp_path / "gray.jpg", gray_jpeg)).astype(int) - 200).max() < 8
 
 
 @given(values=st.lists(st.integers(0, 65535), min_size=1, max_size=40))
@@ -242,7 +242,7 @@ def test_images_of_other_depths(tmp_path: Path):
     for depth, kind, name in ((16, 2, "int16"), (32, 1, "uint32"), (32, 2, "int32"), (32, 3, "float32")):
         path = put(tmp_path / "a.tif", tiff(random_values(8), depth, kind=kind))
         with pytest.raises(
-            DataError, match=rf"found 1 channels of {name}, wanted grey or RGB of 8 or 16 bits"
+            DataError, match=rf"found 1 channels of {name}, wanted gray or RGB of 8 or 16 bits"
         ):
             read_image(path)
 
@@ -252,7 +252,7 @@ def test_images_of_other_depths(tmp_path: Path):
 def test_tiffs_are_not_turned(tmp_path: Path, turned: int, depth: int):
     values = random_values(8)
     path = put(tmp_path / "a.tif", tiff(values * (257 if depth == 16 else 1), depth, turned=turned))
-    assert np.array_equal(read_image(path), grey(values))
+    assert np.array_equal(read_image(path), gray(values))
     if depth == 8:
         assert np.array_equal(read_label(path), values)
 
@@ -262,7 +262,7 @@ def test_tiffs_are_not_turned(tmp_path: Path, turned: int, depth: int):
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
 @pytest.mark.parametrize("format", ["png", "tif", "tif big-endian"])
-def test_grey_labels_are_values(tmp_path: Path, format: str, depth: int):
+def test_gray_labels_are_values(tmp_path: Path, format: str, depth: int):
     """Decoders stretch few bits: class 1 would be 255, 85 or 17."""
     values = random_values(depth) % 256
     data = (
@@ -274,15 +274,15 @@ def test_grey_labels_are_values(tmp_path: Path, format: str, depth: int):
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
 @pytest.mark.parametrize("format", ["png", "png transparent", "tif", "bmp", "bmp top down"])
-@pytest.mark.parametrize("palette", ["colors", "greys", "equal"])
+@pytest.mark.parametrize("palette", ["colors", "grays", "equal"])
 def test_palette_labels_are_indices(tmp_path: Path, format: str, depth: int, palette: str):
-    """Whatever the palette: colours, greys from dark to light, or the same for all."""
+    """Whatever the palette: colors, grays from dark to light, or the same for all."""
     if format.startswith("bmp") and depth == 2:
         pytest.skip("BMP has no 2 bits")
     count = 2**depth
     colors = {
         "colors": RANDOM.integers(0, 256, (count, 3)),
-        "greys": np.stack([np.arange(count) * 255 // (count - 1)] * 3, 1),
+        "grays": np.stack([np.arange(count) * 255 // (count - 1)] * 3, 1),
         "equal": np.full((count, 3), 7),
     }[palette]
     values = random_values(depth)
@@ -297,7 +297,7 @@ def test_palette_labels_are_indices(tmp_path: Path, format: str, depth: int, pal
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert np.array_equal(read_label(path), values)
-        # The same files with the colours meant.
+        # The same files with the colors meant.
         if palette == "colors":
             table = {tuple(map(int, color)): k for k, color in enumerate(colors)}
             encoding = LabelEncoding("color", colors=tuple(sorted(table.items())))
@@ -306,7 +306,7 @@ def test_palette_labels_are_indices(tmp_path: Path, format: str, depth: int, pal
 
 
 @pytest.mark.parametrize("format", ["png", "tif"])
-def test_transparent_pixels_are_not_labelled(tmp_path: Path, format: str):
+def test_transparent_pixels_are_not_labeled(tmp_path: Path, format: str):
     """Whatever 255 stands for."""
     values = RANDOM.integers(0, 2, (H, W)) * 255
     alpha = RANDOM.choice([0, 1, 255], (H, W))
@@ -430,7 +430,7 @@ def test_values_beyond_255(tmp_path: Path):
         ({"colors": {True: [[1, 2, 3]]}}, "data.label_colors: True is neither a class nor ignore"),
         (
             {"colors": {"road": [[1, 2, 3]], "ignore": [[1, 2, 3]]}},
-            "data.classes, data.label_colors: road and ignore have one colour, [1, 2, 3]",
+            "data.classes, data.label_colors: road and ignore have one color, [1, 2, 3]",
         ),
     ],
 )
@@ -443,9 +443,9 @@ def test_encodings_that_cannot_be(arguments: dict, message: str):
 def test_a_color_of_two_classes(tmp_path: Path):
     """It may be meant for drawing alone, but it is not read as one of them in silence."""
     classes = class_set({"a": [1, 2, 3], "b": [1, 2, 3], "c": [9, 9, 8]})
-    with pytest.raises(RecipeError, match=r"a and b have one colour, \[1, 2, 3\]"):
+    with pytest.raises(RecipeError, match=r"a and b have one color, \[1, 2, 3\]"):
         label_encoding(classes, format="color")
-    with pytest.raises(RecipeError, match=r"c and ignore have one colour, \[9, 9, 8\]"):
+    with pytest.raises(RecipeError, match=r"c and ignore have one color, \[9, 9, 8\]"):
         label_encoding(classes, colors={"ignore": [[9, 9, 8]]})
     path = put(tmp_path / "a.png", png(np.array([[[9, 9, 8], [1, 2, 3]]]), 8, 2))
     with pytest.raises(DataError, match=r"stand for no class: \[1, 2, 3\] \(1 pixels\)"):
@@ -465,14 +465,14 @@ def test_colors_and_values_mixed_up(tmp_path: Path):
                 read_label(path, as_color)
         path = put(tmp_path / f"b.{suffix}", write(colors, 8, 2))
         with pytest.raises(
-            DataError, match=r"found colours, and data.label_format is index. Set it to color, with the"
+            DataError, match=r"found colors, and data.label_format is index. Set it to color, with the"
         ):
             read_label(path, as_index)
         with pytest.raises(
-            DataError, match=r"found colours, but the classes have none\. Give the classes their col"
+            DataError, match=r"found colors, but the classes have none\. Give the classes their col"
         ):
             read_label(path)
-        same = put(tmp_path / f"c.{suffix}", write(grey(values), 8, 2))
+        same = put(tmp_path / f"c.{suffix}", write(gray(values), 8, 2))
         assert np.array_equal(read_label(same, as_index), values)
         with pytest.raises(DataError, match=r"an index map saved as RGB: set data.label_format: index"):
             read_label(same)
@@ -486,7 +486,7 @@ def test_colors_and_values_mixed_up(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("name", "color", "channels"), [("RGB", 2, 3), ("grey with alpha", 4, 2), ("RGB with", 6, 4)]
+    ("name", "color", "channels"), [("RGB", 2, 3), ("gray with alpha", 4, 2), ("RGB with", 6, 4)]
 )
 def test_deep_labels_have_one_channel(tmp_path: Path, name: str, color: int, channels: int):
     path = put(tmp_path / "a.png", png(random_values(16, channels), 16, color))
@@ -498,12 +498,10 @@ def test_deep_labels_have_one_channel(tmp_path: Path, name: str, color: int, cha
 
 def test_labels_that_cannot_be(tmp_path: Path):
     colors = put(tmp_path / "a.tif", tiff(random_values(16, 3), 16, 2))
-    with pytest.raises(
-        DataError, match=r"found colours of 16 bits; 16-bit labels have one channel of values"
-    ):
+    with pytest.raises(DataError, match=r"found colors of 16 bits; 16-bit labels have one channel of values"):
         read_label(colors, label_encoding(COLORED))
     floats = put(tmp_path / "b.tif", tiff(random_values(8), 32, kind=3))
-    with pytest.raises(DataError, match=r"pixels of kind F; wanted are indices, a palette or RGB colours"):
+    with pytest.raises(DataError, match=r"pixels of kind F; wanted are indices, a palette or RGB colors"):
         read_label(floats)
     for value, kind in ((-1, 2), (65536, 1)):
         wide = put(tmp_path / "c.tif", tiff(np.array([[0, value]]), 32, kind=kind))
@@ -579,7 +577,7 @@ def sound_files() -> dict[str, tuple[bytes, Callable[[Path], np.ndarray]]]:
     scipy_file = io.BytesIO()
     write_mat(scipy_file, RANDOM.integers(0, 21, (H, W), np.uint8))  # type: ignore[arg-type]
     return {
-        "grey.png": (png(values, 2), read_label),
+        "gray.png": (png(values, 2), read_label),
         "palette.png": (png(values, 2, 3, palette), read_label),
         "color.png": (png(colors, 8, 2), read_image),
         "deep.png": (png(random_values(16), 16), read_image),
@@ -691,19 +689,19 @@ MISTAKES = {
         "set data.label_values: one_based",
         {"label_values": "one_based"},
     ),
-    "shifted, 0 is not labelled": (
+    "shifted, 0 is not labeled": (
         THREE,
         [png(stripes(0, 1, 2, 3))],
-        "if 0 is not labelled and classes are counted from 1, set data.label_values: one_based",
+        "if 0 is not labeled and classes are counted from 1, set data.label_values: one_based",
         {"label_values": "one_based"},
     ),
-    "last is not labelled": (
+    "last is not labeled": (
         THREE,
         [png(stripes(0, 1, 2, 3))],
-        "if 3 is not labelled, set data.ignore: 3",
+        "if 3 is not labeled, set data.ignore: 3",
         {"ignore": 3},
     ),
-    "spread greys": (
+    "spread grays": (
         THREE,
         [png(stripes(0, 100, 200))],
         "data.label_values: {0: …, 100: …, 200: …}",
@@ -721,13 +719,13 @@ MISTAKES = {
         "set data.label_values: cityscapes_ids",
         {"label_values": "cityscapes_ids"},
     ),
-    "colours as grey": (
+    "colors as gray": (
         {"sky": [70, 130, 180], "road": [128, 64, 128], "car": [0, 0, 142]},
         [png(stripes(118, 90, 16))],
-        "the label values are the greys of the class colours (16 as car, 90 as road, 118 as sky)",
+        "the label values are the grays of the class colors (16 as car, 90 as road, 118 as sky)",
         {"label_values": {118: "sky", 90: "road", 16: "car"}},
     ),
-    "colours without a table": (
+    "colors without a table": (
         THREE,
         [png(np.array([[[0, 0, 0], [1, 2, 3], [4, 5, 6]]]), 8, 2)],
         "data.classes: {name: [red, green, blue]}",
@@ -741,11 +739,11 @@ MISTAKES = {
     ),
     "an index map as RGB": (
         THREE,
-        [png(grey(stripes(0, 1, 2)), 8, 2)],
+        [png(gray(stripes(0, 1, 2)), 8, 2)],
         "set data.label_format: index",
         {"label_format": "index"},
     ),
-    "a palette of colours that differ from file to file": (
+    "a palette of colors that differ from file to file": (
         {"field": [0, 0, 0], "road": [1, 2, 3]},
         [png(stripes(0, 0, 7), 8, 3, chunk(b"PLTE", bytes([*[0] * 21, 1, 2, 3])))],
         "data.label_values: {0: …, 7: …}",

@@ -38,7 +38,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def truth_of(number: int, classes: int = 3, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Blocks of classes, all of them in every map, and a strip that is not labelled."""
+    """Blocks of classes, all of them in every map, and a strip that is not labeled."""
     height, width = size
     rows, columns = np.mgrid[:height, :width]
     label = ((rows // 8 + columns // 8 + number) % classes).astype(np.uint8)
@@ -120,7 +120,7 @@ def twins(root: Path) -> Drawn:
 
 
 def colors(root: Path) -> Drawn:
-    """RGB masks with a table of names, and a colour that has none: not labelled."""
+    """RGB masks with a table of names, and a color that has none: not labeled."""
     drawn = Drawn(roles=roles(4, 1, 1), named=("road surface", "sky", "car: parked"))
     table = np.zeros((256, 3), np.uint8)
     table[:3] = (128, 64, 128), (70, 130, 180), (0, 0, 142)
@@ -204,8 +204,8 @@ def suffixes(root: Path) -> Drawn:
         save(root / "data" / "images" / "x" / f"img_{number}.png", photo(number))
         if number < 5:
             drawn.truth[f"data/images/x/img_{number}.png"] = truth_of(number)
-            grey = values[truth_of(number)]
-            save(root / "data" / "masks" / "x" / f"mask_{number}.png", np.dstack([grey] * 3))
+            gray = values[truth_of(number)]
+            save(root / "data" / "masks" / "x" / f"mask_{number}.png", np.dstack([gray] * 3))
     (root / "data" / "id2label.json").write_text(json.dumps({"10": "wall", "20": "floor", "30": "door"}))
     return drawn
 
@@ -288,7 +288,7 @@ def test_the_recipe_reads_what_was_drawn(
 
 
 def check_what_must_hold(recipe, manifest, text: str) -> None:
-    """Of every proposal: legal sizes within the images, rounds by the unlabelled images, a reason for every value."""
+    """Of every proposal: legal sizes within the images, rounds by the unlabeled images, a reason for every value."""
     sizes = [cv2.imread(str(s.image)).shape[:2] for some in manifest.roles().values() for s in some]
     for side, crop in enumerate(recipe.training.crop):
         assert (
@@ -326,7 +326,7 @@ def test_cityscapes_as_downloaded(tmp_path: Path) -> None:
     assert recipe.data.layout == "cityscapes" and recipe.data.classes == "cityscapes"
     assert recipe.data.root == str((tmp_path / "in" / "city").resolve())
     assert check(recipe).images == roles(2, 0, 1) and len(recipe.rounds) == 1
-    assert any("2 labelled and 0 unlabelled images" in note for note in made.notes)
+    assert any("2 labeled and 0 unlabeled images" in note for note in made.notes)
 
 
 def test_voc_as_downloaded(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_images_alone(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert [line.strip(" -") for line in err.splitlines() if line.startswith("  - ")] == [
         f"{number:02d}.jpg" for number in range(0, 30, 3)
     ]
-    assert "255 = not labelled" in err and not (tmp_path / "in.yaml").exists()
+    assert "255 = not labeled" in err and not (tmp_path / "in.yaml").exists()
 
 
 def test_labels_under_names_that_say_nothing_are_asked_for(call, tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ def test_annotations_are_to_be_drawn_first(
                 save(root / "val/labels/1.png", truth_of(1)),
                 save(root / "train/images/2.png", photo(2)),
             ],
-            "no labelled image is left for training",
+            "no labeled image is left for training",
         ),
     ],
 )

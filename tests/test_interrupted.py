@@ -1,4 +1,4 @@
-"""Labelling that is stopped – by a full disk, by SIGKILL – or shared between processes: the bytes stay the same."""
+"""Labeling that is stopped – by a full disk, by SIGKILL – or shared between processes: the bytes stay the same."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def images(tiny_data: Path) -> Path:
     return tiny_data / "images" / "u"
 
 
-def labelled_pixels(root: Path) -> list[int]:
+def labeled_pixels(root: Path) -> list[int]:
     masks = [read_label(path) for path in (root / "labels" / "l").glob("*.png")]
     return [sum(int((mask == k).sum()) for mask in masks) for k in range(K)]
 
@@ -91,7 +91,7 @@ def test_labels_are_the_networks_predictions(
     assert set(outcome(tmp_path / "out")) == names | {"redistribution.json", "histogram.npz"}
     for name, prediction in predictions.items():
         assert np.array_equal(read_label(tmp_path / "out" / f"{name}.png"), prediction.classes)
-    assert "6 images, 100.00% of their pixels labelled" in shown
+    assert "6 images, 100.00% of their pixels labeled" in shown
     described = json.loads((tmp_path / "out" / "redistribution.json").read_text())
     found = np.bincount(np.concatenate([p.classes.ravel() for p in predictions.values()]), minlength=K)
     assert described["kept"] == described["predicted"] == found.tolist()
@@ -101,9 +101,9 @@ def test_labels_are_the_networks_predictions(
 def test_what_is_not_given_comes_from_the_recipe(
     run: Path, tiny_data: Path, images: Path, tmp_path: Path
 ) -> None:
-    """Ratio of the last round, seed, counts of the labelled masks; thresholds by sorting every confidence."""
+    """Ratio of the last round, seed, counts of the labeled masks; thresholds by sorting every confidence."""
     described = label_quietly(run, images, tmp_path / "out")
-    counts = labelled_pixels(tiny_data)
+    counts = labeled_pixels(tiny_data)
     settings = {"method": "dars", "labeling_ratio": 0.5, "threshold": None, "seed": 3, "class_counts": counts}
     assert described["settings"] == settings | {"confidence": "float16", "sampling": "random"}
     predictions = predictions_of(run, 1, images)
@@ -137,7 +137,7 @@ def test_a_checkpoint_with_recipe_or_counts(
     assert outcome(tmp_path / "recipe") == outcome(tmp_path / "run")
     names = [f"the {name}" for name in SCENE_CLASSES.names]
     counts = tmp_path / "counts.json"
-    counts.write_text(json.dumps(dict(zip(names, labelled_pixels(tiny_data), strict=True))))
+    counts.write_text(json.dumps(dict(zip(names, labeled_pixels(tiny_data), strict=True))))
     described = label_quietly(
         checkpoint, images, tmp_path / "counts", class_counts=counts, labeling_ratio=0.5, seed=3, threads=1
     )
@@ -151,12 +151,12 @@ def test_a_checkpoint_with_recipe_or_counts(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["CHECKPOINT", "IMAGES", "OUT"], "give the labelled pixels per class with --class-counts COUNTS.json"),
+        (["CHECKPOINT", "IMAGES", "OUT"], "give the labeled pixels per class with --class-counts COUNTS.json"),
         (["CHECKPOINT", "IMAGES", "OUT"], "or the recipe it was trained with by --recipe"),
         (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "TWO"], f"2 counts, but the network has {K} classes"),
         (["RUN", "IMAGES", "OUT", "--class-counts", "TWO"], f"2 counts, but the network has {K} classes"),
-        (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "ALL"], "method dars needs a labelling ratio"),
-        (["RUN", "IMAGES", "OUT", "--class-counts", "NONE"], "no such file. Give labelled pixels per class"),
+        (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "ALL"], "method dars needs a labeling ratio"),
+        (["RUN", "IMAGES", "OUT", "--class-counts", "NONE"], "no such file. Give labeled pixels per class"),
         (["RUN", "IMAGES", "OUT", "--method", "global"], "method global needs a threshold"),
         (["RUN", "IMAGES", "OUT", "--threshold", "0.5"], "method dars takes no threshold"),
         (["RUN", "IMAGES", "OUT", "--round", "7"], "round 7 is not finished"),

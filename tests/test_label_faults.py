@@ -1,4 +1,4 @@
-"""Faults of labelling in a folder: damaged files, settings out of range, stale inputs, folders in each other."""
+"""Faults of labeling in a folder: damaged files, settings out of range, stale inputs, folders in each other."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def file_of(folder: Path, name: str) -> Path:
     ],
     ids=["dars", "fine", "cbst", "global"],
 )
-def test_a_folder_is_labelled_as_arrays_are(source: Path, tmp_path: Path, how: dict) -> None:
+def test_a_folder_is_labeled_as_arrays_are(source: Path, tmp_path: Path, how: dict) -> None:
     described = redistribute_quietly(source, tmp_path / "out", COUNTS, **how)
     result = redistribute(ARRAYS, COUNTS, **how)
     found = outcome(tmp_path / "out")
@@ -153,7 +153,7 @@ def test_the_command_writes_the_same_and_prints_a_table(
         assert line[3:] == [str(described[column][k]) for column in columns[2:]]
     assert lines[4][1] == "-"
     pixels = sum(described["predicted"])
-    assert f"12 images, {sum(described['kept']) / pixels:.2%} of their pixels labelled" in result.stdout
+    assert f"12 images, {sum(described['kept']) / pixels:.2%} of their pixels labeled" in result.stdout
 
 
 def test_predicting_twice_keeps_nothing_and_gives_the_same(
@@ -309,7 +309,7 @@ def test_settings_and_files_may_not_both_change_midway(copied: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "no such file. Give labelled pixels per class as JSON"),
+        (None, "no such file. Give labeled pixels per class as JSON"),
         ("{", "cannot be read as JSON"),
         ("[1, 2.5, 1, 1]", "wanted whole numbers, a list of K or name → count"),
         ('[1, "2", 1, 1]', "wanted whole numbers"),
@@ -320,9 +320,9 @@ def test_settings_and_files_may_not_both_change_midway(copied: Path, tmp_path: P
         ("7", "wanted whole numbers"),
         ("null", "wanted whole numbers"),
         ('"12"', "wanted whole numbers"),
-        ("[3, -1, 2, -4]", "labelled pixels cannot be negative (class 1: -1, class 3: -4)"),
-        ('{"road": 5, "sky": -2}', "labelled pixels cannot be negative (sky: -2)"),
-        ("[0, 0, 0, 0]", "No labelled pixel of any of the 4 classes"),
+        ("[3, -1, 2, -4]", "labeled pixels cannot be negative (class 1: -1, class 3: -4)"),
+        ('{"road": 5, "sky": -2}', "labeled pixels cannot be negative (sky: -2)"),
+        ("[0, 0, 0, 0]", "No labeled pixel of any of the 4 classes"),
         ("[5]", "1 classes: between 2 and 255 are needed"),
     ],
 )
@@ -339,7 +339,7 @@ def test_class_counts_that_cannot_be_used(
 
 
 def test_settings_that_cannot_work_are_named_before_anything_is_begun(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"(?s)needs a threshold.*takes no labelling ratio"):
+    with pytest.raises(RecipeError, match=r"(?s)needs a threshold.*takes no labeling ratio"):
         redistribute_quietly(source, tmp_path / "out", COUNTS, 0.5, method="global")
     with pytest.raises(RecipeError, match="confidence 'exact'"):
         redistribute_quietly(source, tmp_path / "out", COUNTS, 0.5, confidence="exact")

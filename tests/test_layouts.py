@@ -201,7 +201,7 @@ def test_classes_of_ones_own_are_read_from_the_downloaded_ids(tmp_path: Path):
         manifest_of(recipe)
 
 
-def test_more_unlabelled_images(tmp_path: Path):
+def test_more_unlabeled_images(tmp_path: Path):
     """Cityscapes' train_extra has coarse labels alone; the test split has none that say anything."""
     truth = draw_cityscapes(tmp_path)
     image, label = draw_layouts.scene(77, draw_layouts.AS_CITYSCAPES)
@@ -240,7 +240,7 @@ def test_every_nth_image(tmp_path: Path):
 )
 @pytest.mark.parametrize("augmented", [False, True])
 def test_voc_is_found(tmp_path: Path, sbd: str | None, augmented: bool):
-    """Labelled: train.txt; unlabelled: whatever else has a label, but for val.txt."""
+    """Labeled: train.txt; unlabeled: whatever else has a label, but for val.txt."""
     root = tmp_path / "VOCdevkit" / "VOC2012"
     root.mkdir(parents=True)
     place = None if sbd is None else tmp_path / "elsewhere" if sbd == "given" else root / sbd
@@ -259,7 +259,7 @@ def test_voc_is_found(tmp_path: Path, sbd: str | None, augmented: bool):
 
 
 def test_labels_of_other_lists_in_voc(tmp_path: Path):
-    """A list of labelled images of one's own leaves all others to be unlabelled."""
+    """A list of labeled images of one's own leaves all others to be unlabeled."""
     truth = draw_voc(tmp_path / "VOC2012", sbd=tmp_path / "SBD")
     (tmp_path / "VOC2012" / "mine.txt").write_text("2007_000039 \n2008_000007\n")
     manifest = manifest_of(recipe_of(tmp_path, "voc", tmp_path / "VOC2012", labeled="mine.txt"))
@@ -543,7 +543,7 @@ def test_voc_without_sbd(tmp_path: Path):
     draw_voc(tmp_path / "VOC2012")
     recipe = recipe_of(tmp_path / "r", "voc", tmp_path / "VOC2012")
     message = told(recipe)
-    assert "which 9,118 images are unlabelled cannot be told: get benchmark.tgz from www2.eecs" in message
+    assert "which 9,118 images are unlabeled cannot be told: get benchmark.tgz from www2.eecs" in message
     assert f"unpack it in {tmp_path}" in message
     truth = draw_voc(tmp_path / "again", sbd=tmp_path / "VOC2012" / "benchmark_RELEASE" / "dataset")
     assert "cannot be told" not in told(recipe) and len(manifest_of(recipe).unlabeled) == 6
@@ -574,7 +574,7 @@ def test_half_of_everything_is_counted(tmp_path: Path):
 
 
 def test_a_city_without_labels(tmp_path: Path):
-    """Its images become unlabelled ones, as any without a label; check says so."""
+    """Its images become unlabeled ones, as any without a label; check says so."""
     draw_cityscapes(tmp_path)
     shutil.rmtree(tmp_path / "gtFine" / "train" / "bochum")
     next((tmp_path / "gtFine" / "train").rglob("bremen_000003*_labelTrainIds.png")).unlink()
@@ -618,7 +618,7 @@ def test_only_one_split_is_unpacked(tmp_path: Path):
 def test_no_label_at_all(tmp_path: Path):
     draw_cityscapes(tmp_path, train_ids=False, ids=False)
     message = told(recipe_of(tmp_path, "cityscapes", tmp_path))
-    assert "no labelled images: at least one image needs a label map in gtFine (as its image" in message
+    assert "no labeled images: at least one image needs a label map in gtFine (as its image" in message
 
 
 def test_damaged_sbd_files_are_named(tmp_path: Path):

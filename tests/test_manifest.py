@@ -99,12 +99,12 @@ def test_images_are_read_as_rgb(tmp_path: Path, suffix: str):
     assert image_size(path) == (6, 8)
 
 
-def test_jpegs_and_grey_images(tmp_path: Path):
+def test_jpegs_and_gray_images(tmp_path: Path):
     soft = np.full((16, 24, 3), (200, 100, 50), np.uint8)
     for suffix in (".jpg", ".jpeg", ".JPG"):
         assert np.abs(read_image(save(tmp_path / f"a{suffix}", soft)).astype(int) - soft).max() < 8
-    grey = read_image(save(tmp_path / "grey.png", LABEL))
-    assert np.array_equal(grey, np.repeat(LABEL[..., None], 3, 2))
+    gray = read_image(save(tmp_path / "gray.png", LABEL))
+    assert np.array_equal(gray, np.repeat(LABEL[..., None], 3, 2))
 
 
 def test_a_camera_that_was_turned_does_not_turn_the_image(tmp_path: Path):
@@ -147,7 +147,7 @@ def test_files_that_may_not_be_read(tmp_path: Path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "thumbnail"])
 def test_truncated_files(tmp_path: Path, kind: str):
-    """Decoders would fill the rest with grey."""
+    """Decoders would fill the rest with gray."""
     big = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     data = cv2.imencode(".png", big)[1].tobytes() if kind == "png" else jpeg(big)
     if kind == "thumbnail":  # it has an end mark of its own
@@ -463,7 +463,7 @@ def role_ids(manifest: Manifest) -> dict[str, list[str]]:
     return {role: ids(samples) for role, samples in manifest.roles().items() if samples}
 
 
-def test_without_a_word_images_with_a_label_are_labelled_and_the_others_not(tmp_path: Path):
+def test_without_a_word_images_with_a_label_are_labeled_and_the_others_not(tmp_path: Path):
     manifest = build_manifest(CLASSES, populate(tmp_path, "a b c d", "b d"), None, None, None)
     assert role_ids(manifest) == {"labeled": ["b", "d"], "unlabeled": ["a", "c"]}
     assert manifest.classes is CLASSES
@@ -481,7 +481,7 @@ def test_validation_takes_every_nth_of_those_with_a_label(tmp_path: Path):
 
 
 def test_labels_laid_aside_serve_for_measuring_only(tmp_path: Path):
-    """The usual experiment: every nth image keeps its label, the others are taken for unlabelled."""
+    """The usual experiment: every nth image keeps its label, the others are taken for unlabeled."""
     source = populate(tmp_path, "a b c d e", "a b c d")
     every, others = replace(source, every=2), replace(source, except_every=2)
     manifest = build_manifest(CLASSES, source, every, others, None)
@@ -533,12 +533,12 @@ def test_each_image_of_the_default_folder_has_one_role(tmp_path_factory, kinds, 
     """Lists for some of the roles: what they leave goes by its label, and nothing is lost."""
     source = populate(tmp_path_factory.mktemp("roles"))
     in_list: dict[str, list[str]] = {kind: [] for kind in "lvtu"}
-    labelled = []
+    labeled = []
     for index, kind in enumerate(kinds):
         (source.images / f"{index}.png").write_bytes(b"")
         if kind in "lvt" or labels[index]:
             (source.labels / f"{index}.png").write_bytes(b"")
-            labelled.append(f"{index}")
+            labeled.append(f"{index}")
         if kind in in_list:
             in_list[kind].append(f"{index}")
     sources = [
@@ -546,7 +546,7 @@ def test_each_image_of_the_default_folder_has_one_role(tmp_path_factory, kinds, 
     ]
     rest = [f"{index}" for index, kind in enumerate(kinds) if kind == "n"]
     wanted = {
-        "labeled": in_list["l"] or [name for name in rest if name in labelled],
+        "labeled": in_list["l"] or [name for name in rest if name in labeled],
         "unlabeled": in_list["u"],
         "validation": in_list["v"],
         "test": in_list["t"],
@@ -556,7 +556,7 @@ def test_each_image_of_the_default_folder_has_one_role(tmp_path_factory, kinds, 
         manifest = build_manifest(CLASSES, source, *sources)
         assert role_ids(manifest) == {role: names for role, names in wanted.items() if names}
     else:
-        with pytest.raises(DataError, match="no labelled images"):
+        with pytest.raises(DataError, match="no labeled images"):
             build_manifest(CLASSES, source, *sources)
 
 
@@ -588,8 +588,8 @@ def test_an_image_has_one_role_however_it_is_named(tmp_path: Path):
         )
 
 
-def test_no_labelled_images(tmp_path: Path):
-    message = r"no labelled images: at least one image needs a label map in data\.labels \(same path, \.png\)"
+def test_no_labeled_images(tmp_path: Path):
+    message = r"no labeled images: at least one image needs a label map in data\.labels \(same path, \.png\)"
     with pytest.raises(DataError, match=message):
         build_manifest(CLASSES, populate(tmp_path, "a b"), None, None, None)
 
@@ -642,10 +642,10 @@ def test_everything_wrong_is_reported_at_once(tmp_path: Path):
     manifest = manifest_of(good, unknown, small, colored, unlabeled=(broken,), validation=(missing,))
     found = examine(manifest)
     wanted = [
-        f"{unknown.label}: label values outside the classes 0..2 and 255, not labelled: 7 (24 pixels), 9 (12 pixels). "
+        f"{unknown.label}: label values outside the classes 0..2 and 255, not labeled: 7 (24 pixels), 9 (12 pixels). "
         "Set data.ignore or data.label_values, or add the classes",
         f"{small.label}: 5x8 pixels, but its image {small.image} has 6x8 (height x width)",
-        f"{colored.label}: found colours, but the classes have none",
+        f"{colored.label}: found colors, but the classes have none",
         f"{broken.image}: the file is truncated",
         f"{missing.image}: no such file",
         f"{missing.label}: no such file",  # not only the first of a sample's faults
@@ -665,24 +665,22 @@ def test_absent_classes_are_warned_of(tmp_path: Path):
     found: Findings = examine(manifest_of(*labels_of(tmp_path, 1, 255)))
     assert found.faults == ()
     absent = [warning for warning in found.warnings if "absent" in warning]
-    assert len(absent) == 1 and absent[0].startswith("absent from all labelled masks: field, house.")
+    assert len(absent) == 1 and absent[0].startswith("absent from all labeled masks: field, house.")
     assert (
-        "can never be pseudo-labelled; label a few pixels of it, or take it out of data.classes" in absent[0]
+        "can never be pseudo-labeled; label a few pixels of it, or take it out of data.classes" in absent[0]
     )
 
 
-def test_masks_without_a_labelled_pixel(tmp_path: Path):
+def test_masks_without_a_labeled_pixel(tmp_path: Path):
     found = examine(manifest_of(*labels_of(tmp_path, 255, 255)))
-    assert found.faults == (
-        "labeled: not one pixel is labelled, every label map holds only the ignore value",
-    )
+    assert found.faults == ("labeled: not one pixel is labeled, every label map holds only the ignore value",)
     assert not any("absent" in warning for warning in found.warnings)
 
 
 def test_roles_without_images_are_warned_of(tmp_path: Path):
     found = examine(manifest_of(*labels_of(tmp_path, [0, 1, 2, 2] * 2)))
     assert len(found.warnings) == 2
-    assert "no unlabelled images: only round 0" in found.warnings[0]
+    assert "no unlabeled images: only round 0" in found.warnings[0]
     assert "no validation images: nothing will be scored; set data.validation" in found.warnings[1]
 
 

@@ -366,7 +366,7 @@ def test_resnets_against_the_oracle(name: str, output_stride: int, size: tuple[i
 
 
 def slow_upsample(x: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Corners on corners, between the four neighbours linearly."""
+    """Corners on corners, between the four neighbors linearly."""
     out = np.zeros((x.shape[0], height, width))
     for row in range(height):
         for column in range(width):

@@ -90,7 +90,7 @@ def test_cityscapes(name: str, downloads, call, tmp_path: Path) -> None:
     known = np.concatenate([truth[f"frankfurt_{i:06d}_000019"].ravel() for i in range(2)])
     counts = np.bincount(known[known != 255], minlength=19)
     assert np.array_equal(np.array(scores["confusion"]).sum(1), counts)
-    # The class shares are those of the labelled list.
+    # The class shares are those of the labeled list.
     drawn = [
         line.split("/")[-1].split("_leftImg8bit")[0]
         for line in (tmp_path / "lists/labeled.txt").read_text().split()

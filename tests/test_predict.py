@@ -375,7 +375,7 @@ def test_a_written_video_that_is_not_whole_is_no_video(
 
 def test_unknown_kinds(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="index, color, overlay, confidence"):
-        predict_folder(checkpoint, tmp_path, tmp_path / "out", ["colour"])
+        predict_folder(checkpoint, tmp_path, tmp_path / "out", ["color"])
 
 
 def test_ctrl_c_is_answered(call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def slow(network: Network, image: np.ndarray, protocol: Protocol, average: str) 
         x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
         if size != (height, width):
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-        # The mean colour on both sides.
+        # The mean color on both sides.
         window_h, window_w = protocol.window
         pad_h, pad_w = max(0, window_h - size[0]), max(0, window_w - size[1])
         mean, std = network.mean[None, :, None, None], network.std[None, :, None, None]

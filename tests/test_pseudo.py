@@ -1,4 +1,4 @@
-"""Pseudo labelling against a slow, obvious version: lists of floats, sorted, as in the release."""
+"""Pseudo labeling against a slow, obvious version: lists of floats, sorted, as in the release."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_large_finite_logits_saturate() -> None:
 
 
 def test_distribution_refuses_what_is_no_distribution() -> None:
-    with pytest.raises(DataError, match=r"No labelled pixel of any of the 3 classes.*not all 255"):
+    with pytest.raises(DataError, match=r"No labeled pixel of any of the 3 classes.*not all 255"):
         ClassDistribution.from_counts([0, 0, 0])
     with pytest.raises(DataError, match=r"(?s)must not be negative:.*class 1: -2"):
         ClassDistribution.from_counts([3, -2])
@@ -360,9 +360,9 @@ def test_choosing_refuses_what_cannot_work() -> None:
     with pytest.raises(DataError, match="class distribution of 3 classes and a histogram of 2"):
         choose_dars(histogram, ClassDistribution.from_counts([1, 1, 1]), 0.5)
     for ratio in (0, -0.1, 1.01, float("nan")):
-        with pytest.raises(RecipeError, match=f"labelling ratio of {ratio}: .*above 0 and at most 1"):
+        with pytest.raises(RecipeError, match=f"labeling ratio of {ratio}: .*above 0 and at most 1"):
             choose_dars(histogram, prior, ratio)
-        with pytest.raises(RecipeError, match="labelling ratio"):
+        with pytest.raises(RecipeError, match="labeling ratio"):
             choose_cbst(histogram, ratio)
     for threshold in (-0.1, 1.1, float("nan")):
         with pytest.raises(RecipeError, match=f"confidence threshold of {threshold}: choose one from 0 to 1"):
@@ -373,7 +373,7 @@ def test_choosing_refuses_what_cannot_work() -> None:
         lambda: choose_cbst(empty, 1),
         lambda: choose_global(empty, 0),
     ):
-        with pytest.raises(DataError, match=r"counts no pixel.*predict unlabelled images first"):
+        with pytest.raises(DataError, match=r"counts no pixel.*predict unlabeled images first"):
             choose()
 
 

@@ -1,4 +1,4 @@
-"""Laws of pseudo labelling that hold whatever the predictions."""
+"""Laws of pseudo labeling that hold whatever the predictions."""
 
 from __future__ import annotations
 

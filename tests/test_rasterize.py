@@ -537,8 +537,8 @@ def test_document_types_are_refused(tmp_path: Path, encoding: str) -> None:
     [
         ("x.json", '{"images": [', {}, "x.json: broken JSON (Expecting value"),
         ("x.json", "[" * 100_000, {}, "x.json: broken JSON ("),
-        ("x.json", "[]", {}, "format is not recognised, found no object"),
-        ("x.json", '{"b": 1, "a": 2}', {}, "is not recognised, found an object with 'a', 'b'. Wanted COCO"),
+        ("x.json", "[]", {}, "format is not recognized, found no object"),
+        ("x.json", '{"b": 1, "a": 2}', {}, "is not recognized, found an object with 'a', 'b'. Wanted COCO"),
         ("x.json", "{}", {}, "an object with no keys"),
         ("x.json", "{}", {"format": "voc"}, "No annotation format 'voc': there are coco, panoptic, labelme"),
         ("x.json", "{}", {"format": "coco"}, "x.json: 'images' is missing. Wanted is a COCO file."),
@@ -855,7 +855,7 @@ def test_the_good_images_are_written_and_all_faults_told(folder: Path, tmp_path:
     result = rasterize(folder, out)
     assert sorted(tree(out)) == ["a.png", "classes.yaml", "s/b.png"]
     assert (out / "classes.yaml").read_text() == (
-        "classes: [car, road]\npixels:\n  car: 4\n  road: 40\nnot_labelled: 116\nimages: 2\n"
+        "classes: [car, road]\npixels:\n  car: 4\n  road: 40\nnot_labeled: 116\nimages: 2\n"
     )
     bad = f"{folder}/bad"
     assert [line.split(". ")[0] for line in result.faults[:2]] == [
@@ -911,13 +911,13 @@ def test_the_background_comes_first_unless_it_is_among_the_classes(folder: Path,
     assert result.classes == ("rest", "car") and result.pixels.tolist() == [116, 4, 40]
 
 
-def test_other_categories_are_a_fault_or_not_labelled(folder: Path, tmp_path: Path) -> None:
+def test_other_categories_are_a_fault_or_not_labeled(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         rasterize(folder, tmp_path / "out", classes="sky,tree")
     told = str(error.value)
     assert told.startswith("Nothing was written:\n  - categories that are not among the classes: 'car' (3 ")
     assert (
-        "'road' (1 annotations). Add them (--classes), or leave their pixels unlabelled (--other ignore)"
+        "'road' (1 annotations). Add them (--classes), or leave their pixels unlabeled (--other ignore)"
         in told
     )
     assert "c.json: shapes[0]" in told and "broken JSON" in told  # all at once
@@ -1035,7 +1035,7 @@ def test_the_command_prints_a_table_and_the_recipes_lines(call, tmp_path: Path) 
     assert rows == {
         "rest": ["40", "50.0000%"],
         "traffic light": ["40", "50.0000%"],
-        "(not labelled, of all pixels)": ["0", "0.0000%"],
+        "(not labeled, of all pixels)": ["0", "0.0000%"],
     }
     assert "passed over, no area: 1 point" in lines
     assert f"1 label maps in {tmp_path}/photos/labels; in the recipe:" in lines

@@ -212,7 +212,7 @@ def test_quirks_and_micro_batches_are_said(names: dict[Any, Path]) -> None:
 def test_a_recipe_opens_with_what_it_needs(path: Path) -> None:
     opening = path.read_text().split("\ndata:")[0]
     for part in (
-        "labelled",
+        "labeled",
         "# Needs",
         "# Takes",
         f"# Run     darseg train recipes/{path.name}",

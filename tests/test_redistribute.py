@@ -88,10 +88,10 @@ def test_dars_equals_sorting_every_confidence(
         assert described["accepted"][k] == accepted and described["keep"][k] == share
         for name, image in pixels.items():
             m = torch.tensor(sum(c == k and p >= threshold for c, p in flat(image)))
-            labelled = result.labels[name] == k
-            assert labelled.sum() == int(m) - int(m - m.float() * share)
-            kept[k] += int(labelled.sum())
-            for (c, p), here in zip(flat(image), labelled.ravel().tolist(), strict=True):
+            labeled = result.labels[name] == k
+            assert labeled.sum() == int(m) - int(m - m.float() * share)
+            kept[k] += int(labeled.sum())
+            for (c, p), here in zip(flat(image), labeled.ravel().tolist(), strict=True):
                 assert not here or (c == k and p >= threshold)
     assert result.kept.tolist() == list(kept.values())
     for name, label in result.labels.items():
@@ -211,7 +211,7 @@ def test_global_by_hand(confidence: str) -> None:
     assert redistribute(BY_HAND, [1, 1, 1], None, threshold=0.0, **how).kept.tolist() == [6, 4, 0]
 
 
-def test_a_class_without_labelled_pixels_gets_none() -> None:
+def test_a_class_without_labeled_pixels_gets_none() -> None:
     result = redistribute(BY_HAND, [0, 5, 5], 1.0, probabilities=True)
     assert result.thresholds.wanted.tolist() == [0, 5, 5]
     assert result.kept.tolist() == [0, 4, 0] and result.thresholds.keep[0] == 0
@@ -253,19 +253,19 @@ def test_settings_that_cannot_work_are_all_named() -> None:
     assert str(caught.value).splitlines() == [
         "These settings cannot work:",
         "  - method global needs a threshold, a confidence between 0 and 1",
-        "  - method global takes no labelling ratio: the threshold decides",
+        "  - method global takes no labeling ratio: the threshold decides",
     ]
     for method in ("dars", "cbst"):
         with pytest.raises(RecipeError) as caught:
             redistribute({"a": GOOD}, [1, 1], None, method=method, threshold=0.5)
         assert str(caught.value).splitlines()[1:] == [
-            f"  - method {method} needs a labelling ratio, above 0 and at most 1",
+            f"  - method {method} needs a labeling ratio, above 0 and at most 1",
             f"  - method {method} takes no threshold (only global does)",
         ]
     with pytest.raises(RecipeError, match=r"confidence 'exact': there are float16, fine"):
         redistribute({"a": GOOD}, [1, 1], 0.5, confidence="exact")
     for ratio in (0, 1.5, float("nan")):
-        with pytest.raises(RecipeError, match=f"labelling ratio of {ratio}: .* above 0 and at most 1"):
+        with pytest.raises(RecipeError, match=f"labeling ratio of {ratio}: .* above 0 and at most 1"):
             redistribute({"a": GOOD}, [1, 1], ratio)
     with pytest.raises(RecipeError, match=r"confidence threshold of 1\.5: choose one from 0 to 1"):
         redistribute({"a": GOOD}, [1, 1], None, method="global", threshold=1.5)
@@ -300,7 +300,7 @@ def test_other_things_that_are_refused() -> None:
         ([1], "1 classes: between 2 and 255"),
         ([1.0, 2.0], "give integers"),
         ([1, -2], "class 1: -2"),
-        ([0, 0], "No labelled pixel of any of the 2 classes"),
+        ([0, 0], "No labeled pixel of any of the 2 classes"),
     ):
         with pytest.raises(DataError, match=message):
             redistribute({"a": GOOD}, counts, 0.5)

@@ -146,7 +146,7 @@ def test_facts_are_what_the_files_say(hostile: Path) -> None:
         )
 
 
-def test_labelled_masks_are_counted(hostile: Path) -> None:
+def test_labeled_masks_are_counted(hostile: Path) -> None:
     counts = np.zeros(K, int)
     for path in (hostile / "data" / "labels" / "l").glob("*.png"):
         values = np.asarray(Image.open(path))
@@ -172,7 +172,7 @@ def test_a_round_done_anew_shows_its_own_curve_and_warnings(run: Path) -> None:
     """Its folder was deleted, as docs/view.md says; the journal still tells of the first time."""
     before = read_run(run)
     journal = (run / "journal.jsonl").read_text()
-    stale = "round 2: never predicted, so not pseudo-labelled: last, 7"
+    stale = "round 2: never predicted, so not pseudo-labeled: last, 7"
     lines = [
         {"event": "warning", "text": stale},
         {"event": "step", "round": 2, "step": 80, "loss_labeled": 3.0},
@@ -207,7 +207,7 @@ def test_remarks_name_rounds_that_made_things_worse(hostile: Path) -> None:
         f"round 1 made mean IoU worse: {np.mean(ious[0]):.4f} → {np.mean(ious[1]):.4f}",
         "round 1 cost classes more than 0.02 of IoU: "
         f"a {ious[0][0]:.3f} → {ious[1][0]:.3f}, b {ious[0][1]:.3f} → {ious[1][1]:.3f}",
-        "absent from all labelled masks, so never pseudo-labelled: b",
+        "absent from all labeled masks, so never pseudo-labeled: b",
         "IoU 0 after round 1: c",
         "said once",
     ]
@@ -284,12 +284,12 @@ def test_the_middle_is_on_the_axis_of_confidences(run: Path, classes: int) -> No
 
 
 @pytest.mark.parametrize("method", ["dars", "cbst"])
-def test_only_dars_is_said_to_aim_at_the_labelled_images(run: Path, method: str) -> None:
+def test_only_dars_is_said_to_aim_at_the_labeled_images(run: Path, method: str) -> None:
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
     recipe["labeling"]["method"] = method
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     page = write_report(run).read_text()
-    said = ("which the pseudo labels should match", "labelled images (the aim)")
+    said = ("which the pseudo labels should match", "labeled images (the aim)")
     assert [one in page for one in said] == [method == "dars"] * 2
 
 
@@ -321,11 +321,11 @@ def test_extremes_and_rare_classes_are_chosen() -> None:
     }
     chosen = gallery.choose(facts, np.array([0.9, 0.08, 0.02]), ("road", "pole", "sign"))
     assert chosen == {
-        "a": ["most confident", "most labelled", "rare class: road"],
-        "e": ["most confident", "most labelled", "rare class: road"],
-        "b": ["least confident", "least labelled", "rare class: sign"],
+        "a": ["most confident", "most labeled", "rare class: road"],
+        "e": ["most confident", "most labeled", "rare class: road"],
+        "b": ["least confident", "least labeled", "rare class: sign"],
         "c": ["least confident", "rare class: sign"],
-        "d": ["least labelled", "rare class: pole"],
+        "d": ["least labeled", "rare class: pole"],
     }
     unknown = {name: replace(one, confidence=None) for name, one in facts.items()}
     assert not any(
@@ -378,7 +378,7 @@ def test_images_that_a_round_left_out_are_not_shown(run: Path) -> None:
     assert pictures and name not in [picture.id for picture in pictures]
     text = write_report(run).read_text()
     assert re.findall(r"left out of round (\d)</th><td>(.*?)</td>", text) == [
-        ("2", "1 unlabelled, marked as bad")
+        ("2", "1 unlabeled, marked as bad")
     ]
 
 
@@ -393,7 +393,7 @@ def decode(url: str) -> Image.Image:
 
 
 @pytest.mark.parametrize("classes", [3, 254, 255])
-def test_a_map_shows_the_classes_colours_and_a_pattern_where_nothing_is_labelled(classes: int) -> None:
+def test_a_map_shows_the_classes_colors_and_a_pattern_where_nothing_is_labeled(classes: int) -> None:
     colors = ClassSet(tuple(map(str, range(classes))), distinct_colors(255)[:classes])
     label = np.full((40, 60), 255, np.uint8)
     label[:20] = classes - 1
@@ -410,7 +410,7 @@ def test_pictures_are_small(hostile: Path) -> None:
     assert decode(gallery.map_url(np.zeros((3000, 10), np.uint8), SCENE_CLASSES)).size == (2, 480)
 
 
-def test_raw_predictions_are_those_that_labelled(hostile: Path, run: Path) -> None:
+def test_raw_predictions_are_those_that_labeled(hostile: Path, run: Path) -> None:
     facts = read_run(run)
     drawn = gallery.draw_gallery(facts, read_data(facts))
     assert drawn is not None and drawn.round == 2 and 2 <= len(drawn.pictures) <= 14
@@ -488,7 +488,7 @@ def test_the_page_in_a_browser(hostile: Path, visit, width: int, scheme: str) ->
         TRAP[: charts.LONGEST_NAME - 1] + "…" in ticks and "2020-01-01" in ticks and "<!--<script>" in ticks
     )
 
-    # The other theme changes the charts' colours too.
+    # The other theme changes the charts' colors too.
     def inks() -> list:
         return page.evaluate(
             "[document.querySelector('.ytick text').style.fill, getComputedStyle(document.body).color]"
@@ -536,7 +536,7 @@ def darseg_escape(names: list[str]) -> list[str]:
 def test_a_run_at_work_has_a_page(hostile: Path) -> None:
     text = (hostile / "after_0.html").read_text()
     assert "mean IoU after round 0" in text and "1 of 3 rounds" in text
-    assert text.count("<span>to come</span>") == 2 and "No round has labelled images yet." in text
+    assert text.count("<span>to come</span>") == 2 and "No round has labeled images yet." in text
     assert "Thresholds" not in text
 
 
@@ -546,7 +546,7 @@ def test_killed_in_the_middle_of_a_round(run: Path) -> None:
         (run / "round_2" / name).unlink()
     text = write_report(run).read_text()
     assert "mean IoU after round 1" in text and "2 of 3 rounds" in text and "<span>at work</span>" in text
-    assert "Unlabelled images of round 2" in text
+    assert "Unlabeled images of round 2" in text
     checkpoint = re.search(r"checkpoint</th><td>(.*?)</td>", text)
     assert checkpoint and checkpoint[1] == str(run / "round_1/network.safetensors")
 
@@ -566,7 +566,7 @@ def test_without_validation_images(run: Path) -> None:
     for index in range(3):
         change_json(run / f"round_{index}" / "scores.json", empty)
     text = write_report(run).read_text()
-    assert "Nothing was scored: there are no labelled validation pixels. Set data.validation" in text
+    assert "Nothing was scored: there are no labeled validation pixels. Set data.validation" in text
 
 
 def test_data_that_are_gone_leave_the_figures(run: Path) -> None:
@@ -575,7 +575,7 @@ def test_data_that_are_gone_leave_the_figures(run: Path) -> None:
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     text = write_report(run).read_text()
     assert "The gallery could not be drawn:" in text and "/nowhere/&lt;b&gt;" in text
-    assert "The labelled images could not be read any more" in text and "mean IoU after round 2" in text
+    assert "The labeled images could not be read any more" in text and "mean IoU after round 2" in text
 
 
 def test_a_file_of_the_users_is_not_written_over(run: Path, tmp_path: Path, call) -> None:

@@ -250,7 +250,7 @@ def test_what_a_kill_leaves_around_a_record_is_put_right(
 
 
 def broken_copy(tiny_data: Path, root: Path) -> Path:
-    """A validation label with a foreign value and a truncated unlabelled image: met only after round 0."""
+    """A validation label with a foreign value and a truncated unlabeled image: met only after round 0."""
     shutil.copytree(tiny_data, root)
     cv2.imwrite(str(root / "labels" / "v" / "00.png"), np.full((65, 97), 77, np.uint8))
     image = root / "images" / "u" / "09.png"
@@ -268,7 +268,7 @@ def test_faults_of_all_data_are_found_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_truth_of_some_unlabelled_images_is_measured(
+def test_truth_of_some_unlabeled_images_is_measured(
     recipe_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "some"
@@ -327,7 +327,7 @@ def test_fine_confidences_meet_the_target_without_sampling(finished: Path, tmp_p
         assert aim <= labels.kept[k] < aim + last
 
 
-def test_too_little_disk_is_said_before_labelling(
+def test_too_little_disk_is_said_before_labeling(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
@@ -408,7 +408,7 @@ def test_loss_that_is_not_finite_stops_before_harm(recipe_file: Path, tmp_path: 
     assert list((tmp_path / "run" / "round_0").glob("checkpoint_*.safetensors"))
 
 
-def test_full_disk_while_labelling_loses_nothing(
+def test_full_disk_while_labeling_loses_nothing(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: Path
 ) -> None:
     recipe, run, fsync = load_recipe(recipe_file), tmp_path / "run", os.fsync
@@ -447,7 +447,7 @@ def test_sizes_the_network_cannot_take_are_all_named(recipe_file: Path, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_rounds_without_unlabelled_images_are_refused(
+def test_rounds_without_unlabeled_images_are_refused(
     recipe_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "all_labeled"
@@ -460,7 +460,7 @@ def test_rounds_without_unlabelled_images_are_refused(
         recipe_file,
         [f"data.root={root}", "data.labeled=null", "data.unlabeled=null", "data.validation={every: 3}"],
     )
-    with pytest.raises(RecipeError, match="no unlabelled images"):
+    with pytest.raises(RecipeError, match="no unlabeled images"):
         train(recipe, tmp_path / "run")
 
 
@@ -474,12 +474,12 @@ def test_class_absent_from_the_masks_is_allowed_and_said(
     summary = train(recipe, tmp_path / "run")
     assert "unicorn" in summary["classes"]
     journal = (tmp_path / "run" / "journal.jsonl").read_text()
-    assert "absent from all labelled masks" in journal and "unicorn" in journal
+    assert "absent from all labeled masks" in journal and "unicorn" in journal
     described = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())
     assert described["wanted"][-1] == 0 and described["kept"][-1] == 0
 
 
-def test_masks_without_a_labelled_pixel(recipe_file: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_masks_without_a_labeled_pixel(recipe_file: Path, tiny_data: Path, tmp_path: Path) -> None:
     root = tmp_path / "void"
     for kind in ("images", "labels"):
         for path in (tiny_data / kind).rglob("*.png"):
@@ -491,7 +491,7 @@ def test_masks_without_a_labelled_pixel(recipe_file: Path, tiny_data: Path, tmp_
                 target.write_bytes(path.read_bytes())
     for role in ("labeled", "unlabeled", "validation"):
         (root / f"{role}.txt").write_text((tiny_data / f"{role}.txt").read_text())
-    with pytest.raises(DataError, match="not one pixel is labelled"):
+    with pytest.raises(DataError, match="not one pixel is labeled"):
         train(load_recipe(recipe_file, [f"data.root={root}"]), tmp_path / "run")
 
 

@@ -65,7 +65,7 @@ def test_few_pixels_are_ignored_and_only_beside_vehicles(scenes):
         assert near[label == 255].all()
 
 
-def test_colour_changes_where_the_label_changes(scenes):
+def test_color_changes_where_the_label_changes(scenes):
     """Edges of the picture lie on edges of its label, not beside them nor on those of another scene."""
 
     def contrast(image: np.ndarray, label: np.ndarray) -> float:
@@ -83,7 +83,7 @@ def test_colour_changes_where_the_label_changes(scenes):
     assert elsewhere < 0.8 * here
 
 
-def test_a_colour_alone_does_not_tell_cars_from_vans(scenes):
+def test_a_color_alone_does_not_tell_cars_from_vans(scenes):
     """Means of the look-alike classes over the set lie well within the spread of each."""
     for first, second in (("car", "van"), ("road", "path"), ("vegetation", "grass")):
         means, spreads = [], []
@@ -195,7 +195,7 @@ def test_an_interrupted_set_does_not_pass_for_complete(tmp_path: Path, monkeypat
     assert snapshot(tmp_path) == before
 
 
-def test_more_unlabelled_scenes_leave_the_others_as_they_are(tmp_path: Path):
+def test_more_unlabeled_scenes_leave_the_others_as_they_are(tmp_path: Path):
     write_scenes(tmp_path / "few", 2, 0, 1, seed=3)
     write_scenes(tmp_path / "many", 2, 2, 1, seed=3)
     few, many = snapshot(tmp_path / "few"), snapshot(tmp_path / "many")
@@ -209,7 +209,7 @@ def test_more_unlabelled_scenes_leave_the_others_as_they_are(tmp_path: Path):
     [(0, 1, 1, 0), (1, -1, 1, 0), (1, 1, -1, 0), (1, 1, 1, -1)],
 )
 def test_counts_without_sense(tmp_path: Path, labeled: int, unlabeled: int, validation: int, seed: int):
-    with pytest.raises(DataError, match=r"at least 1 labelled scene is needed and nothing may be negative"):
+    with pytest.raises(DataError, match=r"at least 1 labeled scene is needed and nothing may be negative"):
         write_scenes(tmp_path, labeled, unlabeled, validation, seed)
     assert not any(tmp_path.iterdir())
 

@@ -90,7 +90,7 @@ def test_all_subsets_are_equally_likely():
 
 @pytest.mark.parametrize("count", [-1, 0, 5, 6])
 def test_counts_that_cannot_be(count: int):
-    with pytest.raises(RecipeError, match=rf"{count} labelled of 5 images: wanted at least 1 and fewer"):
+    with pytest.raises(RecipeError, match=rf"{count} labeled of 5 images: wanted at least 1 and fewer"):
         draw(list("abcde"), count, 0)
 
 
@@ -275,7 +275,7 @@ def recipe_of(data: Path, *overrides: str) -> Recipe:
 
 
 def folder_recipe(data: Path, **roles) -> Recipe:
-    """Without lists: labelled are the images with a label map, unlabelled all others."""
+    """Without lists: labeled are the images with a label map, unlabeled all others."""
     path = data.parent / "folder.yaml"
     plain = {"root": str(data), "classes": list(SCENE_CLASSES.names), **roles}
     path.write_text(yaml.safe_dump({**recipe_dict(data), "data": plain}))
@@ -371,7 +371,7 @@ def test_the_same_images_whatever_the_recipe_calls_them(recipe_file: Path, tmp_p
 
 
 def test_images_without_lists(data: Path, tmp_path: Path):
-    """Labelled where there is a label, all others unlabelled; validation images stay out."""
+    """Labeled where there is a label, all others unlabeled; validation images stay out."""
     for name in ("u/07", "u/08", "u/09"):
         (data / "labels" / f"{name}.png").unlink()
     recipe = folder_recipe(data, validation={"every": 5})
@@ -434,7 +434,7 @@ def test_sequences_from_the_command_line(call, recipe_file: Path, tmp_path: Path
     report = json.loads((out / "split.json").read_text())
     assert report["sequences"] == "images/(.)/" and report["count"] == 1
     assert [one["sequences"] for one in report["lists"].values()] == [["l"], ["u"]]
-    assert "warning: 1 labelled images were wanted; whole sequences make 4" in shown
+    assert "warning: 1 labeled images were wanted; whole sequences make 4" in shown
     assert "sequences: 1 labeled, 1 unlabeled" in shown
     assert len((out / "labeled.txt").read_text().splitlines()) == 4
     code, shown, _ = call(
@@ -486,8 +486,8 @@ def test_lists_without_any_label_have_no_table(call, data: Path, recipe_file: Pa
         (["--fraction", "0"], "A fraction of 0: wanted one above 0 and below 1"),
         (["--fraction", "8/8"], "A fraction of 1: wanted one above 0"),
         (["--fraction", "-1/8"], "A fraction of -1/8: wanted one above 0"),
-        (["--count", "0"], "0 labelled of 10 images: wanted at least 1 and fewer than all"),
-        (["--count", "10"], "10 labelled of 10 images"),
+        (["--count", "0"], "0 labeled of 10 images: wanted at least 1 and fewer than all"),
+        (["--count", "10"], "10 labeled of 10 images"),
         (["--count", "3", "--sequences", "("], "not a regular expression"),
         (["--count", "3", "--sequences", "l/"], "matches nothing in 6 of 10 ids"),
         (["--count", "3", "--sequences", "images"], "All 10 images are one sequence, 'images'"),
@@ -510,7 +510,7 @@ def test_every_bad_label_is_named(data: Path, tmp_path: Path):
     message = str(caught.value)
     assert "2 label map(s) cannot be used" in message and "77 (6305 pixels)" in message
     assert "l/04.png: label values outside" in message and "u/08.png: cannot be decoded" in message
-    with pytest.raises(RecipeError, match="10 labelled of 10 images"):  # known before the labels are read
+    with pytest.raises(RecipeError, match="10 labeled of 10 images"):  # known before the labels are read
         draw_split(recipe_of(data), tmp_path / "out", count=10, balanced=True)
     assert not (tmp_path / "out").exists()
 
@@ -594,7 +594,7 @@ def test_from_python(recipe_file: Path, tmp_path: Path):
 def test_a_pool_of_one_image(data: Path, tmp_path: Path):
     for path in [*(data / "images").rglob("*.png")][1:]:
         path.unlink()
-    with pytest.raises(RecipeError, match="labelled of 1 images: wanted at least 1 and fewer than all"):
+    with pytest.raises(RecipeError, match="labeled of 1 images: wanted at least 1 and fewer than all"):
         draw_split(folder_recipe(data), tmp_path / "out", fraction="1/2")
 
 

@@ -48,7 +48,7 @@ def build(spec: NetworkSpec) -> Network:
 
 
 def batch_at(step: int, stream: int, images: int = IMAGES) -> Batch:
-    """Images with 0, 1/5, 2/5 … of their pixels labelled."""
+    """Images with 0, 1/5, 2/5 … of their pixels labeled."""
     generator = torch.Generator().manual_seed(1000 * stream + step)
     pictures = torch.randint(0, 256, (images, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, CLASSES, (images, SIDE, SIDE), dtype=torch.uint8, generator=generator)
@@ -113,7 +113,7 @@ def test_micro_batches_are_the_batch(spec: NetworkSpec, streams: int) -> None:
         )
 
 
-def test_the_loss_is_the_sum_over_labelled_pixels_by_their_number() -> None:
+def test_the_loss_is_the_sum_over_labeled_pixels_by_their_number() -> None:
     """Against the mean of images' means, which is another number where images have unequal shares."""
     batch = batch_at(0, 0)
     logits = torch.randn(IMAGES, CLASSES, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
@@ -125,10 +125,10 @@ def test_the_loss_is_the_sum_over_labelled_pixels_by_their_number() -> None:
     assert torch.isclose(cross_entropy(logits, batch).double(), torch.as_tensor(wanted), rtol=1e-5)
     parts = [cross_entropy(one, part) for one, part in zip(logits.split(2), batch.split(2), strict=True)]
     assert torch.isclose(torch.stack(parts).sum().double(), torch.as_tensor(wanted), rtol=1e-5)
-    assert cross_entropy(logits[:1], batch.split(1)[0]) == 0  # not a single pixel is labelled
+    assert cross_entropy(logits[:1], batch.split(1)[0]) == 0  # not a single pixel is labeled
 
 
-def test_nothing_labelled_moves_nothing() -> None:
+def test_nothing_labeled_moves_nothing() -> None:
     empty = Batch(
         torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8), torch.full((2, SIDE, SIDE), IGNORE), ("a", "b")
     )
@@ -253,7 +253,7 @@ def test_stage_4_at_the_heads_rate() -> None:
 @pytest.mark.parametrize(
     ("over", "wanted"),
     [
-        ((None, None), [2, 3]),  # 4 labelled, 6 unlabelled, 2 a step
+        ((None, None), [2, 3]),  # 4 labeled, 6 unlabeled, 2 a step
         (("unlabeled", "labeled"), [3, 2]),
         (("labeled", "unlabeled"), [2, 3]),
     ],
@@ -330,7 +330,7 @@ def test_plan_counts_micro_batches(tiny_data, tmp_path) -> None:
     )
     spec = NetworkSpec("pspnet", "resnet18", len(values["data"]["classes"]), 16, 16)
     assert whole.activation_bytes == training_memory(spec, 8, 49, 65)[1]
-    assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labelled
+    assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labeled
     assert any(
         "micro-batches of 2 images (per batch in round 0: 4, round 1: 2" in note for note in parts.notes
     )

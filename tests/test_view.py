@@ -48,7 +48,7 @@ HOSTILE = [
     "u/" + "very_long_" * 20,
     "u/12",
 ]
-"""What the unlabelled images are called."""
+"""What the unlabeled images are called."""
 CLASSES = ["<script>window.hit=1<!", 'road & "way"', "ü 🚗", "x" * 120]
 K = 11
 HERE = {"host": "127.0.0.1:8765", "origin": "http://127.0.0.1:8765"}
@@ -568,7 +568,7 @@ def test_ctrl_c_ends_it_quietly(run: Path, after: float) -> None:
     command = [sys.executable, "-m", "darseg", "view", str(run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline() if process.stdout else ""
-    assert line.startswith("6 unlabelled images, pseudo labels of round 2: http://127.0.0.1:")
+    assert line.startswith("6 unlabeled images, pseudo labels of round 2: http://127.0.0.1:")
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -94,7 +94,7 @@ def test_a_loaded_network_does_not_depend_on_its_file(saved: Path, tmp_path: Pat
     assert same(loaded.state_dict(), small().state_dict())
 
 
-def test_normalisation_is_saved(tmp_path: Path) -> None:
+def test_normalization_is_saved(tmp_path: Path) -> None:
     network = small()
     network.mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
     save_network(network, tmp_path / "n.safetensors", SPEC)

@@ -27,8 +27,6 @@ HEAD = "=== "
 _TEMPORARY = re.compile(
     r"(?:/private)?/\S*?/pytest-of-[^/\s]+/pytest-\d+(?:/popen-gw\d+)?/[\w.\[\]-]+?\d+(?=[/\s'\",:;)\]]|$)"
 )
-    r"(?:/private)?/\S*?/pytest-of-[^/\s]+/pytest-\d+(?:/popen-gw\d+)?/[\w.\[\]-]+?\d+(?=[/\s'\",:;)\]]|$)"
-)
 _used: Counter[str] = Counter()
 
 

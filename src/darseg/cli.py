@@ -19,7 +19,7 @@ from darseg.errors import DarsegError, Interrupted
 
 app = typer.Typer(
     name="darseg",
-    help="A good segmentation network from a few labelled images and many unlabelled ones.",
+    help="A good segmentation network from a few labeled images and many unlabeled ones.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -64,7 +64,7 @@ class Other(str, Enum):
 
 INTERRUPTED = 130  # exit code of what Ctrl-C ended: 128 + SIGINT
 
-TWICE = "Predict again instead of keeping predictions on the disk while labelling."
+TWICE = "Predict again instead of keeping predictions on the disk while labeling."
 
 
 class Released(str, Enum):
@@ -233,7 +233,7 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
 ) -> None:
-    """Score a trained network on labelled images, by the recipe's protocol or a changed one."""
+    """Score a trained network on labeled images, by the recipe's protocol or a changed one."""
     from darseg.config.text import load_recipe
     from darseg.run.build import classes_of
     from darseg.run.directory import RunDirectory, write_json
@@ -275,7 +275,7 @@ def predict(
         Existing, typer.Option(help="Files that are there: a fault, or keep what is whole, or replace them.")
     ] = Existing.fault,
 ) -> None:
-    """Predict images and videos: class values, class colours, colours over the image, and confidences."""
+    """Predict images and videos: class values, class colors, colors over the image, and confidences."""
     from darseg.errors import DataError, faults
     from darseg.run.predict import KINDS, predict_folder
 
@@ -307,7 +307,7 @@ def view(
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Also open it in the browser.")] = False,
 ) -> None:
-    """Look through the unlabelled images of a run in the browser, and mark bad ones. Nothing leaves this machine."""
+    """Look through the unlabeled images of a run in the browser, and mark bad ones. Nothing leaves this machine."""
     from darseg.view.viewer import view as run_view
 
     run_view(run, round_index, port, open_browser, lambda line: print(line, flush=True))
@@ -350,7 +350,7 @@ def convert(
             "--release-classifier", help="DeepLabv2 sums 2 of 4 branches, as published checkpoints need."
         ),
     ] = False,
-    names: Annotated[ClassNames | None, typer.Option(help="Keep these class names and colours.")] = None,
+    names: Annotated[ClassNames | None, typer.Option(help="Keep these class names and colors.")] = None,
     strict: Annotated[bool, typer.Option(help="--no-strict: take what fits, the rest is random.")] = True,
 ) -> None:
     """Turn a checkpoint of the original release into a network of darseg, for evaluate, predict and label."""
@@ -385,7 +385,7 @@ def label(
     ] = None,
     class_counts: Annotated[
         Path | None,
-        typer.Option(help="JSON: labelled pixels per class. Default: counted in the labelled masks."),
+        typer.Option(help="JSON: labeled pixels per class. Default: counted in the labeled masks."),
     ] = None,
     round_index: Annotated[
         int | None, typer.Option("--round", min=0, help="Default: the last finished.")
@@ -429,7 +429,7 @@ def redistribute(
     ],
     out: Annotated[Path, typer.Argument(help="Gets ID.png and redistribution.json.")],
     class_counts: Annotated[
-        Path, typer.Option(help="JSON: labelled pixels per class, a list or name → count.")
+        Path, typer.Option(help="JSON: labeled pixels per class, a list or name → count.")
     ],
     labeling_ratio: Annotated[
         float | None, typer.Option(help="Share of all pixels to label, 0 < ratio <= 1 (not with global).")
@@ -446,7 +446,7 @@ def redistribute(
     ] = False,
     predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
 ) -> None:
-    """Label images from predictions of any framework, without the bias towards majority classes."""
+    """Label images from predictions of any framework, without the bias toward majority classes."""
     from darseg.run.label import redistribute_folder
 
     described = redistribute_folder(
@@ -472,17 +472,17 @@ def rasterize(
     ],
     out: Annotated[Path, typer.Argument(help="Gets ID.png and classes.yaml.")],
     kind: Annotated[
-        Format | None, typer.Option("--format", help="Default: recognised by what is in the file.")
+        Format | None, typer.Option("--format", help="Default: recognized by what is in the file.")
     ] = None,
     classes: Annotated[
         str | None,
         typer.Option(help="a,b,c in this order, or cityscapes, voc, camvid. Default: all categories."),
     ] = None,
     background: Annotated[
-        str | None, typer.Option(help="The class of pixels nobody annotated. Default: not labelled.")
+        str | None, typer.Option(help="The class of pixels nobody annotated. Default: not labeled.")
     ] = None,
     other: Annotated[
-        Other, typer.Option(help="Categories that are not among the classes: a fault, or not labelled.")
+        Other, typer.Option(help="Categories that are not among the classes: a fault, or not labeled.")
     ] = Other.fault,
     panoptic_folder: Annotated[
         Path | None, typer.Option(help="PNGs of COCO panoptic. Default: beside the file, without .json.")
@@ -501,9 +501,9 @@ def rasterize(
         ignore_other=other is Other.ignore,
         panoptic_folder=panoptic_folder,
     )
-    rows: list[list[Any]] = [["class", "pixels", "share of labelled pixels"]]
+    rows: list[list[Any]] = [["class", "pixels", "share of labeled pixels"]]
     rows += [[name, int(made.pixels[k]), _share(made.pixels, k)] for k, name in enumerate(made.classes)]
-    rows.append(["(not labelled, of all pixels)", int(made.pixels[-1]), _ignored(made.pixels)])
+    rows.append(["(not labeled, of all pixels)", int(made.pixels[-1]), _ignored(made.pixels)])
     _print_table(rows)
     for shape, count in made.skipped.items():
         print(f"passed over, no area: {count} {shape}")
@@ -523,7 +523,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     loaded = load_recipe(recipe, overrides or [])
     found = run_check(loaded)
     roles = [role for role, count in found.images.items() if count and found.pixels[role].sum()]
-    rows: list[list[Any]] = [["share of labelled pixels", *roles]]
+    rows: list[list[Any]] = [["share of labeled pixels", *roles]]
     for k, name in enumerate(classes_of(loaded).names):
         rows.append([name, *(_share(found.pixels[role], k) for role in roles)])
     rows.append(["(ignored, of all pixels)", *(_ignored(found.pixels[role]) for role in roles)])
@@ -583,9 +583,9 @@ def plan(
     _print_table(rows)
     print("images: " + ", ".join(f"{count} {role}" for role, count in made.images.items()))
     print(f"network: {made.network}, {made.parameters / 1e6:.1f} million parameters")
-    print(f"labelling: {made.labeling}")
+    print(f"labeling: {made.labeling}")
     print(f"evaluation: {made.evaluation}")
-    print(f"temporary disk while labelling: at most {made.temporary_bytes / 1e6:.0f} MB")
+    print(f"temporary disk while labeling: at most {made.temporary_bytes / 1e6:.0f} MB")
     print(
         f"memory of a process while training, fp32: {made.state_bytes / 1e9:.2f} GB weights, gradients and momentum, "
         f"{made.activation_bytes / 1e9:.2f} GB kept for the backward pass; convolutions' workspace comes on top"
@@ -600,7 +600,7 @@ def split(
     out: Annotated[Path, typer.Argument(help="Gets labeled.txt, unlabeled.txt and split.json.")],
     overrides: Overrides = None,
     fraction: Annotated[
-        str | None, typer.Option(metavar="1/8|0.125", help="Share of the images to be labelled.")
+        str | None, typer.Option(metavar="1/8|0.125", help="Share of the images to be labeled.")
     ] = None,
     count: Annotated[int | None, typer.Option(help="Or their number.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another draw.")] = 0,
@@ -614,7 +614,7 @@ def split(
         ),
     ] = None,
 ) -> None:
-    """Draw which of a recipe's images are labelled, and write both lists."""
+    """Draw which of a recipe's images are labeled, and write both lists."""
     from darseg.config.text import load_recipe
     from darseg.run.split import draw_split
 
@@ -652,7 +652,7 @@ def _print_split(described: dict) -> None:
     labeled = lists["labeled"]
     if labeled["images"] != described["count"]:
         print(
-            f"warning: {described['count']} labelled images were wanted; whole sequences make {labeled['images']}"
+            f"warning: {described['count']} labeled images were wanted; whole sequences make {labeled['images']}"
         )
     if labeled["without_label"]:
         print(
@@ -684,7 +684,7 @@ def _print_labels(described: dict, out: Path) -> None:
         rows.append([name, "-" if values[0] is None else values[0], *values[1:]])
     _print_table(rows)
     share = sum(described["kept"]) / max(1, sum(described["predicted"]))
-    print(f"{described['images']} images, {share:.2%} of their pixels labelled, in {out}")
+    print(f"{described['images']} images, {share:.2%} of their pixels labeled, in {out}")
 
 
 def _share(pixels: Any, k: int) -> str:

@@ -92,7 +92,7 @@ class Region:
 
 @dataclass(frozen=True)
 class AnnotatedImage:
-    """An image's regions. `ordered`: later ones lie on top; otherwise a pixel of two categories is not labelled.
+    """An image's regions. `ordered`: later ones lie on top; otherwise a pixel of two categories is not labeled.
 
     Attributes:
         id: the image's path without suffix.
@@ -132,7 +132,7 @@ def read_annotations(
     """Annotations of a file, or of a folder with one JSON file per image (labelme, Cityscapes).
 
     Args:
-        format: one of `FORMATS`; None: recognised by content.
+        format: one of `FORMATS`; None: recognized by content.
         panoptic_folder: the PNGs of a COCO panoptic file; default: the file's path without suffix.
 
     Raises DataError where nothing can be read at all; faults of single images come while iterating.
@@ -154,7 +154,7 @@ def read_annotations(
     data = _read(path)
     markup = data[:64].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"<")
     content = None if format == "cvat" or (markup and format is None) else _parse_json(path, data)
-    found = format or ("cvat" if content is None else _recognise(path, content))
+    found = format or ("cvat" if content is None else _recognize(path, content))
     if panoptic_folder is not None and found != "panoptic":
         raise DataError(f"{path}: {NOT_PANOPTIC} {found}. Leave it away.")
     if found in PER_IMAGE:
@@ -215,7 +215,7 @@ def _parse_json(path: Path, data: bytes) -> Any:
         raise DataError(f"{path}: broken JSON ({error}). Export or copy it again.") from error
 
 
-def _recognise(path: Path, content: Any) -> str:
+def _recognize(path: Path, content: Any) -> str:
     keys = set(content) if isinstance(content, dict) else set()
     if "shapes" in keys:
         return "labelme"
@@ -226,7 +226,7 @@ def _recognise(path: Path, content: Any) -> str:
         return "panoptic" if any(isinstance(e, dict) and "segments_info" in e for e in entries) else "coco"
     found = f"an object with {', '.join(map(repr, sorted(keys)[:6])) or 'no keys'}"
     raise DataError(
-        f"{path}: the format is not recognised, found {found if isinstance(content, dict) else 'no object'}. Wanted "
+        f"{path}: the format is not recognized, found {found if isinstance(content, dict) else 'no object'}. Wanted "
         "COCO ('images', 'annotations'), labelme ('shapes'), Cityscapes ('objects', 'imgHeight') or CVAT's XML; "
         "--format says which one it is."
     )
@@ -377,7 +377,7 @@ def _ellipse(
 
 
 def _box(left: float, top: float, right: float, bottom: float, degrees: float = 0) -> Draw:
-    """Turned clockwise about its centre, as seen in the image."""
+    """Turned clockwise about its center, as seen in the image."""
     corners = np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
     if degrees:
         cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -590,7 +590,7 @@ def _per_image(root: Path, files: Mapping[str, Path], format: str | None) -> Ann
         for relative, path in files.items():
             try:
                 content = _parse_json(path, _read(path))
-                found = format or _recognise(path, content)
+                found = format or _recognize(path, content)
             except DataError as error:
                 yield str(error)
                 continue
@@ -638,7 +638,7 @@ def _labelme_region(shape: Any, size: tuple[int, int]) -> tuple[str, Draw] | str
     (x1, y1), (x2, y2) = _points(points, 2, 2).tolist()
     if kind == "rectangle":
         return label, _box(x1, y1, x2, y2)
-    if kind == "circle":  # the centre, and a point on the outline
+    if kind == "circle":  # the center, and a point on the outline
         radius = math.hypot(x2 - x1, y2 - y1)
         return label, _ellipse(x1, y1, radius, radius, size)
     return label, functools.partial(

@@ -29,7 +29,7 @@ class Rasterized:
 
     Attributes:
         classes: names; class k is `classes[k]`.
-        pixels: int64 [K + 1], over all maps; the last entry counts pixels that are not labelled.
+        pixels: int64 [K + 1], over all maps; the last entry counts pixels that are not labeled.
         images: how many maps were written.
         skipped: kind of shape that is no area → how many were passed over.
         faults: a line each; the images they concern were not written.
@@ -73,19 +73,19 @@ def rasterize_folder(
     panoptic_folder: Path | str | None = None,
     console: Console | None = None,
 ) -> Rasterized:
-    """Draw annotation files as label maps `out/ID.png`: 8-bit PNGs of class indices, 255 = not labelled.
+    """Draw annotation files as label maps `out/ID.png`: 8-bit PNGs of class indices, 255 = not labeled.
 
     Which pixels a shape covers is said in `darseg.annotate.annotations`. The same input gives the same bytes.
 
     Args:
         annotations: a COCO or CVAT file, or a file or folder of labelme's or Cityscapes' JSON files.
         out: a new folder, or one this function wrote before with the same classes; `classes.yaml` is added to the maps.
-        format: "coco", "panoptic", "labelme", "cityscapes" or "cvat"; default: recognised by content.
+        format: "coco", "panoptic", "labelme", "cityscapes" or "cvat"; default: recognized by content.
         classes: a built-in set's name, or names in their order (a list, or one text with commas). Default: all
             categories, COCO's by id, others by name.
         background: the class of pixels that nobody annotated, put first if it is not among the classes; default: they
-            are not labelled.
-        ignore_other: pixels of categories that are not among the classes are not labelled; default: a fault.
+            are not labeled.
+        ignore_other: pixels of categories that are not among the classes are not labeled; default: a fault.
         panoptic_folder: PNGs of a COCO panoptic file; default: the file's path without suffix.
 
     Returns:
@@ -137,7 +137,7 @@ def rasterize_folder(
     result = Rasterized(names, pixels, done, dict(sorted(survey.skipped.items())), tuple(found))
     described = {
         "pixels": dict(zip(names, pixels.tolist(), strict=False)),
-        "not_labelled": int(pixels[-1]),
+        "not_labeled": int(pixels[-1]),
         "images": done,
     }
     write_whole(
@@ -195,7 +195,7 @@ def _choose(
     if other and not ignore_other:
         wrong.append(
             f"categories that are not among the classes: {', '.join(other)}. Add them (--classes), or leave "
-            "their pixels unlabelled (--other ignore)"
+            "their pixels unlabeled (--other ignore)"
         )
     if len(names) == 1:
         wrong.append(

@@ -69,10 +69,10 @@ def _classes(value: Any) -> Any:
         for name, color in value.items():
             parts = color if isinstance(color, (list, tuple)) else []
             if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
-                raise ValueError(f"the colour of {name!r} should be three numbers 0..255, as in [128, 64, 0]")
+                raise ValueError(f"the color of {name!r} should be three numbers 0..255, as in [128, 64, 0]")
         value = {name: tuple(color) for name, color in value.items()}
     else:
-        raise ValueError("should be a built-in set, a list of names, or names with colours")
+        raise ValueError("should be a built-in set, a list of names, or names with colors")
     if not all(isinstance(name, str) and name for name in names):
         raise ValueError('class names should be texts; quote names such as "yes" or "1"')
     if not 2 <= len(names) <= 255:
@@ -109,7 +109,7 @@ def _label_colors(value: Any) -> Any:
         for color in colors if isinstance(colors, (list, tuple)) else [None]:
             parts = color if isinstance(color, (list, tuple)) else []
             if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
-                raise ValueError(f"{name}: should be a list of colours, as in [[0, 0, 0], [255, 255, 255]]")
+                raise ValueError(f"{name}: should be a list of colors, as in [[0, 0, 0], [255, 255, 255]]")
     return {name: tuple(tuple(color) for color in colors) for name, colors in value.items()}
 
 
@@ -332,7 +332,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
         if index == 0 and one.labeling_ratio is not None:
             yield (
                 (*key, "labeling_ratio"),
-                "the first round trains on labelled images alone and takes no ratio",
+                "the first round trains on labeled images alone and takes no ratio",
             )
         elif index > 0 and labeling.method == "global" and one.labeling_ratio is not None:
             yield (

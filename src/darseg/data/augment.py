@@ -28,7 +28,7 @@ class Augmentation:
         rotate: largest angle, degrees, drawn uniformly in [-rotate, rotate] for half of the examples.
         blur: a 5x5 Gaussian blur for half of the examples.
         mirror: left and right swapped for half of the examples.
-        fill: colour where there is no image, RGB 0..255: the network's mean colour.
+        fill: color where there is no image, RGB 0..255: the network's mean color.
     """
 
     crop: tuple[int, int]
@@ -54,11 +54,11 @@ def crop_to_source(
     mirror: bool,
     offset: tuple[int, int],
 ) -> np.ndarray:
-    """float64 [2, 3]: pixel centres (x, y) of the crop → pixel centres of the source image.
+    """float64 [2, 3]: pixel centers (x, y) of the crop → pixel centers of the source image.
 
     Args:
         size: height, width of the source; `scaled`: its size after scaling.
-        angle: rotation of the scaled image about its centre, degrees, counter-clockwise; size kept.
+        angle: rotation of the scaled image about its center, degrees, counter-clockwise; size kept.
         mirror: the rotated image is mirrored left to right.
         offset: row and column of the crop's corner in the mirrored image; negative where the crop is padded.
     """
@@ -77,7 +77,7 @@ def crop_to_source(
         ]
     )
     factor_x, factor_y = width / scaled_width, height / scaled_height
-    # Pixel centres lie at half-integers of the plane, as everywhere in OpenCV's and PyTorch's resizing.
+    # Pixel centers lie at half-integers of the plane, as everywhere in OpenCV's and PyTorch's resizing.
     unscale = np.array(
         [[factor_x, 0.0, factor_x / 2 - 0.5], [0.0, factor_y, factor_y / 2 - 0.5], [0.0, 0.0, 1.0]]
     )
@@ -90,7 +90,7 @@ def augment(
     """Draw one training example.
 
     Args:
-        image: uint8 [H, W, 3]; label: uint8 [H, W], 255 = not labelled.
+        image: uint8 [H, W, 3]; label: uint8 [H, W], 255 = not labeled.
         generator: all randomness; the same number of draws is taken whatever they decide.
 
     Returns:
@@ -155,6 +155,6 @@ def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarra
 
 
 def _offset(scaled: int, crop: int, draw: float) -> int:
-    """Where the crop begins: drawn uniformly where there is room, centred (negative) where there is not."""
+    """Where the crop begins: drawn uniformly where there is room, centered (negative) where there is not."""
     room = scaled - crop
     return int(draw * (room + 1)) if room >= 0 else -((-room) // 2)

@@ -24,7 +24,7 @@ from darseg.data.manifest import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labelled), ids of length B.
+    """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labeled), ids of length B.
 
     A stream's images lie channels last in memory, as the decoder made them and as convolutions want them.
     `labeled_pixels`, int64 [], are those of the whole batch where this is a micro-batch of it; None: of this one.
@@ -42,7 +42,7 @@ class Batch:
         return self.labeled_pixels
 
     def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of `size` images (None: this batch as it is) that remember the labelled pixels of the whole."""
+        """Micro-batches of `size` images (None: this batch as it is) that remember the labeled pixels of the whole."""
         if size is None or size >= len(self.ids):
             return [self]
         labeled = self.count_labeled()

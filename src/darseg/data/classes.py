@@ -10,7 +10,7 @@ import numpy as np
 from darseg.errors import DataError
 
 IGNORE = 255
-"""The value of pixels that are not labelled, inside darseg and in every label map it writes."""
+"""The value of pixels that are not labeled, inside darseg and in every label map it writes."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class ClassSet:
         if twice or not all(isinstance(name, str) and name for name in self.names):
             raise DataError(f"Class names must be unique and not empty; given twice: {twice or 'none'}.")
         if len(self.colors) != count:
-            raise DataError(f"{count} class names but {len(self.colors)} colours: give one for each class.")
+            raise DataError(f"{count} class names but {len(self.colors)} colors: give one for each class.")
         if any(len(color) != 3 or not all(0 <= part <= 255 for part in color) for color in self.colors):
-            raise DataError("A colour is three numbers from 0 to 255: red, green, blue.")
+            raise DataError("A color is three numbers from 0 to 255: red, green, blue.")
 
     def __len__(self) -> int:
         return len(self.names)
 
     def palette(self) -> np.ndarray:
-        """uint8 [256, 3]: colour of each label value; white for 255 (not labelled), black elsewhere."""
+        """uint8 [256, 3]: color of each label value; white for 255 (not labeled), black elsewhere."""
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(self)] = self.colors
         palette[IGNORE] = 255
@@ -44,7 +44,7 @@ class ClassSet:
 
 
 def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` colours that differ: bits of the index spread over the channels, as in VOC's colour map."""
+    """`count` colors that differ: bits of the index spread over the channels, as in VOC's color map."""
     colors = []
     for index in range(count):
         color, rest = [0, 0, 0], index + 1  # VOC's 0 is black; black and white are kept for "outside"
@@ -57,14 +57,14 @@ def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]]) -> ClassSet:
-    """The built-in set of that name, or one made of names, or of names with colours."""
+    """The built-in set of that name, or one made of names, or of names with colors."""
     if isinstance(classes, str):
         if classes not in BUILT_IN:
             raise DataError(f"No built-in class set {classes!r}: there are {', '.join(BUILT_IN)}.")
         return BUILT_IN[classes]
     if isinstance(classes, Mapping):
         if any(len(color) != 3 for color in classes.values()):
-            raise DataError("A colour is three numbers from 0 to 255: red, green, blue.")
+            raise DataError("A color is three numbers from 0 to 255: red, green, blue.")
         colors = tuple((int(r), int(g), int(b)) for r, g, b in classes.values())
         return ClassSet(tuple(classes), colors)
     return ClassSet(tuple(classes), distinct_colors(len(classes)))
@@ -77,7 +77,7 @@ def _table(text: str) -> ClassSet:
     )
 
 
-# The 19 train ids of Cityscapes with the colours of its published label table.
+# The 19 train ids of Cityscapes with the colors of its published label table.
 CITYSCAPES = _table("""
 road 128 64 128
 sidewalk 244 35 232
@@ -100,7 +100,7 @@ motorcycle 0 0 230
 bicycle 119 11 32
 """)
 
-# The 21 classes of PASCAL VOC 2012 with its development kit's colour map.
+# The 21 classes of PASCAL VOC 2012 with its development kit's color map.
 VOC = _table("""
 background 0 0 0
 aeroplane 128 0 0
@@ -125,7 +125,7 @@ train 128 192 0
 tvmonitor 0 64 128
 """)
 
-# The 11 classes of CamVid as SegNet's authors grouped them, with their colours.
+# The 11 classes of CamVid as SegNet's authors grouped them, with their colors.
 CAMVID = _table("""
 sky 128 128 128
 building 128 0 0

@@ -23,7 +23,7 @@ cv2.setNumThreads(1)
 
 @dataclass(frozen=True)
 class Example:
-    """image uint8 [H, W, 3], label uint8 [H, W] (255 = not labelled), and the id they came from."""
+    """image uint8 [H, W, 3], label uint8 [H, W] (255 = not labeled), and the id they came from."""
 
     id: str
     image: np.ndarray
@@ -31,7 +31,7 @@ class Example:
 
 
 def load_example(sample: Sample, classes: ClassSet) -> Example:
-    """Read a labelled sample. Raises DataError: no label, other size, values that are no class."""
+    """Read a labeled sample. Raises DataError: no label, other size, values that are no class."""
     if sample.label is None:
         raise DataError(f"{sample.image}: has no label map, and one is needed here.")
     image, label = read_image(sample.image), read_label(sample.label, sample.encoding)
@@ -48,7 +48,7 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
 
 
 Load = Callable[[Sample, ClassSet], Example]
-"""Reads a labelled sample: `load_example`, or that of a Cache."""
+"""Reads a labeled sample: `load_example`, or that of a Cache."""
 
 
 class Cache:
@@ -86,6 +86,6 @@ def draw_example(
     generator: np.random.Generator,
     load: Load = load_example,
 ) -> Example:
-    """Read a labelled sample and augment it."""
+    """Read a labeled sample and augment it."""
     example = load(sample, classes)
     return Example(sample.id, *augment(example.image, example.label, augmentation, generator))

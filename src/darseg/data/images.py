@@ -14,7 +14,7 @@ from PIL import Image
 from darseg.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-PNG_COLORS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+PNG_COLORS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGB with alpha"}
 
 JPEG_MARK = b"\xff\xd8"
 TIFF_MARKS = (b"II*\0", b"MM\0*")
@@ -32,7 +32,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 def read_image(path: Path | str) -> np.ndarray:
     """An image file as uint8 [H, W, 3], RGB.
 
-    JPEG, PNG, BMP, TIFF (its first page) and WebP; grey becomes three equal channels, alpha is left out, 16-bit
+    JPEG, PNG, BMP, TIFF (its first page) and WebP; gray becomes three equal channels, alpha is left out, 16-bit
     values v become round(v / 257). Orientation marks of cameras (EXIF) are not followed: they would turn the image but
     not its label. Raises DataError where it is missing, cannot be decoded, or holds anything but 8- or 16-bit values.
     """
@@ -56,14 +56,14 @@ def read_image(path: Path | str) -> np.ndarray:
     channels = 1 if image.ndim == 2 else image.shape[2]
     if image.dtype != np.uint8 or channels not in (1, 3, 4):
         raise DataError(
-            f"{path}: found {channels} channels of {image.dtype}, wanted grey or RGB of 8 or 16 bits. Convert it first."
+            f"{path}: found {channels} channels of {image.dtype}, wanted gray or RGB of 8 or 16 bits. Convert it first."
         )
     conversions = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
     return cv2.cvtColor(image, conversions[channels])
 
 
 def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
-    """A TIFF of at most 8 bits, whose colours OpenCV would multiply with its alpha; None for another."""
+    """A TIFF of at most 8 bits, whose colors OpenCV would multiply with its alpha; None for another."""
     try:
         image, bits = open_with_pillow(data)
     except Exception:  # OpenCV knows more kinds, or finds the same fault
@@ -127,7 +127,7 @@ def is_png(data: bytes) -> bool:
 
 
 def check_complete(path: Path, data: bytes) -> None:
-    """Raise DataError where a JPEG or PNG ends early, which decoders fill with grey in silence, and where a checksum of
+    """Raise DataError where a JPEG or PNG ends early, which decoders fill with gray in silence, and where a checksum of
     a PNG is wrong, which not all of them compare."""
     if is_png(data):
         kind, at, view = b"", 8, memoryview(data)

@@ -1,4 +1,4 @@
-"""Label files → classes: index, palette and colour images, value maps, the ids of Cityscapes, SBD's .mat files."""
+"""Label files → classes: index, palette and color images, value maps, the ids of Cityscapes, SBD's .mat files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ UNKNOWN = 256
 """In lookup tables: no class and not 255."""
 
 TRANSPARENT = -1
-"""Among values and colours: the last entry of their lookup tables, not labelled."""
+"""Among values and colors: the last entry of their lookup tables, not labeled."""
 
 LARGEST = 65535
 """Of 16-bit label values."""
@@ -48,12 +48,12 @@ class LabelEncoding:
     """How the values of a label file become classes.
 
     Attributes:
-        format: "index": a single channel (or three equal ones) of values, or palette indices; "color": colours;
-            "auto": grey and palette files are index, RGB files colour.
+        format: "index": a single channel (or three equal ones) of values, or palette indices; "color": colors;
+            "auto": gray and palette files are index, RGB files color.
         values: (value in the file, class or 255) for index files; None: values are the classes.
         other: what values that are not listed become; None: they are a fault.
         ignore: where `values` is None, the value besides 255 that is no class.
-        colors: (colour, class or 255) for colour files.
+        colors: (color, class or 255) for color files.
         city_ids: files called *_labelIds.png hold Cityscapes' ids, files called *_labelTrainIds.png do not.
     """
 
@@ -73,7 +73,7 @@ class LabelEncoding:
 
 
 PLAIN = LabelEncoding()
-"""Values are classes, 255 is not labelled: what darseg itself writes."""
+"""Values are classes, 255 is not labeled: what darseg itself writes."""
 
 CITY_IDS = LabelEncoding(values=tuple((value, k) for k, value in enumerate(CITYSCAPES_IDS)), other=IGNORE)
 
@@ -90,10 +90,10 @@ def label_encoding(
 
     Args:
         values: value → class (name or index) or "ignore", where "other" stands for all else; or a name: "index" (values
-            are classes), "one_based" (0 is not labelled, classes from 1 on), "binary" (0 and 255, or 1 in files of one
+            are classes), "one_based" (0 is not labeled, classes from 1 on), "binary" (0 and 255, or 1 in files of one
             bit), "cityscapes_ids".
-        colors: class name or "ignore" → colours that stand for it, besides the classes' own.
-        own_colors: the colours of `classes` are those of the label files.
+        colors: class name or "ignore" → colors that stand for it, besides the classes' own.
+        own_colors: the colors of `classes` are those of the label files.
 
     Raises RecipeError naming what does not fit.
     """
@@ -144,13 +144,13 @@ def label_encoding(
         k = target(name, "data.label_colors")
         for red, green, blue in several:
             meanings.setdefault((red, green, blue), []).append(k)
-    # Where files of values are expected, a colour of two classes may be meant for drawing alone; it is not read.
+    # Where files of values are expected, a color of two classes may be meant for drawing alone; it is not read.
     table = {color: several[0] for color, several in meanings.items() if len(set(several)) == 1}
     if format == "color" or colors:
         for color, several in meanings.items():
             if color not in table:
                 named = " and ".join("ignore" if k == IGNORE else classes.names[k] for k in several)
-                wrong.append(f"data.classes, data.label_colors: {named} have one colour, {list(color)}")
+                wrong.append(f"data.classes, data.label_colors: {named} have one color, {list(color)}")
     if wrong:
         raise RecipeError(faults("The labels cannot be read so", wrong))
     return LabelEncoding(
@@ -164,13 +164,13 @@ def label_encoding(
 
 
 def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
-    """A label file as uint8 [H, W] of classes, 255 = not labelled.
+    """A label file as uint8 [H, W] of classes, 255 = not labeled.
 
-    PNG, BMP and TIFF, one channel of up to 16 bits, palette or colour, and SBD's .mat files. Where an alpha channel
-    is 0 a pixel is not labelled. Where the values are the classes (`values` None) they are not compared with a
+    PNG, BMP and TIFF, one channel of up to 16 bits, palette or color, and SBD's .mat files. Where an alpha channel
+    is 0 a pixel is not labeled. Where the values are the classes (`values` None) they are not compared with a
     number of classes; `unknown_values` does.
 
-    Raises DataError where it is missing, cannot be decoded, or holds values or colours that are no class.
+    Raises DataError where it is missing, cannot be decoded, or holds values or colors that are no class.
     """
     path = Path(path)
     encoding = encoding.for_file(path)
@@ -178,9 +178,9 @@ def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
 
 
 def decode_label(path: Path, format: str) -> np.ndarray:
-    """What a label file holds: values uint8 or uint16 [H, W], or colours int32 [H, W] (R·65536 + G·256 + B).
+    """What a label file holds: values uint8 or uint16 [H, W], or colors int32 [H, W] (R·65536 + G·256 + B).
 
-    Of a file with an alpha channel the values are int16; transparent values and colours are TRANSPARENT.
+    Of a file with an alpha channel the values are int16; transparent values and colors are TRANSPARENT.
     """
     if path.suffix.lower() == ".mat":
         return _sbd(path, read_bytes(path))
@@ -191,11 +191,11 @@ def decode_label(path: Path, format: str) -> np.ndarray:
         )
     if is_png(data):
         depth, kind = data[24], PNG_COLORS.get(data[25], "unknown")
-        if kind == "grey" and format != "color":
+        if kind == "gray" and format != "color":
             # Decoders stretch 1, 2 and 4 bits to 0..255: class 1 would become 255.
-            values = _decode_grey(path, data)
+            values = _decode_gray(path, data)
             return values // np.uint8(255 // (2**depth - 1)) if depth < 8 else values
-        if depth == 16 and kind != "grey":
+        if depth == 16 and kind != "gray":
             raise DataError(f"{path}: found a 16-bit {kind} PNG; 16-bit labels have one channel of values.")
     try:
         image, bits = open_with_pillow(data)
@@ -208,7 +208,7 @@ def decode_label(path: Path, format: str) -> np.ndarray:
     return _from_pillow(image, bits, format, path)
 
 
-def _decode_grey(path: Path, data: bytes) -> np.ndarray:
+def _decode_gray(path: Path, data: bytes) -> np.ndarray:
     try:
         values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error:
@@ -241,15 +241,15 @@ def _from_pillow(image: Image.Image, bits: int, format: str, path: Path) -> np.n
         values, alpha = np.moveaxis(np.asarray(image), 2, 0)
         return np.where(alpha == 0, np.int16(TRANSPARENT), values)
     if mode in ("RGB", "RGBA") and bits > 8:
-        raise DataError(f"{path}: found colours of {bits} bits; 16-bit labels have one channel of values.")
+        raise DataError(f"{path}: found colors of {bits} bits; 16-bit labels have one channel of values.")
     if mode not in ("RGB", "RGBA"):
-        raise DataError(f"{path}: found pixels of kind {mode}; wanted are indices, a palette or RGB colours.")
+        raise DataError(f"{path}: found pixels of kind {mode}; wanted are indices, a palette or RGB colors.")
     pixels = np.asarray(image)
     transparent = pixels[..., 3] == 0 if mode == "RGBA" else None
     if format == "index":
         if not (pixels[..., 0] == pixels[..., 1]).all() or not (pixels[..., 0] == pixels[..., 2]).all():
             raise DataError(
-                f"{path}: found colours, and data.label_format is index. Set it to color, with the colours of the "
+                f"{path}: found colors, and data.label_format is index. Set it to color, with the colors of the "
                 "classes (data.classes: {name: [red, green, blue]})."
             )
         values = pixels[..., 0]
@@ -314,7 +314,7 @@ def _value_table(encoding: LabelEncoding) -> np.ndarray:
 
 @lru_cache(maxsize=2)
 def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
-    """uint16 [2^24 + 1]: class, 255 or UNKNOWN of each colour."""
+    """uint16 [2^24 + 1]: class, 255 or UNKNOWN of each color."""
     table = np.full(256**3 + 1, UNKNOWN, np.uint16)
     table[TRANSPARENT] = IGNORE
     for (red, green, blue), k in colors:
@@ -326,7 +326,7 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarr
     """Classes uint8 [H, W] of what `decode_label` found. Raises DataError for what is no class."""
     if raw.dtype == np.int32:
         if not encoding.colors:
-            raise DataError(f"{path}: found colours, but the classes have none. {_color_advice(raw)}")
+            raise DataError(f"{path}: found colors, but the classes have none. {_color_advice(raw)}")
         classes = _color_table(encoding.colors)[raw]
     elif raw.dtype == np.uint8 and encoding.values is None:
         if encoding.ignore == IGNORE:
@@ -342,7 +342,7 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarr
     if raw.dtype == np.int32:
         listed = [f"{list(_rgb(int(values[i])))} ({counts[i]} pixels)" for i in order]
         advice = _color_advice(raw)
-        what = "colours"
+        what = "colors"
     else:
         listed = [f"{values[i]} ({counts[i]} pixels)" for i in order]
         advice = "Add them to data.label_values (value: class or ignore, or other: ignore)."
@@ -359,8 +359,8 @@ def _color_advice(raw: np.ndarray) -> str:
     if ((raw >> 16 == raw & 255) & (raw >> 8 & 255 == raw & 255))[raw >= 0].all():
         return "All three channels are equal, so this is an index map saved as RGB: set data.label_format: index."
     return (
-        "Give the classes their colours (data.classes: {name: [red, green, blue]}), and list colours of pixels that "
-        "are not labelled: data.label_colors: {ignore: [[0, 0, 0]]}."
+        "Give the classes their colors (data.classes: {name: [red, green, blue]}), and list colors of pixels that "
+        "are not labeled: data.label_colors: {ignore: [[0, 0, 0]]}."
     )
 
 
@@ -372,7 +372,7 @@ def unknown_values(values: np.ndarray, count: int) -> str | None:
     listed = ", ".join(f"{value} ({values[value]} pixels)" for value in unknown[:8])
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     return (
-        f"label values outside the classes 0..{count - 1} and 255, not labelled: {listed}{more}. "
+        f"label values outside the classes 0..{count - 1} and 255, not labeled: {listed}{more}. "
         "Set data.ignore or data.label_values, or add the classes"
     )
 
@@ -396,7 +396,7 @@ def usual_mistakes(seen: Iterable[int], classes: ClassSet, encoding: LabelEncodi
             else f"data.label_values: {{0: {classes.names[0]}, 255: …}}"
         )
         return [
-            "the labels hold 0 and 255 alone, as masks do, and 255 is read as not labelled, so that only "
+            "the labels hold 0 and 255 alone, as masks do, and 255 is read as not labeled, so that only "
             f"{classes.names[0]} would be learned. If 255 is a class, set {remedy}"
         ]
     if not unknown:
@@ -406,17 +406,17 @@ def usual_mistakes(seen: Iterable[int], classes: ClassSet, encoding: LabelEncodi
                 "data.label_values: one_based"
             ]
         return []
-    greys = {_grey(color): "ignore" if k == IGNORE else classes.names[k] for color, k in encoding.colors}
-    if len(real) > 1 and all(value in greys or value in (0, IGNORE) for value in real):
-        names = ", ".join(f"{value} as {greys[value]}" for value in sorted(unknown) if value in greys)
+    grays = {_gray(color): "ignore" if k == IGNORE else classes.names[k] for color, k in encoding.colors}
+    if len(real) > 1 and all(value in grays or value in (0, IGNORE) for value in real):
+        names = ", ".join(f"{value} as {grays[value]}" for value in sorted(unknown) if value in grays)
         return [
-            f"the label values are the greys of the class colours ({names}): colour labels that were read or saved as "
-            "grey. Give the colour files themselves (data.label_format: color), or map the greys in data.label_values"
+            f"the label values are the grays of the class colors ({names}): color labels that were read or saved as "
+            "gray. Give the color files themselves (data.label_format: color), or map the grays in data.label_values"
         ]
     if unknown == {count}:
         return [
-            f"the label values go one beyond the last class: if 0 is not labelled and classes are counted from 1, set "
-            f"data.label_values: one_based; if {count} is not labelled, set data.ignore: {count}"
+            f"the label values go one beyond the last class: if 0 is not labeled and classes are counted from 1, set "
+            f"data.label_values: one_based; if {count} is not labeled, set data.ignore: {count}"
         ]
     city = classes.names == CITYSCAPES.names or (count == len(CITYSCAPES_IDS) and len(real) > count + 1)
     if city and max(unknown) <= max(CITYSCAPES_IDS):
@@ -430,7 +430,7 @@ def usual_mistakes(seen: Iterable[int], classes: ClassSet, encoding: LabelEncodi
     return []
 
 
-def _grey(color: RGB) -> int:
-    """The grey that colours become in OpenCV and Pillow (ITU-R 601)."""
+def _gray(color: RGB) -> int:
+    """The gray that colors become in OpenCV and Pillow (ITU-R 601)."""
     red, green, blue = color
     return round(0.299 * red + 0.587 * green + 0.114 * blue)

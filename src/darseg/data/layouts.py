@@ -226,7 +226,7 @@ class Layout:
         if beyond == 0:
             lines.append(
                 f"neither {self.root / AUGMENTED} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or data.sbd) is "
-                f"there, so which {VOC_UNLABELED:,} images are unlabelled cannot be told: {self._get(SBD_ARCHIVE)}"
+                f"there, so which {VOC_UNLABELED:,} images are unlabeled cannot be told: {self._get(SBD_ARCHIVE)}"
             )
         elif beyond != VOC_UNLABELED:
             lines.append(

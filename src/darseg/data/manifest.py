@@ -277,10 +277,10 @@ def build_manifest(
 ) -> Manifest:
     """Give every image its role.
 
-    A role without a source takes what the others leave of `default`: labelled the images that have a
-    label, unlabelled all that remain, validation and test nothing.
+    A role without a source takes what the others leave of `default`: labeled the images that have a
+    label, unlabeled all that remain, validation and test nothing.
 
-    Raises DataError: an image in two roles, no labelled images, labelled, validation or test images without label.
+    Raises DataError: an image in two roles, no labeled images, labeled, validation or test images without label.
     """
     sources = {"labeled": labeled, "unlabeled": unlabeled, "validation": validation, "test": test}
     roles = {role: find_samples(source) for role, source in sources.items() if source is not None}
@@ -303,7 +303,7 @@ def build_manifest(
 def _role_faults(manifest: Manifest, where: str) -> list[str]:
     wrong = []
     if not manifest.labeled:
-        wrong.append(f"no labelled images: at least one image needs a label map in {where}")
+        wrong.append(f"no labeled images: at least one image needs a label map in {where}")
     for role in ("labeled", "validation", "test"):
         bare = [sample.id for sample in manifest.roles()[role] if sample.label is None]
         if bare:
@@ -366,14 +366,14 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     if manifest.labeled and not wrong:
         absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
         if len(absent) == len(classes):
-            wrong.append("labeled: not one pixel is labelled, every label map holds only the ignore value")
+            wrong.append("labeled: not one pixel is labeled, every label map holds only the ignore value")
         elif absent:
             warnings.append(
-                f"absent from all labelled masks: {', '.join(absent)}. Such a class has no share and can never be "
-                "pseudo-labelled; label a few pixels of it, or take it out of data.classes."
+                f"absent from all labeled masks: {', '.join(absent)}. Such a class has no share and can never be "
+                "pseudo-labeled; label a few pixels of it, or take it out of data.classes."
             )
     if not manifest.unlabeled:
-        warnings.append("no unlabelled images: only round 0 (labelled images alone) can be trained")
+        warnings.append("no unlabeled images: only round 0 (labeled images alone) can be trained")
     if not manifest.validation:
         warnings.append("no validation images: nothing will be scored; set data.validation (e.g. {every: 5})")
     return Findings(

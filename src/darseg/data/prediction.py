@@ -108,7 +108,7 @@ class Prediction:
     def to_bytes(self) -> bytes:
         """Compressed; equal predictions give equal bytes. What waits between counting and assigning.
 
-        Neighbouring pixels are alike, so differences along a row are stored, their low and high bytes apart.
+        Neighboring pixels are alike, so differences along a row are stored, their low and high bytes apart.
         """
         height, width = self.classes.shape
         steps = np.diff(self.codes, axis=1, prepend=np.uint16(0))

@@ -1,4 +1,4 @@
-"""Which images are to be labelled: drawn at random from ids and a seed, nothing else."""
+"""Which images are to be labeled: drawn at random from ids and a seed, nothing else."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def draw(
     sequences: Sequence[str] | None = None,
     present: NDArray[np.bool_] | None = None,
 ) -> tuple[str, ...]:
-    """Draw the images to be labelled.
+    """Draw the images to be labeled.
 
     Every image has its place in an order that the seed and its id decide. From the first on, images are taken
     until `count` are; so a smaller set lies in every larger one of that seed, and neither the order of `ids` nor
@@ -74,7 +74,7 @@ def draw(
     With `present` the draw is balanced. First, from the class in the fewest images on, one image with each class.
     Then iterative stratification (Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-Label Data, ECML
     PKDD 2011): again and again the class left in the fewest images has those divided, in random order, each going
-    where most of the class is lacking. Alone it would keep a class's only image from the labelled ones. In the end
+    where most of the class is lacking. Alone it would keep a class's only image from the labeled ones. In the end
     images are taken as above until there are `count`.
 
     Args:
@@ -90,7 +90,7 @@ def draw(
     """
     total = len(ids)
     if not 1 <= count < total:
-        raise RecipeError(f"{count} labelled of {total} images: wanted at least 1 and fewer than all.")
+        raise RecipeError(f"{count} labeled of {total} images: wanted at least 1 and fewer than all.")
     names, unit_of = np.unique(np.array(ids if sequences is None else sequences), return_inverse=True)
     if len(names) == 1:
         raise DataError(
@@ -102,7 +102,7 @@ def draw(
     # images [U, K + 1]: of each sequence those with class k; the last column all of them, a class that all have.
     images = np.zeros((len(names), classes + 1), np.int64)
     np.add.at(images, unit_of, np.column_stack([present, np.ones(total, bool)]))
-    # lacking [2, K + 1]: images that the labelled and the unlabelled ones still need of each class for the same
+    # lacking [2, K + 1]: images that the labeled and the unlabeled ones still need of each class for the same
     # mix, in Nths of an image, so that all of it is whole numbers.
     lacking = np.outer([count, total - count], images.sum(0))
     side = np.full(len(names), OPEN)
@@ -130,7 +130,7 @@ def draw(
         for unit in orders[k]:
             if side[unit] == OPEN:
                 labeled, unlabeled = lacking[:, [k, -1]].tolist()
-                lacks = labeled >= unlabeled or unlabeled[1] <= 0  # or the unlabelled ones are complete
+                lacks = labeled >= unlabeled or unlabeled[1] <= 0  # or the unlabeled ones are complete
                 place(unit, LABELED if lacks and fits(unit) else UNLABELED)
     everything = order("")
     for unit in everything:

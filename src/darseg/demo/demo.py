@@ -40,7 +40,7 @@ def demo(
 ) -> dict:
     """Draw the scenes, run rounds 0 to 2 and the control, print the comparison, draw a picture.
 
-    The control trains on the labelled images alone for as many steps as all rounds together.
+    The control trains on the labeled images alone for as many steps as all rounds together.
 
     Args:
         out: folder for `data/`, `recipe.yaml`, `seed_N/dars/`, `seed_N/control/`, `seed_N/demo.json`, `seed_N/demo.png`.
@@ -51,14 +51,14 @@ def demo(
         what `demo.json` holds: per class the IoU of the three networks and the class shares.
     """
     out, console, began = Path(out), console or Console(), time.monotonic()
-    console.print(f"Drawing {LABELED} labelled, {UNLABELED} unlabelled and {VALIDATION} validation scenes …")
+    console.print(f"Drawing {LABELED} labeled, {UNLABELED} unlabeled and {VALIDATION} validation scenes …")
     write_scenes(out / "data", LABELED, UNLABELED, VALIDATION, DATA_SEED)
     write_whole(out / "recipe.yaml", recipe_text())
     folder = out / f"seed_{seed}"
     recipe = load_recipe(out / "recipe.yaml", [f"seed={seed}"])
     console.rule("DARS: rounds 0, 1 and 2")
     dars = train(recipe, folder / "dars", console=console, after_round=after_round)
-    console.rule("Control: the labelled images alone, as many steps")
+    console.rule("Control: the labeled images alone, as many steps")
     steps = sum(one["steps"] for one in dars["rounds"])
     longer = load_recipe(out / "recipe.yaml", [f"seed={seed}", f"rounds=[{{steps: {steps}}}]"])
     control = train(longer, folder / "control", console=console, after_round=after_round)
@@ -69,7 +69,7 @@ def demo(
     console.rule("What came out")
     console.print(_table(result))
     console.print(
-        f"mean IoU: labelled only {result['mean_iou']['labeled_only']:.4f}, control "
+        f"mean IoU: labeled only {result['mean_iou']['labeled_only']:.4f}, control "
         f"{result['mean_iou']['control']:.4f}, DARS {result['mean_iou']['dars']:.4f}  "
         f"({result['seconds']:.0f} s; picture: {folder / 'demo.png'})",
         highlight=False,
@@ -79,14 +79,14 @@ def demo(
 
 
 def recipe_text() -> str:
-    """The demo's recipe, with the drawn classes and their colours filled in."""
+    """The demo's recipe, with the drawn classes and their colors filled in."""
     text = importlib.resources.files("darseg.demo").joinpath("demo.yaml").read_text()
     pairs = zip(SCENE_CLASSES.names, SCENE_CLASSES.colors, strict=True)
     return text.replace("CLASSES", "{" + ", ".join(f"{name}: {list(color)}" for name, color in pairs) + "}")
 
 
 def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
-    """IoU per class of labelled only (round 0), control and DARS (last round); class shares in the last round."""
+    """IoU per class of labeled only (round 0), control and DARS (last round); class shares in the last round."""
     last = dars["rounds"][-1]["round"]
     labels = run.label_set(last)
     truth = np.array(json.loads((run.round(last) / "pseudo_scores.json").read_text())["truth"])
@@ -108,10 +108,10 @@ def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
 
 def _table(result: dict) -> Table:
     table = Table(
-        title="IoU on the validation scenes; class shares of the unlabelled scenes in the last round"
+        title="IoU on the validation scenes; class shares of the unlabeled scenes in the last round"
     )
     table.add_column("class")
-    for title in ("labelled only", "control", "DARS", "truth", "predicted", "pseudo labels"):
+    for title in ("labeled only", "control", "DARS", "truth", "predicted", "pseudo labels"):
         table.add_column(title, justify="right")
     for name in result["share"]["truth"]:
         ious = (result["iou"][network][name] for network in ("labeled_only", "control", "dars"))
@@ -145,7 +145,7 @@ def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
             predict_classes(final, image, protocol),
         ]
         rows.append([image, *(palette[one] for one in maps)])
-    titles = ("image", "truth (never used)", "labelled only", f"pseudo labels, round {last}", "DARS")
+    titles = ("image", "truth (never used)", "labeled only", f"pseudo labels, round {last}", "DARS")
     legend = list(zip(manifest.classes.names, manifest.classes.colors, strict=True))
     return _sheet(rows, titles, legend)
 

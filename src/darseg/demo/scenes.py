@@ -1,17 +1,17 @@
 """Drawn street scenes with exact labels: a small long-tailed data set that needs no download.
 
 A scene is a pinhole view along a street. Ground and house fronts are ray-cast, so their textures get
-coarser towards the viewer; everything that stands on the ground is drawn from far to near, so near things
+coarser toward the viewer; everything that stands on the ground is drawn from far to near, so near things
 hide far ones. Label and picture come from the same shapes; lighting, fog, blur and sensor noise then touch
 the picture alone.
 
-Some classes cannot be told by colour. They differ only by
+Some classes cannot be told by color. They differ only by
 
-    road / path           place, kerb and paving pattern (either may be asphalt)
-    vegetation / grass    texture and shape (a hedge has the colour of a lawn)
+    road / path           place, curb and paving pattern (either may be asphalt)
+    vegetation / grass    texture and shape (a hedge has the color of a lawn)
     car / van             shape (the paints are the same)
     pole / sign           the plate, a few pixels, and the height (the posts are the same)
-    sign / building       place (posters on house fronts have the colours of plates)
+    sign / building       place (posters on house fronts have the colors of plates)
 
 The pixels of a scene depend on its seed and index alone, not on which scenes were drawn before.
 """
@@ -69,11 +69,11 @@ SKY, ROAD, PATH, BUILDING, VEGETATION, GRASS, CAR, VAN, PERSON, POLE, SIGN = ran
 
 _SIDES = (65, 385)
 _BANK = 512  # side of the noise fields; a power of two, so that world coordinates wrap with a mask
-_FAR = 160.0  # metres; the ground ends here
+_FAR = 160.0  # meters; the ground ends here
 _MARKER = "scenes.json"
 
 Color = tuple[float, float, float]
-Point = tuple[float, float, float]  # metres: right of the middle of the street, up, ahead
+Point = tuple[float, float, float]  # meters: right of the middle of the street, up, ahead
 Shape = tuple[Sequence[Point], Color]  # corners of a polygon and its RGB
 Area = tuple[slice, slice]  # rows, columns
 
@@ -132,8 +132,8 @@ def draw_scene(seed: int, index: int, size: tuple[int, int] = (129, 193)) -> tup
 def write_scenes(root: Path, labeled: int, unlabeled: int, validation: int, seed: int) -> None:
     """Draw a data set into `root`: images/*.png, labels/*.png and three lists of ids.
 
-    labeled.txt, unlabeled.txt and validation.txt hold one id per line. The truth of unlabelled scenes is
-    written too, for measuring pseudo-labels. Validation scenes come first in the numbering and labelled ones
+    labeled.txt, unlabeled.txt and validation.txt hold one id per line. The truth of unlabeled scenes is
+    written too, for measuring pseudo-labels. Validation scenes come first in the numbering and labeled ones
     next, so sets that differ only in the later counts share the earlier scenes. A complete set of the same
     seed, counts and drawing version is left alone; another is overwritten. Raises DataError where a count or
     the seed makes no sense, StorageError where the folder cannot be written.
@@ -141,7 +141,7 @@ def write_scenes(root: Path, labeled: int, unlabeled: int, validation: int, seed
     if labeled < 1 or unlabeled < 0 or validation < 0 or seed < 0:
         raise DataError(
             f"Scenes for labeled={labeled}, unlabeled={unlabeled}, validation={validation}, seed={seed}: "
-            "at least 1 labelled scene is needed and nothing may be negative."
+            "at least 1 labeled scene is needed and nothing may be negative."
         )
     ids = [f"scene_{index:05d}" for index in range(validation + labeled + unlabeled)]
     lists = {
@@ -223,13 +223,13 @@ def _circle(corners: int, turned: float = 0.0) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class _Camera:
-    """Pinhole camera above the middle of the street: x right, `up` from the ground, z forward, in metres.
+    """Pinhole camera above the middle of the street: x right, `up` from the ground, z forward, in meters.
 
     `bend` curves the street: at distance z its middle lies bend * z * z to the right.
     """
 
     horizon: float
-    centre: float
+    center: float
     focal: float
     above: float
     bend: float
@@ -240,12 +240,12 @@ class _Camera:
         z = np.maximum(z, 1.0)
         scale = self.focal / z
         pixels = np.empty((len(x), 2))
-        pixels[:, 0] = self.centre + scale * (x + self.bend * z * z)
+        pixels[:, 0] = self.center + scale * (x + self.bend * z * z)
         pixels[:, 1] = self.horizon + scale * (self.above - up)
         return pixels
 
     def pixels(self, z: float) -> float:
-        """How many pixels a metre has at distance z."""
+        """How many pixels a meter has at distance z."""
         return self.focal / max(z, 1.0)
 
 
@@ -257,7 +257,7 @@ class _Scene:
         self.height, self.width = height, width
         self.camera = _Camera(
             horizon=height * rng.uniform(0.34, 0.46),
-            centre=width * rng.uniform(0.34, 0.66),
+            center=width * rng.uniform(0.34, 0.66),
             focal=width * rng.uniform(0.62, 0.85),
             above=rng.uniform(1.7, 3.0),
             bend=rng.normal(0.0, 0.0012),
@@ -269,7 +269,7 @@ class _Scene:
         self.weather = str(rng.choice(["clear", "overcast", "fog", "night"], p=[0.42, 0.26, 0.14, 0.18]))
         self.sun = float(rng.choice([-1.0, 1.0]))  # the side the light comes from
         self.tint = rng.uniform(0.85, 1.15, 3)  # of leaves and lawn in this scene
-        self.half = rng.uniform(4.2, 7.0)  # metres from the middle of the road to the kerb
+        self.half = rng.uniform(4.2, 7.0)  # meters from the middle of the road to the curb
         self.walks = np.where(rng.random(2) < 0.85, rng.uniform(1.3, 3.2, 2), 0.3)  # left, right
         self.lawns = np.where(rng.random(2) < 0.6, rng.uniform(0.8, 5.0, 2), 0.0)
         self.built = rng.random(2) < 0.62
@@ -348,7 +348,7 @@ class _Scene:
         rows = np.arange(top, self.height, dtype=np.float32)[:, None]
         columns = np.arange(self.width, dtype=np.float32)[None]
         z = np.minimum(camera.focal * camera.above / (rows - camera.horizon), _FAR)
-        x = (columns - camera.centre) * (z / camera.focal) - camera.bend * z * z
+        x = (columns - camera.center) * (z / camera.focal) - camera.bend * z * z
         near = (10.0 / z).clip(0, 1)  # detail is lost with distance
 
         side = (x > 0).astype(np.intp)
@@ -388,8 +388,8 @@ class _Scene:
         np.copyto(
             shade, 1 + np.float32(0.15) * patches + np.float32(0.24) * grains * near**0.5, where=on_grass
         )
-        kerb = (beyond >= 0) & (beyond < 0.18 + z * 0.004) & (walk > 0.5)[side]
-        shade[kerb] *= rng.uniform(1.1, 1.45)
+        curb = (beyond >= 0) & (beyond < 0.18 + z * 0.004) & (walk > 0.5)[side]
+        shade[curb] *= rng.uniform(1.1, 1.45)
         shade[(beyond < 0) & (beyond > -0.25)] *= 0.82  # the gutter
         if self.weather == "clear" and self.built[int(self.sun > 0)]:  # houses shade the street
             reach = rng.uniform(-0.6, 1.0) * self.half
@@ -414,10 +414,10 @@ class _Scene:
 
     def front(self, x: float, first: float, last: float, tall: float) -> tuple[Area, np.ndarray, np.ndarray]:
         """A wall along the street at x, between two distances: the area of the picture it may take, the
-        distance float32 [1, w] in each of its columns, and metres above the ground float32 [h, w]."""
+        distance float32 [1, w] in each of its columns, and meters above the ground float32 [h, w]."""
         camera = self.camera
         # The ray of column u meets x + bend * z * z at the distance that solves a quadratic equation.
-        across = np.arange(self.width) - camera.centre
+        across = np.arange(self.width) - camera.center
         root = across**2 - 4 * camera.bend * camera.focal**2 * x
         below = across * np.sign(x) + np.sqrt(np.maximum(root, 0))
         z = 2 * camera.focal * abs(x) / np.maximum(below, 1e-3)
@@ -475,7 +475,7 @@ class _Scene:
         dice = _noise()[0][cell_z[0].clip(0, 300).astype(int), cell_up.clip(-1, 9).astype(int) + 1]
         pane = _rgb([52, 60, 70])
         colors[glass] = pane * (1 + np.float32(0.25) * dice[glass])[:, None]
-        for _ in range(rng.poisson(0.9)):  # posters with the colours of sign plates
+        for _ in range(rng.poisson(0.9)):  # posters with the colors of sign plates
             start, low = rng.uniform(8, 45), rng.uniform(1.0, 3.0)
             poster = (z > start) & (z < start + rng.uniform(0.8, 2.2)) & (up > low)
             poster &= up < low + rng.uniform(0.6, 1.3)
@@ -509,7 +509,7 @@ class _Scene:
         for _ in range(rng.poisson(0.9)):  # on their way
             lane, z = float(rng.choice([-0.5, 0.5])) * half + rng.normal(0, 0.3), spot(8, 60)
             found.append((z, functools.partial(self.vehicle, lane, z, kind(), False)))
-        for side in (-1, 1):  # at the kerb
+        for side in (-1, 1):  # at the curb
             if rng.random() < 0.5:
                 z = rng.uniform(6, 26)
                 while z < 60:
@@ -603,11 +603,11 @@ class _Scene:
             wide, long = rng.uniform(1.65, 1.85), rng.uniform(3.7, 4.6)
             belt, roof = rng.uniform(0.82, 0.95), rng.uniform(1.38, 1.62)
             cabin = (rng.uniform(0.03, 0.2), rng.uniform(0.66, 0.76))
-        towards = rng.random() < 0.4
-        if towards:
+        toward = rng.random() < 0.4
+        if toward:
             cabin = (1 - cabin[1], 1 - cabin[0])
         inset = 0.04 if kind == VAN else 0.2
-        slope = 0.05 if kind == VAN else 0.4  # metres the windscreens lean
+        slope = 0.05 if kind == VAN else 0.4  # meters the windscreens lean
 
         # From (across, up, along) in the vehicle's own frame, along from 0 to `long`.
         def place(points: Sequence[Point]) -> list[Point]:
@@ -621,7 +621,7 @@ class _Scene:
         w, front, back = wide / 2, cabin[0] * long, cabin[1] * long
         v, rear, fore = w - inset, front + slope, back - slope
         low, at, to = 0.3, mix(belt, roof, 0.12), mix(belt, roof, 0.86)
-        # The side that is seen: the one towards the middle of the picture, or the near one when crossing.
+        # The side that is seen: the one toward the middle of the picture, or the near one when crossing.
         seen = 1.0 if crossing or x + camera.bend * z * z < 0 else -1.0
         a, b = seen * w, seen * v
         side_paint = _scaled(paint, 0.62 if (seen > 0) == (self.sun < 0) else 0.9)
@@ -638,7 +638,7 @@ class _Scene:
         ]
         panes = [(0.1, 0.48), (0.54, 0.9)]
         if kind == VAN:  # only the driver has a window
-            panes = [(0.08, 0.3)] if towards else [(0.7, 0.93)]
+            panes = [(0.08, 0.3)] if toward else [(0.7, 0.93)]
         s_low, s_top = mix(a, b, 0.12), mix(a, b, 0.86)
         for first, last in panes:
             low_near, low_far = mix(front, back, first), mix(front, back, last)
@@ -679,17 +679,17 @@ class _Scene:
             (box(0, w, low, belt, 0), end_paint),
             (place([(-w, belt, front), (-v, roof, rear), (v, roof, rear), (w, belt, front)]), end_paint),
         ]
-        if kind == CAR or towards or rng.random() < 0.6:
+        if kind == CAR or toward or rng.random() < 0.6:
             lower_at, upper_at = mix(front, rear, 0.12), mix(front, rear, 0.86)
             p, q = 0.82 * w, 0.86 * v
             corners = [(-p, at, lower_at), (-q, to, upper_at), (q, to, upper_at), (p, at, lower_at)]
             end.append((place(corners), glass))
-        lamps: Color = (235.0, 232.0, 205.0) if towards else (170.0, 26.0, 24.0)
+        lamps: Color = (235.0, 232.0, 205.0) if toward else (170.0, 26.0, 24.0)
         end += [(box(s * (w - 0.22), 0.16, 0.6, 0.78, 0), lamps) for s in (-1, 1)]
         self.paint(feet + tops + side + end, kind, z)
         if self.weather == "night":
             for s in (-1, 1):
-                self.shine((x + s * (w - 0.22), 0.69, z), 0.35, (255, 240, 190) if towards else (150, 20, 15))
+                self.shine((x + s * (w - 0.22), 0.69, z), 0.35, (255, 240, 190) if toward else (150, 20, 15))
 
     def person(self, x: float, z: float) -> None:
         rng = self.rng
@@ -716,7 +716,7 @@ class _Scene:
         return corners, _scaled((118, 120, 122), self.rng.uniform(0.5, 1.3))
 
     def pole(self, x: float, z: float, tall: float, arm: float) -> None:
-        """A lamp post, or a plain one where `arm` (metres across) is 0."""
+        """A lamp post, or a plain one where `arm` (meters across) is 0."""
         shapes = [self.post(x, z, tall)]
         if arm:
             tone, end = shapes[0][1], x + arm
@@ -768,7 +768,7 @@ class _Scene:
         self.cover((slice(top, bottom), slice(left, right)), crown, colors, VEGETATION, z)
 
     def shine(self, lamp: Point, radius: float, color: Color) -> None:
-        """A lamp of that radius in metres that glows at night; call it when its thing is painted."""
+        """A lamp of that radius in meters that glows at night; call it when its thing is painted."""
         x, y = (round(float(part)) for part in self.camera.project([lamp])[0])
         in_view = 0 <= x < self.width and 0 <= y < self.height
         if in_view and self.depth[y, x] > 0.9 * lamp[2] - 0.3:

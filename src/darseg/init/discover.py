@@ -39,7 +39,7 @@ IMAGE_WORDS = _set(
     "bild bilder foto fotos"
 )
 COLOR_WORDS = _set("color colour colors colours colored coloured")
-"""Labels as colours: taken where there are no others."""
+"""Labels as colors: taken where there are no others."""
 OTHER_WORDS = _set("vis instance instances instanceids object objects overlay overlays")
 """No labels of classes, whatever else the name says."""
 FILLERS = _set("class classes ground fine aug raw png jpeg jpg")
@@ -60,7 +60,7 @@ MOST_COLORS = 255
 """Of all label files together; more are photographs, or drawings with smoothed edges."""
 
 MOST_OF_A_TWIN = 64
-"""Different values or colours in a file that its name alone does not tell from a photograph."""
+"""Different values or colors in a file that its name alone does not tell from a photograph."""
 
 NAME_FILES = (
     *(
@@ -125,7 +125,7 @@ class _File:
     """A picture file, with the words of its path taken apart.
 
     Attributes:
-        rank: among label files: 0, or 1 for colours, 2 for what is no label of classes.
+        rank: among label files: 0, or 1 for colors, 2 for what is no label of classes.
         place: what is the same for all label files of one making: label words of folders and name, and the suffix.
         full, bare: what image and label have in common: folders without such words, and the name with or without them.
     """
@@ -414,7 +414,7 @@ def _annotation_kind(path: Path) -> str:
 
 @dataclass(frozen=True)
 class LabelLook:
-    """What one label file holds: pixels of each value, or of each colour. `palette`: colours of the values."""
+    """What one label file holds: pixels of each value, or of each color. `palette`: colors of the values."""
 
     size: tuple[int, int]
     colors: bool
@@ -472,7 +472,7 @@ def survey(found: Sequence[Found], advance: Callable[[], object] = lambda: None)
         if one_look.colors == colors:
             pixels.update(one_look.pixels)
         else:
-            kinds = ("values", "colours")
+            kinds = ("values", "colors")
             faults[path] = (
                 f"{path}: holds {kinds[one_look.colors]}, most label files hold {kinds[colors]}. Convert it"
             )
@@ -481,7 +481,7 @@ def survey(found: Sequence[Found], advance: Callable[[], object] = lambda: None)
 
 
 def look_at_label(path: Path) -> LabelLook:
-    """Values or colours of a label file. Raises DataError where it cannot be one."""
+    """Values or colors of a label file. Raises DataError where it cannot be one."""
     raw = decode_label(path, "auto")
     colors = raw.dtype == np.int32
     if colors:
@@ -493,7 +493,7 @@ def look_at_label(path: Path) -> LabelLook:
         counts = counted[values]
     if len(values) > MOST_COLORS:
         raise DataError(
-            f"{path}: {len(values)} different {'colours' if colors else 'values'} – a photograph, instances, or a "
+            f"{path}: {len(values)} different {'colors' if colors else 'values'} – a photograph, instances, or a "
             "drawing with smoothed edges, no label map of classes. Export it again, without smoothing"
         )
     pixels = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value >= 0}
@@ -509,7 +509,7 @@ def look_at_label(path: Path) -> LabelLook:
 
 @dataclass(frozen=True)
 class NameList:
-    """Class names of a file, with their values and colours where it has them."""
+    """Class names of a file, with their values and colors where it has them."""
 
     path: Path
     names: tuple[str, ...]
@@ -542,7 +542,7 @@ def find_names(folders: Iterable[Path]) -> list[NameList]:
 
 
 Row = tuple[str, int | None, RGB | None]
-"""Name, value, colour."""
+"""Name, value, color."""
 
 _LINES: tuple[tuple[str, Callable[[re.Match], Row]], ...] = (
     (r"([^:]+):(\d+),(\d+),(\d+):.*", lambda m: (m[1], None, (int(m[2]), int(m[3]), int(m[4])))),  # CVAT
@@ -622,10 +622,10 @@ class Guess:
     """What the label files mean: keys of a recipe's data section.
 
     Attributes:
-        classes: of the recipe: a built-in set's name, names, or names with colours.
+        classes: of the recipe: a built-in set's name, names, or names with colors.
         keys: further keys (label_values, ignore, …) with their values.
         why: key → reason, "classes" among them.
-        notes: for each class, in order: which value or colour, and its share of the labelled pixels.
+        notes: for each class, in order: which value or color, and its share of the labeled pixels.
         warnings: what a reader must look at.
     """
 
@@ -646,12 +646,12 @@ def guess_classes(seen: Survey, names: Sequence[NameList], labels: Sequence[Path
     pixels = dict(seen.pixels)
     if colors and all(key >> 16 == key & 255 == key >> 8 & 255 for key in pixels):
         keys["label_format"] = "index"
-        why["label_format"] = "the label files are RGB with three equal channels: values, not colours"
+        why["label_format"] = "the label files are RGB with three equal channels: values, not colors"
         pixels = {key & 255: count for key, count in pixels.items()}
         colors = False
     if len(pixels) > MOST_COLORS:
         raise DataError(
-            f"The label files hold {len(pixels)} different {'colours' if colors else 'values'} together: instances, or "
+            f"The label files hold {len(pixels)} different {'colors' if colors else 'values'} together: instances, or "
             "drawings with smoothed edges. Export them with one value per class."
         )
     made = _guess_colors(pixels, names) if colors else _guess_values(pixels, names, seen.palette, labels)
@@ -671,7 +671,7 @@ def _guess_colors(pixels: Mapping[int, int], names: Sequence[NameList]) -> Guess
         if one.colors and len(set(one.colors) & set(rgb)) >= 2:
             table = dict(zip(one.names, one.colors, strict=True))
             classes = {name: list(color) for name, color in table.items()}
-            reason = f"names and colours of {one.path.name}"
+            reason = f"names and colors of {one.path.name}"
             break
     else:
         known = [
@@ -685,7 +685,7 @@ def _guess_colors(pixels: Mapping[int, int], names: Sequence[NameList]) -> Guess
                 best[1],
                 dict(zip(BUILT_IN[best[1]].names, BUILT_IN[best[1]].colors, strict=True)),
             )
-            reason = f"the colours are those of {best[1]}"
+            reason = f"the colors are those of {best[1]}"
         else:
             ordered = sorted(rgb, key=lambda color: (color != void, -rgb[color], color))
             table = {
@@ -693,26 +693,26 @@ def _guess_colors(pixels: Mapping[int, int], names: Sequence[NameList]) -> Guess
                 for color in ordered
             }
             classes = {name: list(color) for name, color in table.items()}
-            reason = "no names were found: rename them, the colours tell which is which"
+            reason = "no names were found: rename them, the colors tell which is which"
             if void in rgb:
                 warnings.append(
-                    "black became the class background. If it means not labelled, take background out of data.classes "
+                    "black became the class background. If it means not labeled, take background out of data.classes "
                     "and set data.label_colors: {ignore: [[0, 0, 0]]}"
                 )
     if len(table) < 2:
         raise DataError(
-            f"The label files hold one colour alone, {list(next(iter(rgb)))}: nothing to tell apart."
+            f"The label files hold one color alone, {list(next(iter(rgb)))}: nothing to tell apart."
         )
     beyond = [color for color in rgb if color not in set(table.values())]
     keys: dict[str, Any] = {}
     why = {"classes": reason}
-    labelled = sum(count for color, count in rgb.items() if color not in beyond)
+    labeled = sum(count for color, count in rgb.items() if color not in beyond)
     if beyond:
         keys["label_colors"] = {"ignore": [list(color) for color in sorted(beyond)]}
         why["label_colors"] = (
-            f"colours of no class, {_share(sum(rgb[color] for color in beyond), sum(rgb.values()))} of all pixels"
+            f"colors of no class, {_share(sum(rgb[color] for color in beyond), sum(rgb.values()))} of all pixels"
         )
-    notes = tuple(_share(rgb.get(color, 0), labelled) for color in table.values())
+    notes = tuple(_share(rgb.get(color, 0), labeled) for color in table.values())
     return Guess(classes, keys, why, notes, tuple(warnings))
 
 
@@ -732,7 +732,7 @@ def _guess_values(
     listed = ", ".join(map(str, sorted(values)[:20])) + (" …" if len(values) > 20 else "")
     no_names = "no names were found: rename them"
     steps = np.diff(sorted(values))
-    # Classes stretched to greys: 0, 127, 255; 0, 85, 170, 255.
+    # Classes stretched to grays: 0, 127, 255; 0, 85, 170, 255.
     stretched = len(values) > 2 and 0 in values and steps.max() - steps.min() <= 1 < steps.min()
     ignored = IGNORE in values and not stretched
     real = sorted(values - {IGNORE} if ignored else values)
@@ -742,7 +742,7 @@ def _guess_values(
         )
     if len(real) < 2:
         raise DataError(
-            f"The label files hold {listed} alone: one class is nothing to tell apart (255 is read as not labelled). "
+            f"The label files hold {listed} alone: one class is nothing to tell apart (255 is read as not labeled). "
             "Label what does not belong to it as another class."
         )
     for name, known in BUILT_IN.items():
@@ -757,8 +757,8 @@ def _guess_values(
     warnings = [*unused]
     if stretched and IGNORE in values:
         warnings.append(
-            f"255 became a class, since the values ({listed}) are spread evenly, as classes in greys. If it means not "
-            "labelled, set data.label_values.255: ignore and take its class out"
+            f"255 became a class, since the values ({listed}) are spread evenly, as classes in grays. If it means not "
+            "labeled, set data.label_values.255: ignore and take its class out"
         )
     table: dict[int, str] = {v: f"class_{v}" for v in real}
     return _values_guess(
@@ -794,16 +794,16 @@ def _named_values(pixels: Mapping[int, int], one: NameList, palette: Sequence[RG
         warnings = []
         if 0 in real:
             warnings.append(
-                f"{count} names, values 0 to {count}: read as 0 = not labelled, classes from 1 on. If {count} is not "
-                f"labelled instead, set data.ignore: {count} in place of data.label_values"
+                f"{count} names, values 0 to {count}: read as 0 = not labeled, classes from 1 on. If {count} is not "
+                f"labeled instead, set data.ignore: {count} in place of data.label_values"
             )
         return _values_guess(pixels, table, "one_based", reason, palette, warnings)
     return None
 
 
 def _shares(pixels: Mapping[int, int], table: Mapping[int, str]) -> tuple[str, ...]:
-    labelled = sum(count for value, count in pixels.items() if value in table)
-    return tuple(f"value {value}, {_share(pixels.get(value, 0), labelled)}" for value in table)
+    labeled = sum(count for value, count in pixels.items() if value in table)
+    return tuple(f"value {value}, {_share(pixels.get(value, 0), labeled)}" for value in table)
 
 
 def _values_guess(
@@ -827,7 +827,7 @@ def _values_guess(
         keys["label_values"] = encoding
         why["label_values"] = {
             "binary": "the label files are masks of 0 and 255",
-            "one_based": "0 is not labelled, classes are counted from 1",
+            "one_based": "0 is not labeled, classes are counted from 1",
         }[encoding]
     names = list(table.values())
     if colors is None and palette:

@@ -51,7 +51,7 @@ LARGE_BATCH = 16
 HOURS = {"cpu": 1.0, "cuda": 8.0}
 """That all rounds may take by the proposal."""
 EPOCHS = 100, 20
-"""Over the labelled images in round 0, over the unlabelled ones in each later round: aims, cut to the hours above."""
+"""Over the labeled images in round 0, over the unlabeled ones in each later round: aims, cut to the hours above."""
 FEWEST_STEPS, MOST_STEPS = 100, 20_000
 
 LARGEST_WINDOW = {"cpu": 513, "cuda": 1025}
@@ -184,20 +184,20 @@ def _published(folder: Path) -> _Data | None:
 
 def _unknown(folder: Path, lists: Path, console: Console) -> _Data:
     seen = discover(folder)
-    labelled = [one for one in seen.found if one.label]
+    labeled = [one for one in seen.found if one.label]
     if not seen.found:
         raise DataError(_nothing(folder, seen))
-    if not labelled:
+    if not labeled:
         raise DataError(_first_label(folder, seen))
     with Journal(None, None, console).progress("read", len(seen.found)) as advance:
         read = survey(seen.found, advance)
-    label_folders = [one.label.parent for one in labelled if one.label]
+    label_folders = [one.label.parent for one in labeled if one.label]
     names = find_names([folder, *_common(folder, label_folders)])
-    guess = guess_classes(read, names, [one.label for one in labelled if one.label])
+    guess = guess_classes(read, names, [one.label for one in labeled if one.label])
     data = _Data(folder, guess.classes, guess.why.pop("classes"), guess.notes)
     for key, value in guess.keys.items():
         data.keys[key] = value, guess.why.get(key, "")
-    data.notes += [f"{len(seen.found)} images, {len(labelled)} of them with labels, in {folder}", *seen.notes]
+    data.notes += [f"{len(seen.found)} images, {len(labeled)} of them with labels, in {folder}", *seen.notes]
     if seen.annotations:
         data.notes.append(
             f"{len(seen.annotations)} annotation file(s) are not used, the first is {seen.annotations[0]}: label maps "
@@ -241,7 +241,7 @@ def _first_label(folder: Path, seen: Discovery) -> str:
             lines,
             limit=least,
         )
-        + "\nDraw label maps (PNG of class indices, 255 = not labelled) into labels/, under the names of their images, "
+        + "\nDraw label maps (PNG of class indices, 255 = not labeled) into labels/, under the names of their images, "
         "or annotate with labelme or CVAT and make label maps with `darseg rasterize`. Then run this again."
         "\nIf labels are there, they were taken for images: name their folder labels or masks, or their files a_mask.png "
         "beside a.jpg (docs/init.md has all names)." + why
@@ -306,7 +306,7 @@ def _choose_roles(data: _Data, seen: Discovery, good: Sequence[Found], lists: Pa
     for one in good:
         split = of_list.get(one.image) if of_list else one.split
         if of_list and split is None:
-            # Where a list names what is labelled, or to be trained on, all others are for their pixels alone.
+            # Where a list names what is labeled, or to be trained on, all others are for their pixels alone.
             if one.label and "labeled" not in seen.lists:
                 outside += 1
                 continue
@@ -322,13 +322,13 @@ def _choose_roles(data: _Data, seen: Discovery, good: Sequence[Found], lists: Pa
         data.notes.append(f"{bare} image(s) of the validation or test part have no label and are left out")
     if outside:
         data.notes.append(
-            f"{outside} labelled image(s) are in none of the lists and are left out: "
+            f"{outside} labeled image(s) are in none of the lists and are left out: "
             + ", ".join(map(str, seen.list_files.values()))
         )
     drawn = not parts["validation"]
     if not parts["train"]:
         raise DataError(
-            f"{seen.root}: no labelled image is left for training: {len(parts['validation'])} are for validation, "
+            f"{seen.root}: no labeled image is left for training: {len(parts['validation'])} are for validation, "
             f"{len(parts['test'])} for the test. Label images of the training part."
         )
     if drawn and len(parts["train"]) > 1:
@@ -351,8 +351,8 @@ def _note_sequences(data: _Data, root: Path, parts: Mapping[str, Sequence[Found]
     several = [name for name, count in groups.items() if count > 1]
     if len(several) > 1 and sum(groups.values()) >= 3 * len(groups):
         data.warnings.append(
-            f"the labelled images look like {len(groups)} sequences ({', '.join(map(repr, several[:3]))} …), and "
-            "validation takes every fifth image: if neighbours show the same scene, scores will be too good. Hold whole "
+            f"the labeled images look like {len(groups)} sequences ({', '.join(map(repr, several[:3]))} …), and "
+            "validation takes every fifth image: if neighbors show the same scene, scores will be too good. Hold whole "
             "sequences out: write their ids into a list and set data.validation to it"
         )
 
@@ -396,7 +396,7 @@ def _forms(data: _Data, seen: Discovery, drawn: bool) -> Iterator[Form]:
 
 
 def _held_out(count: int) -> str:
-    return f"every fifth labelled image, {count} in all, is held out for scores"
+    return f"every fifth labeled image, {count} in all, is held out for scores"
 
 
 def _places(pairs: Sequence[tuple[Path, Path | None]], root: Path) -> tuple[str, str] | None:
@@ -450,7 +450,7 @@ def _fit(data: _Data, folder: Path, out: Path, given: Path | str | None) -> _Fit
             with suppress(DataError):
                 data.sizes.append(image_size(sample.image))
         data.notes.append(
-            f"{data.labeled} labelled and {data.unlabeled} unlabelled images, {len(manifest.validation)} for validation"
+            f"{data.labeled} labeled and {data.unlabeled} unlabeled images, {len(manifest.validation)} for validation"
         )
     device = pick_device()
     kind = device.type
@@ -692,7 +692,7 @@ def _data_lines(data: _Data, form: Form, out: Path) -> list[str]:
                 else f"- {flow(name)}"
             )
             note = data.class_notes[at] if at < len(data.class_notes) else ""
-            lines.append(f"    {entry}" + (f"  # {note} of the labelled pixels" if note else ""))
+            lines.append(f"    {entry}" + (f"  # {note} of the labeled pixels" if note else ""))
     for key, (value, comment) in (data.keys | form).items():
         add(key, value, comment)
     return lines
@@ -735,7 +735,7 @@ def _text(data: _Data, fit: _Fit, form: Form, out: Path) -> str:
         f"  precision: {'bf16' if fit.bf16 else 'fp32'}  # "
         + ("this GPU computes it several times faster" if fit.bf16 else "bf16 is for GPUs that have it"),
         "labeling:",
-        f"  window: {flow(list(fit.window))}  # for labelling and scoring; "
+        f"  window: {flow(list(fit.window))}  # for labeling and scoring; "
         + (
             "one window covers an image"
             if fit.covers
@@ -744,7 +744,7 @@ def _text(data: _Data, fit: _Fit, form: Form, out: Path) -> str:
     ]
     if len(fit.steps) == 1:
         lines += [
-            "rounds:  # one: there are no unlabelled images, and later rounds learn from those",
+            "rounds:  # one: there are no unlabeled images, and later rounds learn from those",
             f"  - steps: {fit.steps[0]}  # about {minutes[0]} here ({measured})",
         ]
     else:
@@ -752,9 +752,9 @@ def _text(data: _Data, fit: _Fit, form: Form, out: Path) -> str:
         lines += [
             *_above_key(f"Rounds as the paper has them, steps by the time they take: {measured}"),
             "rounds:",
-            f"  - steps: {first}  # about {minutes[0]}, on the {data.labeled} labelled images alone",
-            f"  - steps: {second}  # about {minutes[1]}, besides labelling {data.unlabeled} images",
-            "    labeling_ratio: 0.4  # share of the unlabelled pixels to label: the paper's; those that look surest",
+            f"  - steps: {first}  # about {minutes[0]}, on the {data.labeled} labeled images alone",
+            f"  - steps: {second}  # about {minutes[1]}, besides labeling {data.unlabeled} images",
+            "    labeling_ratio: 0.4  # share of the unlabeled pixels to label: the paper's; those that look surest",
             f"  - steps: {third}  # about {minutes[2]}",
             "    labeling_ratio: 0.65",
             "    scale: [0.5, 3.0]  # stronger augmentation in the last round: the paper's",

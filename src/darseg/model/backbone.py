@@ -1,6 +1,6 @@
 """Backbones: dilated ResNets, and any network of timm behind the same contract.
 
-A backbone turns normalised images float [B, 3, H, W] into `Features` and says, as attributes, its `name`, the
+A backbone turns normalized images float [B, 3, H, W] into `Features` and says, as attributes, its `name`, the
 `channels` of its two feature maps, and the `mean` and `std` (RGB, 0..255) its weights expect.
 """
 
@@ -238,7 +238,7 @@ Backbone = ResNet | TimmBackbone
 
 
 def build_backbone(name: str, output_stride: int) -> Backbone:
-    """The backbone `name`, randomly initialised; `output_stride` is 8 or 16. Raises RecipeError."""
+    """The backbone `name`, randomly initialized; `output_stride` is 8 or 16. Raises RecipeError."""
     if name in RESNETS:
         return ResNet(name, RESNETS[name], output_stride)
     if name.startswith(TIMM):

@@ -1,4 +1,4 @@
-"""Scores in, classes and confidences out: the arithmetic of labelling, written once.
+"""Scores in, classes and confidences out: the arithmetic of labeling, written once.
 
 Letters: K classes, H x W pixels. Works through an image in strips that stay in the processor's cache; on a GPU
 only classes and codes cross to the host.

@@ -1,7 +1,7 @@
 """A trained network as a file for other programs, ONNX or torch.export, and the proof that it gives the same classes.
 
 The file takes what decoders give, uint8 RGB [B, H, W, 3] of any size, and gives classes and logits of that size:
-normalisation, padding to a legal size and cropping are inside. It stands for one window over the whole image, without
+normalization, padding to a legal size and cropping are inside. It stands for one window over the whole image, without
 mirror or other scales. Letters: B images, K classes, H x W pixels.
 """
 
@@ -107,10 +107,10 @@ class Portable(nn.Module):
         height, width = images.shape[1:3]
         padded_h, padded_w = _padded(height, network.stride), _padded(width, network.stride)
         top, left = (padded_h - height) // 2, (padded_w - width) // 2
-        normalised = network.normalise(images.permute(0, 3, 1, 2))
-        # As the sliding window pads: all around, with the mean colour, which is 0.
+        normalized = network.normalize(images.permute(0, 3, 1, 2))
+        # As the sliding window pads: all around, with the mean color, which is 0.
         around = (left, padded_w - width - left, top, padded_h - height - top)
-        features = network.backbone(F.pad(normalised, around)).stage4
+        features = network.backbone(F.pad(normalized, around)).stage4
         head = network.head
         logits = head(features, mean_of_cells) if isinstance(head, PyramidPoolingHead) else head(features)
         logits = upsample(logits, (padded_h, padded_w))[:, :, top : top + height, left : left + width]
@@ -144,7 +144,7 @@ def mean_of_cells(features: Tensor, bins: int) -> Tensor:
 
 
 def _cells(side: int, bins: int, dtype: torch.dtype) -> Tensor:
-    """Weights [bins, side] that average over each cell; neighbours may share a pixel."""
+    """Weights [bins, side] that average over each cell; neighbors may share a pixel."""
     at, cell = torch.arange(side)[None], torch.arange(bins)[:, None]
     first, end = cell * side // bins, ((cell + 1) * side + bins - 1) // bins
     inside = ((at >= first) & (at < end)).to(dtype)

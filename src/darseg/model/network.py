@@ -48,7 +48,7 @@ class Network(nn.Module):
     """A segmentation network that knows how its images must look.
 
     Attributes: `classes` (K), `stride` (legal sides are stride * n + 1, n >= 1), the buffers `mean` and `std`
-    (RGB, 0..255) and `fill` (the mean colour, for padding).
+    (RGB, 0..255) and `fill` (the mean color, for padding).
     """
 
     mean: Tensor
@@ -68,13 +68,13 @@ class Network(nn.Module):
         self.auxiliary_head = auxiliary_head
         self.classes = classes
         self.stride = stride
-        # Part of the state dict, so that a saved network keeps the normalisation it was trained with.
+        # Part of the state dict, so that a saved network keeps the normalization it was trained with.
         self.register_buffer("mean", torch.tensor(backbone.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(backbone.std, dtype=torch.float32))
 
     @property
     def fill(self) -> tuple[int, int, int]:
-        """The mean colour as whole numbers (RGB, 0..255): what to pad images with."""
+        """The mean color as whole numbers (RGB, 0..255): what to pad images with."""
         red, green, blue = (round(part) for part in self.mean.tolist())
         return red, green, blue
 
@@ -99,8 +99,8 @@ class Network(nn.Module):
     def _legal_side_below(self, n: int) -> int:
         return self.stride * max(1, (n - 1) // self.stride) + 1
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] RGB → float (x - mean) / std; float images are taken as normalised already."""
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] RGB → float (x - mean) / std; float images are taken as normalized already."""
         if images.dtype == torch.uint8:
             return (images.to(self.mean.dtype) - self.mean[:, None, None]) / self.std[:, None, None]
         return images
@@ -138,7 +138,7 @@ class Network(nn.Module):
                 module.training = True
 
     def forward(self, images: Tensor) -> Output:
-        """Logits of `images` [B, 3, H, W]: uint8 RGB, or float and normalised already.
+        """Logits of `images` [B, 3, H, W]: uint8 RGB, or float and normalized already.
 
         Raises SizeError for sides that are not stride * n + 1, DataError for other shapes or types.
         """
@@ -149,11 +149,11 @@ class Network(nn.Module):
         if images.dtype != torch.uint8 and not images.is_floating_point():
             raise DataError(
                 f"Images of type {images.dtype}: give torch.uint8 (0..255, RGB) or floats that are "
-                "normalised already."
+                "normalized already."
             )
         height, width = images.shape[-2:]
         self.check_size(height, width)
-        features = self.backbone(self.normalise(images))
+        features = self.backbone(self.normalize(images))
         main = upsample(self.head(features.stage4), (height, width))
         auxiliary = None
         if self.training and self.auxiliary_head is not None:
@@ -195,7 +195,7 @@ class NetworkSpec:
             found.append("auxiliary: deeplabv2 has no auxiliary head")
         if self.architecture != "deeplabv2" and self.release_classifier:
             found.append("release_classifier: only deeplabv2's classifier differs in the release")
-        for what, given in (("names", self.class_names), ("colours", self.class_colors)):
+        for what, given in (("names", self.class_names), ("colors", self.class_colors)):
             if given and len(given) != self.classes:
                 found.append(
                     f"{len(given)} class {what} for {self.classes} classes: give one for each, or none"
@@ -204,7 +204,7 @@ class NetworkSpec:
             raise RecipeError(faults("This network cannot be built", found))
 
     def build(self) -> Network:
-        """The network, randomly initialised, in training mode. Raises RecipeError for unknown backbones."""
+        """The network, randomly initialized, in training mode. Raises RecipeError for unknown backbones."""
         backbone = build_backbone(self.backbone, self.output_stride)
         stage3, stage4 = backbone.channels
         if self.architecture == "deeplabv2":
@@ -225,7 +225,7 @@ def build_network(
     auxiliary: bool | None = None,
     release_classifier: bool = False,
 ) -> Network:
-    """A network, randomly initialised and in training mode; the same after the same `torch.manual_seed`.
+    """A network, randomly initialized and in training mode; the same after the same `torch.manual_seed`.
 
     `architecture` is `pspnet` or `deeplabv2`; `backbone` is `resnet18`, `resnet34`, `resnet50`, `resnet101`,
     `resnet50_deep`, `resnet101_deep` (the latter two with the paper's stem of three 3x3 convolutions),
@@ -256,7 +256,7 @@ def parameter_groups(
     weight_decay: float,
     stage4_as_head: bool = False,
 ) -> list[dict[str, Any]]:
-    """Two groups for an optimiser: the backbone at `learning_rate`, the heads at `head_factor` times that.
+    """Two groups for an optimizer: the backbone at `learning_rate`, the heads at `head_factor` times that.
 
     Every trainable parameter is in exactly one. Besides `lr` and `weight_decay` a group has its `factor`, so
     that a schedule can set `lr = rate * factor`. The paper: learning rate 0.01, factor 10, decay 1e-4.

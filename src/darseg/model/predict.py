@@ -1,6 +1,6 @@
 """Whole-image prediction: scales, windows, mirror. The only sliding window in darseg.
 
-Labelling averages logits, evaluation averages probabilities (softmax per window), as the release does.
+Labeling averages logits, evaluation averages probabilities (softmax per window), as the release does.
 Shape letters: K classes, H, W pixels of the image, h, w of a window, N windows.
 """
 
@@ -138,14 +138,14 @@ def predict_scores(
     """
     device = network.mean.device
     image_1CHW = torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1)[None]
-    normalised = network.normalise(image_1CHW)
+    normalized = network.normalize(image_1CHW)
     height, width = image.shape[:2]
     all_scales: WindowSums | None = None
     for scale in protocol.scales:
         long_side = round(scale * (protocol.base_size or max(height, width)))
         size = _scaled(height, width, long_side)
         same = size == (height, width)
-        sums = _slide(network, normalised if same else _resize(normalised, size), protocol, average, memory)
+        sums = _slide(network, normalized if same else _resize(normalized, size), protocol, average, memory)
         if same and len(protocol.scales) == 1:
             return sums
         if all_scales is None:
@@ -164,7 +164,7 @@ def predict(
     scale: ConfidenceScale = FLOAT16,
     memory: Memory | None = None,
 ) -> Prediction:
-    """Classes and confidences of an image as labelling wants them (DARS, section 3; the release's arithmetic).
+    """Classes and confidences of an image as labeling wants them (DARS, section 3; the release's arithmetic).
 
     Logits are averaged in float32; `decide` makes classes and confidences of them. Raises NumericsError naming
     the image where a confidence is not a number (logits beyond float16's 65,504, or a network that diverged).
@@ -229,7 +229,7 @@ def _slide(
     height, width = image.shape[2:]
     window_h, window_w = protocol.window
     pad_h, pad_w = max(window_h - height, 0), max(window_w - width, 0)
-    # Normalised mean colour is 0.
+    # Normalized mean color is 0.
     padded = F.pad(image, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
     corners = [
         (top, left)

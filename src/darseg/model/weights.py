@@ -46,7 +46,7 @@ from darseg.model.tarred import read_tarred
 # files.
 METADATA = "darseg"
 
-NORMALISATION = ("mean", "std")
+NORMALIZATION = ("mean", "std")
 """Buffers of a network that files of other frameworks lack."""
 
 CHUNK = 1 << 20
@@ -88,7 +88,7 @@ def _identity(network: Network) -> tuple:
 
 
 def read_spec(path: Path) -> NetworkSpec:
-    """What the network saved at `path` is, its class names and colours included. Raises WeightsError."""
+    """What the network saved at `path` is, its class names and colors included. Raises WeightsError."""
     metadata: dict[str, str] = {}
     start = _check_there(path)
     try:
@@ -174,7 +174,7 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
     whole = architecture is not None or any(key.startswith("backbone.") for key in found)
     if architecture is not None:
         theirs = {our_key(key, architecture): key for key in found}
-        origin = {key: theirs.get(key, key) for key in wanted if key not in NORMALISATION}
+        origin = {key: theirs.get(key, key) for key in wanted if key not in NORMALIZATION}
     elif whole:
         origin = {key: key for key in wanted}
     else:
@@ -197,7 +197,7 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
             if read_spec(source).release_classifier:
                 wrong.append("classifier: of the file only two branches were trained, this network sums four")
     fitting = {key: name for key, name in origin.items() if key not in misfits}
-    if wrong and (strict or fitting.keys() <= set(NORMALISATION)):
+    if wrong and (strict or fitting.keys() <= set(NORMALIZATION)):
         what = "the network" if whole else f"the backbone {backbone.name}"
         advice = _advice(network, found, architecture, whole)
         raise WeightsError(
@@ -255,11 +255,11 @@ def convert(
     """Write a checkpoint of the release or of semseg as a network of darseg, for `load_network` and `darseg predict`.
 
     Args:
-        source: as `load_weights` reads it; an optimiser in the file is left out.
+        source: as `load_weights` reads it; an optimizer in the file is left out.
         architecture: "pspnet50" or "deeplabv2_101".
         classes: K; None: as many as the file (or `class_set`) has.
         release_classifier: DeepLabv2 sums two of its four branches, as the published checkpoints need it.
-        class_set: names and colours to keep in the file.
+        class_set: names and colors to keep in the file.
         strict: see `load_weights`; parts that are not filled are drawn from seed 0 otherwise.
 
     Raises WeightsError: a file that is missing, damaged, unsafe or of another network; `out` exists.

@@ -19,7 +19,7 @@ from darseg.pseudo.thresholds import Thresholds
 def assign(
     prediction: Prediction, thresholds: Thresholds, generator: np.random.Generator
 ) -> NDArray[np.uint8]:
-    """The label map of one image, uint8 [H, W]: the predicted class, or 255 where not labelled.
+    """The label map of one image, uint8 [H, W]: the predicted class, or 255 where not labeled.
 
     Pixels below their class's threshold become 255. Of the m accepted pixels of class k in this image,
     int(m - m·keep_k) drawn uniformly at random from all of them become 255 as well (DARS, section 3.3);

@@ -17,7 +17,7 @@ SHARE_TOLERANCE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class ClassDistribution:
-    """The share of each class among all labelled pixels (255 left out); DARS, section 3.2.
+    """The share of each class among all labeled pixels (255 left out); DARS, section 3.2.
 
     share: float64 [K], K from 2 to 255, none negative, sum 1 within 1e-9. Raises DataError otherwise.
 
@@ -57,7 +57,7 @@ class ClassDistribution:
             raise DataError(faults("Pixel counts must not be negative", lines))
         if not counts.any():
             raise DataError(
-                f"No labelled pixel of any of the {len(counts)} classes, so there is no mix of classes to "
+                f"No labeled pixel of any of the {len(counts)} classes, so there is no mix of classes to "
                 "follow: give at least one label map that is not all 255."
             )
         return cls(counts / counts.sum())
@@ -102,7 +102,7 @@ def count_labels(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) 
             lines.append(f"{name}: " + ", ".join(f"value {v} ({found[v]} pixels)" for v in foreign))
     if lines:
         what = (
-            f"Label values must be class indices 0..{classes - 1}, or {IGNORE} where not labelled (for "
+            f"Label values must be class indices 0..{classes - 1}, or {IGNORE} where not labeled (for "
             "Cityscapes use *_gtFine_labelTrainIds.png); found"
         )
         raise DataError(faults(what, lines))

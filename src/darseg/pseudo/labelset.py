@@ -1,4 +1,4 @@
-"""Label maps of the unlabelled images on the disk: predicted, counted, decided, assigned, written.
+"""Label maps of the unlabeled images on the disk: predicted, counted, decided, assigned, written.
 
 The only module of this room that touches the disk. Memory does not grow with the number of images: between
 counting and assigning, predictions wait in files (3 bytes a pixel before compression), or are made again.
@@ -30,10 +30,10 @@ from darseg.pseudo.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class PseudoLabelSet:
-    """A finished set of label maps `ID.png` (uint8 [H, W], 255 = not labelled) and how it came about.
+    """A finished set of label maps `ID.png` (uint8 [H, W], 255 = not labeled) and how it came about.
 
     Attributes:
-        kept: int64 [K], pixels labelled per class, over all maps.
+        kept: int64 [K], pixels labeled per class, over all maps.
     """
 
     folder: Path
@@ -97,11 +97,11 @@ def read_prediction(folder: Path, sample_id: str) -> Prediction | None:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What labelling found in one image, for those who look through thousands.
+    """What labeling found in one image, for those who look through thousands.
 
     Attributes:
         pixels: of the image.
-        kept: pixels labelled, per class, K numbers.
+        kept: pixels labeled, per class, K numbers.
         predicted, confidence: pixels predicted per class; mean over the pixels, in [0, 1]. None where all that is left of
             them is the label map.
     """
@@ -113,7 +113,7 @@ class ImageFacts:
 
     @property
     def coverage(self) -> float:
-        """Share of the pixels that are labelled."""
+        """Share of the pixels that are labeled."""
         return sum(self.kept) / max(1, self.pixels)
 
     def to_json(self) -> dict:
@@ -239,7 +239,7 @@ def assign_labels(
         log: gets the facts of each image before its map is written, so that a map that is there has its facts there.
 
     Returns:
-        int64 [K]: pixels labelled per class, over all maps.
+        int64 [K]: pixels labeled per class, over all maps.
     """
     kept = np.zeros(len(thresholds.keep), np.int64)
     lock = threading.Lock()

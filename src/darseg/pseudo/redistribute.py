@@ -24,9 +24,9 @@ METHODS = ("dars", "cbst", "global")
 
 @dataclass(frozen=True, eq=False)
 class Redistribution:
-    """Label maps by id (uint8 [H, W], 255 = not labelled) and how they came about.
+    """Label maps by id (uint8 [H, W], 255 = not labeled) and how they came about.
 
-    kept: int64 [K], pixels labelled per class, over all maps.
+    kept: int64 [K], pixels labeled per class, over all maps.
     """
 
     labels: Mapping[str, NDArray[np.uint8]]
@@ -47,12 +47,12 @@ def redistribute(
     seed: int = 0,
     probabilities: bool = False,
 ) -> Redistribution:
-    """Label images without the bias towards majority classes (DARS, section 3), from predictions of any framework.
+    """Label images without the bias toward majority classes (DARS, section 3), from predictions of any framework.
 
     Args:
         predictions: id → logits, float16 or float32 [K, H, W], sizes may differ; a mapping, or an iterable of pairs
             that is gone through once. Of each image three bytes a pixel are kept until the end.
-        class_counts: labelled pixels of each class, integers [K].
+        class_counts: labeled pixels of each class, integers [K].
         labeling_ratio: share of all pixels to label, above 0, at most 1; None with method "global".
         method: "dars", "cbst" or "global", the latter with `threshold`.
         confidence: "float16", as the paper has it, or "fine", where ties nearly vanish.
@@ -119,7 +119,7 @@ def chooser(
     sampling: str = "random",
     confidence: str = "float16",
 ) -> partial[Thresholds]:
-    """The labelling method of that name, ready for a histogram. Raises RecipeError naming all that does not fit."""
+    """The labeling method of that name, ready for a histogram. Raises RecipeError naming all that does not fit."""
     wrong = []
     if confidence not in SCALES:
         wrong.append(f"confidence {confidence!r}: there are {', '.join(SCALES)}")
@@ -135,12 +135,12 @@ def chooser(
         elif not 0 <= threshold <= 1:
             wrong.append(f"a confidence threshold of {threshold}: choose one from 0 to 1")
         if labeling_ratio is not None:
-            wrong.append("method global takes no labelling ratio: the threshold decides")
+            wrong.append("method global takes no labeling ratio: the threshold decides")
     else:
         if labeling_ratio is None:
-            wrong.append(f"method {method} needs a labelling ratio, above 0 and at most 1")
+            wrong.append(f"method {method} needs a labeling ratio, above 0 and at most 1")
         elif not 0 < labeling_ratio <= 1:
-            wrong.append(f"a labelling ratio of {labeling_ratio}: choose one above 0 and at most 1")
+            wrong.append(f"a labeling ratio of {labeling_ratio}: choose one above 0 and at most 1")
         if threshold is not None:
             wrong.append(f"method {method} takes no threshold (only global does)")
     if wrong:

@@ -17,7 +17,7 @@ from darseg.pseudo.histogram import ConfidenceHistogram
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """What a labelling accepts and keeps of each of K classes.
+    """What a labeling accepts and keeps of each of K classes.
 
     accept: int32 [K], smallest accepted confidence code; `scale.codes`, which accepts nothing, for a class that
         was never predicted.
@@ -202,7 +202,7 @@ def _predicted(histogram: ConfidenceHistogram) -> NDArray[np.int64]:
     predicted = histogram.predicted
     if not predicted.any():
         raise DataError(
-            "The histogram counts no pixel, so there is nothing to choose: predict unlabelled images first."
+            "The histogram counts no pixel, so there is nothing to choose: predict unlabeled images first."
         )
     return predicted
 
@@ -210,6 +210,6 @@ def _predicted(histogram: ConfidenceHistogram) -> NDArray[np.int64]:
 def _check_ratio(labeling_ratio: float) -> None:
     if not 0 < labeling_ratio <= 1:
         raise RecipeError(
-            f"A labelling ratio of {labeling_ratio}: it is the share of the unlabelled pixels to label, "
+            f"A labeling ratio of {labeling_ratio}: it is the share of the unlabeled pixels to label, "
             "above 0 and at most 1."
         )

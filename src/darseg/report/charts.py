@@ -1,4 +1,4 @@
-"""The charts of a report, drawn by plotly. Colours of text, grid and paper come from the page, which has two themes."""
+"""The charts of a report, drawn by plotly. Colors of text, grid and paper come from the page, which has two themes."""
 
 from __future__ import annotations
 
@@ -74,16 +74,16 @@ def shares_chart(
     truth: NDArray | None,
     aligned: bool,
 ) -> go.Figure:
-    """Class shares of one round on a logarithmic axis: labelled masks, raw predictions, what was kept; the truth of the
-    unlabelled images where known. Shares of 0 stand at the left edge.
+    """Class shares of one round on a logarithmic axis: labeled masks, raw predictions, what was kept; the truth of the
+    unlabeled images where known. Shares of 0 stand at the left edge.
 
-    aligned: whether the method aims at the shares of the labelled masks.
+    aligned: whether the method aims at the shares of the labeled masks.
     """
     series = [
-        ("labelled images" + " (the aim)" * aligned, labeled, TRUTH, "diamond"),
+        ("labeled images" + " (the aim)" * aligned, labeled, TRUTH, "diamond"),
         ("raw predictions", labels.thresholds.predicted, PREDICTED, "circle-open"),
         ("pseudo labels kept", labels.kept, KEPT, "circle"),
-        ("truth of the unlabelled", truth, "#10a37f", "line-ns-open"),
+        ("truth of the unlabeled", truth, "#10a37f", "line-ns-open"),
     ]
     shares = [
         (title, counts / max(1, counts.sum()), color, symbol)
@@ -94,7 +94,7 @@ def shares_chart(
     low = 10.0 ** np.floor(np.log10(positive.min()))
     edge = low / 2  # where none is
     figure = _figure(_rows_height(len(names)))
-    for k in range(len(names)):  # a line from raw to kept: which way labelling moved the class
+    for k in range(len(names)):  # a line from raw to kept: which way labeling moved the class
         raw, kept = (max(shares[at - len(shares)][1][k], edge) for at in _raw_and_kept(shares))
         figure.add_shape(
             type="line", x0=raw, x1=kept, y0=k, y1=k, line={"color": NEUTRAL, "width": 2}, layer="below"
@@ -157,7 +157,7 @@ def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
 
 
 def ramp(count: int) -> list[str]:
-    """Colours from grey to blue, the last round the bluest."""
+    """Colors from gray to blue, the last round the bluest."""
     start, end = np.array([170, 178, 190]), np.array([37, 99, 235])
     parts = np.linspace(0, 1, count) if count > 1 else [1.0]
     return ["rgb({}, {}, {})".format(*(start + (end - start) * part).round().astype(int)) for part in parts]
@@ -165,7 +165,7 @@ def ramp(count: int) -> list[str]:
 
 def loss_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
     """Losses of all steps that the journal noted, rounds one after the other."""
-    titles = dict(zip(LOSSES, ("labelled", "pseudo-labelled"), strict=True))
+    titles = dict(zip(LOSSES, ("labeled", "pseudo-labeled"), strict=True))
     figure = _curves(rounds, titles, dict(zip(LOSSES, (PREDICTED, KEPT), strict=True)))
     figure.update_yaxes(rangemode="tozero")
     return figure
@@ -210,7 +210,7 @@ def _curves(rounds: Sequence[RoundFacts], titles: Mapping[str, str], colors: Map
 
 
 def thin(steps: NDArray, values: NDArray, points: int = POINTS) -> tuple[NDArray, NDArray]:
-    """A curve of at most so many points, each the mean of neighbours."""
+    """A curve of at most so many points, each the mean of neighbors."""
     if len(steps) <= points:
         return steps, values
     groups = np.array_split(np.arange(len(steps)), points)
@@ -220,7 +220,7 @@ def thin(steps: NDArray, values: NDArray, points: int = POINTS) -> tuple[NDArray
 
 
 def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
-    """Rows: truth, columns: prediction; a cell's colour and number are its share of the row."""
+    """Rows: truth, columns: prediction; a cell's color and number are its share of the row."""
     total = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
     count = len(names)
@@ -296,7 +296,7 @@ def bin_confidences(
 
 
 def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]) -> go.Figure:
-    """Confidences of the pixels predicted as class k, counts on a logarithmic axis; those below the threshold in grey."""
+    """Confidences of the pixels predicted as class k, counts on a logarithmic axis; those below the threshold in gray."""
     scale, count = labels.histogram.scale, len(labels.histogram.counts)
     accept = int(labels.thresholds.accept[k])
     edges, counts, threshold = bin_confidences(labels.histogram.counts[k], accept, scale, count)

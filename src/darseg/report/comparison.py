@@ -242,7 +242,7 @@ def _rounds(groups: Sequence[Group]) -> str:
     for at, group in enumerate(groups):
         cells = [spread(values) if len(values := group.by_round(index)) else "–" for index in range(count)]
         rows.append(("", [f"{_swatch(at)}{escape(group.name)}", *cells]))
-    hint = "Round 0 is trained on the labelled images alone."
+    hint = "Round 0 is trained on the labeled images alone."
     return f'<p class="hint">{hint}</p>' + table(
         ["mean IoU", *(f"round {index}" for index in range(count))], rows
     )

@@ -25,7 +25,7 @@ from darseg.training.scores import Scores
 
 WORSE = 0.02  # IoU that a class loses from one round to the next before it is remarked on
 
-NEVER = "never predicted, so not pseudo-labelled"
+NEVER = "never predicted, so not pseudo-labeled"
 
 LOSSES = ("loss_labeled", "loss_pseudo")
 
@@ -51,9 +51,9 @@ class RoundFacts:
     """One round, as far as it is done; None for what is not.
 
     Attributes:
-        labels: its pseudo labels; pseudo: those against the truth of the unlabelled images, where that is known.
+        labels: its pseudo labels; pseudo: those against the truth of the unlabeled images, where that is known.
         truth: int64 [K], pixels of each class in that truth.
-        left_out: unlabelled images marked as bad when it began.
+        left_out: unlabeled images marked as bad when it began.
         steps: of training; scores: on the validation images; protocol: how these were predicted.
         seconds: step ("label", "train", "evaluate") → how long it took.
     """
@@ -122,7 +122,7 @@ class RunFacts:
 class DataFacts:
     """The data set of a run as it is found now; where it is not, `fault` says why and the rest is None.
 
-    counts: int64 [K], pixels of each class in the labelled masks.
+    counts: int64 [K], pixels of each class in the labeled masks.
     """
 
     manifest: Manifest | None
@@ -233,7 +233,7 @@ def _read(path: Path) -> Any:
 
 
 def read_data(facts: RunFacts) -> DataFacts:
-    """The data of a run, its labelled masks counted. A run may have left its data behind: that is no error."""
+    """The data of a run, its labeled masks counted. A run may have left its data behind: that is no error."""
     try:
         manifest = manifest_of(recipe_of(facts.root))
         counts = count_labels(masks(manifest.labeled), len(facts.classes))
@@ -252,7 +252,7 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
     for before, after in zip(facts.scored, facts.scored[1:], strict=False):
         found += _losses(before, after, names)
     if data.counts is not None and (absent := _named(names, data.counts == 0)):
-        found.append(Remark(f"absent from all labelled masks, so never pseudo-labelled: {absent}"))
+        found.append(Remark(f"absent from all labeled masks, so never pseudo-labeled: {absent}"))
     for one in facts.labeled:
         assert one.labels is not None
         predicted, kept = one.labels.thresholds.predicted, one.labels.kept

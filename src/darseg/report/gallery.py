@@ -1,4 +1,4 @@
-"""Which unlabelled images to show, and how: image, raw prediction, pseudo label, truth where it is known."""
+"""Which unlabeled images to show, and how: image, raw prediction, pseudo label, truth where it is known."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ RARE = 3  # rarest classes that are shown
 AT_MOST = 1000  # label maps that are read where a run kept no facts of its images
 SIDE = 480  # pixels of the long side as drawn
 JPEG_QUALITY = 80
-CHECK = 6  # pixels of a square of the checkerboard that stands for "not labelled"
-CHECKS = ((226, 226, 230), (176, 176, 184))  # its two greys: a pattern, so no class looks like it
+CHECK = 6  # pixels of a square of the checcurboard that stands for "not labeled"
+CHECKS = ((226, 226, 230), (176, 176, 184))  # its two grays: a pattern, so no class looks like it
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Gallery:
 
 
 def image_facts(one: LabeledRound) -> dict[str, ImageFacts]:
-    """Facts of the images a round labelled: as it wrote them down, those it did not counted in label maps.
+    """Facts of the images a round labeled: as it wrote them down, those it did not counted in label maps.
 
     Of more than AT_MOST label maps, as many, evenly spaced, are read. Raises DataError where a map is damaged.
     """
@@ -93,8 +93,8 @@ def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ..
 
     take("most confident", lambda fact: fact.confidence)
     take("least confident", lambda fact: None if fact.confidence is None else -fact.confidence)
-    take("most labelled", lambda fact: fact.coverage)
-    take("least labelled", lambda fact: -fact.coverage)
+    take("most labeled", lambda fact: fact.coverage)
+    take("least labeled", lambda fact: -fact.coverage)
     kept = np.sum([fact.kept for fact in facts.values()], axis=0) if facts else np.zeros(len(names))
     rare = sorted((k for k in range(len(names)) if kept[k] > 0), key=lambda k: (prior[k], k))
     for k in rare[:RARE]:
@@ -105,7 +105,7 @@ def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ..
 def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
     """Pictures of the last round that has labels; None where none has, or the images are not there any more.
 
-    Raw predictions are those that were kept, else made again with the network and protocol that labelled.
+    Raw predictions are those that were kept, else made again with the network and protocol that labeled.
     """
     if not facts.labeled or data.manifest is None:
         return None
@@ -160,7 +160,7 @@ def _picture(
     if truth is not None and truth.shape != label.shape:
         raise DataError(
             f"{sample.label}: {truth.shape[0]}x{truth.shape[1]} pixels, its pseudo label has {label.shape[0]}x"
-            f"{label.shape[1]} (height x width): the data changed since they were labelled."
+            f"{label.shape[1]} (height x width): the data changed since they were labeled."
         )
     return Picture(
         id=sample.id,
@@ -189,8 +189,8 @@ def jpeg_url(image: np.ndarray) -> str:
 
 
 def map_url(label: np.ndarray, classes: ClassSet) -> str:
-    """uint8 [H, W] of classes and 255 → a small PNG of the classes' colours, 255 a checkerboard, as data URL."""
-    # 254 and 255 stand for the checkerboard's greys: K is at most 255, and a map of 255 classes has only one free value.
+    """uint8 [H, W] of classes and 255 → a small PNG of the classes' colors, 255 a checcurboard, as data URL."""
+    # 254 and 255 stand for the checcurboard's grays: K is at most 255, and a map of 255 classes has only one free value.
     shown = shrink(label, SIDE, cv2.INTER_NEAREST)
     palette = classes.palette()
     rows, columns = np.indices(shown.shape) // CHECK

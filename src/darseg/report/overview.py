@@ -86,7 +86,7 @@ def _about(facts: RunFacts, data: DataFacts) -> str:
         parts.insert(0, f"method {facts.method}")
     if data.manifest is not None:
         roles = {role: len(samples) for role, samples in data.manifest.roles().items()}
-        parts.append(f"{roles['labeled']:,} labelled + {roles['unlabeled']:,} unlabelled images")
+        parts.append(f"{roles['labeled']:,} labeled + {roles['unlabeled']:,} unlabeled images")
         parts.append(f"scored on {roles['validation']:,}")
     if facts.began is not None:
         parts.append(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts.began)))
@@ -105,7 +105,7 @@ def _verdict(facts: RunFacts, data: DataFacts) -> str:
     cards, before = [], None
     for one in facts.scored:
         delta = "" if before is None else _chip(_mean(one) - before) + " "
-        what = "labelled images only" if one.index == 0 else "best" if one is best else ""
+        what = "labeled images only" if one.index == 0 else "best" if one is best else ""
         cards.append(
             f'<div class="round{" best" * (one is best and len(facts.scored) > 1)}"><span>round {one.index}</span>'
             f"<b>{_mean(one):.3f}</b>{delta}<span>{what}</span></div>"
@@ -132,7 +132,7 @@ def _caution(facts: RunFacts) -> str:
     steps = sum(one.steps or 0 for one in facts.rounds)
     return (
         f'<p class="hint">Later rounds also trained longer, {steps:,} steps in all. Whether the pseudo labels helped, a '
-        f"control tells, as many steps on the labelled images alone: <code>darseg train THIS_RUN/recipe.yaml "
+        f"control tells, as many steps on the labeled images alone: <code>darseg train THIS_RUN/recipe.yaml "
         f'"rounds=[{{steps: {steps}}}]" --out CONTROL</code>, then <code>darseg report THIS_RUN CONTROL</code>.</p>'
     )
 
@@ -147,7 +147,7 @@ def _missing(facts: RunFacts) -> list[tuple[int, bool]]:
 def _unscored(facts: RunFacts) -> str:
     if any("evaluate" in one.seconds for one in facts.rounds):
         return (
-            "Nothing was scored: there are no labelled validation pixels. Set data.validation in the recipe."
+            "Nothing was scored: there are no labeled validation pixels. Set data.validation in the recipe."
         )
     return "No round has been scored yet."
 
@@ -257,10 +257,10 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> str:
     for one in facts.labeled:
         assert one.labels is not None
         columns = {
-            "labelled images": data.counts,
+            "labeled images": data.counts,
             "raw predictions": one.labels.thresholds.predicted,
             "pseudo labels kept": one.labels.kept,
-            "truth of the unlabelled": one.truth,
+            "truth of the unlabeled": one.truth,
         }
         known = {
             title: counts / max(1, counts.sum()) for title, counts in columns.items() if counts is not None
@@ -280,11 +280,11 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> str:
         "which the pseudo labels should match" if aligned else f"which method {facts.method} does not aim at"
     )
     hint = (
-        f"What each class has of all pixels: in the labelled images, {aim}; in the raw predictions, which lean to "
+        f"What each class has of all pixels: in the labeled images, {aim}; in the raw predictions, which lean to "
         "frequent classes; and in what was kept of them. Logarithmic."
     )
     if data.counts is None:
-        hint += " The labelled images could not be read any more, so their shares are missing."
+        hint += " The labeled images could not be read any more, so their shares are missing."
     return f'<p class="hint">{hint}</p>' + _per_round(page, facts.labeled, bodies)
 
 
@@ -321,10 +321,10 @@ def _thresholds(page: Page, facts: RunFacts) -> str:
         bodies.append(table(head, rows))
     hint = (
         "Pixels predicted as a class at or above its threshold are accepted, of these the keep share becomes pseudo "
-        "labels; the rest is not labelled."
+        "labels; the rest is not labeled."
     )
     if any(one.pseudo is not None for one in facts.labeled):
-        hint += " Right: share of the kept pixels that agree with the truth of the unlabelled images, which is not used."
+        hint += " Right: share of the kept pixels that agree with the truth of the unlabeled images, which is not used."
     return f'<p class="hint">{hint}</p>' + _per_round(page, facts.labeled, bodies)
 
 
@@ -347,8 +347,8 @@ def _confidences(page: Page, facts: RunFacts) -> str:
             )
         bodies.append(f'<div class="small">{"".join(cells)}</div>')
     hint = (
-        "Pixels by the confidence of their class; both axes logarithmic, confidences by their odds. Grey: below the "
-        "threshold (red line), not labelled."
+        "Pixels by the confidence of their class; both axes logarithmic, confidences by their odds. Gray: below the "
+        "threshold (red line), not labeled."
     )
     return f'<p class="hint">{hint}</p>' + _per_round(page, facts.labeled, bodies)
 
@@ -377,19 +377,19 @@ def _gallery(facts: RunFacts, gallery: Gallery | None, fault: str | None) -> str
     if gallery is None or not gallery.pictures:
         if fault:
             return f'<p class="hint">The gallery could not be drawn:</p><pre>{escape(fault)}</pre>'
-        return '<p class="hint">No round has labelled images yet.</p>'
+        return '<p class="hint">No round has labeled images yet.</p>'
     swatches = "".join(
         f'<span><span class="name">{_class_name(facts.classes, k)}</span></span>'
         for k in range(len(facts.classes))
     )
     protocol = labeling_protocol(recipe_of(facts.root)).describe("logits")
     hint = (
-        f"Unlabelled images of round {gallery.round}: what the network of round {gallery.round - 1} predicted "
+        f"Unlabeled images of round {gallery.round}: what the network of round {gallery.round - 1} predicted "
         f"({protocol}), and what was kept of it. " + " ".join(gallery.notes)
     )
     return (
         f'<p class="hint">{escape(hint)}</p><div class="legend">{swatches}'
-        '<span><i class="swatch checks"></i>not labelled (255)</span></div>'
+        '<span><i class="swatch checks"></i>not labeled (255)</span></div>'
         + "".join(_picture(one) for one in gallery.pictures)
     )
 
@@ -402,7 +402,7 @@ def _picture(one: Picture) -> str:
     figures = [
         ("", one.image, "image"),
         ("map", one.prediction, f"raw prediction{prediction}"),
-        ("map", one.label, f"pseudo label, {one.share:.0%} labelled{label}"),
+        ("map", one.label, f"pseudo label, {one.share:.0%} labeled{label}"),
         ("map", one.truth, "truth, not used"),
     ]
     shown = [
@@ -427,13 +427,13 @@ def _run(facts: RunFacts, data: DataFacts, seconds: float) -> str:
         cells += ["–" if value is None else f"{value:,.1f}" for value in times]
         rows.append(("", [*cells, f"{sum(value or 0 for value in times):,.1f}"]))
     rows.append(("total", ["all", "", "", "", "", "", f"{facts.seconds:,.1f}"]))
-    head = ["seconds", "steps", "labelling ratio", "label", "train", "evaluate", "all"]
+    head = ["seconds", "steps", "labeling ratio", "label", "train", "evaluate", "all"]
     told = {"folder": str(facts.root.resolve()), "initial weights": facts.weights or "–"}
     told |= {name: str(value) for name, value in facts.environment.items()}
     if data.manifest is not None:
         told |= {f"{role} images": f"{len(samples):,}" for role, samples in data.manifest.roles().items()}
     told |= {
-        f"left out of round {one.index}": f"{one.left_out:,} unlabelled, marked as bad"
+        f"left out of round {one.index}": f"{one.left_out:,} unlabeled, marked as bad"
         for one in facts.rounds
         if one.left_out
     }

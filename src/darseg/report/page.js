@@ -1,11 +1,11 @@
 "use strict";
-// Unpacks plotly and draws the charts of the page when they come into view; again in other colours when the theme changes.
+// Unpacks plotly and draws the charts of the page when they come into view; again in other colors when the theme changes.
 (async () => {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const boxes = [...document.querySelectorAll("[data-chart]")];
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  // Cells without much colour show the paper, which plotly does not know when it chooses the colour of numbers.
+  // Cells without much color show the paper, which plotly does not know when it chooses the color of numbers.
   const numbers = () => ({ "textfont.color": color("--text") });
 
   function themed() {

@@ -159,7 +159,7 @@ def figure_of(value: float | None, digits: int = 3) -> str:
 
 
 def change_of(change: float, digits: int = 3) -> str:
-    """A difference with its sign, as HTML coloured by it."""
+    """A difference with its sign, as HTML colored by it."""
     if change != change:
         return "–"
     direction = "up" if change >= 0.5 * 10**-digits else "down" if change <= -0.5 * 10**-digits else "even"

@@ -32,7 +32,7 @@ class LabeledRound:
     """A round whose label maps are done.
 
     Attributes:
-        samples: the unlabelled images of the run, in their order; `label` is their truth where it is known.
+        samples: the unlabeled images of the run, in their order; `label` is their truth where it is known.
         excluded: ids of those that the round left out: they have no label map.
         noted: id → what the round wrote down of them; empty where it did not.
     """
@@ -46,7 +46,7 @@ class LabeledRound:
     noted: Mapping[str, ImageFacts]
 
     def label_map(self, sample: Sample) -> np.ndarray | None:
-        """uint8 [H, W], 255 = not labelled; None where the round left the image out. Raises DataError."""
+        """uint8 [H, W], 255 = not labeled; None where the round left the image out. Raises DataError."""
         if sample.id in self.excluded:
             return None
         return read_label(label_path(self.run.labels(self.index), sample.id))
@@ -71,7 +71,7 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
             + (
                 ", and `darseg train` goes on with rounds that are missing."
                 if len(recipe.rounds) > 1
-                else ", and this run's recipe has no other: add rounds, with unlabelled images, and train anew."
+                else ", and this run's recipe has no other: add rounds, with unlabeled images, and train anew."
             )
         )
     index = done[-1] if index is None else index
@@ -88,7 +88,7 @@ def labeled_round(run: RunDirectory, index: int, recipe: Recipe, manifest: Manif
 
 
 def read_facts(one: LabeledRound) -> Iterator[tuple[int, ImageFacts | None]]:
-    """(position among the samples, facts) of every image that the round labelled: as the round wrote them down, else by
+    """(position among the samples, facts) of every image that the round labeled: as the round wrote them down, else by
     reading one label map after the other. None: its label map cannot be read."""
     for position, sample in enumerate(one.samples):
         if sample.id in one.noted:

@@ -228,10 +228,10 @@ class Round:
     """One round: what it labels, how long it trains, on which part of the schedule.
 
     Attributes:
-        labeling_ratio: share of the unlabelled pixels to label before training; None in round 0, and in
+        labeling_ratio: share of the unlabeled pixels to label before training; None in round 0, and in
             all rounds where a global threshold decides.
         span: fractions of the poly curve its steps cover.
-        batch: labelled images a step; pseudo_batch: pseudo-labelled images a step (0 in round 0).
+        batch: labeled images a step; pseudo_batch: pseudo-labeled images a step (0 in round 0).
         epoch_steps: steps of one epoch; epochs: how many, None where the recipe counts in steps.
         micro_batch: images per forward pass.
     """
@@ -252,12 +252,12 @@ class Round:
 def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
-    Images are the labelled ones in round 0, the unlabelled ones later, unless the round says otherwise (epoch_over).
-    Raises RecipeError where rounds need unlabelled images and there are none.
+    Images are the labeled ones in round 0, the unlabeled ones later, unless the round says otherwise (epoch_over).
+    Raises RecipeError where rounds need unlabeled images and there are none.
     """
     if len(recipe.rounds) > 1 and unlabeled == 0:
         raise RecipeError(
-            f"{len(recipe.rounds)} rounds are wanted, but there are no unlabelled images: rounds after the first "
+            f"{len(recipe.rounds)} rounds are wanted, but there are no unlabeled images: rounds after the first "
             "learn from those. Set data.unlabeled, or keep only the first round."
         )
     half = recipe.training.half_batch or recipe.training.batch // 2

@@ -88,7 +88,7 @@ class Plan:
         parameters: of the network, trained or not.
         state_bytes: of weights, gradients and momentum, float32; activation_bytes: of what a step keeps for its backward
             pass, float32, without the workspace of convolutions.
-        temporary_bytes: disk needed while labelling.
+        temporary_bytes: disk needed while labeling.
         network, labeling, evaluation: described in a line.
         notes: what a reader might not expect.
     """
@@ -107,7 +107,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, processes: int = 1) -> Plan:
-    """Plan a recipe without training or reading images, but for the size of the first unlabelled one.
+    """Plan a recipe without training or reading images, but for the size of the first unlabeled one.
 
     `processes`: how many torchrun would start; memory is that of each.
     """

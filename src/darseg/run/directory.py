@@ -117,7 +117,7 @@ class RunDirectory:
         return self.round(index) / "predictions"
 
     def excluded(self, index: int) -> Path:
-        """Ids of unlabelled images that the round leaves out; there only where it leaves out some."""
+        """Ids of unlabeled images that the round leaves out; there only where it leaves out some."""
         return self.round(index) / "excluded.json"
 
     def label_set(self, index: int) -> PseudoLabelSet:
@@ -134,7 +134,7 @@ class RunDirectory:
             path.unlink()
 
     def image_facts(self, index: int, classes: int) -> dict[str, ImageFacts]:
-        """Id → what labelling found in that image; empty for rounds that were labelled before this was kept.
+        """Id → what labeling found in that image; empty for rounds that were labeled before this was kept.
 
         Raises RunError where the file is damaged.
         """

@@ -1,4 +1,4 @@
-"""Use a trained network: load it with what is known about it, and score it on labelled images."""
+"""Use a trained network: load it with what is known about it, and score it on labeled images."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def evaluate_samples(
     protocol: Protocol,
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:
-    """Scores of a network (in eval mode) on labelled samples."""
+    """Scores of a network (in eval mode) on labeled samples."""
     scores, memory = Scores.empty(len(classes)), Memory()
 
     def score(_: Sample, example: Example) -> None:

@@ -39,7 +39,7 @@ def export_network(
         out: OUT.onnx, or OUT.pt2 for torch.export; must not exist yet.
         round_index: of a run folder; None: the last finished.
         images: a folder (or file) of images to compare on; None: the recipe's validation images, or where it has
-            none the unlabelled ones. At most 8 are taken.
+            none the unlabeled ones. At most 8 are taken.
 
     Raises ExportError, leaving no file, where it cannot be written or fewer than 99.9 % of the pixels of any image have
     the same class; RunError, WeightsError, DataError, NumericsError, StorageError.

@@ -135,7 +135,7 @@ def label_folder(
 
     Args:
         source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint.
-        class_counts: JSON file of labelled pixels per class; else counted in the recipe's labelled masks.
+        class_counts: JSON file of labeled pixels per class; else counted in the recipe's labeled masks.
 
     Returns:
         the content of `redistribution.json`.
@@ -146,7 +146,7 @@ def label_folder(
     recipe = recipe or trained.recipe
     if recipe is None and class_counts is None:
         raise RunError(
-            f"{source} is a checkpoint outside a run folder: give the labelled pixels per class with "
+            f"{source} is a checkpoint outside a run folder: give the labeled pixels per class with "
             "--class-counts COUNTS.json, or the recipe it was trained with by --recipe."
         )
     set_threads(threads or (recipe.threads if recipe else None))
@@ -228,7 +228,7 @@ def redistribute_folder(
     `redistribute` for the arguments, and for the same on arrays.
 
     Args:
-        class_counts: labelled pixels per class, a list or name → count; or a JSON file of either.
+        class_counts: labeled pixels per class, a list or name → count; or a JSON file of either.
 
     Returns:
         the content of `out/redistribution.json`: lists of K, `threshold` (None for a class never predicted), `keep`,
@@ -304,7 +304,7 @@ def _run(
     )
     scale = scale_of(settings["confidence"])
     if where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
-        raise RunError(f"{out} lies in {where}, whose files are to be labelled: choose a folder elsewhere.")
+        raise RunError(f"{out} lies in {where}, whose files are to be labeled: choose a folder elsewhere.")
     # Arrays of one shape are files of one size, so the time of the last change counts as well.
     sizes = {sample.id: [(about := sample.image.stat()).st_size, about.st_mtime_ns] for sample in samples}
     begun = {"settings": dict(settings), "inputs": {**inputs, "files": digest_settings(files=sizes)}}
@@ -403,12 +403,12 @@ def read_scores(path: Path) -> np.ndarray:
 
 
 def read_class_counts(path: Path) -> tuple[list[int], list[str] | None]:
-    """Labelled pixels per class from a JSON file: a list, or name → count. Returns counts and names."""
+    """Labeled pixels per class from a JSON file: a list, or name → count. Returns counts and names."""
     try:
         return _class_counts(json.loads(path.read_text(encoding="utf-8-sig")), str(path))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file. Give labelled pixels per class as JSON, as in [9000, 120]."
+            f"{path}: no such file. Give labeled pixels per class as JSON, as in [9000, 120]."
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
@@ -427,5 +427,5 @@ def _class_counts(given: Any, where: str) -> tuple[list[int], list[str] | None]:
         f"{names[k] if names else f'class {k}'}: {count}" for k, count in enumerate(whole) if count < 0
     ]
     if negative:
-        raise DataError(f"{where}: labelled pixels cannot be negative ({', '.join(negative)}).")
+        raise DataError(f"{where}: labeled pixels cannot be negative ({', '.join(negative)}).")
     return whole, names

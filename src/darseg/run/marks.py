@@ -19,15 +19,15 @@ from darseg.run.directory import RunDirectory, write_json
 
 
 def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]:
-    """Mark unlabelled images of a run as bad, or (`bad=False`) take their marks away.
+    """Mark unlabeled images of a run as bad, or (`bad=False`) take their marks away.
 
-    Rounds that begin to label after this leave marked images out: they are neither labelled nor trained on. Rounds that
+    Rounds that begin to label after this leave marked images out: they are neither labeled nor trained on. Rounds that
     have begun stay as they are.
 
     Returns:
         the ids of all images marked now, sorted.
 
-    Raises RunError naming every id that is no unlabelled image of the run, and where `run` is no run folder.
+    Raises RunError naming every id that is no unlabeled image of the run, and where `run` is no run folder.
     """
     known = {sample.id for sample in manifest_of(recipe_of(run)).unlabeled}
     return sorted(change_marks(RunDirectory(run), known, ids, bad))
@@ -36,7 +36,7 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
 def change_marks(
     run: RunDirectory, known: Collection[str], ids: Iterable[str], bad: bool
 ) -> dict[str, float]:
-    """`mark_bad` for one who has the ids of the unlabelled images at hand. Returns all marks, id → time."""
+    """`mark_bad` for one who has the ids of the unlabeled images at hand. Returns all marks, id → time."""
     wanted = list(ids)
     _check_known("These cannot be marked", wanted, known)
     marks = read_marks(run, known)
@@ -99,7 +99,7 @@ def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> 
     ids = tuple(read_marks(run, known))
     if len(ids) == len(known):
         raise RunError(
-            f"{run.bad_images}: all {len(ids)} unlabelled images are marked as bad, so round {index} has none to label. "
+            f"{run.bad_images}: all {len(ids)} unlabeled images are marked as bad, so round {index} has none to label. "
             f"Take marks away with `darseg view {run.root}`, or delete the file."
         )
     if ids:
@@ -137,6 +137,6 @@ def _check_known(what: str, ids: Iterable[str], known: Collection[str]) -> None:
     unknown = [repr(name) for name in ids if name not in known]
     if unknown:
         raise RunError(
-            faults(f"{what} images that are not among the {len(known)} unlabelled ones of this run", unknown)
+            faults(f"{what} images that are not among the {len(known)} unlabeled ones of this run", unknown)
             + "\nAn id is the image's path below the images' folder, without suffix."
         )

@@ -25,7 +25,7 @@ from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained
 from darseg.run.journal import Journal
 
-OVERLAY_OPACITY = 0.55  # of the class colours over the image
+OVERLAY_OPACITY = 0.55  # of the class colors over the image
 KINDS = ("index", "color", "overlay", "confidence")
 EXISTING = ("fault", "keep", "replace")
 CERTAIN = 65535
@@ -85,7 +85,7 @@ def predict_folder(
         source: run folder or .safetensors checkpoint; of the latter, whole images in one window with their mirror.
         images: an image, a video, a folder, a pattern such as "photos/**/*.jpg", or several of these. NAME is the path
             below the folder, or below the part of the pattern without wildcards; of a single file its name.
-        kinds: "index" (class values), "color" (class colours), "overlay" (colours over the image), "confidence" (the
+        kinds: "index" (class values), "color" (class colors), "overlay" (colors over the image), "confidence" (the
             class's probability, 16 bits: 65535 is 1).
         round_index: default: the last finished.
         existing: what to do where files are there already: "fault", before anything is written; "keep" what is whole

@@ -92,7 +92,7 @@ class Course:
     run: RunDirectory
     manifest: Manifest
     data: Mapping[str, str]  # role → digest of its samples
-    counts: Sequence[int]  # labelled pixels per class: the prior
+    counts: Sequence[int]  # labeled pixels per class: the prior
     rounds: Sequence[Round]
     reuse: RunDirectory | None
     journal: Journal
@@ -115,7 +115,7 @@ def train(
 
     Args:
         reuse: another run folder; steps it finished with the same inputs are copied instead of done again
-            (round 0 is the same for all labelling methods, for example).
+            (round 0 is the same for all labeling methods, for example).
         after_round: called with the run folder after each round that was worked on, and after the last; by the first
             process, not in the seconds of the round. Meant for `darseg.write_report`: where it fails, the run
             goes on with a warning.
@@ -301,7 +301,7 @@ def _begin(course: Course, weights_from: str) -> None:
         name for name, count in zip(course.manifest.classes.names, course.counts, strict=True) if not count
     ]
     if absent:
-        journal.warn(f"absent from all labelled masks, so never pseudo-labelled: {', '.join(absent)}")
+        journal.warn(f"absent from all labeled masks, so never pseudo-labeled: {', '.join(absent)}")
     if course.processes.count > 1:
         journal.say(describe_shares(course.rounds, course.processes.count))
     if course.recipe.training.sync_batchnorm and pick_device().type == "cpu":
@@ -313,12 +313,12 @@ def _begin(course: Course, weights_from: str) -> None:
 
 
 def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], float]:
-    """Pseudo-label the unlabelled images with the network of the round before; all processes together.
+    """Pseudo-label the unlabeled images with the network of the round before; all processes together.
 
     Images marked as bad when the round began are left out; its number of steps stays as planned.
 
     Returns:
-        the unlabelled samples with their new label maps, and seconds.
+        the unlabeled samples with their new label maps, and seconds.
     """
     run, journal, index = course.run, course.journal, round_.index
     classes, labeling = course.manifest.classes, course.recipe.labeling
@@ -363,7 +363,7 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     if excluded:
         total = len(course.manifest.unlabeled)
         journal.event("excluded", round=index, images=len(excluded), of=total)
-        journal.say(f"round {index}: {len(excluded)} of {total} unlabelled images left out, marked as bad")
+        journal.say(f"round {index}: {len(excluded)} of {total} unlabeled images left out, marked as bad")
     began = time.monotonic()
     network = load_to_predict(run.network(index - 1))
     with _memory_told(_less_to_predict(course.recipe, "labeling", protocol)):
@@ -413,7 +413,7 @@ def _record_labels(
     predicted = labels.thresholds.predicted
     never = [name for name, found in zip(classes.names, predicted, strict=True) if found == 0]
     if never:
-        journal.warn(f"round {index}: never predicted, so not pseudo-labelled: {', '.join(never)}")
+        journal.warn(f"round {index}: never predicted, so not pseudo-labeled: {', '.join(never)}")
     outputs = ["labels", "histogram.npz", "thresholds.json", "images.json"]
     facts = {"share": round(float(kept.sum() / max(1, histogram.predicted.sum())), 4)}
     known = [sample for sample in unlabeled if sample.label]
@@ -433,14 +433,14 @@ def _record_labels(
     journal.event("labeled", round=index, seconds=round(seconds, 1), **facts)
     right = f", {facts['pixel_accuracy']:.3f} of those rightly" if facts.get("pixel_accuracy") else ""
     journal.say(
-        f"round {index}: {facts['share']:.3f} of the unlabelled pixels labelled by "
+        f"round {index}: {facts['share']:.3f} of the unlabeled pixels labeled by "
         f"{course.recipe.labeling.method}{right} ({seconds:.0f} s)"
     )
     return seconds
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:
-    """Pseudo labels against the truth that the unlabelled images happen to have: measured, never used."""
+    """Pseudo labels against the truth that the unlabeled images happen to have: measured, never used."""
     scores = Scores.empty(len(classes))
     for (_, truth), sample in zip(masks(samples), labels.samples(samples), strict=True):
         assert sample.label is not None
@@ -633,7 +633,7 @@ def _less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
 
 
 def _less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
-    """How labelling or evaluation takes less memory."""
+    """How labeling or evaluation takes less memory."""
     remedies = _smaller(f"{section}.window", protocol.window, recipe.network.output_stride)
     return (
         f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}; --reuse THIS_FOLDER takes over what does not "

@@ -21,7 +21,7 @@ class Stop:
     """Whether a signal has asked this process to end.
 
     While `patient` is set it is only noted – a stage of training looks at every step and saves its state –, else
-    Interrupted is raised where the program is: labelling and evaluation lose one image at most. Asked again, it does not
+    Interrupted is raised where the program is: labeling and evaluation lose one image at most. Asked again, it does not
     wait for the step either.
     """
 

@@ -1,4 +1,4 @@
-"""Draw the labelled and the unlabelled list of a recipe's images, and write down what was drawn."""
+"""Draw the labeled and the unlabeled list of a recipe's images, and write down what was drawn."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ def draw_split(
     sequences: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw which images of a recipe are labelled: `out/labeled.txt`, `out/unlabeled.txt`, `out/split.json`.
+    """Draw which images of a recipe are labeled: `out/labeled.txt`, `out/unlabeled.txt`, `out/split.json`.
 
-    Drawn from are the labelled and unlabelled images of the recipe, not those for validation or test. An id is
+    Drawn from are the labeled and unlabeled images of the recipe, not those for validation or test. An id is
     the image's path below `data.root` without suffix, as it is once the lists are used, however the recipe
     names it now. How images are drawn: `darseg.data.splits.draw`.
 
     Args:
-        fraction: share to be labelled, as in "1/8" or 0.125; either this or `count`.
-        count: images to be labelled.
+        fraction: share to be labeled, as in "1/8" or 0.125; either this or `count`.
+        count: images to be labeled.
         balanced: see to it that rare classes appear; every image needs a label map.
         sequences: regular expression that finds in an id the name of its sequence, which stays together.
 
     Returns:
         the content of `split.json`: settings, and for each list `images`, `without_label`, `sequences`, `sha256`,
         and per class `images_with_class` and `pixels` (None where no image has a label map); `absent`, the classes
-        without a pixel in the labelled list.
+        without a pixel in the labeled list.
 
     Raises RecipeError for settings that cannot work, DataError for labels and paths that cannot be used, RunError
     where `out` holds other lists; nothing is overwritten.
     """
     if (fraction is None) == (count is None):
-        raise RecipeError("Give either a fraction or a count of images to be labelled, one of the two.")
+        raise RecipeError("Give either a fraction or a count of images to be labeled, one of the two.")
     share = None if fraction is None else _fraction(fraction)
     manifest = manifest_of(recipe)
     classes = manifest.classes

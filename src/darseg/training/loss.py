@@ -1,4 +1,4 @@
-"""What a stage minimises (DARS, section 3: cross-entropy on labelled and pseudo-labelled half-batches)."""
+"""What a stage minimizes (DARS, section 3: cross-entropy on labeled and pseudo-labeled half-batches)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Figures = Mapping[str, torch.Tensor]
 
 
 def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy over labelled pixels; 0 (and no gradient) where no pixel is labelled.
+    """Mean cross-entropy over labeled pixels; 0 (and no gradient) where no pixel is labeled.
 
     Of a micro-batch: its share of the whole batch's mean, so that the micro-batches add up to it.
     """
@@ -34,7 +34,7 @@ def supervised(network: Callable, batch: Batch, auxiliary_weight: float) -> torc
 def self_training(
     network: Callable, batches: Sequence[Batch], auxiliary_weight: float, pseudo_weight: float
 ) -> tuple[torch.Tensor, Figures]:
-    """Loss of one step: labelled batch, then, where there is one, the pseudo-labelled batch times λ.
+    """Loss of one step: labeled batch, then, where there is one, the pseudo-labeled batch times λ.
 
     The two go through the network one after the other, so BatchNorm sees them apart.
 

@@ -1,8 +1,8 @@
-"""One stage of training: the plain loop, on one process or many. What to minimise comes in as a function.
+"""One stage of training: the plain loop, on one process or many. What to minimize comes in as a function.
 
 Many processes are PyTorch's DistributedDataParallel: started by torchrun, each with its share of every batch. Plainly,
 not through a layer such as Lightning Fabric: that would take over wrapping, autocast and moving to the device, a few
-lines here, and leave what is long – shares, losses over all labelled pixels, statistics, signals.
+lines here, and leave what is long – shares, losses over all labeled pixels, statistics, signals.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ def run_stage(
 ) -> Checkpoint:
     """Train `network` in place and return the state after the last step.
 
-    Where torch.distributed is initialised, all processes call this together, and their batches are one batch: the
-    loss is divided by the labelled pixels of all.
+    Where torch.distributed is initialized, all processes call this together, and their batches are one batch: the
+    loss is divided by the labeled pixels of all.
 
     Args:
         begin: a checkpoint of this stage to go on from.
@@ -110,7 +110,7 @@ def run_stage(
         on_checkpoint: called every `checkpoint_every` steps, not after the last.
         stop: asked after every step; where it says so (in any process), a checkpoint is made and Interrupted raised.
 
-    Raises NumericsError before the optimiser moves a weight where loss or gradient is not finite. On a GPU the host does
+    Raises NumericsError before the optimizer moves a weight where loss or gradient is not finite. On a GPU the host does
     not wait for every step: the error comes a few steps later, always before a checkpoint, and until then weights and
     momentum stay as they were (fp16: as the scaler has it, which passes over steps, but not over those that follow).
     """
@@ -187,7 +187,7 @@ def run_stage(
 
 
 class _Team:
-    """This process and the others that torchrun started; one alone where torch.distributed is not initialised."""
+    """This process and the others that torchrun started; one alone where torch.distributed is not initialized."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -216,7 +216,7 @@ class _Team:
         return contextlib.nullcontext()
 
     def count_together(self, batches: Sequence[Batch]) -> list[Batch]:
-        """The batches, knowing how many pixels are labelled in those of all processes."""
+        """The batches, knowing how many pixels are labeled in those of all processes."""
         if self.count == 1:
             return list(batches)
         counts = torch.stack([batch.count_labeled() for batch in batches])
@@ -280,7 +280,7 @@ class _Look:
 class _Watch:
     """Stops before weights move where loss or gradient is not finite; in all processes at the same step.
 
-    On the CPU at once. On a GPU the optimiser is told not to move, by a flag on the device, and the flag is read on the
+    On the CPU at once. On a GPU the optimizer is told not to move, by a flag on the device, and the flag is read on the
     host when it has arrived there, without waiting.
     """
 

@@ -186,7 +186,7 @@ function paint(element, image, position) {
   else if (image.coverage === null) small.append("…");
   else small.append(image.share === null ? percent(image.coverage) : `${percent(image.share)} ${info.classes[$("class").value]?.name ?? ""}`);
   if (image.confidence !== null) small.append(` · ${image.confidence.toFixed(2)}`);
-  small.title = image.confidence === null ? "labelled" : "labelled · mean confidence";
+  small.title = image.confidence === null ? "labeled" : "labeled · mean confidence";
 }
 
 function thumbnails() {
@@ -258,7 +258,7 @@ function name() {
   $("id").title = current.id;
   document.title = `${current.id} – ${info.name}`;
   const words = [place === null ? "not in the list" : `${place + 1} of ${list.total}`];
-  if (current.coverage !== null && !current.left_out) words.push(`${percent(current.coverage)} labelled`);
+  if (current.coverage !== null && !current.left_out) words.push(`${percent(current.coverage)} labeled`);
   if (current.confidence !== null) words.push(`confidence ${current.confidence.toFixed(3)}`);
   if (current.left_out) words.push(`left out of round ${info.round}`);
   $("place").textContent = words.join(" · ");
@@ -605,7 +605,7 @@ function pixel(said) {
   for (const { kind, name } of PANES) {
     if (!(kind in said)) continue;
     const value = said[kind];
-    const words = kind === "confidence" ? value.toFixed(4) : value === null ? "not labelled" : info.classes[value]?.name ?? value;
+    const words = kind === "confidence" ? value.toFixed(4) : value === null ? "not labeled" : info.classes[value]?.name ?? value;
     line.append(` · ${name.toLowerCase()} `, make("b", "", words));
   }
 }

@@ -1,7 +1,7 @@
-"""A local page to look through the unlabelled images of a run, and to mark bad ones.
+"""A local page to look through the unlabeled images of a run, and to mark bad ones.
 
 The server listens at 127.0.0.1 alone and writes one file, the run's `bad_images.json`. Images are addressed by their
-number among the run's own unlabelled images, so no request can name a path.
+number among the run's own unlabeled images, so no request can name a path.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def view(
     with _ctrl_c(lambda: setattr(server, "should_exit", True)), listen(port) as sock:
         url = f"http://{ADDRESS}:{sock.getsockname()[1]}/"
         say(
-            f"{len(one.samples)} unlabelled images, pseudo labels of round {one.index}: {url}  (Ctrl-C ends it)"
+            f"{len(one.samples)} unlabeled images, pseudo labels of round {one.index}: {url}  (Ctrl-C ends it)"
         )
         if open_browser:
             webbrowser.open(url)  # the socket listens already: the browser waits
@@ -265,7 +265,7 @@ class Table:
                 self.read[at] = True
 
     def coverage(self) -> np.ndarray:
-        """Percent of each image's pixels that are labelled; NaN where not known."""
+        """Percent of each image's pixels that are labeled; NaN where not known."""
         known = self.pixels > 0
         return np.where(known, 100 * self.kept.sum(1) / np.maximum(1, self.pixels), np.nan)
 
