@@ -1,0 +1,1 @@
+"""The drawn scenes and the command that trains on them."""
