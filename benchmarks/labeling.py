@@ -32,13 +32,14 @@ import darseg
 from darseg.data.files import write_whole
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
+from darseg.data.maps import write_map
 from darseg.data.prediction import FINE, FLOAT16, Prediction
 from darseg.demo.scenes import draw_scene
 from darseg.model.decide import decide_strips
 from darseg.model.predict import Memory, Protocol, WindowSums, predict, window_starts
 from darseg.pseudo.assign import assign, image_generator
 from darseg.pseudo.histogram import HistogramBuilder
-from darseg.pseudo.labelset import Predictor, assign_labels, count_predictions, write_map
+from darseg.pseudo.labelset import Predictor, assign_labels, count_predictions
 from darseg.pseudo.thresholds import choose_dars
 from darseg.run.build import labeling_protocol, manifest_of, place
 from darseg.run.label import network_predictor

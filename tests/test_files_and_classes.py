@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -23,7 +24,9 @@ from darseg.data.classes import (
     distinct_colors,
 )
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
+from darseg.data.maps import write_map
 from darseg.errors import DataError, StorageError
+from wording import refused
 
 
 def names(folder: Path) -> list[str]:
@@ -128,6 +131,7 @@ import numpy as np
 from pathlib import Path
 from safetensors.numpy import save_file
 from darseg.data.files import write_whole_with
+from darseg.data.maps import write_map
 from darseg.errors import StorageError
 path = Path(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -168,6 +172,34 @@ def test_no_permission_as_the_system_says_it(tmp_path: Path):
     with pytest.raises(StorageError, match=r"Cannot write .*file: Permission denied\. Choose another folder"):
         write_whole_with(tmp_path / "file", half_then(PermissionError(errno.EACCES, "Permission denied")))
     assert "Cannot write file: odd." in str(storage_error(OSError("odd"), Path("file")))
+
+
+# Label maps
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"), [(np.uint8, (5, 7)), (np.uint16, (5, 7)), (np.uint8, (5, 7, 3)), (np.uint8, (1, 1))]
+)
+def test_maps_and_pictures_come_back_from_their_pngs(tmp_path: Path, kind: type, shape: tuple[int, ...]):
+    values = np.random.default_rng(0).integers(0, np.iinfo(kind).max, shape, kind, endpoint=True)
+    path = tmp_path / "a" / "b.png"
+    write_map(path, values[:, ::-1])  # a view that is not contiguous
+    assert np.array_equal(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), values[:, ::-1])
+    assert path.read_bytes() == cv2.imencode(".png", values[:, ::-1].copy())[1].tobytes()
+    assert names(tmp_path) == ["a", "a/b.png"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.zeros((5, 7)), np.zeros((5, 7), np.int64), np.zeros((5, 7, 2), np.uint8), np.zeros(7, np.uint8)],
+    ids=["floats", "int64", "two channels", "a row"],
+)
+def test_other_arrays_are_not_written_as_maps(tmp_path: Path, values: np.ndarray):
+    """OpenCV would cut floats and large integers down to 8 bits without an error."""
+    path = tmp_path / "a.png"
+    with refused(DataError, str(path), str(values.dtype), str(list(values.shape))):
+        write_map(path, values)
+    assert names(tmp_path) == []
 
 
 # Classes

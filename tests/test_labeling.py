@@ -18,9 +18,10 @@ import torch
 from rich.console import Console
 
 from darseg.data.labels import read_label
+from darseg.data.maps import label_path
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.pseudo.histogram import ConfidenceHistogram
-from darseg.pseudo.labelset import label_path, prediction_path
+from darseg.pseudo.labelset import prediction_path
 from darseg.pseudo.redistribute import redistribute
 from darseg.run import label as module
 from darseg.run.label import redistribute_folder
@@ -370,8 +371,6 @@ def test_ids_and_folders_that_cannot_be_used(tmp_path: Path) -> None:
 def test_ids_that_climb_out_are_refused(
     where: Callable[[Path, str], Path], name: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(
-        DataError, match=r"leads out of the folder .*: an id is a relative path without '\.\.'"
-    ):
+    with pytest.raises(DataError, match="leads out of the folder"):
         where(tmp_path, name)
     assert where(tmp_path, "a/..b/x.y").relative_to(tmp_path / "a" / "..b").stem == "x.y"

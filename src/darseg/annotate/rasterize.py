@@ -14,9 +14,9 @@ from rich.console import Console
 from darseg.annotate.annotations import AnnotatedImage, Annotations, paint, read_annotations
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
 from darseg.data.files import ASIDE, write_whole
+from darseg.data.maps import label_path, write_map
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError, faults
-from darseg.pseudo.labelset import label_path, write_map
 from darseg.run.journal import Journal
 
 CLASSES = "classes.yaml"

@@ -18,9 +18,9 @@ from darseg.config.text import load_recipe
 from darseg.data.files import write_whole
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
+from darseg.data.maps import write_map
 from darseg.demo.scenes import SCENE_CLASSES, write_scenes
 from darseg.model.predict import predict_classes
-from darseg.pseudo.labelset import write_map
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained

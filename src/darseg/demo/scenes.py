@@ -30,6 +30,7 @@ import numpy as np
 
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.files import storage_error, write_whole
+from darseg.data.maps import write_map
 from darseg.errors import DataError, SizeError
 
 SCENE_CLASSES = ClassSet(
@@ -169,18 +170,11 @@ def write_scenes(root: Path, labeled: int, unlabeled: int, validation: int, seed
         raise storage_error(error, marker) from error
     for index, id_ in enumerate(ids):
         image, label = draw_scene(seed, index)
-        write_whole(root / "images" / f"{id_}.png", _png(image[..., ::-1]))
-        write_whole(root / "labels" / f"{id_}.png", _png(label))
+        write_map(root / "images" / f"{id_}.png", image[..., ::-1])
+        write_map(root / "labels" / f"{id_}.png", label)
     for name, members in lists.items():
         write_whole(root / name, "".join(f"{id_}\n" for id_ in members).encode())
     write_whole(marker, wanted.encode())
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    done, data = cv2.imencode(".png", np.ascontiguousarray(pixels))
-    if not done:
-        raise RuntimeError("OpenCV could not encode a PNG.")
-    return data.tobytes()
 
 
 @functools.lru_cache(maxsize=1)

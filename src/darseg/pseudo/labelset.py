@@ -10,7 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -19,6 +19,7 @@ import numpy as np
 from darseg.data.files import storage_error, write_whole
 from darseg.data.labels import PLAIN
 from darseg.data.manifest import Sample
+from darseg.data.maps import label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
@@ -60,31 +61,9 @@ class PseudoLabelSet:
         )
 
 
-def label_path(folder: Path, sample_id: str) -> Path:
-    """Where the label map of an image lies. Raises DataError for an id that leads out of the folder."""
-    return _below(folder, sample_id, ".png")
-
-
-def _below(folder: Path, sample_id: str, suffix: str) -> Path:
-    parts = PurePosixPath(sample_id).parts
-    if not parts or sample_id.startswith("/") or ".." in parts:
-        raise DataError(
-            f"The id {sample_id!r} leads out of the folder {folder}: an id is a relative path without '..'."
-        )
-    return folder / f"{sample_id}{suffix}"
-
-
-def write_map(path: Path, values: np.ndarray) -> None:
-    """Write an 8- or 16-bit map as PNG, whole. OpenCV's default settings are its fastest."""
-    encoded, data = cv2.imencode(".png", values)
-    if not encoded:
-        raise DataError(f"{path}: a map of shape {values.shape} and type {values.dtype} cannot be a PNG.")
-    write_whole(path, data.tobytes())
-
-
 def prediction_path(folder: Path, sample_id: str) -> Path:
     """Where the prediction of an image waits."""
-    return _below(folder, sample_id, ".prediction")
+    return path_of_id(folder, sample_id, ".prediction")
 
 
 def read_prediction(folder: Path, sample_id: str) -> Prediction | None:

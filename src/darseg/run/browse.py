@@ -15,9 +15,10 @@ from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample
+from darseg.data.maps import label_path
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError, RunError
-from darseg.pseudo.labelset import ImageFacts, Predictor, label_path, read_prediction
+from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
 from darseg.pseudo.redistribute import scale_of
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.directory import RunDirectory

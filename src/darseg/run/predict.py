@@ -15,12 +15,12 @@ from rich.console import Console
 
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files, sample_id
+from darseg.data.maps import write_map
 from darseg.data.pipeline import ahead_of, overlapped
 from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VIDEO_SUFFIXES, VideoFacts, VideoWriter, read_frames, video_facts
 from darseg.errors import DataError, RunError, faults
 from darseg.model.predict import Memory, predict_evaluation
-from darseg.pseudo.labelset import write_map
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained
 from darseg.run.journal import Journal
