@@ -189,7 +189,7 @@ def test_changes_beside_a_loaded_recipe_are_refused(run: Path) -> None:
         (["evaluate", "RUN/round_0/network.safetensors"], "--recipe"),
         (["predict", "RUN", "EMPTY", "OUT"], "no images found"),
         (["predict", "EMPTY", "EMPTY", "OUT"], "no finished round"),
-        (["train", "nowhere.yaml"], "no such recipe"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: this recipe does not exist"),
     ],
 )
 def test_bad_calls_exit_with_2_and_no_traceback(

@@ -633,18 +633,21 @@ def test_damaged_sbd_files_are_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"images": "JPEGImages"}, "data.images: layout voc knows where they are; leave it out"),
-        ({"labels": "SegmentationClass"}, "data.labels: layout voc knows where they are; leave it out"),
+        ({"images": "JPEGImages"}, "data.images: is fixed by layout voc; remove it"),
+        ({"labels": "SegmentationClass"}, "data.labels: is fixed by layout voc; remove it"),
         (
             {"unlabeled": {"list": "u.txt", "labels": "SegmentationClass"}},
-            "data.unlabeled.labels: layout voc knows where they are; leave it out",
+            "data.unlabeled.labels: is fixed by layout voc; remove it",
         ),
         (
             {"label_format": "index", "label_colors": {"ignore": [[1, 2, 3]]}},
-            "no meaning with label_format index",
+            "has no effect with label_format index",
         ),
-        ({"label_format": "color", "label_values": "one_based"}, "no meaning with label_format color"),
-        ({"layout": "cityscapes", "sbd": "SBD"}, "data.sbd: belongs to layout voc, this is cityscapes"),
+        ({"label_format": "color", "label_values": "one_based"}, "has no effect with label_format color"),
+        (
+            {"layout": "cityscapes", "sbd": "SBD"},
+            "data.sbd: is only for layout voc, and the layout is cityscapes",
+        ),
         ({"layout": "coco"}, "data.layout: found 'coco'; should be 'folders', 'cityscapes' or 'voc'"),
     ],
 )

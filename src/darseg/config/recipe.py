@@ -33,25 +33,40 @@ def _pair(value: Any) -> Any:
 
 
 Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]
-"""Height and width; one number stands for both."""
+"""Height and width; a single number means both."""
 
 
 NAMED_VALUES = ("index", "one_based", "binary", "cityscapes_ids")
-"""Of data.label_values; `data/labels.py` knows what they mean."""
+"""Values of data.label_values that have a name; `data/labels.py` gives them their meaning."""
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        """Keys, relative to this section, whose values do not work together, each with what to do about it."""
+        yield from ()
+
+
+def _falling(bounds: tuple[float, float] | None) -> str | None:
+    """What is wrong with two bounds that are in the wrong order; otherwise None."""
+    if bounds is None or bounds[0] <= bounds[1]:
+        return None
+    return f"found {list(bounds)}; the first number should be the smaller one"
+
 
 class SourceConfig(_Section):
-    """Where the images of one role come from; a text alone is the list file."""
+    """Where the images of one role come from; a plain string is the list file."""
 
     list: StrictStr | None = None  # file below data.root: an id, or image-path [label-path], per line
     images: StrictStr | None = None  # folder below data.root; None: data.images
     labels: StrictStr | None = None
     every: Annotated[StrictInt, Field(ge=2)] | None = None  # keep entries 0, n, 2n, …
     except_every: Annotated[StrictInt, Field(ge=2)] | None = None  # keep the others
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if self.every and self.except_every:
+            yield (), "has both every and except_every; keep one of them"
 
 
 Source = Annotated[
@@ -69,17 +84,19 @@ def _classes(value: Any) -> Any:
         for name, color in value.items():
             parts = color if isinstance(color, (list, tuple)) else []
             if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
-                raise ValueError(f"the color of {name!r} should be three numbers 0..255, as in [128, 64, 0]")
+                raise ValueError(
+                    f"the color of {name!r} should be three numbers from 0 to 255, as in [128, 64, 0]"
+                )
         value = {name: tuple(color) for name, color in value.items()}
     else:
-        raise ValueError("should be a built-in set, a list of names, or names with colors")
+        raise ValueError("should be the name of a built-in set, a list of names, or names with colors")
     if not all(isinstance(name, str) and name for name in names):
-        raise ValueError('class names should be texts; quote names such as "yes" or "1"')
+        raise ValueError('class names should be strings; quote names such as "yes" or "1"')
     if not 2 <= len(names) <= 255:
-        raise ValueError(f"should have between 2 and 255 classes, these are {len(names)}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"class names given twice: {', '.join(twice)}")
+        raise ValueError(f"should have 2 to 255 classes, and has {len(names)}")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"each class name should appear once; repeated: {', '.join(repeated)}")
     return value
 
 
@@ -92,13 +109,13 @@ def _values(value: Any) -> Any:
         raise ValueError(
             f"should be one of {', '.join(NAMED_VALUES)}, or value: class, as in {{0: ignore, 255: crack}}"
         )
-    # A saved recipe has its keys as texts.
+    # A saved recipe holds its keys as strings.
     value = {int(key) if isinstance(key, str) and key.isdigit() else key: name for key, name in value.items()}
     for key, name in value.items():
         if key != "other" and not (type(key) is int and 0 <= key <= 65535):
-            raise ValueError(f"{key!r} is no label value; should be 0 to 65535, or other")
+            raise ValueError(f"{key!r} is not a label value; it should be 0 to 65535, or other")
         if type(name) not in (int, str):
-            raise ValueError(f"{key}: {name!r} should be a class, by name or index, or ignore")
+            raise ValueError(f"{key}: {name!r} should be the name or index of a class, or ignore")
     return value
 
 
@@ -114,7 +131,7 @@ def _label_colors(value: Any) -> Any:
 
 
 class DataConfig(_Section):
-    root: StrictStr  # absolute once loaded; in the file relative to it
+    root: StrictStr  # in the file: relative to its folder; once loaded: absolute
     layout: Literal["folders", "cityscapes", "voc"] = "folders"
     classes: Annotated[Any, PlainValidator(_classes)]  # cityscapes | voc | camvid | names | {name: [r, g, b]}
     ignore: Annotated[StrictInt, Field(ge=0, le=255)] = 255
@@ -129,12 +146,44 @@ class DataConfig(_Section):
     validation: Source | None = None
     test: Source | None = None
 
+    def sources(self) -> Iterator[tuple[str, SourceConfig]]:
+        """The sources that are given, by role."""
+        for role in ("labeled", "unlabeled", "validation", "test"):
+            if source := getattr(self, role):
+                yield role, source
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if self.label_values != "index" and self.ignore != 255:
+            yield (
+                ("ignore",),
+                "has no effect with data.label_values; map the value to ignore there",
+            )
+        elif not isinstance(self.classes, str) and self.ignore < len(self.classes):
+            yield (
+                ("ignore",),
+                f"found {self.ignore}, which is class {self.ignore} of {len(self.classes)}; use a value that is no class",
+            )
+        if self.label_format == "index" and self.label_colors:
+            yield ("label_colors",), "has no effect with label_format index; remove one of them"
+        if self.label_format == "color" and self.label_values != "index":
+            yield ("label_values",), "has no effect with label_format color; remove one of them"
+        if self.layout != "voc" and self.sbd:
+            yield ("sbd",), f"is only for layout voc, and the layout is {self.layout}; remove it"
+        if self.layout != "folders":
+            fixed: list[Key] = [(name,) for name in ("images", "labels") if getattr(self, name) is not None]
+            fixed += [(role, "labels") for role, source in self.sources() if source.labels is not None]
+            for key in fixed:
+                yield key, f"is fixed by layout {self.layout}; remove it"
+        for role, source in self.sources():
+            for key, message in source.conflicts():
+                yield (role, *key), message
+
 
 class WeightsFile(_Section):
-    """Weights to download; the digest is checked before anything is read."""
+    """Weights to download; the digest is checked before the file is read."""
 
     url: Annotated[StrictStr, Field(pattern=r"^(https?|file)://")]
-    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{8,64}$")]  # or its beginning
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{8,64}$")]  # all of it or its first digits
 
 
 def _weights(value: Any) -> Any:
@@ -147,7 +196,7 @@ def _weights(value: Any) -> Any:
             return WeightsFile(**value)
         except (ValidationError, TypeError):
             raise ValueError(
-                "should have exactly url (https://…) and sha256 (8 to 64 hex digits, from the first on)"
+                "should have exactly two keys: url (https://…) and sha256 (its first 8 to 64 hex digits)"
             ) from None
     raise ValueError('should be "none", the path of a weight file, or {url: …, sha256: …}')
 
@@ -165,6 +214,11 @@ class NetworkConfig(_Section):
     head_channels: Count | None = None  # None: 512 (pspnet)
     auxiliary_weight: NotNegative | None = None  # None: 0.4 (pspnet)
 
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        for name in ("head_channels", "auxiliary_weight"):
+            if self.architecture == "deeplabv2" and getattr(self, name):
+                yield (name,), "is for pspnet; deeplabv2 has no such head. Remove it"
+
 
 class AugmentationConfig(_Section):
     scale: tuple[Positive, Positive] = (0.5, 2.0)
@@ -172,8 +226,12 @@ class AugmentationConfig(_Section):
     blur: StrictBool = True
     mirror: StrictBool = True
 
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if message := _falling(self.scale):
+            yield ("scale",), message
 
-# BatchNorm over the 1x1 bin of the pyramid needs two images.
+
+# BatchNorm of the pyramid's 1x1 bin needs at least two images.
 BatchSize = Annotated[StrictInt, Field(ge=2)]
 
 
@@ -181,7 +239,7 @@ class TrainingConfig(_Section):
     crop: Size = (713, 713)
     batch: BatchSize = 16
     half_batch: BatchSize | None = None  # None: half of batch
-    micro_batch: BatchSize | None = None  # None: batch and half batches go through the network whole
+    micro_batch: BatchSize | None = None  # None: batches and half batches are not divided
     learning_rate: Positive = 0.01
     head_factor: Positive = 10.0
     momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.9
@@ -189,13 +247,30 @@ class TrainingConfig(_Section):
     power: Positive = 0.9
     pseudo_weight: NotNegative = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    sync_batchnorm: StrictBool | None = None  # None: for pspnet
+    sync_batchnorm: StrictBool | None = None  # None: on for pspnet
     compile: StrictBool = False
     recompute: StrictBool = False
     checkpoint_every: Count = 200
     keep_checkpoints: Count = 2
-    workers: Count | None = None  # None: by the machine's cores
-    cache: StrictBool | None = None  # None: by free memory
+    workers: Count | None = None  # None: chosen by the number of cores
+    cache: StrictBool | None = None  # None: chosen by free memory
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        yield from self._undivided("batch", self.batch)
+        if self.recompute and self.compile:
+            # Compiled, BatchNorm's statistics of the two passes of a step move wrongly, or the backward pass fails.
+            yield ("recompute",), "does not work with training.compile; set only one of them"
+
+    def conflicts_of_halves(self) -> Iterator[tuple[Key, str]]:
+        """Conflicts of the half batches, which only rounds with pseudo labels have."""
+        yield from self._undivided("half_batch", self.half_batch or self.batch // 2)
+        if self.half_batch is None and self.batch < 4:
+            yield ("batch",), f"found {self.batch}; half of it is less than 2. Set training.half_batch"
+
+    def _undivided(self, name: str, size: int) -> Iterator[tuple[Key, str]]:
+        micro = self.micro_batch
+        if micro and size > micro and size % micro:
+            yield ("micro_batch",), f"found {micro}; should divide training.{name}, which is {size}"
 
 
 class ProtocolConfig(_Section):
@@ -213,6 +288,19 @@ class LabelingConfig(ProtocolConfig):
     keep_predictions: StrictBool = False
     predict_twice: StrictBool = False
 
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if self.method == "global" and self.threshold is None:
+            yield ("threshold",), "missing; method global needs a confidence threshold"
+        if self.method != "global" and self.threshold is not None:
+            yield ("threshold",), f"is only for method global, and the method is {self.method}; remove it"
+        if self.keep_predictions and self.predict_twice:
+            yield (
+                ("predict_twice",),
+                "writes no predictions that labeling.keep_predictions could keep; set only one of them",
+            )
+        if self.sampling == "none" and self.method != "dars":
+            yield ("sampling",), f"is only for method dars, and the method is {self.method}; remove it"
+
 
 class RoundConfig(_Section):
     epochs: Count | None = None
@@ -223,9 +311,19 @@ class RoundConfig(_Section):
     learning_rate: Positive | None = None
     span: tuple[Fraction, Fraction] | None = None
 
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if (self.epochs is None) == (self.steps is None):
+            yield (), "should have either epochs or steps"
+        if self.steps and self.epoch_over:
+            yield ("epoch_over",), "has no effect if steps are given; remove it"
+        if message := _falling(self.scale):
+            yield ("scale",), message
+        if self.span and self.span[0] >= self.span[1]:
+            yield ("span",), f"found {list(self.span)}; the first number should be the smaller one"
+
 
 class Recipe(_Section):
-    """Everything a run is made of."""
+    """All settings of a run."""
 
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     threads: Count | None = None
@@ -239,117 +337,65 @@ class Recipe(_Section):
     rounds: Annotated[tuple[RoundConfig, ...], Field(min_length=1)]
 
     def spans(self) -> list[tuple[float, float]]:
-        """Fractions of the poly curve per round: as given, or [before / (before + own), 1] in epochs or steps.
+        """Which part of the poly curve each round uses: its `span`, or [before / (before + own), 1] in epochs or steps.
 
-        Equal rounds give [0, 1], [1/2, 1], [2/3, 1] – what the release's growing epoch totals amount to.
+        Equal rounds give [0, 1], [1/2, 1], [2/3, 1], as the growing epoch totals of the release do.
         """
         spans, done = [], 0
-        for one in self.rounds:
-            own = one.steps or one.epochs or 0
-            spans.append(one.span or (done / (done + own), 1.0))
+        for config in self.rounds:
+            own = config.steps or config.epochs or 0
+            spans.append(config.span or (done / (done + own), 1.0))
             done += own
         return spans
 
-
-def contradictions(recipe: Recipe) -> Iterator[tuple[Key, str]]:
-    data, labeling = recipe.data, recipe.labeling
-    if data.label_values != "index" and data.ignore != 255:
-        yield ("data", "ignore"), "has no meaning beside data.label_values; say value: ignore there"
-    elif not isinstance(data.classes, str) and data.ignore < len(data.classes):
-        yield (
-            ("data", "ignore"),
-            f"found {data.ignore}, which is class {data.ignore} of {len(data.classes)}; should be no class",
-        )
-    if data.layout != "folders":
-        for name in ("images", "labels"):
-            if getattr(data, name) is not None:
-                yield ("data", name), f"layout {data.layout} knows where they are; leave it out"
-        for role in ("labeled", "unlabeled", "validation", "test"):
-            if (source := getattr(data, role)) and source.labels is not None:
-                yield ("data", role, "labels"), f"layout {data.layout} knows where they are; leave it out"
-    if data.label_format == "index" and data.label_colors:
-        yield ("data", "label_colors"), "has no meaning with label_format index; leave one out"
-    if data.label_format == "color" and data.label_values != "index":
-        yield ("data", "label_values"), "has no meaning with label_format color; leave one out"
-    if data.layout != "voc" and data.sbd:
-        yield ("data", "sbd"), f"belongs to layout voc, this is {data.layout}"
-    for role in ("labeled", "unlabeled", "validation", "test"):
-        source = getattr(data, role)
-        if source and source.every and source.except_every:
-            yield ("data", role), "has both every and except_every; should have one"
-    scales: list[tuple[Key, tuple[float, float] | None]] = [
-        (("augmentation", "scale"), recipe.augmentation.scale)
-    ]
-    scales += [(("rounds", index, "scale"), one.scale) for index, one in enumerate(recipe.rounds)]
-    for key, scale in scales:
-        if scale and scale[0] > scale[1]:
-            yield key, f"found {list(scale)}; the first should be the smaller"
-    if (labeling.method == "global") != (labeling.threshold is not None):
-        need = (
-            "needs a confidence threshold"
-            if labeling.method == "global"
-            else "takes no threshold (only global does)"
-        )
-        yield ("labeling", "threshold"), f"method {labeling.method} {need}"
-    if labeling.keep_predictions and labeling.predict_twice:
-        yield (
-            ("labeling", "predict_twice"),
-            "makes no files that labeling.keep_predictions could keep; set one",
-        )
-    if labeling.sampling == "none" and labeling.method != "dars":
-        yield ("labeling", "sampling"), f"only method dars samples, this is {labeling.method}; leave it out"
-    network, training = recipe.network, recipe.training
-    if network.architecture == "deeplabv2":
-        for name in ("head_channels", "auxiliary_weight"):
-            if getattr(network, name):
-                yield ("network", name), "deeplabv2 has no such head; leave it out"
-        if recipe.release_quirks and network.backbone.startswith("timm/"):
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        """Keys whose values do not work together: those of each section, then those of several sections."""
+        sections: list[tuple[Key, _Section]] = [
+            ((name,), section) for name, section in self if isinstance(section, _Section)
+        ]
+        sections += [(("rounds", index), config) for index, config in enumerate(self.rounds)]
+        for above, section in sections:
+            for key, message in section.conflicts():
+                yield (*above, *key), message
+        if len(self.rounds) > 1:
+            for key, message in self.training.conflicts_of_halves():
+                yield ("training", *key), message
+        network = self.network
+        if (
+            self.release_quirks
+            and network.architecture == "deeplabv2"
+            and network.backbone.startswith("timm/")
+        ):
             yield (
                 ("release_quirks",),
-                "stage 4 at 10 x belongs to a ResNet of darseg; choose one as network.backbone",
+                f"needs a ResNet of darseg, whose stage 4 learns faster; network.backbone is {network.backbone}",
             )
-    micro, half = training.micro_batch, training.half_batch or training.batch // 2
-    for name, size in (("batch", training.batch), ("half_batch", half if len(recipe.rounds) > 1 else 0)):
-        if micro and size > micro and size % micro:
-            yield ("training", "micro_batch"), f"found {micro}; should divide training.{name}, {size}"
-    if training.recompute and training.compile:
-        # Compiled, BatchNorm's statistics of the two passes of a step move wrongly, or the backward pass fails.
-        yield ("training", "recompute"), "does not work with training.compile; set one"
-    if len(recipe.rounds) > 1 and recipe.training.half_batch is None and recipe.training.batch < 4:
-        yield (
-            ("training", "batch"),
-            f"found {recipe.training.batch}; half of it is below 2, set training.half_batch",
-        )
-    units = {"steps" if one.steps else "epochs" for one in recipe.rounds}
-    for index, one in enumerate(recipe.rounds):
-        key: Key = ("rounds", index)
-        if (one.epochs is None) == (one.steps is None):
-            yield key, "should have either epochs or steps"
-        if one.steps and one.epoch_over:
-            yield (*key, "epoch_over"), "has no meaning where steps are given; leave it out"
-        if one.span and one.span[0] >= one.span[1]:
-            yield (*key, "span"), f"found {list(one.span)}; the first should be the smaller"
-        if index == 0 and one.labeling_ratio is not None:
+        yield from self._conflicts_of_rounds()
+
+    def _conflicts_of_rounds(self) -> Iterator[tuple[Key, str]]:
+        method = self.labeling.method
+        for index, config in enumerate(self.rounds):
+            key: Key = ("rounds", index)
+            if index == 0 and config.labeling_ratio is not None:
+                yield (
+                    (*key, "labeling_ratio"),
+                    "round 0 trains on labeled images alone, without a ratio; remove it",
+                )
+            elif index > 0 and method == "global" and config.labeling_ratio is not None:
+                yield (*key, "labeling_ratio"), "has no effect with labeling.method global; remove it"
+            elif index > 0 and method != "global" and config.labeling_ratio is None:
+                yield key, f"needs a labeling_ratio (0 < ratio <= 1) for labeling.method {method}"
+        with_steps = [config.steps is not None for config in self.rounds]
+        complete = all((config.epochs is None) != (config.steps is None) for config in self.rounds)
+        if complete and any(with_steps) and not all(with_steps):
             yield (
-                (*key, "labeling_ratio"),
-                "the first round trains on labeled images alone and takes no ratio",
+                ("rounds",),
+                "some have epochs, some steps; use the same unit for all, because the learning rate's curve counts in it",
             )
-        elif index > 0 and labeling.method == "global" and one.labeling_ratio is not None:
-            yield (
-                (*key, "labeling_ratio"),
-                "with labeling.method global the threshold decides; should be left out",
-            )
-        elif index > 0 and labeling.method != "global" and one.labeling_ratio is None:
-            yield key, f"needs a labeling_ratio (0 < ratio <= 1) for labeling.method {labeling.method}"
-    if len(units) > 1 and all((one.epochs is None) != (one.steps is None) for one in recipe.rounds):
-        yield (
-            ("rounds",),
-            "some have epochs, some steps; should be one unit for all, since the schedule counts in it",
-        )
 
 
 def resolved(recipe: Recipe, folder: Path) -> Recipe:
-    """Paths made absolute."""
+    """The recipe with absolute paths; relative ones start at `folder`."""
     data = recipe.data.model_copy(
         update={"root": str((folder / Path(recipe.data.root).expanduser()).resolve())}
     )

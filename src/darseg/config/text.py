@@ -10,13 +10,14 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from darseg.config.recipe import Key, Recipe, contradictions, resolved
+from darseg.config.recipe import Key, Recipe, resolved
 from darseg.errors import RecipeError, faults
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with 1e-4 as a number, as everybody means it, and without dates."""
+    """Safe YAML that reads 1e-4 as a number and does not read dates."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -29,7 +30,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Text:
-    """Plain values of a YAML text, where each key stands, and what is wrong with the text itself."""
+    """The plain values of a YAML text, the place of each key, and the faults of the text itself."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -37,7 +38,7 @@ class _Text:
         self.faults: list[str] = []
 
     def read(self, text: str, key: Key = (), override: str | None = None) -> Any:
-        """The values of `text`, to stand at `key`."""
+        """The values of `text`, which becomes the value of `key`."""
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -45,7 +46,7 @@ class _Text:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = override or (f"{self.name}:{mark.line + 1}" if mark else self.name)
-            self.faults.append(f"{place}: no valid YAML: {getattr(error, 'problem', None) or error}")
+            self.faults.append(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}")
             return None
         finally:
             loader.dispose()
@@ -63,12 +64,12 @@ class _Text:
                 name = loader.construct_object(name_node)
                 where = override or f"{self.name}:{name_node.start_mark.line + 1}"
                 if not isinstance(name, (str, int, float, bool, type(None))):
-                    self.faults.append(f"{where}: a key should be a text")
+                    self.faults.append(f"{where}: a key should be a string")
                     continue
                 inner = (*key, name)
                 if name in values:
                     self.faults.append(
-                        f"{where}: {dotted(inner)} is given twice, first at {self.places[inner]}"
+                        f"{where}: {dotted(inner)} is set twice, first at {self.places[inner]}; remove one"
                     )
                 self.places[inner] = where
                 values[name] = self._value(loader, value_node, inner, override)
@@ -76,7 +77,7 @@ class _Text:
         return loader.construct_object(node)
 
     def place(self, key: Key) -> str:
-        """Where a key stands, or the nearest that encloses it."""
+        """The place of a key, or of the nearest key that contains it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key, f"{self.name}:1")
@@ -88,32 +89,36 @@ def dotted(key: Sequence[str | int]) -> str:
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and the changes of a command line.
+    """Read a recipe and apply the changes from a command line.
 
     Args:
-        overrides: "section.key=value", the value in YAML; list elements by number ("rounds.0.steps=300").
+        overrides: "section.key=value", with the value in YAML; list elements have numbers ("rounds.0.steps=300").
 
-    `data.root` and the path of `network.weights` are relative to the recipe's folder, and absolute in the result.
-    Raises RecipeError with all faults, each with its line and, for an unknown key, the nearest known one.
+    Returns:
+        the recipe; `data.root` and the path of `network.weights`, relative to the recipe's folder, are absolute in it.
+
+    Raises RecipeError with all faults at once, each with its line and, for an unknown key, the nearest known one.
     """
     path = Path(path)
     try:
         content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe. Give the path of a YAML file.") from None
+        raise RecipeError(f"{path}: this recipe does not exist. Give the path of a YAML file.") from None
     except IsADirectoryError:
         raise RecipeError(
-            f"{path}: a folder, not a recipe. Give the path of a YAML file; `darseg init` writes one for a folder of "
+            f"{path} is a folder, not a recipe. Give the path of a YAML file: `darseg init` writes one for a folder of "
             "images, and a run folder has its own, recipe.yaml."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+        raise RecipeError(
+            f"{path} cannot be read as UTF-8 text ({error}). Give the path of a YAML file."
+        ) from error
     text = _Text(path.name)
     values = text.read(content)
     if not text.faults and not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
+        kind = "nothing" if values is None else f"a value of type {type(values).__name__}"
         text.faults.append(
-            f"{path.name}:1: found {found}; a recipe has the keys {', '.join(Recipe.model_fields)}"
+            f"{path.name}:1: found {kind}; a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}"
         )
     if not text.faults:
         for override in overrides:
@@ -123,11 +128,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(one["loc"], one["type"], one["msg"], one["input"], text) for one in error.errors()]
+        lines = [_describe(detail, text) for detail in error.errors()]
         raise RecipeError(faults(f"{path} cannot be used", lines)) from None
-    wrong = [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in contradictions(recipe)]
-    if wrong:
-        raise RecipeError(faults(f"{path} cannot be used", wrong))
+    lines = [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in recipe.conflicts()]
+    if lines:
+        raise RecipeError(faults(f"{path} cannot be used", lines))
     return resolved(recipe, path.resolve().parent)
 
 
@@ -138,7 +143,7 @@ def _override(values: dict, override: str, text: _Text) -> None:
         text.faults.append(f"{place}: should be section.key=value, as in training.batch=8")
         return
     key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-    # What stood below this key is gone.
+    # The override replaces everything below this key.
     text.places = {known: where for known, where in text.places.items() if known[: len(key)] != key}
     new = text.read(value, key, place)
     text.places[key] = place
@@ -154,19 +159,19 @@ def _override(values: dict, override: str, text: _Text) -> None:
                 into[part] = {"list": into[part]}
             into = into[part]
         else:
-            text.faults.append(f"{place}: there is no {dotted(key[: depth + 1])}")
+            text.faults.append(f"{place}: the recipe has no {dotted(key[: depth + 1])}")
             return
     last = key[-1]
     if isinstance(into, dict) or (isinstance(into, list) and isinstance(last, int) and last < len(into)):
         into[last] = new
     else:
-        text.faults.append(f"{place}: there is no {name}")
+        text.faults.append(f"{place}: the recipe has no {name}")
 
 
-def _describe(loc: Key, kind: str, message: str, found: Any, text: _Text) -> str:
-    key = dotted(loc)
-    place = text.place(loc)
-    if kind == "extra_forbidden":
+def _describe(detail: ErrorDetails, text: _Text) -> str:
+    loc, message = detail["loc"], detail["msg"]
+    key, place = dotted(loc), text.place(loc)
+    if detail["type"] == "extra_forbidden":
         known = _keys_at(loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, 1, 0.5)
         everywhere = {dotted(path) for path in _all_keys()}
@@ -174,20 +179,20 @@ def _describe(loc: Key, kind: str, message: str, found: Any, text: _Text) -> str
         if near:
             hint = f"the nearest known key is {dotted((*loc[:-1], near[0]))}"
         elif elsewhere:
-            hint = f"it belongs elsewhere: {', '.join(elsewhere)}"
+            hint = f"this key exists elsewhere: {', '.join(elsewhere)}"
         else:
-            hint = f"known here: {', '.join(known)}"
+            hint = f"the keys here are {', '.join(known)}"
         return f"{place}: {key}: unknown key; {hint}"
-    if kind == "missing":
-        return f"{place}: {key}: missing; this key is required"
+    if detail["type"] == "missing":
+        return f"{place}: {key}: this key is required, and missing"
     message = (
         message.removeprefix("Value error, ")
         .removeprefix("Input ")
         .replace("a valid tuple", "a list, as in [1, 2]")
     )
-    if kind == "too_short":
+    if detail["type"] == "too_short":
         message = "should have at least one entry"
-    return f"{place}: {key}: found {found!r}; {message}"
+    return f"{place}: {key}: found {detail['input']!r}; {message}"
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
@@ -213,7 +218,7 @@ def _all_keys(model: type[BaseModel] = Recipe, above: Key = ()) -> Iterator[Key]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that reads back: PyYAML leaves Unicode's line breaks in plain texts, where they become blanks."""
+    """Safe YAML that reads back equal: PyYAML leaves Unicode line breaks in plain strings, where they become blanks."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None
@@ -221,18 +226,17 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
-_Dumper.yaml_implicit_resolvers = (
-    _Loader.yaml_implicit_resolvers
-)  # to quote what the loader would take for a number
+# Quotes strings that the loader would read as numbers.
+_Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML, every key written out; `load_recipe` reads it back as an equal recipe."""
+    """The recipe as YAML with every key; `load_recipe` reads it back as an equal recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def flow(value: Any) -> str:
-    """A plain value as YAML on one line, as `load_recipe` reads it back."""
+    """A plain value as YAML on one line, which `load_recipe` reads back as the same value."""
     text = yaml.dump(
         value,
         Dumper=_Dumper,
@@ -245,7 +249,7 @@ def flow(value: Any) -> str:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """A line "key: old → new" for every key that differs."""
+    """A line "key: old → new" for each key that differs."""
     before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
     keys = sorted({*before, *after})
     return [
