@@ -54,6 +54,7 @@ _HOMES = {
     "Comparison": "report.comparison",
     "compare_runs": "report.comparison",
     "LabelEncoding": "data.labels",
+    "Labeling": "pseudo.labeling",
     "LoadReport": "model.weights",
     "convert": "model.weights",
     "choose_cbst": "pseudo.thresholds",

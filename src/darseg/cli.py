@@ -16,6 +16,7 @@ import typer
 
 from darseg import __version__
 from darseg.errors import DarsegError, Interrupted
+from darseg.pseudo.labeling import Confidence, Method, Sampling
 
 app = typer.Typer(
     name="darseg",
@@ -31,22 +32,6 @@ class Role(str, Enum):
     test = "test"
     labeled = "labeled"
     unlabeled = "unlabeled"
-
-
-class Method(str, Enum):
-    dars = "dars"
-    cbst = "cbst"
-    globally = "global"
-
-
-class Confidence(str, Enum):
-    float16 = "float16"
-    fine = "fine"
-
-
-class Sampling(str, Enum):
-    random = "random"
-    none = "none"
 
 
 class Format(str, Enum):
@@ -411,10 +396,10 @@ def label(
         class_counts=class_counts,
         round_index=round_index,
         labeling_ratio=labeling_ratio,
-        method=method and method.value,
+        method=method,
         threshold=threshold,
-        confidence=confidence and confidence.value,
-        sampling=sampling and sampling.value,
+        confidence=confidence,
+        sampling=sampling,
         seed=seed,
         predict_twice=predict_twice,
         threads=threads,
@@ -434,12 +419,10 @@ def redistribute(
     labeling_ratio: Annotated[
         float | None, typer.Option(help="Share of all pixels to label, 0 < ratio <= 1 (not with global).")
     ] = None,
-    method: Annotated[Method, typer.Option(help="How thresholds are chosen.")] = Method.dars,
+    method: Annotated[Method, typer.Option(help="How thresholds are chosen.")] = "dars",
     threshold: Annotated[float | None, typer.Option(help="Confidence, for method global only.")] = None,
-    confidence: Annotated[Confidence, typer.Option(help="Scale of confidences.")] = Confidence.float16,
-    sampling: Annotated[
-        Sampling, typer.Option(help="Drop the surplus of ties, or keep it.")
-    ] = Sampling.random,
+    confidence: Annotated[Confidence, typer.Option(help="Scale of confidences.")] = "float16",
+    sampling: Annotated[Sampling, typer.Option(help="Drop the surplus of ties, or keep it.")] = "random",
     seed: Annotated[int, typer.Option(min=0, help="Of the random sampling.")] = 0,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="The files hold probabilities, softmaxed already.")
@@ -454,10 +437,10 @@ def redistribute(
         out,
         class_counts,
         labeling_ratio,
-        method=method.value,
+        method=method,
         threshold=threshold,
-        confidence=confidence.value,
-        sampling=sampling.value,
+        confidence=confidence,
+        sampling=sampling,
         seed=seed,
         probabilities=probabilities,
         predict_twice=predict_twice,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -18,6 +19,16 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+)
+
+from darseg.pseudo.labeling import (
+    Confidence,
+    Labeling,
+    Method,
+    Sampling,
+    check_ratio,
+    check_threshold,
+    labeling_faults,
 )
 
 Key = tuple[str | int, ...]  # ("rounds", 0, "steps")
@@ -281,32 +292,40 @@ class ProtocolConfig(_Section):
 
 
 class LabelingConfig(ProtocolConfig):
-    method: Literal["dars", "cbst", "global"] = "dars"
-    threshold: Annotated[StrictFloat, Field(gt=0, lt=1)] | None = None
-    confidence: Literal["float16", "fine"] = "float16"
-    sampling: Literal["random", "none"] = "random"
+    method: Method = "dars"
+    threshold: Annotated[StrictFloat, AfterValidator(check_threshold)] | None = None
+    confidence: Confidence = "float16"
+    sampling: Sampling = "random"
     keep_predictions: StrictBool = False
     predict_twice: StrictBool = False
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
-        if self.method == "global" and self.threshold is None:
-            yield ("threshold",), "missing; method global needs a confidence threshold"
-        if self.method != "global" and self.threshold is not None:
-            yield ("threshold",), f"is only for method global, and the method is {self.method}; remove it"
+        for name, message in self.faults(ratio=None):
+            if name != "labeling_ratio":  # a key of the rounds
+                yield (name,), message
         if self.keep_predictions and self.predict_twice:
             yield (
                 ("predict_twice",),
                 "writes no predictions that labeling.keep_predictions could keep; set only one of them",
             )
-        if self.sampling == "none" and self.method != "dars":
-            yield ("sampling",), f"is only for method dars, and the method is {self.method}; remove it"
+
+    def at(self, ratio: float | None) -> Labeling:
+        """What a round with this labeling ratio labels by."""
+        return Labeling(**self._settings(), ratio=ratio)
+
+    def faults(self, ratio: float | None) -> Iterator[tuple[str, str]]:
+        """Key and fault of everything that keeps `at` from working."""
+        return labeling_faults(**self._settings(), ratio=ratio)
+
+    def _settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("method", "threshold", "confidence", "sampling")}
 
 
 class RoundConfig(_Section):
     epochs: Count | None = None
     steps: Count | None = None
     epoch_over: Literal["labeled", "unlabeled"] | None = None  # None: labeled in round 0, then unlabeled
-    labeling_ratio: Annotated[StrictFloat, Field(gt=0, le=1)] | None = None
+    labeling_ratio: Annotated[StrictFloat, AfterValidator(check_ratio)] | None = None
     scale: tuple[Positive, Positive] | None = None
     learning_rate: Positive | None = None
     span: tuple[Fraction, Fraction] | None = None
@@ -373,7 +392,6 @@ class Recipe(_Section):
         yield from self._conflicts_of_rounds()
 
     def _conflicts_of_rounds(self) -> Iterator[tuple[Key, str]]:
-        method = self.labeling.method
         for index, config in enumerate(self.rounds):
             key: Key = ("rounds", index)
             if index == 0 and config.labeling_ratio is not None:
@@ -381,10 +399,10 @@ class Recipe(_Section):
                     (*key, "labeling_ratio"),
                     "round 0 trains on labeled images alone, without a ratio; remove it",
                 )
-            elif index > 0 and method == "global" and config.labeling_ratio is not None:
-                yield (*key, "labeling_ratio"), "has no effect with labeling.method global; remove it"
-            elif index > 0 and method != "global" and config.labeling_ratio is None:
-                yield key, f"needs a labeling_ratio (0 < ratio <= 1) for labeling.method {method}"
+            elif index > 0:
+                for name, message in self.labeling.faults(config.labeling_ratio):
+                    if name == "labeling_ratio":
+                        yield (*key, name), message
         with_steps = [config.steps is not None for config in self.rounds]
         complete = all((config.epochs is None) != (config.steps is None) for config in self.rounds)
         if complete and any(with_steps) and not all(with_steps):

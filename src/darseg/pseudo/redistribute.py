@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,13 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from darseg.data.prediction import SCALES, ConfidenceScale, Prediction
-from darseg.errors import DataError, RecipeError, faults
+from darseg.errors import DataError
 from darseg.model.decide import decide
 from darseg.pseudo.assign import assign, image_generator, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
-from darseg.pseudo.thresholds import Thresholds, choose_cbst, choose_dars, choose_global
-
-METHODS = ("dars", "cbst", "global")
+from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
+from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +38,10 @@ def redistribute(
     class_counts: ArrayLike,
     labeling_ratio: float | None,
     *,
-    method: str = "dars",
+    method: Method = "dars",
     threshold: float | None = None,
-    confidence: str = "float16",
-    sampling: str = "random",
+    confidence: Confidence = "float16",
+    sampling: Sampling = "random",
     seed: int = 0,
     probabilities: bool = False,
 ) -> Redistribution:
@@ -67,9 +65,9 @@ def redistribute(
     >>> redistribute({"a": scores}, [50, 50], 0.5).labels["a"]
     array([[  1, 255, 255,   0]], dtype=uint8)
     """
-    choose = chooser(method, class_counts, labeling_ratio, threshold, sampling, confidence)
-    scale = scale_of(confidence)
-    classes = len(np.asarray(class_counts))
+    labeling = Labeling(method, labeling_ratio, threshold=threshold, confidence=confidence, sampling=sampling)
+    distribution, scale = ClassDistribution.from_counts(class_counts), SCALES[labeling.confidence]
+    classes = len(distribution)
     pairs: Any = predictions.items() if isinstance(predictions, Mapping) else predictions
     builder, decided = HistogramBuilder(classes, scale), {}
     for name, scores in pairs:
@@ -78,7 +76,7 @@ def redistribute(
         decided[name] = decide_array(np.asarray(scores), classes, scale, probabilities, name)
         builder.add(decided[name])
     histogram = builder.build()
-    thresholds = choose(histogram)
+    thresholds = choose_thresholds(histogram, labeling, distribution)
     labels = {
         name: assign(prediction, thresholds, image_generator(seed, 0, name))
         for name, prediction in decided.items()
@@ -102,55 +100,3 @@ def decide_array(
         )
     tensor = torch.from_numpy(np.ascontiguousarray(scores))
     return decide(tensor, scale, probabilities, name)
-
-
-def scale_of(confidence: str) -> ConfidenceScale:
-    """The confidence scale of that name. Raises RecipeError."""
-    if confidence not in SCALES:
-        raise RecipeError(f"No confidence scale {confidence!r}: there are {', '.join(SCALES)}.")
-    return SCALES[confidence]
-
-
-def chooser(
-    method: str,
-    class_counts: ArrayLike,
-    labeling_ratio: float | None,
-    threshold: float | None = None,
-    sampling: str = "random",
-    confidence: str = "float16",
-) -> partial[Thresholds]:
-    """The labeling method of that name, ready for a histogram. Raises RecipeError naming all that does not fit."""
-    wrong = []
-    if confidence not in SCALES:
-        wrong.append(f"confidence {confidence!r}: there are {', '.join(SCALES)}")
-    if sampling not in ("random", "none"):
-        wrong.append(f"sampling {sampling!r}: there are random and none")
-    elif sampling == "none" and method in ("cbst", "global"):
-        wrong.append(f"only method dars samples, so {method} takes no sampling none")
-    if method not in METHODS:
-        wrong.append(f"method {method!r}: there are {', '.join(METHODS)}")
-    elif method == "global":
-        if threshold is None:
-            wrong.append("method global needs a threshold, a confidence between 0 and 1")
-        elif not 0 <= threshold <= 1:
-            wrong.append(f"a confidence threshold of {threshold}: choose one from 0 to 1")
-        if labeling_ratio is not None:
-            wrong.append("method global takes no labeling ratio: the threshold decides")
-    else:
-        if labeling_ratio is None:
-            wrong.append(f"method {method} needs a labeling ratio, above 0 and at most 1")
-        elif not 0 < labeling_ratio <= 1:
-            wrong.append(f"a labeling ratio of {labeling_ratio}: choose one above 0 and at most 1")
-        if threshold is not None:
-            wrong.append(f"method {method} takes no threshold (only global does)")
-    if wrong:
-        raise RecipeError(faults("These settings cannot work", wrong))
-    distribution = ClassDistribution.from_counts(class_counts)
-    if method == "global":
-        assert threshold is not None
-        return partial(choose_global, threshold=threshold)
-    assert labeling_ratio is not None
-    if method == "cbst":
-        return partial(choose_cbst, labeling_ratio=labeling_ratio)
-    aligned = {"distribution": distribution, "labeling_ratio": labeling_ratio}
-    return partial(choose_dars, **aligned, sampling=sampling == "random")

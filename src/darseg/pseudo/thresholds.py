@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darseg.data.prediction import FLOAT16, SCALES, ConfidenceScale
-from darseg.errors import DataError, RecipeError, faults
+from darseg.errors import DataError, faults
 from darseg.pseudo.distribution import ClassDistribution, check_class_count
 from darseg.pseudo.histogram import ConfidenceHistogram
+from darseg.pseudo.labeling import Labeling
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,29 @@ class Thresholds:
         )
 
 
+def choose_thresholds(
+    histogram: ConfidenceHistogram, labeling: Labeling, distribution: ClassDistribution
+) -> Thresholds:
+    """The thresholds that a labeling chooses for these predictions.
+
+    Args:
+        distribution: shares of the classes among labeled pixels; only method "dars" follows them.
+
+    Raises DataError for an empty histogram or one of another number of classes.
+    """
+    match labeling.method:
+        case "global":
+            assert labeling.threshold is not None  # checked by Labeling
+            return choose_global(histogram, labeling.threshold)
+        case "cbst":
+            assert labeling.ratio is not None
+            return choose_cbst(histogram, labeling.ratio)
+        case "dars":
+            assert labeling.ratio is not None
+            sampling = labeling.sampling == "random"
+            return choose_dars(histogram, distribution, labeling.ratio, sampling=sampling)
+
+
 def choose_dars(
     histogram: ConfidenceHistogram,
     distribution: ClassDistribution,
@@ -142,7 +166,7 @@ def choose_dars(
             f"A class distribution of {len(distribution)} classes and a histogram of "
             f"{len(histogram.counts)}: measure both with the same classes."
         )
-    _check_ratio(labeling_ratio)
+    Labeling("dars", labeling_ratio)  # checks the ratio
     predicted = _predicted(histogram)
     wanted = (float(labeling_ratio) * distribution.share * int(predicted.sum())).astype(np.int64)
     accept, accepted = _accept_largest(histogram, np.clip(wanted, 1, predicted))
@@ -159,7 +183,7 @@ def choose_cbst(histogram: ConfidenceHistogram, labeling_ratio: float) -> Thresh
 
     labeling_ratio: above 0, at most 1. Raises RecipeError for another, DataError for an empty histogram.
     """
-    _check_ratio(labeling_ratio)
+    Labeling("cbst", labeling_ratio)  # checks the ratio
     predicted = _predicted(histogram)
     rank = np.minimum((float(labeling_ratio) * predicted).astype(np.int64) + 1, predicted)
     accept, accepted = _accept_largest(histogram, rank)
@@ -175,8 +199,7 @@ def choose_global(histogram: ConfidenceHistogram, threshold: float) -> Threshold
 
     threshold: in [0, 1]. Raises RecipeError for another, DataError for an empty histogram.
     """
-    if not 0 <= threshold <= 1:
-        raise RecipeError(f"A confidence threshold of {threshold}: choose one from 0 to 1.")
+    Labeling("global", threshold=threshold)  # checks the threshold
     predicted, codes = _predicted(histogram), histogram.scale.codes
     code = histogram.scale.at_least(threshold)
     accepted = histogram.counts[:, code:].sum(axis=1)
@@ -205,11 +228,3 @@ def _predicted(histogram: ConfidenceHistogram) -> NDArray[np.int64]:
             "The histogram counts no pixel, so there is nothing to choose: predict unlabeled images first."
         )
     return predicted
-
-
-def _check_ratio(labeling_ratio: float) -> None:
-    if not 0 < labeling_ratio <= 1:
-        raise RecipeError(
-            f"A labeling ratio of {labeling_ratio}: it is the share of the unlabeled pixels to label, "
-            "above 0 and at most 1."
-        )

@@ -16,10 +16,9 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.maps import label_path
-from darseg.data.prediction import Prediction
+from darseg.data.prediction import SCALES, Prediction
 from darseg.errors import DataError, RunError
 from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
-from darseg.pseudo.redistribute import scale_of
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.directory import RunDirectory
 from darseg.run.label import network_predictor
@@ -139,6 +138,6 @@ class Repredictor:
         if self._predictor is None:
             set_threads(recipe.threads)
             network = load_to_predict(self.round.run.network(before))
-            protocol, scale = labeling_protocol(recipe), scale_of(recipe.labeling.confidence)
+            protocol, scale = labeling_protocol(recipe), SCALES[recipe.labeling.confidence]
             self._predictor = network_predictor(network, lambda image: protocol, scale, None)
         return self._predictor.predict(sample, read_image(sample.image))

@@ -18,12 +18,13 @@ from darseg.config.recipe import Recipe
 from darseg.data.files import write_whole
 from darseg.data.images import IMAGE_SUFFIXES, image_size, read_image
 from darseg.data.manifest import Sample, count_pixels, find_files
-from darseg.data.prediction import BYTES_PER_PIXEL, ConfidenceScale, Prediction
+from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
 from darseg.errors import DataError, RunError, StorageError
 from darseg.model.network import Network
 from darseg.model.predict import Memory, Protocol, predict
-from darseg.pseudo.distribution import count_labels
+from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
+from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
 from darseg.pseudo.labelset import (
     FactsLog,
     Predictor,
@@ -32,8 +33,8 @@ from darseg.pseudo.labelset import (
     count_predictions,
     prediction_path,
 )
-from darseg.pseudo.redistribute import chooser, decide_array, scale_of
-from darseg.pseudo.thresholds import Thresholds
+from darseg.pseudo.redistribute import decide_array
+from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
 from darseg.run.directory import digest_path, digest_settings, write_json
 from darseg.run.evaluate import check_classes, load_trained
@@ -120,10 +121,10 @@ def label_folder(
     class_counts: Path | str | None = None,
     round_index: int | None = None,
     labeling_ratio: float | None = None,
-    method: str | None = None,
+    method: Method | None = None,
     threshold: float | None = None,
-    confidence: str | None = None,
-    sampling: str | None = None,
+    confidence: Confidence | None = None,
+    sampling: Sampling | None = None,
     seed: int | None = None,
     predict_twice: bool = False,
     threads: int | None = None,
@@ -171,15 +172,15 @@ def label_folder(
         manifest = manifest_of(recipe)
         check_classes(source, trained, manifest.classes)
         counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
-    settings = {
-        "method": method,
-        "labeling_ratio": labeling_ratio,
-        "threshold": threshold,
-        "confidence": confidence or (defaults.confidence if defaults else "float16"),
-        "sampling": sampling or (defaults.sampling if defaults else "random"),
-        "seed": seed if seed is not None else (recipe.seed if recipe else 0),
-        "class_counts": counts,
-    }
+    labeling = Labeling(
+        method,
+        ratio=labeling_ratio,
+        threshold=threshold,
+        confidence=confidence or (defaults.confidence if defaults else "float16"),
+        sampling=sampling or (defaults.sampling if defaults else "random"),
+    )
+    seed = seed if seed is not None else (recipe.seed if recipe else 0)
+    settings = labeling.settings() | {"seed": seed, "class_counts": counts}
     found = {images.stem: images} if images.is_file() else find_files(images, IMAGE_SUFFIXES)
     samples = [Sample(name, path) for name, path in found.items()]
 
@@ -196,6 +197,7 @@ def label_folder(
         images,
         out,
         names,
+        labeling,
         settings,
         inputs,
         make,
@@ -213,10 +215,10 @@ def redistribute_folder(
     class_counts: Path | str | Sequence[int] | Mapping[str, int],
     labeling_ratio: float | None = None,
     *,
-    method: str = "dars",
+    method: Method = "dars",
     threshold: float | None = None,
-    confidence: str = "float16",
-    sampling: str = "random",
+    confidence: Confidence = "float16",
+    sampling: Sampling = "random",
     seed: int = 0,
     probabilities: bool = False,
     predict_twice: bool = False,
@@ -244,15 +246,10 @@ def redistribute_folder(
         counts, names = read_class_counts(Path(class_counts))
     else:
         counts, names = _class_counts(class_counts, "class counts")
-    settings = {
-        "method": method,
-        "labeling_ratio": labeling_ratio,
-        "threshold": threshold,
-        "confidence": confidence,
-        "sampling": sampling,
-        "seed": seed,
-        "class_counts": counts,
-    }
+    labeling = Labeling(
+        method, ratio=labeling_ratio, threshold=threshold, confidence=confidence, sampling=sampling
+    )
+    settings = labeling.settings() | {"seed": seed, "class_counts": counts}
     samples = [Sample(name, path) for name, path in find_files(predictions, SCORE_SUFFIXES).items()]
 
     def make(scale: ConfidenceScale, folder: Path | None) -> Predictor:
@@ -266,6 +263,7 @@ def redistribute_folder(
         predictions,
         out,
         names,
+        labeling,
         settings,
         {"probabilities": str(probabilities)},
         make,
@@ -282,6 +280,7 @@ def _run(
     where: Path,
     out: Path,
     names: Sequence[str] | None,
+    labeling: Labeling,
     settings: Mapping[str, Any],
     inputs: Mapping[str, str],
     make: Callable[[ConfidenceScale, Path | None], Predictor],
@@ -294,15 +293,9 @@ def _run(
     """Label into a folder of its own, going on where an earlier call was stopped."""
     if not samples:
         raise DataError(f"{where}: nothing to label there; wanted are files {', '.join(suffixes)}.")
-    choose = chooser(
-        settings["method"],
-        settings["class_counts"],
-        settings["labeling_ratio"],
-        settings["threshold"],
-        settings["sampling"],
-        settings["confidence"],
-    )
-    scale = scale_of(settings["confidence"])
+    distribution = ClassDistribution.from_counts(settings["class_counts"])
+    choose = partial(choose_thresholds, labeling=labeling, distribution=distribution)
+    scale = SCALES[labeling.confidence]
     if where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
         raise RunError(f"{out} lies in {where}, whose files are to be labeled: choose a folder elsewhere.")
     # Arrays of one shape are files of one size, so the time of the last change counts as well.

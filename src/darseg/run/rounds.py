@@ -27,16 +27,16 @@ from darseg.data.dataset import Cache
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
+from darseg.data.prediction import SCALES
 from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
 from darseg.model.backbone import RESNETS
 from darseg.model.network import Network
 from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, save_network
-from darseg.pseudo.distribution import count_labels
+from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
-from darseg.pseudo.redistribute import chooser, scale_of
-from darseg.pseudo.thresholds import Thresholds
+from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.build import (
     Round,
     auxiliary_weight_of,
@@ -324,16 +324,12 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     classes, labeling = course.manifest.classes, course.recipe.labeling
     excluded = course.processes.from_first(lambda: fix_excluded(run, index, course.manifest.unlabeled))
     unlabeled = without(course.manifest.unlabeled, excluded)
-    protocol, scale = labeling_protocol(course.recipe), scale_of(labeling.confidence)
+    protocol, scale = labeling_protocol(course.recipe), SCALES[labeling.confidence]
     histogram, thresholds = course.path(round_, "histogram.npz"), course.path(round_, "thresholds.json")
     inputs = {
         "settings": digest_settings(
             protocol=asdict(protocol),
-            method=labeling.method,
-            ratio=round_.labeling_ratio,
-            threshold=labeling.threshold,
-            confidence=labeling.confidence,
-            sampling=labeling.sampling,
+            **asdict(labeling.at(round_.labeling_ratio)),
             seed=course.recipe.seed,
         ),
         "labeled": course.data["labeled"],
@@ -386,11 +382,8 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
 
 
 def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Thresholds:
-    labeling = course.recipe.labeling
-    choose = chooser(
-        labeling.method, course.counts, round_.labeling_ratio, labeling.threshold, labeling.sampling
-    )
-    return choose(histogram)
+    labeling = course.recipe.labeling.at(round_.labeling_ratio)
+    return choose_thresholds(histogram, labeling, ClassDistribution.from_counts(course.counts))
 
 
 def _clean_labeling(course: Course, index: int) -> None:
