@@ -22,7 +22,7 @@ import numpy as np
 import darseg
 from darseg.data.files import write_whole
 from darseg.data.maps import label_path
-from darseg.demo.demo import _sheet as sheet
+from darseg.demo.demo import sheet
 from darseg.run.build import labeling_protocol
 from darseg.run.evaluate import load_trained
 from darseg.training.schedule import rate_at

@@ -27,7 +27,9 @@ from darseg.run.evaluate import load_trained
 from darseg.run.marks import read_excluded, without
 from darseg.run.rounds import train
 
-DATA_SEED = 2021  # of the drawn scenes: the year of the paper, fixed before anything was trained on them
+DATA_SEED = 2021
+"""Seed of the drawn scenes: the year of the paper, chosen before anything was trained on them."""
+
 LABELED, UNLABELED, VALIDATION = 16, 160, 60
 PICTURE_ROWS = 4
 
@@ -38,35 +40,35 @@ def demo(
     console: Console | None = None,
     after_round: Callable[[Path], object] | None = None,
 ) -> dict:
-    """Draw the scenes, run rounds 0 to 2 and the control, print the comparison, draw a picture.
+    """Draw the scenes, train with DARS and without, print the comparison and draw a picture.
 
-    The control trains on the labeled images alone for as many steps as all rounds together.
+    The run without DARS is the control: it trains on the labeled images only, for as many steps as all rounds together.
 
     Args:
         out: folder for `data/`, `recipe.yaml`, `seed_N/dars/`, `seed_N/control/`, `seed_N/demo.json`, `seed_N/demo.png`.
-        seed: of the training; the drawn data are always the same.
-        after_round: of both runs, see `train`.
+        seed: seed of the training; the drawn scenes are always the same.
+        after_round: called after each round of both runs, as in `train`.
 
     Returns:
-        what `demo.json` holds: per class the IoU of the three networks and the class shares.
+        the content of `demo.json`: for each class, the IoU of three networks and the class shares.
     """
     out, console, began = Path(out), console or Console(), time.monotonic()
     console.print(f"Drawing {LABELED} labeled, {UNLABELED} unlabeled and {VALIDATION} validation scenes …")
-    write_scenes(out / "data", LABELED, UNLABELED, VALIDATION, DATA_SEED)
+    write_scenes(out / "data", labeled=LABELED, unlabeled=UNLABELED, validation=VALIDATION, seed=DATA_SEED)
     write_whole(out / "recipe.yaml", recipe_text())
     folder = out / f"seed_{seed}"
     recipe = load_recipe(out / "recipe.yaml", [f"seed={seed}"])
     console.rule("DARS: rounds 0, 1 and 2")
     dars = train(recipe, folder / "dars", console=console, after_round=after_round)
-    console.rule("Control: the labeled images alone, as many steps")
-    steps = sum(one["steps"] for one in dars["rounds"])
+    console.rule("Control: the labeled images only, for as many steps")
+    steps = sum(training_round["steps"] for training_round in dars["rounds"])
     longer = load_recipe(out / "recipe.yaml", [f"seed={seed}", f"rounds=[{{steps: {steps}}}]"])
     control = train(longer, folder / "control", console=console, after_round=after_round)
     result = compare(RunDirectory(folder / "dars"), dars, control)
     result |= {"seed": seed, "steps": steps, "seconds": round(time.monotonic() - began, 1)}
     write_whole(folder / "demo.json", json.dumps(result, indent=2) + "\n")
     write_map(folder / "demo.png", draw_picture(recipe, folder))
-    console.rule("What came out")
+    console.rule("Results")
     console.print(_table(result))
     console.print(
         f"mean IoU: labeled only {result['mean_iou']['labeled_only']:.4f}, control "
@@ -79,14 +81,18 @@ def demo(
 
 
 def recipe_text() -> str:
-    """The demo's recipe, with the drawn classes and their colors filled in."""
+    """The demo's recipe, with the classes of the drawn scenes and their colors."""
     text = importlib.resources.files("darseg.demo").joinpath("demo.yaml").read_text()
     pairs = zip(SCENE_CLASSES.names, SCENE_CLASSES.colors, strict=True)
     return text.replace("CLASSES", "{" + ", ".join(f"{name}: {list(color)}" for name, color in pairs) + "}")
 
 
 def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
-    """IoU per class of labeled only (round 0), control and DARS (last round); class shares in the last round."""
+    """Scores of three networks and class shares, as in `demo.json`.
+
+    The networks are "labeled_only" (DARS after round 0), "control" and "dars" (after the last round). The shares are
+    those of the unlabeled scenes in the last round: their truth, the predictions and the pseudo labels.
+    """
     last = dars["rounds"][-1]["round"]
     labels = run.label_set(last)
     truth = np.array(json.loads((run.round(last) / "pseudo_scores.json").read_text())["truth"])
@@ -97,8 +103,8 @@ def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
         "dars": dars["rounds"][-1],
     }
     return {
-        "mean_iou": {name: one["mean_iou"] for name, one in networks.items()},
-        "iou": {name: one["iou"] for name, one in networks.items()},
+        "mean_iou": {name: scores["mean_iou"] for name, scores in networks.items()},
+        "iou": {name: scores["iou"] for name, scores in networks.items()},
         "share": {
             name: dict(zip(dars["classes"], (count / max(1, count.sum())).tolist(), strict=True))
             for name, count in counts.items()
@@ -108,7 +114,7 @@ def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
 
 def _table(result: dict) -> Table:
     table = Table(
-        title="IoU on the validation scenes; class shares of the unlabeled scenes in the last round"
+        title="IoU on the validation scenes, and class shares of the unlabeled scenes in the last round"
     )
     table.add_column("class")
     for title in ("labeled only", "control", "DARS", "truth", "predicted", "pseudo labels"):
@@ -126,7 +132,10 @@ def _table(result: dict) -> Table:
 
 
 def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
-    """BGR uint8 [h, w, 3]: scenes, their truth, round 0's prediction, the pseudo labels (white: none), DARS."""
+    """A table of pictures as BGR uint8 [h, w, 3].
+
+    Each row is a scene: image, truth, prediction of round 0, pseudo labels (white: no label), prediction of DARS.
+    """
     manifest = manifest_of(recipe)
     run = RunDirectory(folder / "dars")
     last = len(recipe.rounds) - 1
@@ -144,39 +153,47 @@ def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
             read_label(labeled.label),
             predict_classes(final, image, protocol),
         ]
-        rows.append([image, *(palette[one] for one in maps)])
+        rows.append([image, *(palette[label] for label in maps)])
     titles = ("image", "truth (never used)", "labeled only", f"pseudo labels, round {last}", "DARS")
     legend = list(zip(manifest.classes.names, manifest.classes.colors, strict=True))
-    return _sheet(rows, titles, legend)
+    return sheet(rows, titles, legend)
 
 
-def _sheet(
+def sheet(
     rows: Sequence[Sequence[np.ndarray]],
     titles: Sequence[str],
     legend: Sequence[tuple[str, tuple[int, int, int]]],
+    *,
     gap: int = 6,
     line: int = 26,
 ) -> np.ndarray:
-    """RGB pictures of one size in a grid with titles and a legend; returned as BGR."""
+    """Pictures in a grid with titles and a legend, as BGR uint8 [h, w, 3].
+
+    Args:
+        rows: RGB pictures of one size.
+        titles: one for each column.
+        legend: class names and colors.
+        gap, line: pixels between pictures, and of a line of text.
+    """
     height, width = rows[0][0].shape[:2]
     total_w = len(titles) * (width + gap) + gap
     per_line = max(1, total_w // 130)
     legend_lines = -(-len(legend) // per_line)
-    sheet = np.full(
+    canvas = np.full(
         (line + len(rows) * (height + gap) + legend_lines * line + gap, total_w, 3), 255, np.uint8
     )
 
     def write(text: str, x: int, y: int) -> None:
-        cv2.putText(sheet, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
+        cv2.putText(canvas, text, (x, y), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (30, 30, 30), 1, cv2.LINE_AA)
 
     for column, title in enumerate(titles):
         write(title, gap + column * (width + gap), line - 9)
         for index, row in enumerate(rows):
             top, left = line + index * (height + gap), gap + column * (width + gap)
-            sheet[top : top + height, left : left + width] = row[column]
+            canvas[top : top + height, left : left + width] = row[column]
     for index, (name, color) in enumerate(legend):
         x = gap + index % per_line * 130
         y = line + len(rows) * (height + gap) + index // per_line * line
-        cv2.rectangle(sheet, (x, y + 6), (x + 14, y + 20), color, cv2.FILLED)
+        cv2.rectangle(canvas, (x, y + 6), (x + 14, y + 20), color, cv2.FILLED)
         write(name, x + 20, y + 18)
-    return cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR)
+    return cv2.cvtColor(canvas, cv2.COLOR_RGB2BGR)
