@@ -1,4 +1,4 @@
-"""`darseg demo`, with fewer scenes and steps: the same path, every figure it prints checked against the files."""
+"""`darseg demo` with fewer scenes and steps; every figure it prints is checked against the files."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ LABELED, UNLABELED, VALIDATION = 4, 6, 3
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
-    """Folder, result and printed text of a small demo."""
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
+    """Folder, result and printed text."""
     out, text = tmp_path_factory.mktemp("demo"), module.recipe_text()
-    short, changed = re.subn(r"steps: \d+", "steps: 3", text)
+    short_text, changed = re.subn(r"steps: \d+", "steps: 3", text)
     assert changed == 3
     with pytest.MonkeyPatch.context() as patch:
         for name in ("LABELED", "UNLABELED", "VALIDATION"):
             patch.setattr(module, name, globals()[name])
-        patch.setattr(module, "recipe_text", lambda: short)
+        patch.setattr(module, "recipe_text", lambda: short_text)
         console = Console(file=io.StringIO(), width=140)
         result = module.demo(out, 5, console)
     return out, result, console.file.getvalue()
 
 
-def test_dars_and_control_get_the_same_number_of_steps(ran) -> None:
-    out, result, _ = ran
+def test_dars_and_control_get_the_same_number_of_steps(small_demo) -> None:
+    out, result, _ = small_demo
     dars, control = (
         json.loads((out / "seed_5" / n / "summary.json").read_text()) for n in ("dars", "control")
     )
-    assert [one["steps"] for one in dars["rounds"]] == [3, 3, 3]
-    assert [one["steps"] for one in control["rounds"]] == [9] and result["steps"] == 9
+    assert [round_["steps"] for round_ in dars["rounds"]] == [3, 3, 3]
+    assert [round_["steps"] for round_ in control["rounds"]] == [9] and result["steps"] == 9
     assert result["mean_iou"] == {
         "labeled_only": dars["rounds"][0]["mean_iou"],
         "control": control["rounds"][0]["mean_iou"],
@@ -50,8 +50,8 @@ def test_dars_and_control_get_the_same_number_of_steps(ran) -> None:
     assert json.loads((out / "seed_5" / "demo.json").read_text()) == result
 
 
-def test_shares_are_counted_from_the_files(ran) -> None:
-    out, result, _ = ran
+def test_shares_are_counted_from_the_files(small_demo) -> None:
+    out, result, _ = small_demo
     names = (out / "data" / "unlabeled.txt").read_text().split()
     for kind, folder in (("truth", out / "data" / "labels"), ("pseudo", out / "seed_5/dars/round_2/labels")):
         counts = np.zeros(len(SCENE_CLASSES))
@@ -61,8 +61,8 @@ def test_shares_are_counted_from_the_files(ran) -> None:
     assert sum(result["share"]["predicted"].values()) == pytest.approx(1)
 
 
-def test_the_table_shows_every_class_and_figure(ran) -> None:
-    _, result, printed = ran
+def test_the_table_shows_every_class_and_figure(small_demo) -> None:
+    _, result, printed = small_demo
     for name in SCENE_CLASSES.names:
         row = next(line for line in printed.splitlines() if f" {name} " in line and "%" in line)
         for network in ("labeled_only", "control", "dars"):
@@ -73,14 +73,14 @@ def test_the_table_shows_every_class_and_figure(ran) -> None:
     assert all(f"{value:.4f}" in printed for value in result["mean_iou"].values())
 
 
-def test_the_picture_has_a_row_a_scene(ran) -> None:
-    out, _, _ = ran
+def test_the_picture_has_a_row_for_each_scene(small_demo) -> None:
+    out, _, _ = small_demo
     picture = cv2.imread(str(out / "seed_5" / "demo.png"))
     assert picture.shape[0] > module.PICTURE_ROWS * 128 and picture.shape[1] > 5 * 192
 
 
-def test_its_own_recipe_is_what_the_page_promises(tmp_path: Path) -> None:
+def test_the_demo_recipe_is_the_one_that_the_docs_describe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(module.recipe_text())
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert [one.labeling_ratio for one in recipe.rounds] == [None, 0.4, 0.65]
+    assert [round_.labeling_ratio for round_ in recipe.rounds] == [None, 0.4, 0.65]
     assert tuple(recipe.data.classes) == SCENE_CLASSES.names and recipe.training.precision == "fp32"
