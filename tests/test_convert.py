@@ -192,8 +192,8 @@ def test_semseg_with_21_classes_names_and_colors(tmp_path: Path, call: Callable)
     first, *lines = shown.splitlines()
     counts = [renamed(key, "pspnet50") for key in KEYS["pspnet50"] if key.endswith("num_batches_tracked")]
     assert first == f"{len(state) - 1} tensors of {source} are in {out}"
-    assert lines[:2] == ["in the file, without a place here:", "  layer3.6.conv1.weight"]
-    assert lines[2] == "counts of batches the file lacks, left at 0:"
+    assert lines[:2] == ["in the file, but not in the network:", "  layer3.6.conv1.weight"]
+    assert lines[2] == "batch counts missing in the file, set to 0:"
     assert sorted(lines[3:]) == sorted(f"  {key}" for key in counts)
     spec = read_spec(out)
     assert (spec.architecture, spec.backbone, spec.classes) == ("pspnet", "resnet50_deep", 21)
@@ -219,8 +219,11 @@ def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callabl
         assert text in errors
     code, shown, errors = call(*given, "--no-strict")
     assert code == 0, errors
-    assert "not filled, drawn at random:" in shown and "  cls.4.bias: has shape [19], [21] is wanted" in shown
-    assert shown.count("has shape") == 4 and "without a place" not in shown
+    assert (
+        "missing in the file, drawn at random:" in shown
+        and "  cls.4.bias: has shape [19], [21] is wanted" in shown
+    )
+    assert shown.count("has shape") == 4 and "not in the network" not in shown
     loaded = load_network(out)
     assert loaded.classes == 21
     key = "ppm.features.2.1.weight"

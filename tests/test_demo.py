@@ -31,7 +31,7 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, st
             patch.setattr(module, name, globals()[name])
         patch.setattr(module, "recipe_text", lambda: short_text)
         console = Console(file=io.StringIO(), width=140)
-        result = module.demo(out, 5, console)
+        result = module.run_demo(out, 5, console)
     return out, result, console.file.getvalue()
 
 

@@ -310,7 +310,7 @@ def test_a_video_cut_off_in_the_middle_is_reported_and_the_others_are_done(
     film(tmp_path / "in" / "good.avi", 3, code="MJPG")
     write_png(tmp_path / "in" / "good2.png", picture(1))
     code, out, err = call("predict", checkpoint, tmp_path / "in", tmp_path / "out", "--kind", "overlay")
-    assert code == 2 and "3 file(s) could not be read, or not to the end" in err and "Traceback" not in err
+    assert code == 2 and "3 file(s) could not be read completely" in err and "Traceback" not in err
     assert "none.mp4: cannot be opened as a video" in err and "bad.jpg: cannot be decoded" in err
     count = int(err.partition("damaged: ")[2].split()[0])
     assert 0 < count < 30 and f"{count} of 30 frames can be read" in err

@@ -1037,7 +1037,7 @@ def test_the_command_prints_a_table_and_the_recipes_lines(call, tmp_path: Path) 
         "traffic light": ["40", "50.0000%"],
         "(not labeled, of all pixels)": ["0", "0.0000%"],
     }
-    assert "passed over, no area: 1 point" in lines
+    assert "skipped, because they have no area: 1 point" in lines
     assert f"1 label maps in {tmp_path}/photos/labels; in the recipe:" in lines
     assert lines[-2:] == ["data:", "  classes: [rest, traffic light]"]
     # What was printed makes a recipe that darseg accepts, maps included.
@@ -1055,7 +1055,7 @@ def test_the_command_ends_with_2_after_faults(call, folder: Path, tmp_path: Path
     code, out, err = call("rasterize", folder, tmp_path / "out")
     assert code == 2
     assert "2 label maps in" in out and sorted(tree(tmp_path / "out")) == ["a.png", "classes.yaml", "s/b.png"]
-    assert err.startswith("darseg: 4 fault(s), all other images are done:\n  - ") and err.count("\n  - ") == 4
+    assert err.startswith("darseg: 4 fault(s); all other images are done:\n  - ") and err.count("\n  - ") == 4
     assert "Traceback" not in err
 
 

@@ -339,7 +339,7 @@ def test_the_lists_and_the_report(call, recipe_file: Path, tiny_data: Path, tmp_
                 name for name, count in zip(names, pixels.sum(0), strict=True) if count == 0
             ]
     if report["absent"]:
-        assert f"warning: absent from labeled.txt: {', '.join(report['absent'])}" in shown
+        assert f"warning: classes without a pixel in labeled.txt: {', '.join(report['absent'])}" in shown
     assert "images: 3 labeled, 7 unlabeled\n" in shown and f"Written to {out}." in shown
 
 
@@ -434,7 +434,7 @@ def test_sequences_from_the_command_line(call, recipe_file: Path, tmp_path: Path
     report = json.loads((out / "split.json").read_text())
     assert report["sequences"] == "images/(.)/" and report["count"] == 1
     assert [one["sequences"] for one in report["lists"].values()] == [["l"], ["u"]]
-    assert "warning: 1 labeled images were wanted; whole sequences make 4" in shown
+    assert "warning: 1 labeled images were asked for; whole sequences give 4" in shown
     assert "sequences: 1 labeled, 1 unlabeled" in shown
     assert len((out / "labeled.txt").read_text().splitlines()) == 4
     code, shown, _ = call(

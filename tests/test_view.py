@@ -591,7 +591,7 @@ def test_ctrl_c_before_the_server_runs_ends_it_too(
     sock = viewer.listen(0)
     if moment == "listen":
         monkeypatch.setattr(viewer, "listen", listen)
-    viewer.view(run, port=0, say=interrupt if moment == "say" else said.append)
+    viewer.view_run(run, port=0, say=interrupt if moment == "say" else said.append)
     sock.close()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

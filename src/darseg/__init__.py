@@ -1,103 +1,182 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
 The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`, `draw_split`, `view`, `mark_bad`,
-`write_report`, `compare_runs`, `demo` – and the value types that flow between the rooms are importable from here.
+`rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`, `draw_split`, `view_run`, `mark_bad`,
+`write_report`, `compare_runs`, `run_demo` – and the value types that flow between the rooms are importable from here.
 Names are imported when first used, since torch takes seconds.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what `__getattr__` finds at run time
+    from darseg.annotate.rasterize import Rasterized as Rasterized
+    from darseg.annotate.rasterize import rasterize_folder as rasterize_folder
+    from darseg.config.recipe import Recipe as Recipe
+    from darseg.config.text import load_recipe as load_recipe
+    from darseg.data.augment import Augmentation as Augmentation
+    from darseg.data.batches import Batch as Batch
+    from darseg.data.classes import CAMVID as CAMVID
+    from darseg.data.classes import CITYSCAPES as CITYSCAPES
+    from darseg.data.classes import VOC as VOC
+    from darseg.data.classes import ClassSet as ClassSet
+    from darseg.data.classes import class_set as class_set
+    from darseg.data.dataset import Example as Example
+    from darseg.data.images import read_image as read_image
+    from darseg.data.labels import LabelEncoding as LabelEncoding
+    from darseg.data.labels import label_encoding as label_encoding
+    from darseg.data.labels import read_label as read_label
+    from darseg.data.manifest import Findings as Findings
+    from darseg.data.manifest import Manifest as Manifest
+    from darseg.data.manifest import Sample as Sample
+    from darseg.data.prediction import FINE as FINE
+    from darseg.data.prediction import FLOAT16 as FLOAT16
+    from darseg.data.prediction import Prediction as Prediction
+    from darseg.demo.demo import run_demo as run_demo
+    from darseg.errors import DarsegError as DarsegError
+    from darseg.init.propose import Proposal as Proposal
+    from darseg.init.propose import propose_recipe as propose_recipe
+    from darseg.model.decide import decide as decide
+    from darseg.model.export import Parity as Parity
+    from darseg.model.network import Network as Network
+    from darseg.model.network import Output as Output
+    from darseg.model.network import build_network as build_network
+    from darseg.model.predict import Protocol as Protocol
+    from darseg.model.predict import predict as predict
+    from darseg.model.predict import predict_classes as predict_classes
+    from darseg.model.weights import LoadReport as LoadReport
+    from darseg.model.weights import convert as convert
+    from darseg.model.weights import load_network as load_network
+    from darseg.model.weights import load_weights as load_weights
+    from darseg.pseudo.assign import assign as assign
+    from darseg.pseudo.assign import image_generator as image_generator
+    from darseg.pseudo.distribution import ClassDistribution as ClassDistribution
+    from darseg.pseudo.histogram import ConfidenceHistogram as ConfidenceHistogram
+    from darseg.pseudo.histogram import HistogramBuilder as HistogramBuilder
+    from darseg.pseudo.labeling import Labeling as Labeling
+    from darseg.pseudo.labelset import PseudoLabelSet as PseudoLabelSet
+    from darseg.pseudo.redistribute import Redistribution as Redistribution
+    from darseg.pseudo.redistribute import redistribute as redistribute
+    from darseg.pseudo.thresholds import Thresholds as Thresholds
+    from darseg.pseudo.thresholds import choose_cbst as choose_cbst
+    from darseg.pseudo.thresholds import choose_dars as choose_dars
+    from darseg.pseudo.thresholds import choose_global as choose_global
+    from darseg.report.comparison import Comparison as Comparison
+    from darseg.report.comparison import compare_runs as compare_runs
+    from darseg.report.overview import write_report as write_report
+    from darseg.run.build import Round as Round
+    from darseg.run.build import manifest_of as manifest_of
+    from darseg.run.check import Plan as Plan
+    from darseg.run.check import check as check
+    from darseg.run.check import plan as plan
+    from darseg.run.directory import RunDirectory as RunDirectory
+    from darseg.run.evaluate import evaluate as evaluate
+    from darseg.run.export import export_network as export_network
+    from darseg.run.label import label_folder as label_folder
+    from darseg.run.label import redistribute_folder as redistribute_folder
+    from darseg.run.marks import mark_bad as mark_bad
+    from darseg.run.predict import Predicted as Predicted
+    from darseg.run.predict import predict_folder as predict_folder
+    from darseg.run.rounds import train as train
+    from darseg.run.split import draw_split as draw_split
+    from darseg.training.scores import Scores as Scores
+    from darseg.training.stage import Stage as Stage
+    from darseg.training.stage import run_stage as run_stage
+    from darseg.view.viewer import view_run as view_run
 
 __version__ = "0.2.0"
 
 _HOMES = {
+    "assign": "pseudo.assign",
     "Augmentation": "data.augment",
-    "CAMVID": "data.classes",
-    "CITYSCAPES": "data.classes",
-    "VOC": "data.classes",
     "Batch": "data.batches",
+    "build_network": "model.network",
+    "CAMVID": "data.classes",
+    "check": "run.check",
+    "choose_cbst": "pseudo.thresholds",
+    "choose_dars": "pseudo.thresholds",
+    "choose_global": "pseudo.thresholds",
+    "CITYSCAPES": "data.classes",
+    "class_set": "data.classes",
     "ClassDistribution": "pseudo.distribution",
     "ClassSet": "data.classes",
+    "compare_runs": "report.comparison",
+    "Comparison": "report.comparison",
     "ConfidenceHistogram": "pseudo.histogram",
+    "convert": "model.weights",
     "DarsegError": "errors",
+    "decide": "model.decide",
+    "draw_split": "run.split",
+    "evaluate": "run.evaluate",
     "Example": "data.dataset",
+    "export_network": "run.export",
+    "Findings": "data.manifest",
     "FINE": "data.prediction",
     "FLOAT16": "data.prediction",
-    "Findings": "data.manifest",
     "HistogramBuilder": "pseudo.histogram",
+    "image_generator": "pseudo.assign",
+    "label_encoding": "data.labels",
+    "label_folder": "run.label",
+    "LabelEncoding": "data.labels",
+    "Labeling": "pseudo.labeling",
+    "load_network": "model.weights",
+    "load_recipe": "config.text",
+    "load_weights": "model.weights",
+    "LoadReport": "model.weights",
     "Manifest": "data.manifest",
+    "manifest_of": "run.build",
+    "mark_bad": "run.marks",
     "Network": "model.network",
     "Output": "model.network",
     "Parity": "model.export",
     "Plan": "run.check",
+    "plan": "run.check",
+    "predict": "model.predict",
+    "predict_classes": "model.predict",
+    "predict_folder": "run.predict",
     "Predicted": "run.predict",
     "Prediction": "data.prediction",
-    "Protocol": "model.predict",
     "Proposal": "init.propose",
+    "propose_recipe": "init.propose",
+    "Protocol": "model.predict",
     "PseudoLabelSet": "pseudo.labelset",
+    "rasterize_folder": "annotate.rasterize",
     "Rasterized": "annotate.rasterize",
+    "read_image": "data.images",
+    "read_label": "data.labels",
     "Recipe": "config.recipe",
+    "redistribute": "pseudo.redistribute",
+    "redistribute_folder": "run.label",
     "Redistribution": "pseudo.redistribute",
     "Round": "run.build",
+    "run_demo": "demo.demo",
+    "run_stage": "training.stage",
     "RunDirectory": "run.directory",
     "Sample": "data.manifest",
     "Scores": "training.scores",
     "Stage": "training.stage",
     "Thresholds": "pseudo.thresholds",
-    "assign": "pseudo.assign",
-    "build_network": "model.network",
-    "check": "run.check",
-    "class_set": "data.classes",
-    "Comparison": "report.comparison",
-    "compare_runs": "report.comparison",
-    "LabelEncoding": "data.labels",
-    "Labeling": "pseudo.labeling",
-    "LoadReport": "model.weights",
-    "convert": "model.weights",
-    "choose_cbst": "pseudo.thresholds",
-    "choose_dars": "pseudo.thresholds",
-    "choose_global": "pseudo.thresholds",
-    "decide": "model.decide",
-    "demo": "demo.demo",
-    "draw_split": "run.split",
-    "evaluate": "run.evaluate",
-    "export_network": "run.export",
-    "image_generator": "pseudo.assign",
-    "label_encoding": "data.labels",
-    "label_folder": "run.label",
-    "load_network": "model.weights",
-    "load_recipe": "config.text",
-    "load_weights": "model.weights",
-    "manifest_of": "run.build",
-    "mark_bad": "run.marks",
-    "plan": "run.check",
-    "predict": "model.predict",
-    "predict_classes": "model.predict",
-    "predict_folder": "run.predict",
-    "propose_recipe": "init.propose",
-    "rasterize_folder": "annotate.rasterize",
-    "read_image": "data.images",
-    "read_label": "data.labels",
-    "redistribute": "pseudo.redistribute",
-    "redistribute_folder": "run.label",
-    "run_stage": "training.stage",
     "train": "run.rounds",
-    "view": "view.viewer",
+    "view_run": "view.viewer",
+    "VOC": "data.classes",
     "write_report": "report.overview",
 }
 
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'darseg' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"darseg.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # type checkers know the names above, and report all others
+
+    def __getattr__(name: str) -> Any:
+        if name in ("demo", "view"):  # rooms; called, they are the old names of `run_demo` and `view_run`
+            return importlib.import_module(f"darseg.{name}")
+        if name not in _HOMES:
+            raise AttributeError(f"module 'darseg' has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"darseg.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -26,17 +26,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 
+from darseg.choices import AnnotationFormat
 from darseg.data.classes import IGNORE
 from darseg.data.images import read_image
 from darseg.data.manifest import find_files, sample_id
 from darseg.errors import DarsegError, DataError
 
-FORMATS = ("coco", "panoptic", "labelme", "cityscapes", "cvat")
+FORMATS = get_args(AnnotationFormat)
 PER_IMAGE = ("labelme", "cityscapes")  # one file per image, so a folder of them is read
 
 # What OpenCV reads at most; also the most that a polygon, drawn whole before it is cut, may span.
@@ -127,7 +128,7 @@ class Annotations:
 
 
 def read_annotations(
-    path: Path, format: str | None = None, panoptic_folder: Path | None = None
+    path: Path, format: AnnotationFormat | None = None, panoptic_folder: Path | None = None
 ) -> Annotations:
     """Annotations of a file, or of a folder with one JSON file per image (labelme, Cityscapes).
 

@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from darseg.annotate.annotations import AnnotatedImage, Annotations, paint, read_annotations
+from darseg.choices import AnnotationFormat
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
 from darseg.data.files import ASIDE, write_whole
 from darseg.data.maps import label_path, write_map
@@ -66,7 +67,7 @@ def rasterize_folder(
     annotations: Path | str,
     out: Path | str,
     *,
-    format: str | None = None,
+    format: AnnotationFormat | None = None,
     classes: str | Sequence[str] | None = None,
     background: str | None = None,
     ignore_other: bool = False,

@@ -21,6 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
+from darseg.choices import Architecture, LabelFormat, Precision
 from darseg.pseudo.labeling import (
     Confidence,
     Labeling,
@@ -147,7 +148,7 @@ class DataConfig(_Section):
     classes: Annotated[Any, PlainValidator(_classes)]  # cityscapes | voc | camvid | names | {name: [r, g, b]}
     ignore: Annotated[StrictInt, Field(ge=0, le=255)] = 255
     label_values: Annotated[Any, PlainValidator(_values)] = "index"
-    label_format: Literal["auto", "index", "color"] = "auto"
+    label_format: LabelFormat = "auto"
     label_colors: Annotated[Any, PlainValidator(_label_colors)] | None = None
     images: StrictStr | None = None  # None: images, or the layout's
     labels: StrictStr | None = None  # None: labels, or the layout's
@@ -213,7 +214,7 @@ def _weights(value: Any) -> Any:
 
 
 class NetworkConfig(_Section):
-    architecture: Literal["pspnet", "deeplabv2"] = "pspnet"
+    architecture: Architecture = "pspnet"
     backbone: StrictStr = "resnet50"  # resnet18|34|50|101, …_half, …_deep, resnet101_caffe, timm/NAME
     output_stride: Literal[8, 16] = 8
     weights: Annotated[
@@ -257,7 +258,7 @@ class TrainingConfig(_Section):
     weight_decay: NotNegative = 1e-4
     power: Positive = 0.9
     pseudo_weight: NotNegative = 1.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     sync_batchnorm: StrictBool | None = None  # None: on for pspnet
     compile: StrictBool = False
     recompute: StrictBool = False

@@ -34,7 +34,7 @@ LABELED, UNLABELED, VALIDATION = 16, 160, 60
 PICTURE_ROWS = 4
 
 
-def demo(
+def run_demo(
     out: Path | str,
     seed: int = 0,
     console: Console | None = None,

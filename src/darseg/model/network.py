@@ -6,12 +6,13 @@ Letters: B images, K classes, H x W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from darseg.choices import Architecture
 from darseg.errors import DataError, RecipeError, SizeError, faults
 from darseg.model.backbone import OUTPUT_STRIDES, Backbone, build_backbone
 from darseg.model.heads import (
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from darseg.data.prediction import Prediction
     from darseg.model.predict import Protocol
 
-ARCHITECTURES = ("pspnet", "deeplabv2")
+ARCHITECTURES = get_args(Architecture)
 HEAD_CHANNELS = 512
 """Width of PSPNet's last 3x3 convolution, as published."""
 
@@ -171,7 +172,7 @@ class NetworkSpec:
     instead of four, as the release does.
     """
 
-    architecture: str = "pspnet"
+    architecture: Architecture = "pspnet"
     backbone: str = "resnet50"
     classes: int = 19
     output_stride: int = 8
@@ -217,7 +218,7 @@ class NetworkSpec:
 
 
 def build_network(
-    architecture: str = "pspnet",
+    architecture: Architecture = "pspnet",
     backbone: str = "resnet50",
     classes: int = 19,
     output_stride: int = 8,

@@ -33,6 +33,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from darseg.choices import ReleasedNetwork
 from darseg.data.classes import ClassSet
 from darseg.data.files import ASIDE, storage_error, write_whole
 from darseg.errors import RecipeError, WeightsError, faults
@@ -246,7 +247,7 @@ def _classes_in(found: Mapping[str, Tensor]) -> int | None:
 def convert(
     source: Path | str,
     out: Path | str,
-    architecture: str,
+    architecture: ReleasedNetwork,
     classes: int | None = None,
     release_classifier: bool = False,
     class_set: ClassSet | None = None,

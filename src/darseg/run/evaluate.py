@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from darseg.choices import Role
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
@@ -79,7 +80,7 @@ def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> No
 def evaluate(
     source: Path | str,
     recipe: Recipe | None = None,
-    role: str = "validation",
+    role: Role = "validation",
     round_index: int | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import cv2
 import numpy as np
 from rich.console import Console
 
+from darseg.choices import Existing, PredictionKind
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files, sample_id
 from darseg.data.maps import write_map
@@ -26,8 +27,8 @@ from darseg.run.evaluate import load_trained
 from darseg.run.journal import Journal
 
 OVERLAY_OPACITY = 0.55  # of the class colors over the image
-KINDS = ("index", "color", "overlay", "confidence")
-EXISTING = ("fault", "keep", "replace")
+KINDS = get_args(PredictionKind)
+EXISTING = get_args(Existing)
 CERTAIN = 65535
 """Value of probability 1 in confidence maps."""
 
@@ -74,7 +75,7 @@ def predict_folder(
     out: Path | str,
     kinds: Sequence[str] = KINDS,
     round_index: int | None = None,
-    existing: Literal["fault", "keep", "replace"] = "fault",
+    existing: Existing = "fault",
     console: Console | None = None,
 ) -> Predicted:
     """Predict images and videos, by the recipe's evaluation protocol, into `out/KIND/NAME.png`.

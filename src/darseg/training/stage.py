@@ -13,7 +13,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from darseg.choices import Precision
 from darseg.data.batches import Batch
 from darseg.errors import Interrupted, NumericsError
 from darseg.model.network import Network, parameter_groups
@@ -34,7 +34,6 @@ processes of a step are added up: means over a batch divide by `Batch.count_labe
 Streams = Callable[[int], Sequence[Iterator[Batch]]]
 """First step → the streams of batches from there on; each process has its own share."""
 
-Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 SMALLEST_SCALE = 1.0

@@ -70,7 +70,7 @@ HEADERS = {
 }
 
 
-def view(
+def view_run(
     run: Path | str,
     round_index: int | None = None,
     port: int | None = None,

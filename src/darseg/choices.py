@@ -1,0 +1,30 @@
+"""What a recipe, a command or an argument can choose from, where several rooms share the choice.
+
+Each is a `Literal`, so the recipe, the command line and type checkers know the same values. The module imports nothing
+of darseg and is open to every room, as `errors` is; `darseg --help` needs it before anything slow is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Role = Literal["validation", "test", "labeled", "unlabeled"]
+"""What the images of a recipe are for."""
+LabelFormat = Literal["auto", "index", "color"]
+"""What the pixels of a label file hold."""
+BuiltInClasses = Literal["cityscapes", "voc", "camvid"]
+"""The class sets that darseg knows by name."""
+AnnotationFormat = Literal["coco", "panoptic", "labelme", "cityscapes", "cvat"]
+"""The annotation files that can be drawn as label maps."""
+
+Architecture = Literal["pspnet", "deeplabv2"]
+"""What follows the backbone of a network."""
+ReleasedNetwork = Literal["pspnet50", "deeplabv2_101"]
+"""The networks of the original release."""
+Precision = Literal["fp32", "bf16", "fp16"]
+"""The number format of a training step."""
+
+PredictionKind = Literal["index", "color", "overlay", "confidence"]
+"""What `predict` writes: class values, class colors, colors over the image, or probabilities."""
+Existing = Literal["fault", "keep", "replace"]
+"""What `predict` does with files that exist: refuse, keep those that are whole, or replace them."""

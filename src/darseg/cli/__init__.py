@@ -1,0 +1,67 @@
+"""The command line: commands → functions. Prints and exits, decides nothing.
+
+torch, OpenCV and pydantic are imported inside the commands, so that `darseg --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from darseg import __version__
+from darseg.cli.data import check, init, plan, rasterize, split
+from darseg.cli.labeling import label, redistribute
+from darseg.cli.networks import convert, evaluate, export, predict
+from darseg.cli.runs import demo, report, train, view
+from darseg.errors import DarsegError, Interrupted
+
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
+
+app = typer.Typer(
+    name="darseg",
+    help="Train a good segmentation network from a few labeled images and many unlabeled ones.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"darseg {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    pass
+
+
+# In the order of --help.
+for command in (demo, init, train, report, evaluate, predict, view, export, convert, label, redistribute):
+    app.command()(command)
+for command in (rasterize, check, plan, split):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line: a DarsegError becomes a message and exit code 2, Ctrl-C exit code 130."""
+    try:
+        app()
+    except Interrupted as error:
+        print(f"darseg: {error} The same command goes on where it was.", file=sys.stderr)
+        sys.exit(error.code)
+    except DarsegError as error:
+        print(f"darseg: {error}", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer exits without a message
+            print("darseg: interrupted. What was finished is kept.", file=sys.stderr)
+        raise

@@ -1,0 +1,110 @@
+"""Commands that pseudo-label: with a trained network, or from predictions of any framework."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from darseg.cli.options import RoundIndex, Source
+from darseg.cli.tables import print_labels
+from darseg.pseudo.labeling import Confidence, Method, Sampling
+
+METHOD = "How thresholds are chosen."
+THRESHOLD = "Confidence threshold (method: global)."
+CONFIDENCE = "Scale that confidences are counted on."
+SAMPLING = "Drop the surplus of ties at random, or keep it."
+SEED = "Seed of the random sampling."
+TWICE = "Predict again instead of keeping predictions on the disk while labeling."
+
+
+def label(
+    source: Source,
+    images: Annotated[Path, typer.Argument(help="A folder of images to pseudo-label.")],
+    out: Annotated[Path, typer.Argument(help="Folder for ID.png and redistribution.json.")],
+    recipe: Annotated[
+        Path | None, typer.Option(help="For a checkpoint: the recipe it was trained with.")
+    ] = None,
+    class_counts: Annotated[
+        Path | None,
+        typer.Option(help="JSON file: labeled pixels per class. Default: counted in the labeled masks."),
+    ] = None,
+    round_index: RoundIndex = None,
+    labeling_ratio: Annotated[
+        float | None, typer.Option(help="Share of all pixels to label. Default: the last round's.")
+    ] = None,
+    method: Annotated[Method | None, typer.Option(help=f"{METHOD} Default: the recipe's.")] = None,
+    threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
+    confidence: Annotated[
+        Confidence | None, typer.Option(help=f"{CONFIDENCE} Default: the recipe's.")
+    ] = None,
+    sampling: Annotated[Sampling | None, typer.Option(help=f"{SAMPLING} Default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help=f"{SEED} Default: the recipe's.")] = None,
+    predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Number of CPU threads. Default: the recipe's.")
+    ] = None,
+) -> None:
+    """Pseudo-label a folder of images with a trained network; torchrun shares the work among processes."""
+    from darseg.config.text import load_recipe
+    from darseg.run.label import label_folder
+
+    record = label_folder(
+        source,
+        images,
+        out,
+        recipe=load_recipe(recipe) if recipe else None,
+        class_counts=class_counts,
+        round_index=round_index,
+        labeling_ratio=labeling_ratio,
+        method=method,
+        threshold=threshold,
+        confidence=confidence,
+        sampling=sampling,
+        seed=seed,
+        predict_twice=predict_twice,
+        threads=threads,
+    )
+    print_labels(record, out)
+
+
+def redistribute(
+    predictions: Annotated[
+        Path, typer.Argument(help="ID.npy or ID.npz: logits [K, H, W]; subfolders allowed.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder for ID.png and redistribution.json.")],
+    class_counts: Annotated[
+        Path, typer.Option(help="JSON file: labeled pixels per class, a list or name → count.")
+    ],
+    labeling_ratio: Annotated[
+        float | None,
+        typer.Option(help="Share of all pixels to label, 0 < ratio <= 1 (not with method global)."),
+    ] = None,
+    method: Annotated[Method, typer.Option(help=METHOD)] = "dars",
+    threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
+    confidence: Annotated[Confidence, typer.Option(help=CONFIDENCE)] = "float16",
+    sampling: Annotated[Sampling, typer.Option(help=SAMPLING)] = "random",
+    seed: Annotated[int, typer.Option(min=0, help=SEED)] = 0,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="The files hold probabilities, after the softmax.")
+    ] = False,
+    predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
+) -> None:
+    """Label images from predictions of any framework, without the bias toward majority classes."""
+    from darseg.run.label import redistribute_folder
+
+    record = redistribute_folder(
+        predictions,
+        out,
+        class_counts,
+        labeling_ratio,
+        method=method,
+        threshold=threshold,
+        confidence=confidence,
+        sampling=sampling,
+        seed=seed,
+        probabilities=probabilities,
+        predict_twice=predict_twice,
+    )
+    print_labels(record, out)

@@ -1,0 +1,166 @@
+"""Commands for trained networks: evaluate, predict, export, convert."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
+from darseg.cli.options import RoundIndex, Source
+from darseg.cli.tables import print_table, text_of
+
+
+def evaluate(
+    source: Source,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[section.key=value …]",
+            help='Change the protocol or the data, e.g. "evaluation.scales=[0.75, 1.0]" data.root=PATH.',
+        ),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="For a checkpoint: the recipe with its data.")] = None,
+    role: Annotated[Role, typer.Option(help="The images to score on.")] = "validation",
+    round_index: RoundIndex = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
+) -> None:
+    """Score a trained network on labeled images, by the recipe's protocol or a changed one."""
+    from darseg.config.text import load_recipe
+    from darseg.run.build import classes_of
+    from darseg.run.directory import RunDirectory, write_json
+    from darseg.run.evaluate import evaluate as run_evaluate
+
+    changes = overrides or []
+    loaded = load_recipe(recipe, changes) if recipe else None
+    scores, protocol = run_evaluate(
+        source, loaded, role=role, round_index=round_index, overrides=[] if loaded else changes
+    )
+    names = classes_of(loaded or load_recipe(RunDirectory(source).recipe, changes)).names
+    record: dict[str, Any] = scores.to_json(names) | {"protocol": protocol.describe(), "role": role}
+    rows = [["class", "IoU", "precision", "recall"]]
+    rows += [[name, *(record[key][name] for key in ("iou", "precision", "recall"))] for name in names]
+    print_table(rows)
+    print(f"Protocol: {protocol.describe()}")
+    for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
+        print(f"{key.replace('_', ' ')}: {text_of(record[key])}")
+    if out:
+        write_json(out, record)
+
+
+def predict(
+    source: Source,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES",
+            help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".',
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for index/, color/, overlay/ and confidence/.")
+    ],
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="|".join(get_args(PredictionKind)), help="Write only this kind; may be repeated."
+        ),
+    ] = None,
+    round_index: RoundIndex = None,
+    existing: Annotated[
+        Existing,
+        typer.Option(help="If files exist: report a fault, keep those that are whole, or replace them."),
+    ] = "fault",
+) -> None:
+    """Predict images and videos: class values, class colors, colors over the image, and confidences."""
+    from darseg.errors import DataError, faults
+    from darseg.run.predict import KINDS, predict_folder
+
+    kinds = kind or KINDS
+    done = predict_folder(source, images, out, kinds=kinds, round_index=round_index, existing=existing)
+    counts = [f"{done.images} image(s)"] if done.images or not done.videos else []
+    counts += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []
+    counts += [f"{done.kept} that were done before"] if done.kept else []
+    print(f"{', '.join(counts)}: {', '.join(str(out / name) for name in kinds)}")
+    if done.failed:
+        raise DataError(
+            faults(
+                f"{len(done.failed)} file(s) could not be read completely; all others are done",
+                done.failed,
+            )
+        )
+
+
+def export(
+    source: Source,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.onnx|OUT.pt2", help="ONNX or torch.export file; must not exist.")
+    ],
+    round_index: RoundIndex = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(help="Images to check the file with. Default: the run's validation images."),
+    ] = None,
+) -> None:
+    """Write a trained network for programs without darseg, and check that the file gives the same classes."""
+    from darseg.run.export import export_network
+
+    print("Writing the file, then checking it on real images: half a minute or more.", file=sys.stderr)
+    for line in export_network(source, out, round_index=round_index, images=images).describe():
+        print(line)
+    print(f"Written to {out}")
+
+
+def convert(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint of the release or of semseg; nothing in it is run.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT.safetensors", help="The network to write; must not exist.")
+    ],
+    architecture: Annotated[ReleasedNetwork, typer.Option(help="The network of the checkpoint.")],
+    classes: Annotated[
+        int | None, typer.Option(min=2, help="Number of classes. Default: as many as the file has.")
+    ] = None,
+    release_classifier: Annotated[
+        bool,
+        typer.Option(
+            "--release-classifier", help="Sum 2 of DeepLabv2's 4 branches, as published checkpoints need."
+        ),
+    ] = False,
+    names: Annotated[
+        BuiltInClasses | None, typer.Option(help="Store the names and colors of these classes.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option(help="With --no-strict, take what fits and draw the rest at random.")
+    ] = True,
+) -> None:
+    """Turn a checkpoint of the original release into a network of darseg, for evaluate, predict and label."""
+    from darseg.data.classes import class_set
+    from darseg.model.weights import convert as run_convert
+
+    report = run_convert(
+        checkpoint,
+        out,
+        architecture,
+        classes=classes,
+        release_classifier=release_classifier,
+        class_set=class_set(names) if names else None,
+        strict=strict,
+    )
+    print(f"{len(report.loaded)} tensors of {checkpoint} are in {out}")
+    if architecture == "deeplabv2_101" and not release_classifier:
+        print(
+            "note: the classifier sums all four branches. The release trained its own checkpoints with two, so they"
+        )
+        print("reach its scores only with --release-classifier")
+    for title, lines in (
+        ("missing in the file, drawn at random", report.unfilled),
+        ("in the file, but not in the network", report.unused),
+        ("batch counts missing in the file, set to 0", report.uncounted),
+    ):
+        if lines:
+            print(f"{title}:")
+            print("\n".join(f"  {line}" for line in lines))

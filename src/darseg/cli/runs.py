@@ -1,0 +1,101 @@
+"""Commands about runs: train, look at what came out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from darseg.cli.options import Overrides, RecipeFile
+from darseg.cli.tables import print_table, rounds_table
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the drawn data, both runs and the picture.")] = Path(
+        "demo"
+    ),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training; the data are always the same.")] = 0,
+) -> None:
+    """Draw a long-tailed data set, train on it with and without DARS, and compare class by class."""
+    from darseg.demo.demo import run_demo
+    from darseg.report.overview import write_report
+
+    run_demo(out, seed, after_round=write_report)
+
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/NAME_OF_RECIPE.")] = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(help="Another run folder; copy the steps it finished with the same inputs."),
+    ] = None,
+) -> None:
+    """Run all rounds of a recipe, or continue where it stopped: label, train and evaluate in each round."""
+    from darseg.config.text import load_recipe
+    from darseg.report.overview import write_report
+    from darseg.run.rounds import train as run_train
+
+    folder = out or Path("runs") / recipe.stem
+    summary = run_train(load_recipe(recipe, overrides or []), folder, reuse, after_round=write_report)
+    print_table(rounds_table(summary))
+    print(f"Written to {folder}")
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN… [OUT.html]", help="Run folders; several are compared."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page to write. Default: report.html in the run folder; comparison.html in the current folder."
+        ),
+    ] = None,
+) -> None:
+    """Write a page about a run, finished or not, or one that compares runs. The page needs no internet."""
+    from darseg.report.comparison import NAME, compare_runs
+    from darseg.report.overview import write_report
+
+    last = runs[-1]
+    if out is None and len(runs) > 1 and last.suffix.lower() in (".html", ".htm") and not last.is_dir():
+        *runs, out = runs
+    if len(runs) == 1:
+        print(f"Written to {write_report(runs[0], out)}")
+        return
+    compared = compare_runs(runs, out or Path(NAME))
+    print_table(compared.rows)
+    for warning in compared.warnings:
+        print(f"warning: {warning}")
+    print(f"Written to {compared.out}")
+
+
+def view(
+    run: Annotated[Path, typer.Argument(help="A run folder with pseudo labels.")],
+    round_index: Annotated[
+        int | None,
+        typer.Option(
+            "--round", min=1, help="Round whose pseudo labels to show. Default: the last that has some."
+        ),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="Port of the page; 0: any free one. Default: 8765, or the next free one."
+        ),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Also open the page in the browser.")] = False,
+) -> None:
+    """Look through the unlabeled images of a run in the browser, and mark bad ones. Nothing leaves this machine."""
+    from darseg.view.viewer import view_run
+
+    view_run(
+        run,
+        round_index,
+        port,
+        open_browser=open_browser,
+        say=lambda line: print(line, flush=True),
+    )

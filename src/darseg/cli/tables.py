@@ -1,0 +1,129 @@
+"""Tables of plain text, which can be piped and pasted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from darseg.run.build import Round
+    from darseg.run.check import Plan
+
+Rows = list[list[Any]]
+
+
+def print_table(rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows with aligned columns, the first column to the left and the others to the right."""
+    cells = [[text_of(value) for value in row] for row in rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    for first, *others in cells:
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *aligned]))
+
+
+def text_of(value: Any) -> str:
+    """A value as a cell shows it: fractions with four digits, None as "undefined"."""
+    if value is None:
+        return "undefined"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def share_of_labeled(pixels: Any, k: int) -> str:
+    """Share of class k among the labeled pixels; `pixels` [K + 1] counts each class, then the ignored pixels."""
+    return f"{pixels[k] / max(1, pixels[:-1].sum()):.4%}"
+
+
+def share_ignored(pixels: Any) -> str:
+    """Share of the ignored pixels among all; `pixels` as for `share_of_labeled`."""
+    return f"{pixels[-1] / max(1, pixels.sum()):.4%}"
+
+
+def counts_by_role(counts: Iterable[tuple[str, int]]) -> str:
+    """("labeled", 3), ("unlabeled", 7) → "3 labeled, 7 unlabeled"."""
+    return ", ".join(f"{count} {role}" for role, count in counts)
+
+
+def rounds_table(summary: dict) -> Rows:
+    """The validation scores of a run, a column for each round."""
+    rounds = summary["rounds"]
+    rows: Rows = [["validation", *(f"round {scored['round']}" for scored in rounds)]]
+    rows += [[name, *(scored["iou"][name] for scored in rounds)] for name in summary["classes"]]
+    for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
+        rows.append([key.replace("_", " "), *(scored[key] for scored in rounds)])
+    rows.append(["seconds", *(f"{scored['seconds']:.0f}" for scored in rounds)])
+    return rows
+
+
+def plan_table(plan: Plan) -> Rows:
+    """What each round of a plan does, a row for each round."""
+    columns = ("round", "ratio", "epochs", "of steps", "steps", "images a step", "scale", "span")
+    rows: Rows = [[*columns, "rate at start", "at end"]]
+    for planned, (begin, end) in zip(plan.rounds, plan.rates, strict=True):
+        rows.append([*_planned_cells(planned), f"{begin:.6g}", f"{end:.6g}"])
+    return rows
+
+
+def _planned_cells(planned: Round) -> list[str]:
+    low, high = planned.augmentation.scale
+    return [
+        str(planned.index),
+        "-" if planned.labeling_ratio is None else f"{planned.labeling_ratio:g}",
+        "-" if planned.epochs is None else str(planned.epochs),
+        str(planned.epoch_steps),
+        str(planned.steps),
+        f"{planned.batch} + {planned.pseudo_batch}" if planned.pseudo_batch else str(planned.batch),
+        f"{low:g} – {high:g}",
+        f"{planned.span[0]:.4g} – {planned.span[1]:.4g}",
+    ]
+
+
+def print_split(record: dict) -> None:
+    """Print what `split.json` holds: the classes of both lists, the counts, and warnings."""
+    lists = record["lists"]
+    with_labels = {role: summary for role, summary in lists.items() if summary["pixels"]}
+    if with_labels:
+        print_table(_classes_of_lists(with_labels))
+    print("images: " + counts_by_role((role, summary["images"]) for role, summary in lists.items()))
+    if record["sequences"]:
+        counts = ((role, len(summary["sequences"])) for role, summary in lists.items())
+        print("sequences: " + counts_by_role(counts))
+    labeled = lists["labeled"]
+    if labeled["images"] != record["count"]:
+        print(
+            f"warning: {record['count']} labeled images were asked for; whole sequences give {labeled['images']}"
+        )
+    if labeled["without_label"]:
+        print(
+            f"warning: {labeled['without_label']} images of labeled.txt have no label map yet; annotate them first"
+        )
+    if record["absent"]:
+        print(f"warning: classes without a pixel in labeled.txt: {', '.join(record['absent'])}")
+
+
+def _classes_of_lists(lists: dict[str, dict]) -> Rows:
+    columns = [column for role in lists for column in (f"{role}: images", "share of pixels")]
+    rows: Rows = [["class", *columns]]
+    for name in next(iter(lists.values()))["pixels"]:
+        cells: list[Any] = [name]
+        for summary in lists.values():
+            share = summary["pixels"][name] / max(1, sum(summary["pixels"].values()))
+            cells += [summary["images_with_class"][name], f"{share:.4%}"]
+        rows.append(cells)
+    return rows
+
+
+def print_labels(record: dict, out: Path) -> None:
+    """Print what `redistribution.json` holds, a row for each class; under torchrun only the first process prints."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    names = record["classes"] or [f"class {k}" for k in range(len(record["kept"]))]
+    columns = ("threshold", "keep", "wanted", "predicted", "accepted", "kept")
+    rows: Rows = [["class", *columns]]
+    for k, name in enumerate(names):
+        threshold, *counts = (record[column][k] for column in columns)
+        rows.append([name, "-" if threshold is None else threshold, *counts])
+    print_table(rows)
+    share = sum(record["kept"]) / max(1, sum(record["predicted"]))
+    print(f"{record['images']} images, {share:.2%} of their pixels labeled, in {out}")
