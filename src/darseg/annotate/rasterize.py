@@ -1,4 +1,4 @@
-"""Annotation files of other tools into label maps: look at all of them, then draw one image after the other."""
+"""Annotation files of other tools → label maps: first all files are checked, then image after image is drawn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import numpy as np
 import yaml
 from rich.console import Console
 
-from darseg.annotate.annotations import AnnotatedImage, Annotations, paint, read_annotations
+from darseg.annotate.annotations import read_annotations
+from darseg.annotate.regions import AnnotatedImage, Annotations, paint
 from darseg.choices import AnnotationFormat
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
 from darseg.data.files import ASIDE, write_whole
@@ -21,7 +22,7 @@ from darseg.errors import DataError, RunError, faults
 from darseg.run.journal import Journal
 
 CLASSES = "classes.yaml"
-"""In the folder of label maps: the classes in their order, and pixels of each."""
+"""File in the folder of label maps: the classes in their order, and the pixels of each."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Rasterized:
         classes: names; class k is `classes[k]`.
         pixels: int64 [K + 1], over all maps; the last entry counts pixels that are not labeled.
         images: how many maps were written.
-        skipped: kind of shape that is no area → how many were passed over.
+        skipped: kind of shape that is not an area → how many were skipped.
         faults: a line each; the images they concern were not written.
     """
 
@@ -50,17 +51,26 @@ class Rasterized:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What is in the files.
+    """What the files hold.
 
     Attributes:
-        categories: annotations of each; those that the format counts as void are left out.
-        where: id → place of each image that may be drawn.
+        categories: name → number of annotations; categories that are void in the format are left out.
+        where: id → place of each image that can be drawn.
     """
 
     categories: Counter[str]
     where: Mapping[str, str]
     skipped: Counter[str]
     faults: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What is drawn into: the folder, the names of the classes, and the value of pixels that no region covers."""
+
+    out: Path
+    names: tuple[str, ...]
+    unclaimed: int
 
 
 def rasterize_folder(
@@ -76,70 +86,43 @@ def rasterize_folder(
 ) -> Rasterized:
     """Draw annotation files as label maps `out/ID.png`: 8-bit PNGs of class indices, 255 = not labeled.
 
-    Which pixels a shape covers is said in `darseg.annotate.annotations`. The same input gives the same bytes.
+    `darseg.annotate.shapes` says which pixels a shape covers. The same input gives the same bytes.
 
     Args:
         annotations: a COCO or CVAT file, or a file or folder of labelme's or Cityscapes' JSON files.
-        out: a new folder, or one this function wrote before with the same classes; `classes.yaml` is added to the maps.
+        out: a new folder, or one that this function wrote before with the same classes. It gets the maps and
+            `classes.yaml`.
         format: "coco", "panoptic", "labelme", "cityscapes" or "cvat"; default: recognized by content.
-        classes: a built-in set's name, or names in their order (a list, or one text with commas). Default: all
+        classes: a built-in set's name, or names in their order (a list, or one string with commas). Default: all
             categories, COCO's by id, others by name.
-        background: the class of pixels that nobody annotated, put first if it is not among the classes; default: they
-            are not labeled.
+        background: the class of pixels that nobody annotated, put first unless it is among the classes; default: these
+            pixels are not labeled.
         ignore_other: pixels of categories that are not among the classes are not labeled; default: a fault.
         panoptic_folder: PNGs of a COCO panoptic file; default: the file's path without suffix.
 
     Returns:
-        what was written, with all faults of single images; the images without fault are done.
+        what was written, with all faults of single images; images without faults are done.
 
-    Raises DataError, before anything is written, where categories are no classes, the classes do not work, or no image
-    can be drawn; RunError where `out` holds something else; StorageError.
+    Raises DataError, before anything is written, if categories are not classes, the classes do not work, or no image can
+    be drawn; RunError if `out` holds something else; StorageError.
     """
     out = Path(out)
-    read = read_annotations(
-        Path(annotations), format, None if panoptic_folder is None else Path(panoptic_folder)
-    )
-    survey = _look(read)
-    names, wrong = _choose(read, survey, classes, background, ignore_other)
-    if not wrong and not survey.where:
-        wrong = [f"{annotations}: no image can be drawn"]
-    if wrong:
-        raise DataError(faults("Nothing was written", [*wrong, *survey.faults]))
+    folder = None if panoptic_folder is None else Path(panoptic_folder)
+    source = read_annotations(Path(annotations), format, folder)
+    survey = _look(source)
+    names, problems = _choose(source, survey, classes, background=background, ignore_other=ignore_other)
+    if not problems and not survey.where:
+        reason = "every image has faults" if survey.faults else "there are no images in it"
+        problems = [f"{annotations}: nothing can be drawn, since {reason}"]
+    if problems:
+        raise DataError(faults("Nothing was written", [*problems, *survey.faults]))
     _begin(out, names)
-    index = {name: k for k, name in enumerate(names)}
-    unclaimed = IGNORE if background is None else index[background]
-    counts = np.zeros(256, np.int64)
-    found = dict.fromkeys(survey.faults)
-    done = 0
-
-    def good() -> Iterator[AnnotatedImage]:
-        for image in read.images():
-            if isinstance(image, str):
-                found[image] = None
-            elif survey.where.get(image.id) == image.where:
-                yield image
-
-    def count(_: AnnotatedImage, painted: np.ndarray | list[str]) -> np.ndarray | None:
-        nonlocal counts, done
-        if isinstance(painted, list):
-            found.update(dict.fromkeys(painted))
-            return None
-        counts += np.bincount(painted.reshape(-1), minlength=256)
-        done += 1
-        return painted
-
-    def write(image: AnnotatedImage, label: np.ndarray | None) -> None:
-        if label is not None:
-            write_map(label_path(out, image.id), label)
-
-    with Journal(None, None, console or Console()).progress("rasterize", len(survey.where)) as advance:
-        overlapped(good(), lambda image: paint(image, index, unclaimed), count, write, advance)
-    pixels = np.append(counts[: len(names)], counts[IGNORE])
-    result = Rasterized(names, pixels, done, dict(sorted(survey.skipped.items())), tuple(found))
+    unclaimed = IGNORE if background is None else names.index(background)
+    result = _draw(source, survey, _Target(out, names, unclaimed), console=console or Console())
     described = {
-        "pixels": dict(zip(names, pixels.tolist(), strict=False)),
-        "not_labeled": int(pixels[-1]),
-        "images": done,
+        "pixels": dict(zip(names, result.pixels.tolist(), strict=False)),
+        "not_labeled": int(result.pixels[-1]),
+        "images": result.images,
     }
     write_whole(
         out / CLASSES, _classes_text(names) + yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
@@ -147,39 +130,80 @@ def rasterize_folder(
     return result
 
 
-def _look(read: Annotations) -> _Survey:
-    """Go through all images without drawing."""
-    wrong: list[str] = []
+def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Console) -> Rasterized:
+    """Write the label maps of all images without faults."""
+    index = {name: k for k, name in enumerate(target.names)}
+    counts = np.zeros(256, np.int64)
+    fault_lines = dict.fromkeys(survey.faults)  # in order and without repetition
+    done = 0
+
+    def drawable() -> Iterator[AnnotatedImage]:
+        for image in source.images():
+            if isinstance(image, str):
+                fault_lines[image] = None
+            elif survey.where.get(image.id) == image.where:
+                yield image
+
+    def count(_: AnnotatedImage, painted: np.ndarray | list[str]) -> np.ndarray | None:
+        nonlocal counts, done
+        if isinstance(painted, list):
+            fault_lines.update(dict.fromkeys(painted))
+            return None
+        counts += np.bincount(painted.reshape(-1), minlength=256)
+        done += 1
+        return painted
+
+    def write(image: AnnotatedImage, label: np.ndarray | None) -> None:
+        if label is not None:
+            write_map(label_path(target.out, image.id), label)
+
+    with Journal(None, None, console).progress("rasterize", len(survey.where)) as advance:
+        overlapped(
+            drawable(),
+            read=lambda image: paint(image, index, target.unclaimed),
+            work=count,
+            write=write,
+            advance=advance,
+        )
+    pixels = np.append(counts[: len(target.names)], counts[IGNORE])
+    skipped = dict(sorted(survey.skipped.items()))
+    return Rasterized(target.names, pixels, images=done, skipped=skipped, faults=tuple(fault_lines))
+
+
+def _look(source: Annotations) -> _Survey:
+    """Check all images without drawing them."""
+    fault_lines: list[str] = []
     categories, skipped = Counter[str](), Counter[str]()
-    same: dict[str, list[tuple[str, str]]] = {}  # id and place of images whose names differ in case at most
-    for image in read.images():
+    same: dict[str, list[tuple[str, str]]] = {}  # id and place of images whose names differ at most in case
+    for image in source.images():
         if isinstance(image, str):
-            wrong.append(image)
+            fault_lines.append(image)
             continue
-        categories.update(one.category for one in image.regions if one.category not in image.void)
+        categories.update(region.category for region in image.regions if region.category not in image.void)
         skipped.update(image.skipped)
         same.setdefault(image.id.casefold(), []).append((image.id, image.where))
     for alike in same.values():
         if len(alike) > 1:
             listed = " and ".join(f"{name} ({where})" for name, where in alike[:8])
-            wrong.append(
-                f"{len(alike)} images differ by no more than suffix and case: {listed}. Rename all but one"
+            fault_lines.append(
+                f"{len(alike)} images have names that differ only in suffix or case: {listed}. Rename all but one"
             )
     where = dict(alike[0] for alike in same.values() if len(alike) == 1)
-    return _Survey(categories, where, skipped, tuple(wrong))
+    return _Survey(categories, where, skipped=skipped, faults=tuple(fault_lines))
 
 
 def _choose(
-    read: Annotations,
+    source: Annotations,
     survey: _Survey,
     classes: str | Sequence[str] | None,
+    *,
     background: str | None,
     ignore_other: bool,
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The classes in their order, and what is wrong with them."""
-    wrong: list[str] = []
+    """The classes in their order, and a line for each problem with them."""
+    problems: list[str] = []
     if classes is None:
-        names = tuple(sorted(survey.categories)) if read.categories is None else read.categories
+        names = tuple(sorted(survey.categories)) if source.categories is None else source.categories
     elif not isinstance(classes, str):
         names = tuple(classes)
     elif classes in BUILT_IN:
@@ -194,41 +218,41 @@ def _choose(
         if name not in names
     ]
     if other and not ignore_other:
-        wrong.append(
-            f"categories that are not among the classes: {', '.join(other)}. Add them (--classes), or leave "
-            "their pixels unlabeled (--other ignore)"
+        problems.append(
+            f"categories that are not among the classes: {', '.join(other)}. Add them (--classes), or leave their pixels "
+            "unlabeled (--other ignore)"
         )
     if len(names) == 1:
-        wrong.append(
-            f"one class, {names[0]!r}, is nothing to tell apart: name what nobody annotated (--background NAME), "
-            "or more classes"
+        problems.append(
+            f"there is only one class, {names[0]!r}. Name a class for the pixels that nobody annotated (--background "
+            "NAME), or give more classes"
         )
     else:
         try:
             class_set(names)
         except DataError as error:
-            wrong.append(str(error))
-    return names, wrong
+            problems.append(str(error))
+    return names, problems
 
 
 def _begin(out: Path, names: tuple[str, ...]) -> None:
-    """Make the folder ours, or see that it is: nobody's images may be overwritten, nor indices be mixed."""
+    """Mark a new folder as ours. Raises RunError if it holds other files or maps of other classes."""
     marker = out / CLASSES
     if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file: choose another folder.")
+        raise RunError(f"{out} is a file. Choose another folder.")
     if marker.exists():
         try:
-            held = yaml.safe_load(marker.read_text(encoding="utf-8"))
-            there = held["classes"]
+            content = yaml.safe_load(marker.read_text(encoding="utf-8"))
+            earlier = content["classes"]
         except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
-            raise RunError(f"{marker} was not written by this command: choose another folder.") from None
-        if there != list(names):
+            raise RunError(f"{marker} was not written by this command. Choose another folder.") from None
+        if earlier != list(names):
             raise RunError(
-                f"{out} holds label maps of other classes: {_flow(there)}, now {_flow(names)}. Their indices would mix: "
-                "choose another folder, remove this one, or fix the classes (--classes)."
+                f"{out} holds label maps of the classes {_flow(earlier)}; now the classes are {_flow(names)}, and their "
+                "indices would mix. Choose another folder, remove this one, or name its classes (--classes)."
             )
     elif out.is_dir() and any(path.suffix != ASIDE for path in out.iterdir()):
-        raise RunError(f"{out} is not empty and was not begun by this command: choose another folder.")
+        raise RunError(f"{out} is not empty and was not made by this command. Choose another folder.")
     else:
         write_whole(marker, _classes_text(names))
 
@@ -238,6 +262,6 @@ def _classes_text(names: Sequence[str]) -> str:
 
 
 def _flow(names: Sequence[str]) -> str:
-    """Names as YAML on one line, quoted where they need it."""
+    """Names as YAML on one line, quoted if necessary."""
     text = yaml.safe_dump(list(names), default_flow_style=True, allow_unicode=True, width=float("inf"))
     return text.strip()

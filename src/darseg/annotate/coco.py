@@ -1,0 +1,247 @@
+"""COCO's files: instances and stuff, and panoptic."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from darseg.annotate.records import Faults, check_coordinate, checked_size, field, image_id, shortened
+from darseg.annotate.regions import AnnotatedImage, Annotations, Draw, Entry, Patch, checked_image
+from darseg.annotate.shapes import run_mask
+from darseg.data.images import read_image
+from darseg.errors import DarsegError, DataError
+
+LARGEST_SEGMENT = (1 << 24) - 1
+"""Segment ids are colors of a PNG: red + 256 green + 65536 blue."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """A COCO file with its references followed.
+
+    Attributes:
+        images: index and id of the images with a usable id.
+        annotations_of: image id → indices of its annotations.
+        names: category id → name.
+        faults: lines about entries that cannot be used.
+    """
+
+    path: Path
+    entries: list[Any]
+    annotations: list[Any]
+    images: list[tuple[int, int | str]]
+    annotations_of: dict[int | str, list[int]]
+    names: dict[int, str]
+    faults: list[str]
+
+    def category(self, record: Any) -> str:
+        """The category's name of an annotation or a segment. Raises DataError."""
+        number = field(record, "category_id", int)
+        if number not in self.names:
+            raise DataError(f"'category_id' is {number}, but no category has this id")
+        return self.names[number]
+
+
+def read_coco(path: Path, content: Any, panoptic_folder: Path | None) -> Annotations:
+    """Instances and stuff; panoptic if there is a folder of PNGs. Raises DataError if it is not a COCO file."""
+    file = _index(path, content)
+
+    def region(annotation: Any, size: tuple[int, int]) -> tuple[str, Draw]:
+        return file.category(annotation), _drawing(field(annotation, "segmentation", list, dict), size)
+
+    def images() -> Iterator[AnnotatedImage | str]:
+        yield from file.faults
+        for k, number in file.images:
+            where = f"{path}: images[{k}]"
+            own = [(f"{path}: annotations[{i}]", file.annotations[i]) for i in file.annotations_of[number]]
+            header = functools.partial(_header, file.entries[k])
+            if panoptic_folder is None:
+                yield from checked_image(Entry(where, header, own, region=region, ordered=False))
+            elif len(own) != 1:
+                yield f"{where}: the image has {len(own)} annotations, expected one, with its PNG and segments"
+            else:
+                at, annotation = own[0]
+                entry = _panoptic_entry(file, k, annotation, at=at, folder=panoptic_folder)
+                yield from checked_image(entry)
+
+    categories = dict.fromkeys(file.names[number] for number in sorted(file.names))
+    return Annotations(images, len(file.entries), tuple(categories))
+
+
+def _index(path: Path, content: Any) -> _File:
+    try:
+        entries, annotations, categories = (
+            field(content, key, list) for key in ("images", "annotations", "categories")
+        )
+    except DataError as error:
+        raise DataError(f"{path} is not a COCO file: {error}.") from error
+    faults = Faults([])
+    names: dict[int, str] = {}
+    for k, category in enumerate(categories):
+        with faults.at(f"{path}: categories[{k}]"):
+            number, name = field(category, "id", int), field(category, "name", str)
+            if names.setdefault(number, name) != name:
+                raise DataError(
+                    f"the id {number} stands for {names[number]!r} and for {name!r}. Give each category its own id"
+                )
+    annotations_of: dict[int | str, list[int]] = {}
+    images: list[tuple[int, int | str]] = []
+    for k, entry in enumerate(entries):
+        with faults.at(f"{path}: images[{k}]"):
+            number = field(entry, "id", int, str)
+            if number in annotations_of:
+                raise DataError(f"an earlier image has the id {number!r}, too. Give each image its own id")
+            annotations_of[number] = []
+            images.append((k, number))
+    for k, annotation in enumerate(annotations):
+        with faults.at(f"{path}: annotations[{k}]"):
+            number = field(annotation, "image_id", int, str)
+            if number not in annotations_of:
+                raise DataError(f"'image_id' is {number!r}, but no image has this id")
+            annotations_of[number].append(k)
+    return _File(
+        path=path,
+        entries=entries,
+        annotations=annotations,
+        images=images,
+        annotations_of=annotations_of,
+        names=names,
+        faults=faults.lines,
+    )
+
+
+def _header(entry: Any) -> tuple[str, tuple[int, int]]:
+    return (
+        image_id(field(entry, "file_name", str)),
+        checked_size(field(entry, "height", int, float), field(entry, "width", int, float)),
+    )
+
+
+def _drawing(segmentation: Any, size: tuple[int, int]) -> Draw:
+    """Draws polygons (a list) or run lengths (an object). Raises DataError."""
+    if isinstance(segmentation, dict):
+        return functools.partial(_run_lengths, segmentation, *size)
+    if not segmentation:
+        raise DataError("'segmentation' is empty, so there is no area. Remove the annotation")
+    for k, polygon in enumerate(segmentation):
+        if not isinstance(polygon, list) or len(polygon) % 2 or len(polygon) < 6:
+            problem = (
+                f"has {len(polygon)} numbers" if isinstance(polygon, list) else f"is {shortened(polygon)}"
+            )
+            raise DataError(f"polygon {k} {problem}, expected x and y of at least 3 points. Fix or remove it")
+        for value in polygon:
+            check_coordinate(value)
+    mask = _pycocotools()
+
+    def draw() -> Patch:
+        return mask.decode(mask.merge(mask.frPyObjects(segmentation, *size))).view(bool), 0, 0
+
+    return draw
+
+
+def _pycocotools() -> ModuleType:
+    try:
+        return importlib.import_module("pycocotools.mask")
+    except ImportError as error:
+        raise DarsegError(
+            f"Polygons of COCO files need pycocotools, which cannot be imported here ({error}). Install it with: "
+            'pip install "darseg[coco]"'
+        ) from error
+
+
+def _run_lengths(segmentation: Any, height: int, width: int) -> Patch:
+    size, counts = field(segmentation, "size", list), field(segmentation, "counts", list, str)
+    if size != [height, width]:
+        raise DataError(
+            f"the mask's size is {shortened(size)}, but its image's is [{height}, {width}] (height, width). Export both "
+            "again"
+        )
+    runs = run_mask(_uncompressed(counts) if isinstance(counts, str) else counts, height, width)
+    return runs.reshape(width, height).T, 0, 0  # COCO counts down the columns
+
+
+def _uncompressed(text: str) -> list[int]:
+    """The run lengths of COCO's compressed string. Raises DataError.
+
+    A character holds 5 bits; from the third number on, numbers are differences to the last but one. pycocotools' decoder
+    does not check its input: with a damaged string it reads or writes outside of its memory.
+    """
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 35:
+            raise DataError(
+                f"{character!r} is not valid in a compressed run-length string. Export the mask again"
+            )
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            if bits & 16:
+                value -= 1 << shift
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise DataError("the compressed run-length string ends inside a number. Export the mask again")
+    return counts
+
+
+def _panoptic_entry(file: _File, k: int, annotation: Any, *, at: str, folder: Path) -> Entry:
+    """Image `k` of a panoptic file with its only annotation, which stands `at` a place."""
+    entry = file.entries[k]
+    listed: set[int] = set()
+
+    def header() -> tuple[str, tuple[int, int]]:
+        image_id(field(annotation, "file_name", str))
+        if not field(annotation, "segments_info", list):
+            raise DataError(
+                "'segments_info' is empty, so nothing is annotated. Remove the image and its annotation"
+            )
+        return _header(entry)
+
+    @functools.cache
+    def ids() -> np.ndarray:  # read once for all segments of the image, when the first is drawn
+        return _panoptic_ids(folder / annotation["file_name"], _header(entry)[1], listed)
+
+    def region(segment: Any, _: tuple[int, int]) -> tuple[str, Draw]:
+        number = field(segment, "id", int)
+        if not 0 < number <= LARGEST_SEGMENT:
+            raise DataError(f"the segment id is {number}, expected an integer from 1 to {LARGEST_SEGMENT}")
+        if number in listed:
+            raise DataError(f"the segment id {number} occurs twice. Give each segment its own id")
+        listed.add(number)
+        return file.category(segment), lambda: (ids() == number, 0, 0)
+
+    segments = annotation.get("segments_info")
+    shapes = [(at, segment) for segment in segments] if isinstance(segments, list) else []
+    return Entry(f"{file.path}: images[{k}]", header, shapes, region=region, ordered=True)
+
+
+def _panoptic_ids(png: Path, size: tuple[int, int], listed: set[int]) -> np.ndarray:
+    """Segment ids, int32 [H, W]. Raises DataError if the PNG does not fit its image and the listed segments."""
+    if not png.is_file():
+        raise DataError(f"{png} does not exist. Put the PNGs there, or name their folder (--panoptic-folder)")
+    parts = read_image(png).astype(np.int32)
+    if parts.shape[:2] != size:
+        raise DataError(
+            f"{png} has {parts.shape[0]} x {parts.shape[1]} pixels, but its image has {size[0]} x {size[1]} (height x "
+            "width). Export it again"
+        )
+    ids = parts[..., 0] + 256 * parts[..., 1] + 65536 * parts[..., 2]
+    values, pixels = np.unique(ids, return_counts=True)
+    unlisted = [
+        (value, count)
+        for value, count in zip(values.tolist(), pixels.tolist(), strict=True)
+        if value and value not in listed
+    ]
+    if unlisted:
+        examples = ", ".join(f"{value} ({count} pixels)" for value, count in unlisted[:8])
+        raise DataError(f"{png}: {len(unlisted)} segment id(s) are missing from 'segments_info': {examples}")
+    return ids

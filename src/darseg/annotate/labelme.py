@@ -1,0 +1,81 @@
+"""labelme's files: one JSON file for each image."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import cv2
+import numpy as np
+
+from darseg.annotate.records import checked_size, field, image_id, shortened
+from darseg.annotate.regions import AnnotatedImage, Draw, Entry, Patch, checked_image
+from darseg.annotate.shapes import box, checked_points, ellipse, polygon
+from darseg.errors import DataError
+
+NO_AREAS = ("point", "points", "line", "linestrip")
+
+
+def read_labelme(path: Path, content: Any, folder: PurePosixPath) -> Iterator[AnnotatedImage | str]:
+    """The image of a file, or its faults. `folder`: the file's folder as seen from the folder of all files."""
+
+    def header() -> tuple[str, tuple[int, int]]:
+        # labelme writes the image's path on the annotator's disk, often ../images/x.jpg or with backslashes. Only the
+        # name is useful here, together with the JSON file's own folder.
+        name = PureWindowsPath(field(content, "imagePath", str)).name
+        size = checked_size(field(content, "imageHeight", int), field(content, "imageWidth", int))
+        return image_id((folder / name).as_posix() if name else name), size
+
+    yield from checked_image(
+        Entry(str(path), header, listed_shapes(path, content, "shapes"), region=_region, ordered=True)
+    )
+
+
+def listed_shapes(path: Path, content: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Where each shape is, and its record. A missing list gives one invalid record, and so becomes a fault."""
+    shapes = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(shapes, list):
+        yield f"{path}: {key}", shapes
+        return
+    for k, shape in enumerate(shapes):
+        yield f"{path}: {key}[{k}]", shape
+
+
+def _region(shape: Any, size: tuple[int, int]) -> tuple[str, Draw] | str:
+    label = field(shape, "label", str)
+    kind = shape.get("shape_type") or "polygon"  # old files name no type: all their shapes are polygons
+    points = shape.get("points")
+    if kind in NO_AREAS:
+        return kind
+    if kind == "polygon":
+        return label, polygon(checked_points(points, 3))
+    if kind not in ("rectangle", "circle", "mask"):
+        raise DataError(f"'shape_type' is {shortened(kind)}, expected polygon, rectangle, circle or mask")
+    first, last = (tuple(point) for point in checked_points(points, 2, 2).tolist())
+    if kind == "rectangle":
+        return label, box(first, last)
+    if kind == "circle":  # the center, and a point on the outline
+        radius = math.hypot(last[0] - first[0], last[1] - first[1])
+        return label, ellipse(first, (radius, radius), size)
+    (left, top), (right, bottom) = (tuple(int(value) for value in point) for point in (first, last))
+    mask_size = (bottom - top + 1, right - left + 1)
+    return label, functools.partial(_mask, field(shape, "mask", str), (left, top), mask_size)
+
+
+def _mask(text: str, corner: tuple[int, int], size: tuple[int, int]) -> Patch:
+    """A mask of (height, width) `size` in Base64. Raises DataError if it cannot be read or has another size."""
+    try:
+        data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
+        mask = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+    except (ValueError, cv2.error):  # not Base64; no bytes at all
+        mask = None
+    if mask is None or mask.shape != size:
+        content = "no image" if mask is None else f"{mask.shape[0]} x {mask.shape[1]} pixels"
+        raise DataError(
+            f"'mask' holds {content}, but its points span {size[0]} x {size[1]} (height x width). Fix or remove the shape"
+        )
+    return mask > 0, *corner

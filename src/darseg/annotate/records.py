@@ -1,0 +1,112 @@
+"""Checked values out of annotation files: files, records of JSON, image names, sizes and coordinates.
+
+Messages leave out the place; whoever reads the record adds it (`Faults.at`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from darseg.data.manifest import sample_id
+from darseg.errors import DataError
+
+# The largest image that OpenCV reads; also the largest polygon, which is drawn whole before it is cut to the image.
+MAX_SIDE = 1 << 20
+MAX_PIXELS = 1 << 30
+
+KINDS: dict[type, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of an annotation file. Raises DataError if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist. Give an annotation file, or a folder of them.") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def parse_json(path: Path, data: bytes) -> Any:
+    """The content of a JSON file. Raises DataError if it is damaged."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: the JSON is damaged ({error}). Export or copy the file again.") from error
+
+
+def field(record: Any, key: str, *kinds: type) -> Any:
+    """A record's value of one of the kinds; a bool is none of them. Raises DataError."""
+    if not isinstance(record, dict):
+        raise DataError(f"found {shortened(record)}, expected an object with {key!r}")
+    if key not in record:
+        raise DataError(f"{key!r} is missing")
+    value = record[key]
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        expected = " or ".join(KINDS[kind] for kind in kinds)
+        raise DataError(f"{key!r} is {shortened(value)}, expected {expected}")
+    return value
+
+
+def shortened(value: Any) -> str:
+    """A value as JSON, at most 40 characters."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+def image_id(name: str) -> str:
+    """The id of an image from its name in the file. Raises DataError if the name leads out of the image folder."""
+    path = PurePosixPath(name)
+    absolute = path.is_absolute() or PureWindowsPath(name).drive
+    if not path.parts or absolute or ".." in path.parts or {"\\", "\0"} & set(name):
+        raise DataError(
+            f"the image name {name!r} is not a path below the image folder. Use a relative path with forward slashes and "
+            "without '..'"
+        )
+    return sample_id(path)
+
+
+def checked_size(height: float, width: float) -> tuple[int, int]:
+    """(height, width) of an image in pixels. Raises DataError if no image can have this size."""
+    sides = (height, width)
+    if not all(1 <= side <= MAX_SIDE and side == int(side) for side in sides) or height * width > MAX_PIXELS:
+        raise DataError(
+            f"the image size is {height} x {width} (height x width), expected integers from 1 to {MAX_SIDE} and at most "
+            f"{MAX_PIXELS} pixels"
+        )
+    return int(height), int(width)
+
+
+def check_coordinate(value: Any) -> None:
+    """Raise DataError unless the value is a number that can be drawn."""
+    # The comparison is false for NaN. Below the bound, int() cannot overflow in OpenCV or pycocotools.
+    if type(value) not in (int, float) or not abs(value) <= MAX_SIDE:
+        raise DataError(
+            f"a coordinate is {shortened(value)}, expected a number from -{MAX_SIDE} to {MAX_SIDE}"
+        )
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Faults of one image or file, a line each."""
+
+    lines: list[str]
+
+    @contextmanager
+    def at(self, where: str) -> Generator[None, None, None]:
+        """Turn a DataError of the block into a line that begins with its place, and go on."""
+        try:
+            yield
+        except DataError as error:
+            self.lines.append(f"{where}: {error}")
