@@ -15,7 +15,7 @@ class _CallableRoom(ModuleType):
         from darseg.demo.demo import run_demo
 
         warnings.warn(
-            "darseg.demo(…) is now darseg.run_demo(…); the next version removes the old name. Call darseg.run_demo.",
+            "Call darseg.run_demo(…) instead of darseg.demo(…), which the next version removes.",
             DeprecationWarning,
             stacklevel=2,
         )

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -39,7 +40,7 @@ def run_demo(
     seed: int = 0,
     console: Console | None = None,
     after_round: Callable[[Path], object] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Draw the scenes, train with DARS and without, print the comparison and draw a picture.
 
     The run without DARS is the control: it trains on the labeled images only, for as many steps as all rounds together.

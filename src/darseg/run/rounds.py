@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -110,7 +111,7 @@ def train(
     reuse: Path | str | None = None,
     console: Console | None = None,
     after_round: Callable[[Path], object] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Run all rounds of a recipe in the folder `out`, or go on where an earlier call stopped.
 
     Args:
@@ -180,7 +181,7 @@ def train(
             raise
 
 
-def run_rounds(course: Course, network: Network) -> dict:
+def run_rounds(course: Course, network: Network) -> dict[str, Any]:
     """The whole run: label (from round 1 on), train, evaluate, round by round; see `train`.
 
     All processes do all three together; the first writes.
@@ -244,7 +245,7 @@ def _report(course: Course, round_: Round) -> None:
         course.journal.say(f"round {round_.index}: report ({time.monotonic() - began:.1f} s)")
 
 
-def environment(processes: int) -> dict:
+def environment(processes: int) -> dict[str, Any]:
     """What a run's bytes can depend on besides the recipe and the data."""
     device = pick_device()
     return {

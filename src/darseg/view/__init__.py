@@ -15,7 +15,7 @@ class _CallableRoom(ModuleType):
         from darseg.view.viewer import view_run
 
         warnings.warn(
-            "darseg.view(…) is now darseg.view_run(…); the next version removes the old name. Call darseg.view_run.",
+            "Call darseg.view_run(…) instead of darseg.view(…), which the next version removes.",
             DeprecationWarning,
             stacklevel=2,
         )
