@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from markupsafe import Markup
+
 from darseg.report.facts import read_data, read_run
 from darseg.report.overview import page_of, pictures_of
 
-NOTE = (
+NOTE = Markup(
     '<p class="hint">The figures above are of CamVid, whose photographs may not be passed on. These pictures are of '
     "another run, on the drawn scenes of the tutorial, to show what this part looks like.</p>"
 )
@@ -29,7 +31,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
     facts, shown = read_run(arguments.run), read_run(arguments.pictures)
-    page = page_of(facts, read_data(facts), NOTE + pictures_of(shown, read_data(shown)), 0.0)
+    page = page_of(facts, read_data(facts), NOTE + pictures_of(shown, read_data(shown)), seconds=0.0)
     print(page.write(arguments.out))
 
 

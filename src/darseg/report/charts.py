@@ -1,10 +1,11 @@
-"""The charts of a report, drawn by plotly. Colors of text, grid and paper come from the page, which has two themes."""
+"""The charts of a report, as plotly figures. The page, which has two themes, colors text, grid and paper."""
 
 from __future__ import annotations
 
 import html
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,27 +14,32 @@ from numpy.typing import NDArray
 
 from darseg.data.prediction import FLOAT16, ConfidenceScale
 from darseg.pseudo.labelset import PseudoLabelSet
-from darseg.report.facts import LOSSES, RoundFacts
+from darseg.report.facts import LOSS, RoundFacts
 
-# Of middling lightness, so that they stand out from white and from near-black.
+# Neither light nor dark, so that they stand out from white and from near-black.
 TRUTH, PREDICTED, KEPT, NEUTRAL = "#8b95a5", "#e08a1e", "#3b82f6", "#94a3b8"
 SERIES = ("#3b82f6", "#e08a1e", "#10a37f", "#d4537e", "#8b5cf6", "#64a30d", "#06a5c4", "#c2703d")
 
-LONGEST_NAME = 22  # characters of a name on an axis; all of it is in the hover text
-ROW = 24  # pixels of a class in charts that have a row for each
+LONGEST_NAME = 22  # characters of a name on an axis; the hover text has all of them
+ROW = 24  # pixels per class in charts with a row for each class
 POINTS = 1000  # of a curve; more are averaged
 
-BINS = 60
-DETAIL = {"float16": 0.998, "fine": 0.999999}  # confidences above are not binned by log-odds
+BINS = 60  # of confidences up to DETAIL
+DETAIL_BINS = 5  # of confidences above DETAIL
+DETAIL = {"float16": 0.998, "fine": 0.999999}  # scale → above it, codes are spaced evenly, not by log-odds
 TICKS = (0.1, 0.5, 0.9, 0.99)
+
+TITLES = {"loss_labeled": "labeled", "loss_pseudo": "pseudo-labeled"}  # others: the name without LOSS
+LOSS_COLORS = {"loss_labeled": PREDICTED, "loss_pseudo": KEPT}  # others: the rest of SERIES
 
 
 def text_of(name: str) -> str:
-    """A name as plotly shows it literally: it reads a few tags in texts."""
+    """Escape a name, because plotly interprets some HTML tags in texts."""
     return html.escape(name, quote=False)
 
 
 def short(name: str) -> str:
+    """An escaped name, cut to fit on an axis."""
     return text_of(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
 
 
@@ -54,7 +60,7 @@ def _figure(height: int, **layout: Any) -> go.Figure:
 
 
 def _class_rows(figure: go.Figure, names: Sequence[str]) -> None:
-    """A row for each class, the first at the top."""
+    """Give each class a row, the first at the top."""
     figure.update_yaxes(
         tickvals=list(range(len(names))),
         ticktext=[short(name) for name in names],
@@ -71,42 +77,43 @@ def shares_chart(
     names: Sequence[str],
     labeled: NDArray | None,
     labels: PseudoLabelSet,
+    *,
     truth: NDArray | None,
     aligned: bool,
 ) -> go.Figure:
-    """Class shares of one round on a logarithmic axis: labeled masks, raw predictions, what was kept; the truth of the
-    unlabeled images where known. Shares of 0 stand at the left edge.
+    """Class shares of one round on a logarithmic axis. Shares of 0 are at the left edge.
 
-    aligned: whether the method aims at the shares of the labeled masks.
+    Args:
+        names: of the classes.
+        labeled: int64 [K], pixels in the labeled masks, if they are known.
+        labels: raw predictions and what was kept of them.
+        truth: int64 [K], pixels in the truth of the unlabeled images, if it is known.
+        aligned: whether the method aims at the shares of the labeled masks.
     """
+    raw, kept = _shares(labels.thresholds.predicted), _shares(labels.kept)
     series = [
-        ("labeled images" + " (the aim)" * aligned, labeled, TRUTH, "diamond"),
-        ("raw predictions", labels.thresholds.predicted, PREDICTED, "circle-open"),
-        ("pseudo labels kept", labels.kept, KEPT, "circle"),
-        ("truth of the unlabeled", truth, "#10a37f", "line-ns-open"),
+        ("labeled images" + " (the aim)" * aligned, _shares(labeled), TRUTH, "diamond"),
+        ("raw predictions", raw, PREDICTED, "circle-open"),
+        ("pseudo labels kept", kept, KEPT, "circle"),
+        ("truth of the unlabeled", _shares(truth), "#10a37f", "line-ns-open"),
     ]
-    shares = [
-        (title, counts / max(1, counts.sum()), color, symbol)
-        for title, counts, color, symbol in series
-        if counts is not None
-    ]
-    positive = np.concatenate([values[values > 0] for _, values, _, _ in shares])
+    positive = np.concatenate([shares[shares > 0] for _, shares, _, _ in series if shares is not None])
     low = 10.0 ** np.floor(np.log10(positive.min()))
-    edge = low / 2  # where none is
+    edge = low / 2  # where shares of 0 are drawn
     figure = _figure(_rows_height(len(names)))
-    for k in range(len(names)):  # a line from raw to kept: which way labeling moved the class
-        raw, kept = (max(shares[at - len(shares)][1][k], edge) for at in _raw_and_kept(shares))
-        figure.add_shape(
-            type="line", x0=raw, x1=kept, y0=k, y1=k, line={"color": NEUTRAL, "width": 2}, layer="below"
-        )
-    for title, values, color, symbol in shares:
+    assert raw is not None and kept is not None
+    for k in range(len(names)):  # a line from raw to kept: in which direction labeling moved the class
+        _row_line(figure, k, max(raw[k], edge), end=max(kept[k], edge))
+    for title, shares, color, symbol in series:
+        if shares is None:
+            continue
         figure.add_scatter(
-            x=np.maximum(values, edge).tolist(),
+            x=np.maximum(shares, edge).tolist(),
             y=list(range(len(names))),
             name=title,
             mode="markers",
             marker={"color": color, "symbol": symbol, "size": 10, "line": {"width": 2, "color": color}},
-            text=[f"{text_of(name)}: {value:.4%}" for name, value in zip(names, values, strict=True)],
+            text=[f"{text_of(name)}: {share:.4%}" for name, share in zip(names, shares, strict=True)],
             hovertemplate="%{text}<extra>" + title + "</extra>",
         )
     _class_rows(figure, names)
@@ -120,36 +127,33 @@ def shares_chart(
     return figure
 
 
-def _raw_and_kept(shares: Sequence[tuple]) -> tuple[int, int]:
-    titles = [title for title, *_ in shares]
-    return titles.index("raw predictions"), titles.index("pseudo labels kept")
+def _shares(counts: NDArray | None) -> NDArray[np.float64] | None:
+    return None if counts is None else counts / max(1, counts.sum())
+
+
+def _row_line(figure: go.Figure, row: int, start: float, *, end: float) -> None:
+    """Draw a line behind the dots of a row."""
+    line = {"color": NEUTRAL, "width": 2}
+    figure.add_shape(type="line", x0=start, x1=end, y0=row, y1=row, line=line, layer="below")
 
 
 def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
-    """IoU of every class, a dot for each round; undefined ones are left out."""
-    values = np.array([one.scores.iou for one in rounds if one.scores is not None])
+    """IoU of every class, with a dot for each scored round; undefined values are left out."""
+    values = np.array([round_.iou for round_ in rounds])
     figure = _figure(_rows_height(len(names)))
     for k in range(len(names)):
-        row = values[:, k][~np.isnan(values[:, k])]
-        if len(row):
-            figure.add_shape(
-                type="line",
-                x0=row.min(),
-                x1=row.max(),
-                y0=k,
-                y1=k,
-                line={"color": NEUTRAL, "width": 2},
-                layer="below",
-            )
-    for one, row, color in zip(rounds, values, ramp(len(rounds)), strict=True):
+        known = values[:, k][~np.isnan(values[:, k])]
+        if len(known):
+            _row_line(figure, k, known.min(), end=known.max())
+    for round_, row, color in zip(rounds, values, ramp(len(rounds)), strict=True):
         figure.add_scatter(
             x=[None if np.isnan(value) else float(value) for value in row],
             y=list(range(len(names))),
-            name=f"round {one.index}",
+            name=f"round {round_.index}",
             mode="markers",
             marker={"color": color, "size": 11},
             text=[text_of(name) for name in names],
-            hovertemplate="%{text}: %{x:.4f}<extra>round " + str(one.index) + "</extra>",
+            hovertemplate="%{text}: %{x:.4f}<extra>round " + str(round_.index) + "</extra>",
         )
     _class_rows(figure, names)
     figure.update_xaxes(range=[-0.02, 1.02], zeroline=False, dtick=0.2)
@@ -157,78 +161,103 @@ def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
 
 
 def ramp(count: int) -> list[str]:
-    """Colors from gray to blue, the last round the bluest."""
+    """Colors from gray to blue; the last round is the bluest."""
     start, end = np.array([170, 178, 190]), np.array([37, 99, 235])
     parts = np.linspace(0, 1, count) if count > 1 else [1.0]
     return ["rgb({}, {}, {})".format(*(start + (end - start) * part).round().astype(int)) for part in parts]
 
 
+@dataclass(frozen=True)
+class Line:
+    """How a figure of the journal is drawn. figure: its name in a curve."""
+
+    figure: str
+    title: str
+    color: str
+
+
+def loss_lines(rounds: Sequence[RoundFacts]) -> list[Line]:
+    """A line for every loss that the journal noted in any of the rounds; those on labels first."""
+    noted = dict.fromkeys(name for round_ in rounds for name in round_.curve.figures if name.startswith(LOSS))
+    names = [name for name in LOSS_COLORS if name in noted]
+    names += [name for name in noted if name not in LOSS_COLORS]
+    others = itertools.cycle(color for color in SERIES if color not in LOSS_COLORS.values())
+    return [
+        Line(
+            figure=name,
+            title=TITLES.get(name) or short(name.removeprefix(LOSS).replace("_", " ")),
+            color=LOSS_COLORS.get(name) or next(others),
+        )
+        for name in names
+    ]
+
+
 def loss_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
-    """Losses of all steps that the journal noted, rounds one after the other."""
-    titles = dict(zip(LOSSES, ("labeled", "pseudo-labeled"), strict=True))
-    figure = _curves(rounds, titles, dict(zip(LOSSES, (PREDICTED, KEPT), strict=True)))
+    """All losses at all steps that the journal noted, one round after the other."""
+    figure = _curves(rounds, loss_lines(rounds))
     figure.update_yaxes(rangemode="tozero")
     return figure
 
 
 def rate_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
     """The learning rate at the noted steps."""
-    figure = _curves(rounds, {"learning_rate": "learning rate"}, {"learning_rate": "#10a37f"})
+    figure = _curves(rounds, [Line("learning_rate", "learning rate", "#10a37f")])
     figure.update_layout(showlegend=False)
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
     return figure
 
 
-def _curves(rounds: Sequence[RoundFacts], titles: Mapping[str, str], colors: Mapping[str, str]) -> go.Figure:
+def _curves(rounds: Sequence[RoundFacts], lines: Sequence[Line]) -> go.Figure:
     figure = _figure(300, hovermode="x unified")
-    begin, shown = 0, set()
-    for one in rounds:
-        for name, title in titles.items():
-            if name not in one.curve.figures:
+    start, in_legend = 0, set()
+    for round_ in rounds:
+        curve = round_.curve
+        for line in lines:
+            if line.figure not in curve.figures:
                 continue
-            steps, values = thin(one.curve.steps, one.curve.figures[name])
+            steps, values = thin(curve.steps, curve.figures[line.figure])
             figure.add_scatter(
-                x=(steps + begin).tolist(),
+                x=(steps + start).tolist(),
                 y=[None if np.isnan(value) else float(value) for value in values],
-                name=title,
-                legendgroup=name,
-                showlegend=name not in shown,
+                name=line.title,
+                legendgroup=line.figure,
+                showlegend=line.figure not in in_legend,
                 mode="lines+markers" if len(steps) < 3 else "lines",
-                line={"color": colors[name], "width": 2},
+                line={"color": line.color, "width": 2},
                 hovertemplate="%{y:.4g}",
             )
-            shown.add(name)
-        label = {"text": f"round {one.index}", "font": {"size": 11}}
+            in_legend.add(line.figure)
+        label = {"text": f"round {round_.index}", "font": {"size": 11}}
         figure.add_annotation(
-            x=begin, y=1, yref="paper", xanchor="left", yanchor="top", showarrow=False, xshift=3, **label
+            x=start, y=1, yref="paper", xanchor="left", yanchor="top", showarrow=False, xshift=3, **label
         )
-        if begin:
-            figure.add_vline(x=begin, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
-        begin += one.steps or int(one.curve.steps.max(initial=-1)) + 1
+        if start:
+            figure.add_vline(x=start, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
+        start += round_.steps or int(curve.steps.max(initial=-1)) + 1
     figure.update_xaxes(title="step", zeroline=False)
     return figure
 
 
 def thin(steps: NDArray, values: NDArray, points: int = POINTS) -> tuple[NDArray, NDArray]:
-    """A curve of at most so many points, each the mean of neighbors."""
+    """Reduce a curve to at most `points` points, each the mean of its neighbors, NaN left out."""
     if len(steps) <= points:
         return steps, values
     groups = np.array_split(np.arange(len(steps)), points)
     known = [values[group][~np.isnan(values[group])] for group in groups]
-    means = np.array([one.mean() if len(one) else np.nan for one in known])
+    means = np.array([numbers.mean() if len(numbers) else np.nan for numbers in known])
     return np.array([steps[group].mean() for group in groups]), means
 
 
 def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
-    """Rows: truth, columns: prediction; a cell's color and number are its share of the row."""
+    """A confusion matrix. Rows: truth; columns: prediction; color and number of a cell: its share of the row."""
     total = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
     count = len(names)
-    known = (total > 0)[:, 0]
+    occurs = (total > 0)[:, 0]
     figure = _figure(150 + max(ROW, 18) * count)
-    few = count <= 30  # numbers would not fit
+    few = count <= 30  # otherwise numbers do not fit into the cells
     figure.add_heatmap(
-        z=[row.tolist() if there else [None] * count for row, there in zip(share, known, strict=True)],
+        z=[row.tolist() if known else [None] * count for row, known in zip(share, occurs, strict=True)],
         zmin=0,
         zmax=1,
         colorscale=[[0, "rgba(59,130,246,0.04)"], [1, "rgba(59,130,246,1)"]],
@@ -259,13 +288,13 @@ def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
 
 
 def places(scale: ConfidenceScale, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Where the codes of a scale are drawn, and the edges of the bins.
+    """Where the codes of a confidence scale are drawn, and the edges of the bins.
 
-    Confidences are placed by their log-odds, which spreads what is near 1, from 1/K on; those above DETAIL share the
-    space of five bins, in the order of their codes: for float16 each of the last five numbers has a bin of its own.
+    Confidences from 1/K to DETAIL are placed by their log-odds, which spreads those near 1. The codes above share the
+    space of DETAIL_BINS bins evenly: for float16, each of the last five numbers has a bin of its own.
 
     Returns:
-        float64 [codes], rising; float64 [BINS + 6].
+        float64 [codes], rising, and float64 [BINS + DETAIL_BINS + 1].
     """
     confidence = scale.confidence(np.arange(scale.codes))
     with np.errstate(divide="ignore"):
@@ -273,73 +302,87 @@ def places(scale: ConfidenceScale, classes: int) -> tuple[NDArray[np.float64], N
     low = float(-np.log(max(classes, 2) - 1.0))
     high = float(np.log(DETAIL[scale.name] / (1 - DETAIL[scale.name])))
     width = (high - low) / BINS
-    beyond = int(np.searchsorted(odds, high))
+    first = int(np.searchsorted(odds, high))  # code in the detailed part
     place = np.clip(odds, low, high)
-    place[beyond:] = high + 5 * width * np.arange(scale.codes - beyond) / (scale.codes - beyond)
-    return place, low + width * np.arange(BINS + 6, dtype=np.float64)
+    place[first:] = high + DETAIL_BINS * width * np.arange(scale.codes - first) / (scale.codes - first)
+    return place, low + width * np.arange(BINS + DETAIL_BINS + 1, dtype=np.float64)
 
 
 def bin_confidences(
-    counts: NDArray[np.int64], accept: int, scale: ConfidenceScale, classes: int
+    counts: NDArray[np.int64], accept: int, scale: ConfidenceScale, *, classes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], float | None]:
-    """One class's counts [codes] in bins of which the threshold is an edge.
+    """Bin the counts of one class so that the threshold is an edge of a bin.
+
+    Args:
+        counts: int64 [codes], pixels by confidence.
+        accept: the lowest accepted code; scale.codes if none is accepted.
+        scale: of the codes.
+        classes: K.
 
     Returns:
-        edges [B + 1], counts [B], and where the threshold is; None where nothing is accepted.
+        Edges [B + 1], counts [B], and the place of the threshold; None if nothing is accepted.
     """
     place, edges = places(scale, classes)
     threshold = float(place[accept]) if accept < scale.codes else None
     if threshold is not None:
         edges = np.sort(np.append(edges[abs(edges - threshold) > 1e-6], threshold))
-    which = np.clip(np.searchsorted(edges, place + 1e-9, "right") - 1, 0, len(edges) - 2)
-    return edges, np.bincount(which, counts, len(edges) - 1).astype(np.int64), threshold
+    bins = np.clip(np.searchsorted(edges, place + 1e-9, "right") - 1, 0, len(edges) - 2)
+    return edges, np.bincount(bins, counts, len(edges) - 1).astype(np.int64), threshold
 
 
 def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]) -> go.Figure:
-    """Confidences of the pixels predicted as class k, counts on a logarithmic axis; those below the threshold in gray."""
-    scale, count = labels.histogram.scale, len(labels.histogram.counts)
+    """Pixels predicted as class k by confidence, on a logarithmic axis; those below the threshold are gray."""
+    scale, classes = labels.histogram.scale, len(labels.histogram.counts)
     accept = int(labels.thresholds.accept[k])
-    edges, counts, threshold = bin_confidences(labels.histogram.counts[k], accept, scale, count)
-    above = edges[:-1] >= (np.inf if threshold is None else threshold)
+    edges, counts, threshold = bin_confidences(labels.histogram.counts[k], accept, scale, classes=classes)
+    accepted = edges[:-1] >= (np.inf if threshold is None else threshold)
     figure = _figure(150, bargap=0, showlegend=False)
-    place, _ = places(scale, count)
+    place, _ = places(scale, classes)
     confidence = scale.confidence(np.arange(scale.codes))
     ends = confidence[np.clip(np.searchsorted(place, edges - 1e-9), 0, scale.codes - 1)]
     figure.add_bar(
         x=((edges[:-1] + edges[1:]) / 2).tolist(),
-        y=[int(value) or None for value in counts],
+        y=[int(count) or None for count in counts],
         width=np.diff(edges).tolist(),
         marker={
-            "color": [f"rgb{tuple(color)}" if one else "rgba(148,163,184,0.55)" for one in above],
+            "color": [f"rgb{tuple(color)}" if above else "rgba(148,163,184,0.55)" for above in accepted],
             "line": {"width": 0.5, "color": NEUTRAL},
         },
-        customdata=[f"{begin:.4g} – {end:.4g}" for begin, end in itertools.pairwise(ends)],
+        customdata=[f"{low:.4g} – {high:.4g}" for low, high in itertools.pairwise(ends)],
         hovertemplate="confidence %{customdata}: %{y:,} pixels<extra></extra>",
     )
     if threshold is not None:
         figure.add_vline(x=threshold, line={"color": "#e5484d", "width": 2})
-    # The same axes for all classes of a round, so that they can be compared.
-    most = labels.histogram.counts.sum(axis=1).max()
-    figure.update_yaxes(
-        type="log", range=[-0.3, float(np.log10(max(most, 10)))], exponentformat="SI", nticks=4
-    )
-    wanted = [*TICKS, *(() if scale is FLOAT16 else (0.9999,))]
-    shown = [(float(np.log(p / (1 - p))), f"{p:g}") for p in wanted if np.log(p / (1 - p)) >= edges[0]]
-    shown.append((float(edges[-1]), "1"))
-    figure.update_xaxes(
-        range=[float(edges[0]), float(edges[-1])],
-        tickvals=[at for at, _ in shown],
-        ticktext=[said for _, said in shown],
-        zeroline=False,
-        showgrid=False,
-        tickangle=0,
-    )
+    _confidence_axes(figure, labels, edges)
     figure.update_layout(margin={"l": 4, "r": 8, "t": 4, "b": 4}, font={"size": 10})
     return figure
 
 
+def _confidence_axes(figure: go.Figure, labels: PseudoLabelSet, edges: NDArray[np.float64]) -> None:
+    """Give all classes of a round the same axes, so that they can be compared."""
+    most = labels.histogram.counts.sum(axis=1).max()
+    figure.update_yaxes(
+        type="log", range=[-0.3, float(np.log10(max(most, 10)))], exponentformat="SI", nticks=4
+    )
+    confidences = [*TICKS, *(() if labels.histogram.scale is FLOAT16 else (0.9999,))]
+    ticks = [(float(np.log(p / (1 - p))), f"{p:g}") for p in confidences if np.log(p / (1 - p)) >= edges[0]]
+    ticks.append((float(edges[-1]), "1"))
+    figure.update_xaxes(
+        range=[float(edges[0]), float(edges[-1])],
+        tickvals=[place for place, _ in ticks],
+        ticktext=[text for _, text in ticks],
+        zeroline=False,
+        showgrid=False,
+        tickangle=0,
+    )
+
+
 def compared_chart(groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
-    """Mean IoU of groups of runs: a bar with its deviation, and each run as a dot. groups: name, float64 [runs]."""
+    """Mean IoU of groups of runs: a bar with its deviation, and a dot for each run.
+
+    Args:
+        groups: name, float64 [runs].
+    """
     figure = _figure(100 + 46 * len(groups), showlegend=False, bargap=0.35)
     rows = list(range(len(groups)))
     deviations = [float(np.std(values, ddof=1)) if len(values) > 1 else 0 for _, values in groups]
@@ -364,7 +407,12 @@ def compared_chart(groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
 
 
 def compared_classes_chart(names: Sequence[str], groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
-    """IoU of every class, a dot with its deviation for each group. groups: name, float64 [runs, K]."""
+    """IoU of every class: a dot with its deviation for each group of runs.
+
+    Args:
+        names: of the classes.
+        groups: name, float64 [runs, K].
+    """
     figure = _figure(_rows_height(len(names)) + 8 * len(names) * max(1, len(groups) - 1))
     for at, (group, values) in enumerate(groups):
         offset = (
@@ -372,11 +420,11 @@ def compared_classes_chart(names: Sequence[str], groups: Sequence[tuple[str, NDA
         )
         known = [column[~np.isnan(column)] for column in values.T]
         figure.add_scatter(
-            x=[float(one.mean()) if len(one) else None for one in known],
+            x=[float(ious.mean()) if len(ious) else None for ious in known],
             y=[k + offset for k in range(len(names))],
             error_x={
                 "type": "data",
-                "array": [float(np.std(one, ddof=1)) if len(one) > 1 else 0 for one in known],
+                "array": [float(np.std(ious, ddof=1)) if len(ious) > 1 else 0 for ious in known],
                 "thickness": 1.5,
             },
             name=short(group),

@@ -1,4 +1,4 @@
-"""What a run folder says, as plain values: rounds, curves, remarks; and the data beside it, where it is still there."""
+"""What a run folder says, as plain values: rounds, curves, remarks; and its data set, if that is still there."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from darseg.run.journal import Journal
 from darseg.run.marks import read_excluded
 from darseg.training.scores import Scores
 
-WORSE = 0.02  # IoU that a class loses from one round to the next before it is remarked on
+WORSE = 0.02  # IoU that a class may lose from one round to the next without a remark
 
-NEVER = "never predicted, so not pseudo-labeled"
+NEVER = "never predicted, so not pseudo-labeled"  # as run/rounds.py warns, in the journals of old runs, too
 
-LOSSES = ("loss_labeled", "loss_pseudo")
+LOSS = "loss_"  # begins the names of losses in the journal's step events
 
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """What the journal noted of a round's steps. `steps` count from the round's first; undefined figures are NaN.
+    """Figures that the journal noted of a round's steps.
 
-    steps: int64 [N], rising.
-    figures: name → float64 [N]; "learning_rate" and those of LOSSES that the round has.
+    Attributes:
+        steps: int64 [N], rising, counted from the round's first step.
+        figures: name → float64 [N], NaN if undefined; "learning_rate" and all that begin with LOSS.
     """
 
     steps: NDArray[np.int64]
@@ -43,18 +44,21 @@ class Curve:
 
     def __post_init__(self) -> None:
         if any(len(values) != len(self.steps) for values in self.figures.values()):
-            raise ValueError("A curve has a figure for every step.")
+            raise ValueError("A curve needs one value of every figure for each step.")
 
 
 @dataclass(frozen=True, eq=False)
 class RoundFacts:
-    """One round, as far as it is done; None for what is not.
+    """One round as far as it is done; fields of what is not done yet are None.
 
     Attributes:
-        labels: its pseudo labels; pseudo: those against the truth of the unlabeled images, where that is known.
+        labels: its pseudo labels.
+        pseudo: scores of the pseudo labels, if the truth of the unlabeled images is known.
         truth: int64 [K], pixels of each class in that truth.
-        left_out: unlabeled images marked as bad when it began.
-        steps: of training; scores: on the validation images; protocol: how these were predicted.
+        left_out: number of unlabeled images that were marked as bad when the round started.
+        steps: number of training steps.
+        scores: on the validation images.
+        protocol: how these were predicted.
         seconds: step ("label", "train", "evaluate") → how long it took.
     """
 
@@ -72,17 +76,27 @@ class RoundFacts:
 
     @property
     def scored(self) -> bool:
-        """Whether there are scores, of at least one pixel."""
+        """Whether there are scores of at least one pixel."""
         return self.scores is not None and bool(self.scores.confusion.any())
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """float64 [K]: IoU of every class of a scored round; NaN if undefined."""
+        assert self.scores is not None
+        return self.scores.iou
 
 
 @dataclass(frozen=True, eq=False)
 class RunFacts:
-    """A run folder. `rounds` are those that were begun, `planned` is how many the recipe has.
+    """A run folder.
 
     Attributes:
-        data: role → digest of its samples; began: seconds since 1970, None where the journal does not say.
-        warned: the journal's warnings, each once, in order.
+        rounds: those that have started.
+        planned: number of rounds in the recipe.
+        data: role → digest of its samples.
+        started: seconds since 1970; None if the journal does not say.
+        weights: where the initial weights came from.
+        warnings: those in the journal, without repetitions, in order.
     """
 
     root: Path
@@ -94,10 +108,10 @@ class RunFacts:
     planned: int
     environment: Mapping[str, Any]
     data: Mapping[str, str]
-    began: float | None
+    started: float | None
     weights: str | None
     finished: bool
-    warned: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -106,23 +120,27 @@ class RunFacts:
     @property
     def scored(self) -> tuple[RoundFacts, ...]:
         """The rounds with scores."""
-        return tuple(one for one in self.rounds if one.scored)
+        return tuple(round_ for round_ in self.rounds if round_.scored)
 
     @property
     def labeled(self) -> tuple[RoundFacts, ...]:
         """The rounds with pseudo labels."""
-        return tuple(one for one in self.rounds if one.labels is not None)
+        return tuple(round_ for round_ in self.rounds if round_.labels is not None)
 
     @property
     def seconds(self) -> float:
-        return sum(sum(one.seconds.values()) for one in self.rounds)
+        """Of all steps of all rounds."""
+        return sum(sum(round_.seconds.values()) for round_ in self.rounds)
 
 
 @dataclass(frozen=True, eq=False)
 class DataFacts:
-    """The data set of a run as it is found now; where it is not, `fault` says why and the rest is None.
+    """The data set of a run as it is now.
 
-    counts: int64 [K], pixels of each class in the labeled masks.
+    Attributes:
+        manifest: None if the data cannot be read.
+        counts: int64 [K], pixels of each class in the labeled masks; None if the data cannot be read.
+        fault: why the data cannot be read.
     """
 
     manifest: Manifest | None
@@ -132,21 +150,23 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Remark:
-    """Something to look at. `worse`: scores went down; otherwise a warning."""
+    """Something that a reader should not overlook. worse: scores went down; otherwise it is a warning."""
 
     text: str
     worse: bool = False
 
 
 def read_run(root: Path | str) -> RunFacts:
-    """Read a run folder, finished or at work. Raises RunError where it is none, or damaged."""
+    """Read a run folder, finished or in progress. Raises RunError if it is not a run folder, or is damaged."""
     run = RunDirectory(root)
     recipe = recipe_of(root)
     classes = classes_of(recipe)
     journal = Journal(run.journal, None, Console(quiet=True))
     steps = journal.events("step")
-    ratios = [one.labeling_ratio for one in recipe.rounds]
-    rounds = [_read_round(run, index, ratio, steps) for index, ratio in enumerate(ratios)]
+    rounds = [
+        _read_round(run, index, round_.labeling_ratio, events=steps)
+        for index, round_ in enumerate(recipe.rounds)
+    ]
     started = [*journal.events("started"), {}][0]
     return RunFacts(
         root=Path(root),
@@ -154,18 +174,20 @@ def read_run(root: Path | str) -> RunFacts:
         method=recipe.labeling.method,
         seed=recipe.seed,
         classes=classes,
-        rounds=tuple(one for one in rounds if one.seconds or len(one.curve.steps)),
+        rounds=tuple(round_ for round_ in rounds if round_.seconds or len(round_.curve.steps)),
         planned=len(rounds),
         environment=_read(run.environment) or {},
         data=_read(run.data) or {},
-        began=started.get("time"),
+        started=started.get("time"),
         weights=started.get("weights"),
         finished="evaluate" in rounds[-1].seconds,
-        warned=tuple(dict.fromkeys(str(one.get("text")) for one in journal.events("warning"))),
+        warnings=tuple(dict.fromkeys(str(event.get("text")) for event in journal.events("warning"))),
     )
 
 
-def _read_round(run: RunDirectory, index: int, ratio: float | None, events: Sequence[dict]) -> RoundFacts:
+def _read_round(
+    run: RunDirectory, index: int, labeling_ratio: float | None, *, events: Sequence[dict]
+) -> RoundFacts:
     folder = run.round(index)
     records = {step: run.read_record(index, step) for step in ("label", "train", "evaluate")}
     done = {step: record for step, record in records.items() if record is not None}
@@ -181,13 +203,13 @@ def _read_round(run: RunDirectory, index: int, ratio: float | None, events: Sequ
             scores, protocol = Scores.from_json(measured), measured.get("protocol")
     except (OSError, ValueError, TypeError, KeyError, DataError) as error:
         raise RunError(
-            f"{folder}: results of a finished step are damaged or were removed ({type(error).__name__}: {error}). "
-            "Restore them, or delete the step's record (label.json, train.json, evaluate.json), all later rounds, and "
-            "run the same `darseg train` again."
+            f"{folder}: results of a finished step are damaged or missing ({type(error).__name__}: {error}). "
+            "Restore them; or delete the step's record (label.json, train.json, evaluate.json) and all later rounds, "
+            "then run the same `darseg train` command again."
         ) from error
     return RoundFacts(
         index=index,
-        labeling_ratio=ratio,
+        labeling_ratio=labeling_ratio,
         labels=labels,
         pseudo=pseudo,
         truth=truth,
@@ -196,44 +218,48 @@ def _read_round(run: RunDirectory, index: int, ratio: float | None, events: Sequ
         scores=scores,
         protocol=protocol,
         seconds={step: record.seconds for step, record in done.items()},
-        curve=_curve([one for one in events if one.get("round") == index]),
+        curve=_curve([event for event in events if event.get("round") == index]),
     )
 
 
 def _curve(events: Sequence[dict]) -> Curve:
-    """Where steps go back, in a resumed run or a round done anew, what was noted of them and later ones holds no more."""
-    last: dict[int, dict] = {}
-    for one in events:
-        step = one.get("step")
+    """The curve of a round's step events.
+
+    If step numbers go backwards (a resumed run, a repeated round), earlier entries for those steps and later ones are
+    dropped.
+    """
+    noted: dict[int, dict] = {}  # step → its event
+    for event in events:
+        step = event.get("step")
         if isinstance(step, int):
-            if last and step <= next(reversed(last)):
-                last = {other: noted for other, noted in last.items() if other < step}
-            last[step] = one
-    steps = list(last)
-    names = [name for name in ("learning_rate", *LOSSES) if any(name in last[step] for step in steps)]
+            if noted and step <= next(reversed(noted)):
+                noted = {earlier: figures for earlier, figures in noted.items() if earlier < step}
+            noted[step] = event
+    present = dict.fromkeys(name for event in noted.values() for name in event)
+    names = [name for name in present if name == "learning_rate" or name.startswith(LOSS)]
 
     def figure(name: str) -> NDArray[np.float64]:
-        values = [last[step].get(name) for step in steps]
+        values = [event.get(name) for event in noted.values()]
         return np.array([np.nan if value is None else value for value in values], np.float64)
 
-    return Curve(np.array(steps, np.int64), {name: figure(name) for name in names})
+    return Curve(np.array(list(noted), np.int64), {name: figure(name) for name in names})
 
 
 def _read(path: Path) -> Any:
-    """A JSON object; None where there is no such file. Raises RunError where it is damaged."""
+    """A JSON object; None if there is no such file. Raises RunError if it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read as JSON ({error}). Restore it from a copy.") from error
+        raise RunError(f"{path} is not readable as JSON ({error}). Restore it from a copy.") from error
     if not isinstance(value, dict):
-        raise RunError(f"{path}: holds {type(value).__name__}, wanted an object. Restore it from a copy.")
+        raise RunError(f"{path} holds a {type(value).__name__}, not a JSON object. Restore it from a copy.")
     return value
 
 
 def read_data(facts: RunFacts) -> DataFacts:
-    """The data of a run, its labeled masks counted. A run may have left its data behind: that is no error."""
+    """Find the data of a run and count its labeled masks. A run folder may outlive its data: that is not an error."""
     try:
         manifest = manifest_of(recipe_of(facts.root))
         counts = count_labels(masks(manifest.labeled), len(facts.classes))
@@ -243,51 +269,45 @@ def read_data(facts: RunFacts) -> DataFacts:
 
 
 def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
-    """What a reader should not overlook: rounds that made things worse, classes that vanished, warnings of the run.
+    """Rounds that made scores worse, classes that vanished, and the run's own warnings.
 
-    What the journal warned of and what the files show is said once, in the journal's words.
+    If the journal and the files say the same, it is listed once.
     """
     names = facts.classes.names
-    found: list[Remark] = []
+    listed: list[Remark] = []
     for before, after in zip(facts.scored, facts.scored[1:], strict=False):
-        found += _losses(before, after, names)
+        listed += _losses(before, after, names)
     if data.counts is not None and (absent := _named(names, data.counts == 0)):
-        found.append(Remark(f"absent from all labeled masks, so never pseudo-labeled: {absent}"))
-    for one in facts.labeled:
-        assert one.labels is not None
-        predicted, kept = one.labels.thresholds.predicted, one.labels.kept
+        listed.append(Remark(f"absent from all labeled masks, so never pseudo-labeled: {absent}"))
+    for round_ in facts.labeled:
+        assert round_.labels is not None
+        predicted, kept = round_.labels.thresholds.predicted, round_.labels.kept
         if never := _named(names, predicted == 0):
-            found.append(Remark(f"round {one.index}: {NEVER}: {never}"))
+            listed.append(Remark(f"round {round_.index}: {NEVER}: {never}"))
         if vanished := _named(names, (predicted > 0) & (kept == 0)):
-            found.append(Remark(f"round {one.index}: predicted, but not one pixel kept: {vanished}"))
+            listed.append(Remark(f"round {round_.index}: predicted, but no pixel was kept: {vanished}"))
     if facts.scored:
         last = facts.scored[-1]
-        assert last.scores is not None
-        if zero := _named(names, last.scores.iou == 0):
-            found.append(Remark(f"IoU 0 after round {last.index}: {zero}"))
-    # The files know better what was never predicted: a round may have been done anew since the journal warned of it.
-    found += [Remark(text) for text in facts.warned if f": {NEVER}: " not in text]
-    return list({remark.text: remark for remark in found}.values())
+        if zero := _named(names, last.iou == 0):
+            listed.append(Remark(f"IoU 0 after round {last.index}: {zero}"))
+    # For what was never predicted the files count: a round may have been repeated since the journal's warning.
+    listed += [Remark(text) for text in facts.warnings if f": {NEVER}: " not in text]
+    return list({remark.text: remark for remark in listed}.values())
 
 
 def _losses(before: RoundFacts, after: RoundFacts, names: Sequence[str]) -> list[Remark]:
     assert before.scores is not None and after.scores is not None
-    found, old, new = [], before.scores.iou, after.scores.iou
-    change = after.scores.mean_iou - before.scores.mean_iou
-    if change < 0:
-        found.append(Remark(f"round {after.index} made mean IoU worse: {_change(before, after)}", True))
-    lost = [k for k in range(len(names)) if old[k] - new[k] > WORSE]
-    if lost:
-        lost.sort(key=lambda k: new[k] - old[k])
-        said = ", ".join(f"{names[k]} {old[k]:.3f} → {new[k]:.3f}" for k in lost)
-        found.append(Remark(f"round {after.index} cost classes more than {WORSE} of IoU: {said}", True))
-    return found
-
-
-def _change(before: RoundFacts, after: RoundFacts) -> str:
-    assert before.scores is not None and after.scores is not None
-    return f"{before.scores.mean_iou:.4f} → {after.scores.mean_iou:.4f}"
+    listed, change = [], after.iou - before.iou
+    old, new = before.scores.mean_iou, after.scores.mean_iou
+    if new < old:
+        listed.append(Remark(f"round {after.index} lowered mean IoU: {old:.4f} → {new:.4f}", True))
+    if lost := sorted(np.flatnonzero(change < -WORSE), key=lambda k: change[k]):
+        text = ", ".join(f"{names[k]} {before.iou[k]:.3f} → {after.iou[k]:.3f}" for k in lost)
+        listed.append(
+            Remark(f"round {after.index} lowered the IoU of classes by more than {WORSE}: {text}", True)
+        )
+    return listed
 
 
 def _named(names: Sequence[str], chosen: NDArray[np.bool_]) -> str:
-    return ", ".join(name for name, one in zip(names, chosen, strict=True) if one)
+    return ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen)

@@ -1,4 +1,4 @@
-"""Which unlabeled images to show, and how: image, raw prediction, pseudo label, truth where it is known."""
+"""Which unlabeled images to show, and how: image, raw prediction, pseudo label, and truth if it is known."""
 
 from __future__ import annotations
 
@@ -26,18 +26,34 @@ from darseg.run.build import recipe_of
 from darseg.run.directory import RunDirectory
 from darseg.run.marks import without
 
-EACH = 2  # images of a kind: most and least confident, fullest and emptiest, of a rare class
-RARE = 3  # rarest classes that are shown
-AT_MOST = 1000  # label maps that are read where a run kept no facts of its images
-SIDE = 480  # pixels of the long side as drawn
+EACH = 2  # images per reason
+RARE = 3  # number of rare classes that are shown
+MAPS_READ = 1000  # at most, if a run kept no facts of its images
+SIDE = 480  # pixels of the long side of a picture
 JPEG_QUALITY = 80
-CHECK = 6  # pixels of a square of the checcurboard that stands for "not labeled"
+CHECK = 6  # pixels of a square of the checkerboard that means "not labeled"
 CHECKS = ((226, 226, 230), (176, 176, 184))  # its two grays: a pattern, so no class looks like it
 
 
 @dataclass(frozen=True)
+class PictureMap:
+    """One of the pictures of an image. url: a data URL."""
+
+    url: str
+    caption: str
+
+
+@dataclass(frozen=True)
 class Picture:
-    """What stands under one image of the gallery: data URLs, and shares of right pixels where the truth is known."""
+    """An image of the gallery.
+
+    Attributes:
+        reasons: why it is shown.
+        confidence: mean over its pixels, None if it is not known.
+        share: of its pixels that are labeled.
+        image, prediction, label, truth: data URLs; None if there is no prediction or truth.
+        right: shares of right pixels of the prediction and of the pseudo label; None if they are not known.
+    """
 
     id: str
     reasons: tuple[str, ...]
@@ -47,41 +63,59 @@ class Picture:
     prediction: str | None
     label: str
     truth: str | None
-    right: tuple[float | None, float | None]  # of the raw prediction, of the pseudo label
+    right: tuple[float | None, float | None]
+
+    @property
+    def maps(self) -> tuple[PictureMap, ...]:
+        """What is shown of the image, in order; the photograph first."""
+        prediction, label = ("" if share is None else f", {share:.0%} right" for share in self.right)
+        maps = (
+            (self.image, "image"),
+            (self.prediction, f"raw prediction{prediction}"),
+            (self.label, f"pseudo label, {self.share:.0%} labeled{label}"),
+            (self.truth, "truth, not used"),
+        )
+        return tuple(PictureMap(url, caption) for url, caption in maps if url is not None)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of one round, and what a reader should know about how they were come by."""
+    """Pictures of one round. notes: what a reader should know about how they were chosen and made."""
 
     round: int
     pictures: tuple[Picture, ...]
     notes: tuple[str, ...]
 
 
-def image_facts(one: LabeledRound) -> dict[str, ImageFacts]:
-    """Facts of the images a round labeled: as it wrote them down, those it did not counted in label maps.
+def image_facts(round_: LabeledRound) -> dict[str, ImageFacts]:
+    """Facts of the images that a round labeled: those it stored, the others counted in their label maps.
 
-    Of more than AT_MOST label maps, as many, evenly spaced, are read. Raises DataError where a map is damaged.
+    Of more than MAPS_READ label maps, that many are read, evenly spaced. Raises DataError if a map is damaged.
     """
-    samples = without(one.samples, {*one.excluded, *one.noted})
-    if len(samples) > AT_MOST:
-        samples = [samples[at * len(samples) // AT_MOST] for at in range(AT_MOST)]
+    samples = without(round_.samples, {*round_.excluded, *round_.noted})
+    if len(samples) > MAPS_READ:
+        samples = [samples[at * len(samples) // MAPS_READ] for at in range(MAPS_READ)]
 
     def count(sample: Sample) -> tuple[str, ImageFacts]:
-        label = one.label_map(sample)
+        label = round_.label_map(sample)
         assert label is not None
-        return sample.id, ImageFacts.of_map(label, len(one.classes))
+        return sample.id, ImageFacts.of_map(label, len(round_.classes))
 
     with ThreadPoolExecutor(2) as threads:  # decoding releases the interpreter lock
-        return dict(one.noted) | dict(threads.map(count, samples))
+        return dict(round_.noted) | dict(threads.map(count, samples))
 
 
 def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ...]) -> dict[str, list[str]]:
-    """id → why it is shown, in the order to be shown: the most and least confident, the fullest and emptiest, the
-    images with most pixels kept of the rarest classes that were kept at all.
+    """Choose the images to show: the most and least confident, the most and least labeled, and for each of the rarest
+    classes that were kept at all, the images with most of its pixels.
 
-    prior: [K], how frequent classes are; the rarest are those with the smallest. Ids decide between equals.
+    Args:
+        facts: id → facts of the image.
+        prior: float or int [K], how frequent the classes are; the rarest are those with the smallest values.
+        names: of the classes.
+
+    Returns:
+        id → reasons to show it, in the order to be shown. Ties are broken by id.
     """
     chosen: dict[str, list[str]] = {}
 
@@ -103,65 +137,57 @@ def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ..
 
 
 def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
-    """Pictures of the last round that has labels; None where none has, or the images are not there any more.
+    """Draw images of the last round that has labels; None if no round has any, or the data set is gone.
 
-    Raw predictions are those that were kept, else made again with the network and protocol that labeled.
+    Raw predictions are those that the run kept. Otherwise the network that labeled predicts again, by the same protocol.
     """
     if not facts.labeled or data.manifest is None:
         return None
-    round_ = facts.labeled[-1]
-    assert round_.labels is not None
-    one = labeled_round(RunDirectory(facts.root), round_.index, recipe_of(facts.root), data.manifest)
-    samples = {sample.id: sample for sample in without(one.samples, one.excluded)}
-    found = {name: fact for name, fact in image_facts(one).items() if name in samples}
+    last = facts.labeled[-1]
+    assert last.labels is not None
+    round_ = labeled_round(
+        RunDirectory(facts.root), last.index, recipe=recipe_of(facts.root), manifest=data.manifest
+    )
+    samples = {sample.id: sample for sample in without(round_.samples, round_.excluded)}
+    known = {name: fact for name, fact in image_facts(round_).items() if name in samples}
     notes = []
-    if len(found) < len(samples):
-        notes.append(f"Chosen from {len(found):,} of {len(samples):,} images, evenly spaced.")
-    if not any(fact.confidence is not None for fact in found.values()):
+    if len(known) < len(samples):
+        notes.append(f"Chosen from {len(known):,} of {len(samples):,} images, evenly spaced.")
+    if not any(fact.confidence is not None for fact in known.values()):
         notes.append(
-            "The run kept no confidences of single images, so the most and least confident are not shown."
+            "The run did not store the confidences of single images, so the most and least confident are not shown."
         )
-    prior = data.counts if data.counts is not None else round_.labels.kept
-    chosen = choose(found, prior, one.classes.names)
-    repredictor = Repredictor(one)
+    prior = data.counts if data.counts is not None else last.labels.kept
+    repredictor = Repredictor(round_)
     pictures = tuple(
-        _picture(one, samples[name], reasons, found[name], _prediction(repredictor, samples[name]))
-        for name, reasons in chosen.items()
+        _picture(repredictor, samples[name], known[name], reasons=reasons)
+        for name, reasons in choose(known, prior, round_.classes.names).items()
     )
     if any(picture.prediction is None for picture in pictures):
-        notes.append(
-            f"The network of round {round_.index - 1} is not there any more, so raw predictions are missing."
-        )
-    return Gallery(round_.index, pictures, tuple(notes))
+        notes.append(f"The network of round {last.index - 1} was removed, so raw predictions are missing.")
+    return Gallery(last.index, pictures, tuple(notes))
 
 
 def _prediction(repredictor: Repredictor, sample: Sample) -> Prediction | None:
-    """The raw prediction of an image; None where none was kept and the network is gone."""
-    one = repredictor.round
-    if (
-        one.run.network(one.index - 1).exists()
-        or prediction_path(one.run.predictions(one.index), sample.id).exists()
-    ):
+    """The raw prediction of an image; None if it was not kept and the network is gone."""
+    run, index = repredictor.round.run, repredictor.round.index
+    if run.network(index - 1).exists() or prediction_path(run.predictions(index), sample.id).exists():
         return repredictor.prediction(sample)
     return None
 
 
-def _picture(
-    one: LabeledRound,
-    sample: Sample,
-    reasons: list[str],
-    fact: ImageFacts,
-    prediction: Prediction | None,
-) -> Picture:
-    classes, label = one.classes, one.label_map(sample)
+def _picture(repredictor: Repredictor, sample: Sample, fact: ImageFacts, *, reasons: list[str]) -> Picture:
+    classes, label = repredictor.round.classes, repredictor.round.label_map(sample)
     assert label is not None
     truth = read_label(sample.label, sample.encoding) if sample.label else None
-    raw = None if prediction is None else prediction.classes
     if truth is not None and truth.shape != label.shape:
         raise DataError(
-            f"{sample.label}: {truth.shape[0]}x{truth.shape[1]} pixels, its pseudo label has {label.shape[0]}x"
-            f"{label.shape[1]} (height x width): the data changed since they were labeled."
+            f"{sample.label}: the label map has {truth.shape[0]}x{truth.shape[1]} pixels (height x width), but the "
+            f"pseudo label of this image has {label.shape[0]}x{label.shape[1]}. The data set changed after the "
+            "round labeled it. Restore the data set, or start a new run."
         )
+    prediction = _prediction(repredictor, sample)
+    raw = None if prediction is None else prediction.classes
     return Picture(
         id=sample.id,
         reasons=tuple(reasons),
@@ -176,7 +202,7 @@ def _picture(
 
 
 def _right(values: np.ndarray | None, truth: np.ndarray | None) -> float | None:
-    """Share of the pixels with truth and answer that agree."""
+    """The share of right pixels among those that have both a truth and a value; None if there are none."""
     if values is None or truth is None:
         return None
     seen = (truth != IGNORE) & (values != IGNORE)
@@ -184,25 +210,28 @@ def _right(values: np.ndarray | None, truth: np.ndarray | None) -> float | None:
 
 
 def jpeg_url(image: np.ndarray) -> str:
-    """uint8 [H, W, 3] RGB → a small JPEG as data URL."""
+    """Shrink an image (uint8 [H, W, 3], RGB) and return it as the data URL of a JPEG."""
     return _url(Image.fromarray(shrink(image, SIDE, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
 
 
 def map_url(label: np.ndarray, classes: ClassSet) -> str:
-    """uint8 [H, W] of classes and 255 → a small PNG of the classes' colors, 255 a checcurboard, as data URL."""
-    # 254 and 255 stand for the checcurboard's grays: K is at most 255, and a map of 255 classes has only one free value.
-    shown = shrink(label, SIDE, cv2.INTER_NEAREST)
+    """Draw a label map (uint8 [H, W], 255 = not labeled) and return it as the data URL of a small PNG.
+
+    Classes have their colors; 255 is a checkerboard.
+    """
+    # 254 and 255 become the checkerboard's grays. A map of 255 classes has only one free value, so it needs RGB.
+    small = shrink(label, SIDE, cv2.INTER_NEAREST)
     palette = classes.palette()
-    rows, columns = np.indices(shown.shape) // CHECK
-    other = (shown == IGNORE) & ((rows + columns) % 2 == 1)
+    rows, columns = np.indices(small.shape) // CHECK
+    dark = (small == IGNORE) & ((rows + columns) % 2 == 1)
     if len(classes) < IGNORE:
         palette[IGNORE], palette[IGNORE - 1] = CHECKS
-        picture = Image.fromarray(np.where(other, IGNORE - 1, shown).astype(np.uint8), "P")
+        picture = Image.fromarray(np.where(dark, IGNORE - 1, small).astype(np.uint8), "P")
         picture.putpalette(palette.tobytes())
     else:
         palette[IGNORE] = CHECKS[0]
-        colored = palette[shown]
-        colored[other] = CHECKS[1]
+        colored = palette[small]
+        colored[dark] = CHECKS[1]
         picture = Image.fromarray(colored)
     return _url(picture, "png", optimize=True)
 

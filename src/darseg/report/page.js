@@ -1,11 +1,11 @@
 "use strict";
-// Unpacks plotly and draws the charts of the page when they come into view; again in other colors when the theme changes.
+// Unpacks plotly, draws each chart when it comes into view, and recolors the charts when the theme changes.
 (async () => {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   const boxes = [...document.querySelectorAll("[data-chart]")];
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-  // Cells without much color show the paper, which plotly does not know when it chooses the color of numbers.
+  // Pale cells show the page's background. plotly does not know it, so its own choice of text color may be unreadable.
   const numbers = () => ({ "textfont.color": color("--text") });
 
   function themed() {
@@ -23,24 +23,25 @@
     };
   }
 
-  function into(layout, changes) {
+  // Sets values by their paths, such as "font.color".
+  function assign(target, changes) {
     for (const [path, value] of Object.entries(changes)) {
       const keys = path.split("."), last = keys.pop();
-      let place = layout;
-      for (const key of keys) place = place[key] ??= {};
-      place[last] = value;
+      let parent = target;
+      for (const key of keys) parent = parent[key] ??= {};
+      parent[last] = value;
     }
-    return layout;
+    return target;
   }
 
   for (const group of document.querySelectorAll(".tabs")) {
     group.addEventListener("click", (event) => {
       const button = event.target.closest("button");
       if (!button) return;
-      for (const other of group.querySelectorAll("button")) {
-        const on = other === button;
-        other.setAttribute("aria-pressed", on);
-        document.getElementById(other.dataset.shows).hidden = !on;
+      for (const tab of group.querySelectorAll("button")) {
+        const selected = tab === button;
+        tab.setAttribute("aria-pressed", selected);
+        document.getElementById(tab.dataset.shows).hidden = !selected;
       }
     });
   }
@@ -58,7 +59,7 @@
   }
 
   const packed = document.getElementById("plotly").textContent;
-  const bytes = Uint8Array.from(atob(packed), (one) => one.charCodeAt(0));
+  const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
   script.textContent = await new Response(stream).text();
@@ -68,18 +69,23 @@
     if (box.dataset.drawn) return;
     box.dataset.drawn = "yes";
     const figure = charts[box.dataset.chart];
-    for (const trace of figure.data) if (trace.type === "heatmap") into(trace, numbers());
-    Plotly.newPlot(box, figure.data, into(figure.layout, themed()), { responsive: true, displayModeBar: false });
+    for (const trace of figure.data) if (trace.type === "heatmap") assign(trace, numbers());
+    Plotly.newPlot(box, figure.data, assign(figure.layout, themed()), { responsive: true, displayModeBar: false });
   }
 
-  const seen = new IntersectionObserver(
-    (entries) => entries.filter((one) => one.isIntersecting).forEach((one) => { seen.unobserve(one.target); draw(one.target); }),
+  const observer = new IntersectionObserver(
+    (entries) => {
+      for (const { target } of entries.filter((entry) => entry.isIntersecting)) {
+        observer.unobserve(target);
+        draw(target);
+      }
+    },
     { rootMargin: "600px" }
   );
-  boxes.forEach((box) => seen.observe(box));
+  boxes.forEach((box) => observer.observe(box));
   window.addEventListener("beforeprint", () => boxes.filter((box) => box.offsetParent).forEach(draw));
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-    for (const box of boxes.filter((one) => one.dataset.drawn)) {
+    for (const box of boxes.filter((chart) => chart.dataset.drawn)) {
       const cells = box.data.flatMap((trace, index) => (trace.type === "heatmap" ? [index] : []));
       Plotly.update(box, cells.length ? numbers() : {}, themed(), cells.length ? cells : undefined);
     }
