@@ -168,7 +168,7 @@ def decoding() -> None:
             def ours(load: Callable, samples=samples, classes=classes) -> None:
                 for seed, sample in enumerate(samples):
                     example = load(sample, classes)
-                    augment(example.image, example.label, how, np.random.default_rng(seed))
+                    augment(example.image, example.label, how, generator=np.random.default_rng(seed))
 
             ours(cache.load)
             one, two, three, four = (

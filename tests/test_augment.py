@@ -43,9 +43,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     calls: list[dict] = []
     plain, blur = module.crop_to_source, cv2.GaussianBlur
 
-    def record(size, scaled, angle, mirror, offset):
+    def record(size, scaled, *, angle, mirror, offset):
         calls.append({"scaled": scaled, "angle": angle, "mirror": mirror, "offset": offset, "blur": False})
-        return plain(size, scaled, angle, mirror, offset)
+        return plain(size, scaled, angle=angle, mirror=mirror, offset=offset)
 
     def record_blur(*arguments):
         calls[-1]["blur"] = True
@@ -99,7 +99,7 @@ def sources(size, crop, scaled, angle, mirror, offset) -> tuple[np.ndarray, np.n
 
 def test_nothing_to_do_is_the_identity():
     image, label = smooth(64, 80)
-    out, moved = augment(image, label, Augmentation((64, 80), **PLAIN), rng())
+    out, moved = augment(image, label, Augmentation((64, 80), **PLAIN), generator=rng())
     assert np.array_equal(out, image) and np.array_equal(moved, label)
 
 
@@ -108,7 +108,9 @@ def test_mirror_and_crop_move_whole_pixels(crop: tuple[int, int], drawn: list[di
     image, label = smooth(64, 80)
     seen = set()
     for seed in range(20):
-        out, moved = augment(image, label, Augmentation(crop, **PLAIN | {"mirror": True}), rng(seed))
+        out, moved = augment(
+            image, label, Augmentation(crop, **PLAIN | {"mirror": True}), generator=rng(seed)
+        )
         wanted, labels = slowly(image, label, crop, **drawn[-1])
         seen.add(drawn[-1]["mirror"])
         assert np.array_equal(out, wanted) and np.array_equal(moved, labels)
@@ -121,7 +123,7 @@ def test_scaling_is_a_resize(factor: float, crop: tuple[int, int], drawn: list[d
     image, label = smooth(128, 160)
     for seed in range(3):
         how = Augmentation(crop, **PLAIN | {"scale": (factor, factor), "mirror": True})
-        out, moved = augment(image, label, how, rng(seed))
+        out, moved = augment(image, label, how, generator=rng(seed))
         wanted, labels = slowly(image, label, crop, **drawn[-1])
         assert np.abs(out - wanted).max() <= 2.5  # OpenCV warps with 1/32 of a pixel
         assert np.abs(out - wanted).mean() < 0.6  # rounding to uint8 alone: 0.25
@@ -138,7 +140,7 @@ def test_everything_at_once_is_the_slow_sequence(drawn: list[dict]):
     for seed in range(60):
         crop = [(65, 81), (129, 113), (301, 333)][seed % 3]
         how = Augmentation(crop, **PLAIN | {"scale": (0.5, 2.0), "rotate": 10.0, "mirror": True})
-        out, moved = augment(image, label, how, rng(seed))
+        out, moved = augment(image, label, how, generator=rng(seed))
         wanted, labels = slowly(image, label, crop, **drawn[-1])
         angles.add(np.sign(drawn[-1]["angle"]))
         agreed.append((moved == labels).mean())
@@ -156,7 +158,7 @@ def test_image_and_label_stay_together_to_the_pixel(drawn: list[dict]):
     for seed in range(60):
         crop = [(97, 129), (257, 281), (481, 401)][seed % 3]
         how = Augmentation(crop, **PLAIN | {"scale": (0.5, 2.0), "rotate": 10.0, "mirror": True})
-        out, moved = augment(image, label, how, rng(seed))
+        out, moved = augment(image, label, how, generator=rng(seed))
         draw = {key: value for key, value in drawn[-1].items() if key != "blur"}
         x, y, on_canvas = sources(size, crop, **draw)
         outside = np.maximum.reduce([-0.5 - x, x - size[1] + 0.5, -0.5 - y, y - size[0] + 0.5])
@@ -184,7 +186,7 @@ def test_rotated_corners_beyond_the_canvas_are_padding(drawn: list[dict]):
     how = Augmentation((121, 301), **PLAIN | {"rotate": 45.0})
     rotated = 0
     for seed in range(20):
-        out, moved = augment(image, label, how, rng(seed))
+        out, moved = augment(image, label, how, generator=rng(seed))
         beyond = np.ones(moved.shape, bool)
         beyond[30:90, 50:250] = False
         assert (moved[beyond] == 255).all() and (out[beyond] == FILL).all()
@@ -199,7 +201,7 @@ def test_rotated_corners_beyond_the_canvas_are_padding(drawn: list[dict]):
 def test_positive_angles_turn_counter_clockwise():
     label = np.zeros((101, 101), np.uint8)
     label[45:56, 90:] = 1  # a mark at three o'clock
-    matrix = module.crop_to_source((101, 101), (101, 101), 90.0, False, (0, 0))
+    matrix = module.crop_to_source((101, 101), (101, 101), angle=90.0, mirror=False, offset=(0, 0))
     moved = cv2.warpAffine(label, matrix, (101, 101), flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
     assert (moved[:11, 45:56] == 1).all() and moved.sum() == 121  # now at twelve
 
@@ -216,7 +218,7 @@ def test_draws_have_the_distributions_they_should(drawn: list[dict]):
     image, label = np.zeros((600, 400, 3), np.uint8), np.zeros((600, 400), np.uint8)
     how = Augmentation((9, 9), scale=(0.5, 2.0), rotate=10.0)
     for _ in range(count):
-        augment(image, label, how, generator)
+        augment(image, label, how, generator=generator)
     scale = np.array([call["scaled"][0] / 600 for call in drawn])
     assert kolmogorov(scale, 0.5, 2.0) < 1.63
     for call in drawn:  # one factor for both sides
@@ -277,7 +279,7 @@ def test_equal_in_distribution_to_the_plain_sequence(crop: tuple[int, int]):
     image, label = coordinates(200, 232)
     how = Augmentation(crop, scale=(0.5, 2.0), rotate=10.0, blur=False, fill=FILL)
     count, one, two = 500, rng(11), rng(12)
-    ours = [seen(*augment(image, label, how, one)) for _ in range(count)]
+    ours = [seen(*augment(image, label, how, generator=one)) for _ in range(count)]
     wanted = [seen(*plainly(image, label, how, two)) for _ in range(count)]
     for name in ours[0]:
         # Rounded: the same value, a whole pixel or an angle of 0, measured twice.
@@ -296,7 +298,7 @@ def test_crops_cover_all_positions_equally():
     how = Augmentation((5, 4), **PLAIN)
     corners = np.zeros((8, 7), int)
     for _ in range(count):
-        out, _ = augment(image, label, how, generator)
+        out, _ = augment(image, label, how, generator=generator)
         corners[out[0, 0, 1], out[0, 0, 0]] += 1
     assert np.abs(corners - count / 56).max() < 4.5 * math.sqrt(count / 56)
 
@@ -304,7 +306,7 @@ def test_crops_cover_all_positions_equally():
 def test_switches_switch_off(drawn: list[dict]):
     image, label = smooth(64, 80)
     for seed in range(30):
-        augment(image, label, Augmentation((33, 33), **PLAIN), rng(seed))
+        augment(image, label, Augmentation((33, 33), **PLAIN), generator=rng(seed))
     assert all(
         (c["angle"], c["mirror"], c["blur"], c["scaled"]) == (0, False, False, (64, 80)) for c in drawn
     )
@@ -314,7 +316,7 @@ def test_blur_is_the_five_pixel_gaussian():
     image, label = np.zeros((21, 21, 3), np.uint8), np.zeros((21, 21), np.uint8)
     image[10, 10] = 255
     how = Augmentation((21, 21), **PLAIN | {"blur": True})
-    outs = [augment(image, label, how, rng(seed))[0] for seed in range(10)]
+    outs = [augment(image, label, how, generator=rng(seed))[0] for seed in range(10)]
     blurred = [out for out in outs if not np.array_equal(out, image)]
     assert 1 <= len(blurred) <= 9
     weights = np.exp(-(np.arange(-2.0, 3) ** 2) / (2 * 1.1**2))  # sigma 0.3 ((5 - 1) / 2 - 1) + 0.8
@@ -330,7 +332,7 @@ def test_padding_is_not_blurred_into_the_image():
     how = Augmentation((33, 41), **PLAIN | {"blur": True})
     seen = set()
     for seed in range(10):
-        out, moved = augment(image, label, how, rng(seed))
+        out, moved = augment(image, label, how, generator=rng(seed))
         canvas = np.s_[8:24, 8:32]
         blurred = not np.array_equal(out[canvas], image)
         seen.add(blurred)
@@ -345,11 +347,13 @@ def test_the_generator_decides_and_takes_the_same_number_of_draws():
     how = Augmentation((33, 41))
     for seed in range(10):
         one, two, bare = rng(seed), rng(seed), rng(seed)
-        first, second = augment(image, label, how, one), augment(image, label, how, two)
+        first, second = augment(image, label, how, generator=one), augment(image, label, how, generator=two)
         assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-        augment(image, label, Augmentation((99, 99), **PLAIN), bare)
+        augment(image, label, Augmentation((99, 99), **PLAIN), generator=bare)
         assert one.random() == two.random() == bare.random()
-    assert not np.array_equal(augment(image, label, how, rng(1))[0], augment(image, label, how, rng(2))[0])
+    assert not np.array_equal(
+        augment(image, label, how, generator=rng(1))[0], augment(image, label, how, generator=rng(2))[0]
+    )
 
 
 def test_the_input_is_left_alone():
@@ -357,7 +361,7 @@ def test_the_input_is_left_alone():
     image.setflags(write=False)
     label.setflags(write=False)
     for seed in range(8):
-        augment(image, label, Augmentation((64, 80)), rng(seed))
+        augment(image, label, Augmentation((64, 80)), generator=rng(seed))
 
 
 sides = st.integers(1, 40)
@@ -373,7 +377,7 @@ def test_any_size_and_setting_gives_the_crop(height, width, rows, columns, low, 
     image = np.full((height, width, 3), 90, np.uint8)
     label = np.full((height, width), 3, np.uint8)
     how = Augmentation((rows, columns), tuple(sorted((low, high))), rotate, fill=FILL)
-    out, moved = augment(image, label, how, rng(seed))
+    out, moved = augment(image, label, how, generator=rng(seed))
     assert out.shape == (rows, columns, 3) and moved.shape == (rows, columns)
     assert out.dtype == moved.dtype == np.uint8
     assert out.flags.c_contiguous and moved.flags.c_contiguous

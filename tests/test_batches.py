@@ -21,7 +21,7 @@ from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, sample_index, stream_batches
 from darseg.data.classes import IGNORE, class_set
 from darseg.data.dataset import Cache, draw_example, load_example
-from darseg.data.labels import LabelEncoding
+from darseg.data.encoding import LabelEncoding
 from darseg.data.manifest import Sample
 from darseg.errors import DataError
 
@@ -85,7 +85,9 @@ def test_seed_and_position_decide(samples):
     for batch in take(samples, 8, seed=(5, 0, 1)):
         for image, label, name in zip(batch.images, batch.labels, batch.ids, strict=True):
             sample = samples[sample_index(position, COUNT, (5, 0, 1))]
-            example = draw_example(sample, CLASSES, HOW, np.random.default_rng([5, 0, 1, 1, position]))
+            example = draw_example(
+                sample, CLASSES, HOW, generator=np.random.default_rng([5, 0, 1, 1, position])
+            )
             assert name == sample.id == example.id
             assert np.array_equal(image.permute(1, 2, 0).numpy(), example.image)
             assert np.array_equal(label.numpy(), example.label)
@@ -159,7 +161,7 @@ def test_errors_of_a_sample_come_when_its_batch_is_due(samples, tmp_path, worker
     stream = stream_batches(broken, CLASSES, HOW, 1, (1, 2), 0, workers)
     for place in range(position):
         assert next(stream).ids == (samples[sample_index(place, COUNT, (1, 2))].id,)
-    with pytest.raises(DataError, match=r"gone\.png: no such file"):
+    with pytest.raises(DataError, match=r"gone\.png: this file does not exist"):
         next(stream)
     assert not own_threads()
     with pytest.raises(StopIteration):
@@ -295,7 +297,7 @@ def test_threads_that_ask_at_once_get_the_same_and_count_it_once(samples):
 def test_a_cache_keeps_no_errors(samples, tmp_path):
     path, cache = tmp_path / "late.png", Cache(EVERYTHING)
     late = replace(samples[0], image=path)
-    with pytest.raises(DataError, match=r"late\.png: no such file"):
+    with pytest.raises(DataError, match=r"late\.png: this file does not exist"):
         cache.load(late, CLASSES)
     path.write_bytes(samples[0].image.read_bytes())
     assert cache.load(late, CLASSES).image.shape == (20, 24, 3)

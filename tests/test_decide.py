@@ -264,7 +264,7 @@ def test_damage_never_passes_for_a_prediction(scale: ConfidenceScale) -> None:
     prediction = draw_prediction(3, (6, 7), scale, True)
     data = prediction.to_bytes()
     for length in range(len(data)):
-        with pytest.raises(DataError, match=f"These {length} bytes are not a prediction .*: predict again"):
+        with pytest.raises(DataError, match=f"These {length} bytes are no stored prediction"):
             Prediction.from_bytes(data[:length])
     refused = 0
     for bit in range(8 * len(data)):
@@ -294,7 +294,7 @@ def test_other_content_is_refused() -> None:
         packed(about | {"width": "2"}, bytes(6)),
     ]
     for data in others:
-        with pytest.raises(DataError, match=f"These {len(data)} bytes are not a prediction"):
+        with pytest.raises(DataError, match=f"These {len(data)} bytes are no stored prediction"):
             Prediction.from_bytes(data)
     with pytest.raises(DataError, match="confidence codes are above 15360"):
         Prediction.from_bytes(packed(about, b"\0\0\xff\0\0\0"))
@@ -370,7 +370,11 @@ class Witness:
 def test_every_item_is_read_ahead_worked_on_in_order_and_written(count: int) -> None:
     witness, advanced = Witness(), []
     overlapped(
-        iter(range(count)), witness.read, witness.work, witness.write, lambda: advanced.append(len(advanced))
+        iter(range(count)),
+        read=witness.read,
+        work=witness.work,
+        write=witness.write,
+        advance=lambda: advanced.append(len(advanced)),
     )
     everything = list(range(count))
     assert witness.items("work") == everything and advanced == everything
@@ -393,14 +397,16 @@ def test_items_that_cannot_be_used_are_all_named_once_the_others_are_done() -> N
         return witness.work(item, read)
 
     with pytest.raises(DataError) as caught:
-        overlapped(range(10), witness.read, work, witness.write, lambda: advanced.append(0))
+        overlapped(
+            range(10), read=witness.read, work=work, write=witness.write, advance=lambda: advanced.append(0)
+        )
     assert str(caught.value).splitlines() == [
-        "4 file(s) cannot be used; all others are done and kept:",
+        "4 file(s) cannot be used. All others are done and kept:",
         "  - item 0 is bad",
         "  - item 3 is bad",
         "  - item 5 is no good",
         "  - item 9 is bad",
-        "Mend or remove them and run the same command again.",
+        "Fix or remove these files, then run the same command again.",
     ]
     assert sorted(witness.items("write")) == [1, 2, 4, 6, 7, 8] and len(advanced) == 10
 
@@ -418,7 +424,7 @@ def test_any_other_error_stops_at_once_after_what_was_being_written(where: str, 
 
     parts = plain | {where: failing}
     with pytest.raises(StorageError, match="full"):
-        overlapped(range(20), parts["read"], parts["work"], parts["write"])
+        overlapped(range(20), **parts)
     worked, written = witness.items("work"), witness.items("write")
     assert len(worked) <= bad + 2 * AHEAD
     assert set(range(bad)) <= set(written) <= set(worked) - ({bad} if where == "write" else set())

@@ -22,17 +22,13 @@ from PIL import Image
 
 from conftest import recipe_dict
 from darseg.config.text import load_recipe
+from darseg.data.advice import usual_mistakes
 from darseg.data.classes import CITYSCAPES, IGNORE, VOC, class_set
+from darseg.data.encoding import PLAIN, LabelEncoding, label_encoding
+from darseg.data.examine import examine
 from darseg.data.images import image_size, read_image
-from darseg.data.labels import (
-    PLAIN,
-    LabelEncoding,
-    decode_label,
-    label_encoding,
-    read_label,
-    usual_mistakes,
-)
-from darseg.data.manifest import Manifest, Sample, examine
+from darseg.data.labels import decode_label, read_label
+from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RecipeError
 from darseg.run.check import check
 from draw_layouts import VOC_FURTHER, draw_voc, voc_palette, write_mat

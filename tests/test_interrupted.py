@@ -279,7 +279,7 @@ def test_two_processes_write_each_image_once_and_end_together_where_one_fails(
     arguments = ["redistribute", copied, out, "--class-counts", counts, "--labeling-ratio", RATIO]
     failed = torchrun(script, *arguments, WITNESS=str(witness))
     assert failed.returncode != 0
-    assert failed.stderr.count("darseg: 1 file(s) cannot be used; all others are done and kept") == 1
+    assert failed.stderr.count("darseg: 1 file(s) cannot be used. All others are done and kept") == 1
     assert f"  - {bad}: cannot be read as an array of numbers" in failed.stderr
     waiting = {f".predictions/{name}.prediction" for name in NAMES if name != NAMES[3]}
     assert set(outcome(out)) == waiting | {".begun.json"}

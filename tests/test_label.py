@@ -161,7 +161,7 @@ def test_a_checkpoint_with_recipe_or_counts(
         (["RUN", "IMAGES", "OUT", "--threshold", "0.5"], "method dars takes no threshold"),
         (["RUN", "IMAGES", "OUT", "--round", "7"], "round 7 is not finished"),
         (["NONE", "IMAGES", "OUT"], "no such run folder or checkpoint"),
-        (["RUN", "NONE", "OUT"], "no such folder"),
+        (["RUN", "NONE", "OUT"], "nowhere: this folder does not exist"),
         (["RUN", "EMPTY", "OUT"], "nothing to label there"),
     ],
 )  # fmt: skip
@@ -194,8 +194,8 @@ def test_an_unreadable_image_is_named_and_the_others_wait(
     (copied / "10.png").write_bytes(whole[:200])
     arguments = ["label", run, copied, tmp_path / "out", "--confidence", "fine", "--sampling", "none"]
     code, _, err = call(*arguments)
-    assert code == 2 and "1 file(s) cannot be used; all others are done and kept" in err
-    assert f"  - {copied / '10.png'}: the file is truncated (200 bytes)" in err and "Traceback" not in err
+    assert code == 2 and "1 file(s) cannot be used. All others are done and kept" in err
+    assert f"  - {copied / '10.png'}: this file is cut off after 200 bytes" in err and "Traceback" not in err
     waiting = {f".predictions/{name}.prediction" for name in UNLABELED if name != "10"}
     assert set(outcome(tmp_path / "out")) == waiting | {".begun.json"}
     (copied / "10.png").write_bytes(whole)

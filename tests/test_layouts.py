@@ -18,7 +18,9 @@ from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import CITYSCAPES, VOC
 from darseg.data.dataset import load_example
-from darseg.data.labels import CITY_IDS, CITYSCAPES_IDS, PLAIN, label_encoding, read_label
+from darseg.data.encoding import CITY_IDS, CITYSCAPES_IDS, PLAIN, label_encoding
+from darseg.data.examine import examine
+from darseg.data.labels import read_label
 from darseg.data.layouts import (
     CITIES,
     CITYSCAPES_COUNTS,
@@ -27,7 +29,7 @@ from darseg.data.layouts import (
     VOC_UNLABELED,
     Layout,
 )
-from darseg.data.manifest import Manifest, Sample, examine
+from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RecipeError
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import PseudoLabelSet

@@ -15,16 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darseg.data.advice import unknown_values
 from darseg.data.classes import IGNORE, class_set
+from darseg.data.encoding import LabelEncoding
+from darseg.data.examine import Findings, examine
 from darseg.data.images import IMAGE_SUFFIXES, image_size, read_image
-from darseg.data.labels import LabelEncoding, read_label, unknown_values
+from darseg.data.labels import read_label
 from darseg.data.manifest import (
-    Findings,
     Manifest,
     Sample,
     Source,
+    Sources,
     build_manifest,
-    examine,
     find_files,
     find_samples,
     sample_id,
@@ -228,7 +230,7 @@ def test_missing_and_empty_folders(tmp_path: Path):
     with pytest.raises(DataError, match=r"images: no images found \(\.jpg, \.jpeg, \.png"):
         find_samples(source)
     with pytest.raises(DataError, match=r"images: no images found"):
-        build_manifest(CLASSES, source, None, None, None)
+        build_manifest(CLASSES, Sources(source))
 
 
 def test_folders_that_cannot_be_read_are_not_skipped(tmp_path: Path, monkeypatch):
@@ -464,7 +466,7 @@ def role_ids(manifest: Manifest) -> dict[str, list[str]]:
 
 
 def test_without_a_word_images_with_a_label_are_labeled_and_the_others_not(tmp_path: Path):
-    manifest = build_manifest(CLASSES, populate(tmp_path, "a b c d", "b d"), None, None, None)
+    manifest = build_manifest(CLASSES, Sources(populate(tmp_path, "a b c d", "b d")))
     assert role_ids(manifest) == {"labeled": ["b", "d"], "unlabeled": ["a", "c"]}
     assert manifest.classes is CLASSES
     assert all(s.label is None for s in manifest.unlabeled) and all(s.label for s in manifest.labeled)
@@ -472,7 +474,7 @@ def test_without_a_word_images_with_a_label_are_labeled_and_the_others_not(tmp_p
 
 def test_validation_takes_every_nth_of_those_with_a_label(tmp_path: Path):
     source = populate(tmp_path, "a b c d e f g", "b d e f g")
-    manifest = build_manifest(CLASSES, source, None, None, replace(source, every=3))
+    manifest = build_manifest(CLASSES, Sources(source, validation=replace(source, every=3)))
     assert role_ids(manifest) == {
         "labeled": ["d", "e", "g"],
         "unlabeled": ["a", "c"],
@@ -484,12 +486,12 @@ def test_labels_laid_aside_serve_for_measuring_only(tmp_path: Path):
     """The usual experiment: every nth image keeps its label, the others are taken for unlabeled."""
     source = populate(tmp_path, "a b c d e", "a b c d")
     every, others = replace(source, every=2), replace(source, except_every=2)
-    manifest = build_manifest(CLASSES, source, every, others, None)
+    manifest = build_manifest(CLASSES, Sources(source, labeled=every, unlabeled=others))
     assert role_ids(manifest) == {"labeled": ["a", "c"], "unlabeled": ["b", "d"]}
     assert all(sample.label for sample in manifest.unlabeled)
-    manifest = build_manifest(CLASSES, source, every, None, None)  # the rest: e has no label
+    manifest = build_manifest(CLASSES, Sources(source, labeled=every))  # the rest: e has no label
     assert role_ids(manifest) == {"labeled": ["a", "c"], "unlabeled": ["b", "d", "e"]}
-    manifest = build_manifest(CLASSES, source, None, every, None)
+    manifest = build_manifest(CLASSES, Sources(source, unlabeled=every))
     assert role_ids(manifest) == {"labeled": ["b", "d"], "unlabeled": ["a", "c"]}
 
 
@@ -498,11 +500,12 @@ def test_roles_from_lists_and_other_folders(tmp_path: Path):
     other = populate(tmp_path / "other", "t", "t")
     manifest = build_manifest(
         CLASSES,
-        source,
-        listed(source, "d\na", "labeled.txt"),
-        None,
-        listed(source, "b", "validation.txt"),
-        other,
+        Sources(
+            source,
+            labeled=listed(source, "d\na", "labeled.txt"),
+            validation=listed(source, "b", "validation.txt"),
+            test=other,
+        ),
     )
     assert role_ids(manifest) == {
         "labeled": ["d", "a"],
@@ -516,12 +519,12 @@ def test_the_default_folder_is_needed_only_where_it_is_used(tmp_path: Path):
     source = populate(tmp_path, "a b", "a")
     nowhere = replace(source, images=tmp_path / "nowhere")
     labeled, unlabeled = listed(source, "a", "l.txt"), listed(source, "b", "u.txt")
-    assert role_ids(build_manifest(CLASSES, nowhere, labeled, unlabeled, None)) == {
+    assert role_ids(build_manifest(CLASSES, Sources(nowhere, labeled=labeled, unlabeled=unlabeled))) == {
         "labeled": ["a"],
         "unlabeled": ["b"],
     }
     with pytest.raises(DataError, match="nowhere: no such folder"):
-        build_manifest(CLASSES, nowhere, labeled, None, None)
+        build_manifest(CLASSES, Sources(nowhere, labeled=labeled))
 
 
 @settings(max_examples=40, deadline=None)
@@ -553,11 +556,11 @@ def test_each_image_of_the_default_folder_has_one_role(tmp_path_factory, kinds, 
     }
     wanted["unlabeled"] = in_list["u"] or [name for name in rest if name not in wanted["labeled"]]
     if wanted["labeled"]:
-        manifest = build_manifest(CLASSES, source, *sources)
+        manifest = build_manifest(CLASSES, Sources(source, *sources))
         assert role_ids(manifest) == {role: names for role, names in wanted.items() if names}
     else:
         with pytest.raises(DataError, match="no labeled images"):
-            build_manifest(CLASSES, source, *sources)
+            build_manifest(CLASSES, Sources(source, *sources))
 
 
 def test_roles_that_do_not_work_out_are_all_named(tmp_path: Path):
@@ -565,11 +568,13 @@ def test_roles_that_do_not_work_out_are_all_named(tmp_path: Path):
     with pytest.raises(DataError) as caught:
         build_manifest(
             CLASSES,
-            source,
-            listed(source, "a\nb\nimages/c.png", "l.txt"),
-            listed(source, "b", "u.txt"),
-            listed(source, "a", "v.txt"),
-            listed(source, "d", "t.txt"),
+            Sources(
+                source,
+                labeled=listed(source, "a\nb\nimages/c.png", "l.txt"),
+                unlabeled=listed(source, "b", "u.txt"),
+                validation=listed(source, "a", "v.txt"),
+                test=listed(source, "d", "t.txt"),
+            ),
         )
     message = str(caught.value)
     assert "The roles of the images do not work out" in message
@@ -584,14 +589,19 @@ def test_an_image_has_one_role_however_it_is_named(tmp_path: Path):
     source = populate(tmp_path, "a b", "a b")
     with pytest.raises(DataError, match=r"a\.png is labeled and unlabeled"):
         build_manifest(
-            CLASSES, source, listed(source, "a\nb", "l.txt"), listed(source, "./images//a.png", "u.txt"), None
+            CLASSES,
+            Sources(
+                source,
+                labeled=listed(source, "a\nb", "l.txt"),
+                unlabeled=listed(source, "./images//a.png", "u.txt"),
+            ),
         )
 
 
 def test_no_labeled_images(tmp_path: Path):
     message = r"no labeled images: at least one image needs a label map in data\.labels \(same path, \.png\)"
     with pytest.raises(DataError, match=message):
-        build_manifest(CLASSES, populate(tmp_path, "a b"), None, None, None)
+        build_manifest(CLASSES, Sources(populate(tmp_path, "a b")))
 
 
 # Examining

@@ -312,8 +312,8 @@ def test_a_video_cut_off_in_the_middle_is_reported_and_the_others_are_done(
     code, out, err = call("predict", checkpoint, tmp_path / "in", tmp_path / "out", "--kind", "overlay")
     assert code == 2 and "3 file(s) could not be read completely" in err and "Traceback" not in err
     assert "none.mp4: cannot be opened as a video" in err and "bad.jpg: cannot be decoded" in err
-    count = int(err.partition("damaged: ")[2].split()[0])
-    assert 0 < count < 30 and f"{count} of 30 frames can be read" in err
+    count = int(err.partition("damaged. Only ")[2].split()[0])
+    assert 0 < count < 30 and f"{count} of its 30 frames" in err
     assert written(tmp_path / "out") == {"overlay/cut.mp4", "overlay/good.mp4", "overlay/good2.png"}
     assert len(list(read_frames(tmp_path / "out" / "overlay" / "cut.mp4"))) == count
     assert "1 image(s)" in out and f"{count + 3} frame(s) of 2 video(s)" in out

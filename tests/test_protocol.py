@@ -14,7 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from darseg.data.classes import CITYSCAPES
-from darseg.data.labels import label_encoding, read_label
+from darseg.data.encoding import label_encoding
+from darseg.data.labels import read_label
 from darseg.errors import DataError
 from darseg.model.network import Network, build_network
 from darseg.model.predict import Protocol, predict_classes, predict_scores

@@ -492,7 +492,7 @@ def test_lists_without_any_label_have_no_table(call, data: Path, recipe_file: Pa
         (["--count", "3", "--sequences", "l/"], "matches nothing in 6 of 10 ids"),
         (["--count", "3", "--sequences", "images"], "All 10 images are one sequence, 'images'"),
         (["--count", "3", "--balanced", "--sequences", "images"], "All 10 images are one sequence"),
-        (["--count", "3", "data.labeled=gone.txt"], "no such list file"),
+        (["--count", "3", "data.labeled=gone.txt"], "gone.txt: this list file does not exist"),
         (["--count", "3", "data.lists=3"], "data.lists"),
     ],
 )
@@ -509,7 +509,7 @@ def test_every_bad_label_is_named(data: Path, tmp_path: Path):
         draw_split(recipe_of(data), tmp_path / "out", count=3)
     message = str(caught.value)
     assert "2 label map(s) cannot be used" in message and "77 (6305 pixels)" in message
-    assert "l/04.png: label values outside" in message and "u/08.png: cannot be decoded" in message
+    assert "l/04.png: has label values" in message and "u/08.png: cannot be decoded" in message
     with pytest.raises(RecipeError, match="10 labeled of 10 images"):  # known before the labels are read
         draw_split(recipe_of(data), tmp_path / "out", count=10, balanced=True)
     assert not (tmp_path / "out").exists()
@@ -547,7 +547,7 @@ def test_files_that_lists_cannot_name(data: Path, tmp_path: Path):
     [
         ("line\nbreak", "cannot be a line of a list; rename the file"),
         ("next\x85line", "cannot be a line of a list; rename the file"),
-        (os.fsdecode(b"latin \xe9"), "are no UTF-8, rename them"),
+        (os.fsdecode(b"latin \xe9"), "are not valid UTF-8"),
     ],
 )
 def test_names_that_lists_cannot_hold(data: Path, tmp_path: Path, name: str, said: str):

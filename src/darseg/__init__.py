@@ -24,11 +24,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.data.classes import ClassSet as ClassSet
     from darseg.data.classes import class_set as class_set
     from darseg.data.dataset import Example as Example
+    from darseg.data.encoding import LabelEncoding as LabelEncoding
+    from darseg.data.encoding import label_encoding as label_encoding
+    from darseg.data.examine import Findings as Findings
     from darseg.data.images import read_image as read_image
-    from darseg.data.labels import LabelEncoding as LabelEncoding
-    from darseg.data.labels import label_encoding as label_encoding
     from darseg.data.labels import read_label as read_label
-    from darseg.data.manifest import Findings as Findings
     from darseg.data.manifest import Manifest as Manifest
     from darseg.data.manifest import Sample as Sample
     from darseg.data.prediction import FINE as FINE
@@ -112,14 +112,14 @@ _HOMES = {
     "evaluate": "run.evaluate",
     "Example": "data.dataset",
     "export_network": "run.export",
-    "Findings": "data.manifest",
+    "Findings": "data.examine",
     "FINE": "data.prediction",
     "FLOAT16": "data.prediction",
     "HistogramBuilder": "pseudo.histogram",
     "image_generator": "pseudo.assign",
-    "label_encoding": "data.labels",
+    "label_encoding": "data.encoding",
     "label_folder": "run.label",
-    "LabelEncoding": "data.labels",
+    "LabelEncoding": "data.encoding",
     "Labeling": "pseudo.labeling",
     "load_network": "model.weights",
     "load_recipe": "config.text",

@@ -49,7 +49,7 @@ Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]
 
 
 NAMED_VALUES = ("index", "one_based", "binary", "cityscapes_ids")
-"""Values of data.label_values that have a name; `data/labels.py` gives them their meaning."""
+"""Values of data.label_values that have a name; `data/encoding.py` gives them their meaning."""
 
 
 class _Section(BaseModel):

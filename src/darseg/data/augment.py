@@ -1,7 +1,7 @@
 """Move image and label together: scale, rotate, blur, mirror, crop (the release's sequence, DARS section 4).
 
-Scale, rotation, mirror and crop are one affine map, so the pixels of the crop are resampled once and no
-others are touched; the blur then runs on what the crop shows of the image.
+Scale, rotation, mirror and crop are one affine map, so only the pixels of the crop are resampled, and only once.
+The blur then runs on the part of the crop that shows the image.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ BLUR_KERNEL = (5, 5)  # pixels; the release's Gaussian, sigma as OpenCV derives 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training example is drawn from an image.
+    """How a training example is drawn at random from an image.
 
     Attributes:
-        crop: height and width of the example, pixels.
-        scale: smallest and largest factor, relative to the original image; drawn uniformly.
-        rotate: largest angle, degrees, drawn uniformly in [-rotate, rotate] for half of the examples.
-        blur: a 5x5 Gaussian blur for half of the examples.
-        mirror: left and right swapped for half of the examples.
-        fill: color where there is no image, RGB 0..255: the network's mean color.
+        crop: height and width of the example, in pixels.
+        scale: smallest and largest factor, relative to the original image; the factor is drawn uniformly.
+        rotate: half of the examples are rotated, by an angle drawn uniformly in [-rotate, rotate] degrees.
+        blur: half of the examples get a 5x5 Gaussian blur.
+        mirror: half of the examples have left and right swapped.
+        fill: color of pixels outside the image, RGB 0..255: the network's mean color.
     """
 
     crop: tuple[int, int]
@@ -40,27 +40,33 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if min(self.crop) < 1:
-            raise RecipeError(f"A crop of {self.crop} pixels: height and width must be at least 1.")
+            raise RecipeError(
+                f"The crop {self.crop} is too small. Its height and width must be at least 1 pixel."
+            )
         if not 0 < self.scale[0] <= self.scale[1] < math.inf:
-            raise RecipeError(f"Scale factors {self.scale}: wanted smallest and largest, above 0.")
+            raise RecipeError(
+                f"The scale factors {self.scale} are not valid. Give the smallest and the largest, both above 0."
+            )
         if not 0 <= self.rotate < math.inf:
-            raise RecipeError(f"A rotation of up to {self.rotate} degrees: wanted 0 or more.")
+            raise RecipeError(f"The largest rotation, {self.rotate} degrees, is not valid. Give 0 or more.")
 
 
 def crop_to_source(
     size: tuple[int, int],
     scaled: tuple[int, int],
+    *,
     angle: float,
     mirror: bool,
     offset: tuple[int, int],
 ) -> np.ndarray:
-    """float64 [2, 3]: pixel centers (x, y) of the crop → pixel centers of the source image.
+    """The affine map from pixel centers (x, y) of the crop to those of the source image, float64 [2, 3].
 
     Args:
-        size: height, width of the source; `scaled`: its size after scaling.
-        angle: rotation of the scaled image about its center, degrees, counter-clockwise; size kept.
+        size: height and width of the source.
+        scaled: height and width after scaling.
+        angle: rotation of the scaled image about its center in degrees, counter-clockwise; the size stays the same.
         mirror: the rotated image is mirrored left to right.
-        offset: row and column of the crop's corner in the mirrored image; negative where the crop is padded.
+        offset: row and column of the crop's corner in the mirrored image; negative if the crop is padded.
     """
     (height, width), (scaled_height, scaled_width) = size, scaled
     to_scaled = np.array([[1.0, 0.0, offset[1]], [0.0, 1.0, offset[0]], [0.0, 0.0, 1.0]])
@@ -77,7 +83,7 @@ def crop_to_source(
         ]
     )
     factor_x, factor_y = width / scaled_width, height / scaled_height
-    # Pixel centers lie at half-integers of the plane, as everywhere in OpenCV's and PyTorch's resizing.
+    # Pixel centers are at half-integers of the plane, as in all resizing of OpenCV and PyTorch.
     unscale = np.array(
         [[factor_x, 0.0, factor_x / 2 - 0.5], [0.0, factor_y, factor_y / 2 - 0.5], [0.0, 0.0, 1.0]]
     )
@@ -85,17 +91,18 @@ def crop_to_source(
 
 
 def augment(
-    image: np.ndarray, label: np.ndarray, how: Augmentation, generator: np.random.Generator
+    image: np.ndarray, label: np.ndarray, how: Augmentation, *, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one training example.
 
     Args:
-        image: uint8 [H, W, 3]; label: uint8 [H, W], 255 = not labeled.
-        generator: all randomness; the same number of draws is taken whatever they decide.
+        image: uint8 [H, W, 3].
+        label: uint8 [H, W], 255 = not labeled.
+        generator: all randomness; every call takes the same number of draws.
 
     Returns:
-        image uint8 [h, w, 3] and label uint8 [h, w] of the size `how.crop`. Bilinear and nearest
-        resampling; `how.fill` and 255 where there is no image.
+        Image uint8 [h, w, 3], resampled bilinearly, and label uint8 [h, w], nearest neighbor, of size `how.crop`.
+        Outside the image they are `how.fill` and 255.
     """
     height, width = label.shape
     factor, angle_draw, row_draw, column_draw = generator.random(4)
@@ -104,7 +111,9 @@ def augment(
     scaled = max(1, round(height * scale)), max(1, round(width * scale))
     angle = (2 * angle_draw - 1) * how.rotate if rotates else 0.0
     offset = _offset(scaled[0], how.crop[0], row_draw), _offset(scaled[1], how.crop[1], column_draw)
-    matrix = crop_to_source((height, width), scaled, angle, bool(mirrors and how.mirror), offset)
+    matrix = crop_to_source(
+        (height, width), scaled, angle=angle, mirror=bool(mirrors and how.mirror), offset=offset
+    )
     cropped = _warp(image, matrix, how)
     moved = cv2.warpAffine(
         label,
@@ -114,8 +123,8 @@ def augment(
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=IGNORE,
     )
-    # A crop larger than the scaled image: beyond its canvas is padding, though a rotated image would reach there,
-    # and the padding is not blurred into the image.
+    # If the crop is larger than the scaled image, all beyond the image's canvas is padding, even where the corners of
+    # the rotated image would reach. The padding is not blurred into the image.
     top, left = max(0, -offset[0]), max(0, -offset[1])
     bottom, right = top + scaled[0], left + scaled[1]
     for beyond in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
@@ -128,7 +137,7 @@ def augment(
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarray:
-    """The image's crop, bilinear, uint8 [h, w, 3]; only what the crop shows is read.
+    """The crop of the image, uint8 [h, w, 3], resampled bilinearly from the part of the image that the crop shows.
 
     OpenCV warps four channels over twice as fast as three (docs/performance.md).
     """
@@ -137,10 +146,10 @@ def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarra
     lowest, highest = np.floor(corners.min(axis=1)), np.ceil(corners.max(axis=1))
     left, top = (int(x) for x in np.clip(lowest - 2, 0, [image.shape[1] - 1, image.shape[0] - 1]))
     right, bottom = (int(x) for x in np.clip(highest + 3, [left + 1, top + 1], image.shape[1::-1]))
-    # The outer halves of edge pixels are plain, as in a resize, not mixed with the fill: repeat the edge once.
-    # Where the cut is not the image's edge, the repeated pixel lies beyond what the crop shows.
-    four = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2RGBA)
-    source = cv2.copyMakeBorder(four, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    # Repeat the edge pixels once, so that their outer halves are not mixed with the fill color (a resize does the same).
+    # If the cut is not at the image's edge, the repeated pixels are outside of what the crop shows.
+    with_fourth = cv2.cvtColor(image[top:bottom, left:right], cv2.COLOR_RGB2RGBA)
+    source = cv2.copyMakeBorder(with_fourth, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
     inner = matrix.copy()
     inner[:, 2] += 1 - left, 1 - top
     cropped = cv2.warpAffine(
@@ -155,6 +164,6 @@ def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarra
 
 
 def _offset(scaled: int, crop: int, draw: float) -> int:
-    """Where the crop begins: drawn uniformly where there is room, centered (negative) where there is not."""
+    """Where the crop begins: drawn uniformly if there is room; otherwise centered, so negative."""
     room = scaled - crop
     return int(draw * (room + 1)) if room >= 0 else -((-room) // 2)

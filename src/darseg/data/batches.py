@@ -105,7 +105,7 @@ def stream_batches(
         def fill(place: int, position: int) -> str:
             sample = samples[sample_index(position, len(samples), seed)]
             generator = np.random.default_rng([*seed, 1, position])
-            example = draw_example(sample, classes, augmentation, generator, load)
+            example = draw_example(sample, classes, augmentation, generator=generator, load=load)
             into[0][place], into[1][place] = example.image, example.label
             return example.id
 

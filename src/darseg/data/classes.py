@@ -1,4 +1,4 @@
-"""What the classes are called and how they are drawn."""
+"""Names and colors of the classes."""
 
 from __future__ import annotations
 
@@ -23,31 +23,44 @@ class ClassSet:
     def __post_init__(self) -> None:
         count = len(self.names)
         if not 2 <= count <= 255:
-            raise DataError(f"{count} classes: between 2 and 255 are needed.")
-        twice = sorted({name for name in self.names if self.names.count(name) > 1})
-        if twice or not all(isinstance(name, str) and name for name in self.names):
-            raise DataError(f"Class names must be unique and not empty; given twice: {twice or 'none'}.")
+            raise DataError(f"{count} classes were given. Between 2 and 255 are needed.")
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise DataError(
+                f"These class names occur more than once: {', '.join(map(repr, repeated))}. Rename one of each."
+            )
+        if not all(isinstance(name, str) and name for name in self.names):
+            raise DataError("A class has no name. Give each class a name that is not empty.")
         if len(self.colors) != count:
-            raise DataError(f"{count} class names but {len(self.colors)} colors: give one for each class.")
-        if any(len(color) != 3 or not all(0 <= part <= 255 for part in color) for color in self.colors):
-            raise DataError("A color is three numbers from 0 to 255: red, green, blue.")
+            raise DataError(
+                f"There are {count} class names but {len(self.colors)} colors. Give one color for each class."
+            )
+        for name, color in zip(self.names, self.colors, strict=True):
+            if len(color) != 3 or not all(0 <= part <= 255 for part in color):
+                raise _color_error(name, color)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def palette(self) -> np.ndarray:
-        """uint8 [256, 3]: color of each label value; white for 255 (not labeled), black elsewhere."""
+        """The color of each label value, uint8 [256, 3]; white for 255 (not labeled), black for other values."""
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(self)] = self.colors
         palette[IGNORE] = 255
         return palette
 
 
+def _color_error(name: str, color: Sequence[int]) -> DataError:
+    return DataError(
+        f"The color of {name} is {list(color)}. A color is three numbers from 0 to 255: red, green, blue."
+    )
+
+
 def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
-    """`count` colors that differ: bits of the index spread over the channels, as in VOC's color map."""
+    """`count` different colors: the bits of an index are spread over the channels, as in VOC's color map."""
     colors = []
     for index in range(count):
-        color, rest = [0, 0, 0], index + 1  # VOC's 0 is black; black and white are kept for "outside"
+        color, rest = [0, 0, 0], index + 1  # VOC's 0 is black, which stands for "outside", as white does
         for bit in range(8):
             for channel in range(3):
                 color[channel] |= ((rest >> channel) & 1) << (7 - bit)
@@ -57,20 +70,24 @@ def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]]) -> ClassSet:
-    """The built-in set of that name, or one made of names, or of names with colors."""
+    """The built-in set of that name, or a set of names, or of names with their colors."""
     if isinstance(classes, str):
         if classes not in BUILT_IN:
-            raise DataError(f"No built-in class set {classes!r}: there are {', '.join(BUILT_IN)}.")
+            raise DataError(
+                f"There is no built-in class set {classes!r}. Give one of {', '.join(BUILT_IN)}, or a list of classes."
+            )
         return BUILT_IN[classes]
     if isinstance(classes, Mapping):
-        if any(len(color) != 3 for color in classes.values()):
-            raise DataError("A color is three numbers from 0 to 255: red, green, blue.")
+        for name, color in classes.items():
+            if len(color) != 3:
+                raise _color_error(name, color)
         colors = tuple((int(r), int(g), int(b)) for r, g, b in classes.values())
         return ClassSet(tuple(classes), colors)
     return ClassSet(tuple(classes), distinct_colors(len(classes)))
 
 
 def _table(text: str) -> ClassSet:
+    """A set from lines of a name and three numbers."""
     rows = [line.rsplit(maxsplit=3) for line in text.strip().splitlines()]
     return ClassSet(
         tuple(row[0].strip() for row in rows), tuple((int(r), int(g), int(b)) for _, r, g, b in rows)

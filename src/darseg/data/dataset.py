@@ -10,14 +10,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from darseg.data.advice import unknown_values
 from darseg.data.augment import Augmentation, augment
 from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
-from darseg.data.labels import read_label, unknown_values
-from darseg.data.manifest import Sample
+from darseg.data.labels import read_label
+from darseg.data.manifest import Sample, size_fault
 from darseg.errors import DataError
 
-# Images are prepared in parallel; threads inside OpenCV would only get in each other's way.
+# Images are prepared in parallel, so threads inside OpenCV would only compete with each other.
 cv2.setNumThreads(1)
 
 
@@ -31,30 +32,29 @@ class Example:
 
 
 def load_example(sample: Sample, classes: ClassSet) -> Example:
-    """Read a labeled sample. Raises DataError: no label, other size, values that are no class."""
+    """Read a labeled sample. Raises DataError if it has no label, or one of another size or with unknown values."""
     if sample.label is None:
-        raise DataError(f"{sample.image}: has no label map, and one is needed here.")
+        raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
     image, label = read_image(sample.image), read_label(sample.label, sample.encoding)
     if image.shape[:2] != label.shape:
         raise DataError(
-            f"{sample.label}: {label.shape[0]}x{label.shape[1]} pixels, but its image {sample.image} has "
-            f"{image.shape[0]}x{image.shape[1]} (height x width). Run `darseg check` for all such faults."
+            f"{size_fault(sample, label.shape, image.shape[:2])} Run `darseg check` to find all such files."
         )
     if label.max(initial=0) >= len(classes):
-        line = unknown_values(np.bincount(label.reshape(-1), minlength=256), len(classes))
-        if line:
-            raise DataError(f"{sample.label}: {line}.")
+        unknown = unknown_values(np.bincount(label.reshape(-1), minlength=256), len(classes))
+        if unknown:
+            raise DataError(f"{sample.label}: {unknown}")
     return Example(sample.id, image, label)
 
 
 Load = Callable[[Sample, ClassSet], Example]
-"""Reads a labeled sample: `load_example`, or that of a Cache."""
+"""Reads a labeled sample: `load_example`, or `Cache.load`."""
 
 
 class Cache:
-    """Decoded examples, kept in memory up to a number of bytes; those beyond it are decoded whenever they are asked for.
+    """Keeps decoded examples in memory, up to a number of bytes; the others are decoded each time they are needed.
 
-    For one set of classes and files that do not change meanwhile. Any number of threads may ask.
+    A cache serves one set of classes and assumes that files do not change. Any number of threads may use it.
     """
 
     def __init__(self, limit: int) -> None:
@@ -63,7 +63,7 @@ class Cache:
         self._lock = threading.Lock()
 
     def load(self, sample: Sample, classes: ClassSet) -> Example:
-        """As `load_example`; the arrays are for reading only where they are kept."""
+        """As `load_example`; the arrays of an example that is kept are read-only."""
         key = sample.image, sample.label
         kept = self._kept.get(key)
         if kept is not None:
@@ -83,9 +83,10 @@ def draw_example(
     sample: Sample,
     classes: ClassSet,
     augmentation: Augmentation,
+    *,
     generator: np.random.Generator,
     load: Load = load_example,
 ) -> Example:
     """Read a labeled sample and augment it."""
     example = load(sample, classes)
-    return Example(sample.id, *augment(example.image, example.label, augmentation, generator))
+    return Example(sample.id, *augment(example.image, example.label, augmentation, generator=generator))

@@ -1,4 +1,4 @@
-"""Files appear whole: written aside in the same folder, flushed to the disk, then renamed."""
+"""Files appear whole: they are written aside in the same folder, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 from darseg.errors import StorageError
 
 ASIDE = ".part"
-"""Suffix of files being written. A leftover is half of something and is overwritten the next time."""
+"""Suffix of files that are being written. A leftover is an unfinished file and is overwritten the next time."""
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """What an OSError while writing `path` means for the user."""
+    """The error to raise when writing `path` failed with this OSError."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
-            f"The disk is full: {path} could not be written. Nothing half-written was left behind; "
-            "free some space and run the same command again, it goes on where it was."
+            f"The disk is full: {path} could not be written. No half-written file was left behind. "
+            "Free some space and run the same command again; it continues where it stopped."
         )
     reason = error.strerror or str(error)
     return StorageError(f"Cannot write {path}: {reason}. Choose another folder, or change its permissions.")
 
 
 def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file beside `path`, then rename it to `path`.
+    """Let `write` fill a file next to `path`, then rename it to `path`.
 
-    Raises StorageError where the disk is full or the folder cannot be written. Whatever goes wrong, the
-    half-written file is removed and an earlier `path` is left as it was.
+    Raises StorageError if the disk is full or the folder cannot be written. After any error the half-written file is
+    removed, and an earlier file at `path` is left as it was.
     """
     aside = path.with_name(path.name + ASIDE)
     try:
@@ -49,7 +49,7 @@ def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The failed system call behind an error; safetensors, written in Rust, tells it in its message only."""
+    """The OSError behind an error. safetensors, written in Rust, names it only in its message."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
@@ -57,6 +57,6 @@ def _os_error(error: BaseException) -> OSError | None:
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that it is there whole or not at all (see `write_whole_with`)."""
+    """Write `data` to `path`, so that the file is there whole or not at all (see `write_whole_with`)."""
     encoded = data.encode() if isinstance(data, str) else data
     write_whole_with(path, lambda aside: aside.write_bytes(encoded))

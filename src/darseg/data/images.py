@@ -20,27 +20,29 @@ JPEG_MARK = b"\xff\xd8"
 TIFF_MARKS = (b"II*\0", b"MM\0*")
 
 BITS_PER_SAMPLE, ORIENTATION = 258, 274
-"""Tags of TIFF."""
+"""TIFF tags."""
 
 STEP_16_BIT = 257
 """65535 / 255: 16-bit values are divided by this and rounded."""
 
-# What OpenCV says of broken files on standard error, our errors say with path and remedy.
+# Our errors report broken files with path and remedy, so OpenCV need not report them on standard error.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def read_image(path: Path | str) -> np.ndarray:
     """An image file as uint8 [H, W, 3], RGB.
 
-    JPEG, PNG, BMP, TIFF (its first page) and WebP; gray becomes three equal channels, alpha is left out, 16-bit
-    values v become round(v / 257). Orientation marks of cameras (EXIF) are not followed: they would turn the image but
-    not its label. Raises DataError where it is missing, cannot be decoded, or holds anything but 8- or 16-bit values.
+    Reads JPEG, PNG, BMP, TIFF (its first page) and WebP. Gray becomes three equal channels, alpha is dropped, and 16-bit
+    values v become round(v / 257). Orientation marks of cameras (EXIF) are ignored, because they would turn the image
+    but not its label.
+
+    Raises DataError if the file is missing, cannot be decoded, or holds values of other than 8 or 16 bits.
     """
     path = Path(path)
     data = read_whole(path)
     if data.startswith(TIFF_MARKS) and (small := _small_tiff(path, data)) is not None:
         return small
-    # Faster where there are 8 bits; of 16 it would cut off the lower byte.
+    # IMREAD_COLOR is faster, but drops the lower byte of 16-bit values.
     eight_bits = data[24] <= 8 if is_png(data) else data.startswith(JPEG_MARK)
     flags = cv2.IMREAD_COLOR if eight_bits else cv2.IMREAD_UNCHANGED
     try:
@@ -49,24 +51,24 @@ def read_image(path: Path | str) -> np.ndarray:
         image = None
     if image is None:
         raise DataError(
-            f"{path}: cannot be decoded as an image ({', '.join(IMAGE_SUFFIXES)}). Remove or replace it."
+            f"{path}: cannot be decoded as an image ({', '.join(IMAGE_SUFFIXES)}). Replace or remove it."
         )
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + STEP_16_BIT // 2) // STEP_16_BIT).astype(np.uint8)
     channels = 1 if image.ndim == 2 else image.shape[2]
     if image.dtype != np.uint8 or channels not in (1, 3, 4):
         raise DataError(
-            f"{path}: found {channels} channels of {image.dtype}, wanted gray or RGB of 8 or 16 bits. Convert it first."
+            f"{path}: has {channels} channel(s) of type {image.dtype}. Convert it to gray or RGB with 8 or 16 bits."
         )
     conversions = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
     return cv2.cvtColor(image, conversions[channels])
 
 
 def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
-    """A TIFF of at most 8 bits, whose colors OpenCV would multiply with its alpha; None for another."""
+    """A TIFF of at most 8 bits, whose colors OpenCV would multiply with its alpha; None for other TIFFs."""
     try:
         image, bits = open_with_pillow(data)
-    except Exception:  # OpenCV knows more kinds, or finds the same fault
+    except Exception:  # OpenCV reads more kinds, or reports the same fault
         return None
     if bits > 8 or image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"):
         return None
@@ -77,7 +79,7 @@ def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
 
 
 def open_with_pillow(data: bytes) -> tuple[Image.Image, int]:
-    """An image, not decoded yet, and the bits of a TIFF's values (8 for other formats). Raises all kinds of errors."""
+    """An image, not decoded yet, and the bits of a TIFF's values (8 for other formats). May raise any error."""
     image = Image.open(io.BytesIO(data))
     return image, max(
         getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8 if image.format != "TIFF" else 1,))
@@ -91,25 +93,31 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises DataError."""
+    """The content of a file. Raises DataError if it cannot be read."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file. Check the list and the folders in the recipe.") from None
+        raise DataError(
+            f"{path}: this file does not exist. Check the list and the folders in the recipe."
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}). Check its permissions."
+        ) from error
 
 
 def read_whole(path: Path) -> bytes:
-    """The content of an image or label file that is not cut off, nor – where a checksum tells – damaged, and that no
-    decoder turns. Raises DataError."""
+    """The content of an image or label file, without a TIFF's orientation mark.
+
+    Raises DataError if the file cannot be read, is cut off, or is damaged according to a checksum in it.
+    """
     data = read_bytes(path)
     check_complete(path, data)
     return _unturned(data) if data.startswith(TIFF_MARKS) else data
 
 
 def _unturned(tiff: bytes) -> bytes:
-    """With its orientation mark, which some decoders follow, set to 1: as it is stored."""
+    """The TIFF with its orientation mark, which some decoders follow, set to 1: pixels as they are stored."""
     order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
 
     def number(at: int, size: int) -> int:
@@ -127,26 +135,31 @@ def is_png(data: bytes) -> bool:
 
 
 def check_complete(path: Path, data: bytes) -> None:
-    """Raise DataError where a JPEG or PNG ends early, which decoders fill with gray in silence, and where a checksum of
-    a PNG is wrong, which not all of them compare."""
+    """Raise DataError if a JPEG or PNG is cut off, or if a PNG's checksum is wrong.
+
+    Decoders silently fill what is cut off with gray, and not all of them compare checksums.
+    """
     if is_png(data):
         kind, at, view = b"", 8, memoryview(data)
         while kind != b"IEND" and at < len(data):
             kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
-            wrong = zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big")
-            # Chunks in small letters are not needed.
-            if end <= len(data) and ((wrong and kind[:1].isupper()) or (at == 8 and kind != b"IHDR")):
-                raise DataError(f"{path}: cannot be decoded, it is damaged. Copy or download it again.")
+            damaged = zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big")
+            # Chunks whose names begin with a lower-case letter are not needed to decode the image.
+            if end <= len(data) and ((damaged and kind[:1].isupper()) or (at == 8 and kind != b"IHDR")):
+                raise DataError(
+                    f"{path}: cannot be decoded because it is damaged. Copy or download it again."
+                )
             at = end
         whole = kind == b"IEND" and at <= len(data)
     else:
         whole = not data.startswith(JPEG_MARK) or _ends(data)
     if not whole:
-        raise DataError(f"{path}: the file is truncated ({len(data)} bytes). Copy or download it again.")
+        raise DataError(f"{path}: this file is cut off after {len(data)} bytes. Copy or download it again.")
 
 
 def _ends(jpeg: bytes) -> bool:
-    # Segments before the scan may hold a whole thumbnail, end mark included; after the picture cameras add more.
+    """Whether a JPEG has its end mark."""
+    # Segments before the scan may hold a whole thumbnail with an end mark. Cameras add more data after the picture.
     at = 2
     while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":
         at += 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
@@ -154,7 +167,7 @@ def _ends(jpeg: bytes) -> bool:
 
 
 def shrink(values: np.ndarray, side: int, interpolation: int) -> np.ndarray:
-    """Scaled down so that the long side has at most `side` pixels; photograph and maps of an image alike."""
+    """The image or map, scaled down if its long side has more than `side` pixels."""
     height, width = values.shape[:2]
     factor = side / max(height, width)
     if factor >= 1:

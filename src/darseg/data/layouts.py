@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from darseg.data.labels import IDS_SUFFIX, TRAIN_IDS_SUFFIX
+from darseg.data.encoding import IDS_SUFFIX, TRAIN_IDS_SUFFIX
 from darseg.errors import DataError
 
 CITIES = (
     *("aachen", "bochum", "bremen", "cologne", "darmstadt", "dusseldorf", "erfurt", "hamburg", "hanover"),
     *("jena", "krefeld", "monchengladbach", "strasbourg", "stuttgart", "tubingen", "ulm", "weimar", "zurich"),
 )
-"""Of Cityscapes' training images."""
+"""Folders of Cityscapes' training images."""
 
 VALIDATION_CITIES = ("frankfurt", "lindau", "munster")
 
 CITYSCAPES_COUNTS = {"train": 2975, "val": 500}
 VOC_COUNTS = {"train": 1464, "val": 1449}
 VOC_UNLABELED = 9118
-"""Images of SBD that are in neither list of VOC 2012."""
+"""Number of images of SBD that are in neither list of VOC 2012."""
 
-# What to unpack where a folder is missing (file names of the official downloads).
+# What to unpack if a folder is missing (file names of the official downloads).
 ARCHIVES = {
     "leftImg8bit": "leftImg8bit_trainvaltest.zip from cityscapes-dataset.com",
     "gtFine": "gtFine_trainvaltest.zip from cityscapes-dataset.com",
@@ -35,7 +35,7 @@ ARCHIVES = {
 SBD_ARCHIVE = (
     "benchmark.tgz from www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours"
 )
-"""Semantic Boundaries Dataset (Hariharan et al., ICCV 2011); brings the folder benchmark_RELEASE."""
+"""Semantic Boundaries Dataset (Hariharan et al., ICCV 2011); it unpacks into the folder benchmark_RELEASE."""
 
 NEEDED = {
     "cityscapes": ("leftImg8bit", "gtFine"),
@@ -51,7 +51,7 @@ SBD_PLACES = (
     "../SBD",
     "../../SBD",
 )
-"""Where SBD's folder `cls` is looked for, relative to VOC2012."""
+"""Folders, relative to VOC2012, in which SBD's folder `cls` is searched."""
 
 IMAGE_ENDING = "_leftImg8bit"
 
@@ -61,9 +61,9 @@ class Layout:
     """A published data set below `root`: `leftImg8bit` + `gtFine`, or `JPEGImages` + `SegmentationClass` + SBD.
 
     Attributes:
-        sbd: the folder of SBD that holds `cls/ID.mat`; None where there is none.
-        train_ids: of Cityscapes' labels the 19 train ids are wanted: `labelTrainIds`, else `labelIds`, which are mapped.
-            False: the ids of the download are, for classes of the user's own, and those of the other file mean others.
+        sbd: the folder of SBD that holds `cls/ID.mat`; None if there is none.
+        train_ids: read Cityscapes' labels as the 19 train ids, from `labelTrainIds`, or mapped from `labelIds`. False is
+            for classes of the user's own: read the ids in `labelIds` only, since `labelTrainIds` numbers other classes.
     """
 
     name: Literal["cityscapes", "voc"]
@@ -76,15 +76,15 @@ class Layout:
         return self.root / ("leftImg8bit" if self.name == "cityscapes" else "JPEGImages")
 
     def label_of(self, image: Path) -> Path | None:
-        """The label file of an image, the first there is.
+        """The first label file of an image that exists.
 
-        Cityscapes: `labelTrainIds`, if these are wanted, else `labelIds`. VOC: `SegmentationClass`, else
-        `SegmentationClassAug`, else SBD's.
+        Cityscapes: `labelTrainIds` (only if `train_ids`), then `labelIds`. VOC: `SegmentationClass`, then
+        `SegmentationClassAug`, then SBD's.
         """
         return next((path for path in self._candidates(image) if path.is_file()), None)
 
     def stand_in(self, image: Path) -> Path | None:
-        """The label file to take where a list names one that does not exist."""
+        """The label file to take if a list names one that does not exist."""
         return self.label_of(image) if self.name == "voc" or self.train_ids else None
 
     def _candidates(self, image: Path) -> Iterable[Path]:
@@ -105,13 +105,13 @@ class Layout:
                 yield self.sbd / "cls" / f"{image.stem}.mat"
 
     def where_labels_are(self) -> str:
-        """For messages."""
+        """The folders of the label files, for messages."""
         if self.name == "cityscapes":
-            return f"gtFine (as its image, …{TRAIN_IDS_SUFFIX} or …{IDS_SUFFIX})"
+            return f"gtFine (the path of its image, ending in {TRAIN_IDS_SUFFIX} or {IDS_SUFFIX})"
         return "SegmentationClass, SegmentationClassAug or SBD's cls"
 
     def training_ids(self) -> list[str]:
-        """Ids of VOC's training images with SBD's: 1,464 + 9,118, every image with a label but those of val.txt."""
+        """Ids of the training images of VOC with SBD (1,464 + 9,118): all images with a label that are not in val.txt."""
         segmentation = self.root / "ImageSets/Segmentation"
         ids = set(_list(segmentation / "train.txt"))
         ids |= {path.stem for path in _files(self.root / AUGMENTED, "*.png")}
@@ -120,64 +120,67 @@ class Layout:
         return sorted(ids - set(_list(segmentation / "val.txt")))
 
     def missing(self) -> list[str]:
-        """A line for each folder that is not there, and what to do about it."""
+        """A line for each missing folder or list, with what to do about it."""
         if not self.root.is_dir():
             archives = dict.fromkeys(ARCHIVES[folder] for folder in NEEDED[self.name])
             return [
-                f"{self.root} does not exist: set data.root to the folder that holds {self.images.name}, or "
-                f"{self._get(archive)}"
+                f"{self.root} does not exist. Set data.root to the folder that holds {self.images.name}, or "
+                f"{self._get(archive)}."
                 for archive in archives
             ]
         folders = self._lacking(self.root)
         if folders and (meant := next((place for place in self._near() if not self._lacking(place)), None)):
-            return [f"{self.root} has no {' and no '.join(folders)}, {meant} has: set data.root to that"]
+            return [
+                f"{self.root} has no folder {' and no folder '.join(folders)}, but {meant} has. Set data.root to {meant}."
+            ]
         lines = []
         for folder in folders:
             path = self.root / folder
             elsewhere = next((near / folder for near in self._near() if (near / folder).is_dir()), None)
             if elsewhere:
-                lines.append(f"{path} is missing, but {elsewhere} is there: move or link it to {path}")
+                lines.append(
+                    f"{path} is missing, but {elsewhere} exists. Move it to {path}, or link it there."
+                )
             else:
-                lines.append(f"{path} is missing: {self._get(ARCHIVES[folder])}")
+                lines.append(f"{path} is missing. {_sentence(self._get(ARCHIVES[folder]))}")
         if self.name == "voc" and not lines:
             for name in VOC_COUNTS:
                 if not (self.root / f"ImageSets/Segmentation/{name}.txt").is_file():
                     lines.append(
-                        f"{self.root}/ImageSets/Segmentation/{name}.txt is missing: unpack "
-                        f"{ARCHIVES['ImageSets/Segmentation']} again"
+                        f"{self.root}/ImageSets/Segmentation/{name}.txt is missing. Unpack "
+                        f"{ARCHIVES['ImageSets/Segmentation']} again."
                     )
         return lines
 
     def _get(self, archive: str) -> str:
-        """What to do to have an archive ("NAME from SITE") unpacked. VOC's and SBD's bring their own folders."""
+        """What to do about an archive ("NAME from SITE") that is not unpacked: "unpack …", without a period.
+
+        VOC's and SBD's archives unpack into folders of their own.
+        """
         name, _, site = archive.partition(" from ")
         packed = next((near / name for near in (self.root, *self._near()) if (near / name).is_file()), None)
-        what = (
-            f"{packed} is still packed: unpack it in"
-            if packed
-            else f"get {name} from {site} and unpack it in"
-        )
+        what = f"unpack {packed} in" if packed else f"get {name} from {site} and unpack it in"
         if self.name == "cityscapes":
             return f"{what} {self.root}"
         if self.root.parts[-2:] == ("VOCdevkit", "VOC2012"):
             return f"{what} {self.root.parent.parent}"
         if archive == SBD_ARCHIVE:
             return f"{what} {self.root.parent}"
-        return f"{what} a folder of your choice; then set data.root to VOCdevkit/VOC2012 in it"
+        return f"{what} any folder, then set data.root to VOCdevkit/VOC2012 in that folder"
 
     def _lacking(self, root: Path) -> list[str]:
         there = {folder for folder in (*NEEDED[self.name], AUGMENTED) if (root / folder).is_dir()}
-        if AUGMENTED in there:  # has the labels of the other, too
+        if AUGMENTED in there:  # it also has the labels of SegmentationClass
             there.add("SegmentationClass")
         return [folder for folder in NEEDED[self.name] if folder not in there]
 
     def _near(self) -> list[Path]:
-        """Folders that `root` may have been meant to be: in it, later years first, in those, and around it."""
+        """Folders that `root` may have been meant to be: up to two levels inside it, later years first, or around it."""
         inside = [path for pattern in ("*", "*/*") for path in sorted(self.root.glob(pattern), reverse=True)]
         return [*(path for path in inside if path.is_dir()), self.root.parent, self.root.parent.parent]
 
     def warnings(self) -> list[str]:
-        """What a half-unpacked or half-loaded download lacks, compared with the published counts."""
+        """Lines about what an incomplete download lacks, compared with the published counts."""
         return self._cityscapes_warnings() if self.name == "cityscapes" else self._voc_warnings()
 
     def _cityscapes_warnings(self) -> list[str]:
@@ -185,18 +188,20 @@ class Layout:
         for split, cities in (("train", CITIES), ("val", VALIDATION_CITIES)):
             images = _files(self.images / split, f"*/*{IMAGE_ENDING}.*")
             if len(images) != CITYSCAPES_COUNTS[split]:
-                gone = [city for city in cities if not (self.images / split / city).is_dir()]
-                named = f"; cities without a folder: {', '.join(gone)}" if gone else ""
+                missing = [city for city in cities if not (self.images / split / city).is_dir()]
+                named = f" These cities have no folder: {', '.join(missing)}." if missing else ""
                 lines.append(
-                    f"{self.images / split} has {len(images):,} images, Cityscapes has {CITYSCAPES_COUNTS[split]:,}"
-                    f"{named}. Unpack {ARCHIVES['leftImg8bit']} again if it should be whole"
+                    f"{self.images / split} has {len(images):,} images, but Cityscapes has "
+                    f"{CITYSCAPES_COUNTS[split]:,}.{named} If it should be complete, unpack "
+                    f"{ARCHIVES['leftImg8bit']} again."
                 )
-            bare = Counter(path.parent.name for path in images if self.label_of(path) is None)
-            if bare:
-                named = ", ".join(f"{city} ({count})" for city, count in sorted(bare.items()))
+            unpaired = Counter(path.parent.name for path in images if self.label_of(path) is None)
+            if unpaired:
+                named = ", ".join(f"{city} ({count})" for city, count in sorted(unpaired.items()))
                 lines.append(
-                    f"{bare.total():,} images in {self.images / split} have no label in {self.root / 'gtFine' / split}: "
-                    f"{named}. Unpack {ARCHIVES['gtFine']} again if they should have"
+                    f"{unpaired.total():,} images in {self.images / split} have no label in "
+                    f"{self.root / 'gtFine' / split}: {named}. If they should have one, unpack "
+                    f"{ARCHIVES['gtFine']} again."
                 )
         return lines
 
@@ -204,56 +209,63 @@ class Layout:
         lines = []
         segmentation = self.root / "ImageSets/Segmentation"
         for name, count in VOC_COUNTS.items():
-            found = len(_list(segmentation / f"{name}.txt"))
-            if found != count:
+            listed = len(_list(segmentation / f"{name}.txt"))
+            if listed != count:
                 lines.append(
-                    f"{segmentation / name}.txt lists {found:,} images, VOC 2012 has {count:,}. Unpack "
-                    f"{ARCHIVES['ImageSets/Segmentation']} again if it should be the official list"
+                    f"{segmentation / name}.txt lists {listed:,} images, but VOC 2012's list has {count:,}. If it should "
+                    f"be the official list, unpack {ARCHIVES['ImageSets/Segmentation']} again."
                 )
         if not (self.root / "SegmentationClass").is_dir():
             lines.append(
-                f"{self.root / 'SegmentationClass'} is missing; the labels in {AUGMENTED} are taken instead. To have the "
-                f"official ones, {self._get(ARCHIVES['SegmentationClass'])}"
+                f"{self.root / 'SegmentationClass'} is missing, so the labels in {AUGMENTED} are used. For the official "
+                f"labels, {self._get(ARCHIVES['SegmentationClass'])}."
             )
         ids = set(self.training_ids())
-        bare = sorted(ids - {path.stem for path in _files(self.images, "*")})
-        if bare:
+        without_image = sorted(ids - {path.stem for path in _files(self.images, "*")})
+        if without_image:
             lines.append(
-                f"{len(bare):,} images with a label are not in {self.images} and are left out, the first is {bare[0]}. "
-                f"Unpack {ARCHIVES['JPEGImages']} again"
+                f"{len(without_image):,} labels have no image in {self.images} and are not used, the first is "
+                f"{without_image[0]}. Unpack {ARCHIVES['JPEGImages']} again."
             )
         beyond = len(ids - set(_list(segmentation / "train.txt")))
         if beyond == 0:
             lines.append(
-                f"neither {self.root / AUGMENTED} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or data.sbd) is "
-                f"there, so which {VOC_UNLABELED:,} images are unlabeled cannot be told: {self._get(SBD_ARCHIVE)}"
+                f"Neither {self.root / AUGMENTED} nor SBD's cls/*.mat (in {' or '.join(SBD_PLACES[:2])}, or data.sbd) "
+                f"exists, so the {VOC_UNLABELED:,} unlabeled images are not known. For these, {self._get(SBD_ARCHIVE)}."
             )
         elif beyond != VOC_UNLABELED:
             lines.append(
-                f"{beyond:,} images have a label besides those of train.txt and val.txt; VOC with SBD has "
-                f"{VOC_UNLABELED:,}. Unpack SBD's benchmark.tgz again if it should be whole"
+                f"{beyond:,} images have a label and are in neither train.txt nor val.txt, but VOC with SBD has "
+                f"{VOC_UNLABELED:,} such images. If it should be complete, unpack SBD's benchmark.tgz again."
             )
         return lines
 
 
-def find_sbd(root: Path, given: Path | None) -> Path | None:
-    """SBD's folder, which holds `cls`: the given one, or one of SBD_PLACES. Raises DataError for one without `cls`."""
-    if given is not None:
-        if not (given / "cls").is_dir():
+def find_sbd(root: Path, named: Path | None) -> Path | None:
+    """SBD's folder, which holds `cls`: the named one, otherwise one of SBD_PLACES, if any.
+
+    Raises DataError if the named one has no `cls`.
+    """
+    if named is not None:
+        if not (named / "cls").is_dir():
             raise DataError(
-                f"data.sbd: {given} has no folder cls. Give benchmark_RELEASE/dataset of SBD's benchmark.tgz."
+                f"data.sbd: {named} has no folder cls. Give benchmark_RELEASE/dataset from SBD's benchmark.tgz."
             )
-        return given
+        return named
     return next((root / place for place in SBD_PLACES if (root / place / "cls").is_dir()), None)
 
 
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
 def _files(folder: Path, pattern: str) -> list[Path]:
-    """Without the hidden ones that some systems add."""
+    """Files of a pattern, sorted, without the hidden ones that some systems add."""
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
 def _list(path: Path) -> list[str]:
-    """Ids of one of VOC's lists; none where it is missing."""
+    """Ids of one of VOC's lists; empty if the list is missing."""
     try:
         return path.read_text(encoding="utf-8").split()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Read ahead, work, write behind: one item after the other, in constant memory."""
+"""Read ahead, work, and write behind, one item after the other, in constant memory."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ Read = TypeVar("Read")
 Result = TypeVar("Result")
 
 AHEAD = 2
-"""Items being read, and items being written, at any time."""
+"""Largest number of items being read, and of items being written, at any time."""
 
 
 def overlapped(
     items: Iterable[Item],
+    *,
     read: Callable[[Item], Read],
     work: Callable[[Item, Read], Result],
     write: Callable[[Item, Result], object],
     advance: Callable[[], object] = lambda: None,
 ) -> None:
-    """For every item: `read` in a thread ahead, `work` here, in order, `write` in a thread behind.
+    """For every item: `read` ahead in a thread, `work` here and in order, `write` behind in a thread.
 
-    An item that cannot be read or worked on (DataError) is passed over and the others are done; in the end all such
-    errors are raised as one. Any other error stops at once, after what was being written is written.
+    An item whose `read` or `work` raises DataError is skipped, and at the end all these errors are raised as one. Any
+    other error stops at once, after pending writes are done.
 
     Args:
         advance: called after each item's work.
@@ -46,10 +47,10 @@ def overlapped(
         fill()
         try:
             while ahead:
-                item, coming = ahead.popleft()
+                item, reading = ahead.popleft()
                 fill()
                 try:
-                    result = work(item, coming.result())
+                    result = work(item, reading.result())
                 except DataError as error:
                     unusable.append(str(error))
                     advance()
@@ -58,20 +59,20 @@ def overlapped(
                     behind.popleft().result()
                 behind.append(writers.submit(write, item, result))
                 advance()
-            for one in behind:
-                one.result()
+            for writing in behind:
+                writing.result()
         except BaseException:
             readers.shutdown(wait=False, cancel_futures=True)
             raise
     if unusable:
         raise DataError(
-            faults(f"{len(unusable)} file(s) cannot be used; all others are done and kept", unusable)
-            + "\nMend or remove them and run the same command again."
+            faults(f"{len(unusable)} file(s) cannot be used. All others are done and kept", unusable)
+            + "\nFix or remove these files, then run the same command again."
         )
 
 
 def ahead_of(items: Iterable[Item]) -> Iterator[Item]:
-    """The items in their order, made in a thread of their own up to AHEAD before they are asked for."""
+    """The items in their order; a thread of its own makes up to AHEAD of them before they are needed."""
     source, end = iter(items), object()
     with ThreadPoolExecutor(1) as pool:
         coming = deque(pool.submit(next, source, end) for _ in range(AHEAD))

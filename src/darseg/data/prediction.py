@@ -1,4 +1,4 @@
-"""What a network says about one image: a class and a confidence for every pixel."""
+"""What a network predicts for one image: a class and a confidence for every pixel."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ from darseg.errors import DataError
 FINE_LOWEST = -8.0
 """Log-odds of code 0 of the fine scale. The largest of K <= 255 probabilities is at least 1/255: log-odds -5.5."""
 FINE_STEPS = 1024
-"""Codes per unit of log-odds, so that 65,536 codes reach from -8 to 56, where float64 ends below 1."""
+"""Codes per unit of log-odds, so that 65,536 codes reach from -8 to 56."""
 
 
 @dataclass(frozen=True)
 class ConfidenceScale:
     """How confidences are coded as uint16, so that they can be counted exactly.
 
-    Codes sort as confidences do. `codes` is how many there are: 0 to codes - 1.
+    Attributes:
+        codes: number of codes, 0 to codes - 1, in the order of the confidences.
     """
 
     name: str
     codes: int
 
     def confidence(self, codes: NDArray[np.integer]) -> NDArray[np.float64]:
-        """Codes, of any shape → confidences in [0, 1]."""
+        """The confidences in [0, 1] of codes, of any shape."""
         if self is FLOAT16:
             return np.asarray(codes).astype(np.uint16).view(np.float16).astype(np.float64)
         return 1 / (1 + np.exp(-(np.asarray(codes, np.float64) / FINE_STEPS + FINE_LOWEST)))
 
     def at_least(self, confidence: float) -> int:
-        """The smallest code whose confidence is not below `confidence`; `codes` where there is none."""
+        """The smallest code whose confidence is at least `confidence`; `codes` if there is none."""
         return int(np.searchsorted(self.confidence(np.arange(self.codes)), confidence))
 
 
 FLOAT16 = ConfidenceScale("float16", 15361)
-"""Bit patterns of float16: 0 (0.0) to 15360 (1.0). What the paper measured; above 0.99976 all is one number."""
+"""Bit patterns of float16, 0 (0.0) to 15360 (1.0), as the paper measured; from 0.99976 on all round to 1.0."""
 
 FINE = ConfidenceScale("fine", 65536)
 """Log-odds ln(p / (1 - p)) from -8 to 56 in steps of 1/1024, rounded to the nearest.
 
-An error of at most 1/2048 in log-odds, hence of p(1 - p)/2048 <= 1.3e-4 in probability, and a relative one of
-at most 1/2048 in 1 - p, however small that is. Ties nearly vanish.
+The error is at most 1/2048 in log-odds, so at most p(1 - p)/2048 <= 1.3e-4 in probability, and relative to 1 - p at
+most 1/2048, however small 1 - p is. Ties nearly vanish.
 """
 
 BYTES_PER_PIXEL = 3
-"""Of a prediction before compression: class 1, confidence code 2."""
+"""Of a prediction before compression: 1 for the class, 2 for the confidence code."""
 
 SCALES = {scale.name: scale for scale in (FLOAT16, FINE)}
 
@@ -58,13 +59,14 @@ SCALES = {scale.name: scale for scale in (FLOAT16, FINE)}
 class Prediction:
     """The most probable class of every pixel and its probability.
 
-    classes: uint8 [H, W], class indices.
-    codes: uint16 [H, W], confidences as codes of `scale` (FLOAT16: bit patterns; FINE: log-odds).
+    Attributes:
+        classes: uint8 [H, W], class indices.
+        codes: uint16 [H, W], confidences as codes of `scale` (FLOAT16: bit patterns; FINE: log-odds).
 
     The arrays are not copied; they are read-only through this object.
 
-    Raises DataError for wrong types or shapes, and for codes that are no confidence. A logit above 65504
-    is infinite in float16 and makes the softmax NaN, which ends here; one below -65504 makes probability 0.
+    Raises DataError for wrong types or shapes, and for codes that are no confidence. A logit above 65504 is infinite in
+    float16 and makes the softmax NaN, which is refused here; a logit below -65504 gives probability 0.
     """
 
     classes: NDArray[np.uint8]
@@ -75,52 +77,56 @@ class Prediction:
         for name, dtype in (("classes", np.uint8), ("codes", np.uint16)):
             array = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.ndim != 2:
-                found = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array)
-                raise DataError(f"Prediction.{name} is {found}: give a numpy array, {dtype.__name__} [H, W].")
+                kind = (
+                    f"{array.dtype} {list(array.shape)}"
+                    if isinstance(array, np.ndarray)
+                    else type(array).__name__
+                )
+                raise DataError(f"Prediction.{name} is {kind}. Give a numpy array, {dtype.__name__} [H, W].")
             view = array.view()
             view.flags.writeable = False
             object.__setattr__(self, name, view)
         if self.classes.shape != self.codes.shape:
             raise DataError(
-                f"A prediction of {list(self.classes.shape)} classes and {list(self.codes.shape)} confidence "
-                "codes: give both for the same pixels."
+                f"The prediction has classes of shape {list(self.classes.shape)}, but confidence codes of shape "
+                f"{list(self.codes.shape)}. Give both for the same pixels."
             )
         largest = int(self.codes.max(initial=0))
         if largest >= self.scale.codes:
-            wrong = np.count_nonzero(self.codes >= self.scale.codes)
+            invalid = np.count_nonzero(self.codes >= self.scale.codes)
             raise DataError(
-                f"{wrong} of {self.codes.size} confidence codes are above {self.scale.codes - 1} (the largest "
-                f"is {largest}): not confidences in [0, 1]. Codes are float16 bit patterns; NaN "
-                "comes from logits that are not finite in float16 – check whether training diverged."
+                f"{invalid} of {self.codes.size} confidence codes are above {self.scale.codes - 1} (the largest is "
+                f"{largest}), so they are no confidences in [0, 1]. NaN or infinite logits are the usual cause. Check "
+                "whether training diverged."
             )
 
     @property
     def confidence(self) -> NDArray[np.float32]:
-        """float32 [H, W], in [0, 1]."""
+        """The confidence of every pixel, float32 [H, W], in [0, 1]."""
         return self.scale.confidence(self.codes).astype(np.float32)
 
     @property
     def mean_confidence(self) -> float:
-        """Over all pixels; counted by code, which is faster than turning every pixel into a float."""
+        """The mean over all pixels; counted by code, which is faster than converting every pixel to a float."""
         counts = np.bincount(self.codes.ravel())
         return float(counts @ self.scale.confidence(np.arange(len(counts))) / max(1, self.codes.size))
 
     def to_bytes(self) -> bytes:
-        """Compressed; equal predictions give equal bytes. What waits between counting and assigning.
+        """The prediction, compressed; equal predictions give equal bytes.
 
-        Neighboring pixels are alike, so differences along a row are stored, their low and high bytes apart.
+        Neighboring pixels are alike, so the differences along a row are stored, with low and high bytes apart.
         """
         height, width = self.classes.shape
         steps = np.diff(self.codes, axis=1, prepend=np.uint16(0))
         low, high = steps.astype(np.uint8), (steps >> 8).astype(np.uint8)
         head = json.dumps({"scale": self.scale.name, "height": height, "width": width}).encode() + b"\n"
         body = b"".join(part.tobytes() for part in (self.classes, high, low))
-        # A checksum, since a half of a file on a failing disk must not pass for the whole.
+        # With a checksum, so that part of a file on a failing disk does not pass for the whole.
         return zstandard.ZstdCompressor(level=1, write_checksum=True).compress(head + body)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Prediction:
-        """What `to_bytes` made. Raises DataError where it is damaged or something else."""
+        """The prediction that `to_bytes` wrote. Raises DataError if the bytes are damaged or something else."""
         try:
             head, body = zstandard.ZstdDecompressor().decompress(data).split(b"\n", 1)
             about = json.loads(head)
@@ -131,5 +137,6 @@ class Prediction:
             return cls(parts[0], np.cumsum(steps, axis=1, dtype=np.uint16), SCALES[about["scale"]])
         except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"These {len(data)} bytes are not a prediction ({type(error).__name__}: {error}): predict again."
+                f"These {len(data)} bytes are no stored prediction ({type(error).__name__}: {error}). Predict the image "
+                "again."
             ) from error

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# What FFmpeg says of broken files on standard error, our errors say with path and remedy. Read when OpenCV first uses it.
+# Our errors report broken files with path and remedy, so FFmpeg need not report them on standard error. OpenCV reads
+# this when it first uses FFmpeg.
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 import cv2
@@ -20,22 +21,27 @@ from darseg.errors import DataError, StorageError
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 USUAL_RATE = 25.0
-"""Frames a second, for files that do not say."""
+"""Frames per second of files that do not state a rate."""
 
 CODEC = "mp4v"
-"""MPEG-4 part 2: what the OpenCV of the package index can write in .mp4 everywhere."""
+"""MPEG-4 part 2: OpenCV from the package index can write it into .mp4 files on every system."""
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What the head of a video file says. `frames`: how many; some kinds only estimate it. `rate`: frames a second."""
+    """What the header of a video file states.
+
+    Attributes:
+        frames: number of frames, which some kinds of files only estimate.
+        rate: frames per second.
+    """
 
     frames: int
     rate: float
 
 
 def video_facts(path: Path) -> VideoFacts:
-    """Raises DataError where the file cannot be opened as a video."""
+    """Facts from the header of a video file. Raises DataError if it cannot be opened as a video."""
     capture = _open(path)
     try:
         rate = capture.get(cv2.CAP_PROP_FPS)
@@ -50,10 +56,10 @@ def video_facts(path: Path) -> VideoFacts:
 def read_frames(path: Path) -> Iterator[np.ndarray]:
     """The frames of a video in their order, uint8 [H, W, 3], RGB.
 
-    Turned as the file's orientation mark says, as players do: a video has no labels that would have to turn with it.
+    They are turned as the file's orientation mark says, as in players: a video has no labels that must not be turned.
 
-    Raises DataError where it cannot be opened, and after the last good frame where it ends early: more than one frame
-    and 1 % short of the number in its head, which some kinds of files only estimate.
+    Raises DataError if the file cannot be opened; and, after the last good frame, if more frames are missing than 1 and
+    1 % of the number in the header, which some kinds of files only estimate.
     """
     expected = video_facts(path).frames
     capture = _open(path)
@@ -69,27 +75,27 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
         capture.release()
     if count == 0 or expected - count > 1 + expected // 100:
         raise DataError(
-            f"{path}: the video is cut off or damaged: {count} of {expected} frames can be read. Copy or download it "
-            "again."
+            f"{path}: this video is cut off or damaged. Only {count} of its {expected} frames can be read. Copy or "
+            "download it again."
         )
 
 
 def _open(path: Path) -> cv2.VideoCapture:
     if not path.is_file():
-        raise DataError(f"{path}: no such file.")
+        raise DataError(f"{path}: this video file does not exist. Check the path.")
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise DataError(
-            f"{path}: cannot be opened as a video ({', '.join(VIDEO_SUFFIXES)}): it is cut off, damaged, or of a kind "
+            f"{path}: cannot be opened as a video ({', '.join(VIDEO_SUFFIXES)}). It is cut off, damaged, or of a type "
             "that OpenCV does not read. Copy it again, or convert it."
         )
     return capture
 
 
 class VideoWriter:
-    """Writes frames into an .mp4 file (MPEG-4) that appears, whole, when it is closed.
+    """Writes frames into an .mp4 file (MPEG-4), which appears, whole, when the writer is closed.
 
-    Its sides must be even: of an odd one the last row or column is left out.
+    The sides of a video must be even, so the last row or column of an odd side is left out.
     """
 
     def __init__(self, path: Path, rate: float) -> None:
@@ -100,7 +106,7 @@ class VideoWriter:
         self._frames = 0
 
     def add(self, frame: np.ndarray) -> None:
-        """Append uint8 [H, W, 3], RGB, as large as the first. Raises DataError, StorageError."""
+        """Append a frame, uint8 [H, W, 3], RGB, as large as the first one. Raises DataError, StorageError."""
         height, width = frame.shape[:2]
         if self._writer is None:
             try:
@@ -115,24 +121,25 @@ class VideoWriter:
             if not self._writer.isOpened():
                 self.abandon()
                 raise StorageError(
-                    f"Cannot write {self.path}: OpenCV cannot begin a video of {width}x{height} pixels there. Leave the "
-                    "kind overlay out, or choose another folder."
+                    f"Cannot write {self.path}: OpenCV cannot start a video of {width}x{height} pixels there. Choose "
+                    "another folder, or leave out the kind overlay."
                 )
         if (width, height) != self._size:
             raise DataError(
-                f"{self.path}: the frames change their size from {self._size} to {(width, height)}."
+                f"{self.path}: a frame is {width}x{height} pixels, but the first was {self._size[0]}x{self._size[1]}. "
+                "All frames of a video must have the same size."
             )
         self._writer.write(cv2.cvtColor(frame[: height & ~1, : width & ~1], cv2.COLOR_RGB2BGR))
         self._frames += 1
 
     def close(self) -> None:
-        """Let the file appear; nothing where no frame was added. Raises StorageError where it did not get whole."""
+        """Let the file appear, if any frame was added. Raises StorageError if it could not be written whole."""
         if self._writer is None:
             return
         self._writer.release()
         self._writer = None
         try:
-            # Nothing tells of a disk that was full while writing, but the file itself.
+            # OpenCV reports no error if the disk is full; only the file itself shows it.
             if video_facts(self._aside).frames != self._frames:
                 raise DataError("frames are missing")
             with open(self._aside, "rb+") as file:
@@ -142,13 +149,14 @@ class VideoWriter:
             raise storage_error(error, self.path) from error
         except DataError as error:
             raise StorageError(
-                f"{self.path} could not be written whole. Is the disk full? Free some space and predict this video again."
+                f"{self.path} could not be written whole. The disk may be full. Free some space and predict this video "
+                "again."
             ) from error
         finally:
             self._aside.unlink(missing_ok=True)
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Stop writing and leave no file behind."""
         if self._writer is not None:
             self._writer.release()
             self._writer = None

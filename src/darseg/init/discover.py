@@ -20,8 +20,9 @@ import yaml
 from PIL import Image
 
 from darseg.data.classes import BUILT_IN, IGNORE
+from darseg.data.encoding import IDS_SUFFIX, TRAIN_IDS_SUFFIX
 from darseg.data.images import IMAGE_SUFFIXES, image_size
-from darseg.data.labels import IDS_SUFFIX, LABEL_SUFFIXES, TRAIN_IDS_SUFFIX, decode_label
+from darseg.data.labels import LABEL_SUFFIXES, decode_label
 from darseg.data.video import VIDEO_SUFFIXES
 from darseg.errors import DataError
 

@@ -16,8 +16,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from darseg.data.encoding import PLAIN
 from darseg.data.files import storage_error, write_whole
-from darseg.data.labels import PLAIN
 from darseg.data.manifest import Sample
 from darseg.data.maps import label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
@@ -180,7 +180,7 @@ class Predictor:
                 write_whole(prediction_path(self.folder, sample.id), prediction.to_bytes())
             use(sample, prediction)
 
-        overlapped(samples, read, work, write, advance)
+        overlapped(samples, read=read, work=work, write=write, advance=advance)
 
 
 def count_predictions(

@@ -16,9 +16,10 @@ from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceC
 from darseg.config.text import load_recipe, recipe_differences
 from darseg.data.augment import Augmentation
 from darseg.data.classes import CITYSCAPES, ClassSet, class_set
-from darseg.data.labels import label_encoding, read_label
+from darseg.data.encoding import label_encoding
+from darseg.data.labels import read_label
 from darseg.data.layouts import Layout, find_sbd
-from darseg.data.manifest import Manifest, Sample, Source, build_manifest
+from darseg.data.manifest import Manifest, Sample, Source, Sources, build_manifest
 from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
@@ -64,8 +65,8 @@ def manifest_of(recipe: Recipe) -> Manifest:
         classes,
         data.ignore,
         data.label_values,
-        data.label_format,
-        data.label_colors,
+        format=data.label_format,
+        colors=data.label_colors,
         own_colors=isinstance(data.classes, (str, Mapping)),
     )
     layout = layout_of(recipe)
@@ -98,7 +99,7 @@ def manifest_of(recipe: Recipe) -> Manifest:
 
     roles = (labeled, data.unlabeled, validation, data.test)
     try:
-        return build_manifest(classes, default, *map(source, roles))
+        return build_manifest(classes, Sources(default, *map(source, roles)))
     except DataError as error:
         if layout and (hints := layout.warnings()):
             raise DataError(faults(f"{error}\nThe data set itself", hints)) from None

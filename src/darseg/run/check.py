@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 
 from darseg.config.recipe import Recipe
+from darseg.data.examine import Findings, examine
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
-from darseg.data.manifest import Findings, Manifest, count_pixels, examine, find_files
+from darseg.data.manifest import Manifest, count_pixels, find_files
 from darseg.data.prediction import BYTES_PER_PIXEL
 from darseg.errors import DarsegError
 from darseg.model.footprint import training_memory

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
+from darseg.data.encoding import PLAIN
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
-from darseg.data.labels import PLAIN
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet

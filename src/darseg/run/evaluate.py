@@ -141,5 +141,11 @@ def evaluate_samples(
         nonlocal scores
         scores = scores.plus(example.label, predict_classes(network, example.image, protocol, memory))
 
-    overlapped(samples, lambda sample: load_example(sample, classes), score, lambda *_: None, advance)
+    overlapped(
+        samples,
+        read=lambda sample: load_example(sample, classes),
+        work=score,
+        write=lambda *_: None,
+        advance=advance,
+    )
     return scores

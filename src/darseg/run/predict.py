@@ -175,7 +175,7 @@ def predict_folder(
     total = sum(max(1, facts[one].frames) if one.video else 1 for one in todo)
     try:
         with Journal(None, None, console or Console()).progress("predict", total) as advance:
-            overlapped(shots(), read, work, write, advance)
+            overlapped(shots(), read=read, work=work, write=write, advance=advance)
         if movie is not None:
             movie.close()
     except BaseException:

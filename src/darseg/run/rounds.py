@@ -25,9 +25,10 @@ from darseg.config.text import dump_recipe, load_recipe, recipe_differences
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import ClassSet
 from darseg.data.dataset import Cache
+from darseg.data.examine import reading_notes
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
-from darseg.data.manifest import Manifest, Sample, count_pixels, reading_notes
+from darseg.data.manifest import Manifest, Sample, count_pixels
 from darseg.data.prediction import SCALES
 from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
 from darseg.model.backbone import RESNETS

@@ -15,9 +15,10 @@ import numpy as np
 from rich.console import Console
 
 from darseg.config.recipe import Recipe
+from darseg.data.advice import unknown_values
 from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
-from darseg.data.labels import read_label, unknown_values
+from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
 from darseg.errors import DataError, RecipeError, RunError, faults

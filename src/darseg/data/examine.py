@@ -1,0 +1,155 @@
+"""Read all images and labels of a manifest and report everything that is wrong with them at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from darseg.data.advice import unknown_values, usual_mistakes
+from darseg.data.classes import IGNORE, ClassSet
+from darseg.data.encoding import CITY_IDS, LabelEncoding
+from darseg.data.images import image_size
+from darseg.data.labels import decode_label, to_classes
+from darseg.data.manifest import Manifest, Sample, size_fault
+from darseg.errors import DataError
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `examine` found out about a data set.
+
+    Attributes:
+        faults: lines about what a run would stop at.
+        warnings: lines about what a run could live with.
+        images: role → number of images.
+        pixels: role → int64 [K + 1], pixels of each class; the last entry counts pixels that are not labeled.
+        notes: lines about how files are read, if that may surprise a reader.
+    """
+
+    faults: tuple[str, ...]
+    warnings: tuple[str, ...]
+    images: Mapping[str, int]
+    pixels: Mapping[str, np.ndarray]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _SampleFindings:
+    """What one sample's files hold.
+
+    Attributes:
+        counts: int64 [256], pixels of each class and of 255.
+        values: values of an index label file before they are mapped; empty for colors; None if the file is unreadable.
+        faults: a line each.
+    """
+
+    counts: np.ndarray
+    values: tuple[int, ...] | None
+    faults: tuple[str, ...]
+
+
+def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
+    """Read every image and label of a manifest and collect all faults (`darseg check`, and the start of a run).
+
+    Nothing is written.
+
+    Args:
+        advance: called once per sample.
+    """
+    classes = manifest.classes
+    faults: list[str] = []
+    pixels: dict[str, np.ndarray] = {}
+    values_of: dict[LabelEncoding, set[int]] = {}
+    unreadable: set[LabelEncoding] = set()
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
+        for role, samples in manifest.roles().items():
+            counts = np.zeros(256, np.int64)
+            results = pool.map(lambda sample: _examine_sample(sample, classes), samples)
+            for sample, result in zip(samples, results, strict=True):
+                counts += result.counts
+                faults += result.faults
+                if sample.label:
+                    encoding = sample.encoding.for_file(sample.label)
+                    values_of.setdefault(encoding, set()).update(result.values or ())
+                    unreadable |= {encoding} if result.values is None else set()
+                advance()
+            pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
+    warnings: list[str] = []
+    for encoding, values in values_of.items():
+        unknown = {value for value in values if value >= len(classes)} - {encoding.ignore, IGNORE}
+        # Values that seem to be absent may be in files that could not be read.
+        if unknown or encoding not in unreadable:
+            lines = usual_mistakes(values, classes, encoding)
+            (faults if unknown or values == {0, IGNORE} else warnings).extend(lines)
+    if manifest.labeled and not faults:
+        absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
+        if len(absent) == len(classes):
+            faults.append("labeled: no pixel is labeled. Every label map holds only the ignore value.")
+        elif absent:
+            warnings.append(_absent(absent))
+    return Findings(
+        faults=tuple(faults),
+        warnings=(*warnings, *_empty_roles(manifest)),
+        images={role: len(samples) for role, samples in manifest.roles().items()},
+        pixels=pixels,
+        notes=tuple(reading_notes(manifest)),
+    )
+
+
+def _absent(names: list[str]) -> str:
+    return (
+        f"No labeled image has a pixel of: {', '.join(names)}. A class without labeled pixels is never pseudo-labeled. "
+        "Label a few pixels of it, or remove it from data.classes."
+    )
+
+
+def _empty_roles(manifest: Manifest) -> list[str]:
+    lines = []
+    if not manifest.unlabeled:
+        lines.append("There are no unlabeled images, so only round 0 (labeled images only) can be trained.")
+    if not manifest.validation:
+        lines.append(
+            "There are no validation images, so nothing will be scored. Set data.validation (for example {every: 5})."
+        )
+    return lines
+
+
+def reading_notes(manifest: Manifest) -> list[str]:
+    """Lines about label files whose names decide how they are read."""
+    samples = [sample for role in manifest.roles().values() for sample in role]
+    count = sum(
+        sample.label is not None and sample.encoding.for_file(sample.label) is CITY_IDS for sample in samples
+    )
+    if not count:
+        return []
+    return [f"{count:,} label files hold Cityscapes' ids (labelIds); they are read as the 19 train ids."]
+
+
+def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
+    faults: list[str] = []
+    size = None
+    try:
+        size = image_size(sample.image)
+    except DataError as error:
+        faults.append(str(error))
+    counts, values = np.zeros(256, np.int64), None
+    if sample.label is None:
+        return _SampleFindings(counts, values, tuple(faults))
+    try:
+        encoding = sample.encoding.for_file(sample.label)
+        raw = decode_label(sample.label, encoding.format)
+        values = () if raw.dtype == np.int32 else tuple(np.flatnonzero(np.bincount(raw[raw >= 0])).tolist())
+        label = to_classes(raw, encoding, sample.label)
+    except DataError as error:
+        return _SampleFindings(counts, values, (*faults, str(error)))
+    if size is not None and label.shape != size:
+        faults.append(size_fault(sample, label.shape, size))
+    counts = np.bincount(label.reshape(-1), minlength=256)
+    unknown = unknown_values(counts, len(classes))
+    if unknown:
+        faults.append(f"{sample.label}: {unknown}")
+    return _SampleFindings(counts, values, tuple(faults))
