@@ -37,12 +37,12 @@ from darseg.data.prediction import FINE, FLOAT16, Prediction
 from darseg.demo.scenes import draw_scene
 from darseg.model.decide import decide_strips
 from darseg.model.predict import Memory, Protocol, WindowSums, predict, window_starts
-from darseg.pseudo.assign import assign, image_generator
+from darseg.pseudo.assign import LabelRule, assign, image_generator
 from darseg.pseudo.histogram import HistogramBuilder
 from darseg.pseudo.labelset import Predictor, assign_labels, count_predictions
 from darseg.pseudo.thresholds import choose_dars
 from darseg.run.build import labeling_protocol, manifest_of, place
-from darseg.run.label import network_predictor
+from darseg.run.label_samples import network_predictor
 
 K, RATIO = 19, 0.4
 RELEASE_SECONDS = (
@@ -313,10 +313,12 @@ def against_forward(run: Path | None, count: int) -> None:
         def whole() -> None:
             for kind in ("predictions", "labels"):
                 shutil.rmtree(root / kind, ignore_errors=True)
-            predictor = network_predictor(network, lambda image: protocol, FLOAT16, root / "predictions")
+            predictor = network_predictor(
+                network, lambda image: protocol, FLOAT16, folder=root / "predictions"
+            )
             histogram = count_predictions(samples, network.classes, predictor)
             thresholds = choose_dars(histogram, darseg.ClassDistribution(prior), RATIO)
-            assign_labels(samples, thresholds, 0, 1, predictor, root / "labels")
+            assign_labels(samples, LabelRule(thresholds, 0, 1), predictor, labels=root / "labels")
 
         pairs = []
         bare(), whole()

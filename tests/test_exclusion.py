@@ -18,7 +18,7 @@ import darseg
 from conftest import SIZE, recipe_dict
 from darseg.config.text import load_recipe
 from darseg.errors import RunError, StorageError
-from darseg.run import label
+from darseg.run import label_samples
 from darseg.run import rounds as module
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
@@ -199,15 +199,15 @@ def test_a_round_keeps_to_the_marks_it_began_with(
     if marked:
         darseg.mark_bad(run, BAD)
     place = {
-        "counting": (label, "count_predictions"),
-        "assigning": (label, "assign_labels"),
+        "counting": (label_samples, "count_predictions"),
+        "assigning": (label_samples, "assign_labels"),
         "recording": (RunDirectory, "finish"),
     }[where]
     real = getattr(*place)
 
-    def pull(*arguments: Any) -> Any:
+    def pull(*arguments: Any, **keywords: Any) -> Any:
         if where == "recording" and arguments[2] != "label":
-            return real(*arguments)
+            return real(*arguments, **keywords)
         raise Pulled
 
     with monkeypatch.context() as patch:
@@ -227,7 +227,7 @@ def test_marks_that_come_before_anything_is_counted_still_count(
 ) -> None:
     run = after(1)
 
-    def pull(*arguments: Any) -> Any:
+    def pull(*arguments: Any, **keywords: Any) -> Any:
         raise Pulled
 
     with monkeypatch.context() as patch:

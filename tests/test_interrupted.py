@@ -18,7 +18,7 @@ import pytest
 
 from conftest import KILL_BEFORE
 from darseg.errors import StorageError
-from darseg.run import label as module
+from darseg.run import redistribute as module
 from darseg.training.processes import Processes
 from test_labeling import ARRAYS, BESIDES, COUNTS, NAMES, RATIO, file_of, outcome, redistribute_quietly, save
 
@@ -153,7 +153,7 @@ KILLER = (
 import sys
 from pathlib import Path
 
-import darseg.run.label
+import darseg.run.redistribute
 from darseg.cli import main
 
 base, arguments = Path(sys.argv[1]), sys.argv[2:]

@@ -14,7 +14,8 @@ import torch
 from darseg.data.prediction import FINE
 from darseg.errors import DarsegError, DataError, RecipeError, RunError
 from darseg.model.decide import decide
-from darseg.run.label import label_folder, read_class_counts, read_scores
+from darseg.run.label import label_folder, read_class_counts
+from darseg.run.redistribute import read_scores
 from test_interrupted import torchrun
 from test_labeling import ARRAYS, COUNTS, NAMES, RATIO, file_of, redistribute_quietly, save
 

@@ -23,8 +23,8 @@ from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import prediction_path
 from darseg.pseudo.redistribute import redistribute
-from darseg.run import label as module
-from darseg.run.label import redistribute_folder
+from darseg.run import redistribute as module
+from darseg.run.redistribute import redistribute_folder
 
 torch.set_num_threads(1)
 

@@ -721,7 +721,7 @@ def test_waiting_is_measured() -> None:
 def test_a_gpu_without_memory_names_what_to_change(
     changes: list[str], said: str, unsaid: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*given: Any) -> None:
+    def exhausted(*arguments: Any, **keywords: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
 
     monkeypatch.setattr(module, "self_training", exhausted)
@@ -752,7 +752,7 @@ def test_a_gpu_without_memory_where_recipes_can_do_no_more() -> None:
 def test_a_gpu_without_memory_to_predict(
     name: str, said: str, recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*given: Any) -> None:
+    def exhausted(*arguments: Any, **keywords: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     run = tmp_path / "run"

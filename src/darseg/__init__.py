@@ -75,10 +75,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.run.evaluate import evaluate as evaluate
     from darseg.run.export import export_network as export_network
     from darseg.run.label import label_folder as label_folder
-    from darseg.run.label import redistribute_folder as redistribute_folder
     from darseg.run.marks import mark_bad as mark_bad
     from darseg.run.predict import Predicted as Predicted
     from darseg.run.predict import predict_folder as predict_folder
+    from darseg.run.redistribute import redistribute_folder as redistribute_folder
     from darseg.run.rounds import train as train
     from darseg.run.split import draw_split as draw_split
     from darseg.training.scores import Scores as Scores
@@ -148,7 +148,7 @@ _HOMES = {
     "read_label": "data.labels",
     "Recipe": "config.recipe",
     "redistribute": "pseudo.redistribute",
-    "redistribute_folder": "run.label",
+    "redistribute_folder": "run.redistribute",
     "Redistribution": "pseudo.redistribute",
     "Round": "run.build",
     "run_demo": "demo.demo",

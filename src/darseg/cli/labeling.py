@@ -92,7 +92,7 @@ def redistribute(
     predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
 ) -> None:
     """Label images from predictions of any framework, without the bias toward majority classes."""
-    from darseg.run.label import redistribute_folder
+    from darseg.run.redistribute import redistribute_folder
 
     record = redistribute_folder(
         predictions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,28 +17,44 @@ from darseg.pseudo.histogram import check_predicted_classes
 from darseg.pseudo.thresholds import Thresholds
 
 
+@dataclass(frozen=True)
+class LabelRule:
+    """How predictions become label maps: by thresholds, with random sampling by seed, round and image id."""
+
+    thresholds: Thresholds
+    seed: int
+    round_index: int = 0
+
+    def label_map(self, prediction: Prediction, sample_id: str) -> NDArray[np.uint8]:
+        """The label map of one image, uint8 [H, W]; see `assign`."""
+        return assign(prediction, self.thresholds, image_generator(self.seed, self.round_index, sample_id))
+
+
 def assign(
     prediction: Prediction, thresholds: Thresholds, generator: np.random.Generator
 ) -> NDArray[np.uint8]:
     """The label map of one image, uint8 [H, W]: the predicted class, or 255 where not labeled.
 
     Pixels below their class's threshold become 255. Of the m accepted pixels of class k in this image,
-    int(m - m·keep_k) drawn uniformly at random from all of them become 255 as well (DARS, section 3.3);
+    int(m - m·keep_k), drawn uniformly at random from all of them, become 255 as well (DARS, section 3.3);
     product and difference are rounded to float32, as in the release.
 
-    `generator` is drawn from, class by class: give each image its own (`image_generator`).
-    Raises DataError when a predicted class is not among the thresholds.
+    Args:
+        generator: is drawn from class by class; give each image its own (`image_generator`).
+
+    Raises:
+        DataError: a predicted class is not among the thresholds, or their confidence scales differ.
     """
     check_predicted_classes(prediction, len(thresholds.accept))
     if prediction.scale is not thresholds.scale:
         raise DataError(
-            f"A prediction on the scale {prediction.scale.name} and thresholds on {thresholds.scale.name}: "
-            "count and choose on the scale of the predictions."
+            f"The prediction is on the confidence scale {prediction.scale.name}, the thresholds are on "
+            f"{thresholds.scale.name}. Choose the thresholds from a histogram of these predictions."
         )
-    # Where nothing is accepted the code may not fit in 16 bits; the kept share, 0, then drops all.
+    # A class that accepts nothing may have a code beyond 16 bits; its kept share, 0, then drops every pixel.
     lowest = np.minimum(thresholds.accept, 65535).astype(np.uint16)[prediction.classes]
     labels = np.where(prediction.codes >= lowest, prediction.classes, np.uint8(IGNORE))
-    flat = labels.ravel()  # row by row, whatever the arrays' layout: positions decide what is drawn
+    flat = labels.ravel()  # row by row whatever the memory layout, since positions decide what is drawn
     accepted = np.bincount(flat, minlength=IGNORE + 1)
     for k, keep in enumerate(thresholds.keep):
         count = int(accepted[k])
@@ -47,7 +64,7 @@ def assign(
         pixels = np.flatnonzero(flat == k)
         if dropped <= count - dropped:
             flat[pixels[_draw(generator, count, dropped)]] = IGNORE
-        else:  # drawing the kept ones is the same and draws fewer
+        else:  # drawing the kept pixels instead is equivalent and draws fewer
             kept = pixels[_draw(generator, count, count - dropped)]
             flat[pixels] = IGNORE
             flat[kept] = k
@@ -65,14 +82,14 @@ def image_generator(seed: int, round_index: int, sample_id: str) -> np.random.Ge
 
 
 def kept_counts(label_map: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
-    """Pixels that were given each class, uint8 [H, W] → int64 [K]."""
+    """Labeled pixels of each class in a label map, uint8 [H, W] → int64 [K]."""
     return count_label_pixels(label_map, classes)
 
 
 def _drop_count(count: int, keep: float) -> int:
-    all_of_them = np.float32(count)
-    # Above 2^24 pixels float32 may round the count up: never drop more than there are.
-    return min(count, int(all_of_them - all_of_them * np.float32(keep)))
+    whole = np.float32(count)
+    # Above 2^24 pixels float32 may round the count up; more than there are cannot be dropped.
+    return min(count, int(whole - whole * np.float32(keep)))
 
 
 def _draw(generator: np.random.Generator, count: int, size: int) -> NDArray[np.int64]:

@@ -1,7 +1,7 @@
-"""Label maps of the unlabeled images on the disk: predicted, counted, decided, assigned, written.
+"""Label maps of the unlabeled images on the disk: predicted, counted, assigned, written.
 
 The only module of this room that touches the disk. Memory does not grow with the number of images: between
-counting and assigning, predictions wait in files (3 bytes a pixel before compression), or are made again.
+counting and assigning, predictions wait in files (3 bytes per pixel before compression), or are made again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from darseg.data.maps import label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
-from darseg.pseudo.assign import assign, image_generator, kept_counts
+from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
 from darseg.pseudo.thresholds import Thresholds
@@ -31,10 +31,11 @@ from darseg.pseudo.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class PseudoLabelSet:
-    """A finished set of label maps `ID.png` (uint8 [H, W], 255 = not labeled) and how it came about.
+    """A finished set of label maps `ID.png` (uint8 [H, W], 255 = not labeled), and what they were made by.
 
     Attributes:
-        kept: int64 [K], pixels labeled per class, over all maps.
+        folder: holds the label maps.
+        kept: int64 [K], labeled pixels per class over all maps.
     """
 
     folder: Path
@@ -43,31 +44,36 @@ class PseudoLabelSet:
     kept: np.ndarray
 
     def to_json(self) -> dict:
-        """Thresholds and counts, a list of K each."""
+        """Thresholds and counts, each a list of K."""
         return self.thresholds.to_json() | {"kept": self.kept.tolist()}
 
     @classmethod
     def load(cls, folder: Path, histogram: Path, thresholds: Path) -> PseudoLabelSet:
-        """From its folder, the bytes of its histogram and its `to_json`. Raises DataError where it is damaged."""
+        """The set whose maps are in `folder`. Raises DataError if histogram or thresholds are damaged.
+
+        Args:
+            histogram: file of `ConfidenceHistogram.to_bytes`.
+            thresholds: JSON file of `to_json`.
+        """
         described = json.loads(thresholds.read_text())
         kept = np.array(described["kept"], np.int64)
         counts = ConfidenceHistogram.from_bytes(histogram.read_bytes())
         return cls(folder, counts, Thresholds.from_json(described), kept)
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
-        """The samples with these label maps in place of any label they had: like any other samples."""
+        """The samples with these label maps instead of any label they had."""
         return tuple(
             replace(sample, label=label_path(self.folder, sample.id), encoding=PLAIN) for sample in unlabeled
         )
 
 
 def prediction_path(folder: Path, sample_id: str) -> Path:
-    """Where the prediction of an image waits."""
+    """Where the prediction of an image waits: `folder/ID.prediction`."""
     return path_of_id(folder, sample_id, ".prediction")
 
 
 def read_prediction(folder: Path, sample_id: str) -> Prediction | None:
-    """A waiting prediction; None where it is missing or damaged, and has to be made again."""
+    """A waiting prediction; None if it is missing or damaged and has to be made again."""
     try:
         return Prediction.from_bytes(prediction_path(folder, sample_id).read_bytes())
     except (OSError, DataError):
@@ -76,13 +82,13 @@ def read_prediction(folder: Path, sample_id: str) -> Prediction | None:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What labeling found in one image, for those who look through thousands.
+    """What labeling counted in one image, so that thousands of images can be sorted by it.
 
     Attributes:
-        pixels: of the image.
-        kept: pixels labeled, per class, K numbers.
-        predicted, confidence: pixels predicted per class; mean over the pixels, in [0, 1]. None where all that is left of
-            them is the label map.
+        pixels: number of pixels of the image.
+        kept: labeled pixels per class, K numbers.
+        predicted: pixels predicted per class, K numbers; None if only the label map is left.
+        confidence: mean confidence over the pixels, in [0, 1]; None if only the label map is left.
     """
 
     pixels: int
@@ -96,6 +102,7 @@ class ImageFacts:
         return sum(self.kept) / max(1, self.pixels)
 
     def to_json(self) -> dict:
+        """Confidence and counts as a JSON object."""
         return {"confidence": self.confidence, "predicted": self.predicted, "kept": self.kept}
 
     @classmethod
@@ -108,19 +115,27 @@ class ImageFacts:
 
     @classmethod
     def of_map(cls, label_map: np.ndarray, classes: int) -> ImageFacts:
-        """What a label map tells, uint8 [H, W]."""
+        """What can be counted in a label map alone, uint8 [H, W]."""
         return cls(label_map.size, tuple(kept_counts(label_map, classes).tolist()))
+
+    @classmethod
+    def of_labeling(cls, prediction: Prediction, kept: np.ndarray) -> ImageFacts:
+        """The facts of a labeled prediction. kept: int64 [K], labeled pixels per class."""
+        predicted = count_label_pixels(prediction.classes, len(kept))
+        counts = (tuple(kept.tolist()), tuple(predicted.tolist()))
+        return cls(prediction.classes.size, *counts, prediction.mean_confidence)
 
 
 class FactsLog:
-    """Appends the facts of images to a file, a line each; several threads may."""
+    """Appends the facts of images to a file, one line each. Several threads may use it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
 
     def add(self, sample_id: str, facts: ImageFacts) -> None:
-        # The line end comes first: a line that a kill cut off stays a line of its own.
+        """Append one image. Raises StorageError if it cannot be written."""
+        # The line break comes first, so that a line cut off by a kill does not spoil the next one.
         line = "\n" + json.dumps({"id": sample_id, **facts.to_json()})
         try:
             with self._lock, open(self.path, "a", encoding="utf-8") as file:
@@ -130,27 +145,30 @@ class FactsLog:
 
 
 def read_facts_logs(paths: Iterable[Path], classes: int) -> dict[str, ImageFacts]:
-    """Id → facts, from logs of one process each; what a kill cut off is passed over, the last of equal ids counts."""
-    found = {}
+    """Id → facts, from the logs of all processes.
+
+    Lines cut off by a kill are skipped. If an id occurs more than once, its last line counts.
+    """
+    facts_by_id = {}
     for path in paths:
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-                name, facts = entry["id"], ImageFacts.from_json(entry, classes)
+                sample_id, facts = entry["id"], ImageFacts.from_json(entry, classes)
             except (ValueError, KeyError, TypeError):
                 continue
-            found[name] = facts
-    return found
+            facts_by_id[sample_id] = facts
+    return facts_by_id
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """How the predictions of a set of images are come by.
+    """Where the predictions of a set of images come from.
 
     Attributes:
-        read: Sample → what `predict` needs of it; called in threads, ahead.
-        predict: (Sample, what was read) → Prediction; called one image at a time.
-        folder: where predictions wait for the second pass; None: they are made twice.
+        read: Sample → what `predict` needs of it; called ahead, in threads.
+        predict: (Sample, what was read) → Prediction; called for one image at a time.
+        folder: where predictions wait for the second pass; None: every image is predicted twice.
     """
 
     read: Callable[[Sample], Any]
@@ -163,16 +181,16 @@ class Predictor:
         use: Callable[[Sample, Prediction], object],
         advance: Callable[[], object] = lambda: None,
     ) -> None:
-        """Call `use` with every sample's prediction, in threads behind; new predictions are kept in `folder` first."""
+        """Call `use` with every sample's prediction, in threads; new predictions are first kept in `folder`."""
 
         def read(sample: Sample) -> Any:
             waiting = None if self.folder is None else read_prediction(self.folder, sample.id)
             return self.read(sample) if waiting is None else waiting
 
-        def work(sample: Sample, found: Any) -> tuple[bool, Prediction]:
-            if isinstance(found, Prediction):
-                return False, found
-            return True, self.predict(sample, found)
+        def work(sample: Sample, content: Any) -> tuple[bool, Prediction]:
+            if isinstance(content, Prediction):
+                return False, content
+            return True, self.predict(sample, content)
 
         def write(sample: Sample, result: tuple[bool, Prediction]) -> None:
             new, prediction = result
@@ -187,13 +205,15 @@ def count_predictions(
     samples: Sequence[Sample],
     classes: int,
     predictor: Predictor,
+    *,
     scale: ConfidenceScale = FLOAT16,
     advance: Callable[[], object] = lambda: None,
 ) -> ConfidenceHistogram:
-    """Predict every sample and count the confidences; what was predicted before, and waits, is not predicted again.
+    """Predict every sample and count the confidences. Images whose predictions already wait are not predicted again.
 
-    Raises StorageError where the disk is full; DataError naming all images that cannot be used, once the others
-    are done.
+    Raises:
+        StorageError: the disk is full.
+        DataError: names all images that cannot be used, after all others are done.
     """
     builder = HistogramBuilder(classes, scale)
     predictor.run(samples, lambda _, prediction: builder.add(prediction), advance)
@@ -202,51 +222,45 @@ def count_predictions(
 
 def assign_labels(
     samples: Sequence[Sample],
-    thresholds: Thresholds,
-    seed: int,
-    round_index: int,
+    rule: LabelRule,
     predictor: Predictor,
+    *,
     labels: Path,
-    advance: Callable[[], object] = lambda: None,
     log: FactsLog | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
-    """Write the label map of every sample to `labels/ID.png`; maps that are there already are only counted.
-
-    Seed, round and an image's id decide its random sampling, nothing else does.
+    """Write the label map of every sample to `labels/ID.png`; maps that exist already are only counted.
 
     Args:
-        log: gets the facts of each image before its map is written, so that a map that is there has its facts there.
+        log: gets the facts of each image before its map is written, so that every map that exists has its facts.
 
     Returns:
-        int64 [K]: pixels labeled per class, over all maps.
+        int64 [K]: labeled pixels per class over all maps.
     """
-    kept = np.zeros(len(thresholds.keep), np.int64)
+    kept = np.zeros(len(rule.thresholds.keep), np.int64)
     lock = threading.Lock()
 
-    def add(label: np.ndarray) -> np.ndarray:
-        counts = kept_counts(label, len(kept))
+    def count(label_map: np.ndarray) -> np.ndarray:
+        counts = kept_counts(label_map, len(kept))
         with lock:
             kept[:] += counts
         return counts
 
     def write(sample: Sample, prediction: Prediction) -> None:
-        label = assign(prediction, thresholds, image_generator(seed, round_index, sample.id))
-        counts = add(label)
+        label_map = rule.label_map(prediction, sample.id)
+        counts = count(label_map)
         if log is not None:
-            predicted = count_label_pixels(prediction.classes, len(kept))
-            kept_here, predicted_here = tuple(counts.tolist()), tuple(predicted.tolist())
-            facts = ImageFacts(prediction.classes.size, kept_here, predicted_here, prediction.mean_confidence)
-            log.add(sample.id, facts)
-        write_map(label_path(labels, sample.id), label)
+            log.add(sample.id, ImageFacts.of_labeling(prediction, counts))
+        write_map(label_path(labels, sample.id), label_map)
 
     missing = []
     for sample in samples:
         path = label_path(labels, sample.id)
-        there = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
-        if there is None:
+        existing = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
+        if existing is None:
             missing.append(sample)
         else:
-            add(there)
+            count(existing)
             advance()
     predictor.run(missing, write, advance)
     return kept

@@ -1,4 +1,4 @@
-"""The whole of it on arrays: anybody's scores in, re-distributed label maps out."""
+"""Re-distribution on arrays: scores of any framework in, label maps out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from darseg.data.prediction import SCALES, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.model.decide import decide
-from darseg.pseudo.assign import assign, image_generator, kept_counts
+from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
 from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
@@ -22,9 +22,10 @@ from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 
 @dataclass(frozen=True, eq=False)
 class Redistribution:
-    """Label maps by id (uint8 [H, W], 255 = not labeled) and how they came about.
+    """Label maps by id (uint8 [H, W], 255 = not labeled), and what they were made by.
 
-    kept: int64 [K], pixels labeled per class, over all maps.
+    Attributes:
+        kept: int64 [K], labeled pixels per class over all maps.
     """
 
     labels: Mapping[str, NDArray[np.uint8]]
@@ -49,16 +50,19 @@ def redistribute(
 
     Args:
         predictions: id → logits, float16 or float32 [K, H, W], sizes may differ; a mapping, or an iterable of pairs
-            that is gone through once. Of each image three bytes a pixel are kept until the end.
+            that is read once. Three bytes per pixel are kept in memory until the end.
         class_counts: labeled pixels of each class, integers [K].
         labeling_ratio: share of all pixels to label, above 0, at most 1; None with method "global".
-        method: "dars", "cbst" or "global", the latter with `threshold`.
-        confidence: "float16", as the paper has it, or "fine", where ties nearly vanish.
+        method: "dars", "cbst" or "global", the last one with `threshold`.
+        threshold: confidence from 0 to 1, for method "global".
+        confidence: "float16", as in the paper, or "fine", with hardly any ties.
         sampling: "random" drops the surplus that ties let in; "none" keeps it (method "dars").
-        seed: of the random sampling, with an image's id.
-        probabilities: `predictions` are softmaxed already.
+        seed: of the random sampling, together with an image's id.
+        probabilities: `predictions` are probabilities, after softmax.
 
-    Raises DataError naming the image, RecipeError for settings that cannot work.
+    Raises:
+        DataError: an array cannot be used; the message names its id.
+        RecipeError: settings cannot work; the message names all of them.
 
     >>> scores = np.zeros((2, 1, 4), np.float32)
     >>> scores[1, 0] = [3, 2, 1, -1]
@@ -72,31 +76,30 @@ def redistribute(
     builder, decided = HistogramBuilder(classes, scale), {}
     for name, scores in pairs:
         if name in decided:
-            raise DataError(f"{name!r} is given twice: an id names one image.")
-        decided[name] = decide_array(np.asarray(scores), classes, scale, probabilities, name)
+            raise DataError(f"The id {name!r} is given twice. Give every image an id of its own.")
+        decided[name] = decide_array(
+            np.asarray(scores), classes, scale, probabilities=probabilities, name=name
+        )
         builder.add(decided[name])
     histogram = builder.build()
-    thresholds = choose_thresholds(histogram, labeling, distribution)
-    labels = {
-        name: assign(prediction, thresholds, image_generator(seed, 0, name))
-        for name, prediction in decided.items()
-    }
+    rule = LabelRule(choose_thresholds(histogram, labeling, distribution), seed)
+    labels = {name: rule.label_map(prediction, name) for name, prediction in decided.items()}
     kept = sum((kept_counts(label, classes) for label in labels.values()), np.zeros(classes, np.int64))
-    return Redistribution(labels, histogram, thresholds, kept)
+    return Redistribution(labels, histogram, rule.thresholds, kept)
 
 
 def decide_array(
-    scores: NDArray, classes: int, scale: ConfidenceScale, probabilities: bool, name: str
+    scores: NDArray, classes: int, scale: ConfidenceScale, *, probabilities: bool, name: str
 ) -> Prediction:
-    """`decide` on an array that someone else made. Raises DataError naming it."""
+    """`decide` on an array from elsewhere. Raises DataError that begins with `name` if it is not [K, H, W]."""
     if scores.dtype not in (np.float16, np.float32):
         raise DataError(
-            f"{name}: found {scores.dtype} {list(scores.shape)}, wanted float16 or float32 [K, H, W]."
+            f"{name}: the array is {scores.dtype} {list(scores.shape)}; expected float16 or float32 [K, H, W]."
         )
     if scores.ndim == 3 and len(scores) != classes:
         raise DataError(
-            f"{name}: found {list(scores.shape)}, that is {len(scores)} classes; the class counts have {classes}. "
-            "Wanted is [K, H, W], classes first."
+            f"{name}: the array {list(scores.shape)} has {len(scores)} classes, but the class counts have {classes}. "
+            "Expected [K, H, W], classes first."
         )
     tensor = torch.from_numpy(np.ascontiguousarray(scores))
-    return decide(tensor, scale, probabilities, name)
+    return decide(tensor, scale, probabilities=probabilities, name=name)

@@ -1,115 +1,89 @@
-"""Label images: with a trained network, or from predictions that another framework wrote; one process or many."""
+"""Label a folder of images with a trained network; and what every labeling from folder to folder shares."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from darseg.config.recipe import Recipe
-from darseg.data.files import write_whole
-from darseg.data.images import IMAGE_SUFFIXES, image_size, read_image
+from darseg.config.recipe import LabelingConfig, Recipe
+from darseg.data.files import ASIDE
+from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.manifest import Sample, count_pixels, find_files
-from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
-from darseg.errors import DataError, RunError, StorageError
-from darseg.model.network import Network
-from darseg.model.predict import Memory, Protocol, predict
+from darseg.errors import DataError, RunError
+from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
-from darseg.pseudo.labelset import (
-    FactsLog,
-    Predictor,
-    PseudoLabelSet,
-    assign_labels,
-    count_predictions,
-    prediction_path,
-)
-from darseg.pseudo.redistribute import decide_array
-from darseg.pseudo.thresholds import Thresholds, choose_thresholds
+from darseg.pseudo.labelset import Predictor, prediction_path
 from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
 from darseg.run.directory import digest_path, digest_settings, write_json
-from darseg.run.evaluate import check_classes, load_trained
-from darseg.run.journal import Advance, Journal
+from darseg.run.evaluate import Trained, check_classes, load_trained
+from darseg.run.journal import Journal
+from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.training.processes import Processes
 
-SCORE_SUFFIXES = (".npy", ".npz")
+MakePredictor = Callable[..., Predictor]
+"""(confidence scale, folder=where predictions wait or None) → the predictor of a folder's files."""
 
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
+
+@dataclass(frozen=True)
+class ClassCounts:
+    """Labeled pixels per class, and the classes' names if they are known."""
+
+    counts: Sequence[int]
+    names: Sequence[str] | None
 
 
-def label_samples(
-    samples: Sequence[Sample],
-    classes: int,
-    predictor: Predictor,
-    choose: Callable[[ConfidenceHistogram], Thresholds],
-    scale: ConfidenceScale,
-    seed: int,
-    round_index: int,
-    labels: Path,
-    histogram: Path,
-    processes: Processes,
-    progress: Progress,
-    logs: Path | None = None,
-) -> PseudoLabelSet:
-    """Count, choose, assign: `labels/ID.png` for all samples, each written by one of the processes.
+@dataclass(frozen=True)
+class FolderJob:
+    """Files of one folder that are to be labeled into another.
 
-    Killed and called again with the same arguments it goes on: predictions that wait, a histogram that is there,
-    and label maps that are there are not made again.
-
-    Args:
-        histogram: file of the confidences of all processes, written between counting and assigning.
-        logs: folder for the facts of images, a file for each process; None: not kept.
+    Attributes:
+        source: the folder, or the only file.
+        samples: its files.
+        out: gets `ID.png`, `histogram.npz` and `redistribution.json`.
+        classes: labeled pixels per class.
+        seed: of the random sampling.
+        inputs: digests of what decides the predictions besides the files.
+        predict_twice: predict again instead of keeping predictions on the disk.
     """
-    mine = processes.share(samples)
-    if histogram.exists():
-        counted = ConfidenceHistogram.from_bytes(histogram.read_bytes())
-        processes.wait()
-    else:
-        with progress("predict", len(mine)) as advance:
-            part = processes.together(lambda: count_predictions(mine, classes, predictor, scale, advance))
-        counted = ConfidenceHistogram(processes.add_up(part.counts), scale)
-        processes.from_first(lambda: write_whole(histogram, counted.to_bytes()))
-    thresholds = processes.together(lambda: choose(counted))
-    log = None if logs is None else FactsLog(logs / f"images_{processes.rank}.jsonl")
-    with progress("label", len(mine)) as advance:
-        kept = processes.together(
-            lambda: assign_labels(mine, thresholds, seed, round_index, predictor, labels, advance, log)
-        )
-    return PseudoLabelSet(labels, counted, thresholds, processes.add_up(kept))
 
+    source: Path
+    samples: Sequence[Sample]
+    out: Path
+    labeling: Labeling
+    classes: ClassCounts
+    seed: int
+    inputs: Mapping[str, str]
+    predict_twice: bool
 
-def network_predictor(
-    network: Network, protocol: Callable[[np.ndarray], Protocol], scale: ConfidenceScale, folder: Path | None
-) -> Predictor:
-    """Predictions of images by a network in eval mode."""
+    result = property(lambda self: self.out / "redistribution.json")
+    marker = property(lambda self: self.out / ".begun.json")
+    histogram = property(lambda self: self.out / "histogram.npz")
+    waiting = property(lambda self: self.out / ".predictions")
 
-    memory = Memory()
+    @cached_property
+    def file_states(self) -> dict[str, list[int]]:
+        """Id → size and time of the last change: arrays of equal shape make files of equal size."""
+        stats = {sample.id: sample.image.stat() for sample in self.samples}
+        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
-    def run(sample: Sample, image: np.ndarray) -> Prediction:
-        return predict(network, image, protocol(image), str(sample.image), scale, memory)
-
-    return Predictor(lambda sample: read_image(sample.image), run, folder)
-
-
-def check_disk(folder: Path, pixels: int, remedy: str) -> None:
-    """Raise StorageError where waiting predictions of so many pixels might not fit on the disk of `folder`."""
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free, needed = shutil.disk_usage(there).free, BYTES_PER_PIXEL * pixels
-    if free < needed:
-        raise StorageError(
-            f"{folder}: {free / 1e6:.0f} MB are free, and predictions that wait between counting and assigning may "
-            f"need {needed / 1e6:.0f} MB ({BYTES_PER_PIXEL} bytes a pixel). Free some space, or {remedy}: then "
-            "nothing waits, and each image is predicted twice."
-        )
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What decides the result; the same in a later call, or that call is refused."""
+        settings = {"seed": self.seed, "class_counts": list(self.classes.counts)}
+        files = digest_settings(files=self.file_states)
+        return {
+            "settings": self.labeling.settings() | settings,
+            "inputs": {**self.inputs, "files": files},
+        }
 
 
 def label_folder(
@@ -130,275 +104,222 @@ def label_folder(
     threads: int | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Pseudo-label all images below a folder with a trained network: `out/ID.png` and `out/redistribution.json`.
+    """Pseudo-label a folder of images with a trained network: `out/ID.png` and `out/redistribution.json`.
 
     What is not given comes from the recipe: the run's own, or `recipe` for a checkpoint outside a run folder.
 
     Args:
         source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint.
-        class_counts: JSON file of labeled pixels per class; else counted in the recipe's labeled masks.
+        images: folder of images, subfolders included; or one image.
+        class_counts: JSON file of labeled pixels per class; None: they are counted in the recipe's labeled masks.
 
     Returns:
         the content of `redistribution.json`.
     """
     processes = Processes.here()
-    images, out = Path(images), Path(out)
     trained = load_trained(source, round_index)
-    recipe = recipe or trained.recipe
-    if recipe is None and class_counts is None:
-        raise RunError(
-            f"{source} is a checkpoint outside a run folder: give the labeled pixels per class with "
-            "--class-counts COUNTS.json, or the recipe it was trained with by --recipe."
-        )
+    trained = replace(trained, recipe=recipe or trained.recipe)
+    recipe = trained.recipe
     set_threads(threads or (recipe.threads if recipe else None))
-    defaults = recipe.labeling if recipe else None
-    method = method or (defaults.method if defaults else "dars")
-    if defaults and recipe:
-        same = defaults.method == method
-        if threshold is None and method == "global" and same:
-            threshold = defaults.threshold
-        if labeling_ratio is None and method != "global":
-            labeling_ratio = recipe.rounds[-1].labeling_ratio
+    job = FolderJob(
+        source=Path(images),
+        samples=_images_in(Path(images)),
+        out=Path(out),
+        classes=_count_classes(source, trained, class_counts),
+        labeling=_complete_labeling(
+            recipe,
+            method=method,
+            ratio=labeling_ratio,
+            threshold=threshold,
+            confidence=confidence,
+            sampling=sampling,
+        ),
+        seed=seed if seed is not None else (recipe.seed if recipe else 0),
+        inputs=_digest_predictor(trained),
+        predict_twice=predict_twice,
+    )
+    predictor = partial(network_predictor, trained.network, _protocol_of(trained))
+    return label_into_folder(job, predictor, image_size, processes=processes, console=console)
+
+
+def _images_in(path: Path) -> list[Sample]:
+    """The images of a folder, or the one image."""
+    if path.is_file():
+        return [Sample(path.stem, path)]
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder. Give a folder of images, or one image.")
+    samples = [Sample(name, file) for name, file in find_files(path, IMAGE_SUFFIXES).items()]
+    if not samples:
+        raise DataError(f"{path}: no images there. Give a folder of {', '.join(IMAGE_SUFFIXES)} files.")
+    return samples
+
+
+def _count_classes(source: Path | str, trained: Trained, class_counts: Path | str | None) -> ClassCounts:
+    """Labeled pixels per class: as given, otherwise counted in the recipe's labeled masks."""
     names = trained.classes().names
     if class_counts is not None:
-        counts, given = read_class_counts(Path(class_counts))
-        if len(counts) != trained.network.classes:
+        given = read_class_counts(Path(class_counts))
+        if len(given.counts) != trained.network.classes:
             raise DataError(
-                f"{class_counts}: {len(counts)} counts, but the network has {trained.network.classes} classes."
+                f"{class_counts} has {len(given.counts)} class counts, but the network has "
+                f"{trained.network.classes} classes. Give one count per class."
             )
-        names = given or names
-    else:
-        assert recipe is not None
-        manifest = manifest_of(recipe)
-        check_classes(source, trained, manifest.classes)
-        counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
-    labeling = Labeling(
-        method,
-        ratio=labeling_ratio,
-        threshold=threshold,
-        confidence=confidence or (defaults.confidence if defaults else "float16"),
-        sampling=sampling or (defaults.sampling if defaults else "random"),
-    )
-    seed = seed if seed is not None else (recipe.seed if recipe else 0)
-    settings = labeling.settings() | {"seed": seed, "class_counts": counts}
-    found = {images.stem: images} if images.is_file() else find_files(images, IMAGE_SUFFIXES)
-    samples = [Sample(name, path) for name, path in found.items()]
-
-    def protocol(image: np.ndarray) -> Protocol:
-        return labeling_protocol(recipe) if recipe else trained.protocol(image)
-
-    inputs = {
-        "network": digest_path(trained.path),
-        "protocol": digest_settings(protocol=asdict(labeling_protocol(recipe)) if recipe else None),
-    }
-    make = partial(network_predictor, trained.network, protocol)
-    return _run(
-        samples,
-        images,
-        out,
-        names,
-        labeling,
-        settings,
-        inputs,
-        make,
-        image_size,
-        predict_twice,
-        IMAGE_SUFFIXES,
-        processes,
-        console,
-    )
+        return ClassCounts(given.counts, given.names or names)
+    if trained.recipe is None:
+        raise RunError(
+            f"{source} is a checkpoint outside a run folder, so its labeled masks are not known. Give the labeled "
+            "pixels per class with --class-counts COUNTS.json, or its recipe with --recipe RECIPE.yaml."
+        )
+    manifest = manifest_of(trained.recipe)
+    check_classes(source, trained, manifest.classes)
+    return ClassCounts(count_labels(masks(manifest.labeled), len(manifest.classes)).tolist(), names)
 
 
-def redistribute_folder(
-    predictions: Path | str,
-    out: Path | str,
-    class_counts: Path | str | Sequence[int] | Mapping[str, int],
-    labeling_ratio: float | None = None,
+def _complete_labeling(
+    recipe: Recipe | None,
     *,
-    method: Method = "dars",
-    threshold: float | None = None,
-    confidence: Confidence = "float16",
-    sampling: Sampling = "random",
-    seed: int = 0,
-    probabilities: bool = False,
-    predict_twice: bool = False,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Label images from predictions of any framework: `predictions/ID.npy` (or .npz) → `out/ID.png`.
-
-    Files hold logits, float16 or float32 [K, H, W]; sizes may differ. Constant memory, restartable; see
-    `redistribute` for the arguments, and for the same on arrays.
-
-    Args:
-        class_counts: labeled pixels per class, a list or name → count; or a JSON file of either.
-
-    Returns:
-        the content of `out/redistribution.json`: lists of K, `threshold` (None for a class never predicted), `keep`,
-        `wanted`, `predicted`, `accepted`, `kept`.
-
-    Raises DataError naming every file that cannot be used, once all others are done.
-    """
-    processes = Processes.here()
-    predictions, out = Path(predictions), Path(out)
-    if not predictions.is_dir():
-        raise DataError(f"{predictions}: no such folder. Give the one that holds ID.npy or ID.npz files.")
-    if isinstance(class_counts, (str, Path)):
-        counts, names = read_class_counts(Path(class_counts))
-    else:
-        counts, names = _class_counts(class_counts, "class counts")
-    labeling = Labeling(
-        method, ratio=labeling_ratio, threshold=threshold, confidence=confidence, sampling=sampling
-    )
-    settings = labeling.settings() | {"seed": seed, "class_counts": counts}
-    samples = [Sample(name, path) for name, path in find_files(predictions, SCORE_SUFFIXES).items()]
-
-    def make(scale: ConfidenceScale, folder: Path | None) -> Predictor:
-        def run(sample: Sample, scores: np.ndarray) -> Prediction:
-            return decide_array(scores, len(counts), scale, probabilities, str(sample.image))
-
-        return Predictor(lambda sample: read_scores(sample.image), run, folder)
-
-    return _run(
-        samples,
-        predictions,
-        out,
-        names,
-        labeling,
-        settings,
-        {"probabilities": str(probabilities)},
-        make,
-        lambda path: read_scores(path).shape[-2:],
-        predict_twice,
-        SCORE_SUFFIXES,
-        processes,
-        console,
+    method: Method | None,
+    ratio: float | None,
+    threshold: float | None,
+    confidence: Confidence | None,
+    sampling: Sampling | None,
+) -> Labeling:
+    """What is given, completed from the recipe: its labeling section and the ratio of its last round."""
+    config = recipe.labeling if recipe else LabelingConfig()
+    method = method or config.method
+    if ratio is None and method != "global" and recipe:
+        ratio = recipe.rounds[-1].labeling_ratio
+    if threshold is None and method == config.method:
+        threshold = config.threshold
+    return Labeling(
+        method,
+        ratio=ratio,
+        threshold=threshold,
+        confidence=confidence or config.confidence,
+        sampling=sampling or config.sampling,
     )
 
 
-def _run(
-    samples: Sequence[Sample],
-    where: Path,
-    out: Path,
-    names: Sequence[str] | None,
-    labeling: Labeling,
-    settings: Mapping[str, Any],
-    inputs: Mapping[str, str],
-    make: Callable[[ConfidenceScale, Path | None], Predictor],
+def _digest_predictor(trained: Trained) -> dict[str, str]:
+    """Digests of what decides a network's predictions besides the images."""
+    protocol = asdict(labeling_protocol(trained.recipe)) if trained.recipe else None
+    return {"network": digest_path(trained.path), "protocol": digest_settings(protocol=protocol)}
+
+
+def _protocol_of(trained: Trained) -> Callable[[np.ndarray], Protocol]:
+    """How images are predicted for labeling; without a recipe, each as a whole."""
+    if trained.recipe is None:
+        return trained.protocol
+    protocol = labeling_protocol(trained.recipe)
+    return lambda image: protocol
+
+
+def label_into_folder(
+    job: FolderJob,
+    make_predictor: MakePredictor,
     size_of: Callable[[Path], tuple[int, ...]],
-    predict_twice: bool,
-    suffixes: Sequence[str],
+    *,
     processes: Processes,
     console: Console | None,
 ) -> dict[str, Any]:
-    """Label into a folder of its own, going on where an earlier call was stopped."""
-    if not samples:
-        raise DataError(f"{where}: nothing to label there; wanted are files {', '.join(suffixes)}.")
-    distribution = ClassDistribution.from_counts(settings["class_counts"])
-    choose = partial(choose_thresholds, labeling=labeling, distribution=distribution)
-    scale = SCALES[labeling.confidence]
-    if where.is_dir() and where.resolve() in (out.resolve(), *out.resolve().parents):
-        raise RunError(f"{out} lies in {where}, whose files are to be labeled: choose a folder elsewhere.")
-    # Arrays of one shape are files of one size, so the time of the last change counts as well.
-    sizes = {sample.id: [(about := sample.image.stat()).st_size, about.st_mtime_ns] for sample in samples}
-    begun = {"settings": dict(settings), "inputs": {**inputs, "files": digest_settings(files=sizes)}}
-    result, marker, waiting = out / "redistribution.json", out / ".begun.json", out / ".predictions"
-    histogram = out / "histogram.npz"
+    """Label the files of a folder into another, or continue where an earlier call was stopped.
 
-    def begin() -> bool:
-        """Whether everything is done already."""
-        for path in (marker, result):
-            if not path.exists():
-                continue
-            earlier = _read_record(path)
-            changed = [key for key in begun if earlier.get(key) != begun[key]]
-            if path == marker and changed == ["inputs"] and not histogram.exists():
-                # Files that were mended, added or removed while counting: what waits for the others still holds.
-                files = {"files": begun["inputs"]["files"]}
-                if {**earlier["inputs"], **files} == begun["inputs"]:
-                    for name, size in earlier["sizes"].items():
-                        if sizes.get(name) != size:
-                            prediction_path(waiting, name).unlink(missing_ok=True)
-                    write_json(marker, {**begun, "sizes": sizes})
-                    changed = []
-            if changed:
-                raise RunError(
-                    f"{out} was begun with other {' and '.join(changed)} (see {path.name}). Choose another folder "
-                    "for these, or put back what was changed to go on with that one."
-                )
-            if path == result:
-                shutil.rmtree(waiting, ignore_errors=True)  # left by a kill just after the result
-                return True
-            return False
-        if out.exists() and (not out.is_dir() or any(p.suffix != ".part" for p in out.iterdir())):
-            raise RunError(f"{out} is not empty and was not begun by this command: choose another folder.")
-        if not predict_twice:
-            check_disk(out, count_pixels(samples, size_of), "use --predict-twice")
-        write_json(marker, {**begun, "sizes": sizes})
-        return False
+    Args:
+        size_of: file → its height and width, for an estimate of the disk space that predictions need.
 
-    if not processes.from_first(begin):
-        journal = Journal(None, None, console or Console(quiet=not processes.first))
-        labels = label_samples(
-            samples,
-            len(settings["class_counts"]),
-            make(scale, None if predict_twice else waiting),
-            choose,
-            scale,
-            settings["seed"],
-            0,
-            out,
-            histogram,
-            processes,
-            journal.progress,
+    Returns:
+        the content of `redistribution.json`.
+    """
+    if job.source.is_dir() and job.source.resolve() in (job.out.resolve(), *job.out.resolve().parents):
+        raise RunError(
+            f"{job.out} lies in {job.source}, whose files are to be labeled. Choose a folder elsewhere."
         )
-        described = labels.to_json() | {"classes": list(names) if names else None, "images": len(samples)}
+    task = LabelTask(job.labeling, ClassDistribution.from_counts(job.classes.counts), job.seed)
+    if not processes.from_first(lambda: _begin(job, size_of)):
+        labels = label_samples(
+            job.samples,
+            task,
+            make_predictor(task.scale, folder=None if job.predict_twice else job.waiting),
+            files=LabelFiles(job.out, job.histogram),
+            processes=processes,
+            progress=Journal(None, None, console or Console(quiet=not processes.first)).progress,
+        )
+        names = list(job.classes.names) if job.classes.names else None
+        described = labels.to_json() | {"classes": names, "images": len(job.samples)}
+        processes.from_first(lambda: _finish(job, described))
+    return json.loads(job.result.read_text())
 
-        def end() -> None:
-            write_json(result, described | begun)
-            marker.unlink()
-            shutil.rmtree(waiting, ignore_errors=True)
 
-        processes.from_first(end)
-    return json.loads(result.read_text())
+def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
+    """Record what is begun, or check that an earlier call began the same. Returns whether it also finished."""
+    if job.marker.exists():
+        _resume(job)
+        return False
+    if job.result.exists():
+        _check_same(job, job.result, _changed(job, _read_record(job.result)))
+        shutil.rmtree(job.waiting, ignore_errors=True)  # left by a kill right after the result was written
+        return True
+    if job.out.exists() and (not job.out.is_dir() or any(path.suffix != ASIDE for path in job.out.iterdir())):
+        raise RunError(
+            f"{job.out} is not empty, and no earlier call of this command began it. Choose another folder."
+        )
+    if not job.predict_twice:
+        check_disk(job.out, count_pixels(job.samples, size_of), "use --predict-twice")
+    write_json(job.marker, {**job.record, "sizes": job.file_states})
+    return False
+
+
+def _resume(job: FolderJob) -> None:
+    """Prepare to continue what an earlier call began. Raises RunError if it was something else."""
+    earlier = _read_record(job.marker)
+    changed = _changed(job, earlier)
+    inputs = job.record["inputs"]
+    only_files = changed == ["inputs"] and earlier["inputs"] | {"files": inputs["files"]} == inputs
+    if not only_files or job.histogram.exists():
+        return _check_same(job, job.marker, changed)
+    # Files were fixed, added or removed while counting: the waiting predictions of all others are still valid.
+    for name, state in earlier["sizes"].items():
+        if job.file_states.get(name) != state:
+            prediction_path(job.waiting, name).unlink(missing_ok=True)
+    write_json(job.marker, {**job.record, "sizes": job.file_states})
+
+
+def _finish(job: FolderJob, described: Mapping[str, Any]) -> None:
+    """Write the result; from then on an equal call has nothing to do."""
+    write_json(job.result, {**described, **job.record})
+    job.marker.unlink()
+    shutil.rmtree(job.waiting, ignore_errors=True)
+
+
+def _changed(job: FolderJob, earlier: Mapping[str, Any]) -> list[str]:
+    """Which parts of a job's record differ from those of an earlier call: "settings", "inputs"."""
+    return [key for key in job.record if earlier.get(key) != job.record[key]]
+
+
+def _check_same(job: FolderJob, path: Path, changed: Sequence[str]) -> None:
+    """Raise RunError if anything changed since the record in `path` was written."""
+    if changed:
+        raise RunError(
+            f"{job.out} was begun with other {' and '.join(changed)} (see {path.name}). Choose another folder, or "
+            "restore what was changed and continue in this one."
+        )
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
-        if isinstance(record, dict) and all(
-            isinstance(record.get(key), dict) for key in ("settings", "inputs")
-        ):
-            return record
-        found = "something else"
     except (OSError, ValueError) as error:
-        found = str(error)
-    raise RunError(f"{path}: this record is damaged or not darseg's ({found}). Choose another folder.")
+        raise RunError(f"{path} is damaged ({error}). Choose another folder.") from error
+    keys = ("settings", "inputs")
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in keys):
+        raise RunError(f"{path} is not a file that darseg wrote. Choose another folder.")
+    return record
 
 
-def read_scores(path: Path) -> np.ndarray:
-    """The array of a .npy file, or the only one of a .npz; nothing in it is run. Raises DataError."""
+def read_class_counts(path: Path) -> ClassCounts:
+    """Labeled pixels per class from a JSON file: a list, or name → count. Raises DataError."""
     try:
-        content = np.load(path, allow_pickle=False)
-        if not isinstance(content, np.ndarray):
-            with content:
-                names = content.files
-                content = content[names[0]] if len(names) == 1 else names
-    except Exception as error:  # zip, zlib, tokenizer and numpy raise a dozen kinds for damaged files
-        raise DataError(
-            f"{path}: cannot be read as an array of numbers ({type(error).__name__}: {error}). Write it again with "
-            "numpy.save."
-        ) from error
-    if isinstance(content, list):
-        raise DataError(f"{path}: holds {len(content)} arrays ({', '.join(content)}); wanted one.")
-    if not isinstance(content, np.ndarray):
-        raise DataError(f"{path}: holds no array of numbers. Write it again with numpy.save.")
-    return content
-
-
-def read_class_counts(path: Path) -> tuple[list[int], list[str] | None]:
-    """Labeled pixels per class from a JSON file: a list, or name → count. Returns counts and names."""
-    try:
-        return _class_counts(json.loads(path.read_text(encoding="utf-8-sig")), str(path))
+        return check_class_counts(json.loads(path.read_text(encoding="utf-8-sig")), str(path))
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file. Give labeled pixels per class as JSON, as in [9000, 120]."
@@ -407,7 +328,8 @@ def read_class_counts(path: Path) -> tuple[list[int], list[str] | None]:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
 
 
-def _class_counts(given: Any, where: str) -> tuple[list[int], list[str] | None]:
+def check_class_counts(given: Any, where: str) -> ClassCounts:
+    """A list of counts, or name → count, as counts and names. Raises DataError that begins with `where`."""
     names = list(map(str, given)) if isinstance(given, Mapping) else None
     counts = list(given.values()) if isinstance(given, Mapping) else given
     try:
@@ -415,10 +337,10 @@ def _class_counts(given: Any, where: str) -> tuple[list[int], list[str] | None]:
     except (TypeError, ValueError, OverflowError):
         whole = []
     if not whole or any(isinstance(c, (bool, str)) or c != w for c, w in zip(counts, whole, strict=True)):
-        raise DataError(f"{where}: wanted whole numbers, a list of K or name → count, as in [9000, 120].")
+        raise DataError(f"{where}: expected whole numbers, a list or name → count, as in [9000, 120].")
     negative = [
         f"{names[k] if names else f'class {k}'}: {count}" for k, count in enumerate(whole) if count < 0
     ]
     if negative:
         raise DataError(f"{where}: labeled pixels cannot be negative ({', '.join(negative)}).")
-    return whole, names
+    return ClassCounts(whole, names)

@@ -29,16 +29,13 @@ from darseg.data.examine import reading_notes
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample, count_pixels
-from darseg.data.prediction import SCALES
 from darseg.errors import DataError, Interrupted, MemoryLimit, NumericsError, RunError, StorageError, faults
 from darseg.model.backbone import RESNETS
 from darseg.model.network import Network
 from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
-from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.build import (
     Round,
     auxiliary_weight_of,
@@ -73,7 +70,7 @@ from darseg.run.directory import (
 )
 from darseg.run.evaluate import evaluate_samples
 from darseg.run.journal import Journal
-from darseg.run.label import check_disk, label_samples, network_predictor
+from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.run.machine import cache_limit, workers_for
 from darseg.run.marks import fix_excluded, read_excluded, read_marks, without
 from darseg.run.signals import Stop, catch_signals
@@ -323,16 +320,22 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
         the unlabeled samples with their new label maps, and seconds.
     """
     run, journal, index = course.run, course.journal, round_.index
-    classes, labeling = course.manifest.classes, course.recipe.labeling
+    labeling = course.recipe.labeling
     excluded = course.processes.from_first(lambda: fix_excluded(run, index, course.manifest.unlabeled))
     unlabeled = without(course.manifest.unlabeled, excluded)
-    protocol, scale = labeling_protocol(course.recipe), SCALES[labeling.confidence]
+    protocol = labeling_protocol(course.recipe)
+    task = LabelTask(
+        labeling=labeling.at(round_.labeling_ratio),
+        distribution=course.processes.together(lambda: ClassDistribution.from_counts(course.counts)),
+        seed=course.recipe.seed,
+        round_index=index,
+    )
     histogram, thresholds = course.path(round_, "histogram.npz"), course.path(round_, "thresholds.json")
     inputs = {
         "settings": digest_settings(
             protocol=asdict(protocol),
-            **asdict(labeling.at(round_.labeling_ratio)),
-            seed=course.recipe.seed,
+            **asdict(task.labeling),
+            seed=task.seed,
         ),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
@@ -367,25 +370,14 @@ def _label(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ..
     with _memory_told(_less_to_predict(course.recipe, "labeling", protocol)):
         labels = label_samples(
             unlabeled,
-            len(classes),
-            network_predictor(network, lambda image: protocol, scale, waiting),
-            partial(_choose, course, round_),
-            scale,
-            course.recipe.seed,
-            index,
-            run.labels(index),
-            histogram,
-            course.processes,
-            lambda title, total: journal.progress(f"round {index}: {title}", total),
-            run.round(index),
+            task,
+            network_predictor(network, lambda image: protocol, task.scale, folder=waiting),
+            files=LabelFiles(run.labels(index), histogram, logs=run.round(index)),
+            processes=course.processes,
+            progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
         )
     end = partial(_record_labels, course, round_, inputs, labels, began, unlabeled)
     return labels.samples(unlabeled), course.processes.from_first(end)
-
-
-def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Thresholds:
-    labeling = course.recipe.labeling.at(round_.labeling_ratio)
-    return choose_thresholds(histogram, labeling, ClassDistribution.from_counts(course.counts))
 
 
 def _clean_labeling(course: Course, index: int) -> None:

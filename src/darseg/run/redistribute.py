@@ -1,0 +1,112 @@
+"""Label images from predictions that another framework wrote to files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from darseg.data.manifest import Sample, find_files
+from darseg.data.prediction import ConfidenceScale, Prediction
+from darseg.errors import DataError
+from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
+from darseg.pseudo.labelset import Predictor
+from darseg.pseudo.redistribute import decide_array
+from darseg.run.label import FolderJob, check_class_counts, label_into_folder, read_class_counts
+from darseg.training.processes import Processes
+
+SCORE_SUFFIXES = (".npy", ".npz")
+
+
+def redistribute_folder(
+    predictions: Path | str,
+    out: Path | str,
+    class_counts: Path | str | Sequence[int] | Mapping[str, int],
+    labeling_ratio: float | None = None,
+    *,
+    method: Method = "dars",
+    threshold: float | None = None,
+    confidence: Confidence = "float16",
+    sampling: Sampling = "random",
+    seed: int = 0,
+    probabilities: bool = False,
+    predict_twice: bool = False,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Label images from predictions of any framework: `predictions/ID.npy` (or .npz) → `out/ID.png`.
+
+    Files hold logits, float16 or float32 [K, H, W]; sizes may differ. Memory does not grow with the number of files,
+    and a stopped call continues. For the arguments, and for arrays in memory, see `redistribute`.
+
+    Args:
+        class_counts: labeled pixels per class, a list or name → count; or a JSON file of either.
+
+    Returns:
+        the content of `out/redistribution.json`: lists of K, `threshold` (None for a class never predicted), `keep`,
+        `wanted`, `predicted`, `accepted`, `kept`.
+
+    Raises:
+        DataError: names every file that cannot be used, after all others are done.
+    """
+    processes = Processes.here()
+    from_file = isinstance(class_counts, (str, Path))
+    classes = (
+        read_class_counts(Path(class_counts))
+        if from_file
+        else check_class_counts(class_counts, "class counts")
+    )
+    job = FolderJob(
+        source=Path(predictions),
+        samples=_scores_in(Path(predictions)),
+        out=Path(out),
+        classes=classes,
+        labeling=Labeling(
+            method, ratio=labeling_ratio, threshold=threshold, confidence=confidence, sampling=sampling
+        ),
+        seed=seed,
+        inputs={"probabilities": str(probabilities)},
+        predict_twice=predict_twice,
+    )
+
+    def make_predictor(scale: ConfidenceScale, folder: Path | None) -> Predictor:
+        def run(sample: Sample, scores: np.ndarray) -> Prediction:
+            name = str(sample.image)
+            return decide_array(scores, len(classes.counts), scale, probabilities=probabilities, name=name)
+
+        return Predictor(lambda sample: read_scores(sample.image), run, folder)
+
+    return label_into_folder(
+        job, make_predictor, lambda path: read_scores(path).shape[-2:], processes=processes, console=console
+    )
+
+
+def _scores_in(folder: Path) -> list[Sample]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Give the folder of the ID.npy or ID.npz files.")
+    samples = [Sample(name, path) for name, path in find_files(folder, SCORE_SUFFIXES).items()]
+    if not samples:
+        raise DataError(f"{folder}: no predictions there. Expected files {' or '.join(SCORE_SUFFIXES)}.")
+    return samples
+
+
+def read_scores(path: Path) -> np.ndarray:
+    """The array of a .npy file, or the only one of a .npz; nothing in the file is executed. Raises DataError."""
+    try:
+        content = np.load(path, allow_pickle=False)
+        if not isinstance(content, np.ndarray):
+            with content:
+                names = content.files
+                content = content[names[0]] if len(names) == 1 else names
+    except Exception as error:  # zip, zlib, tokenizer and numpy raise a dozen kinds for damaged files
+        raise DataError(
+            f"{path}: cannot be read as an array of numbers ({type(error).__name__}: {error}). Write it again with "
+            "numpy.save."
+        ) from error
+    if isinstance(content, list):
+        raise DataError(f"{path}: contains {len(content)} arrays ({', '.join(content)}); expected one.")
+    if not isinstance(content, np.ndarray):
+        raise DataError(f"{path}: contains no array of numbers. Write it again with numpy.save.")
+    return content
