@@ -98,7 +98,7 @@ def redistribute(
         predictions,
         out,
         class_counts,
-        labeling_ratio,
+        labeling_ratio=labeling_ratio,
         method=method,
         threshold=threshold,
         confidence=confidence,
