@@ -78,13 +78,16 @@ def main() -> None:
             )
             network = random_network(spec, list(images.values()))
             image = next(iter(images.values()))
-            window = tuple(network.legal_side(side) for side in image.shape[:2])
+            window = tuple(network.sides.up(side) for side in image.shape[:2])
             protocol = Protocol((window[0], window[1]), mirror=False)
             seen = len(
-                predict_scores(network, image, protocol, "logits").mean(0, len(image)).argmax(0).unique()
+                predict_scores(network, image, protocol, average="logits")
+                .mean(0, len(image))
+                .argmax(0)
+                .unique()
             )
             with tempfile.TemporaryDirectory() as folder:
-                runners = {"torch": partial(predict_scores, network, image, protocol, "logits")}
+                runners = {"torch": partial(predict_scores, network, image, protocol, average="logits")}
                 told = []
                 for suffix, runner in ((".onnx", _onnx_runner), (".pt2", _pt2_runner)):
                     path, begin = Path(folder, f"network{suffix}"), time.process_time()

@@ -36,7 +36,7 @@ from darseg.data.maps import write_map
 from darseg.data.prediction import FINE, FLOAT16, Prediction
 from darseg.demo.scenes import draw_scene
 from darseg.model.decide import decide_strips
-from darseg.model.predict import Memory, Protocol, WindowSums, predict, window_starts
+from darseg.model.predict import Memory, Protocol, WindowSums, predict_for_labeling, window_starts
 from darseg.pseudo.assign import LabelRule, assign, image_generator
 from darseg.pseudo.histogram import HistogramBuilder
 from darseg.pseudo.labelset import Predictor, assign_labels, count_predictions
@@ -139,11 +139,14 @@ def released(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Cl
 def decided(image: WindowLogits, clock: Clock, memory: Memory) -> Prediction:
     """Ours: from window logits to a prediction."""
     with clock("accumulate"):
-        sums = WindowSums(K, *image.size, torch.device("cpu"), memory)
+        sums = WindowSums((K, *image.size), torch.device("cpu"), memory)
         for top, left, plain, mirrored in image.parts:
-            sums.add(plain, top, left, mirrored)
+            sums.add(plain, top, left, mirrored=mirrored)
     with clock("decide"):
-        return decide_strips(sums.mean, sums.total_KHW.shape, sums.total_KHW.device, FLOAT16, False, "image")
+        total = sums.total_KHW
+        return decide_strips(
+            sums.mean, total.shape, total.device, scale=FLOAT16, probabilities=False, name="image"
+        )
 
 
 def ours(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Clock) -> None:
@@ -270,7 +273,9 @@ def bytes_kept(run: Path | None) -> None:
         "\n| bytes a pixel kept between counting and assigning | before compression | after |\n|---|---|---|"
     )
     for scale in (FLOAT16, FINE):
-        sizes = [len(predict(network, image, protocol, "image", scale).to_bytes()) for image in images]
+        sizes = [
+            len(predict_for_labeling(network, image, protocol, scale=scale).to_bytes()) for image in images
+        ]
         print(f"| {scale.name}: {name}, {len(images)} images | 3 | {sum(sizes) / pixels:.2f} |")
 
 

@@ -245,7 +245,7 @@ def steps_picture(run: darseg.RunDirectory, index: int, rows: int) -> np.ndarray
     table = []
     for sample in manifest.unlabeled[8 : 8 + rows]:
         image = darseg.read_image(sample.image)
-        prediction = darseg.predict(network, image, protocol)
+        prediction = darseg.predict_for_labeling(network, image, protocol)
         gray = np.rint(prediction.confidence * 255).astype(np.uint8)
         label = darseg.read_label(label_path(run.labels(index), sample.id))
         columns = [palette[prediction.classes], np.repeat(gray[..., None], 3, axis=2), palette[label]]

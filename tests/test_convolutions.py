@@ -195,7 +195,7 @@ class Wayward(Odd):
 
 
 def with_backbone(backbone: nn.Module) -> Network:
-    network = Network(backbone, ConvNormReLU(8, 5, 1), None, 5, 8)  # ty: ignore[invalid-argument-type]
+    network = Network(backbone, ConvNormReLU(8, 5, 1), None, classes=5, stride=8)  # ty: ignore[invalid-argument-type]
     shake(network)
     return network.eval()
 

@@ -27,6 +27,7 @@ from darseg.demo.scenes import draw_scene
 from darseg.errors import ExportError, NumericsError
 from darseg.model import backbone, export
 from darseg.model.export import (
+    LEAST_STEPS,
     Parity,
     Portable,
     compare,
@@ -38,6 +39,7 @@ from darseg.model.export import (
 )
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict_scores
+from darseg.model.sides import Sides
 from darseg.model.weights import save_network
 from darseg.run.directory import RunDirectory, digest_path
 from test_networks import NETWORKS, spec_of
@@ -72,10 +74,13 @@ def settled(spec: NetworkSpec) -> Network:
 
 def one_window(network: Network, images: np.ndarray) -> np.ndarray:
     """Logits of the sliding window where one covers the image; tiny images are padded to 2 * stride + 1."""
-    sides = [network.legal_side(max(side, 2 * network.stride + 1)) for side in images.shape[1:3]]
+    sides = [network.sides.up(max(side, 2 * network.stride + 1)) for side in images.shape[1:3]]
     protocol = Protocol((sides[0], sides[1]), mirror=False)
     return np.stack(
-        [predict_scores(network, one, protocol, "logits").mean(0, one.shape[0]).numpy() for one in images]
+        [
+            predict_scores(network, one, protocol, average="logits").mean(0, one.shape[0]).numpy()
+            for one in images
+        ]
     )
 
 
@@ -135,7 +140,8 @@ def test_means_of_cells_are_adaptive_pooling(height: int, width: int, bins: int)
 @given(st.integers(1, 300), st.sampled_from([8, 16]))
 def test_padded_sides_are_the_smallest_legal_ones(side: int, stride: int) -> None:
     legal = [stride * n + 1 for n in range(2, 50)]
-    assert padded_side(side, stride) == min(one for one in legal if one >= side)
+    smallest = min(one for one in legal if one >= side)
+    assert padded_side(side, Sides(stride)) == Sides(stride).up(side, LEAST_STEPS) == smallest
 
 
 @given(st.integers(1, 300), st.integers(1, 7), st.integers(1, 4), st.integers(1, 4))

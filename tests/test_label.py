@@ -23,7 +23,7 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import StorageError
-from darseg.model.predict import predict
+from darseg.model.predict import predict_for_labeling
 from darseg.model.weights import load_network
 from darseg.run.build import labeling_protocol, place
 from darseg.run.label import label_folder
@@ -75,7 +75,10 @@ def predictions_of(run: Path, round_index: int, images: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     network = place(load_network(run / f"round_{round_index}" / "network.safetensors"))
     protocol = labeling_protocol(load_recipe(run / "recipe.yaml"))
-    return {name: predict(network, read_image(images / f"{name}.png"), protocol) for name in UNLABELED}
+    return {
+        name: predict_for_labeling(network, read_image(images / f"{name}.png"), protocol)
+        for name in UNLABELED
+    }
 
 
 @pytest.mark.parametrize("round_index", [None, 0])

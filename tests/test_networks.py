@@ -15,11 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+import darseg
 from darseg.errors import DataError, RecipeError, SizeError
 from darseg.model.backbone import RESNETS
 from darseg.model.heads import BINS, AtrousHead, PyramidPoolingHead, upsample
 from darseg.model.network import Network, NetworkSpec, build_network, parameter_groups
+from darseg.model.predict import Protocol
+from darseg.model.sides import Sides
 from darseg.model.weights import load_network, save_network
+from wording import refused, says
 
 torch.set_num_threads(1)
 
@@ -182,26 +186,62 @@ def small() -> Network:
     return build(NetworkSpec(backbone="resnet18", classes=3, output_stride=8, head_channels=8)).eval()
 
 
+@pytest.mark.parametrize("sides", [Sides(8), Sides(16), Sides(14, 0), Sides(1, 0)], ids=str)
 @given(st.integers(-3, 200))
-def test_legal_side_is_the_smallest_that_is_legal_and_large_enough(small: Network, n: int) -> None:
-    legal = [8 * k + 1 for k in range(1, 40)]
-    assert small.legal_side(n) == min(side for side in legal if side >= n)
+def test_sides_are_rounded_to_the_nearest_legal_ones(sides: Sides, side: int) -> None:
+    legal = [sides.step * n + sides.offset for n in range(1, 300)]
+    assert sides.is_legal(side) == (side in legal)
+    assert sides.up(side) == min(one for one in legal if one >= side)
+    assert sides.down(side) == max([one for one in legal if one <= side], default=legal[0])
+    assert sides.up(side, least=2) == min(one for one in legal[1:] if one >= side)
+
+
+def test_sides_of_no_network() -> None:
+    for step, offset in ((0, 1), (8, -1)):
+        with refused(SizeError, str(step), str(offset)):
+            Sides(step, offset)
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
-def test_sizes_are_checked(small: Network, height: int, width: int) -> None:
+def test_a_network_takes_legal_sizes_alone(small: Network, height: int, width: int) -> None:
     legal = {8 * k + 1 for k in range(1, 40)}
     if {height, width} <= legal:
-        small.check_size(height, width)
+        small.sides.check(height, width)
     else:
-        with pytest.raises(SizeError, match="nearest legal sizes"):
-            small.check_size(height, width)
+        with pytest.raises(SizeError):
+            small.sides.check(height, width)
+
+
+def test_an_illegal_size_is_answered_with_the_nearest_legal_ones(small: Network) -> None:
+    with refused(SizeError, "50 x 64", "8n + 1", "49 x 57 or 57 x 65"):
+        small(torch.zeros(1, 3, 50, 64))
+    with refused(SizeError, "3 x 9", "8n + 1", "9 x 9"):
+        small(torch.zeros(1, 3, 3, 9))
+
+
+def test_names_of_version_0_2_still_work_and_warn(small: Network) -> None:
+    image = pictures(1, 3, 20, 30)[0].permute(1, 2, 0).contiguous().numpy()
+    protocol, batch = Protocol((17, 17)), pictures(1, 3, 9, 9)
+    with pytest.deprecated_call() as record:
+        codes = small.predict(image, protocol).codes
+        classes = darseg.predict_classes(small, image, protocol)
+        normalized = small.normalise(batch)
+        side = small.legal_side(20)
+        small.check_size(9, 17)
+    prediction = darseg.predict(small, image, protocol)
+    assert (codes == prediction.codes).all() and (classes == prediction.classes).all()
+    assert torch.equal(normalized, small.normalize(batch)) and side == 25
+    assert [Path(warning.filename).name for warning in record] == [Path(__file__).name] * 5
+    says(
+        "\n".join(str(warning.message) for warning in record),
+        *("darseg.predict(", "network.sides.up", "network.sides.check", "normalize", "0.4"),
+    )
 
 
 def test_other_inputs_are_refused(small: Network) -> None:
-    with pytest.raises(DataError, match=r"\[1, 4, 9, 9\].*\[B, 3, H, W\]"):
+    with refused(DataError, "[1, 4, 9, 9]", "[B, 3, H, W]"):
         small(torch.zeros(1, 4, 9, 9))
-    with pytest.raises(DataError, match=r"int64.*uint8"):
+    with refused(DataError, "int64", "uint8"):
         small(torch.zeros(1, 3, 9, 9, dtype=torch.int64))
 
 

@@ -18,10 +18,11 @@ from darseg.data.video import USUAL_RATE, VideoWriter, read_frames, video_facts
 from darseg.demo.scenes import draw_scene
 from darseg.errors import DataError, NumericsError, RunError, SizeError
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol, predict_classes, whole_image
+from darseg.model.predict import Protocol, predict, predict_for_labeling, predict_scores, whole_image
 from darseg.model.weights import load_network, save_network
 from darseg.run.evaluate import load_trained
 from darseg.run.predict import KINDS, predict_folder
+from wording import refused
 
 SPEC = NetworkSpec(backbone="resnet18_half", classes=4, output_stride=16, head_channels=8)
 SIZE = (42, 60)
@@ -87,35 +88,41 @@ def test_a_prediction_is_of_the_averaged_probabilities(network: Network) -> None
     for size in (SIZE, (33, 49), (1, 1), (70, 20)):
         image = picture(1, size)
         mean = averaged(network, image)
-        found = network.predict(image)
+        found = predict(network, image)
         best, classes = (part.numpy() for part in mean.max(dim=0))
         clear = (mean.sort(dim=0).values.diff(dim=0)[-1] > 1e-5).numpy()
         assert (found.classes == classes)[clear].all() and clear.mean() > 0.9
         assert np.abs(found.confidence - best).max() < 2e-4  # of the scale: 1.3e-4
-        assert (found.classes == predict_classes(network, image, whole_image(network, image))).all()
+        assert (found.codes == predict(network, image, whole_image(network, image)).codes).all()
 
 
 def test_a_protocol_may_be_given(network: Network) -> None:
     image = picture(2, (60, 90))
     how = Protocol((33, 33), mirror=False, scales=(0.5, 1.0))
-    found = network.predict(image, how)
-    assert (found.classes == predict_classes(network, image, how)).all()
-    assert (found.codes != network.predict(image).codes).any()
-    with pytest.raises(SizeError, match="nearest legal sizes"):
-        network.predict(image, Protocol((32, 32)))
+    found = predict(network, image, how)
+    mean = predict_scores(network, image, how, average="probabilities").mean(0, 60)
+    assert (found.classes == mean.argmax(0).numpy()).all()
+    assert (found.codes != predict(network, image).codes).any()
+    with refused(SizeError, "32 x 32", "17 x 17", "33 x 33"):
+        predict(network, image, Protocol((32, 32)))
 
 
 def test_predicting_leaves_a_network_in_training_as_it_was(checkpoint: Path) -> None:
     network = load_network(checkpoint)
-    expected = network.predict(picture(1))
+    expected = predict(network, picture(1))
     network.train()
     network.backbone.eval()  # frozen, as some fine-tune it
     before = {name: (module.training) for name, module in network.named_modules()}
     state = {key: value.clone() for key, value in network.state_dict().items()}
-    found = network.predict(picture(1))
+    labeled, again = (
+        predict_for_labeling(one, picture(1), Protocol((33, 33)))
+        for one in (network, load_network(checkpoint))
+    )
+    assert (labeled.codes == again.codes).all() and (labeled.classes == again.classes).all()
+    found = predict(network, picture(1))
     assert (found.codes == expected.codes).all() and (found.classes == expected.classes).all()
     with pytest.raises(SizeError):
-        network.predict(picture(1), Protocol((32, 32)))
+        predict(network, picture(1), Protocol((32, 32)))
     assert {name: module.training for name, module in network.named_modules()} == before
     assert set(before.values()) == {True, False}
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
@@ -123,34 +130,37 @@ def test_predicting_leaves_a_network_in_training_as_it_was(checkpoint: Path) -> 
 
 def test_views_and_readonly_arrays_are_images_too(network: Network) -> None:
     image = picture(4)
-    expected = network.predict(image).codes
+    expected = predict(network, image).codes
     bgr = np.ascontiguousarray(image[:, :, ::-1])
-    assert (network.predict(bgr[:, :, ::-1]).codes == expected).all()
+    assert (predict(network, bgr[:, :, ::-1]).codes == expected).all()
     image.setflags(write=False)
-    assert (network.predict(image).codes == expected).all()
+    assert (predict(network, image).codes == expected).all()
 
 
 @pytest.mark.parametrize(
-    ("image", "message"),
+    ("image", "kind"),
     [
-        (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\]: wanted is"),
-        (np.zeros((4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\]"),
-        (np.zeros((4, 4, 3)), "float64"),
+        (np.zeros((4, 4), np.uint8), "uint8 [4, 4]"),
+        (np.zeros((4, 4, 4), np.uint8), "uint8 [4, 4, 4]"),
+        (np.zeros((4, 4, 3)), "float64 [4, 4, 3]"),
         (torch.zeros(3, 4, 4, dtype=torch.uint8), "torch.Tensor"),
-        (np.zeros((0, 4, 3), np.uint8), "no pixels"),
+        (np.zeros((0, 4, 3), np.uint8), "[0, 4, 3]"),
     ],
+    ids=["gray", "four channels", "floats", "tensor", "empty"],
 )
-def test_what_is_no_image(network: Network, image, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        network.predict(image)
+def test_arrays_that_are_not_images(network: Network, image, kind: str) -> None:
+    with refused(DataError, "street 7", kind):
+        predict(network, image, name="street 7")
+    with pytest.raises(DataError):
+        predict_for_labeling(network, image, Protocol((33, 33)))
 
 
 def test_a_diverged_network_is_named(checkpoint: Path) -> None:
     network = load_network(checkpoint)
     with torch.no_grad():
         network.head.classifier.bias[0] = float("nan")
-    with pytest.raises(NumericsError, match="network has diverged"):
-        network.predict(picture(0))
+    with refused(NumericsError, "street 7", "training.learning_rate"):
+        predict(network, picture(0), name="street 7")
 
 
 def test_all_kinds_are_of_one_prediction(call, checkpoint: Path, network: Network, tmp_path: Path) -> None:
@@ -159,7 +169,7 @@ def test_all_kinds_are_of_one_prediction(call, checkpoint: Path, network: Networ
     assert code == 0, err
     assert f"1 image(s): {tmp_path / 'out' / 'index'}" in out
     assert written(tmp_path / "out") == {f"{kind}/a/b.png" for kind in KINDS}
-    expected = network.predict(picture(7))
+    expected = predict(network, picture(7))
     index, confidence = (
         cv2.imread(str(tmp_path / "out" / kind / "a" / "b.png"), cv2.IMREAD_UNCHANGED)
         for kind in ("index", "confidence")
@@ -293,7 +303,7 @@ def test_a_video_becomes_numbered_frames_and_a_video(
         index = cv2.imread(
             str(tmp_path / "out" / "index" / "cam" / "walk" / f"{number:06d}.png"), cv2.IMREAD_UNCHANGED
         )
-        assert (index == network.predict(frame).classes).all()
+        assert (index == predict(network, frame).classes).all()
         color = read_image(tmp_path / "out" / "color" / "cam" / "walk" / f"{number:06d}.png")
         blend = 0.55 * color.astype(float) + 0.45 * frame
         assert np.abs(shown[number - 1] - blend).mean() < 16  # the codec loses some
@@ -348,14 +358,13 @@ def test_an_interrupted_video_leaves_no_half_of_one(
     film(tmp_path / "a.mp4", 6)
     calls = []
 
-    def stop(*arguments):
-        calls.append(arguments)
+    def stop(network, image, *_, **__):
+        calls.append(image)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return network.predict(arguments[1])
+        return predict(network, image)
 
-    network = load_network(checkpoint)
-    monkeypatch.setattr("darseg.run.predict.predict_evaluation", stop)
+    monkeypatch.setattr("darseg.run.predict.predict", stop)
     with pytest.raises(KeyboardInterrupt):
         predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["overlay"])
     assert written(tmp_path / "out") == set()
@@ -375,15 +384,15 @@ def test_a_written_video_that_is_not_whole_is_no_video(
 
 def test_unknown_kinds(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="index, color, overlay, confidence"):
-        predict_folder(checkpoint, tmp_path, tmp_path / "out", ["color"])
+        predict_folder(checkpoint, tmp_path, tmp_path / "out", ["rainbow"])
 
 
 def test_ctrl_c_is_answered(call, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(*arguments):
+    def stop(*_, **__):
         raise KeyboardInterrupt
 
     write_png(tmp_path / "a.png", picture(0))
-    monkeypatch.setattr("darseg.run.predict.predict_evaluation", stop)
+    monkeypatch.setattr("darseg.run.predict.predict", stop)
     code, _, err = call("predict", checkpoint, tmp_path / "a.png", tmp_path / "out")
     assert (code, err) == (130, "darseg: interrupted. What was finished is kept.\n")
 

@@ -18,8 +18,9 @@ from darseg.data.encoding import label_encoding
 from darseg.data.labels import read_label
 from darseg.errors import DataError
 from darseg.model.network import Network, build_network
-from darseg.model.predict import Protocol, predict_classes, predict_scores
+from darseg.model.predict import Protocol, predict, predict_scores
 from darseg.training.scores import Scores
+from wording import refused, says
 
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # multi-scale testing of PSPNet
 
@@ -102,34 +103,41 @@ def slow(network: Network, image: np.ndarray, protocol: Protocol, average: str) 
 def test_whole_images_against_the_slow_version(network: Network, protocol: Protocol, average) -> None:
     image = np.random.default_rng(1).integers(0, 256, (50, 77, 3), np.uint8)
     wanted = slow(network, image, protocol, average)
-    sums = predict_scores(network, image, protocol, average)
+    sums = predict_scores(network, image, protocol, average=average)
     found = sums.mean(0, 50).double()
     assert found.shape == wanted.shape == (4, 50, 77)
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     if average == "probabilities":
         assert torch.allclose(found.sum(0), torch.ones(50, 77, dtype=torch.float64), atol=1e-5)
         sure = wanted.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-4
-        classes = torch.from_numpy(predict_classes(network, image, protocol))
+        classes = torch.from_numpy(predict(network, image, protocol).classes.copy())
         assert sure.float().mean() > 0.9 and (classes == wanted.argmax(0))[sure].all()
 
 
 def test_logits_and_probabilities_are_two_averages(network: Network) -> None:
     image = np.random.default_rng(1).integers(0, 256, (50, 77, 3), np.uint8)
     protocol = Protocol((33, 33))
-    logits = predict_scores(network, image, protocol, "logits").mean(0, 50).clone().softmax(0)
-    probabilities = predict_scores(network, image, protocol, "probabilities").mean(0, 50)
+    logits = predict_scores(network, image, protocol, average="logits").mean(0, 50).clone().softmax(0)
+    probabilities = predict_scores(network, image, protocol, average="probabilities").mean(0, 50)
     assert (logits - probabilities).abs().max() > 1e-3
 
 
 def test_one_number_stands_for_both_sides_of_a_window() -> None:
     assert Protocol(33) == Protocol((33, 33))  # ty: ignore[invalid-argument-type]
-    for wrong in (
-        {"window": (33, 0)},
-        {"window": (33, 33), "scales": ()},
-        {"window": (33, 33), "scales": (0.0,)},
-    ):
-        with pytest.raises(DataError, match="two sides of at least 1 pixel and scales above 0"):
-            Protocol(**wrong)
+
+
+def test_protocols_that_are_not_possible() -> None:
+    with refused(DataError, "(33, 0)"):
+        Protocol((33, 0))
+    for scales in ((), (0.0,)):
+        with refused(DataError, f"scales {scales}"):
+            Protocol((33, 33), scales=scales)
+
+
+def test_a_protocol_in_words_names_all_that_moves_scores() -> None:
+    says(Protocol((33, 49)).describe(), "own size", "33x49", "with mirror", "[1.0]", "probabilities", "fp32")
+    other = Protocol((33, 33), base_size=120, mirror=False, scales=PAPER_SCALES, bf16=True)
+    says(other.describe("logits"), "long side 120", "no mirror", "[0.5, 0.75, ", "logits", "bf16")
 
 
 # --- scores

@@ -130,8 +130,8 @@ def test_a_recipe_plans_what_was_published(name: str, names: dict[Any, Path], ca
         f"long side {published.base_size}, windows {published.crop}x{published.crop} with stride 2/3, with mirror, "
         "scales [1.0]"
     )
-    assert made.labeling == f"dars, {protocol}, logits averaged"
-    assert made.evaluation == f"{protocol}, probabilities averaged"
+    assert made.labeling == f"dars, {protocol}, logits averaged, fp32"
+    assert made.evaluation == f"{protocol}, probabilities averaged, fp32"
     assert made.notes == ()
     assert tuple(one.augmentation.scale for one in made.rounds) == published.scales
     assert tuple(one.labeling_ratio for one in made.rounds) == published.ratios

@@ -32,7 +32,7 @@ from darseg.data.labels import read_label
 from darseg.data.prediction import FINE, FLOAT16, Prediction
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, Interrupted, RunError
-from darseg.model.predict import predict
+from darseg.model.predict import predict_for_labeling
 from darseg.model.weights import load_network
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import prediction_path
@@ -461,7 +461,7 @@ def test_raw_predictions_are_those_that_labeled(hostile: Path, run: Path) -> Non
     samples = {sample.id: sample for sample in manifest_of(recipe).unlabeled}
     network = load_network(RunDirectory(run).network(1))
     picture = drawn.pictures[0]
-    expected = predict(network, read_image(samples[picture.id].image), labeling_protocol(recipe))
+    expected = predict_for_labeling(network, read_image(samples[picture.id].image), labeling_protocol(recipe))
     assert picture.prediction is not None and picture.truth is not None
     classes = np.asarray(decode(picture.prediction))
     assert (classes == expected.classes).mean() > 0.999  # memory formats change last bits

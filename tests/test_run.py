@@ -26,7 +26,7 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, NumericsError, RecipeError, RunError, SizeError, StorageError
-from darseg.model.predict import predict
+from darseg.model.predict import predict_for_labeling
 from darseg.model.weights import load_network
 from darseg.run.build import labeling_protocol, manifest_of
 from darseg.run.directory import RunDirectory
@@ -91,7 +91,7 @@ def test_facts_of_images_are_those_of_their_predictions_and_maps(finished: Path,
     assert list(found) == [sample.id for sample in unlabeled]
     for sample in unlabeled:
         facts = found[sample.id]
-        prediction = predict(network, read_image(sample.image), labeling_protocol(recipe))
+        prediction = predict_for_labeling(network, read_image(sample.image), labeling_protocol(recipe))
         label = cv2.imread(str(run.labels(index) / f"{sample.id}.png"), cv2.IMREAD_UNCHANGED)
         assert facts.predicted == tuple(np.count_nonzero(prediction.classes == k) for k in range(K))
         assert facts.kept == tuple(np.count_nonzero(label == k) for k in range(K))

@@ -40,12 +40,13 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.init.propose import propose_recipe as propose_recipe
     from darseg.model.decide import decide as decide
     from darseg.model.export import Parity as Parity
+    from darseg.model.former import predict_classes as predict_classes
     from darseg.model.network import Network as Network
     from darseg.model.network import Output as Output
     from darseg.model.network import build_network as build_network
     from darseg.model.predict import Protocol as Protocol
     from darseg.model.predict import predict as predict
-    from darseg.model.predict import predict_classes as predict_classes
+    from darseg.model.predict import predict_for_labeling as predict_for_labeling
     from darseg.model.weights import LoadReport as LoadReport
     from darseg.model.weights import convert as convert
     from darseg.model.weights import load_network as load_network
@@ -134,8 +135,9 @@ _HOMES = {
     "Plan": "run.check",
     "plan": "run.check",
     "predict": "model.predict",
-    "predict_classes": "model.predict",
+    "predict_classes": "model.former",
     "predict_folder": "run.predict",
+    "predict_for_labeling": "model.predict",
     "Predicted": "run.predict",
     "Prediction": "data.prediction",
     "Proposal": "init.propose",

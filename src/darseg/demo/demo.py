@@ -21,7 +21,7 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.maps import write_map
 from darseg.demo.scenes import SCENE_CLASSES, write_scenes
-from darseg.model.predict import predict_classes
+from darseg.model.predict import predict
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained
@@ -150,9 +150,9 @@ def draw_picture(recipe: Recipe, folder: Path) -> np.ndarray:
         image = read_image(sample.image)
         maps = [
             read_label(sample.label),
-            predict_classes(first, image, protocol),
+            predict(first, image, protocol).classes,
             read_label(labeled.label),
-            predict_classes(final, image, protocol),
+            predict(final, image, protocol).classes,
         ]
         rows.append([image, *(palette[label] for label in maps)])
     titles = ("image", "truth (never used)", "labeled only", f"pseudo labels, round {last}", "DARS")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shlex
@@ -473,8 +472,8 @@ def _fit(data: _Data, folder: Path, out: Path, given: Path | str | None) -> _Fit
     target = PAPER_CROP if kind == "cuda" else SMALL_CROP
     crop, batch, memory = _crop_and_batch(spec, small, target, data.labeled, budget)
     largest = heights[-1], widths[-1]
-    stride = spec.output_stride
-    whole = max(_above(largest[0], stride), crop[0]), max(_above(largest[1], stride), crop[1])
+    sides = spec.sides
+    whole = max(sides.up(largest[0]), crop[0]), max(sides.up(largest[1]), crop[1])
     window = whole if max(whole) <= max(*crop, LARGEST_WINDOW[kind]) else crop
     seconds = _seconds(spec, batch, crop)
     return _Fit(
@@ -522,29 +521,21 @@ def _weights(
     return spec, "none"
 
 
-def _below(side: int, stride: int) -> int:
-    return stride * max(1, (side - 1) // stride) + 1
-
-
-def _above(side: int, stride: int) -> int:
-    return stride * max(1, math.ceil((side - 1) / stride)) + 1
-
-
 def _crop_and_batch(
     spec: NetworkSpec, small: tuple[int, int], target: int, labeled: int, budget: int
 ) -> tuple[tuple[int, int], int, int]:
     """The largest crop, and with it the largest batch, whose step fits the memory; the smallest of all if none does."""
-    stride = spec.output_stride
-    crop = _below(min(target, small[0]), stride), _below(min(target, small[1]), stride)
+    sides = spec.sides
+    crop = sides.down(min(target, small[0])), sides.down(min(target, small[1]))
     batches = [size for size in (LARGE_BATCH, 8, 4) if size <= max(4, labeled)]
     if pick_device().type == "cpu":
         batches = [size for size in batches if size <= 8]
     while True:
         for batch in batches:
             memory = sum(training_memory(spec, batch, *crop))
-            if memory <= budget or (batch == 4 and max(crop) <= 4 * stride + 1):
+            if memory <= budget or (batch == 4 and max(crop) <= sides.up(4 * sides.step)):
                 return crop, batch, memory
-        crop = _below(crop[0] * 3 // 4, stride), _below(crop[1] * 3 // 4, stride)
+        crop = sides.down(crop[0] * 3 // 4), sides.down(crop[1] * 3 // 4)
 
 
 def _seconds(spec: NetworkSpec, batch: int, crop: tuple[int, int]) -> float:

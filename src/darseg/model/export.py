@@ -32,6 +32,7 @@ from darseg.errors import ExportError, NumericsError, faults
 from darseg.model.heads import PyramidPoolingHead, upsample
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict_scores
+from darseg.model.sides import Sides
 
 ONNX, PT2 = ".onnx", ".pt2"
 SUFFIXES = (ONNX, PT2)
@@ -50,6 +51,9 @@ EXAMPLE = (2, 70, 91)
 
 CROPS = ((1 / 2, 2 / 3), (2 / 3, 1 / 2), (3 / 4, 3 / 5), (1 / 3, 5 / 6))
 """Shares of height and width: real images of one size alone would not show that others are right too."""
+
+LEAST_STEPS = 2
+"""Least n in padded sides of stride * n + 1: with n = 1 some backbones' features are a single pixel, without corners."""
 
 Runner = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """uint8 [B, H, W, 3] → classes uint8 [B, H, W], logits float32 [B, K, H, W]."""
@@ -105,7 +109,7 @@ class Portable(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         network = self.network
         height, width = images.shape[1:3]
-        padded_h, padded_w = _padded(height, network.stride), _padded(width, network.stride)
+        padded_h, padded_w = padded_side(height, network.sides), padded_side(width, network.sides)
         top, left = (padded_h - height) // 2, (padded_w - width) // 2
         normalized = network.normalize(images.permute(0, 3, 1, 2))
         # As the sliding window pads: all around, with the mean color, which is 0.
@@ -117,24 +121,18 @@ class Portable(nn.Module):
         return logits.argmax(dim=1).to(torch.uint8), logits
 
 
-def padded_side(side: int, stride: int) -> int:
-    """The legal side that an image's side is padded to: stride * n + 1 with n of at least 2.
+def padded_side(side: int, sides: Sides) -> int:
+    """The legal side that an image's side is padded to, for sides that are symbols too.
 
-    With n = 1 some backbones have features of a single pixel, which corners cannot be told of.
+    The number of steps is taken out of a tensor, which makes it a symbol of its own: sides of all feature maps stay short
+    sums of it, instead of nested divisions that take minutes and end in conditions on the image's size.
     """
-    return stride * max(2, (side - 2 + stride) // stride) + 1
-
-
-def _padded(side: int, stride: int) -> int:
-    """`padded_side`, where the side is a symbol.
-
-    Taken out of a tensor the number of steps is a symbol of its own: sides of all feature maps stay short sums of
-    it, instead of nested divisions that take minutes and end in conditions on the image's size.
-    """
-    steps = torch.scalar_tensor(torch.sym_max(2, (side - 2 + stride) // stride), dtype=torch.int64).item()
-    torch._check(steps >= 2)
-    torch._check(stride * steps + 1 >= side)
-    return stride * steps + 1  # ty: ignore[invalid-explicit-return]
+    step, offset = sides.step, sides.offset
+    rounded_up = torch.sym_max(LEAST_STEPS, (side - 1 - offset + step) // step)
+    steps = torch.scalar_tensor(rounded_up, dtype=torch.int64).item()
+    torch._check(steps >= LEAST_STEPS)
+    torch._check(step * steps + offset >= side)
+    return step * steps + offset  # ty: ignore[invalid-explicit-return]
 
 
 def mean_of_cells(features: Tensor, bins: int) -> Tensor:
@@ -270,8 +268,9 @@ def _crops(images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _one_window(network: Network, image: np.ndarray, name: str) -> np.ndarray:
     """Logits of the network itself, by the sliding window of prediction: float32 [K, H, W]."""
     height, width = image.shape[:2]
-    window = (padded_side(height, network.stride), padded_side(width, network.stride))
-    logits = predict_scores(network, image, Protocol(window, mirror=False), "logits").mean(0, height).numpy()
+    window = (network.sides.up(height, LEAST_STEPS), network.sides.up(width, LEAST_STEPS))
+    logits = predict_scores(network, image, Protocol(window, mirror=False), average="logits")
+    logits = logits.mean(0, height).numpy()
     if not np.isfinite(logits).all():
         raise NumericsError(
             f"{name}: the network's own logits are not finite, so there is nothing to compare with. It diverged in "

@@ -42,7 +42,7 @@ def _pairs(network: Network) -> list[tuple[str, str]]:
     norms = [one for one in names if isinstance(one, nn.BatchNorm2d) and not _watched(one)]
     made: list[tuple[nn.Module, Any]] = []  # module, the operation that made what it gave
     took: list[tuple[nn.Module, Any]] = []  # module, the operation that made what it took
-    side = 2 * network.stride + 1
+    side = network.sides.up(2 * network.stride)
     with contextlib.ExitStack() as stack:
         for module in convs:
             stack.enter_context(module.register_forward_hook(lambda m, _, out: made.append((m, out.grad_fn))))

@@ -1,12 +1,15 @@
 """Whole-image prediction: scales, windows, mirror. The only sliding window in darseg.
 
-Labeling averages logits, evaluation averages probabilities (softmax per window), as the release does.
+`predict` averages probabilities (softmax per window), as evaluation does; `predict_for_labeling` averages logits, as
+the release labels.
 Shape letters: K classes, H, W pixels of the image, h, w of a window, N windows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +22,14 @@ from darseg.errors import DataError, NumericsError
 from darseg.model.decide import decide_strips
 from darseg.model.network import Network
 
-WINDOWS_AT_ONCE = 4  # windows (and as many mirrored) in one forward pass; fixed, since it can move last bits
-STRIDE = 2 / 3  # of the window's side; the release's overlap
+WINDOWS_AT_ONCE = 4
+"""Windows (and as many mirrored ones) in one forward pass; fixed, because another number can change last bits."""
+
+STRIDE = 2 / 3
+"""Share of a window's side from one window to the next (the release's overlap)."""
+
+Average = Literal["logits", "probabilities"]
+"""What is averaged over windows, mirror and scales."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +37,13 @@ class Protocol:
     """How whole images are predicted.
 
     Attributes:
-        window: height, width of the sliding window, pixels (one number for both); legal sides of the network.
-        base_size: the image is first scaled so that its long side has this many pixels; None: as it is.
+        window: height and width of the sliding window in pixels (one number for both); legal sides of the network.
+        base_size: pixels of the long side to which the image is scaled first; None: its own size.
         mirror: average each window with its mirror image.
         scales: factors on top of base_size; the results are averaged.
         bf16: run the network under bfloat16 autocast.
+
+    Raises DataError for sizes and scales that are not possible.
     """
 
     window: tuple[int, int]
@@ -45,34 +56,38 @@ class Protocol:
         sides = (self.window, self.window) if isinstance(self.window, int) else tuple(self.window)
         if len(sides) != 2 or min(sides) < 1 or not self.scales or min(self.scales) <= 0:
             raise DataError(
-                f"A protocol with window {self.window} and scales {self.scales}: wanted are two sides of at least 1 "
-                "pixel and scales above 0."
+                f"A protocol with window {self.window} and scales {self.scales} is not possible. It takes two sides of "
+                "at least 1 pixel, and one or more scales above 0."
             )
         object.__setattr__(self, "window", sides)
 
-    def describe(self, average: Literal["logits", "probabilities"] = "probabilities") -> str:
-        """In words; `average` is what is averaged over windows, mirror and scales."""
+    def describe(self, average: Average = "probabilities") -> str:
+        """The protocol in words, with the precision that the network computes in."""
         window = f"{self.window[0]}x{self.window[1]}"
         size = f"long side {self.base_size}" if self.base_size else "own size"
         mirror = "with mirror" if self.mirror else "no mirror"
-        return f"{size}, windows {window} with stride 2/3, {mirror}, scales {list(self.scales)}, {average} averaged"
+        precision = "bf16" if self.bf16 else "fp32"
+        return (
+            f"{size}, windows {window} with stride 2/3, {mirror}, scales {list(self.scales)}, {average} averaged, "
+            f"{precision}"
+        )
 
 
 def window_starts(side: int, window: int) -> list[int]:
-    """Where windows begin along a side of at least `window` pixels; the last is pulled back inside."""
+    """First pixels of the windows along a side of at least `window` pixels; the last window is moved back inside."""
     stride = math.ceil(window * STRIDE)
     count = math.ceil((side - window) / stride) + 1
     return [min(index * stride, side - window) for index in range(count)]
 
 
 class Memory:
-    """The sums of one image, used again for the next: fresh pages cost as much as the adding itself."""
+    """Memory for the sums of one image, used again for the next: fresh pages cost as much as the additions."""
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
 
     def zeros(self, device: torch.device, *shape: int) -> torch.Tensor:
-        """float32 zeros; they last until the next call."""
+        """float32 zeros of this shape, valid until the next call."""
         size = math.prod(shape)
         if len(self._flat) < size or self._flat.device != device:
             self._flat = torch.zeros(size, device=device)
@@ -81,21 +96,21 @@ class Memory:
 
 
 class WindowSums:
-    """Sums of window scores float32 [K, H, W], and over how many windows each pixel's sum is.
+    """Sums of window scores float32 [K, H, W], and how many windows each pixel's sum is of.
 
-    Works plane by plane: a plane fits in the cache, all K do not.
+    Adds plane by plane: one plane fits in the cache, all K do not.
     """
 
     def __init__(
-        self, classes: int, height: int, width: int, device: torch.device, memory: Memory | None = None
+        self, shape: tuple[int, int, int], device: torch.device, memory: Memory | None = None
     ) -> None:
-        self.total_KHW = (memory or Memory()).zeros(device, classes, height, width)
-        self.count_HW = torch.zeros(height, width, device=device)
+        self.total_KHW = (memory or Memory()).zeros(device, *shape)
+        self.count_HW = torch.zeros(shape[1:], device=device)
 
     def add(
         self, scores_Khw: torch.Tensor, top: int, left: int, mirrored: torch.Tensor | None = None
     ) -> None:
-        """Add a window whose corner lies at `top`, `left`, and the scores of its mirror image."""
+        """Add the scores of a window whose corner is at `top`, `left`, and those of its mirror image."""
         height, width = scores_Khw.shape[1:]
         rows, columns = slice(top, top + height), slice(left, left + width)
         window = self.total_KHW[:, rows, columns]
@@ -112,13 +127,70 @@ class WindowSums:
         self.count_HW[rows, columns] += 1 if mirrored is None else 2
 
     def crop(self, top: int, left: int, height: int, width: int) -> None:
-        """Forget what lies outside: the padding of a small image."""
+        """Keep this part only, without the padding of a small image."""
         self.total_KHW = self.total_KHW[:, top : top + height, left : left + width]
         self.count_HW = self.count_HW[top : top + height, left : left + width]
 
     def mean(self, top: int, bottom: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Averages of some rows, float32 [K, bottom - top, W]."""
+        """Averages of the rows from `top` to `bottom`, float32 [K, bottom - top, W]."""
         return torch.div(self.total_KHW[:, top:bottom], self.count_HW[top:bottom], out=out)
+
+
+def predict(
+    network: Network,
+    image: np.ndarray,
+    protocol: Protocol | None = None,
+    *,
+    name: str = "image",
+    memory: Memory | None = None,
+) -> Prediction:
+    """Classes and confidences of an image, as `darseg predict` and `darseg evaluate` compute them.
+
+    Probabilities are averaged in float32. A network is put into eval mode and afterwards back as it was, each module by
+    itself; weights and BatchNorm's statistics do not change. Do not call this while another thread trains the network.
+
+    Args:
+        image: uint8 [H, W, 3], RGB, of any size.
+        protocol: windows, mirror and scales; None: the whole image in one window, and its mirror.
+        name: of the image, for error messages.
+        memory: give the same for many images of one size, and each is faster.
+
+    Returns:
+        classes and confidences on the scale FINE, whose codes are off by at most 1.3e-4. The command line folds
+        BatchNorm into convolutions first, so that its confidences differ in the last bits.
+
+    Raises DataError for other arrays, SizeError for windows the network does not take, NumericsError if probabilities are
+    not numbers (the network has diverged).
+    """
+    image = _checked(image, name)
+    with _eval_mode(network):
+        sums = predict_scores(
+            network, image, protocol or whole_image(network, image), average="probabilities", memory=memory
+        )
+        return _decide(sums, scale=FINE, probabilities=True, name=name)
+
+
+def predict_for_labeling(
+    network: Network,
+    image: np.ndarray,
+    protocol: Protocol,
+    *,
+    name: str = "image",
+    scale: ConfidenceScale = FLOAT16,
+    memory: Memory | None = None,
+) -> Prediction:
+    """Classes and confidences of an image, as pseudo labels are made from (DARS, section 3; the release's arithmetic).
+
+    Logits are averaged in float32; `decide` turns them into classes and confidences. The arguments are those of
+    `predict`, except for `scale`, the scale of the confidences.
+
+    Raises DataError for other arrays, SizeError for windows the network does not take, NumericsError if a confidence is
+    not a number (logits above float16's 65,504, or a network that has diverged).
+    """
+    image = _checked(image, name)
+    with _eval_mode(network):
+        sums = predict_scores(network, image, protocol, average="logits", memory=memory)
+        return _decide(sums, scale=scale, probabilities=False, name=name)
 
 
 @torch.inference_mode()
@@ -126,7 +198,8 @@ def predict_scores(
     network: Network,
     image: np.ndarray,
     protocol: Protocol,
-    average: Literal["logits", "probabilities"],
+    *,
+    average: Average,
     memory: Memory | None = None,
 ) -> WindowSums:
     """Sums of logits or probabilities over windows, mirror and scales, on the network's device.
@@ -134,7 +207,7 @@ def predict_scores(
     Args:
         network: in eval mode.
         image: uint8 [H, W, 3], RGB.
-        memory: for the sums of one image after the other; those of the image before are lost.
+        memory: for the sums; the sums of the image before are overwritten.
     """
     device = network.mean.device
     image_1CHW = torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1)[None]
@@ -145,71 +218,63 @@ def predict_scores(
         long_side = round(scale * (protocol.base_size or max(height, width)))
         size = _scaled(height, width, long_side)
         same = size == (height, width)
-        sums = _slide(network, normalized if same else _resize(normalized, size), protocol, average, memory)
+        scaled = normalized if same else _resize(normalized, size)
+        sums = _slide(network, scaled, protocol, average=average, memory=memory)
         if same and len(protocol.scales) == 1:
             return sums
         if all_scales is None:
-            all_scales = WindowSums(network.classes, height, width, device)
+            all_scales = WindowSums((network.classes, height, width), device)
         scores = sums.mean(0, size[0])
         all_scales.add(scores if same else _resize(scores[None], (height, width))[0], 0, 0)
     assert all_scales is not None
     return all_scales
 
 
-def predict(
-    network: Network,
-    image: np.ndarray,
-    protocol: Protocol,
-    name: str = "image",
-    scale: ConfidenceScale = FLOAT16,
-    memory: Memory | None = None,
-) -> Prediction:
-    """Classes and confidences of an image as labeling wants them (DARS, section 3; the release's arithmetic).
-
-    Logits are averaged in float32; `decide` makes classes and confidences of them. Raises NumericsError naming
-    the image where a confidence is not a number (logits beyond float16's 65,504, or a network that diverged).
-    """
-    sums = predict_scores(network, image, protocol, "logits", memory)
-    return _decide(sums, scale, False, name)
+def whole_image(network: Network, image: np.ndarray) -> Protocol:
+    """The protocol of one window over the whole image [H, W, 3], padded to a legal size, and its mirror."""
+    height, width = image.shape[:2]
+    return Protocol((network.sides.up(height), network.sides.up(width)))
 
 
-def predict_evaluation(
-    network: Network,
-    image: np.ndarray,
-    protocol: Protocol,
-    name: str = "image",
-    memory: Memory | None = None,
-) -> Prediction:
-    """Classes and confidences of an image as evaluation wants them: probabilities averaged in float32, then the largest.
-
-    Confidences are on the scale FINE, whose codes are off by at most 1.3e-4. Raises NumericsError naming the image
-    where probabilities are not numbers (a network that diverged).
-    """
-    sums = predict_scores(network, image, protocol, "probabilities", memory)
-    return _decide(sums, FINE, True, name)
+def _checked(image: np.ndarray, name: str) -> np.ndarray:
+    """The image in the memory layout that torch takes. Raises DataError unless it is uint8 [H, W, 3] with pixels."""
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
+        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image)
+        raise DataError(
+            f"{name}: this is {kind}. Give a numpy array, uint8 [H, W, 3], RGB, as darseg.read_image returns it."
+        )
+    if image.size == 0:
+        raise DataError(f"{name}: an image of shape {list(image.shape)} has no pixels.")
+    # Copies only views such as image[..., ::-1], and arrays that cannot be written to.
+    return np.require(image, requirements=["C", "W"])
 
 
-def _decide(sums: WindowSums, scale: ConfidenceScale, probabilities: bool, name: str) -> Prediction:
+@contextlib.contextmanager
+def _eval_mode(network: Network) -> Generator[None, None, None]:
+    """The network is in eval mode inside; each module that was in training mode is again, afterwards."""
+    training = [module for module in network.modules() if module.training]
+    if training:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _decide(sums: WindowSums, *, scale: ConfidenceScale, probabilities: bool, name: str) -> Prediction:
     try:
         with torch.inference_mode():
             return decide_strips(
-                sums.mean, sums.total_KHW.shape, sums.total_KHW.device, scale, probabilities, name
+                sums.mean,
+                sums.total_KHW.shape,
+                sums.total_KHW.device,
+                scale=scale,
+                probabilities=probabilities,
+                name=name,
             )
     except DataError as error:
         raise NumericsError(str(error)) from None
-
-
-def predict_classes(
-    network: Network, image: np.ndarray, protocol: Protocol, memory: Memory | None = None
-) -> np.ndarray:
-    """The classes of `predict_evaluation`, uint8 [H, W]."""
-    return predict_evaluation(network, image, protocol, memory=memory).classes.copy()  # may be written to
-
-
-def whole_image(network: Network, image: np.ndarray) -> Protocol:
-    """The image [H, W, 3] in one window, padded to a size the network takes, and its mirror."""
-    height, width = image.shape[:2]
-    return Protocol((network.legal_side(height), network.legal_side(width)))
 
 
 def _scaled(height: int, width: int, long_side: int) -> tuple[int, int]:
@@ -223,24 +288,25 @@ def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _slide(
-    network: Network, image: torch.Tensor, protocol: Protocol, average: str, memory: Memory | None
+    network: Network, image: torch.Tensor, protocol: Protocol, *, average: Average, memory: Memory | None
 ) -> WindowSums:
     """Scores of all windows of an image [1, 3, H, W], summed where they overlap."""
     height, width = image.shape[2:]
     window_h, window_w = protocol.window
     pad_h, pad_w = max(window_h - height, 0), max(window_w - width, 0)
-    # Normalized mean color is 0.
+    # The mean color is 0 after normalization.
     padded = F.pad(image, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
     corners = [
         (top, left)
         for top in window_starts(padded.shape[2], window_h)
         for left in window_starts(padded.shape[3], window_w)
     ]
-    sums = WindowSums(network.classes, padded.shape[2], padded.shape[3], image.device, memory)
+    shape = (network.classes, padded.shape[2], padded.shape[3])
+    sums = WindowSums(shape, image.device, memory)
     for start in range(0, len(corners), WINDOWS_AT_ONCE):
-        some = corners[start : start + WINDOWS_AT_ONCE]
+        batch = corners[start : start + WINDOWS_AT_ONCE]
         windows = torch.cat(
-            [padded[:, :, top : top + window_h, left : left + window_w] for top, left in some]
+            [padded[:, :, top : top + window_h, left : left + window_w] for top, left in batch]
         )
         if protocol.mirror:
             windows = torch.cat([windows, windows.flip(3)])
@@ -248,7 +314,8 @@ def _slide(
             scores = network(windows).main
         if average == "probabilities":
             scores = scores.float().softmax(dim=1)
-        for index, (top, left) in enumerate(some):
-            sums.add(scores[index], top, left, scores[len(some) + index] if protocol.mirror else None)
+        for index, (top, left) in enumerate(batch):
+            mirrored = scores[len(batch) + index] if protocol.mirror else None
+            sums.add(scores[index], top, left, mirrored=mirrored)
     sums.crop(pad_h // 2, pad_w // 2, height, width)
     return sums

@@ -187,7 +187,7 @@ def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
         if only not in ("", key):
             continue
         try:
-            network.check_size(height, width)
+            network.sides.check(height, width)
         except SizeError as error:
             wrong.append(f"{key}: {error}")
     if wrong:

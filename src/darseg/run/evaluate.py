@@ -18,7 +18,7 @@ from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RecipeError, RunError
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Memory, Protocol, predict_classes, whole_image
+from darseg.model.predict import Memory, Protocol, predict, whole_image
 from darseg.model.weights import read_spec
 from darseg.run.build import check_sizes, classes_of, evaluation_protocol, load_to_predict, manifest_of
 from darseg.run.directory import RunDirectory
@@ -137,9 +137,10 @@ def evaluate_samples(
     """Scores of a network (in eval mode) on labeled samples."""
     scores, memory = Scores.empty(len(classes)), Memory()
 
-    def score(_: Sample, example: Example) -> None:
+    def score(sample: Sample, example: Example) -> None:
         nonlocal scores
-        scores = scores.plus(example.label, predict_classes(network, example.image, protocol, memory))
+        prediction = predict(network, example.image, protocol, name=str(sample.image), memory=memory)
+        scores = scores.plus(example.label, prediction.classes)
 
     overlapped(
         samples,

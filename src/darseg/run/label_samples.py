@@ -17,7 +17,7 @@ from darseg.data.manifest import Sample
 from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
 from darseg.errors import StorageError
 from darseg.model.network import Network
-from darseg.model.predict import Memory, Protocol, predict
+from darseg.model.predict import Memory, Protocol, predict_for_labeling
 from darseg.pseudo.assign import LabelRule
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram
@@ -115,7 +115,9 @@ def network_predictor(
     memory = Memory()
 
     def run(sample: Sample, image: np.ndarray) -> Prediction:
-        return predict(network, image, protocol(image), name=str(sample.image), scale=scale, memory=memory)
+        return predict_for_labeling(
+            network, image, protocol(image), name=str(sample.image), scale=scale, memory=memory
+        )
 
     return Predictor(lambda sample: read_image(sample.image), run, folder)
 

@@ -21,7 +21,7 @@ from darseg.data.pipeline import ahead_of, overlapped
 from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VIDEO_SUFFIXES, VideoFacts, VideoWriter, read_frames, video_facts
 from darseg.errors import DataError, RunError, faults
-from darseg.model.predict import Memory, predict_evaluation
+from darseg.model.predict import Memory, predict
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import load_trained
 from darseg.run.journal import Journal
@@ -157,7 +157,7 @@ def predict_folder(
             failed.append(image)
             return None
         name = f"{shot.source.path}, frame {shot.number}" if shot.number else str(shot.source.path)
-        prediction = predict_evaluation(trained.network, image, trained.protocol(image), name, memory)
+        prediction = predict(trained.network, image, trained.protocol(image), name=name, memory=memory)
         if shot.movie is not None:
             movie = shot.movie
             movie.add(lambda: _overlay(image, palette[prediction.classes]))
