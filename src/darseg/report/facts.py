@@ -163,8 +163,9 @@ def read_run(root: Path | str) -> RunFacts:
     classes = classes_of(recipe)
     journal = Journal(run.journal, None, Console(quiet=True))
     steps = journal.events("step")
+    precision = "bf16" if recipe.training.precision == "bf16" else "fp32"
     rounds = [
-        _read_round(run, index, round_.labeling_ratio, events=steps)
+        _read_round(run, index, round_.labeling_ratio, events=steps, precision=precision)
         for index, round_ in enumerate(recipe.rounds)
     ]
     started = [*journal.events("started"), {}][0]
@@ -186,7 +187,7 @@ def read_run(root: Path | str) -> RunFacts:
 
 
 def _read_round(
-    run: RunDirectory, index: int, labeling_ratio: float | None, *, events: Sequence[dict]
+    run: RunDirectory, index: int, labeling_ratio: float | None, *, events: Sequence[dict], precision: str
 ) -> RoundFacts:
     folder = run.round(index)
     records = {step: run.read_record(index, step) for step in ("label", "train", "evaluate")}
@@ -201,6 +202,8 @@ def _read_round(
         if "evaluate" in done:
             measured = _read(folder / "scores.json") or {}
             scores, protocol = Scores.from_json(measured), measured.get("protocol")
+            if protocol and not protocol.endswith(("fp32", "bf16")):
+                protocol += f", {precision}"  # version 0.2 did not name it
     except (OSError, ValueError, TypeError, KeyError, DataError) as error:
         raise RunError(
             f"{folder}: results of a finished step are damaged or missing ({type(error).__name__}: {error}). "
