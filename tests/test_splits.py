@@ -30,6 +30,7 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.run.build import manifest_of
 from darseg.run.split import draw_split
+from wording import refused, says
 
 FILES = ["labeled.txt", "split.json", "unlabeled.txt"]
 some = settings(max_examples=150, deadline=None)
@@ -90,7 +91,7 @@ def test_all_subsets_are_equally_likely():
 
 @pytest.mark.parametrize("count", [-1, 0, 5, 6])
 def test_counts_that_cannot_be(count: int):
-    with pytest.raises(RecipeError, match=rf"{count} labeled of 5 images: wanted at least 1 and fewer"):
+    with refused(RecipeError, f"{count} of 5 images"):
         draw(list("abcde"), count, 0)
 
 
@@ -106,16 +107,19 @@ def test_the_sequence_is_the_first_group_or_the_whole_match():
 
 def test_ids_without_sequence_are_named():
     ids = ["a_1", *(f"image{index}" for index in range(7)), "_8"]
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "'^([a-z]*)_'", "8 of 9 ids", "'image0'", "'image4'", "… and 3 more") as caught:
         sequences_of(ids, "^([a-z]*)_")  # the empty name of the last one is no sequence either
-    message = str(caught.value)
-    assert "matches nothing in 8 of 9 ids" in message and "Change the pattern" in message
-    assert "'image0'" in message and "'image4'" in message and "… and 3 more" in message
-    assert "'image5'" not in message
-    with pytest.raises(DataError, match="matches nothing in 1 of 2 ids"):
-        sequences_of(["a_1", "b1"], "([a-z])_|1")  # a group that took no part
-    with pytest.raises(RecipeError, match=r"'\(': not a regular expression \(.*\)\. Wanted one that finds"):
-        sequences_of(ids, "(")
+    assert "'image5'" not in str(caught.value)
+
+
+def test_a_pattern_whose_group_took_no_part_finds_no_sequence():
+    with refused(DataError, "1 of 2 ids", "'b1'"):
+        sequences_of(["a_1", "b1"], "([a-z])_|1")
+
+
+def test_a_pattern_that_is_no_regular_expression():
+    with refused(RecipeError, "'('", vary=[r"\(missing.* 0\)"]):
+        sequences_of(["a_1"], "(")
 
 
 def slow_sequences(ids: list[str], names: list[str], count: int, seed: int) -> tuple[str, ...]:
@@ -138,10 +142,10 @@ def test_sequences_stay_together(ids: list[str], data: st.DataObject, seed: int,
     count = data.draw(st.integers(1, len(ids) - 1))
     present = np.random.default_rng(seed).random((len(ids), 3)) < 0.3 if balanced else None
     if len(set(names)) == 1:
-        with pytest.raises(DataError, match=rf"All {len(ids)} images are one sequence, '{names[0]}'"):
-            draw(ids, count, seed, names, present)
+        with pytest.raises(DataError, match=rf"{len(ids)} images .*'{names[0]}'"):
+            draw(ids, count, seed, sequences=names, present=present)
         return
-    drawn = set(draw(ids, count, seed, names, present))
+    drawn = set(draw(ids, count, seed, sequences=names, present=present))
     sequence = dict(zip(ids, names, strict=True))
     sizes = Counter(names)
     inside = {sequence[name] for name in drawn}
@@ -198,10 +202,10 @@ def test_balanced_draws(ids: list[str], data: st.DataObject, seed: int, kinds: i
     count = data.draw(st.integers(1, len(ids) - 1))
     rng = np.random.default_rng(seed)
     present = rng.random((len(ids), kinds)) < rng.random(kinds)
-    drawn = draw(ids, count, seed, None, present)
+    drawn = draw(ids, count, seed, present=present)
     assert len(drawn) == count and list(drawn) == sorted(drawn) and set(drawn) <= set(ids)
     order = data.draw(st.permutations(range(len(ids))))
-    assert drawn == draw([ids[i] for i in order], count, seed, None, present[order])
+    assert drawn == draw([ids[i] for i in order], count, seed, present=present[order])
     chosen = np.isin(ids, drawn)
     images = present.sum(0)
     occurring = np.flatnonzero(images)
@@ -221,7 +225,7 @@ def test_classes_that_do_not_overlap_get_their_share(seed: int, sizes: list[int]
     sizes = [size * part for size in sizes]
     kinds = np.repeat(np.arange(len(sizes)), sizes)
     ids = [f"{k}/{index}" for index, k in enumerate(kinds)]
-    drawn = draw(ids, len(ids) // part, seed, None, kinds[:, None] == np.arange(len(sizes)))
+    drawn = draw(ids, len(ids) // part, seed, present=kinds[:, None] == np.arange(len(sizes)))
     counts = Counter(int(name.split("/")[0]) for name in drawn)
     assert all(abs(counts[k] - size // part) <= 1 for k, size in enumerate(sizes))
 
@@ -240,7 +244,7 @@ def test_rare_classes_appear_where_a_plain_draw_misses_them():
     runs, count = 400, 20
     plain = np.array([present[np.isin(ids, draw(ids, count, s))].sum(0) for s in range(runs)])
     balanced = np.array(
-        [present[np.isin(ids, draw(ids, count, s, None, present))].sum(0) for s in range(runs)]
+        [present[np.isin(ids, draw(ids, count, s, present=present))].sum(0) for s in range(runs)]
     )
     missed = math.comb(197, count) / math.comb(200, count)  # 0.73: no image with class 3 among 20
     spread = math.sqrt(missed * (1 - missed) / runs)
@@ -253,7 +257,7 @@ def test_rare_classes_appear_where_a_plain_draw_misses_them():
 def test_images_of_a_rare_class_are_equally_likely():
     ids, present = rare_pool()
     runs = 600
-    counts = sum(np.isin(ids, draw(ids, 20, seed, None, present)).astype(int) for seed in range(runs))
+    counts = sum(np.isin(ids, draw(ids, 20, seed, present=present)).astype(int) for seed in range(runs))
     assert (abs(counts[present[:, 3]] - runs / 3) < 4 * math.sqrt(runs * 2 / 9)).all()
     assert counts.min() > 0
 
@@ -262,7 +266,8 @@ def test_a_class_in_any_image_of_a_sequence_is_in_the_sequence():
     ids = [f"{name}{index}" for name in "pqrs" for index in range(3)]
     present = np.zeros((12, 1), bool)
     present[ids.index("r1")] = True
-    assert all(draw(ids, 3, s, [name[0] for name in ids], present) == ("r0", "r1", "r2") for s in range(20))
+    sequences = [name[0] for name in ids]
+    assert all(draw(ids, 3, s, sequences=sequences, present=present) == ("r0", "r1", "r2") for s in range(20))
 
 
 # The folder
@@ -394,11 +399,11 @@ def test_the_same_again_is_fine_and_another_draw_changes_nothing(call, recipe_fi
     assert call("split", recipe_file, out, "--fraction", "0.2")[0] == 0
     assert times == {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     code, _, err = call("split", recipe_file, out, "--fraction", "1/5", "--seed", "1")
-    assert code == 2 and f"{out / 'labeled.txt'} is there already and differs" in err
-    assert "nothing was written. Choose another folder" in err and content(out) == before
+    assert code == 2 and content(out) == before
+    says(err, f"{out / 'labeled.txt'} exists", "nothing was written")
     # The same lists, asked for in another way: the report differs.
     code, _, err = call("split", recipe_file, out, "--count", "2")
-    assert code == 2 and f"{out / 'split.json'} is there already" in err and content(out) == before
+    assert code == 2 and f"{out / 'split.json'} exists" in err and content(out) == before
     # Killed in between, the same command goes on.
     (out / "split.json").unlink()
     (out / "unlabeled.txt").unlink()
@@ -406,7 +411,7 @@ def test_the_same_again_is_fine_and_another_draw_changes_nothing(call, recipe_fi
     assert content(out) == before
     # Half of it there, and of another draw: not even the missing files are written.
     (out / "labeled.txt").unlink()
-    with pytest.raises(RunError, match=r"unlabeled\.txt is there already"):
+    with pytest.raises(RunError, match=r"unlabeled\.txt exists"):
         draw_split(load_recipe(recipe_file), out, count=3)
     assert sorted(content(out)) == FILES[1:]
 
@@ -414,16 +419,16 @@ def test_the_same_again_is_fine_and_another_draw_changes_nothing(call, recipe_fi
 def test_the_recipes_own_lists_are_not_overwritten(call, data: Path, recipe_file: Path):
     before = (data / "labeled.txt").read_bytes()
     code, _, err = call("split", recipe_file, data, f"data.root={data}", "--count", "3")
-    assert code == 2 and "labeled.txt is there already and differs" in err
+    assert code == 2 and f"{data}/labeled.txt exists" in err
     assert (data / "labeled.txt").read_bytes() == before and not (data / "split.json").exists()
 
 
 def test_folders_that_cannot_be_written(recipe_file: Path, tmp_path: Path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match=r"Cannot write .*labeled\.txt"):
+    with pytest.raises(StorageError, match=rf"{tmp_path}/file/labeled\.txt"):
         draw_split(load_recipe(recipe_file), tmp_path / "file", count=3)
     (tmp_path / "out" / "labeled.txt").mkdir(parents=True)
-    with pytest.raises(RunError, match=r"labeled\.txt is there already"):
+    with pytest.raises(RunError, match=rf"{tmp_path}/out/labeled\.txt"):
         draw_split(load_recipe(recipe_file), tmp_path / "out", count=3)
 
 
@@ -434,8 +439,13 @@ def test_sequences_from_the_command_line(call, recipe_file: Path, tmp_path: Path
     report = json.loads((out / "split.json").read_text())
     assert report["sequences"] == "images/(.)/" and report["count"] == 1
     assert [one["sequences"] for one in report["lists"].values()] == [["l"], ["u"]]
-    assert "warning: 1 labeled images were asked for; whole sequences give 4" in shown
-    assert "sequences: 1 labeled, 1 unlabeled" in shown
+    says(
+        shown[shown.index("images: 4") :],
+        "1 labeled images",
+        "give 4",
+        "sequences: 1 labeled, 1 unlabeled",
+        f"data.labeled={out}/labeled.txt",
+    )
     assert len((out / "labeled.txt").read_text().splitlines()) == 4
     code, shown, _ = call(
         "split", recipe_file, tmp_path / "b", "--count", "9", "--sequences", "images/(.)/", "--balanced"
@@ -451,12 +461,12 @@ def test_images_yet_to_be_annotated(call, data: Path, recipe_file: Path, tmp_pat
     report = json.loads((tmp_path / "out" / "split.json").read_text())
     bare = report["lists"]["labeled"]["without_label"]
     assert 4 <= bare <= 6
-    assert f"warning: {bare} images of labeled.txt have no label map yet; annotate them first" in shown
+    assert f"warning: {bare} images of labeled.txt" in shown
     code, _, err = call(
         "split", recipe_file, tmp_path / "b", f"data.root={data}", "--count", "8", "--balanced"
     )
-    assert code == 2 and "6 of 10 images have no label map, the first is 'images/u/07'" in err
-    assert "a balanced split needs to know the classes of all" in err and not (tmp_path / "b").exists()
+    assert code == 2 and not (tmp_path / "b").exists()
+    says(err, "6 of 10 images", "'images/u/07'", "--balanced")
 
 
 def test_lists_without_any_label_have_no_table(call, data: Path, recipe_file: Path, tmp_path: Path):
@@ -475,42 +485,45 @@ def test_lists_without_any_label_have_no_table(call, data: Path, recipe_file: Pa
     raise AssertionError("no seed drew the sequence without labels")
 
 
+BAD_CALLS = {
+    "": ["fraction", "count"],
+    "--fraction=1/2 --count=3": ["fraction", "count"],
+    "--fraction=eighth": ["eighth", "1/8", "0.125"],
+    "--fraction=1/0": ["1/0"],
+    "--fraction=nan": ["nan"],
+    "--fraction=0": [" 0 ", "above 0"],
+    "--fraction=8/8": [" 1 ", "below 1"],
+    "--fraction=-1/8": ["-1/8", "above 0"],
+    "--count=0": ["0 of 10 images"],
+    "--count=10": ["10 of 10 images"],
+    "--count=3 --sequences=(": ["'('"],
+    "--count=3 --sequences=l/": ["'l/'", "6 of 10 ids"],
+    "--count=3 --sequences=images": ["10 images", "'images'"],
+    "--count=3 --balanced --sequences=images": ["10 images", "'images'"],
+}
+
+
+@pytest.mark.parametrize("arguments", BAD_CALLS)
+def test_bad_calls(call, recipe_file: Path, tmp_path: Path, arguments: str):
+    code, _, err = call("split", recipe_file, tmp_path / "out", *arguments.split())
+    assert code == 2 and "Traceback" not in err and not (tmp_path / "out").exists()
+    says(err, *BAD_CALLS[arguments], vary=[r"\(missing.* 0\)"])
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "Give either a fraction or a count"),
-        (["--fraction", "1/2", "--count", "3"], "Give either a fraction or a count"),
-        (["--fraction", "an eighth"], "fraction an eighth: wanted a number as in 1/8 or 0.125"),
-        (["--fraction", "1/0"], "fraction 1/0: wanted a number"),
-        (["--fraction", "nan"], "fraction nan: wanted a number"),
-        (["--fraction", "0"], "A fraction of 0: wanted one above 0 and below 1"),
-        (["--fraction", "8/8"], "A fraction of 1: wanted one above 0"),
-        (["--fraction", "-1/8"], "A fraction of -1/8: wanted one above 0"),
-        (["--count", "0"], "0 labeled of 10 images: wanted at least 1 and fewer than all"),
-        (["--count", "10"], "10 labeled of 10 images"),
-        (["--count", "3", "--sequences", "("], "not a regular expression"),
-        (["--count", "3", "--sequences", "l/"], "matches nothing in 6 of 10 ids"),
-        (["--count", "3", "--sequences", "images"], "All 10 images are one sequence, 'images'"),
-        (["--count", "3", "--balanced", "--sequences", "images"], "All 10 images are one sequence"),
-        (["--count", "3", "data.labeled=gone.txt"], "gone.txt: this list file does not exist"),
-        (["--count", "3", "data.lists=3"], "data.lists"),
-    ],
+    ("override", "fact"), [("data.labeled=gone.txt", "gone.txt"), ("data.lists=3", "data.lists")]
 )
-def test_bad_calls(call, recipe_file: Path, tmp_path: Path, arguments: list[str], message: str):
-    code, _, err = call("split", recipe_file, tmp_path / "out", *arguments)
-    assert code == 2 and message in err and "Traceback" not in err
-    assert not (tmp_path / "out").exists()
+def test_recipes_that_cannot_work(call, recipe_file: Path, tmp_path: Path, override: str, fact: str):
+    code, _, err = call("split", recipe_file, tmp_path / "out", "--count=3", override)
+    assert code == 2 and fact in err and not (tmp_path / "out").exists()
 
 
 def test_every_bad_label_is_named(data: Path, tmp_path: Path):
     write_png(data / "labels" / "l" / "04.png", np.full((65, 97), 77, np.uint8))
     (data / "labels" / "u" / "08.png").write_bytes(b"")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"(?s)^2 label map.*l/04\.png: .*77 \(6305 pixels\).*u/08\.png: "):
         draw_split(recipe_of(data), tmp_path / "out", count=3)
-    message = str(caught.value)
-    assert "2 label map(s) cannot be used" in message and "77 (6305 pixels)" in message
-    assert "l/04.png: has label values" in message and "u/08.png: cannot be decoded" in message
-    with pytest.raises(RecipeError, match="10 labeled of 10 images"):  # known before the labels are read
+    with pytest.raises(RecipeError, match="10 of 10 images"):  # known before the labels are read
         draw_split(recipe_of(data), tmp_path / "out", count=10, balanced=True)
     assert not (tmp_path / "out").exists()
 
@@ -527,32 +540,30 @@ def test_ignored_pixels_are_of_no_class(data: Path, tmp_path: Path):
 def test_files_that_lists_cannot_name(data: Path, tmp_path: Path):
     shutil.move(data / "labels", tmp_path / "elsewhere")
     shutil.copytree(data / "images" / "u", tmp_path / "far")
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "data.root", str(data), "elsewhere/l/03.png") as caught:
         draw_split(recipe_of(data, "data.labels=../elsewhere"), tmp_path / "out", count=3)
-    message = str(caught.value)
-    assert (
-        f"Lists name files by their paths below data.root, {data}" in message
-        and "Set data.root to" in message
-    )
-    assert message.count("does not lie below it") == 10 and "elsewhere/l/03.png" in message
+    assert str(caught.value).count("\n  - ") == 10
     images = recipe_of(
         data, f"data.labels={tmp_path}/elsewhere", f"data.unlabeled={{images: {tmp_path}/far}}"
     )
-    with pytest.raises(DataError, match=rf"{tmp_path}/far/07\.png does not lie below it"):
+    with pytest.raises(DataError, match=rf"{tmp_path}/far/07\.png"):
         draw_split(images, tmp_path / "out", count=3)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("line\nbreak", "cannot be a line of a list; rename the file"),
-        ("next\x85line", "cannot be a line of a list; rename the file"),
-        (os.fsdecode(b"latin \xe9"), "are not valid UTF-8"),
-    ],
+    ("name", "fact"),
+    [("line\nbreak", r"line\nbreak.png"), ("next\x85line", r"next\x85line.png")],
+    ids=["line break", "next line"],
 )
-def test_names_that_lists_cannot_hold(data: Path, tmp_path: Path, name: str, said: str):
+def test_names_that_lists_cannot_hold(data: Path, tmp_path: Path, name: str, fact: str):
     (data / "images" / "l" / "03.png").rename(data / "images" / "l" / f"{name}.png")
-    with pytest.raises(DataError, match=said):
+    with refused(DataError, fact):
+        draw_split(folder_recipe(data), tmp_path / "out", count=3)
+
+
+def test_names_that_are_not_utf_8(data: Path, tmp_path: Path):
+    (data / "images" / "l" / "03.png").rename(data / "images" / "l" / os.fsdecode(b"latin \xe9.png"))
+    with pytest.raises(DataError, match="UTF-8"):
         draw_split(folder_recipe(data), tmp_path / "out", count=3)
 
 
@@ -577,10 +588,9 @@ def test_ids_that_differ_only_in_suffix_or_case(data: Path, tmp_path: Path, othe
     (data / "labeled.txt").write_text("images/l/03.png labels/l/03.png\nimages/l/aB.png labels/l/04.png\n")
     (data / "unlabeled.txt").write_text(f"images/l/{other}\nimages/u/07.png\n")
     (data / "validation.txt").write_text("images/v/00.png labels/v/00.png\n")
-    with pytest.raises(DataError) as caught:
+    with refused(DataError, "data.root", f"{data}/images/l/{other}") as caught:
         draw_split(recipe_of(data, "data.images=none"), tmp_path / "out", count=2)
-    message = str(caught.value)
-    assert message.count("has the id of another") == 2 and "rename files of one id" in message
+    assert str(caught.value).count("\n  - ") == 2
 
 
 def test_from_python(recipe_file: Path, tmp_path: Path):
@@ -594,7 +604,7 @@ def test_from_python(recipe_file: Path, tmp_path: Path):
 def test_a_pool_of_one_image(data: Path, tmp_path: Path):
     for path in [*(data / "images").rglob("*.png")][1:]:
         path.unlink()
-    with pytest.raises(RecipeError, match="labeled of 1 images: wanted at least 1 and fewer than all"):
+    with refused(RecipeError, "0 of 1 images"):
         draw_split(folder_recipe(data), tmp_path / "out", fraction="1/2")
 
 

@@ -1,11 +1,11 @@
-"""Which images are to be labeled: drawn at random from ids and a seed, nothing else."""
+"""Which images are to be labeled: drawn at random by ids and a seed, and nothing else."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -17,38 +17,38 @@ LABELED, UNLABELED, OPEN = 0, 1, 2
 
 
 def labeled_count(images: int, fraction: Fraction) -> int:
-    """`fraction` of so many images, rounded half up, at least 1 and less than all.
+    """The number of images in a fraction of `images`, rounded half up, at least 1 and less than all.
 
-    Of Cityscapes' 2,975 images 1/8 are 372 and 1/4 are 744, the numbers published splits have.
+    Cityscapes has 2,975 images: 1/8 are 372 and 1/4 are 744, as in the published splits.
 
-    Raises RecipeError where the fraction is not between 0 and 1.
+    Raises RecipeError if the fraction is not between 0 and 1.
     """
     if not 0 < fraction < 1:
-        raise RecipeError(f"A fraction of {fraction}: wanted one above 0 and below 1, as in 1/8 or 0.125.")
+        raise RecipeError(f"The fraction {fraction} should be above 0 and below 1, as in 1/8 or 0.125.")
     return min(max(1, math.floor(fraction * images + Fraction(1, 2))), images - 1)
 
 
 def sequences_of(ids: Sequence[str], pattern: str) -> list[str]:
-    """The sequence of each id: what the pattern's first group matches, or without groups the whole pattern.
+    """The sequence of each id: what the pattern's first group matches, or the whole pattern if it has no group.
 
-    Raises RecipeError where the pattern is no regular expression, DataError naming the ids without a match.
+    Raises RecipeError if the pattern is not a regular expression, DataError with the ids that it does not match.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise RecipeError(
-            f"sequences {pattern!r}: not a regular expression ({error}). Wanted one that finds the sequence in an "
-            "id, as in 'images/([^_]+)_'."
+            f"sequences: {pattern!r} is not a regular expression ({error}). Give one that finds the sequence in an id, "
+            "as in 'images/([^_]+)_'."
         ) from None
     matches = [compiled.search(name) for name in ids]
     sequences = [(match and match[min(compiled.groups, 1)]) or "" for match in matches]
-    lost = [repr(name) for name, sequence in zip(ids, sequences, strict=True) if not sequence]
-    if lost:
+    unmatched = [repr(name) for name, sequence in zip(ids, sequences, strict=True) if not sequence]
+    if unmatched:
         raise DataError(
             faults(
-                f"sequences {pattern!r}: matches nothing in {len(lost)} of {len(ids)} ids (paths below data.root, "
+                f"sequences: {pattern!r} matches nothing in {len(unmatched)} of {len(ids)} ids (paths below data.root, "
                 "without suffix). Change the pattern so that each image has a sequence",
-                lost,
+                unmatched,
                 limit=5,
             )
         )
@@ -59,83 +59,119 @@ def draw(
     ids: Sequence[str],
     count: int,
     seed: int,
+    *,
     sequences: Sequence[str] | None = None,
     present: NDArray[np.bool_] | None = None,
 ) -> tuple[str, ...]:
-    """Draw the images to be labeled.
+    """The ids of the images to be labeled, drawn by the seed and the ids alone.
 
-    Every image has its place in an order that the seed and its id decide. From the first on, images are taken
-    until `count` are; so a smaller set lies in every larger one of that seed, and neither the order of `ids` nor
-    other images change who comes before whom.
+    The seed and its id give each image a place in an order. Images are taken from the start of the order until there
+    are `count`. So a smaller set is a subset of every larger one of that seed, and neither the order of `ids` nor
+    other images change which of two images comes first.
 
-    With `sequences` whole sequences are taken instead, each that still fits, from the first on; where none fits,
-    the smallest alone. Then the sets of one seed need not lie in each other.
+    With `sequences`, whole sequences are taken in place of images: from the start, each that still fits, or the
+    smallest alone if none fits. Smaller draws are then not necessarily subsets of larger ones.
 
-    With `present` the draw is balanced. First, from the class in the fewest images on, one image with each class.
-    Then iterative stratification (Sechidis, Tsoumakas, Vlahavas: On the Stratification of Multi-Label Data, ECML
-    PKDD 2011): again and again the class left in the fewest images has those divided, in random order, each going
-    where most of the class is lacking. Alone it would keep a class's only image from the labeled ones. In the end
-    images are taken as above until there are `count`.
+    With `present`, the draw is balanced, in three steps. First one image of each class is taken, starting with the
+    class in the fewest images. Then iterative stratification (Sechidis, Tsoumakas, Vlahavas: On the Stratification of
+    Multi-Label Data, ECML PKDD 2011) divides the images: it repeatedly picks the class that is left in the fewest
+    images, and sends each of these images, in random order, to the side that lacks more of the class. Without the
+    first step it could leave the only image of a class unlabeled. Finally images are taken as above until there are
+    `count`.
 
     Args:
-        ids: N names, each once.
-        count: images wanted, 1 ≤ count < N.
+        ids: N names, without duplicates.
+        count: images to draw, 1 ≤ count < N.
         sequences: the sequence of each id.
         present: bool [N, K], whether an image has pixels of a class.
 
     Returns:
-        ids, sorted; `count` of them unless sequences make it fewer, or more where the smallest is larger.
+        sorted ids; `count` of them, except with sequences: fewer, or more if the smallest sequence is larger.
 
-    Raises RecipeError for a count that cannot be, DataError where all images are one sequence.
+    Raises RecipeError for a count out of bounds, DataError if all images are one sequence.
     """
     total = len(ids)
     if not 1 <= count < total:
-        raise RecipeError(f"{count} labeled of {total} images: wanted at least 1 and fewer than all.")
-    names, unit_of = np.unique(np.array(ids if sequences is None else sequences), return_inverse=True)
-    if len(names) == 1:
+        raise RecipeError(
+            f"{count} of {total} images cannot be the labeled ones: at least one should be labeled and one unlabeled."
+        )
+    units, unit_of = np.unique(np.array(ids if sequences is None else sequences), return_inverse=True)
+    if len(units) == 1:
         raise DataError(
-            f"All {total} images are one sequence, {str(names[0])!r}: there is nothing to choose. Change the pattern."
+            f"All {total} images are in one sequence, {str(units[0])!r}, so there is nothing to choose from. Change "
+            "the pattern."
         )
     if present is None:
         present = np.zeros((total, 0), bool)
-    classes = present.shape[1]
-    # images [U, K + 1]: of each sequence those with class k; the last column all of them, a class that all have.
-    images = np.zeros((len(names), classes + 1), np.int64)
+    # The last column counts all images, as a class that every image has.
+    images = np.zeros((len(units), present.shape[1] + 1), np.int64)
     np.add.at(images, unit_of, np.column_stack([present, np.ones(total, bool)]))
-    # lacking [2, K + 1]: images that the labeled and the unlabeled ones still need of each class for the same
-    # mix, in Nths of an image, so that all of it is whole numbers.
-    lacking = np.outer([count, total - count], images.sum(0))
-    side = np.full(len(names), OPEN)
+    drawing = _Drawing(images, count)
+    orders = [
+        [unit for unit in _order(units, seed, f"class {k}") if images[unit, k]]
+        for k in range(present.shape[1])
+    ]
+    drawing.take_each_class(orders)
+    drawing.stratify(orders)
+    drawing.fill(_order(units, seed, ""))
+    return tuple(
+        sorted(name for name, unit in zip(ids, unit_of, strict=True) if drawing.side[unit] == LABELED)
+    )
 
-    def order(purpose: str) -> list[int]:
-        # A hash instead of a generator: the same in all versions of numpy, and whatever else is in the pool.
-        keys = [hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode()).digest() for name in names]
-        return sorted(range(len(names)), key=keys.__getitem__)
 
-    def fits(unit: int) -> bool:
-        return bool(total * images[unit, -1] <= lacking[LABELED, -1])
+def _order(units: Iterable[str], seed: int, purpose: str) -> list[int]:
+    """Indices of the units in an order of their own for each purpose."""
+    # A hash and not a generator: all versions of numpy give the same, whatever else is in the pool.
+    keys = [hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode()).digest() for name in units]
+    return sorted(range(len(keys)), key=keys.__getitem__)
 
-    def place(unit: int, where: int) -> None:
-        side[unit] = where
-        lacking[where] -= total * images[unit]
 
-    orders = [[unit for unit in order(f"class {k}") if images[unit, k]] for k in range(classes)]
-    for k in np.argsort(images[:, :-1].sum(0), kind="stable"):
-        if not images[side == LABELED, k].any():
-            unit = next(filter(fits, orders[k]), None)
-            if unit is not None:
-                place(unit, LABELED)
-    while (left := images[side == OPEN, :-1].sum(0)).any():
-        k = min(np.flatnonzero(left), key=left.__getitem__)
-        for unit in orders[k]:
-            if side[unit] == OPEN:
-                labeled, unlabeled = lacking[:, [k, -1]].tolist()
-                lacks = labeled >= unlabeled or unlabeled[1] <= 0  # or the unlabeled ones are complete
-                place(unit, LABELED if lacks and fits(unit) else UNLABELED)
-    everything = order("")
-    for unit in everything:
-        if side[unit] != LABELED and fits(unit):
-            place(unit, LABELED)
-    if not (side == LABELED).any():
-        place(min(everything, key=lambda unit: images[unit, -1]), LABELED)
-    return tuple(sorted(name for name, unit in zip(ids, unit_of, strict=True) if side[unit] == LABELED))
+class _Drawing:
+    """The side of each unit (an image, or a sequence of images), and what both sides still need.
+
+    Attributes:
+        images: int64 [U, K + 1], images of each unit that have class k; the last column counts all of them.
+        side: int64 [U], LABELED, UNLABELED or OPEN.
+        lacking: int64 [2, K + 1], images of each class that the labeled and the unlabeled side still need for the same
+            mix of classes, in Nths of an image, so that all numbers are whole.
+    """
+
+    def __init__(self, images: NDArray[np.int64], count: int) -> None:
+        self.images = images
+        self.total = int(images[:, -1].sum())
+        self.side = np.full(len(images), OPEN)
+        self.lacking = np.outer([count, self.total - count], images.sum(0))
+
+    def fits(self, unit: int) -> bool:
+        """Whether the labeled side has room for all images of a unit."""
+        return bool(self.total * self.images[unit, -1] <= self.lacking[LABELED, -1])
+
+    def place(self, unit: int, side: int) -> None:
+        self.side[unit] = side
+        self.lacking[side] -= self.total * self.images[unit]
+
+    def take_each_class(self, orders: Sequence[Sequence[int]]) -> None:
+        """Label one unit of each class that no labeled unit has, rare classes first; `orders` has the units of each."""
+        for k in np.argsort(self.images[:, :-1].sum(0), kind="stable"):
+            if not self.images[self.side == LABELED, k].any():
+                unit = next(filter(self.fits, orders[k]), None)
+                if unit is not None:
+                    self.place(unit, LABELED)
+
+    def stratify(self, orders: Sequence[Sequence[int]]) -> None:
+        """Divide all units that have a class, starting with the class that is left in the fewest images."""
+        while (left := self.images[self.side == OPEN, :-1].sum(0)).any():
+            k = min(np.flatnonzero(left), key=left.__getitem__)
+            for unit in orders[k]:
+                if self.side[unit] == OPEN:
+                    labeled, unlabeled = self.lacking[:, [k, -1]].tolist()
+                    wanted = labeled >= unlabeled or unlabeled[1] <= 0  # or the unlabeled side is complete
+                    self.place(unit, LABELED if wanted and self.fits(unit) else UNLABELED)
+
+    def fill(self, order: Sequence[int]) -> None:
+        """Label units in this order, each that still fits; the smallest one if none ever fitted."""
+        for unit in order:
+            if self.side[unit] != LABELED and self.fits(unit):
+                self.place(unit, LABELED)
+        if not (self.side == LABELED).any():
+            self.place(min(order, key=lambda unit: self.images[unit, -1]), LABELED)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -38,133 +39,166 @@ def draw_split(
     sequences: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw which images of a recipe are labeled: `out/labeled.txt`, `out/unlabeled.txt`, `out/split.json`.
+    """Draw which images of a recipe are labeled, and write `out/labeled.txt`, `out/unlabeled.txt`, `out/split.json`.
 
-    Drawn from are the labeled and unlabeled images of the recipe, not those for validation or test. An id is
-    the image's path below `data.root` without suffix, as it is once the lists are used, however the recipe
-    names it now. How images are drawn: `darseg.data.splits.draw`.
+    The draw is among the labeled and unlabeled images of the recipe; validation and test images stay out. An id is
+    the image's path below `data.root` without suffix, whatever the recipe calls the image; `darseg.data.splits.draw`
+    says how images are drawn.
 
     Args:
-        fraction: share to be labeled, as in "1/8" or 0.125; either this or `count`.
-        count: images to be labeled.
-        balanced: see to it that rare classes appear; every image needs a label map.
-        sequences: regular expression that finds in an id the name of its sequence, which stays together.
+        out: a new folder, or one that holds the same lists.
+        fraction, count: share (as in "1/8" or 0.125) or number of images to be labeled; give one of the two.
+        balanced: make sure that rare classes appear; every image needs a label map.
+        sequences: regular expression that finds the name of the sequence in an id; sequences are not divided.
 
     Returns:
         the content of `split.json`: settings, and for each list `images`, `without_label`, `sequences`, `sha256`,
-        and per class `images_with_class` and `pixels` (None where no image has a label map); `absent`, the classes
+        and per class `images_with_class` and `pixels` (None if no image has a label map); `absent`, the classes
         without a pixel in the labeled list.
 
-    Raises RecipeError for settings that cannot work, DataError for labels and paths that cannot be used, RunError
-    where `out` holds other lists; nothing is overwritten.
+    Raises RecipeError for settings that cannot work, DataError for labels and paths that cannot be used, RunError if
+    `out` holds other lists; nothing is overwritten.
     """
     if (fraction is None) == (count is None):
-        raise RecipeError("Give either a fraction or a count of images to be labeled, one of the two.")
+        raise RecipeError("Give either a fraction or a count of images to be labeled, not both.")
     share = None if fraction is None else _fraction(fraction)
     manifest = manifest_of(recipe)
-    classes = manifest.classes
-    pool = _pool(
-        (*manifest.labeled, *manifest.unlabeled), Path(recipe.data.root), recipe.data.layout != "folders"
-    )
-    ids = list(pool)
-    samples = [sample for sample, _ in pool.values()]
-    bare = np.array([sample.label is None for sample in samples])
-    if balanced and bare.any():
-        raise DataError(
-            f"{bare.sum()} of {len(bare)} images have no label map, the first is {ids[bare.argmax()]!r}: a balanced "
-            "split needs to know the classes of all. Draw a plain one, or take these out of the recipe."
-        )
+    pool = _pool(recipe, (*manifest.labeled, *manifest.unlabeled))
+    if balanced:
+        _check_all_labeled(pool)
+    ids = [image.id for image in pool]
     groups = None if sequences is None else sequences_of(ids, sequences)
     wanted = labeled_count(len(ids), share) if share is not None else count or 0
-    labeled = draw(ids, wanted, seed, groups)  # settings that cannot work fail before minutes of reading
+    labeled = draw(ids, wanted, seed, sequences=groups)  # refuses bad settings before minutes of reading
     with Journal(None, None, console or Console()).progress("labels", len(ids)) as advance:
-        pixels = _count_pixels(samples, classes, advance)
+        pixels = _count_pixels([image.sample for image in pool], manifest.classes, advance)
     if balanced:
-        labeled = draw(ids, wanted, seed, groups, pixels > 0)
-
-    def describe(mask: np.ndarray, text: str) -> dict[str, Any]:
-        known = mask & ~bare
-
-        def per_class(values: np.ndarray) -> dict[str, int] | None:
-            return (
-                dict(zip(classes.names, values[known].sum(0).tolist(), strict=True)) if known.any() else None
-            )
-
-        return {
-            "images": int(mask.sum()),
-            "without_label": int((mask & bare).sum()),
-            "sequences": sorted({groups[i] for i in np.flatnonzero(mask)}) if groups else None,
-            "images_with_class": per_class(pixels > 0),
-            "pixels": per_class(pixels),
-            "sha256": digest_text(text),
-        }
-
-    chosen = np.isin(ids, labeled)
-    masks = {"labeled": chosen, "unlabeled": ~chosen}
-    texts = {
-        role: "".join(f"{line}\n" for (_, line), own in zip(pool.values(), mask, strict=True) if own)
-        for role, mask in masks.items()
-    }
-    lists = {role: describe(mask, texts[role]) for role, mask in masks.items()}
-    counts = lists["labeled"]["pixels"]
-    described = {
+        labeled = draw(ids, wanted, seed, sequences=groups, present=pixels > 0)
+    texts, lists = _both_lists(
+        pool, np.isin(ids, labeled), pixels, classes=manifest.classes, sequences=groups
+    )
+    record = {
         "method": "balanced" if balanced else "random",
         "seed": seed,
         "fraction": None if share is None else str(share),
         "count": wanted,
         "sequences": sequences,
         "lists": lists,
-        "absent": counts and [name for name in classes.names if not counts[name]],
+        "absent": _absent(lists["labeled"]),
     }
-    files = {f"{role}.txt": text for role, text in texts.items()}
-    _write_new(Path(out), {**files, "split.json": json.dumps(described, indent=2, allow_nan=False) + "\n"})
-    return described
+    _write_new(Path(out), {**texts, "split.json": json.dumps(record, indent=2, allow_nan=False) + "\n"})
+    return record
 
 
 def _fraction(value: str | float | Fraction) -> Fraction:
     try:
         return Fraction(str(value))  # 0.1 is a tenth, not its nearest binary fraction
     except (ValueError, ZeroDivisionError):
-        raise RecipeError(f"fraction {value}: wanted a number as in 1/8 or 0.125.") from None
+        raise RecipeError(f"The fraction {value} should be a number, as in 1/8 or 0.125.") from None
 
 
-def _pool(samples: Sequence[Sample], root: Path, layout: bool) -> dict[str, tuple[Sample, str]]:
-    """id → sample and its line, ids in sorted order. Raises DataError for lines that could not be read again.
+@dataclass(frozen=True)
+class _PoolImage:
+    """An image that may be drawn, with its id and its line in a list."""
 
-    Lines name images alone where a layout knows their labels, which may lie elsewhere (SBD's).
+    id: str
+    sample: Sample
+    line: str
+
+
+def _pool(recipe: Recipe, samples: Sequence[Sample]) -> list[_PoolImage]:
+    """The images to draw from, sorted by id. Raises DataError for paths that a list cannot name.
+
+    If a layout knows the labels, which may be elsewhere (SBD's), lines name the images alone.
     """
-    pool, wrong = [], []
+    root, with_labels = Path(recipe.data.root), recipe.data.layout == "folders"
+    pool, problems = [], []
     for sample in samples:
-        paths = [path for path in (sample.image, None if layout else sample.label) if path is not None]
+        paths = [path for path in (sample.image, sample.label if with_labels else None) if path is not None]
         outside = [
             path for path in paths if not path.is_relative_to(root) or ".." in path.relative_to(root).parts
         ]
         if outside:
-            wrong.append(f"{outside[0]} does not lie below it")
+            problems.append(f"{outside[0]} is not below it")
             continue
         line = " ".join(path.relative_to(root).as_posix() for path in paths)
-        # A reader of UTF-8 lines strips them; names with line breaks or bytes that are no text would not come back.
+        # Lists are read as stripped lines of UTF-8, so line breaks, blanks at the ends and other bytes would be lost.
         if line.encode(errors="ignore").decode().splitlines() != [line.strip()]:
-            wrong.append(f"{line!r} cannot be a line of a list; rename the file")
-        pool.append((sample_id(sample.image.relative_to(root)), (sample, line)))
-    times = Counter(name.casefold() for name, _ in pool)
-    wrong += [
-        f"{sample.image} has the id of another" for name, (sample, _) in pool if times[name.casefold()] > 1
+            problems.append(f"{line!r} cannot be a line of a list; rename the file")
+        pool.append(_PoolImage(sample_id(sample.image.relative_to(root)), sample, line))
+    times = Counter(image.id.casefold() for image in pool)
+    problems += [
+        f"{image.sample.image} has the same id as another file"
+        for image in pool
+        if times[image.id.casefold()] > 1
     ]
-    if wrong:
+    if problems:
         raise DataError(
             faults(
-                f"Lists name files by their paths below data.root, {root}, and ids that differ by more than suffix "
-                "and case. Set data.root to the folder that holds images and labels, rename files of one id",
-                wrong,
+                f"Lists name files by their paths below data.root, {root}, and their ids must differ by more than "
+                "suffix and case. Set data.root to the folder that holds images and labels, and rename files that "
+                "share an id",
+                problems,
             )
         )
-    return dict(sorted(pool))
+    return sorted(pool, key=lambda image: image.id)
+
+
+def _check_all_labeled(pool: Sequence[_PoolImage]) -> None:
+    bare = [image.id for image in pool if image.sample.label is None]
+    if bare:
+        raise DataError(
+            f"{len(bare)} of {len(pool)} images have no label map, the first is {bare[0]!r}. A balanced split needs to "
+            "know the classes of all images: draw without --balanced, or take these images out of the recipe."
+        )
+
+
+def _both_lists(
+    pool: Sequence[_PoolImage],
+    chosen: np.ndarray,
+    pixels: np.ndarray,
+    *,
+    classes: ClassSet,
+    sequences: Sequence[str] | None,
+) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
+    """The texts of both lists by file name, and what `split.json` says about each by role.
+
+    Args:
+        chosen: bool [N], whether an image of the pool is labeled.
+        pixels: int64 [N, K], pixels of each class in each image.
+        sequences: the sequence of each image.
+    """
+    texts, lists = {}, {}
+    for role, members in (("labeled", np.flatnonzero(chosen)), ("unlabeled", np.flatnonzero(~chosen))):
+        text = "".join(f"{pool[i].line}\n" for i in members)
+        with_label = np.array([i for i in members if pool[i].sample.label], np.intp)
+        counts: dict[str, dict[str, int] | None] = {"images_with_class": None, "pixels": None}
+        if len(with_label):
+            counts["images_with_class"] = _by_name(classes, (pixels[with_label] > 0).sum(0))
+            counts["pixels"] = _by_name(classes, pixels[with_label].sum(0))
+        texts[f"{role}.txt"] = text
+        lists[role] = {
+            "images": len(members),
+            "without_label": len(members) - len(with_label),
+            "sequences": sorted({sequences[i] for i in members}) if sequences else None,
+            **counts,
+            "sha256": digest_text(text),
+        }
+    return texts, lists
+
+
+def _by_name(classes: ClassSet, counts: np.ndarray) -> dict[str, int]:
+    return dict(zip(classes.names, counts.tolist(), strict=True))
+
+
+def _absent(summary: dict[str, Any]) -> list[str] | None:
+    """The classes without a pixel in a list; None if none of its images has a label map."""
+    return summary["pixels"] and [name for name, count in summary["pixels"].items() if not count]
 
 
 def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callable[[], object]) -> np.ndarray:
-    """int64 [N, K]: pixels of each class, 0 where there is no label. Raises DataError naming every bad label."""
-    pixels, wrong = np.zeros((len(samples), len(classes)), np.int64), []
+    """int64 [N, K]: pixels of each class, 0 without a label map. Raises DataError with every label that is bad."""
+    pixels, problems = np.zeros((len(samples), len(classes)), np.int64), []
 
     def count(sample: Sample) -> np.ndarray | str:
         if sample.label is None:
@@ -177,25 +211,25 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
         return f"{sample.label}: {line}" if line else values
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding releases the interpreter lock
-        for index, found in enumerate(threads.map(count, samples)):
-            if isinstance(found, str):
-                wrong.append(found)
+        for index, counts in enumerate(threads.map(count, samples)):
+            if isinstance(counts, str):
+                problems.append(counts)
             else:
-                pixels[index] = found[: len(classes)]
+                pixels[index] = counts[: len(classes)]
             advance()
-    if wrong:
-        raise DataError(faults(f"{len(wrong)} label map(s) cannot be used", wrong))
+    if problems:
+        raise DataError(faults(f"{len(problems)} label map(s) cannot be used", problems))
     return pixels
 
 
 def _write_new(folder: Path, texts: dict[str, str]) -> None:
-    """Write files that are not there. Raises RunError, before anything is written, where one is there and differs."""
+    """Write the files that do not exist. Raises RunError, before anything is written, if one exists and differs."""
     for name, text in texts.items():
         path = folder / name
         if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
             raise RunError(
-                f"{path} is there already and differs from what was drawn now; nothing was written. Choose another "
-                "folder, or remove it."
+                f"{path} exists and differs from this draw; nothing was written. Choose another folder, or remove the "
+                "file."
             )
     for name, text in texts.items():
         if not (folder / name).exists():
