@@ -40,7 +40,8 @@ from darseg.data.dataset import Cache, load_example
 from darseg.data.manifest import Sample
 from darseg.demo.scenes import draw_scene
 from darseg.model.network import Network, NetworkSpec, parameter_groups
-from darseg.run.build import augmentation_of, auxiliary_weight_of, place, spec_of
+from darseg.run.build import auxiliary_weight_of, place, spec_of
+from darseg.run.plan import augmentation_of
 from darseg.run.machine import MOST_WORKERS, cache_limit, usable_cores, workers_for
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.loss import self_training

@@ -25,7 +25,7 @@ from darseg.data.maps import label_path
 from darseg.demo.demo import sheet
 from darseg.run.build import labeling_protocol
 from darseg.run.evaluate import load_trained
-from darseg.training.schedule import rate_at
+from darseg.training.schedule import Schedule
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 WIDTH = 760  # of charts, in the units of their text
@@ -217,7 +217,7 @@ def schedule() -> str:
         y = bottom - share * (bottom - top)
         parts += [line(left, y, right, y), text(left - 8, y + 4, f"{share:g}", "end small")]
     for index, span in enumerate(spans):
-        rates = [rate_at(step, steps, span, 1.0, 0.9) for step in range(steps + 1)]
+        rates = [Schedule(span=span).rate(step, steps, 1.0) for step in range(steps + 1)]
         points = [
             f"{left + (index + step / steps) * wide:.1f} {bottom - rate * (bottom - top):.1f}"
             for step, rate in enumerate(rates)

@@ -20,7 +20,7 @@ from darseg.data.classes import IGNORE
 from darseg.errors import NumericsError, RecipeError
 from darseg.model.footprint import training_memory
 from darseg.model.network import Network, NetworkSpec
-from darseg.run.build import plan_rounds
+from darseg.run.plan import plan_rounds
 from darseg.run.check import plan
 from darseg.training.checkpoint import Checkpoint
 from darseg.training.loss import cross_entropy, self_training

@@ -67,7 +67,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.report.comparison import Comparison as Comparison
     from darseg.report.comparison import compare_runs as compare_runs
     from darseg.report.overview import write_report as write_report
-    from darseg.run.build import Round as Round
+    from darseg.run.plan import Round as Round
     from darseg.run.build import manifest_of as manifest_of
     from darseg.run.check import Plan as Plan
     from darseg.run.check import check as check
@@ -152,7 +152,7 @@ _HOMES = {
     "redistribute": "pseudo.redistribute",
     "redistribute_folder": "run.redistribute",
     "Redistribution": "pseudo.redistribute",
-    "Round": "run.build",
+    "Round": "run.plan",
     "run_demo": "demo.demo",
     "run_stage": "training.stage",
     "RunDirectory": "run.directory",

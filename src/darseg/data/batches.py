@@ -1,7 +1,7 @@
-"""Endless, seeded, resumable streams of batches.
+"""Endless, seeded streams of batches that can begin at any step.
 
-Position p of a stream is decided by the seed and p alone: which sample, and how it is augmented. So a stream
-can begin at any step, and the number of threads that prepare it changes nothing.
+The seed and a position in the stream alone decide which sample stands there and how it is augmented. So the number of
+threads that prepare a stream changes nothing.
 """
 
 from __future__ import annotations
@@ -24,37 +24,51 @@ from darseg.data.manifest import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [B, 3, H, W], labels uint8 [B, H, W] (255 = not labeled), ids of length B.
+    """Images with what to learn at each pixel.
 
     A stream's images lie channels last in memory, as the decoder made them and as convolutions want them.
-    `labeled_pixels`, int64 [], are those of the whole batch where this is a micro-batch of it; None: of this one.
+
+    Attributes:
+        images: uint8 [B, 3, H, W], RGB.
+        labels: uint8 [B, H, W]; 255: nothing to learn at this pixel.
+        ids: of the samples, B of them.
+        weights: float [B, H, W], the weight of each pixel in the loss; None: 1 everywhere.
+        feature_masks: float [B, C, …] by feature level, multiplied with features (feature dropout as data); empty: none.
+        divisor: int64 [], what the sum of the loss over pixels is divided by: counted over the whole batch, of all
+            processes, before it is split. None: the labeled pixels of this batch.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Tensor
+    labels: Tensor
     ids: tuple[str, ...]
-    labeled_pixels: torch.Tensor | None = None
+    weights: Tensor | None = None
+    feature_masks: tuple[Tensor, ...] = ()
+    divisor: Tensor | None = None
 
-    def count_labeled(self) -> torch.Tensor:
-        """What the sum of a loss over pixels is divided by, int64 []."""
-        if self.labeled_pixels is None:
-            return (self.labels != IGNORE).sum()
-        return self.labeled_pixels
+    def count(self) -> Tensor:
+        """What the sum of the loss over pixels is divided by, int64 []."""
+        return (self.labels != IGNORE).sum() if self.divisor is None else self.divisor
 
     def split(self, size: int | None) -> list[Batch]:
-        """Micro-batches of `size` images (None: this batch as it is) that remember the labeled pixels of the whole."""
+        """Micro-batches of `size` images, each with the divisor of the whole (None: this batch as it is)."""
         if size is None or size >= len(self.ids):
             return [self]
-        labeled = self.count_labeled()
-        starts = range(0, len(self.ids), size)
+        divisor = self.count()
         return [
-            Batch(self.images[at : at + size], self.labels[at : at + size], self.ids[at : at + size], labeled)
-            for at in starts
+            Batch(
+                images=self.images[at : at + size],
+                labels=self.labels[at : at + size],
+                ids=self.ids[at : at + size],
+                weights=None if self.weights is None else self.weights[at : at + size],
+                feature_masks=tuple(mask[at : at + size] for mask in self.feature_masks),
+                divisor=divisor,
+            )
+            for at in range(0, len(self.ids), size)
         ]
 
 
 def sample_index(position: int, count: int, seed: Sequence[int]) -> int:
-    """Which of `count` samples stands at `position`: each epoch is a permutation of its own."""
+    """The index, below `count`, of the sample at `position`: each epoch is a new permutation."""
     epoch, place = divmod(position, count)
     return int(_order(tuple(seed), epoch, count)[place])
 
@@ -64,53 +78,67 @@ def _order(seed: tuple[int, ...], epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng([*seed, 0, epoch]).permutation(count)
 
 
+@dataclass(frozen=True)
+class StreamPlace:
+    """Where a stream runs: its share of every batch and the threads that prepare it.
+
+    Attributes:
+        rank, processes: the stream yields this process's part of every batch; all parts together are the very batches of
+            one process.
+        workers: threads that prepare batches ahead.
+        pin: put batches together in pinned memory, from which a GPU copies while the host goes on.
+    """
+
+    rank: int = 0
+    processes: int = 1
+    workers: int = 2
+    pin: bool = False
+
+
 def stream_batches(
     samples: Sequence[Sample],
     classes: ClassSet,
     augmentation: Augmentation,
+    *,
     batch_size: int,
     seed: Sequence[int],
     start: int = 0,
-    workers: int = 2,
-    share: tuple[int, int] = (0, 1),
+    place: StreamPlace = StreamPlace(),
     load: Load = load_example,
-    pin: bool = False,
 ) -> Iterator[Batch]:
-    """Yield batches of step `start`, `start` + 1, … without end, prepared ahead by `workers` threads.
+    """Yield the batches of steps `start`, `start` + 1, … without end.
+
+    The worker threads write straight into the batch's memory, so nothing is left to collate. OpenCV and numpy release
+    the interpreter lock while they decode and warp, so threads are enough. Close the generator to stop them.
 
     Args:
+        batch_size: images of a batch, over all processes.
         seed: non-negative integers that name the stream; equal seeds give equal streams.
-        share: (rank, processes): only this process's part of every batch, of `batch_size` / processes images; all
-            parts together are the very batches of one process.
-        load: reads a sample; that of a Cache decodes each only once.
-        pin: put batches together in pinned memory, from which a GPU copies beside the host's work.
+        load: reads a sample; a Cache's `load` decodes each sample only once.
 
-    The threads write their examples into the batch themselves: whoever takes it finds nothing left to do.
-    OpenCV and numpy release the interpreter lock for decoding and warping, so threads are enough.
-    Errors of a sample are raised where its batch would have been yielded. Close the generator to stop.
+    Raises the error of a sample at the step whose batch holds it.
     """
-
-    rank, processes = share
-    own = batch_size // processes
-    ahead = max(2, -(-2 * workers // own))  # batches being prepared: enough to keep all threads busy
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    own = batch_size // place.processes
+    # Enough batches ahead to keep all threads busy.
+    ahead = max(2, -(-2 * place.workers // own))
+    pool = ThreadPoolExecutor(place.workers, thread_name_prefix="batches")
     waiting: deque[tuple[Tensor, Tensor, list[Future[str]]]] = deque()
 
     def begin(step: int) -> tuple[Tensor, Tensor, list[Future[str]]]:
-        """Batch `step`, to be filled: images, channels last, labels, and ids to come."""
-        images = torch.empty((own, *augmentation.crop, 3), dtype=torch.uint8, pin_memory=pin)
-        labels = torch.empty((own, *augmentation.crop), dtype=torch.uint8, pin_memory=pin)
-        into = images.numpy(), labels.numpy()
+        """The images (channels last), labels and future ids of a batch that the threads begin to fill."""
+        images = torch.empty((own, *augmentation.crop, 3), dtype=torch.uint8, pin_memory=place.pin)
+        labels = torch.empty((own, *augmentation.crop), dtype=torch.uint8, pin_memory=place.pin)
+        image_array, label_array = images.numpy(), labels.numpy()
 
-        def fill(place: int, position: int) -> str:
+        def fill(row: int, position: int) -> str:
             sample = samples[sample_index(position, len(samples), seed)]
             generator = np.random.default_rng([*seed, 1, position])
             example = draw_example(sample, classes, augmentation, generator=generator, load=load)
-            into[0][place], into[1][place] = example.image, example.label
+            image_array[row], label_array[row] = example.image, example.label
             return example.id
 
-        first = step * batch_size + rank * own
-        return images, labels, [pool.submit(fill, place, first + place) for place in range(own)]
+        first = step * batch_size + place.rank * own
+        return images, labels, [pool.submit(fill, row, first + row) for row in range(own)]
 
     step = start
     try:

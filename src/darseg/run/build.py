@@ -5,26 +5,23 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
 from darseg.config.text import load_recipe, recipe_differences
-from darseg.data.augment import Augmentation
 from darseg.data.classes import CITYSCAPES, ClassSet, class_set
 from darseg.data.encoding import label_encoding
 from darseg.data.labels import read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, Sources, build_manifest
-from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
+from darseg.errors import DataError, RunError, SizeError, faults
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
-from darseg.model.recompute import recompute_blocks
 from darseg.model.weights import fetch, load_network, load_weights
 from darseg.run.directory import RunDirectory
 from darseg.run.machine import keep_memory, usable_cores
@@ -194,18 +191,6 @@ def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
         raise SizeError(faults("The recipe has sizes this network cannot take", wrong))
 
 
-def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]) -> Augmentation:
-    how = recipe.augmentation
-    return Augmentation(
-        crop=recipe.training.crop,
-        scale=tuple(recipe.rounds[round_index].scale or how.scale),
-        rotate=how.rotate,
-        blur=how.blur,
-        mirror=how.mirror,
-        fill=fill,
-    )
-
-
 def _protocol(recipe: Recipe, config: ProtocolConfig | LabelingConfig) -> Protocol:
     return Protocol(
         window=tuple(config.window or recipe.labeling.window or recipe.training.crop),
@@ -222,67 +207,6 @@ def labeling_protocol(recipe: Recipe) -> Protocol:
 
 def evaluation_protocol(recipe: Recipe) -> Protocol:
     return _protocol(recipe, recipe.evaluation)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round: what it labels, how long it trains, on which part of the schedule.
-
-    Attributes:
-        labeling_ratio: share of the unlabeled pixels to label before training; None in round 0, and in
-            all rounds where a global threshold decides.
-        span: fractions of the poly curve its steps cover.
-        batch: labeled images a step; pseudo_batch: pseudo-labeled images a step (0 in round 0).
-        epoch_steps: steps of one epoch; epochs: how many, None where the recipe counts in steps.
-        micro_batch: images per forward pass.
-    """
-
-    index: int
-    labeling_ratio: float | None
-    augmentation: Augmentation
-    steps: int
-    span: tuple[float, float]
-    learning_rate: float
-    batch: int
-    pseudo_batch: int
-    epoch_steps: int
-    epochs: int | None
-    micro_batch: int
-
-
-def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
-    """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
-
-    Images are the labeled ones in round 0, the unlabeled ones later, unless the round says otherwise (epoch_over).
-    Raises RecipeError where rounds need unlabeled images and there are none.
-    """
-    if len(recipe.rounds) > 1 and unlabeled == 0:
-        raise RecipeError(
-            f"{len(recipe.rounds)} rounds are wanted, but there are no unlabeled images: rounds after the first "
-            "learn from those. Set data.unlabeled, or keep only the first round."
-        )
-    half = recipe.training.half_batch or recipe.training.batch // 2
-    rounds = []
-    for index, (config, span) in enumerate(zip(recipe.rounds, recipe.spans(), strict=True)):
-        batch = recipe.training.batch if index == 0 else half
-        over = config.epoch_over or ("labeled" if index == 0 else "unlabeled")
-        epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // batch)
-        rounds.append(
-            Round(
-                index=index,
-                labeling_ratio=config.labeling_ratio,
-                augmentation=augmentation_of(recipe, index, fill),
-                steps=config.steps or (config.epochs or 0) * epoch_steps,
-                span=span,
-                learning_rate=config.learning_rate or recipe.training.learning_rate,
-                batch=batch,
-                pseudo_batch=0 if index == 0 else half,
-                epoch_steps=epoch_steps,
-                epochs=config.epochs,
-                micro_batch=min(batch, recipe.training.micro_batch or batch),
-            )
-        )
-    return rounds
 
 
 def set_threads(threads: int | None) -> None:
@@ -303,57 +227,6 @@ def bf16_is_emulated() -> bool:
     slower than fp32, measured with ResNet-18 on an AMD EPYC with AVX2 alone)."""
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return pick_device().type == "cpu" and on_x86 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
-
-
-def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
-    """What the recipe asks of a network besides its weights, before its first stage: once per network.
-
-    Raises RecipeError for what cannot be.
-    """
-    if syncs_batchnorm(recipe, processes):
-        nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    if recipe.training.recompute:
-        recompute_blocks(network)
-
-
-def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
-    """Whether BatchNorm sees the images of all processes: on GPUs alone, as PyTorch has it; by default for PSPNet,
-    as in the release."""
-    wanted = recipe.training.sync_batchnorm
-    if wanted is None:
-        wanted = recipe.network.architecture == "pspnet"
-    return wanted and processes > 1 and pick_device().type == "cuda"
-
-
-def describe_shares(rounds: Sequence[Round], processes: int) -> str:
-    """What each process does of every batch."""
-    shares = ", ".join(
-        f"round {one.index}: {one.batch // processes}"
-        + (f" + {one.pseudo_batch // processes}" if one.pseudo_batch else "")
-        for one in rounds
-    )
-    return f"{processes} processes share every batch (images of each, {shares}), the images to label and to evaluate"
-
-
-def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
-    """Raise RecipeError where batches cannot be divided among the processes."""
-    wrong = []
-    for name, size in {
-        "batch": rounds[0].batch,
-        **({"half_batch": rounds[-1].batch} if len(rounds) > 1 else {}),
-    }.items():
-        own, micro = size // processes, recipe.training.micro_batch
-        if size % processes:
-            wrong.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
-        elif micro and own > micro and own % micro:
-            wrong.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
-        elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture == "pspnet":
-            wrong.append(
-                f"training.{name}: {own} image for each of {processes} processes; BatchNorm over the 1x1 bin of the "
-                "pyramid needs two"
-            )
-    if wrong:
-        raise RecipeError(faults(f"Batches are global, and {processes} processes share them", wrong))
 
 
 def load_to_predict(path: Path) -> Network:

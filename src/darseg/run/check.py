@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,20 +20,16 @@ from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
 from darseg.run.build import (
     IMAGES,
     LABELS,
-    Round,
     build_initial_network,
-    check_shares,
     check_sizes,
-    describe_shares,
     evaluation_protocol,
     labeling_protocol,
     layout_of,
     manifest_of,
-    plan_rounds,
     spec_of,
 )
 from darseg.run.journal import Journal
-from darseg.training.schedule import rate_at
+from darseg.run.plan import Round, check_shares, describe_shares, plan_rounds, stage_of
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Findings:
@@ -117,13 +113,14 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     check_shares(recipe, rounds, processes)
-    power = recipe.training.power
+    # The curve's own rates: a first step at 0, as the release has it, is no rate to plan with.
+    schedules = [replace(stage_of(recipe, one).schedule, first_step_at_zero=False) for one in rounds]
     rates = tuple(
         (
-            rate_at(0, one.steps, one.span, one.learning_rate, power),
-            rate_at(one.steps, one.steps, one.span, one.learning_rate, power),
+            schedule.rate(0, one.steps, one.learning_rate),
+            schedule.rate(one.steps, one.steps, one.learning_rate),
         )
-        for one in rounds
+        for one, schedule in zip(rounds, schedules, strict=True)
     )
     waits = len(rounds) > 1 and not recipe.labeling.predict_twice
     # The halves of a step go through the network one after the other, and are kept until the backward pass.

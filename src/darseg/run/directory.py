@@ -1,9 +1,9 @@
 """The run folder: who writes where, and what is done already.
 
     RUN/
-      recipe.yaml  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
+      recipe.yaml  run.json  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
       (bad_images.json)
-      round_0/     network.safetensors  momentum.safetensors  train.json   scores.json  evaluate.json
+      round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
                    (excluded.json)  + as round_0
       …
@@ -33,6 +33,10 @@ from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_wit
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
+from darseg.run.settings import Inputs, digest_text
+
+FORMAT = 2
+"""Of the run folders that this version writes. It reads all earlier ones: 1 is darseg 0.2's (see formats.py)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,19 @@ class StepRecord:
     facts: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class RecipeChanges:
+    """What differs between the recipe of a run folder and the one it is resumed with, as "key: old → new".
+
+    Attributes:
+        binding: keys that can change the result.
+        free: keys that cannot, such as training.workers; threads, which can change last bits, are among them.
+    """
+
+    binding: tuple[str, ...] = ()
+    free: tuple[str, ...] = ()
+
+
 class RunDirectory:
     """Names and reads the files of a run folder; the only place that knows its layout."""
 
@@ -53,6 +70,7 @@ class RunDirectory:
         self.root = Path(root)
 
     recipe = property(lambda self: self.root / "recipe.yaml")
+    format = property(lambda self: self.root / "run.json")
     environment = property(lambda self: self.root / "environment.json")
     data = property(lambda self: self.root / "data.json")
     journal = property(lambda self: self.root / "journal.jsonl")
@@ -67,8 +85,10 @@ class RunDirectory:
     def network(self, index: int) -> Path:
         return self.round(index) / "network.safetensors"
 
-    def momentum(self, index: int) -> Path:
-        return self.round(index) / "momentum.safetensors"
+    def optimizer(self, index: int) -> Path:
+        """What the optimizers of a round ended with; format 1 called it momentum."""
+        earlier = self.round(index) / "momentum.safetensors"
+        return earlier if earlier.exists() else self.round(index) / "optimizer.safetensors"
 
     def checkpoint(self, index: int, step: int) -> Path:
         return self.round(index) / f"checkpoint_{step:08d}.safetensors"
@@ -180,25 +200,22 @@ class RunDirectory:
         return self.network(rounds[-1])
 
     def finished(
-        self, index: int, step: str, inputs: Mapping[str, str], reuse: RunDirectory | None = None
+        self, index: int, step: str, inputs: Inputs, reuse: RunDirectory | None = None
     ) -> StepRecord | None:
-        """The record of a step that is done with these very inputs, None where it has yet to be done.
+        """The record of a step that is done with these inputs, None if it is still to be done.
 
-        Where `reuse` has done the same step with the same inputs, its results are copied first.
-        Raises RunError where the step was done with other inputs, or its results were changed since.
+        If `reuse` did the same step with the same inputs, its results are copied first.
+        Raises RunError if the step was done with other inputs, or its results were changed since.
         """
         record = self.read_record(index, step)
         if record is None and reuse is not None:
             other = reuse.read_record(index, step)
-            if other is not None and other.inputs == inputs:
+            if other is not None and not inputs.differences(other.inputs):
                 self._copy(reuse, index, step, other)
                 record = other
         if record is None:
             return None
-        if record.inputs != inputs:
-            changed = sorted(
-                key for key in {*record.inputs, *inputs} if record.inputs.get(key) != inputs.get(key)
-            )
+        if changed := inputs.differences(record.inputs):
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "
                 "Put the data back as it was, or start a new run folder with --out."
@@ -232,61 +249,88 @@ class RunDirectory:
         self,
         index: int,
         step: str,
-        inputs: Mapping[str, str],
+        *,
+        inputs: Inputs,
         outputs: Iterable[str],
         seconds: float,
-        facts: Mapping[str, Any] | None = None,
+        facts: Mapping[str, Any],
     ) -> StepRecord:
         """Record that a step is done; written last, so that it is done or not.
 
         Seconds are rounded here: take the record's, and a summary is the same whether its steps were done or found.
         """
         digests = {name: digest_path(self.round(index) / name) for name in outputs}
-        record = StepRecord(step, dict(inputs), digests, round(seconds, 3), dict(facts or {}))
+        record = StepRecord(step, dict(inputs.digests), digests, round(seconds, 3), dict(facts))
         write_json(self.record_path(index, step), vars(record))
         return record
 
 
 def open_run(
-    root: Path, recipe_text: str, differences: Callable[[Path], list[str]], data: Mapping[str, str]
-) -> RunDirectory:
+    run: RunDirectory, *, recipe_text: str, data: Mapping[str, str], compare: Callable[[Path], RecipeChanges]
+) -> RecipeChanges:
     """Begin a run folder, or go on in one that was begun with the same recipe and data.
 
     Args:
-        differences: the recipe found there → what differs, a line each.
         data: role → digest of its samples.
+        compare: the recipe in the folder → what has changed.
 
-    Raises RunError naming both ways out where recipe or data differ; StorageError where nothing can be written.
+    Raises RunError with both ways out if recipe or data differ; StorageError if nothing can be written.
     """
-    run = RunDirectory(root)
+    root, changes = run.root, RecipeChanges()
     if run.recipe.exists():
-        changed = differences(run.recipe)
-        if changed:
-            raise RunError(
-                faults(f"{root} was begun with another recipe", changed)
-                + "\nEither undo these changes to go on with that run, or start another with --out NEW_FOLDER."
-            )
-        found = json.loads(run.data.read_text()) if run.data.exists() else dict(data)
-        roles = [role for role in sorted({*found, *data}) if found.get(role) != data.get(role)]
-        if roles:
-            raise RunError(
-                f"{root} was begun with other images or labels ({', '.join(roles)}: files were added, removed or "
-                "changed in size). Either put them back to go on with that run, or start another with --out NEW_FOLDER."
-            )
+        _check_format(run)
+        changes = compare(run.recipe)
+        _check_unchanged(run, changes, data)
     elif root.exists() and not root.is_dir():
-        raise RunError(f"{root} is a file: choose another folder with --out.")
+        raise RunError(f"{root} is a file, not a folder. Choose another folder with --out.")
     elif root.exists() and any(path.suffix != ASIDE for path in root.iterdir()):
-        raise RunError(f"{root} is not empty and no run folder: choose another with --out.")
+        raise RunError(f"{root} is not empty and is no run folder. Choose another folder with --out.")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, root) from error
-    # The recipe first: it makes the folder a run folder. Killed in between, the data are noted next time.
-    if not run.recipe.exists():
+    # The recipe first: it makes the folder a run folder. If a kill comes in between, the rest is noted next time.
+    if not run.recipe.exists() or changes.free:
         write_whole(run.recipe, recipe_text)
+    if not run.format.exists() and not any(root.glob("round_*/*.json")):  # a folder with records has format 1
+        write_json(run.format, {"format": FORMAT})
     if not run.data.exists():
         write_json(run.data, dict(data))
-    return run
+    return changes
+
+
+def _check_format(run: RunDirectory) -> None:
+    """Raise RunError for a run folder of a later format than this version knows."""
+    if not run.format.exists():
+        return
+    try:
+        number = json.loads(run.format.read_text())["format"]
+        newer = number > FORMAT
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise RunError(
+            f'{run.format} is damaged ({error}). Write {{"format": {FORMAT}}} into it, or restore it from a copy.'
+        ) from error
+    if newer:
+        raise RunError(
+            f"{run.root} has format {number}, and this version of darseg works in run folders up to format {FORMAT}. "
+            "Upgrade darseg (pip install --upgrade darseg), or start another run with --out NEW_FOLDER."
+        )
+
+
+def _check_unchanged(run: RunDirectory, changes: RecipeChanges, data: Mapping[str, str]) -> None:
+    """Raise RunError if the run was begun with another recipe or other data."""
+    if changes.binding:
+        raise RunError(
+            faults(f"{run.root} was begun with another recipe", changes.binding)
+            + "\nEither undo these changes to go on with that run, or start another with --out NEW_FOLDER."
+        )
+    recorded = json.loads(run.data.read_text()) if run.data.exists() else dict(data)
+    roles = [role for role in sorted({*recorded, *data}) if recorded.get(role) != data.get(role)]
+    if roles:
+        raise RunError(
+            f"{run.root} was begun with other images or labels ({', '.join(roles)}: files were added, removed or "
+            "changed in size). Either put them back to go on with that run, or start another with --out NEW_FOLDER."
+        )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -310,16 +354,6 @@ def digest_path(path: Path) -> str:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
-
-
-def digest_text(text: str) -> str:
-    """SHA-256 of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_settings(**settings: Any) -> str:
-    """SHA-256 of plain settings, independent of their order."""
-    return digest_text(json.dumps(settings, sort_keys=True, default=lambda value: vars(value)))
 
 
 def digest_samples(samples: Iterable[Sample]) -> str:

@@ -23,9 +23,10 @@ from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
 from darseg.pseudo.labelset import Predictor, prediction_path
 from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
-from darseg.run.directory import digest_path, digest_settings, write_json
+from darseg.run.directory import digest_path, write_json
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.journal import Journal
+from darseg.run.settings import digest_settings
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.training.processes import Processes
 

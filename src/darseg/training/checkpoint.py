@@ -1,4 +1,4 @@
-"""The state of a stage: weights, momentum, step. Safetensors; equal states give equal bytes."""
+"""The state of a stage in named parts, saved as safetensors; equal states give equal bytes."""
 
 from __future__ import annotations
 
@@ -11,88 +11,124 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from darseg.data.files import write_whole_with
-from darseg.errors import RunError
-from darseg.model.network import Network
+from darseg.errors import RunError, faults
+from darseg.training.method import Learner, Method
+from darseg.training.optimize import SEPARATOR, optimizer_state, restore_optimizer
+
+NETWORK, OPTIMIZER, METHOD = "network", "optimizer", "method"
+
+FORMAT = 2
+"""1: darseg 0.2 – the parts "network" and "momentum", dots between part and name, no format in the file."""
+
+Part = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """After `step` steps of a stage: the network's state dict, SGD's momentum by parameter name, and in fp16 the state
-    of the loss scaling.
+    """What is needed to go on after `step` steps: data, augmentation and dropout are drawn from the seed and the step.
 
-    Nothing else is needed to go on: data, augmentation and dropout are drawn from the seed and the step.
+    Attributes:
+        parts: "network" and "method" (state dicts), "optimizer" of the network and "optimizer.NAME" of other learners
+            (see `optimizer_state`). A file that keeps only some of them has only those.
+        scaling: state of fp16's loss scaling; empty otherwise.
     """
 
     step: int
-    network: Mapping[str, torch.Tensor]
-    momentum: Mapping[str, torch.Tensor]
+    parts: Mapping[str, Part]
     scaling: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def capture(
-        cls, step: int, network: Network, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> Checkpoint:
+    def capture(cls, step: int, method: Method, run: Optimization) -> Checkpoint:
         """The present state, as references: save it before the next step."""
-        momentum = {
-            name: optimizer.state[parameter]["momentum_buffer"]
-            for name, parameter in network.named_parameters()
-            if "momentum_buffer" in optimizer.state.get(parameter, {})
-        }
-        return cls(step, network.state_dict(), momentum, scaler.state_dict())
+        parts: dict[str, Part] = {NETWORK: method.network.state_dict(), METHOD: method.state.state_dict()}
+        for learner, optimizer in zip(method.learners, run.optimizers, strict=True):
+            parts[part_of(learner)] = optimizer_state(learner.module, optimizer)
+        return cls(step, parts, run.scaler.state_dict())
 
-    def restore(
-        self, network: Network, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-    ) -> None:
-        """Put weights, momentum and loss scaling back."""
-        network.load_state_dict(self.network)
-        restore_momentum(self.momentum, network, optimizer)
+    def restore(self, method: Method, run: Optimization) -> None:
+        """Put everything back. Raises RunError if a part is missing or nobody asks for it."""
+        wanted = {NETWORK, METHOD, *map(part_of, method.learners)}
+        unknown = [f"{name}: not a part of this method" for name in self.parts if name not in wanted]
+        missing = [f"{name}: missing" for name in sorted(wanted) if name not in self.parts]
+        if unknown or missing:
+            raise RunError(faults("The checkpoint does not belong to this method", unknown + missing))
+        method.network.load_state_dict(self.parts[NETWORK])
+        method.state.load_state_dict(self.parts[METHOD])
+        for learner, optimizer in zip(method.learners, run.optimizers, strict=True):
+            restore_optimizer(learner.module, optimizer, self.parts[part_of(learner)])
         if self.scaling:
-            scaler.load_state_dict(dict(self.scaling))
+            run.scaler.load_state_dict(dict(self.scaling))
+
+    def without_network(self) -> Checkpoint:
+        """What a round leaves besides its network, for the next round."""
+        return Checkpoint(self.step, {name: part for name, part in self.parts.items() if name != NETWORK})
 
 
-@torch.no_grad()
-def restore_momentum(
-    momentum: Mapping[str, torch.Tensor], network: Network, optimizer: torch.optim.Optimizer
-) -> None:
-    """Give SGD the momentum that an earlier stage ended with; zeros where there is none.
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizers of a method's learners, in their order, and fp16's loss scaling."""
 
-    PyTorch would make it in the first step. Where that step is passed over (fp16 beyond its range), its fused SGD
-    would go on with the memory as it found it.
-    """
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if name in momentum:
-                buffer.copy_(momentum[name])
-            optimizer.state[parameter]["momentum_buffer"] = buffer
+    optimizers: tuple[torch.optim.Optimizer, ...]
+    scaler: torch.amp.GradScaler
+
+
+def part_of(learner: Learner) -> str:
+    """The name of a learner's optimizer in a checkpoint."""
+    return OPTIMIZER if learner.name == NETWORK else f"{OPTIMIZER}.{learner.name}"
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint whole. Raises StorageError where the disk is full; the earlier one is kept."""
-    tensors = {f"network.{key}": value for key, value in checkpoint.network.items()}
-    tensors |= {f"momentum.{key}": value for key, value in checkpoint.momentum.items()}
-    flat = {key: value.detach().contiguous() for key, value in tensors.items()}
-    told = {"step": str(checkpoint.step)}
-    if checkpoint.scaling:
-        told["scaling"] = json.dumps(dict(checkpoint.scaling))
-    write_whole_with(path, lambda aside: save_file(flat, aside, told))
+    """Write a checkpoint whole. Raises StorageError if the disk is full; an earlier file is then kept."""
+    tensors = {
+        f"{part}{SEPARATOR}{name}": value.detach().contiguous()
+        for part, values in checkpoint.parts.items()
+        for name, value in values.items()
+    }
+    # One entry: safetensors writes several in no fixed order.
+    state = {"format": FORMAT, "step": checkpoint.step, "parts": sorted(checkpoint.parts)}
+    metadata = {
+        "checkpoint": json.dumps(
+            state | ({"scaling": dict(checkpoint.scaling)} if checkpoint.scaling else {})
+        )
+    }
+    write_whole_with(path, lambda aside: save_file(tensors, aside, metadata))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises RunError where it is damaged."""
-    network, momentum = {}, {}
+    """Read a checkpoint. Raises RunError if it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            told = file.metadata()
-            step, scaling = int(told["step"]), json.loads(told.get("scaling", "{}"))
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                part, name = key.split(".", 1)
-                (network if part == "network" else momentum)[name] = file.get_tensor(key)
+            metadata = file.metadata()
+            if "checkpoint" not in metadata:
+                return _format_1(file, metadata)
+            state = json.loads(metadata["checkpoint"])
+            if state["format"] > FORMAT:
+                raise RunError(
+                    f"{path}: this checkpoint is of format {state['format']}, and this version of darseg reads formats "
+                    f"up to {FORMAT}. Go on with the version that wrote it, or upgrade darseg."
+                )
+            parts: dict[str, dict[str, Tensor]] = {name: {} for name in state["parts"]}
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                part, name = key.split(SEPARATOR, 1)
+                parts[part][name] = file.get_tensor(key)
+            return Checkpoint(int(state["step"]), parts, state.get("scaling", {}))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(
-            f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; "
-            "without any, the stage starts from its beginning."
+            f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; if no "
+            "checkpoint is left, the stage starts from its beginning."
         ) from error
-    return Checkpoint(step, network, momentum, scaling)
+
+
+def _format_1(file: Any, metadata: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint of darseg 0.2: the state of SGD was its momentum alone, and methods had no state."""
+    parts: dict[str, dict[str, Tensor]] = {NETWORK: {}, OPTIMIZER: {}, METHOD: {}}
+    for key in file.keys():  # noqa: SIM118 (not a mapping)
+        part, name = key.split(".", 1)
+        if part == "momentum":
+            parts[OPTIMIZER][f"{name}{SEPARATOR}momentum_buffer"] = file.get_tensor(key)
+        else:
+            parts[{NETWORK: NETWORK}[part]][name] = file.get_tensor(key)
+    return Checkpoint(int(metadata["step"]), parts, json.loads(metadata.get("scaling", "{}")))

@@ -1,18 +1,29 @@
-"""One process or many (torchrun): who labels which images, and how their counts come together."""
+"""One process or many, started by torchrun: who does what, and how results come together.
+
+Training on many processes is PyTorch's DistributedDataParallel, used directly: a layer such as Lightning Fabric would
+take over wrapping, autocast and moving to the device, a few lines here, and leave what takes many lines – shares, losses
+over all labeled pixels, statistics, signals.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from darseg.data.batches import Batch
 from darseg.errors import DarsegError
 
 T = TypeVar("T")
@@ -20,15 +31,16 @@ T = TypeVar("T")
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others: the first may train for days while they wait to label."""
 
-TELLING = 2.0
-"""Seconds that the first process has to tell of an error before the others end: torchrun then ends all."""
+REPORTING = 2.0
+"""Seconds that the first process has to report an error before the others end: torchrun then ends all."""
 
 
 class Processes:
-    """The processes of this run, started by torchrun; one alone where there are no others.
+    """The processes of this run; one alone if torchrun did not start others.
 
     Attributes:
-        rank: which this is, from 0; count: how many there are.
+        rank: the number of this process, from 0.
+        count: how many processes there are.
     """
 
     def __init__(self, rank: int = 0, count: int = 1) -> None:
@@ -36,7 +48,7 @@ class Processes:
 
     @classmethod
     def here(cls) -> Processes:
-        """Join the others that torchrun has started: by gloo, and for tensors on GPUs by NCCL; files are shared."""
+        """Join the processes that torchrun started: through gloo, and for tensors on GPUs through NCCL."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
         if count == 1:
             return cls()
@@ -46,21 +58,31 @@ class Processes:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
                 backend += ",cuda:nccl"
             dist.init_process_group(backend, timeout=PATIENCE)
-            atexit.register(dist.destroy_process_group)  # else its threads abort the interpreter as it ends
+            # Otherwise its threads abort the interpreter as it ends.
+            atexit.register(dist.destroy_process_group)
         return cls(dist.get_rank(), count)
+
+    @classmethod
+    def joined(cls) -> Processes:
+        """The processes that torch.distributed connects; this one alone if it is not initialized."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes what is written once."""
+        """Whether this process writes what is written once."""
         return self.rank == 0
 
     @property
     def here_together(self) -> int:
-        """How many of them run on this machine."""
+        """How many of the processes run on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if self.count > 1 else 1
 
+    # --- work and its results
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The items that fall to this process: each falls to one."""
+        """The items that this process works on; each item belongs to one process."""
         return items[self.rank :: self.count]
 
     def add_up(self, counts: np.ndarray) -> np.ndarray:
@@ -72,12 +94,12 @@ class Processes:
         return total.numpy()
 
     def wait(self) -> None:
-        """Until all have come here."""
+        """Wait until all processes have come here."""
         if self.count > 1:
             dist.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process, in all; where it raises a DarsegError, all end."""
+        """In every process, what `make` returns in the first; if it raises a DarsegError, all end."""
         made = self.together(lambda: make() if self.first else None)
         if self.count == 1:
             return made  # ty: ignore[invalid-explicit-return]
@@ -86,7 +108,7 @@ class Processes:
         return box[0]
 
     def together(self, work: Callable[[], T]) -> T:
-        """`work()`, with one end for all: where some raise a DarsegError, the first tells all of them."""
+        """`work()`; if it raises a DarsegError in any process, all end and the first reports all errors."""
         if self.count == 1:
             return work()
         result, error = None, None
@@ -94,19 +116,104 @@ class Processes:
             result = work()
         except DarsegError as raised:
             error = raised
-        errors: list[Any] = [None] * self.count
-        dist.all_gather_object(errors, None if error is None else (type(error), str(error)))
-        told = [one for one in errors if one is not None]
-        if told:
-            self._end(told)
+        answers: list[Any] = [None] * self.count
+        dist.all_gather_object(answers, None if error is None else (type(error), str(error)))
+        errors = [answer for answer in answers if answer is not None]
+        if errors:
+            self._end(errors)
         return result  # ty: ignore[invalid-explicit-return]
 
     def leave(self, error: BaseException) -> NoReturn:
-        """End a process beside the first, which tells of the error that all have met."""
-        time.sleep(TELLING)
+        """End a process other than the first, which reports the error that all have met."""
+        time.sleep(REPORTING)
         raise SystemExit(getattr(error, "code", 2))
 
-    def _end(self, told: list[tuple[type[DarsegError], str]]) -> NoReturn:
+    def _end(self, errors: list[tuple[type[DarsegError], str]]) -> NoReturn:
+        kind, text = errors[0]
         if not self.first:
-            self.leave(told[0][0](told[0][1]))
-        raise told[0][0]("\n".join(dict.fromkeys(text for _, text in told)))
+            self.leave(kind(text))
+        raise kind("\n".join(dict.fromkeys(text for _, text in errors)))
+
+    def any(self, *here: bool) -> tuple[bool, ...]:
+        """Whether each flag is set in any process. The question goes over the CPU, so no GPU is waited for."""
+        if self.count == 1:
+            return here
+        flags = torch.tensor(here, dtype=torch.int64)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return tuple(map(bool, flags))
+
+    def gather(self, names: Sequence[str]) -> list[str]:
+        """The names of all processes, sorted, each once."""
+        if self.count == 1:
+            return sorted(set(names))
+        all_names: list[Sequence[str]] = [()] * self.count
+        dist.all_gather_object(all_names, names)
+        return sorted({name for names_there in all_names for name in names_there})
+
+    # --- a training step
+
+    @property
+    def own_seed(self) -> tuple[int, ...]:
+        """What makes this process's dropout another than the first's."""
+        return (self.rank,) if self.rank else ()
+
+    def wrap(self, network: nn.Module, device: torch.device) -> nn.Module:
+        """The network, or a wrapper that averages its gradients over all processes."""
+        if self.count == 1:
+            return network
+        # Statistics are not sent from the first process before every pass: the two halves of a step are two passes, and
+        # a change between them would spoil the backward pass.
+        indices = [device.index or 0] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about a newer name of this option
+            return DistributedDataParallel(network, device_ids=indices, broadcast_buffers=False)
+
+    def gathers(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager:
+        """Exchange gradients once a step, with its last micro-batch."""
+        if isinstance(module, DistributedDataParallel) and not last:
+            return module.no_sync()
+        return contextlib.nullcontext()
+
+    def average_gradients(self, module: nn.Module) -> None:
+        """Average the gradients of a module that is not wrapped, as `wrap` does for the network."""
+        if self.count == 1:
+            return
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.count
+
+    def count_together(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The batches with divisors that are counted over all processes."""
+        if self.count == 1:
+            return list(batches)
+        counts = torch.stack([batch.count() for batch in batches])
+        dist.all_reduce(counts)
+        return [replace(batch, divisor=count) for batch, count in zip(batches, counts, strict=True)]
+
+    def add_figures(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Figures added up over all processes; the gradient's norm is the same in all."""
+        if self.count == 1:
+            return dict(figures)
+        names = sorted(set(figures) - {"gradient_norm"})
+        total = torch.stack([figures[name].float() for name in names])
+        dist.all_reduce(total)
+        return dict(zip(names, total, strict=True)) | {"gradient_norm": figures["gradient_norm"]}
+
+    def total(self, loss: Tensor) -> Tensor:
+        """The loss of the whole batch; not finite if that of any process is not."""
+        if self.count == 1:
+            return loss
+        loss = loss.clone()
+        dist.all_reduce(loss)
+        return loss
+
+    @torch.no_grad()
+    def average_statistics(self, network: nn.Module) -> None:
+        """Average BatchNorm's running statistics over processes that each saw their own share."""
+        if self.count == 1:
+            return
+        for name, buffer in network.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                dist.all_reduce(buffer)
+                buffer /= self.count

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from typing import Literal
+
 
 def poly(base: float, progress: float, power: float = 0.9) -> float:
     """base · (1 − progress)^power, progress in [0, 1] (the poly schedule of DeepLab and the release)."""
     return base * (1.0 - progress) ** power
 
 
-def rate_at(step: int, steps: int, span: tuple[float, float], base: float, power: float = 0.9) -> float:
-    """Learning rate of `step` (0-based) in a stage of `steps` that covers the fractions `span` of the curve.
+def cosine(base: float, progress: float) -> float:
+    """base · ½ (1 + cos(π · progress)), progress in [0, 1] (Loshchilov and Hutter 2017, one cycle)."""
+    return base * 0.5 * (1.0 + math.cos(math.pi * progress))
 
-    The first step runs at the span's beginning; the curve reaches the span's end after the last step.
+
+def warm_up(step: int, steps: int) -> float:
+    """The factor of the rate in the first `steps` steps: (step + 1) / steps, then 1."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the rate moves during a stage.
+
+    Attributes:
+        kind: "poly", "cosine", or "constant".
+        span: the fractions of the curve that the stage covers.
+        power: of the poly curve.
+        warm_up_steps: the rate first rises linearly over so many steps.
+        first_step_at_zero: the first step runs at rate 0, as in the release by mistake.
     """
-    begin, end = span
-    return poly(base, begin + (end - begin) * step / steps, power)
+
+    kind: Literal["poly", "cosine", "constant"] = "poly"
+    span: tuple[float, float] = (0.0, 1.0)
+    power: float = 0.9
+    warm_up_steps: int = 0
+    first_step_at_zero: bool = False
+
+    def rate(self, step: int, steps: int, base: float) -> float:
+        """The rate of `step` (0-based) of `steps`; the curve reaches the span's end after the last step."""
+        if step == 0 and self.first_step_at_zero:
+            return 0.0
+        begin, end = self.span
+        progress = begin + (end - begin) * step / steps
+        match self.kind:
+            case "poly":
+                rate = poly(base, progress, self.power)
+            case "cosine":
+                rate = cosine(base, progress)
+            case "constant":
+                rate = base
+        return rate * warm_up(step, self.warm_up_steps)

@@ -1,0 +1,26 @@
+"""What a stream of unlabeled images yields: weak and strong views of the same pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Views:
+    """Views of unlabeled images, drawn by position like batches. A method's label phase turns them into a `Batch`.
+
+    Attributes:
+        weak: uint8 [B, 3, H, W], RGB: scaled, rotated, mirrored and cropped.
+        strong: uint8 [V, B, 3, H, W]: the same pixels with other colors and blurred; V may be 0.
+        inside: bool [B, H, W]: False where the crop reached beyond the image and was padded.
+        boxes: int32 [V, B, 4]: top, left, bottom, right of the region to mix; an empty box mixes nothing.
+        ids: of the samples, B of them.
+    """
+
+    weak: Tensor
+    strong: Tensor
+    inside: Tensor
+    boxes: Tensor
+    ids: tuple[str, ...]

@@ -1,0 +1,55 @@
+"""Self-training in rounds (DARS, section 3): labeled images and images with the pseudo labels of the round before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from darseg.data.batches import Batch
+from darseg.training.loss import supervised
+from darseg.training.method import Feed, Figures, Learner, Method
+
+
+def self_training(
+    learner: Learner,
+    *,
+    batch: int,
+    pseudo_batch: int = 0,
+    auxiliary_weight: float = 0.0,
+    pseudo_weight: float = 1.0,
+) -> Method:
+    """CE(labeled) + pseudo_weight · CE(pseudo-labeled), each with the auxiliary loss.
+
+    Args:
+        learner: the network with its optimizer.
+        batch, pseudo_batch: images of a step with true and with pseudo labels; 0: labeled images alone.
+        auxiliary_weight: of the auxiliary head's loss (the release: 0.4 for PSPNet).
+        pseudo_weight: λ of the paper.
+    """
+    feeds = [Feed("labeled", batch)]
+    if pseudo_batch:
+        feeds.append(Feed("pseudo", pseudo_batch))
+
+    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
+        return self_training_loss(network, batches, auxiliary_weight, pseudo_weight=pseudo_weight)
+
+    return Method(feeds=tuple(feeds), learners=(learner,), loss=loss)
+
+
+def self_training_loss(
+    network: Callable, batches: Sequence[Batch], auxiliary_weight: float, pseudo_weight: float = 1.0
+) -> tuple[Tensor, Figures]:
+    """The loss of one step, a scalar, and its detached parts by name.
+
+    The labeled and the pseudo-labeled batch go through the network one after the other, so that BatchNorm sees them
+    apart, as in the release.
+    """
+    labeled, *pseudo = batches
+    loss = supervised(network, labeled, auxiliary_weight)
+    figures = {"loss_labeled": loss.detach()}
+    for batch in pseudo:
+        part = supervised(network, batch, auxiliary_weight)
+        figures["loss_pseudo"] = part.detach()
+        loss = loss + pseudo_weight * part
+    return loss, figures | {"loss": loss.detach()}

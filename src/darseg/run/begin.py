@@ -1,0 +1,115 @@
+"""What a run does before its first step, and what it says as it begins or goes on."""
+
+from __future__ import annotations
+
+import json
+import platform
+
+import cv2
+import numpy as np
+import torch
+
+import darseg
+from darseg.data.manifest import reading_notes
+from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
+from darseg.run.course import Course
+from darseg.run.directory import RecipeChanges, write_json, written_since
+from darseg.run.plan import describe_shares
+
+FREE_KEYS = (
+    "threads",
+    "training.cache",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "training.workers",
+)
+"""Keys of the recipe that may change when a run is resumed: they cannot change the result (threads: its last bits)."""
+
+
+def environment(processes: int) -> dict:
+    """What a run's bytes can depend on besides the recipe and the data."""
+    device = pick_device()
+    return {
+        "darseg": darseg.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "opencv": cv2.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
+
+
+def announce(course: Course, weights_from: str, *, locked: bool, changes: RecipeChanges) -> None:
+    """Say what begins or goes on, with everything that a user should know before hours of work."""
+    run, journal, now = course.run, course.journal, environment(course.processes.count)
+    counts = ", ".join(
+        f"{len(samples)} {role}" for role, samples in course.manifest.roles().items() if samples
+    )
+    if run.environment.exists():
+        journal.event("resumed", environment=now)
+        journal.say(f"Going on in {run.root}: {counts}")
+        _say_what_changed(course, now, changes)
+    else:
+        write_json(run.environment, now)
+        journal.event("started", environment=now, weights=weights_from)
+        journal.say(f"New run in {run.root}: {counts}")
+    journal.say(f"Initial weights: {weights_from}")
+    _warn_of_machine(course)
+    for note in reading_notes(course.manifest):
+        journal.event("note", text=note)
+        journal.say(note)
+    names = course.manifest.classes.names
+    absent = [name for name, count in zip(names, course.counts, strict=True) if not count]
+    if absent:
+        journal.warn(f"absent from all labeled masks, so never pseudo-labeled: {', '.join(absent)}")
+    if course.processes.count > 1:
+        journal.say(describe_shares(course.rounds, course.processes.count))
+    if not locked:
+        journal.warn(
+            f"{run.root} is on a file system without locks. A second process that works in this folder at the same time "
+            "would not be noticed."
+        )
+    journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
+
+
+def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None:
+    """Warn of what makes a resumed run differ from an uninterrupted one."""
+    run, journal = course.run, course.journal
+    if changes.free:
+        journal.event("recipe_changed", keys=list(changes.free))
+        journal.say(f"Changed in the recipe, without effect on the result: {'; '.join(changes.free)}")
+    first = json.loads(run.environment.read_text())
+    changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]
+    if changed:
+        journal.warn(
+            f"the environment is not that of the start, so last bits may differ: {'; '.join(changed)}"
+        )
+    if first.get("processes", now["processes"]) != now["processes"]:
+        journal.warn(
+            "with another number of processes, dropout and BatchNorm's groups of images change: the result is equal in "
+            "distribution, not in bits"
+        )
+    if newer := written_since(course.manifest, run.environment.stat().st_mtime):
+        journal.event("data_written", files=len(newer))
+        journal.warn(
+            f"{len(newer)} data file(s) were written after this run began; the first is {newer[0]}. All sizes are the "
+            "same, so the run goes on. If the content changed, start another run with --out NEW_FOLDER."
+        )
+
+
+def _warn_of_machine(course: Course) -> None:
+    """Warn of what the recipe asks for and this machine does not do well."""
+    training, journal = course.recipe.training, course.journal
+    if training.precision == "bf16" and bf16_is_emulated():
+        journal.warn(
+            "training.precision bf16: this processor lacks the instructions for it (AVX-512), so it is emulated and many "
+            "times slower than fp32. Use training.precision=fp32 on this machine."
+        )
+    if training.sync_batchnorm and pick_device().type == "cpu":
+        journal.warn(
+            "training.sync_batchnorm: PyTorch has SyncBatchNorm on GPUs only. Here BatchNorm sees the images of its own "
+            "process, and the running statistics are averaged."
+        )

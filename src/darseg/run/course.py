@@ -1,0 +1,43 @@
+"""What all steps of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from darseg.config.recipe import Recipe
+from darseg.data.manifest import Manifest
+from darseg.run.directory import RunDirectory
+from darseg.run.journal import Journal
+from darseg.run.plan import Round
+from darseg.run.signals import Stop
+from darseg.training.processes import Processes
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run as its steps see it.
+
+    Attributes:
+        data: role → digest of its samples.
+        counts: labeled pixels per class, [K]: the prior.
+        reuse: another run folder, whose steps are copied if their inputs are the same.
+        after_round: called with the run folder after each round.
+    """
+
+    recipe: Recipe
+    run: RunDirectory
+    manifest: Manifest
+    data: Mapping[str, str]
+    counts: Sequence[int]
+    rounds: Sequence[Round]
+    reuse: RunDirectory | None
+    journal: Journal
+    processes: Processes
+    stop: Stop
+    after_round: Callable[[Path], object] | None
+
+    def path(self, round_: Round, name: str) -> Path:
+        """A file in the folder of a round."""
+        return self.run.round(round_.index) / name

@@ -1,0 +1,207 @@
+"""What each round does: its steps, schedule, batches, and the method that trains its network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from darseg.config.recipe import Recipe
+from darseg.data.augment import Augmentation
+from darseg.errors import RecipeError, faults
+from darseg.methods.self_training import self_training
+from darseg.model.network import Network
+from darseg.model.recompute import recompute_blocks
+from darseg.run.build import auxiliary_weight_of, pick_device
+from darseg.training.method import Learner, Method
+from darseg.training.optimize import SGD, OptimizerKind, faster_heads
+from darseg.training.schedule import Schedule
+from darseg.training.stage import Stage
+
+REPORT_EVERY = 10
+"""Steps between figures in the journal and on TensorBoard."""
+
+
+def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]) -> Augmentation:
+    how = recipe.augmentation
+    return Augmentation(
+        crop=recipe.training.crop,
+        scale=tuple(recipe.rounds[round_index].scale or how.scale),
+        rotate=how.rotate,
+        blur=how.blur,
+        mirror=how.mirror,
+        fill=fill,
+    )
+
+
+@dataclass(frozen=True)
+class LearnerSettings:
+    """How the network learns: plain values, in the terms of the recipe."""
+
+    learning_rate: float
+    head_factor: float
+    optimizer: OptimizerKind = field(default_factory=SGD)
+    stage4_as_head: bool = False
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round: what it labels, how long it trains, on which part of the schedule.
+
+    Attributes:
+        labeling_ratio: share of the unlabeled pixels to label before training; None in round 0, and in
+            all rounds where a global threshold decides.
+        span: fractions of the poly curve its steps cover.
+        batch: labeled images a step; pseudo_batch: pseudo-labeled images a step (0 in round 0).
+        epoch_steps: steps of one epoch; epochs: how many, None where the recipe counts in steps.
+        micro_batch: images per forward pass.
+    """
+
+    index: int
+    labeling_ratio: float | None
+    augmentation: Augmentation
+    steps: int
+    span: tuple[float, float]
+    learning_rate: float
+    batch: int
+    pseudo_batch: int
+    epoch_steps: int
+    epochs: int | None
+    micro_batch: int
+
+
+def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
+    """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
+
+    Images are the labeled ones in round 0, the unlabeled ones later, unless the round says otherwise (epoch_over).
+    Raises RecipeError where rounds need unlabeled images and there are none.
+    """
+    if len(recipe.rounds) > 1 and unlabeled == 0:
+        raise RecipeError(
+            f"{len(recipe.rounds)} rounds are wanted, but there are no unlabeled images: rounds after the first "
+            "learn from those. Set data.unlabeled, or keep only the first round."
+        )
+    half = recipe.training.half_batch or recipe.training.batch // 2
+    rounds = []
+    for index, (config, span) in enumerate(zip(recipe.rounds, recipe.spans(), strict=True)):
+        batch = recipe.training.batch if index == 0 else half
+        over = config.epoch_over or ("labeled" if index == 0 else "unlabeled")
+        epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // batch)
+        rounds.append(
+            Round(
+                index=index,
+                labeling_ratio=config.labeling_ratio,
+                augmentation=augmentation_of(recipe, index, fill),
+                steps=config.steps or (config.epochs or 0) * epoch_steps,
+                span=span,
+                learning_rate=config.learning_rate or recipe.training.learning_rate,
+                batch=batch,
+                pseudo_batch=0 if index == 0 else half,
+                epoch_steps=epoch_steps,
+                epochs=config.epochs,
+                micro_batch=min(batch, recipe.training.micro_batch or batch),
+            )
+        )
+    return rounds
+
+
+def stage_of(recipe: Recipe, round_: Round) -> Stage:
+    """The stage of a round's training."""
+    training = recipe.training
+    schedule = Schedule(
+        span=round_.span,
+        power=training.power,
+        first_step_at_zero=recipe.release_quirks and round_.index > 0,
+    )
+    return Stage(
+        steps=round_.steps,
+        schedule=schedule,
+        precision=training.precision,
+        seed=(recipe.seed, round_.index),
+        checkpoint_every=training.checkpoint_every,
+        micro_batch=training.micro_batch,
+        report_every=REPORT_EVERY,
+        compile=training.compile,
+    )
+
+
+def learner_settings(recipe: Recipe, round_: Round) -> LearnerSettings:
+    """How the network learns in a round."""
+    training = recipe.training
+    return LearnerSettings(
+        learning_rate=round_.learning_rate,
+        head_factor=training.head_factor,
+        optimizer=SGD(momentum=training.momentum, weight_decay=training.weight_decay),
+        stage4_as_head=recipe.release_quirks and recipe.network.architecture == "deeplabv2",
+    )
+
+
+def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
+    """The method that trains `network` in a round. Self-training is the only one so far."""
+    settings = learner_settings(recipe, round_)
+    learner = Learner(
+        name="network",
+        module=network,
+        learning_rate=settings.learning_rate,
+        optimizer=settings.optimizer,
+        rate_factor=faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head),
+    )
+    return self_training(
+        learner,
+        batch=round_.batch,
+        pseudo_batch=round_.pseudo_batch,
+        auxiliary_weight=auxiliary_weight_of(recipe),
+        pseudo_weight=recipe.training.pseudo_weight,
+    )
+
+
+def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
+    """What the recipe asks of a network besides its weights, before its first stage: once per network.
+
+    Raises RecipeError for what cannot be.
+    """
+    if syncs_batchnorm(recipe, processes):
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if recipe.training.recompute:
+        recompute_blocks(network)
+
+
+def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
+    """Whether BatchNorm sees the images of all processes: on GPUs alone, as PyTorch has it; by default for PSPNet,
+    as in the release."""
+    wanted = recipe.training.sync_batchnorm
+    if wanted is None:
+        wanted = recipe.network.architecture == "pspnet"
+    return wanted and processes > 1 and pick_device().type == "cuda"
+
+
+def describe_shares(rounds: Sequence[Round], processes: int) -> str:
+    """What each process does of every batch."""
+    shares = ", ".join(
+        f"round {one.index}: {one.batch // processes}"
+        + (f" + {one.pseudo_batch // processes}" if one.pseudo_batch else "")
+        for one in rounds
+    )
+    return f"{processes} processes share every batch (images of each, {shares}), the images to label and to evaluate"
+
+
+def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
+    """Raise RecipeError where batches cannot be divided among the processes."""
+    wrong = []
+    for name, size in {
+        "batch": rounds[0].batch,
+        **({"half_batch": rounds[-1].batch} if len(rounds) > 1 else {}),
+    }.items():
+        own, micro = size // processes, recipe.training.micro_batch
+        if size % processes:
+            wrong.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
+        elif micro and own > micro and own % micro:
+            wrong.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
+        elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture == "pspnet":
+            wrong.append(
+                f"training.{name}: {own} image for each of {processes} processes; BatchNorm over the 1x1 bin of the "
+                "pyramid needs two"
+            )
+    if wrong:
+        raise RecipeError(faults(f"Batches are global, and {processes} processes share them", wrong))

@@ -1,0 +1,184 @@
+"""Label: pseudo labels for the unlabeled images, by the network of the round before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from darseg.data.classes import ClassSet
+from darseg.data.files import write_whole
+from darseg.data.labels import read_label
+from darseg.data.manifest import Sample, count_pixels
+from darseg.pseudo.distribution import count_labels
+from darseg.pseudo.histogram import ConfidenceHistogram
+from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
+from darseg.pseudo.redistribute import chooser, scale_of
+from darseg.pseudo.thresholds import Thresholds
+from darseg.run.build import labeling_protocol, load_to_predict, masks
+from darseg.run.course import Course
+from darseg.run.directory import StepRecord, write_json
+from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
+from darseg.run.label import check_disk, label_samples, network_predictor
+from darseg.run.marks import fix_excluded, without
+from darseg.run.plan import Round
+from darseg.run.remedies import explain_memory, less_to_predict
+from darseg.run.settings import Inputs, digest_settings
+from darseg.run.steps.step import Step, Work, complete
+from darseg.training.scores import Scores
+
+HISTOGRAM, THRESHOLDS, FACTS, SCORES = "histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json"
+
+
+def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], StepRecord]:
+    """Pseudo-label the unlabeled images; all processes together.
+
+    Images that were marked as bad when the round began are left out; the round keeps its planned number of steps.
+
+    Args:
+        before: digest of the network of the round before.
+
+    Returns:
+        the unlabeled samples with their new label maps, and the step's record.
+    """
+    run, index = course.run, round_.index
+    excluded = course.processes.from_first(lambda: fix_excluded(run, index, course.manifest.unlabeled))
+    unlabeled = without(course.manifest.unlabeled, excluded)
+    step = Step(
+        "label",
+        index,
+        _inputs(course, round_, before, excluded=excluded),
+        work=lambda: _label(course, round_, unlabeled),
+        tidy=lambda: _tidy(course, index),
+    )
+    record = complete(course, step)
+    return run.label_set(index).samples(unlabeled), record
+
+
+def _inputs(course: Course, round_: Round, before: str, *, excluded: Sequence[str]) -> Inputs:
+    labeling, protocol = course.recipe.labeling, labeling_protocol(course.recipe)
+    settings = {
+        "method": labeling.method,
+        "ratio": round_.labeling_ratio,
+        "threshold": labeling.threshold,
+        "confidence": labeling.confidence,
+        "sampling": labeling.sampling,
+        "seed": course.recipe.seed,
+    }
+    try:
+        earlier = [digest_format_1(protocol=as_format_1(protocol), **settings)]
+    except LaterSetting:
+        earlier = []
+    digests = {
+        "settings": digest_settings(protocol=protocol, **settings),
+        "labeled": course.data["labeled"],
+        "unlabeled": course.data["unlabeled"],
+        "network": before,
+    }
+    if excluded:
+        digests["excluded"] = digest_settings(ids=list(excluded))
+    return Inputs(digests, earlier)
+
+
+def _label(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> Work:
+    """The work of all processes: predict, count, choose thresholds, assign."""
+    run, journal, index, labeling = course.run, course.journal, round_.index, course.recipe.labeling
+    protocol, scale = labeling_protocol(course.recipe), scale_of(labeling.confidence)
+    waiting = None if labeling.predict_twice else run.predictions(index)
+    course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
+    network = load_to_predict(run.network(index - 1))
+    with explain_memory(less_to_predict(course.recipe, "labeling", protocol)):
+        labels = label_samples(
+            unlabeled,
+            len(course.manifest.classes),
+            network_predictor(network, lambda image: protocol, scale, waiting),
+            partial(_choose, course, round_),
+            scale,
+            course.recipe.seed,
+            index,
+            run.labels(index),
+            course.path(round_, HISTOGRAM),
+            course.processes,
+            lambda title, total: journal.progress(f"round {index}: {title}", total),
+            run.round(index),
+        )
+    outputs = ["labels", HISTOGRAM, THRESHOLDS, FACTS]
+    if any(sample.label for sample in unlabeled):
+        outputs.append(SCORES)
+    return Work(outputs, partial(_write, course, round_, labels, unlabeled))
+
+
+def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None:
+    """Remove what may be of another labeling, see that the disk has room, and say what is left out."""
+    run, journal, index = course.run, course.journal, round_.index
+    histogram, thresholds = course.path(round_, HISTOGRAM), course.path(round_, THRESHOLDS)
+    if thresholds.exists():
+        # All maps were written but not recorded; or the record was deleted, to label again.
+        shutil.rmtree(run.labels(index), ignore_errors=True)
+        histogram.unlink(missing_ok=True)
+        thresholds.unlink()
+        run.drop_facts_logs(index)
+    if not course.recipe.labeling.predict_twice and not histogram.exists():
+        check_disk(run.root, count_pixels(unlabeled), "set labeling.predict_twice=true")
+    total = len(course.manifest.unlabeled)
+    if excluded := total - len(unlabeled):
+        journal.event("excluded", round=index, images=excluded, of=total)
+        journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
+
+
+def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Thresholds:
+    labeling = course.recipe.labeling
+    choose = chooser(
+        labeling.method, course.counts, round_.labeling_ratio, labeling.threshold, labeling.sampling
+    )
+    return choose(histogram)
+
+
+def _tidy(course: Course, index: int) -> None:
+    course.run.drop_facts_logs(index)
+    if not course.recipe.labeling.keep_predictions:
+        shutil.rmtree(course.run.predictions(index), ignore_errors=True)
+
+
+def _write(
+    course: Course, round_: Round, labels: PseudoLabelSet, unlabeled: Sequence[Sample]
+) -> Mapping[str, Any]:
+    """Write how the label maps came about. Returns the facts of the step."""
+    run, journal, index = course.run, course.journal, round_.index
+    classes, histogram = course.manifest.classes, labels.histogram
+    never = [
+        name
+        for name, predicted in zip(classes.names, labels.thresholds.predicted, strict=True)
+        if predicted == 0
+    ]
+    if never:
+        journal.warn(f"round {index}: never predicted, so not pseudo-labeled: {', '.join(never)}")
+    share = float(labels.kept.sum() / max(1, histogram.predicted.sum()))
+    facts: dict[str, Any] = {"share": round(share, 4)}
+    known = [sample for sample in unlabeled if sample.label]
+    if known:
+        scores = pseudo_scores(known, labels, classes)
+        truth = count_labels(masks(known), len(classes))
+        described = scores.to_json(classes.names) | {"truth": truth.tolist()}
+        write_json(course.path(round_, SCORES), described)
+        facts["pixel_accuracy"] = round(scores.pixel_accuracy, 4) if scores.confusion.any() else None
+    logs = read_facts_logs(run.facts_logs(index), len(classes))
+    facts_of_images = {sample.id: logs[sample.id].to_json() for sample in unlabeled if sample.id in logs}
+    write_whole(course.path(round_, FACTS), json.dumps(facts_of_images) + "\n")
+    write_json(course.path(round_, THRESHOLDS), labels.to_json())
+    right = f"; {facts['pixel_accuracy']:.3f} of them are right" if facts.get("pixel_accuracy") else ""
+    journal.say(
+        f"round {index}: {course.recipe.labeling.method} labeled {facts['share']:.3f} of the unlabeled pixels{right}"
+    )
+    return facts
+
+
+def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:
+    """Scores of pseudo labels against the truth that some unlabeled images happen to have: measured, never used."""
+    scores = Scores.empty(len(classes))
+    for (_, truth), sample in zip(masks(samples), labels.samples(samples), strict=True):
+        assert sample.label is not None
+        scores = scores.plus(truth, read_label(sample.label))
+    return scores

@@ -1,0 +1,80 @@
+"""How a step is done: finished? → do → record. The only place that decides it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from darseg.run.course import Course
+from darseg.run.directory import StepRecord
+from darseg.run.settings import Inputs
+
+Name = Literal["label", "train", "evaluate"]
+
+EVENTS: Mapping[Name, str] = {"label": "labeled", "train": "trained", "evaluate": "evaluated"}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is left to do when a step's work is done.
+
+    Attributes:
+        outputs: files and folders of the round that the step leaves, by name; their digests are recorded.
+        write: writes what is not written yet and returns facts to record; called by the first process.
+        seconds_before: of earlier calls that were stopped.
+    """
+
+    outputs: Sequence[str]
+    write: Callable[[], Mapping[str, Any]]
+    seconds_before: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a round.
+
+    Attributes:
+        inputs: digests of what goes in.
+        work: does it; called by all processes together.
+        tidy: removes temporary files; called by the first process after the record is written, and again if a kill came
+            between the two.
+    """
+
+    name: Name
+    round_index: int
+    inputs: Inputs
+    work: Callable[[], Work]
+    tidy: Callable[[], None] = lambda: None
+
+
+def complete(course: Course, step: Step) -> StepRecord:
+    """The record of a step; the step is done first, unless it is finished with the same inputs."""
+    run, processes, index = course.run, course.processes, step.round_index
+
+    def look() -> StepRecord | None:
+        record = run.finished(index, step.name, step.inputs, course.reuse)
+        if record is not None:
+            step.tidy()
+        return record
+
+    record = processes.from_first(look)
+    if record is not None:
+        return record
+    began = time.monotonic()
+    work = step.work()
+    elapsed = time.monotonic() - began
+
+    def write() -> StepRecord:
+        started = time.monotonic()
+        facts = work.write()
+        seconds = work.seconds_before + elapsed + time.monotonic() - started
+        record = run.finish(
+            index, step.name, inputs=step.inputs, outputs=work.outputs, seconds=seconds, facts=facts
+        )
+        step.tidy()
+        course.journal.event(EVENTS[step.name], round=index, seconds=round(record.seconds, 1), **facts)
+        return record
+
+    return processes.from_first(write)

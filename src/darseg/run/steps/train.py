@@ -1,0 +1,265 @@
+"""Train: one round's network, in place and into the run folder."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from darseg.data.augment import Augmentation
+from darseg.data.batches import Batch, StreamPlace, stream_batches
+from darseg.data.dataset import Cache
+from darseg.data.manifest import Sample
+from darseg.errors import RunError, faults
+from darseg.model.network import Network, NetworkSpec
+from darseg.model.weights import load_network, save_network
+from darseg.run.build import auxiliary_weight_of, pick_device, spec_of
+from darseg.run.course import Course
+from darseg.run.directory import StepRecord, digest_path
+from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage_format_1
+from darseg.run.machine import cache_limit, workers_for
+from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
+from darseg.run.remedies import explain_memory, less_to_train
+from darseg.run.settings import Inputs, digest_settings
+from darseg.run.steps.step import Step, Work, complete
+from darseg.training.checkpoint import OPTIMIZER, Checkpoint, load_checkpoint, save_checkpoint
+from darseg.training.method import Feed
+from darseg.training.stage import Stage, StepReport, run_stage
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Everything about a round's training that can change its result."""
+
+    stage: Stage
+    learner: LearnerSettings
+    augmentation: Augmentation
+    batch: tuple[int, int]
+    auxiliary_weight: float
+    network: NetworkSpec
+    pseudo_weight: float | None = None
+    recompute: bool = False
+
+    def digest(self) -> str:
+        """The digest that a record holds."""
+        # These two change nothing in the result.
+        unaffected = replace(
+            self.stage, checkpoint_every=Stage.checkpoint_every, report_every=Stage.report_every
+        )
+        return digest_settings(settings=replace(self, stage=unaffected))
+
+    def earlier_digests(self) -> list[str]:
+        """What earlier formats of the run folder recorded for these settings."""
+        learner = asdict(self.learner)
+        del learner["optimizer"]
+        try:
+            return [
+                digest_format_1(
+                    stage=stage_format_1(self.stage, self.learner.optimizer, **learner),
+                    augmentation=as_format_1(self.augmentation),
+                    batch=self.batch,
+                    auxiliary_weight=self.auxiliary_weight,
+                    pseudo_weight=self.pseudo_weight,
+                    network=as_format_1(self.network),
+                    recompute=self.recompute,
+                )
+            ]
+        except LaterSetting:
+            return []
+
+
+def train_round(
+    course: Course, round_: Round, before: str, *, pseudo: Sequence[Sample], network: Network
+) -> StepRecord:
+    """Train one round's network; all processes together.
+
+    Args:
+        before: digest of the network as the round begins.
+        pseudo: the unlabeled samples with their pseudo labels; empty in round 0.
+        network: trained in place, unless the step is finished already.
+    """
+    run, recipe, index = course.run, course.recipe, round_.index
+    settings = TrainSettings(
+        stage=stage_of(recipe, round_),
+        learner=learner_settings(recipe, round_),
+        augmentation=round_.augmentation,
+        batch=(round_.batch, round_.pseudo_batch),
+        auxiliary_weight=auxiliary_weight_of(recipe),
+        network=spec_of(recipe),
+        pseudo_weight=recipe.training.pseudo_weight if pseudo else None,
+        recompute=recipe.training.recompute,
+    )
+    digests = {
+        "settings": settings.digest(),
+        "labeled": course.data["labeled"],
+        "labels": digest_path(run.labels(index)) if pseudo else "none",
+        "network": before,
+    }
+    training = _Training(course, round_, settings.stage, pseudo, network)
+    step = Step(
+        "train",
+        index,
+        Inputs(digests, settings.earlier_digests()),
+        work=training.run,
+        tidy=lambda: run.drop_checkpoints(index),
+    )
+    return complete(course, step)
+
+
+@dataclass(frozen=True)
+class _Training:
+    """A round's training at work."""
+
+    course: Course
+    round: Round
+    stage: Stage
+    pseudo: Sequence[Sample]
+    network: Network
+
+    def run(self) -> Work:
+        """Train from the latest checkpoint, or from the network of the round before."""
+        course, index, stage = self.course, self.round.index, self.stage
+        run, journal = course.run, course.journal
+        begin, seconds_before = self._latest_checkpoint(), 0.0
+        optimizer_before = None
+        if index > 0:
+            self.network.load_state_dict(load_network(run.network(index - 1)).state_dict())
+            optimizer_before = load_checkpoint(run.optimizer(index - 1)).parts[OPTIMIZER]
+        if begin is not None:
+            saved = [
+                e for e in journal.events("checkpoint") if (e["round"], e["step"]) == (index, begin.step)
+            ]
+            seconds_before = saved[-1]["seconds"] if saved else 0.0
+            journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
+        method = method_of(course.recipe, self.round, self.network)
+        first = begin.step if begin else 0
+        with (
+            journal.progress(f"round {index}: train", stage.steps, first) as advance,
+            course.stop.patiently() as stop,
+            explain_memory(less_to_train(course.recipe, self.round, course.processes.count)),
+        ):
+            end = run_stage(
+                method,
+                self._streams(method.feeds),
+                stage,
+                begin=begin,
+                optimizer_before=optimizer_before,
+                on_step=lambda report: self._report(report, advance),
+                on_checkpoint=self._saver(seconds_before),
+                stop=stop,
+            )
+        result = method.outcome(method.state, self.network)
+        assert isinstance(result, Network)
+
+        def write() -> Mapping[str, Any]:
+            save_network(result, run.network(index), spec_of(course.recipe))
+            save_checkpoint(end.without_network(), run.optimizer(index))
+            return {"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]}
+
+        outputs = [run.network(index).name, run.optimizer(index).name]
+        return Work(outputs, write, seconds_before)
+
+    def _rate(self, step: int) -> float:
+        return self.stage.schedule.rate(step, self.stage.steps, self.round.learning_rate)
+
+    def _latest_checkpoint(self) -> Checkpoint | None:
+        """The checkpoint to go on from; the first process finds it and removes damaged later ones."""
+        course = self.course
+        whole: list[Checkpoint] = []  # the first process reads it to see whether it is whole
+
+        def find() -> Path | None:
+            path, checkpoint = usable_checkpoint(course, self.round.index)
+            if checkpoint is not None:
+                whole.append(checkpoint)
+            return path
+
+        path = course.processes.from_first(find)
+        if path is None:
+            return None
+        return whole[0] if whole else load_checkpoint(path)
+
+    def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Batch]]]:
+        """First step → the streams that the method asks for."""
+        course, recipe, processes = self.course, self.course.recipe, self.course.processes
+        samples = {"labeled": course.manifest.labeled, "pseudo": tuple(self.pseudo)}
+        cache = Cache(cache_limit(recipe.training.cache, processes.here_together))
+        place = StreamPlace(
+            rank=processes.rank,
+            processes=processes.count,
+            workers=workers_for(recipe.training.workers, processes.here_together, len(feeds)),
+            pin=pick_device().type == "cuda",
+        )
+
+        def streams(first: int) -> Sequence[Iterator[Batch]]:
+            return [
+                stream_batches(
+                    samples[feed.role],
+                    course.manifest.classes,
+                    self.round.augmentation,
+                    batch_size=feed.size,
+                    seed=(recipe.seed, self.round.index, number),
+                    start=first,
+                    place=place,
+                    load=cache.load,
+                )
+                for number, feed in enumerate(feeds)
+            ]
+
+        return streams
+
+    def _report(self, report: StepReport, advance: Callable[[str], None]) -> None:
+        """Note a step in the journal and on TensorBoard, if it is one whose figures are those of all processes."""
+        note, journal = "", self.course.journal
+        if self.stage.reports(report.step):
+            # fp16 skips steps whose gradient is beyond its range: they have no norm.
+            numbers = {name: float(value) for name, value in report.figures.items()}
+            values = {
+                name: round(value, 6) if math.isfinite(value) else None for name, value in numbers.items()
+            }
+            fields = {"learning_rate": report.rate, **values, "waiting_for_data": round(report.waiting, 4)}
+            journal.event("step", round=self.round.index, step=report.step, **fields)
+            steps_before = sum(planned.steps for planned in self.course.rounds[: self.round.index])
+            journal.scalars(steps_before + report.step, "train", fields)
+            note = (
+                f"loss {numbers['loss']:.3f}, rate {report.rate:.2e}, {report.waiting:.0%} waiting for data"
+            )
+        advance(note)
+
+    def _saver(self, seconds_before: float) -> Callable[[Checkpoint], None]:
+        """Save a checkpoint and drop old ones; done by the first process."""
+        course, index, began = self.course, self.round.index, time.monotonic()
+
+        def save(checkpoint: Checkpoint) -> None:
+            if not course.processes.first:
+                return
+            save_checkpoint(checkpoint, course.run.checkpoint(index, checkpoint.step))
+            course.run.drop_checkpoints(index, course.recipe.training.keep_checkpoints)
+            seconds = round(seconds_before + time.monotonic() - began, 1)
+            course.journal.event("checkpoint", round=index, step=checkpoint.step, seconds=seconds)
+
+        return save
+
+
+def usable_checkpoint(course: Course, index: int) -> tuple[Path | None, Checkpoint | None]:
+    """The latest checkpoint of a round that can be read, and its path; None if there is no checkpoint.
+
+    Removes damaged ones after it, with a warning. Raises RunError, naming all, if none of those there can be read.
+    """
+    damaged: dict[Path, RunError] = {}
+    for path in course.run.checkpoints(index):
+        try:
+            checkpoint = load_checkpoint(path)
+        except RunError as error:
+            damaged[path] = error
+            continue
+        for damaged_path in damaged:
+            # Otherwise it would count as the newest of the checkpoints we keep.
+            course.journal.warn(f"{damaged_path} is damaged and was removed; going back to {path.name}")
+            damaged_path.unlink()
+        return path, checkpoint
+    if damaged:
+        raise RunError(faults("No checkpoint of this round can be read", list(map(str, damaged.values()))))
+    return None, None
