@@ -44,6 +44,8 @@ def environment(processes: int) -> dict:
 
 def announce(course: Course, weights_from: str, *, locked: bool, changes: RecipeChanges) -> None:
     """Say what begins or goes on, with everything that a user should know before hours of work."""
+    if not course.processes.first:
+        return
     run, journal, now = course.run, course.journal, environment(course.processes.count)
     counts = ", ".join(
         f"{len(samples)} {role}" for role, samples in course.manifest.roles().items() if samples

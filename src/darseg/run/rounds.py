@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 
@@ -82,9 +82,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
         counts, locked, changes = processes.from_first(lambda: begin(stack))
-        written = (run.journal, run.tensorboard) if processes.first else (None, None)
-        journal = Journal(*written, console)
-        stack.callback(journal.close)
+        journal = stack.enter_context(_journal(run, processes, console))
         course = Course(
             recipe=recipe,
             run=run,
@@ -99,9 +97,19 @@ def train(
             after_round=after_round,
         )
         with _ending(course):
-            if processes.first:
-                announce(course, weights_from, locked=locked, changes=changes)
+            announce(course, weights_from, locked=locked, changes=changes)
             return run_rounds(course, network)
+
+
+@contextlib.contextmanager
+def _journal(run: RunDirectory, processes: Processes, console: Console) -> Generator[Journal]:
+    """The run's journal; that of a process other than the first writes nothing."""
+    paths = (run.journal, run.tensorboard) if processes.first else (None, None)
+    journal = Journal(*paths, console)
+    try:
+        yield journal
+    finally:
+        journal.close()
 
 
 def run_rounds(course: Course, network: Network) -> dict:
