@@ -14,6 +14,7 @@ from typing import Any
 from darseg.data.augment import Augmentation
 from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol
+from darseg.pseudo.labeling import Labeling
 from darseg.run.settings import default_of, digest_text
 from darseg.training.optimize import SGD, OptimizerKind
 from darseg.training.schedule import Schedule
@@ -32,6 +33,7 @@ FIELDS: Mapping[type, Sequence[str]] = {
         "class_colors",
         "release_classifier",
     ),
+    Labeling: ("method", "ratio", "threshold", "confidence", "sampling"),
     Protocol: ("window", "base_size", "mirror", "scales", "bf16"),
     SGD: ("momentum", "weight_decay"),
     Schedule: ("span", "power", "first_step_at_zero"),

@@ -12,11 +12,11 @@ from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, count_pixels
-from darseg.pseudo.distribution import count_labels
+from darseg.data.prediction import SCALES
+from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
-from darseg.pseudo.redistribute import chooser, scale_of
-from darseg.pseudo.thresholds import Thresholds
+from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.build import labeling_protocol, load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
@@ -58,21 +58,14 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
 
 
 def _inputs(course: Course, round_: Round, before: str, *, excluded: Sequence[str]) -> Inputs:
-    labeling, protocol = course.recipe.labeling, labeling_protocol(course.recipe)
-    settings = {
-        "method": labeling.method,
-        "ratio": round_.labeling_ratio,
-        "threshold": labeling.threshold,
-        "confidence": labeling.confidence,
-        "sampling": labeling.sampling,
-        "seed": course.recipe.seed,
-    }
+    protocol, seed = labeling_protocol(course.recipe), course.recipe.seed
+    labeling = course.recipe.labeling.at(round_.labeling_ratio)
     try:
-        earlier = [digest_format_1(protocol=as_format_1(protocol), **settings)]
+        earlier = [digest_format_1(protocol=as_format_1(protocol), **as_format_1(labeling), seed=seed)]
     except LaterSetting:
         earlier = []
     digests = {
-        "settings": digest_settings(protocol=protocol, **settings),
+        "settings": digest_settings(protocol=protocol, labeling=labeling, seed=seed),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
         "network": before,
@@ -85,7 +78,7 @@ def _inputs(course: Course, round_: Round, before: str, *, excluded: Sequence[st
 def _label(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> Work:
     """The work of all processes: predict, count, choose thresholds, assign."""
     run, journal, index, labeling = course.run, course.journal, round_.index, course.recipe.labeling
-    protocol, scale = labeling_protocol(course.recipe), scale_of(labeling.confidence)
+    protocol, scale = labeling_protocol(course.recipe), SCALES[labeling.confidence]
     waiting = None if labeling.predict_twice else run.predictions(index)
     course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
     network = load_to_predict(run.network(index - 1))
@@ -129,11 +122,8 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
 
 
 def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Thresholds:
-    labeling = course.recipe.labeling
-    choose = chooser(
-        labeling.method, course.counts, round_.labeling_ratio, labeling.threshold, labeling.sampling
-    )
-    return choose(histogram)
+    labeling = course.recipe.labeling.at(round_.labeling_ratio)
+    return choose_thresholds(histogram, labeling, ClassDistribution.from_counts(course.counts))
 
 
 def _tidy(course: Course, index: int) -> None:
