@@ -40,9 +40,10 @@ class WatchedStep:
 
 @torch.no_grad()
 def gradient_norm(module: nn.Module) -> Tensor:
-    """The Euclidean norm over all gradients of a module, float32 []."""
+    """The Euclidean norm over all gradients of a module, [], in float32 or the gradients' own precision if higher."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    return torch.linalg.vector_norm(torch.stack([g.float() for g in torch._foreach_norm(gradients)]))
+    norms = torch.stack(torch._foreach_norm(gradients))
+    return torch.linalg.vector_norm(norms.to(torch.promote_types(norms.dtype, torch.float32)))
 
 
 class Watch:
