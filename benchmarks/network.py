@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from training import best, commit, processor, timed
 
 from darseg.data.batches import Batch
+from darseg.methods.self_training import self_training_loss
 from darseg.model import backbone
 from darseg.model.convolutions import DilatedDepthwise
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import Network, build_network
 from darseg.run.machine import keep_memory
-from darseg.training.loss import self_training
 
 CONVOLUTIONS = (  # images, channels, height, width, side of the kernel
     (4, 1152, 13, 17, 5),  # the CamVid recipe: EfficientNet-Lite0, output stride 16, crops 193x257
@@ -112,7 +112,7 @@ def step(turns: int) -> None:
         def run() -> None:
             for _ in range(3):
                 optimizer.zero_grad(set_to_none=True)
-                self_training(network, batches, 0.4, 1.0)[0].backward()
+                self_training_loss(network, batches, 0.4, 1.0)[0].backward()
                 optimizer.step()
 
         run()

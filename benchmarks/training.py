@@ -34,23 +34,27 @@ from PIL import Image
 
 from darseg.config.text import load_recipe
 from darseg.data.augment import Augmentation, augment
-from darseg.data.batches import Batch, stream_batches
+from darseg.data.batches import Batch, StreamPlace, stream_batches
 from darseg.data.classes import ClassSet, class_set
 from darseg.data.dataset import Cache, load_example
 from darseg.data.manifest import Sample
 from darseg.demo.scenes import draw_scene
-from darseg.model.network import Network, NetworkSpec, parameter_groups
+from darseg.methods.self_training import self_training
+from darseg.model.network import Network, NetworkSpec
 from darseg.run.build import auxiliary_weight_of, place, spec_of
-from darseg.run.plan import augmentation_of
 from darseg.run.machine import MOST_WORKERS, cache_limit, usable_cores, workers_for
-from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from darseg.training.loss import self_training
-from darseg.training.stage import AUTOCAST, Stage, run_stage
+from darseg.run.plan import augmentation_of
+from darseg.training.checkpoint import Checkpoint, Optimization, load_checkpoint, save_checkpoint
+from darseg.training.method import Learner, Method
+from darseg.training.optimize import SGD, build_optimizer, faster_heads
+from darseg.training.schedule import Schedule
+from darseg.training.stage import AUTOCAST, Stage, StepReport, run_stage
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
 CITYSCAPES = (1024, 2048)
 CAMVID = (360, 480)
 ALL = 1 << 40  # bytes: a cache without a limit
+RATE = 1e-4  # learning rate of the timed steps
 
 
 # Data
@@ -195,7 +199,15 @@ def streaming() -> None:
         samples, classes = drawn(Path(folder), 8, CITYSCAPES, ".png")
         cache = Cache(ALL)
         for load in (load_example, cache.load):
-            stream = stream_batches(samples, classes, how, 8, (0,), workers=workers, load=load)
+            stream = stream_batches(
+                samples,
+                classes,
+                how,
+                batch_size=8,
+                seed=(0,),
+                place=StreamPlace(workers=workers),
+                load=load,
+            )
             for _ in range(4):  # what was prepared ahead while nobody waited, and the filling of the cache
                 next(stream)
             batches = 6 if load is load_example else 24
@@ -211,9 +223,11 @@ def bare(
     network: Network, batches: Sequence[Sequence[Batch]], stage: Stage, auxiliary: float, forward: Callable
 ) -> tuple[float, float]:
     """Seconds a step, and seconds of the processor, of a notebook's loop over ready batches, after a first step."""
-    groups = parameter_groups(network, stage.learning_rate, stage.head_factor, stage.weight_decay)
+    backbone = set(network.backbone.parameters())
+    heads = [parameter for parameter in network.parameters() if parameter not in backbone]
+    groups = [{"params": list(backbone), "factor": 1.0}, {"params": heads, "factor": 10.0}]
     fused = True if network.mean.device.type == "cuda" else None
-    optimizer = torch.optim.SGD(groups, lr=stage.learning_rate, momentum=stage.momentum, fused=fused)
+    optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9, weight_decay=1e-4, fused=fused)
     autocast = AUTOCAST[stage.precision]
     network.train()
     began, burned = 0.0, 0.0
@@ -221,7 +235,7 @@ def bare(
         if step == 1:
             began, burned = now(), time.process_time()
         for group in optimizer.param_groups:
-            group["lr"] = stage.rate(step) * group["factor"]
+            group["lr"] = stage.schedule.rate(step, stage.steps, RATE) * group["factor"]
         optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=network.mean.device)
         for batch in batches[step % len(batches)]:
@@ -243,6 +257,12 @@ def now() -> float:
     return time.perf_counter()
 
 
+def method_of(network: Network, auxiliary: float) -> Method:
+    """Self-training of a network; the feeds are not used, since the streams are given."""
+    learner = Learner("network", network, RATE, SGD(), faster_heads(10.0))
+    return self_training(learner, batch=8, pseudo_batch=8, auxiliary_weight=auxiliary)
+
+
 def staged(
     network: Network, streams: Callable[[int], list[Iterator[Batch]]], stage: Stage, auxiliary: float
 ) -> tuple[float, float, float]:
@@ -250,15 +270,12 @@ def staged(
     marks: list[tuple[float, float, float]] = []
     begins = time.monotonic()
 
-    def on_step(step: int, rate: float, figures: object, share: float) -> None:
-        if step in (0, stage.steps - 1):
+    def on_step(report: StepReport) -> None:
+        if report.step in (0, stage.steps - 1):
             at = now()
-            marks.append((at, time.process_time(), share * (time.monotonic() - begins)))
+            marks.append((at, time.process_time(), report.waiting * (time.monotonic() - begins)))
 
-    def objective(net: Callable, batches: Sequence[Batch], step: int):
-        return self_training(net, batches, auxiliary, 1.0)
-
-    run_stage(network, streams, objective, stage, on_step=on_step)
+    run_stage(method_of(network, auxiliary), streams, stage, on_step=on_step)
     (first, burned_first, waited_first), (last, burned, waited) = marks
     counted = stage.steps - 1
     waiting = max(0.0, waited - waited_first) / (last - first)
@@ -287,12 +304,11 @@ def against_bare(
                 samples,
                 classes,
                 how,
-                size,
-                (0, role),
-                first,
-                workers,
+                batch_size=size,
+                seed=(0, role),
+                start=first,
+                place=StreamPlace(workers=workers, pin=device.type == "cuda"),
                 load=cache.load,
-                pin=device.type == "cuda",
             )
             for role, (samples, size) in enumerate(roles)
         ]
@@ -375,7 +391,7 @@ def steps_on_the_cpu(data: Path | None, weights: Path | None, steps: int, turns:
             labeled, unlabeled = samples[:8], samples[8:]
         half = recipe.training.batch // 2
         how = augmentation_of(recipe, 1, network.fill)
-        stage = Stage(steps, (0.5, 1.0), 1e-4)
+        stage = Stage(steps, Schedule(span=(0.5, 1.0)))
         print(STEPS_TABLE.format(f"CPU, {torch.get_num_threads()} threads", turns))
         for cached in (True, False):
             against_bare(
@@ -401,16 +417,18 @@ def build(recipe, weights: Path | None) -> Network:
 def checkpointing(network: Network, every: int) -> None:
     """Seconds to take, write and read a checkpoint with full momentum."""
     network.train()
-    optimizer = torch.optim.SGD(parameter_groups(network, 0.0, 1.0, 0.0), lr=0.0, momentum=0.9)
+    method = method_of(network, 0.0)
+    optimizer = build_optimizer(network, SGD(), faster_heads(10.0))
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
         scaler = torch.amp.GradScaler(network.mean.device.type, enabled=False)
-        checkpoint = Checkpoint.capture(1, network, optimizer, scaler)
+        run = Optimization((optimizer,), scaler)
+        checkpoint = Checkpoint.capture(1, method, run)
         capture, save, load = best(
-            lambda: Checkpoint.capture(1, network, optimizer, scaler),
+            lambda: Checkpoint.capture(1, method, run),
             lambda: save_checkpoint(checkpoint, path),
             lambda: load_checkpoint(path),
             clock=time.perf_counter,
@@ -438,7 +456,7 @@ def steps_on_the_gpu(steps: int, turns: int) -> None:
             ):
                 torch.manual_seed(0)
                 network = place(NetworkSpec(backbone="resnet50_deep", classes=19).build())
-                stage = Stage(steps, (0.5, 1.0), 1e-4, precision=precision, compile=compiled)
+                stage = Stage(steps, Schedule(span=(0.5, 1.0)), precision, compile=compiled)
                 name = f"PSPNet-50, {side}, 8 + 8, {precision}{', compiled' if compiled else ''}"
                 name += ", decoded images kept" if cached else ", PNG decoded every time"
                 roles = [(samples[:16], 8), (samples[16:], 8)]

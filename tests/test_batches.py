@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from darseg.data import dataset
 from darseg.data.augment import Augmentation
-from darseg.data.batches import Batch, sample_index, stream_batches
+from darseg.data.batches import Batch, StreamPlace, sample_index, stream_batches
 from darseg.data.classes import IGNORE, class_set
 from darseg.data.dataset import Cache, draw_example, load_example
 from darseg.data.encoding import LabelEncoding
@@ -53,7 +53,16 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
 def take(
     samples, steps: int, *, batch=3, seed=(1, 2), start=0, workers=2, how=HOW, load=load_example
 ) -> list[Batch]:
-    stream = stream_batches(samples, CLASSES, how, batch, seed, start, workers, load=load)
+    stream = stream_batches(
+        samples,
+        CLASSES,
+        how,
+        batch_size=batch,
+        seed=seed,
+        start=start,
+        place=StreamPlace(workers=workers),
+        load=load,
+    )
     batches = list(itertools.islice(stream, steps))
     stream.close()
     return batches
@@ -158,7 +167,9 @@ def test_permutations_differ_and_are_fair():
 def test_errors_of_a_sample_come_when_its_batch_is_due(samples, tmp_path, workers: int):
     broken = [*samples[:-1], Sample("gone", tmp_path / "gone.png", tmp_path / "gone_label.png")]
     position = [sample_index(place, COUNT, (1, 2)) for place in range(COUNT)].index(COUNT - 1)
-    stream = stream_batches(broken, CLASSES, HOW, 1, (1, 2), 0, workers)
+    stream = stream_batches(
+        broken, CLASSES, HOW, batch_size=1, seed=(1, 2), place=StreamPlace(workers=workers)
+    )
     for place in range(position):
         assert next(stream).ids == (samples[sample_index(place, COUNT, (1, 2))].id,)
     with pytest.raises(DataError, match=r"gone\.png: this file does not exist"):
@@ -170,7 +181,7 @@ def test_errors_of_a_sample_come_when_its_batch_is_due(samples, tmp_path, worker
 
 def test_closing_stops_the_threads(samples):
     assert not own_threads()
-    stream = stream_batches(samples, CLASSES, HOW, 2, (1,), workers=3)
+    stream = stream_batches(samples, CLASSES, HOW, batch_size=2, seed=(1,), place=StreamPlace(workers=3))
     assert not own_threads()  # nothing begins before the first batch is wanted
     next(stream)
     assert own_threads()
@@ -180,7 +191,7 @@ def test_closing_stops_the_threads(samples):
 
 
 def test_a_lost_stream_stops_its_threads(samples):
-    stream = stream_batches(samples, CLASSES, HOW, 2, (1,), workers=3)
+    stream = stream_batches(samples, CLASSES, HOW, batch_size=2, seed=(1,), place=StreamPlace(workers=3))
     next(stream)
     del stream
     assert not own_threads()
@@ -204,7 +215,7 @@ def test_pinned_batches_are_asked_of_torch(samples, monkeypatch):
     monkeypatch.setattr(
         torch, "empty", lambda *size, pin_memory, **kind: asked.append(pin_memory) or empty(*size, **kind)
     )
-    stream = stream_batches(samples, CLASSES, HOW, 3, (1, 2), pin=True)
+    stream = stream_batches(samples, CLASSES, HOW, batch_size=3, seed=(1, 2), place=StreamPlace(pin=True))
     pinned = [next(stream) for _ in range(2)]
     stream.close()
     assert asked and all(asked)

@@ -236,7 +236,7 @@ def compared(run: Path) -> dict[str, bytes]:
     """What neither interruptions nor the number of processes may change."""
     names = (
         "network.safetensors",
-        "momentum.safetensors",
+        "optimizer.safetensors",
         "thresholds.json",
         "histogram.npz",
         "images.json",

@@ -19,15 +19,23 @@ import darseg
 from darseg.errors import DataError, RecipeError, SizeError
 from darseg.model.backbone import RESNETS
 from darseg.model.heads import BINS, AtrousHead, PyramidPoolingHead, upsample
-from darseg.model.network import Network, NetworkSpec, build_network, parameter_groups
+from darseg.model.network import Network, NetworkSpec, build_network
 from darseg.model.predict import Protocol
 from darseg.model.sides import Sides
 from darseg.model.weights import load_network, save_network
+from darseg.training.optimize import SGD, build_optimizer, faster_heads, set_rates
 from wording import refused, says
 
 torch.set_num_threads(1)
 
 CLASSES = 5
+
+
+def sgd(network: Network, *, stage4_as_head: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of self-training, heads at ten times the rate."""
+    return build_optimizer(network, SGD(), faster_heads(10, stage4_as_head=stage4_as_head))
+
+
 NETWORKS = [
     ("deeplabv2/resnet101_caffe", 16),
     ("deeplabv2/resnet18", 8),
@@ -138,15 +146,13 @@ def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
         assert torch.equal(loaded(images).main, output.main)
 
     # Parameter groups: every parameter exactly once, heads at ten times the rate.
-    backbone_group, head_group = parameter_groups(network, 0.01, 10, 1e-4)
+    backbone_group, head_group = sgd(network).param_groups
     grouped = [id(parameter) for group in (backbone_group, head_group) for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in trainable.values())
     slow = {id(value) for name, value in trainable.items() if name.startswith("backbone.")}
     assert {id(parameter) for parameter in backbone_group["params"]} == slow
-    assert (backbone_group["lr"], backbone_group["factor"]) == (0.01, 1)
-    assert (head_group["lr"], head_group["factor"]) == (0.1, 10)
+    assert (backbone_group["factor"], head_group["factor"]) == (1, 10)
     assert backbone_group["weight_decay"] == head_group["weight_decay"] == 1e-4
-    torch.optim.SGD([backbone_group, head_group], lr=0.01)
 
     # Sizes.
     legal = 2 * output_stride + 1
@@ -267,9 +273,7 @@ def test_without_auxiliary_head() -> None:
 def test_frozen_parameters_are_in_no_group() -> None:
     network = build_network(backbone="resnet18", classes=3, head_channels=8)
     frozen = next(network.backbone.parameters()).requires_grad_(False)
-    grouped = [
-        parameter for group in parameter_groups(network, 0.1, 10, 0.0) for parameter in group["params"]
-    ]
+    grouped = [parameter for group in sgd(network).param_groups for parameter in group["params"]]
     assert len(grouped) == len(list(network.parameters())) - 1
     assert all(parameter is not frozen for parameter in grouped)
 
@@ -489,7 +493,8 @@ def test_frozen_scales_do_not_move_but_statistics_do() -> None:
         network = build_network("deeplabv2", "resnet101_caffe", 3, 16)
     shake(network)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    optimizer = torch.optim.SGD(parameter_groups(network, 0.1, 10, 1e-2), lr=0.1)
+    optimizer = sgd(network)
+    set_rates(optimizer, 0.1)
     labels = torch.zeros(2, 17, 17, dtype=torch.long)
     F.cross_entropy(network(pictures(2, 3, 17, 17)).main, labels).backward()
     optimizer.step()
@@ -525,7 +530,7 @@ def test_stage_4_learns_as_the_head_where_the_release_does() -> None:
     named = {id(value): name for name, value in network.named_parameters()}
     backbone, heads = (
         {named[id(value)] for value in group["params"]}
-        for group in parameter_groups(network, 0.1, 10, 0.0, stage4_as_head=True)
+        for group in sgd(network, stage4_as_head=True).param_groups
     )
     assert {".".join(name.split(".")[:2]) for name in heads} == {"backbone.layer4", "head.branches"}
     assert {name.split(".")[1] for name in backbone} == {"conv1", "layer1", "layer2", "layer3"}

@@ -15,14 +15,14 @@ import yaml
 
 from conftest import REPOSITORY, recipe_dict
 from darseg.data.batches import Batch
-from darseg.training.stage import Stage, run_stage
-from test_stage import DEEPLAB, batch_at, build, still
+from darseg.training.stage import Stage, StepReport, run_stage
+from test_stage import DEEPLAB, batch_at, build, method_of, still
 
 STEPS = 20
 
 
 def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[float, ...]]:
-    """Losses of both streams in each step; every process has its part of each batch of 8."""
+    """Losses of both streams in each step, in float64; every process has its part of each batch of 8."""
 
     def stream(number: int, step: int):
         while True:
@@ -34,12 +34,12 @@ def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[flo
 
     shown = []
 
-    def on_step(step, rate, figures, waiting):
-        shown.append(tuple(float(figures[n]) for n in ("loss_labeled", "loss_pseudo")))
+    def on_step(report: StepReport) -> None:
+        shown.append(tuple(float(report.figures[name]) for name in ("loss_labeled", "loss_pseudo")))
 
-    stage = Stage(steps=STEPS, span=(0, 1), learning_rate=1e-4, micro_batch=micro_batch, report_every=1)
-    network = build(DEEPLAB)
-    run_stage(network, lambda first: [stream(n, first) for n in range(2)], still, stage, on_step=on_step)
+    method = method_of(build(DEEPLAB).double(), still, 1e-4)
+    stage = Stage(steps=STEPS, micro_batch=micro_batch, report_every=1)
+    run_stage(method, lambda first: [stream(n, first) for n in range(2)], stage, on_step=on_step)
     return shown
 
 
@@ -70,7 +70,7 @@ def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) 
     torch.set_num_threads(1)
     wanted = np.array(losses(1, 0, None))
     assert np.isfinite(wanted).all() and wanted[0, 0] != wanted[-1, 0]
-    assert np.abs(np.array(losses(1, 0, 2)) - wanted).max() < 1e-5
+    assert np.abs(np.array(losses(1, 0, 2)) - wanted).max() < 1e-9
     (tmp_path / "two.py").write_text(
         "import json, sys, torch, torch.distributed as dist\n"
         "torch.set_num_threads(1)\n"
@@ -85,7 +85,7 @@ def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) 
     assert ended.returncode == 0, ended.stderr
     for micro in (None, 2):
         found = np.array(json.loads((tmp_path / f"{micro}.json").read_text()))
-        assert np.abs(found - wanted).max() < 1e-5
+        assert np.abs(found - wanted).max() < 1e-9
 
 
 @pytest.mark.slow

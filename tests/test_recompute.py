@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from darseg.config.text import load_recipe
 from darseg.errors import RecipeError
+from darseg.methods.self_training import self_training_loss
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.recompute import recompute_blocks
 from darseg.run.rounds import train
-from darseg.training.loss import self_training
-from darseg.training.stage import Stage, run_stage
-from test_stage import CLASSES, DEEPLAB, PSPNET, batch_at, build, streams_of
+from darseg.training.stage import Stage, StepReport, run_stage
+from test_stage import CLASSES, DEEPLAB, PSPNET, batch_at, build, method_of, streams_of
 
 torch.set_num_threads(1)
 
@@ -29,7 +29,7 @@ BOTTLENECKS = NetworkSpec("deeplabv2", "resnet50", CLASSES, 16, auxiliary=False)
 
 def moving(network: Callable, batches: Any, step: int) -> Any:
     """The objective of a run: BatchNorm's statistics move, things are dropped, two passes before one way back."""
-    return self_training(network, batches, 0.4, 0.7)
+    return self_training_loss(network, batches, 0.4, 0.7)
 
 
 def passed(spec: NetworkSpec, prepare: Callable[[Network], object]) -> tuple[Network, list[Tensor]]:
@@ -77,8 +77,8 @@ def test_a_stage_with_recompute_ends_with_the_same_weights(precision: Any) -> No
     for prepare in (recompute_blocks, lambda network: None):
         network = build(DEEPLAB)
         prepare(network)
-        stage = Stage(steps=2, span=(0.0, 1.0), learning_rate=1e-3, precision=precision, micro_batch=3)
-        run_stage(network, streams_of(1), moving, stage)
+        stage = Stage(steps=2, precision=precision, micro_batch=3)
+        run_stage(method_of(network, moving), streams_of(1), stage)
         ends.append(network.state_dict())
     assert all(torch.allclose(value, ends[1][name], rtol=1e-5, atol=1e-6) for name, value in ends[0].items())
 
@@ -143,12 +143,12 @@ def test_fp16_and_bf16_are_near_fp32() -> None:
     """A step moves weights by gradients that differ in their last bits: scaled losses are scaled back."""
     norms = {}
     for precision in ("fp32", "bf16", "fp16"):
-        stage = Stage(steps=1, span=(0.0, 1.0), learning_rate=1e-3, precision=precision)
+        stage = Stage(steps=1, precision=precision)
 
-        def on_step(step, rate, figures, waiting, name=precision) -> None:
-            norms[name] = float(figures["gradient_norm"])
+        def on_step(report: StepReport, name: str = precision) -> None:
+            norms[name] = float(report.figures["gradient_norm"])
 
-        run_stage(build(DEEPLAB), streams_of(1), moving, stage, on_step=on_step)
+        run_stage(method_of(build(DEEPLAB), moving), streams_of(1), stage, on_step=on_step)
     assert norms["fp16"] == pytest.approx(norms["fp32"], rel=0.02)
     assert norms["bf16"] == pytest.approx(norms["fp32"], rel=0.1)
 
@@ -157,11 +157,11 @@ def test_fp16_and_bf16_are_near_fp32() -> None:
 
 
 def compiled_and_plain(spec: NetworkSpec) -> list[dict[str, Tensor]]:
-    stage = Stage(steps=2, span=(0.0, 1.0), learning_rate=1e-3)
+    stage = Stage(steps=2)
     ends = []
     for wanted in (True, False):
         network = build(spec)
-        run_stage(network, streams_of(1), moving, replace(stage, compile=wanted))
+        run_stage(method_of(network, moving), streams_of(1), replace(stage, compile=wanted))
         ends.append(network.state_dict())
     return ends
 

@@ -35,7 +35,7 @@ from darseg.run.rounds import train
 K = len(SCENE_CLASSES)
 COMPARED = (
     "network.safetensors",
-    "momentum.safetensors",
+    "optimizer.safetensors",
     "thresholds.json",
     "histogram.npz",
     "images.json",
@@ -71,7 +71,7 @@ def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
     found = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
     events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}
     unlabeled = [f"u/{index:02d}" for index in range(7, 13)]
-    trained = ["network.safetensors", "momentum.safetensors", "train.json", "scores.json", "evaluate.json"]
+    trained = ["network.safetensors", "optimizer.safetensors", "train.json", "scores.json", "evaluate.json"]
     labeled = ["histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json", "label.json"]
     wanted = {"recipe.yaml", "environment.json", "data.json", "journal.jsonl", "summary.json", "report.html"}
     wanted |= {f"round_{r}/{name}" for r in range(3) for name in trained}

@@ -150,7 +150,9 @@ def test_gradients_of_micro_batches_are_those_of_the_batch(spec: NetworkSpec, st
     moved = []
     for size in (None, 1, 4):
         network, _, _ = run(Stage(steps=1, micro_batch=size), spec, streams, learner=step)
-        moved.append(torch.cat([(value - start[name]).flatten() for name, value in network.named_parameters()]))
+        moved.append(
+            torch.cat([(value - start[name]).flatten() for name, value in network.named_parameters()])
+        )
     assert moved[0].abs().max() > 0.1
     for other in moved[1:]:
         assert (other - moved[0]).norm() < 1e-3 * moved[0].norm()

@@ -29,7 +29,7 @@ from conftest import KILL_BEFORE, recipe_dict
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.augment import Augmentation
-from darseg.data.batches import stream_batches
+from darseg.data.batches import StreamPlace, stream_batches
 from darseg.errors import (
     DataError,
     Interrupted,
@@ -39,17 +39,21 @@ from darseg.errors import (
     StorageError,
 )
 from darseg.model.network import Network
-from darseg.run import rounds as module
+from darseg.run import remedies
 from darseg.run.build import manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.run.rounds import train
 from darseg.run.signals import Stop
+from darseg.run.steps import evaluate as evaluate_step
+from darseg.run.steps import label as label_step
+from darseg.run.steps import train as train_step
 from darseg.training.checkpoint import load_checkpoint, save_checkpoint
-from darseg.training.stage import Stage, run_stage
+from darseg.training.stage import Stage, StepReport, run_stage
 from test_processes import torchrun
 from test_run import outcome
-from test_stage import DEEPLAB, batch_at, build, still, streams_of
+from test_stage import DEEPLAB, batch_at, build, method_of, still, streams_of
+from wording import refused
 
 torch.set_num_threads(1)
 
@@ -116,20 +120,20 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
     """Let something happen, once, as the batch of a step of a round is asked for."""
 
     def arrange(index: int, step: int, act: Callable[[], object]) -> None:
-        streamed, done = module.stream_batches, []
+        streamed, done = train_step.stream_batches, []
 
-        def stream(samples, classes, how, size, seed, first, *others) -> Iterator:
-            inner = streamed(samples, classes, how, size, seed, first, *others)
+        def stream(*arguments: Any, **options: Any) -> Iterator:
+            inner = streamed(*arguments, **options)
             try:
-                for number, batch in enumerate(inner, first):
-                    if seed[1:] == (index, 0) and number == step and not done:
+                for number, batch in enumerate(inner, options["start"]):
+                    if options["seed"][1:] == (index, 0) and number == step and not done:
                         done.append(step)
                         act()
                     yield batch
             finally:
                 inner.close()
 
-        monkeypatch.setattr(module, "stream_batches", stream)
+        monkeypatch.setattr(train_step, "stream_batches", stream)
 
     return arrange
 
@@ -573,12 +577,12 @@ def spoiled(kind: str, step_of: int = 1) -> Callable:
 def test_what_is_not_finite_stops_before_weights_move(kind: str, precision: Any, shown: str) -> None:
     network, moved = build(DEEPLAB), []
 
-    def on_step(*given: Any) -> None:
+    def on_step(report: StepReport) -> None:
         moved.append({name: value.clone() for name, value in network.named_parameters()})
 
-    stage = Stage(steps=3, span=(0, 1), learning_rate=0.01, precision=precision)
+    stage = Stage(steps=3, precision=precision)
     with pytest.raises(NumericsError) as caught:
-        run_stage(network, streams_of(1), spoiled(kind), stage, on_step=on_step)
+        run_stage(method_of(network, spoiled(kind), 0.01), streams_of(1), stage, on_step=on_step)
     message = str(caught.value)
     assert "at step 1 of 3" in message and shown in message
     assert all(f"0/1/{index}" in message for index in range(6))
@@ -595,14 +599,13 @@ def test_fp16_passes_over_steps_beyond_its_range_and_stops_where_scaling_is_no_r
     def objective(net: Callable, batches: Any, step: int) -> Any:
         return (next(network.parameters()).sum() * 0).sqrt(), {}
 
-    stage = Stage(steps=40, span=(0, 1), learning_rate=0.01, precision="fp16")
-    with pytest.raises(NumericsError, match="at step 16 of 40"):  # 65536, halved 16 times, is 1
+    stage = Stage(steps=40, precision="fp16")
+    with refused(NumericsError, "step 16 of 40"):  # 65536, halved 16 times, is 1
         run_stage(
-            network,
+            method_of(network, objective, 0.01),
             streams_of(1),
-            objective,
             stage,
-            on_step=lambda s, r, f, w: norms.append(f["gradient_norm"]),
+            on_step=lambda report: norms.append(report.figures["gradient_norm"]),
         )
     assert not torch.isfinite(torch.stack(norms)).any()
     assert all(torch.equal(value, start[name]) for name, value in network.named_parameters())
@@ -616,23 +619,21 @@ def overflowing(net: Network, batches: Any, step: int) -> Any:
 def test_an_fp16_stage_goes_on_with_its_loss_scale(tmp_path: Path) -> None:
     """The scale has fallen before the checkpoint; begun anew, steps would be passed over again."""
 
-    stage = Stage(steps=6, span=(0, 1), learning_rate=1e-3, precision="fp16", checkpoint_every=4)
+    stage = Stage(steps=6, precision="fp16", checkpoint_every=4)
     norms = []
-    network = build(DEEPLAB)
     end = run_stage(
-        network,
+        method_of(build(DEEPLAB), overflowing),
         streams_of(1),
-        overflowing,
         stage,
-        on_checkpoint=lambda one: save_checkpoint(one, tmp_path / "a.safetensors"),
-        on_step=lambda s, r, f, w: norms.append(float(f["gradient_norm"])),
+        on_checkpoint=lambda checkpoint: save_checkpoint(checkpoint, tmp_path / "a.safetensors"),
+        on_step=lambda report: norms.append(float(report.figures["gradient_norm"])),
     )
     assert [bool(np.isfinite(norm)) for norm in norms] == [False, False, True, True, True, True]
     kept = load_checkpoint(tmp_path / "a.safetensors")
     assert kept.scaling["scale"] == 16384
-    again = run_stage(build(DEEPLAB), streams_of(1), overflowing, stage, begin=kept)
-    for part in ("network", "momentum"):
-        found, held = getattr(again, part), getattr(end, part)
+    again = run_stage(method_of(build(DEEPLAB), overflowing), streams_of(1), stage, begin=kept)
+    for part in ("network", "optimizer"):
+        found, held = again.parts[part], end.parts[part]
         assert found.keys() == held.keys() and all(torch.equal(found[key], held[key]) for key in held)
     assert again.scaling == end.scaling
 
@@ -647,12 +648,12 @@ def test_a_first_step_that_is_passed_over_leaves_no_momentum(monkeypatch: pytest
     ends, real, empty = [], torch.optim.SGD, torch.empty_like
     # What it finds is seldom small.
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty(*a, **k).fill_(1e30))
-    stage = Stage(steps=4, span=(0, 1), learning_rate=1e-3, precision="fp16")
+    stage = Stage(steps=4, precision="fp16")
     for fused in (None, True):
         monkeypatch.setattr(torch.optim, "SGD", partial(_sgd, real, fused))
-        ends.append(run_stage(build(DEEPLAB), streams_of(1), overflowing, stage))
-    for part in ("network", "momentum"):
-        plain, fused_ = (getattr(end, part) for end in ends)
+        ends.append(run_stage(method_of(build(DEEPLAB), overflowing), streams_of(1), stage))
+    for part in ("network", "optimizer"):
+        plain, fused_ = (end.parts[part] for end in ends)
         assert plain.keys() == fused_.keys()
         for key in plain:
             torch.testing.assert_close(fused_[key], plain[key], rtol=1e-6, atol=1e-6)
@@ -689,8 +690,8 @@ def test_waiting_is_measured() -> None:
         return [stream()]
 
     shares = []
-    stage = Stage(steps=3, span=(0, 1), learning_rate=1e-3)
-    run_stage(build(DEEPLAB), slow, still, stage, on_step=lambda *given: shares.append(given[3]))
+    method = method_of(build(DEEPLAB), still)
+    run_stage(method, slow, Stage(steps=3), on_step=lambda report: shares.append(report.waiting))
     assert all(0.2 < share < 1 for share in shares)
 
 
@@ -721,10 +722,10 @@ def test_waiting_is_measured() -> None:
 def test_a_gpu_without_memory_names_what_to_change(
     changes: list[str], said: str, unsaid: str, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*arguments: Any, **keywords: Any) -> None:
+    def exhausted(*arguments: Any, **options: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore words")
 
-    monkeypatch.setattr(module, "self_training", exhausted)
+    monkeypatch.setattr(train_step, "run_stage", exhausted)
     with pytest.raises(MemoryLimit, match=said) as caught:
         train(load_recipe(path, changes), tmp_path / "run")
     message = str(caught.value)
@@ -734,12 +735,12 @@ def test_a_gpu_without_memory_names_what_to_change(
 
 
 def test_a_gpu_without_memory_where_recipes_can_do_no_more() -> None:
-    assert module._smaller("training.crop", (17, 33), 16) == [
+    assert remedies._smaller("training.crop", (17, 33), 16) == [
         "training.crop=[17, 17] (now [17, 33]; about a quarter)"
     ]
-    assert module._smaller("training.crop", (17, 17), 16) == []
-    assert module._either(["a", "b", "c"]) == "a, b or c"
-    assert module._either([]) == "a smaller network.backbone"
+    assert remedies._smaller("training.crop", (17, 17), 16) == []
+    assert remedies._either(["a", "b", "c"]) == "a, b or c"
+    assert remedies._either([]) == "a smaller network.backbone"
 
 
 @pytest.mark.parametrize(
@@ -752,7 +753,7 @@ def test_a_gpu_without_memory_where_recipes_can_do_no_more() -> None:
 def test_a_gpu_without_memory_to_predict(
     name: str, said: str, recipe: Recipe, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*arguments: Any, **keywords: Any) -> None:
+    def exhausted(*arguments: Any, **options: Any) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
 
     run = tmp_path / "run"
@@ -760,7 +761,7 @@ def test_a_gpu_without_memory_to_predict(
     for file in [run / "round_0/evaluate.json", *(run / "round_1").glob("*.json")]:
         if name == "label_samples" or "round_0" in str(file):
             file.unlink() if not (name == "label_samples" and "round_0" in str(file)) else None
-    monkeypatch.setattr(module, name, exhausted)
+    monkeypatch.setattr(evaluate_step if name == "evaluate_samples" else label_step, name, exhausted)
     with pytest.raises(MemoryLimit, match=said):
         train(recipe, run)
 
@@ -784,7 +785,8 @@ import torch.distributed as dist
 import test_unkillable as tests
 from darseg.config.text import load_recipe
 from darseg.errors import NumericsError
-from darseg.run import rounds
+from darseg.run.rounds import train
+from darseg.run.steps import train as train_step
 from darseg.training.processes import Processes
 
 team = Processes.here()
@@ -797,20 +799,20 @@ if team.first:
 else:
     json.dump(told, open("told_1.json", "w"))
 recipe = load_recipe(sys.argv[1])
-rounds.train(recipe, "one_then_two")
-stream_batches = rounds.stream_batches
+train(recipe, "one_then_two")
+stream_batches = train_step.stream_batches
 
 
-def stream(samples, classes, how, size, seed, first, *others):
-    for step, batch in enumerate(stream_batches(samples, classes, how, size, seed, first, *others), first):
-        if seed[1:] == (0, 0) and step == 4:
+def stream(*arguments, **options):
+    for step, batch in enumerate(stream_batches(*arguments, **options), options["start"]):
+        if options["seed"][1:] == (0, 0) and step == 4:
             raise tests.Pulled
         yield batch
 
 
-rounds.stream_batches = stream
+train_step.stream_batches = stream
 try:
-    rounds.train(recipe, "two_then_one")
+    train(recipe, "two_then_one")
 except tests.Pulled:
     pass
 """
@@ -836,9 +838,9 @@ def one_is_spoiled(rank: int, precision: Any) -> str:
         def close(self) -> None:
             pass
 
-    stage = Stage(steps=4, span=(0, 1), learning_rate=1e-3, precision=precision)
+    method = method_of(build(DEEPLAB), objective)
     try:
-        run_stage(build(DEEPLAB), lambda first: [Feed(*stream(first))], objective, stage)
+        run_stage(method, lambda first: [Feed(*stream(first))], Stage(steps=4, precision=precision))
     except NumericsError as error:
         return str(error)
     return "nothing"
@@ -924,7 +926,13 @@ def test_all_shares_together_are_the_batch(
 
     def two(share: tuple[int, int]) -> list:
         stream = stream_batches(
-            data.labeled, data.classes, how, own * processes, (seed, 0, 0), start, 1, share
+            data.labeled,
+            data.classes,
+            how,
+            batch_size=own * processes,
+            seed=(seed, 0, 0),
+            start=start,
+            place=StreamPlace(*share, workers=1),
         )
         found = [next(stream) for _ in range(2)]
         stream.close()

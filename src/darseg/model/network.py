@@ -6,7 +6,7 @@ Letters: B images, K classes, H x W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from darseg.model.sides import Sides
 ARCHITECTURES = get_args(Architecture)
 HEAD_CHANNELS = 512
 """Width of PSPNet's last 3x3 convolution, as published."""
-
-STAGE4 = "backbone.layer4."
-"""Prefix of the parameters that learn at the heads' rate in the release's DeepLabv2, which counts groups wrongly."""
 
 
 class Output(NamedTuple):
@@ -209,27 +206,3 @@ def build_network(
         auxiliary=auxiliary,
         release_classifier=release_classifier,
     ).build()
-
-
-def parameter_groups(
-    network: Network,
-    learning_rate: float,
-    head_factor: float,
-    weight_decay: float,
-    stage4_as_head: bool = False,
-) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: the backbone at `learning_rate`, the heads at `head_factor` times that.
-
-    Every trainable parameter is in exactly one. Besides `lr` and `weight_decay` a group has its `factor`, so
-    that a schedule can set `lr = rate * factor`. The paper: learning rate 0.01, factor 10, decay 1e-4.
-    `stage4_as_head`: a ResNet's last stage learns at the heads' rate, as in the release's DeepLabv2.
-    """
-    backbone, heads = [], []
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            slow = name.startswith("backbone.") and not (stage4_as_head and name.startswith(STAGE4))
-            (backbone if slow else heads).append(parameter)
-    return [
-        {"params": params, "lr": learning_rate * factor, "weight_decay": weight_decay, "factor": factor}
-        for params, factor in ((backbone, 1.0), (heads, head_factor))
-    ]

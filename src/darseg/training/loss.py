@@ -16,7 +16,9 @@ def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
 
     The result of a micro-batch is its share of the whole batch's mean.
     """
-    precise = torch.promote_types(logits_BKHW.dtype, torch.float32)  # half precision is not enough for the sum
+    precise = torch.promote_types(
+        logits_BKHW.dtype, torch.float32
+    )  # half precision is not enough for the sum
     logits, labels = logits_BKHW.to(precise), batch.labels.long()
     if batch.weights is None:
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
