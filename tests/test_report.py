@@ -592,7 +592,13 @@ def test_a_run_in_progress_has_a_page(hostile: Path) -> None:
 
 def test_killed_in_the_middle_of_a_round(run: Path) -> None:
     """The labels of round 2 are done and its training is in progress; there is no summary yet."""
-    for name in ("train.json", "network.safetensors", "optimizer.safetensors", "scores.json", "evaluate.json"):
+    for name in (
+        "train.json",
+        "network.safetensors",
+        "optimizer.safetensors",
+        "scores.json",
+        "evaluate.json",
+    ):
         (run / "round_2" / name).unlink()
     text = write_report(run).read_text()
     assert "mean IoU after round 1" in text and "2 of 3 rounds" in text and "<span>in progress</span>" in text

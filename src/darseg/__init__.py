@@ -67,7 +67,6 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.report.comparison import Comparison as Comparison
     from darseg.report.comparison import compare_runs as compare_runs
     from darseg.report.overview import write_report as write_report
-    from darseg.run.plan import Round as Round
     from darseg.run.build import manifest_of as manifest_of
     from darseg.run.check import Plan as Plan
     from darseg.run.check import check as check
@@ -77,6 +76,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.run.export import export_network as export_network
     from darseg.run.label import label_folder as label_folder
     from darseg.run.marks import mark_bad as mark_bad
+    from darseg.run.plan import Round as Round
     from darseg.run.predict import Predicted as Predicted
     from darseg.run.predict import predict_folder as predict_folder
     from darseg.run.redistribute import redistribute_folder as redistribute_folder

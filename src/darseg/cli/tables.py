@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from darseg.run.build import Round
     from darseg.run.check import Plan
+    from darseg.run.plan import Round
 
 Rows = list[list[Any]]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import darseg
-from darseg.data.manifest import reading_notes
+from darseg.data.examine import reading_notes
 from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
 from darseg.run.course import Course
 from darseg.run.directory import RecipeChanges, write_json, written_since

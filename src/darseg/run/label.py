@@ -26,8 +26,8 @@ from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
 from darseg.run.directory import digest_path, write_json
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.journal import Journal
-from darseg.run.settings import digest_settings
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
+from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
 
 MakePredictor = Callable[..., Predictor]

@@ -11,6 +11,8 @@ from darseg.config.recipe import Recipe
 from darseg.errors import MemoryLimit
 from darseg.model.backbone import RESNETS
 from darseg.model.predict import Protocol
+from darseg.model.sides import Sides
+from darseg.run.build import spec_of
 from darseg.run.plan import Round
 
 
@@ -38,22 +40,22 @@ def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
         remedies.append("training.precision=bf16 (about half)")
     if not (training.recompute or training.compile) and recipe.network.backbone in RESNETS:
         remedies.append("training.recompute=true (less, for a third more time)")
-    remedies += _smaller("training.crop", training.crop, recipe.network.output_stride)
+    remedies += _smaller("training.crop", training.crop, spec_of(recipe).sides)
     return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` counts what a step keeps."
 
 
 def less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
     """How labeling or evaluation takes less memory; `section` is that of the recipe."""
-    remedies = _smaller(f"{section}.window", protocol.window, recipe.network.output_stride)
+    remedies = _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
     return (
         f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}; --reuse THIS_FOLDER copies what does not "
         "depend on it."
     )
 
 
-def _smaller(key: str, size: tuple[int, int], stride: int) -> list[str]:
+def _smaller(key: str, size: tuple[int, int], sides: Sides) -> list[str]:
     """The key with the size nearest to half of each side that a network takes; nothing if that is the present one."""
-    smaller = [stride * max(1, (side // 2) // stride) + 1 for side in size]
+    smaller = [sides.down(side // 2 + 1) for side in size]
     return [f"{key}={smaller} (now {list(size)}; about a quarter)"] if smaller != list(size) else []
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -45,7 +46,7 @@ def train(
     reuse: Path | str | None = None,
     console: Console | None = None,
     after_round: Callable[[Path], object] | None = None,
-) -> dict:
+) -> dict[str, Any]:
     """Run all rounds of a recipe in the folder `out`, or go on where an earlier call stopped.
 
     Args:
@@ -112,7 +113,7 @@ def _journal(run: RunDirectory, processes: Processes, console: Console) -> Gener
         journal.close()
 
 
-def run_rounds(course: Course, network: Network) -> dict:
+def run_rounds(course: Course, network: Network) -> dict[str, Any]:
     """All rounds: label (from round 1 on), train, evaluate; see `train`. All processes together; the first writes."""
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}

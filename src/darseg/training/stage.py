@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from darseg.choices import Precision
 from darseg.data.batches import Batch
 from darseg.errors import Interrupted
 from darseg.training.checkpoint import OPTIMIZER, Checkpoint, Optimization, Part, part_of
@@ -23,7 +23,6 @@ from darseg.training.watch import Watch, WatchedStep, gradient_norm
 Streams = Callable[[int], Sequence[Iterator[Streamed]]]
 """First step → a stream for each feed of the method from there on, each with this process's share of every batch."""
 
-Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, count_pixels
-from darseg.data.prediction import SCALES
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
-from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.build import labeling_protocol, load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
 from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
-from darseg.run.label import check_disk, label_samples, network_predictor
+from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.run.marks import fix_excluded, without
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
@@ -46,26 +42,29 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
     run, index = course.run, round_.index
     excluded = course.processes.from_first(lambda: fix_excluded(run, index, course.manifest.unlabeled))
     unlabeled = without(course.manifest.unlabeled, excluded)
+    distribution = course.processes.together(lambda: ClassDistribution.from_counts(course.counts))
+    labeling = course.recipe.labeling.at(round_.labeling_ratio)
+    task = LabelTask(labeling, distribution, seed=course.recipe.seed, round_index=index)
     step = Step(
         "label",
         index,
-        _inputs(course, round_, before, excluded=excluded),
-        work=lambda: _label(course, round_, unlabeled),
+        _inputs(course, task, before, excluded=excluded),
+        work=lambda: _label(course, round_, task, unlabeled=unlabeled),
         tidy=lambda: _tidy(course, index),
     )
     record = complete(course, step)
     return run.label_set(index).samples(unlabeled), record
 
 
-def _inputs(course: Course, round_: Round, before: str, *, excluded: Sequence[str]) -> Inputs:
-    protocol, seed = labeling_protocol(course.recipe), course.recipe.seed
-    labeling = course.recipe.labeling.at(round_.labeling_ratio)
+def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:
+    protocol, labeling = labeling_protocol(course.recipe), task.labeling
     try:
-        earlier = [digest_format_1(protocol=as_format_1(protocol), **as_format_1(labeling), seed=seed)]
+        settings = as_format_1(labeling) | {"seed": task.seed}
+        earlier = [digest_format_1(protocol=as_format_1(protocol), **settings)]
     except LaterSetting:
         earlier = []
     digests = {
-        "settings": digest_settings(protocol=protocol, labeling=labeling, seed=seed),
+        "settings": digest_settings(protocol=protocol, labeling=labeling, seed=task.seed),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
         "network": before,
@@ -75,32 +74,26 @@ def _inputs(course: Course, round_: Round, before: str, *, excluded: Sequence[st
     return Inputs(digests, earlier)
 
 
-def _label(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> Work:
+def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequence[Sample]) -> Work:
     """The work of all processes: predict, count, choose thresholds, assign."""
-    run, journal, index, labeling = course.run, course.journal, round_.index, course.recipe.labeling
-    protocol, scale = labeling_protocol(course.recipe), SCALES[labeling.confidence]
-    waiting = None if labeling.predict_twice else run.predictions(index)
+    run, journal, index = course.run, course.journal, round_.index
+    protocol = labeling_protocol(course.recipe)
+    waiting = None if course.recipe.labeling.predict_twice else run.predictions(index)
     course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
     network = load_to_predict(run.network(index - 1))
     with explain_memory(less_to_predict(course.recipe, "labeling", protocol)):
         labels = label_samples(
             unlabeled,
-            len(course.manifest.classes),
-            network_predictor(network, lambda image: protocol, scale, waiting),
-            partial(_choose, course, round_),
-            scale,
-            course.recipe.seed,
-            index,
-            run.labels(index),
-            course.path(round_, HISTOGRAM),
-            course.processes,
-            lambda title, total: journal.progress(f"round {index}: {title}", total),
-            run.round(index),
+            task,
+            network_predictor(network, lambda image: protocol, task.scale, folder=waiting),
+            files=LabelFiles(run.labels(index), course.path(round_, HISTOGRAM), logs=run.round(index)),
+            processes=course.processes,
+            progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
         )
     outputs = ["labels", HISTOGRAM, THRESHOLDS, FACTS]
     if any(sample.label for sample in unlabeled):
         outputs.append(SCORES)
-    return Work(outputs, partial(_write, course, round_, labels, unlabeled))
+    return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled))
 
 
 def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None:
@@ -121,11 +114,6 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
 
 
-def _choose(course: Course, round_: Round, histogram: ConfidenceHistogram) -> Thresholds:
-    labeling = course.recipe.labeling.at(round_.labeling_ratio)
-    return choose_thresholds(histogram, labeling, ClassDistribution.from_counts(course.counts))
-
-
 def _tidy(course: Course, index: int) -> None:
     course.run.drop_facts_logs(index)
     if not course.recipe.labeling.keep_predictions:
@@ -133,7 +121,7 @@ def _tidy(course: Course, index: int) -> None:
 
 
 def _write(
-    course: Course, round_: Round, labels: PseudoLabelSet, unlabeled: Sequence[Sample]
+    course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: Sequence[Sample]
 ) -> Mapping[str, Any]:
     """Write how the label maps came about. Returns the facts of the step."""
     run, journal, index = course.run, course.journal, round_.index
