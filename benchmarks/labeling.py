@@ -43,6 +43,7 @@ from darseg.pseudo.labelset import Predictor, assign_labels, count_predictions
 from darseg.pseudo.thresholds import choose_dars
 from darseg.run.build import labeling_protocol, manifest_of, place
 from darseg.run.label_samples import network_predictor
+from darseg.run.machine import keep_memory
 
 K, RATIO = 19, 0.4
 RELEASE_SECONDS = (
@@ -253,6 +254,7 @@ class Drawing:
 def network_and_images(
     run: Path | None, count: int
 ) -> tuple[str, darseg.Network, Protocol, list[np.ndarray]]:
+    keep_memory()  # as the command line does
     if run is not None:
         recipe = darseg.load_recipe(run / "recipe.yaml")
         network = place(darseg.load_network(darseg.RunDirectory(run).last_network()))

@@ -42,7 +42,7 @@ from darseg.demo.scenes import draw_scene
 from darseg.methods.self_training import self_training
 from darseg.model.network import Network, NetworkSpec
 from darseg.run.build import auxiliary_weight_of, place, spec_of
-from darseg.run.machine import MOST_WORKERS, cache_limit, usable_cores, workers_for
+from darseg.run.machine import MOST_WORKERS, cache_limit, keep_memory, usable_cores, workers_for
 from darseg.run.plan import augmentation_of
 from darseg.training.checkpoint import Checkpoint, Optimization, load_checkpoint, save_checkpoint
 from darseg.training.method import Learner, Method
@@ -370,6 +370,7 @@ def steps_on_the_cpu(data: Path | None, weights: Path | None, steps: int, turns:
     if data is not None:
         overrides.append(f"data.root={data.resolve()}")
     recipe = load_recipe(RECIPE, overrides)
+    keep_memory()  # as the command line does
     try:
         network = place(build(recipe, weights))
         what = "CamVid recipe, a round with pseudo labels"

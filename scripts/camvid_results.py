@@ -14,6 +14,7 @@ from statistics import mean
 
 import darseg
 from darseg.run.directory import write_json
+from darseg.run.machine import keep_memory
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
 STEPS = 100  # of a round in the recipe
@@ -44,6 +45,7 @@ COLUMNS = {
 
 def run_all(out: Path, seed: int, threads: int | None) -> None:
     """Train what is missing and score it on the test images."""
+    keep_memory()  # as the command line does
     fixed = [f"seed={seed}", *([f"threads={threads}"] if threads else [])]
     for name, changes in RUNS.items():
         reuse = out / "dars" if name in ("cbst", "global") else None

@@ -1,4 +1,4 @@
-"""What the machine has to spare, read from files as Linux has them."""
+"""Free memory from files as Linux has them, cores, threads, and memory that a process keeps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,28 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from rich.console import Console
 
-from darseg.run import build, machine
+from conftest import recipe_dict
+from darseg.cli import COMPUTING, app
+from darseg.config.text import load_recipe
+from darseg.model.predict import predict_scores
+from darseg.model.weights import save_network
+from darseg.run import machine
+from darseg.run.browse import LabeledRound, Repredictor
+from darseg.run.build import classes_of, manifest_of, spec_of
+from darseg.run.directory import RunDirectory
+from darseg.run.evaluate import evaluate, load_trained
+from darseg.run.export import export_network
+from darseg.run.label import label_folder
 from darseg.run.machine import cache_limit, free_memory, usable_cores, workers_for
+from darseg.run.predict import predict_folder
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
 FREE = 8_000_000 * 1024
@@ -26,11 +41,11 @@ def system(root: Path, groups: str, files: dict[str, str], meminfo: str = MEMINF
     return root
 
 
-def test_without_limits_it_is_what_the_system_says(tmp_path):
+def test_free_memory_without_limits_is_what_the_system_says(tmp_path):
     assert free_memory(system(tmp_path, "0::/\n", {})) == FREE
 
 
-def test_a_limit_at_any_height_counts_and_files_in_memory_are_free(tmp_path):
+def test_limits_at_any_level_count_and_files_in_memory_are_free(tmp_path):
     tree = "sys/fs/cgroup/slurm"
     files = {
         f"{tree}/memory.max": "5000\n",
@@ -43,7 +58,7 @@ def test_a_limit_at_any_height_counts_and_files_in_memory_are_free(tmp_path):
     assert free_memory(system(tmp_path, "0::/slurm/step\n", files)) == 5000 - 4000 + 2500
 
 
-def test_the_first_version_of_control_groups(tmp_path):
+def test_version_1_of_control_groups(tmp_path):
     tree = "sys/fs/cgroup/memory"
     files = {
         f"{tree}/memory.limit_in_bytes": f"{2**63 - 4096}\n",  # no limit
@@ -57,14 +72,14 @@ def test_the_first_version_of_control_groups(tmp_path):
     assert free_memory(system(tmp_path, groups, files)) == 7000 - 6500 + 300
 
 
-def test_used_up_is_nothing_not_less(tmp_path):
+def test_free_memory_is_never_negative(tmp_path):
     files = {
         f"sys/fs/cgroup/memory.{name}": text for name, text in (("max", "5"), ("current", "9"), ("stat", ""))
     }
     assert free_memory(system(tmp_path, "0::/\n", files)) == 0
 
 
-def test_where_the_system_does_not_say(tmp_path):
+def test_free_memory_of_a_system_that_does_not_say(tmp_path):
     assert free_memory(tmp_path) is None
     assert free_memory(system(tmp_path, "0::/\n", {}, "MemTotal: 5 kB\n")) is None
 
@@ -94,7 +109,7 @@ def test_cores_are_those_this_process_may_use():
         (12, 2, 1, 1, 12),
     ],
 )
-def test_workers(monkeypatch, wanted, cores, processes, streams, workers):
+def test_workers_share_the_cores(monkeypatch, wanted, cores, processes, streams, workers):
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     assert workers_for(wanted, processes, streams) == workers
 
@@ -103,55 +118,161 @@ FAULTS = """
 import resource, sys
 from darseg.run.machine import keep_memory
 
-if sys.argv[1] != "leave":
-    if sys.argv[1] == "old":  # a glibc that allows 32 MiB at most
-        import ctypes
-        from types import SimpleNamespace
-        from darseg.run import machine
-        real = ctypes.CDLL(None).mallopt
-        def mallopt(which, size):
-            return real(which, size) if which != machine.M_MMAP_THRESHOLD or size <= 32 << 20 else 0
-        machine.ctypes = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=mallopt))
+action, size = sys.argv[1], int(sys.argv[2])
+if action == "library":  # what functions of the library do before they predict or train
+    from darseg.model.network import build_network
+    from darseg.run.build import place
+    place(build_network(backbone="resnet18_half", output_stride=16, head_channels=8))
+elif action == "old glibc":  # accepts 32 MiB at most
+    import ctypes
+    from types import SimpleNamespace
+    from darseg.run import machine
+    real = ctypes.CDLL(None).mallopt
+    def mallopt(which, value):
+        return real(which, value) if which != machine.M_MMAP_THRESHOLD or value <= 32 << 20 else 0
+    machine.ctypes = SimpleNamespace(CDLL=lambda name: SimpleNamespace(mallopt=mallopt))
+if action in ("keep", "old glibc"):
     keep_memory()
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    block = b"x" * int(sys.argv[2])
+    block = b"x" * size
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-# The least of several: small blocks may have taken some of what was free, so that it must be made larger once.
+# The least of several: small blocks may have taken part of what was free, so that it must grow once.
 print(min([faults() for _ in range(6)]))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries allocate in other ways")
-def test_kept_memory_is_used_again_instead_of_taken_anew():
-    def faults(how: str, size: int = 64 << 20, **told: str) -> int:
+def test_freed_memory_is_kept_only_after_keep_memory():
+    def faults(action: str, size: int = 64 << 20, **environment: str) -> int:
         clean = {
             name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))
         }
-        call = [sys.executable, "-c", FAULTS, how, str(size)]
-        return int(subprocess.run(call, env=clean | told, check=True, capture_output=True, text=True).stdout)
+        call = [sys.executable, "-c", FAULTS, action, str(size)]
+        return int(
+            subprocess.run(call, env=clean | environment, check=True, capture_output=True, text=True).stdout
+        )
 
     pages = (64 << 20) // os.sysconf("SC_PAGESIZE")
     assert faults("leave") > 0.9 * pages
+    assert faults("library") > 0.9 * pages
     assert faults("keep") < 0.01 * pages
     assert faults("keep", 8 << 20) < 0.01 * pages
-    # Where so much is refused, blocks that were used again before still are.
-    assert faults("old", 8 << 20) < 0.01 * pages
-    # Whoever says how glibc is to do it is obeyed.
+    # If glibc refuses that much, blocks that were used again before still are.
+    assert faults("old glibc", 8 << 20) < 0.01 * pages
+    # Settings in the environment win.
     assert faults("keep", MALLOC_MMAP_THRESHOLD_="1000000") > 0.9 * pages
 
 
-def test_as_many_threads_as_cores_that_may_be_used(monkeypatch):
+def test_the_command_line_keeps_memory_before_it_computes(call, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr("darseg.cli.keep_memory", lambda: calls.append(1))
+    assert call("evaluate", tmp_path / "nothing")[0] == 2 and calls == [1]
+    assert call("check", tmp_path / "nothing")[0] == 2 and calls == [1]
+
+
+def test_commands_that_compute_are_commands():
+    assert set(COMPUTING) <= {command.callback.__name__ for command in app.registered_commands}
+
+
+# --- threads
+
+
+@pytest.mark.parametrize(
+    ("omp", "processes", "threads"),
+    [
+        (None, None, 8),
+        (None, "2", 4),
+        (None, "16", 1),
+        ("3", None, 3),
+        ("1", None, 1),
+        ("12", "2", 12),
+        ("1", "2", 4),  # set by torchrun
+        ("5,2", None, 5),
+        ("0", None, 8),
+        ("-1", None, 8),
+        ("many", None, 8),
+        ("", None, 8),
+    ],
+)
+def test_threads_of_a_recipe_that_does_not_say(monkeypatch, omp, processes, threads):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
+    for name, value in (("OMP_NUM_THREADS", omp), ("LOCAL_WORLD_SIZE", processes)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert machine.default_threads() == threads
+
+
+@pytest.fixture
+def restored_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    monkeypatch.setattr(build, "usable_cores", lambda: 4)
-    try:
-        for here, wanted, threads in ((None, None, 4), ("2", None, 2), ("8", None, 1), ("2", 3, 3)):
-            monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-            if here:
-                monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-            build.set_threads(wanted)
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a network of round 0, and a recipe that asks for 3 threads."""
+    recipe = recipe_dict(tiny_data) | {"threads": 3}
+    recipe["network"]["backbone"] = "resnet18_half"
+    run = RunDirectory(tmp_path_factory.mktemp("threads") / "run")
+    run.round(0).mkdir(parents=True)
+    run.recipe.write_text(yaml.safe_dump(recipe))
+    spec = spec_of(load_recipe(run.recipe))
+    save_network(spec.build(), run.network(0), spec)
+    run.finish(0, "train", {}, ["network.safetensors"], 1.0, {"steps": 6})
+    return run.root
+
+
+def _view(run: Path, images: Path) -> None:
+    recipe = load_recipe(run / "recipe.yaml")
+    samples = manifest_of(recipe).unlabeled
+    round_ = LabeledRound(RunDirectory(run), 1, recipe, classes_of(recipe), samples, frozenset(), {})
+    Repredictor(round_).prediction(samples[0])
+
+
+QUIET = Console(quiet=True)
+VERBS: dict[str, Callable[[Path, Path], object]] = {
+    "evaluate": lambda run, images: evaluate(run, console=QUIET),
+    "predict": lambda run, images: predict_folder(run, images, run.parent / "predicted", console=QUIET),
+    "label": lambda run, images: label_folder(
+        run, images, run.parent / "labels", labeling_ratio=0.5, console=QUIET
+    ),
+    "export": lambda run, images: export_network(run, run.parent / "network.pt2"),
+    "view and report": _view,
+}
+
+
+@pytest.mark.parametrize("verb", VERBS.values(), ids=VERBS)
+def test_every_verb_on_a_run_predicts_with_the_recipes_threads(
+    run, tiny_data, restored_threads, monkeypatch, verb
+):
+    used = set()
+
+    def record(predict: Callable) -> Callable:
+        def recorded(*arguments, **options):
+            used.add(torch.get_num_threads())
+            return predict(*arguments, **options)
+
+        return recorded
+
+    monkeypatch.setattr("darseg.model.predict.predict_scores", record(predict_scores))
+    monkeypatch.setattr("darseg.run.export.write_exported", record(lambda *_: None))
+    torch.set_num_threads(1)
+    verb(run, tiny_data / "images" / "v")
+    assert used == {3}
+
+
+def test_threads_can_be_changed_for_one_call(run, tiny_data, restored_threads, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    evaluate(run, overrides=["threads=4"], console=QUIET)
+    assert torch.get_num_threads() == 4
+    load_trained(run, overrides=["threads=null"])
+    assert torch.get_num_threads() == 2
+    load_trained(run, threads=4)
+    assert torch.get_num_threads() == 4
+    load_trained(RunDirectory(run).network(0))  # without a recipe
+    assert torch.get_num_threads() == 2

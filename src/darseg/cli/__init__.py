@@ -16,8 +16,12 @@ from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import convert, evaluate, export, predict
 from darseg.cli.runs import demo, report, train, view
 from darseg.errors import DarsegError, Interrupted
+from darseg.run.machine import keep_memory
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
+
+COMPUTING = ("demo", "init", "train", "report", "evaluate", "predict", "view", "export", "label")
+"""Commands that run networks, and so allocate the same tensors again and again."""
 
 app = typer.Typer(
     name="darseg",
@@ -36,12 +40,14 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand in COMPUTING:
+        keep_memory()
 
 
 # In the order of --help.

@@ -24,7 +24,7 @@ from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
 from darseg.model.weights import fetch, load_network, load_weights
 from darseg.run.directory import RunDirectory
-from darseg.run.machine import keep_memory, usable_cores
+from darseg.run.machine import default_threads
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
@@ -210,13 +210,12 @@ def evaluation_protocol(recipe: Recipe) -> Protocol:
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch use so many CPU threads; None: all cores it may run on, shared with the other processes here."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(threads or max(1, usable_cores() // here))
+    """Let torch use this many CPU threads; None: as many as the environment and the machine say."""
+    torch.set_num_threads(threads or default_threads())
 
 
 def pick_device() -> torch.device:
-    """The GPU of this process where there is one, else the CPU."""
+    """The GPU of this process; the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
@@ -230,19 +229,17 @@ def bf16_is_emulated() -> bool:
 
 
 def load_to_predict(path: Path) -> Network:
-    """The network saved at `path`, in eval mode where it computes, BatchNorm folded: it can only predict.
+    """The network saved at `path`, on its device, in eval mode and with BatchNorm folded: it can only predict.
 
-    All that predicts takes it from here, so that one network gives the same bits everywhere (on as many threads). Raises
-    WeightsError.
+    Everything that predicts loads networks here, so that one network gives the same bits everywhere (with equally many
+    threads). Raises WeightsError.
     """
-    with torch.inference_mode(False):  # what the caller may be in; its tensors know no operations
+    with torch.inference_mode(
+        False
+    ):  # the caller may be in it, and autograd does not record inference tensors
         return place(fold_batchnorm(load_network(path)))
 
 
 def place(network: Network) -> Network:
-    """Move a network to the GPU where there is one. Channels-last: convolutions run several times faster so.
-
-    From then on this process keeps memory that it frees: what networks compute is allocated again and again.
-    """
-    keep_memory()
+    """Move a network to the GPU, if there is one. In channels-last format convolutions are several times faster."""
     return network.to(pick_device()).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]

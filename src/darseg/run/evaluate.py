@@ -20,17 +20,25 @@ from darseg.errors import DataError, RecipeError, RunError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Memory, Protocol, predict, whole_image
 from darseg.model.weights import read_spec
-from darseg.run.build import check_sizes, classes_of, evaluation_protocol, load_to_predict, manifest_of
+from darseg.run.build import (
+    check_sizes,
+    classes_of,
+    evaluation_protocol,
+    load_to_predict,
+    manifest_of,
+    set_threads,
+)
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.training.scores import Scores
 
-EVALUATION_KEYS = ("data.", "evaluation.")  # of a recipe
+EVALUATION_KEYS = ("data.", "evaluation.", "threads")
+"""Beginnings of the recipe's keys that change an evaluation."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with what is known about it. `recipe` is None for a checkpoint outside a run folder."""
+    """A trained network with what is known about it. `recipe` is None for a checkpoint given without one."""
 
     network: Network
     spec: NetworkSpec
@@ -49,22 +57,35 @@ class Trained:
 
 
 def load_trained(
-    source: Path | str, round_index: int | None = None, overrides: Sequence[str] = ()
+    source: Path | str,
+    round_index: int | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    recipe: Recipe | None = None,
+    threads: int | None = None,
 ) -> Trained:
     """The network of a run folder (its last finished round, or `round_index`) or of a .safetensors file.
 
-    `overrides` change the run folder's recipe. Raises RunError, WeightsError, RecipeError.
+    From then on torch uses as many CPU threads as its recipe says.
+
+    Args:
+        overrides: changes of the run folder's recipe.
+        recipe: used instead of the run folder's own.
+        threads: CPU threads, whatever the recipe says.
+
+    Raises RunError, WeightsError, RecipeError.
     """
-    recipe, source = None, Path(source)
+    source = Path(source)
     path = source
     if source.is_dir():
         run = RunDirectory(source)
         path = run.last_network() if round_index is None else run.network(round_index)
         if not path.exists():
             raise RunError(f"{source}: round {round_index} is not finished ({path} does not exist).")
-        recipe = load_recipe(run.recipe, overrides)
+        recipe = recipe or load_recipe(run.recipe, overrides)
     elif not source.exists():
         raise RunError(f"{source}: no such run folder or checkpoint.")
+    set_threads(threads or (recipe.threads if recipe else None))
     return Trained(load_to_predict(path), read_spec(path), recipe, path)
 
 
@@ -105,8 +126,8 @@ def evaluate(
         raise RecipeError(
             f"{', '.join(idle)}: changes nothing in an evaluation; keys that do begin with {' or '.join(EVALUATION_KEYS)}"
         )
-    trained = load_trained(source, round_index, overrides)
-    recipe = recipe or trained.recipe
+    trained = load_trained(source, round_index, overrides, recipe=recipe)
+    recipe = trained.recipe
     if recipe is None:
         raise RunError(
             f"{source} is a checkpoint outside a run folder: name the data with --recipe RECIPE.yaml."

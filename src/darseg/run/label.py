@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
 from darseg.pseudo.labelset import Predictor, prediction_path
-from darseg.run.build import labeling_protocol, manifest_of, masks, set_threads
+from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path, write_json
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.journal import Journal
@@ -118,10 +118,8 @@ def label_folder(
         the content of `redistribution.json`.
     """
     processes = Processes.here()
-    trained = load_trained(source, round_index)
-    trained = replace(trained, recipe=recipe or trained.recipe)
+    trained = load_trained(source, round_index, recipe=recipe, threads=threads)
     recipe = trained.recipe
-    set_threads(threads or (recipe.threads if recipe else None))
     job = FolderJob(
         source=Path(images),
         samples=_images_in(Path(images)),

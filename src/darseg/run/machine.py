@@ -1,4 +1,4 @@
-"""What the machine has to spare, cores and memory, and how a process keeps what it has."""
+"""How many cores and how much memory this process may use, and how it keeps memory that it has."""
 
 from __future__ import annotations
 
@@ -9,54 +9,66 @@ import sys
 from pathlib import Path
 
 CACHE_SHARE = 0.5
-"""Of the free memory that decoded images may take, by all processes of this machine together: the other half is for the
-network, and for the system to keep files in."""
+"""Share of the free memory that decoded images may take, in all processes of this machine together. The other half is for
+the network, and for the system to keep files in."""
 
 MOST_WORKERS = 8
-"""Threads that prepare batches. One core prepares 20 crops of 713x713 pixels a second from PNG files of 1024x2048, 285
-from decoded images (docs/performance.md); eight have not been measured."""
+"""Most threads that prepare batches. One core prepares 20 crops of 713x713 pixels a second from PNG files of 1024x2048,
+285 from decoded images (docs/performance.md); eight have not been measured."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 
 MAPPED_FROM = (1 << 30, 32 << 20)
-"""Bytes of a block from which on it is taken from the system by itself and given back at once: as wanted, and as older
-glibcs allow at most."""
+"""glibc's mmap threshold in bytes: from this size on, each block has a mapping of its own, which is returned to the
+system as soon as it is freed. First the value we want, then the most that older glibcs accept."""
 
 KEPT = (1 << 31) - 1
-"""Free bytes at the top of what the system gave, beyond which they are given back: the most an int can say."""
+"""glibc's trim threshold in bytes: INT_MAX, so the heap is never trimmed."""
 
 
 def keep_memory() -> None:
-    """Let this process keep memory that it frees, for what it allocates next.
+    """Let this process keep memory that it frees, for its next allocations. Only the command line calls this.
 
-    glibc gives blocks of 32 MiB and more back at once and takes them anew for the next tensor of that size, each page of
-    which the system then fills with zeros: of a large image's forward pass on a CPU that was more than half
-    (docs/performance.md). Where another library allocates (not Linux, musl) or the environment says how glibc is
-    to do it (`MALLOC_…_`, `GLIBC_TUNABLES`), nothing happens.
+    glibc returns blocks of 32 MiB and more to the system as soon as they are freed. The next tensor of that size gets new
+    pages, which the system fills with zeros: that was more than half of a large image's forward pass on a CPU
+    (docs/performance.md). Nothing happens with other C libraries (not Linux, musl), or if the environment configures
+    glibc's allocator (`MALLOC_…_`, `GLIBC_TUNABLES`).
     """
-    told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
-    if sys.platform != "linux" or told:
+    configured = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    if sys.platform != "linux" or configured:
         return
     with contextlib.suppress(OSError, AttributeError):  # musl has no mallopt
         mallopt = ctypes.CDLL(None).mallopt
-        # Any call ends the threshold's growing by itself: it must not be left where it starts, at 128 KiB.
+        # Any call stops the mmap threshold from growing by itself, so it must not stay at its start, 128 KiB.
         if any(mallopt(M_MMAP_THRESHOLD, size) for size in MAPPED_FROM):
             mallopt(M_TRIM_THRESHOLD, KEPT)
 
 
 def usable_cores() -> int:
-    """Cores this process may run on: fewer than the machine's under taskset, Slurm or cpusets."""
+    """Cores this process may run on; under taskset, Slurm or cpusets fewer than the machine has."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS, Windows
         return os.cpu_count() or 1
 
 
-def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that may still be taken without swapping or being killed; None where the system does not say (Linux does).
+def default_threads() -> int:
+    """CPU threads of a process whose recipe does not say: OMP_NUM_THREADS, otherwise its share of the usable cores.
 
-    The least of what the machine has and what containers and Slurm leave, which set limits at any height of the tree
+    torchrun sets OMP_NUM_THREADS to 1 in several processes if it is not set. So 1 does not count there.
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for nested regions
+    if wanted.isdecimal() and int(wanted) > 0 and not (processes > 1 and int(wanted) == 1):
+        return int(wanted)
+    return max(1, usable_cores() // processes)
+
+
+def free_memory(root: Path = Path("/")) -> int | None:
+    """Bytes that may still be allocated without swapping or being killed; None if the system does not say (Linux does).
+
+    The least of what the machine has free and what containers and Slurm leave, which set limits at any level of the tree
     of control groups. Files that the system keeps in memory count as free.
     """
     try:
@@ -66,28 +78,28 @@ def free_memory(root: Path = Path("/")) -> int | None:
     except (OSError, ValueError, IndexError):
         return None
     tree = root / "sys/fs/cgroup"
-    for _, kinds, path in groups if free else ():
-        if "memory" in kinds.split(","):  # the first version of control groups
+    for _, controllers, path in groups if free else ():
+        if "memory" in controllers.split(","):  # version 1 of control groups
             top, limit, used, prefix = (
                 tree / "memory",
                 "memory.limit_in_bytes",
                 "memory.usage_in_bytes",
                 "total_",
             )
-        elif not kinds:
+        elif not controllers:  # version 2
             top, limit, used, prefix = tree, "memory.max", "memory.current", ""
         else:
             continue
         group = top / path.lstrip("/")
         for folder in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # not there; or "max": no limit
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max" means no limit
                 left = int((folder / limit).read_text()) - int((folder / used).read_text())
                 free.append(left + _kept_files(folder / "memory.stat", prefix))
     return max(0, min(free)) if free else None
 
 
 def _kept_files(stat: Path, prefix: str) -> int:
-    """Bytes of files that a control group keeps in memory and would give up."""
+    """Bytes of files that a control group keeps in memory and would drop."""
     values = dict(line.split() for line in stat.read_text().splitlines())
     return sum(int(values.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
 
