@@ -120,7 +120,7 @@ def test_check_warns_of_labels_without_image(
 
 def test_one_image_in_two_roles(call, tiny_data: Path, recipe_file: Path) -> None:
     code, _, err = call("check", recipe_file, "data.validation=labeled.txt")
-    assert code == 2 and "An image has only one role" in " ".join(err.split())
+    assert code == 2 and "is both labeled and validation" in " ".join(err.split())
 
 
 def test_evaluate_refuses_what_changes_nothing_or_cannot_be(call, run: Path) -> None:

@@ -14,7 +14,7 @@ MOST_LISTED = 8
 
 
 def unknown_values(values: np.ndarray, count: int) -> str | None:
-    """The rest of a sentence about a label file with values that are no class; None if there are none.
+    """A line about the values of a label file that are no class; None if there are none.
 
     Args:
         values: int64 [256]: how often each value occurs.
@@ -25,7 +25,7 @@ def unknown_values(values: np.ndarray, count: int) -> str | None:
         return None
     listed = [f"{value} ({values[value]} pixels)" for value in unknown[:MOST_LISTED]]
     return (
-        f"has label values that are neither a class (0 to {count - 1}) nor 255 (not labeled): "
+        f"the label map has values that are neither a class (0 to {count - 1}) nor 255 (not labeled): "
         f"{list_counts(listed, len(unknown))}. "
         "Set data.ignore or data.label_values, or add the classes."
     )

@@ -23,7 +23,7 @@ class ClassSet:
     def __post_init__(self) -> None:
         count = len(self.names)
         if not 2 <= count <= 255:
-            raise DataError(f"{count} classes were given. Between 2 and 255 are needed.")
+            raise DataError(f"The number of classes is {count}. It must be between 2 and 255.")
         repeated = sorted({name for name in self.names if self.names.count(name) > 1})
         if repeated:
             raise DataError(
@@ -33,7 +33,8 @@ class ClassSet:
             raise DataError("A class has no name. Give each class a name that is not empty.")
         if len(self.colors) != count:
             raise DataError(
-                f"There are {count} class names but {len(self.colors)} colors. Give one color for each class."
+                f"The number of class names is {count}, but the number of colors is {len(self.colors)}. Give each class "
+                "a color."
             )
         for name, color in zip(self.names, self.colors, strict=True):
             if len(color) != 3 or not all(0 <= part <= 255 for part in color):

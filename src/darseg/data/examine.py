@@ -88,7 +88,10 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     if manifest.labeled and not faults:
         absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
         if len(absent) == len(classes):
-            faults.append("labeled: no pixel is labeled. Every label map holds only the ignore value.")
+            faults.append(
+                "labeled: no pixel is labeled, because every label map holds only the ignore value. Check data.ignore "
+                "and the label maps."
+            )
         elif absent:
             warnings.append(_absent(absent))
     return Findings(

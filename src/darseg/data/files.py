@@ -20,9 +20,10 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
             f"The disk is full: {path} could not be written. No half-written file was left behind. "
-            "Free some space and run the same command again; it continues where it stopped."
+            "Free some space and run the same command again; it goes on where it stopped."
         )
-    reason = error.strerror or str(error)
+    blocking = next((folder for folder in path.parents if folder.is_file()), None)
+    reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
     return StorageError(f"Cannot write {path}: {reason}. Choose another folder, or change its permissions.")
 
 

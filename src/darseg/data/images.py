@@ -51,14 +51,15 @@ def read_image(path: Path | str) -> np.ndarray:
         image = None
     if image is None:
         raise DataError(
-            f"{path}: cannot be decoded as an image ({', '.join(IMAGE_SUFFIXES)}). Replace or remove it."
+            f"{path}: this file cannot be decoded as an image ({', '.join(IMAGE_SUFFIXES)}). Replace or remove it."
         )
     if image.dtype == np.uint16:
         image = ((image.astype(np.uint32) + STEP_16_BIT // 2) // STEP_16_BIT).astype(np.uint8)
     channels = 1 if image.ndim == 2 else image.shape[2]
     if image.dtype != np.uint8 or channels not in (1, 3, 4):
         raise DataError(
-            f"{path}: has {channels} channel(s) of type {image.dtype}. Convert it to gray or RGB with 8 or 16 bits."
+            f"{path}: this image has {channels} channel(s) of type {image.dtype}. Convert it to gray or RGB of 8 or 16 "
+            "bits."
         )
     conversions = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
     return cv2.cvtColor(image, conversions[channels])
@@ -75,7 +76,9 @@ def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
     try:
         return np.ascontiguousarray(image.convert("RGB"))
     except Exception as error:
-        raise DataError(f"{path}: cannot be decoded ({error}). Copy or download it again.") from None
+        raise DataError(
+            f"{path}: this file cannot be decoded ({error}). Copy or download it again."
+        ) from None
 
 
 def open_with_pillow(data: bytes) -> tuple[Image.Image, int]:
@@ -101,9 +104,8 @@ def read_bytes(path: Path) -> bytes:
             f"{path}: this file does not exist. Check the list and the folders in the recipe."
         ) from None
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}). Check its permissions."
-        ) from error
+        remedy = "Check its permissions." if isinstance(error, PermissionError) else "Replace or remove it."
+        raise DataError(f"{path}: this file cannot be read ({error.strerror or error}). {remedy}") from error
 
 
 def read_whole(path: Path) -> bytes:
@@ -146,9 +148,7 @@ def check_complete(path: Path, data: bytes) -> None:
             damaged = zlib.crc32(view[at + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big")
             # Chunks whose names begin with a lower-case letter are not needed to decode the image.
             if end <= len(data) and ((damaged and kind[:1].isupper()) or (at == 8 and kind != b"IHDR")):
-                raise DataError(
-                    f"{path}: cannot be decoded because it is damaged. Copy or download it again."
-                )
+                raise DataError(f"{path}: this file is damaged. Copy or download it again.")
             at = end
         whole = kind == b"IEND" and at <= len(data)
     else:

@@ -63,7 +63,8 @@ def decode_label(path: Path, format: str) -> np.ndarray:
     data = read_whole(path)
     if data.startswith(JPEG_MARK):
         raise DataError(
-            f"{path}: this is a JPEG, whose compression changes label values. Use the original label map, saved as PNG."
+            f"{path}: this file is a JPEG, whose compression changes label values. Use the original label map, saved as "
+            "PNG."
         )
     if is_png(data):
         depth, kind = data[24], PNG_COLORS.get(data[25], "unknown")
@@ -71,7 +72,7 @@ def decode_label(path: Path, format: str) -> np.ndarray:
             return _unstretched(_decode_gray(path, data), depth)
         if depth == 16 and kind != "gray":
             raise DataError(
-                f"{path}: this is a 16-bit {kind} PNG. A 16-bit label map must have a single channel of values."
+                f"{path}: this file is a 16-bit {kind} PNG. A 16-bit label map must have a single channel of values."
             )
     try:
         image, bits = open_with_pillow(data)
@@ -79,8 +80,8 @@ def decode_label(path: Path, format: str) -> np.ndarray:
     except Exception as error:  # Pillow's readers fail in many ways on damaged files
         reason = "unknown file type" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{path}: cannot be decoded as a label map ({reason}). Give a PNG, BMP or TIFF file, or one of SBD's .mat "
-            "files."
+            f"{path}: this file cannot be decoded as a label map ({reason}). Give a PNG, BMP or TIFF file, or one of "
+            "SBD's .mat files."
         ) from None
     if image.mode == "P" and format == "color":
         image.info.pop("transparency", None)
@@ -112,7 +113,7 @@ def _one_channel(image: Image.Image, bits: int, format: str, *, path: Path) -> n
     """The values, or palette indices, of an image of one of the modes ONE_CHANNEL."""
     if format == "color":
         raise DataError(
-            f"{path}: has one channel of values, but data.label_format is color. Set it to index or auto."
+            f"{path}: the label map has one channel of values, but data.label_format is color. Set it to index or auto."
         )
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8)
@@ -126,7 +127,7 @@ def _one_channel(image: Image.Image, bits: int, format: str, *, path: Path) -> n
         return np.where(alpha == 0, np.int16(TRANSPARENT), values)
     if values.min() < 0 or values.max() > LARGEST:
         raise DataError(
-            f"{path}: has values from {values.min()} to {values.max()}. Label values must be between 0 and {LARGEST}."
+            f"{path}: the values are {values.min()} to {values.max()}. Label values must be between 0 and {LARGEST}."
         )
     return values.astype(np.uint16)
 
@@ -135,19 +136,19 @@ def _colors(image: Image.Image, bits: int, format: str, *, path: Path) -> np.nda
     """The colors of an RGB or RGBA image, int32 [H, W]; for the format "index" its three equal channels."""
     if image.mode in ("RGB", "RGBA") and bits > 8:
         raise DataError(
-            f"{path}: has colors of {bits} bits per channel. Only label maps with a single channel may have 16 bits."
+            f"{path}: the label map has colors of {bits} bits. Only a label map with a single channel may have 16 bits."
         )
     if image.mode not in ("RGB", "RGBA"):
         raise DataError(
-            f"{path}: has pixels of type {image.mode}. A label map has values, palette indices or RGB colors."
+            f"{path}: the pixels are of type {image.mode}. A label map has values, palette indices or RGB colors."
         )
     pixels = np.asarray(image)
     transparent = pixels[..., 3] == 0 if image.mode == "RGBA" else None
     if format == "index":
         if not (pixels[..., 0] == pixels[..., 1]).all() or not (pixels[..., 0] == pixels[..., 2]).all():
             raise DataError(
-                f"{path}: has colors, but data.label_format is index. Set it to color and give the classes their "
-                "colors (data.classes: {name: [red, green, blue]})."
+                f"{path}: the label map has colors, but data.label_format is index. Set it to color and give the "
+                "classes their colors (data.classes: {name: [red, green, blue]})."
             )
         values = pixels[..., 0]
         return values if transparent is None else np.where(transparent, np.int16(TRANSPARENT), values)
@@ -224,7 +225,9 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarr
     """Classes uint8 [H, W] of what `decode_label` returned. Raises DataError for values and colors that are no class."""
     if raw.dtype == np.int32:
         if not encoding.colors:
-            raise DataError(f"{path}: has colors, but the classes have none. {color_advice(raw)}")
+            raise DataError(
+                f"{path}: the label map has colors, but the classes have none. {color_advice(raw)}"
+            )
         classes = _color_table(encoding.colors)[raw]
     elif raw.dtype == np.uint8 and encoding.values is None:
         if encoding.ignore == IGNORE:
@@ -248,7 +251,7 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarr
         else "Add them to data.label_values (as value: class or value: ignore; other: ignore is for all the rest)."
     )
     raise DataError(
-        f"{path}: these label {'colors' if colored else 'values'} belong to no class: "
+        f"{path}: the label map has {'colors' if colored else 'values'} that belong to no class: "
         f"{list_counts(listed, len(values))}. {advice}"
     )
 

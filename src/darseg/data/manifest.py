@@ -139,7 +139,8 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     if clashes:
         raise DataError(
             faults(
-                f"{folder}: these names differ only in suffix or case, so they would have one id. Rename one of each",
+                f"{folder}: these names differ only in suffix or case, so they would have the same id. Rename one of "
+                "each",
                 clashes,
             )
         )
@@ -183,8 +184,8 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
             if everything and not samples:
                 raise DataError(
                     f"{where}: none of the {len(everything)} images has a label map in {source.labels}, but every and "
-                    "except_every count only images that have one. Check data.labels: a label map has the path of its "
-                    "image, ending in .png."
+                    "except_every count only images that have one. Check data.labels. A label map there has the path of "
+                    "its image, but ends in .png."
                 )
     else:
         samples = _read_list(source, source.list_file)
@@ -243,7 +244,9 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
             "darseg split."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{list_file}: cannot be read as UTF-8 text ({error}).") from error
+        raise DataError(
+            f"{list_file}: this list cannot be read ({error}). Save it as UTF-8 text, one line per image."
+        ) from error
     images, label_of = _find_both(source)
     samples, problems = [], []
     for number, line in enumerate(lines, 1):
@@ -281,7 +284,7 @@ def _sample_of_line(source: Source, entry: str, label_of: LabelOf) -> Sample:
     if ".." in Path(image).parts or not path.is_relative_to(source.root):
         # Files are named by ids. Such an id would lead out of the run folder, perhaps onto the user's label.
         raise DataError(
-            f"the image {image} must be inside data.root, {source.root}, and its path without '..'."
+            f"the image {image} must be inside data.root ({source.root}), with no '..' in its path."
         )
     if label is None:
         below = path.relative_to(source.images if path.is_relative_to(source.images) else source.root)
@@ -336,7 +339,7 @@ def build_manifest(classes: ClassSet, sources: Sources) -> Manifest:
     where = (
         default.layout.where_labels_are()
         if default.layout
-        else "data.labels (the path of the image, ending in .png)"
+        else "data.labels (with the path of its image, but ending in .png)"
     )
     problems = _role_faults(manifest, where)
     if problems:
@@ -360,5 +363,7 @@ def _role_faults(manifest: Manifest, where: str) -> list[str]:
         for sample in samples:
             earlier = role_of.setdefault(sample.image, role)
             if earlier != role:
-                problems.append(f"{sample.image} is both {earlier} and {role}. An image has only one role.")
+                problems.append(
+                    f"{sample.image} is both {earlier} and {role}. Remove it from one of the two."
+                )
     return problems

@@ -86,8 +86,8 @@ def _open(path: Path) -> cv2.VideoCapture:
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise DataError(
-            f"{path}: cannot be opened as a video ({', '.join(VIDEO_SUFFIXES)}). It is cut off, damaged, or of a type "
-            "that OpenCV does not read. Copy it again, or convert it."
+            f"{path}: this file cannot be opened as a video ({', '.join(VIDEO_SUFFIXES)}). It is cut off, damaged, or "
+            "of a type that OpenCV does not read. Copy it again, or convert it."
         )
     return capture
 
