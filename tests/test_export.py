@@ -42,6 +42,7 @@ from darseg.model.predict import Protocol, predict_scores
 from darseg.model.sides import Sides
 from darseg.model.weights import save_network
 from darseg.run.directory import RunDirectory, digest_path
+from darseg.run.settings import Inputs
 from test_networks import NETWORKS, spec_of
 
 torch.set_num_threads(1)
@@ -111,7 +112,14 @@ def run_folder(spec: NetworkSpec, network: Network, tiny_data: Path, tmp_path_fa
     recipe["data"]["label_values"] = "index"
     run.recipe.write_text(yaml.safe_dump(recipe))
     save_network(network, run.network(0), spec)
-    run.finish(0, "train", {}, ["network.safetensors"], 1.0, {"steps": 6})
+    run.finish(
+        0,
+        "train",
+        inputs=Inputs({}),
+        outputs=["network.safetensors"],
+        seconds=1.0,
+        facts={"steps": 6},
+    )
     return run.root
 
 

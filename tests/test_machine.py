@@ -28,6 +28,7 @@ from darseg.run.export import export_network
 from darseg.run.label import label_folder
 from darseg.run.machine import cache_limit, free_memory, usable_cores, workers_for
 from darseg.run.predict import predict_folder
+from darseg.run.settings import Inputs
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
 FREE = 8_000_000 * 1024
@@ -223,7 +224,14 @@ def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run.recipe.write_text(yaml.safe_dump(recipe))
     spec = spec_of(load_recipe(run.recipe))
     save_network(spec.build(), run.network(0), spec)
-    run.finish(0, "train", {}, ["network.safetensors"], 1.0, {"steps": 6})
+    run.finish(
+        0,
+        "train",
+        inputs=Inputs({}),
+        outputs=["network.safetensors"],
+        seconds=1.0,
+        facts={"steps": 6},
+    )
     return run.root
 
 
