@@ -1,10 +1,10 @@
-"""A round's pseudo labels, image by image: what is known of each, and its maps – kept on the disk, or predicted again."""
+"""A round's pseudo labels, image by image: facts and label maps, and predictions that were kept or are made again."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,9 @@ class LabeledRound:
     """A round whose label maps are done.
 
     Attributes:
-        samples: the unlabeled images of the run, in their order; `label` is their truth where it is known.
-        excluded: ids of those that the round left out: they have no label map.
-        noted: id → what the round wrote down of them; empty where it did not.
+        samples: the unlabeled images of the run, in their order; `label` is their truth, if it is known.
+        excluded: ids of the images that the round left out; they have no label map.
+        noted: id → facts that the round stored; empty for rounds that stored none.
     """
 
     run: RunDirectory
@@ -46,92 +46,108 @@ class LabeledRound:
     noted: Mapping[str, ImageFacts]
 
     def label_map(self, sample: Sample) -> np.ndarray | None:
-        """uint8 [H, W], 255 = not labeled; None where the round left the image out. Raises DataError."""
+        """uint8 [H, W], 255 = not labeled; None if the round left the image out. Raises DataError."""
         if sample.id in self.excluded:
             return None
         return read_label(label_path(self.run.labels(self.index), sample.id))
 
 
 def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
-    """A round of a run folder (by default the last) whose label maps are done.
+    """Open a round of a run folder whose label maps are done. index: default: the last of them.
 
-    Raises RunError where there is none, and where marks, exclusions or facts are damaged.
+    Raises RunError if there is none, or if marks, exclusions or facts are damaged.
     """
     run = RunDirectory(root)
     recipe = recipe_of(root)
     done = run.rounds_with("label")
     if not done or (index is not None and index not in done):
-        found = (
-            f"rounds with pseudo labels: {', '.join(map(str, done))}"
-            if done
-            else "no round has pseudo labels yet"
-        )
-        raise RunError(
-            f"{run.root}: {found}. Wanted is {'one' if index is None else f'round {index}'}; round 0 never has any"
-            + (
-                ", and `darseg train` goes on with rounds that are missing."
-                if len(recipe.rounds) > 1
-                else ", and this run's recipe has no other: add rounds, with unlabeled images, and train anew."
-            )
-        )
+        raise RunError(f"{run.root}: {_nothing_to_open(index, done, rounds=len(recipe.rounds))}")
     index = done[-1] if index is None else index
     manifest = manifest_of(recipe)
     read_marks(run, {sample.id for sample in manifest.unlabeled})
-    return labeled_round(run, index, recipe, manifest)
+    return labeled_round(run, index, recipe=recipe, manifest=manifest)
 
 
-def labeled_round(run: RunDirectory, index: int, recipe: Recipe, manifest: Manifest) -> LabeledRound:
-    """`open_round` for one who has recipe and data at hand, and knows that the round's label maps are done."""
+def _nothing_to_open(index: int | None, done: Sequence[int], *, rounds: int) -> str:
+    """Why a round cannot be opened, and what to do."""
+    if rounds == 1:
+        return (
+            "the recipe of this run has only round 0, which never has pseudo labels. Add rounds and unlabeled images to "
+            "the recipe, and train a new run."
+        )
+    if done:
+        return (
+            f"round {index} has no pseudo labels; rounds with pseudo labels: {', '.join(map(str, done))}. Choose one of "
+            "them, or continue the run with `darseg train`."
+        )
+    return "no round has pseudo labels yet, and round 0 never has any. Continue the run with `darseg train`."
+
+
+def labeled_round(run: RunDirectory, index: int, *, recipe: Recipe, manifest: Manifest) -> LabeledRound:
+    """Like `open_round`, for callers that have recipe and data, and know that the label maps are done."""
     excluded = frozenset(read_excluded(run, index))
     noted = run.image_facts(index, len(manifest.classes))
-    return LabeledRound(run, index, recipe, manifest.classes, manifest.unlabeled, excluded, noted)
+    return LabeledRound(
+        run=run,
+        index=index,
+        recipe=recipe,
+        classes=manifest.classes,
+        samples=manifest.unlabeled,
+        excluded=excluded,
+        noted=noted,
+    )
 
 
-def read_facts(one: LabeledRound) -> Iterator[tuple[int, ImageFacts | None]]:
-    """(position among the samples, facts) of every image that the round labeled: as the round wrote them down, else by
-    reading one label map after the other. None: its label map cannot be read."""
-    for position, sample in enumerate(one.samples):
-        if sample.id in one.noted:
-            yield position, one.noted[sample.id]
-        elif sample.id not in one.excluded:
+def read_facts(round_: LabeledRound) -> Iterator[tuple[int, ImageFacts | None]]:
+    """Yield (position among the samples, facts) of every image that the round labeled.
+
+    Facts that the round did not store are counted in its label maps, one after the other; None if a map cannot be read.
+    """
+    for position, sample in enumerate(round_.samples):
+        if sample.id in round_.noted:
+            yield position, round_.noted[sample.id]
+        elif sample.id not in round_.excluded:
             try:
-                label = one.label_map(sample)
+                label = round_.label_map(sample)
             except DataError:
                 yield position, None
                 continue
             assert label is not None
-            yield position, ImageFacts.of_map(label, len(one.classes))
+            yield position, ImageFacts.of_map(label, len(round_.classes))
 
 
 class Repredictor:
-    """Predictions that a round's labels were made from: those kept on the disk, or made again by the same network and
-    protocol, one at a time; the last few stay in memory."""
+    """The predictions that a round's labels were made from.
 
-    def __init__(self, one: LabeledRound) -> None:
-        self.round = one
+    They are read from the disk if the run kept them. Otherwise the same network predicts again by the same protocol, one
+    image at a time. The last few stay in memory.
+    """
+
+    def __init__(self, round_: LabeledRound) -> None:
+        self.round = round_
         self._predictor: Predictor | None = None
-        self._done: OrderedDict[str, Prediction] = OrderedDict()
+        self._recent: OrderedDict[str, Prediction] = OrderedDict()
         self._busy, self._lock = threading.Lock(), threading.Lock()
 
     def known(self, sample: Sample) -> Prediction | None:
-        """The prediction where it is at hand in memory."""
+        """The prediction of an image, if it is in memory."""
         with self._lock:
-            if sample.id in self._done:
-                self._done.move_to_end(sample.id)
-            return self._done.get(sample.id)
+            if sample.id in self._recent:
+                self._recent.move_to_end(sample.id)
+            return self._recent.get(sample.id)
 
     def prediction(self, sample: Sample) -> Prediction:
         """The prediction of an image. Raises DataError, WeightsError, NumericsError."""
         with self._busy:
-            if (found := self.known(sample)) is not None:
-                return found
-            found = read_prediction(self.round.run.predictions(self.round.index), sample.id)
-            found = found or self._predict(sample)
+            if (recent := self.known(sample)) is not None:
+                return recent
+            kept = read_prediction(self.round.run.predictions(self.round.index), sample.id)
+            prediction = kept or self._predict(sample)
             with self._lock:
-                self._done[sample.id] = found
-                while len(self._done) > REMEMBERED:
-                    self._done.popitem(last=False)
-            return found
+                self._recent[sample.id] = prediction
+                while len(self._recent) > REMEMBERED:
+                    self._recent.popitem(last=False)
+            return prediction
 
     def _predict(self, sample: Sample) -> Prediction:
         recipe, before = self.round.recipe, self.round.index - 1

@@ -1,4 +1,4 @@
-"""What happens in a run, as it happens: JSON lines, TensorBoard, the console."""
+"""Report what happens in a run, while it happens: as JSON lines, in TensorBoard, and on the console."""
 
 from __future__ import annotations
 
@@ -22,12 +22,18 @@ from rich.progress import (
 
 from darseg.data.files import storage_error
 
-QUIET_SECONDS = 30  # between progress lines where the console is no terminal
+QUIET_SECONDS = 30  # between progress lines if the console is not a terminal
 Advance = Callable[..., None]
 
 
 class Journal:
-    """Appends events to `journal.jsonl`, scalars to TensorBoard, and shows both on the console."""
+    """Appends events to `journal.jsonl` and scalars to TensorBoard, and prints on the console.
+
+    Args:
+        path: of `journal.jsonl`; None: events are dropped.
+        tensorboard: folder for TensorBoard's files; None: scalars are dropped.
+        console: where lines and progress go.
+    """
 
     def __init__(self, path: Path | None, tensorboard: Path | None, console: Console) -> None:
         self.path = path
@@ -36,12 +42,12 @@ class Journal:
         self._writer = None
 
     def event(self, name: str, **fields: Any) -> None:
-        """Append one line: time (seconds since 1970), event, fields."""
+        """Append one line with time (seconds since 1970), event, and fields. Raises StorageError."""
         if self.path is None:
             return
         line = json.dumps({"time": round(time.time(), 3), "event": name, **fields})
         try:
-            # A line cut off by a kill stays a line of its own.
+            # If a kill cut off the last line, the new one must not continue it.
             torn = self.path.exists() and not _ends_with_newline(self.path)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(("\n" if torn else "") + line + "\n")
@@ -49,7 +55,13 @@ class Journal:
             raise storage_error(error, self.path) from error
 
     def scalars(self, step: int, group: str, numbers: Mapping[str, float | None]) -> None:
-        """Add figures at a step, counted over the whole run, to TensorBoard; undefined ones are left out."""
+        """Add figures to TensorBoard. Raises StorageError.
+
+        Args:
+            step: counted over the whole run.
+            group: prefix of the names.
+            numbers: name → value; None, an undefined figure, is left out.
+        """
         if self._tensorboard_folder is None:
             return
         try:
@@ -60,39 +72,44 @@ class Journal:
             for name, value in numbers.items():
                 if value is not None:
                     self._writer.add_scalar(f"{group}/{name}", value, step)
-        except OSError as error:  # of its thread that writes
+        except OSError as error:  # raised by the writer's own thread
             raise storage_error(error, self._tensorboard_folder) from error
 
     def events(self, name: str) -> list[dict]:
-        """All events of that name so far; lines cut off by a kill are passed over."""
+        """All events with that name so far. Lines cut off by a kill are skipped."""
         if self.path is None or not self.path.exists():
             return []
-        found = []
+        entries = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
             if isinstance(entry, dict) and entry.get("event") == name:
-                found.append(entry)
-        return found
+                entries.append(entry)
+        return entries
 
     def say(self, text: str) -> None:
-        """A line on the console."""
+        """Print a line on the console."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A warning on the console and in the journal."""
+        """Print a warning on the console and add it to the journal."""
         self.console.print(f"[yellow]warning[/yellow]: {escape(text)}", highlight=False, soft_wrap=True)
         self.event("warning", text=text)
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Generator[Advance, None, None]:
-        """A bar with rate and time left; a line every 30 s where the console is no terminal.
+        """Show a bar with rate and time left, or print a line every 30 s if the console is not a terminal.
 
         Yields `advance(note="")`, to be called after each unit of work.
+
+        Args:
+            title: what is done.
+            total: units of work.
+            start: units that were done before.
         """
-        began, done, said = time.monotonic(), start, time.monotonic()
+        began, done, printed = time.monotonic(), start, time.monotonic()
 
         def rate() -> float:
             return (done - start) / max(time.monotonic() - began, 1e-9)
@@ -121,17 +138,18 @@ class Journal:
             return
 
         def advance_quietly(note: str = "") -> None:
-            nonlocal done, said
+            nonlocal done, printed
             done += 1
             now = time.monotonic()
-            if now - said >= QUIET_SECONDS or done == total:
-                said = now
+            if now - printed >= QUIET_SECONDS or done == total:
+                printed = now
                 left = (total - done) / max(rate(), 1e-9)
                 self.say(f"{title}: {done}/{total}, {rate():.2f}/s, {left:.0f} s left {note}".rstrip())
 
         yield advance_quietly
 
     def close(self) -> None:
+        """Write what TensorBoard still holds. Raises StorageError."""
         if self._writer is None or self._tensorboard_folder is None:
             return
         try:

@@ -1,7 +1,7 @@
-// The page of `darseg view`. All text from outside goes through textContent.
+// The page of `darseg view`. Names and messages are set as textContent, so they stay text.
 
 const ROW = 64; // pixels, as .item in viewer.css
-const PAGE = 100; // images asked for at once
+const PAGE = 100; // images in one request
 const NARROW = matchMedia("(max-width: 800px)");
 const PANES = [
   { kind: "photo", name: "Photograph", short: "Photo" },
@@ -16,10 +16,10 @@ const DEFAULTS = { of: "label", sort: "list" };
 
 const $ = (id) => document.getElementById(id);
 const make = (tag, className, text) => {
-  const one = document.createElement(tag);
-  if (className) one.className = className;
-  if (text !== undefined) one.textContent = text;
-  return one;
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  if (text !== undefined) element.textContent = text;
+  return element;
 };
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 function percent(value) {
@@ -30,16 +30,16 @@ function percent(value) {
 
 let info = null;
 let list = { total: 0, pages: new Map(), generation: 0 };
-let current = null; // the image that is shown, as the list has it
-let place = null; // where it stands in the list; null: the filter does not let it pass
-let pictures = new Map(); // kind → promise of its blob, of the image that is shown
-let leaving = new AbortController(); // of requests for the image that is shown
+let current = null; // the visible image: its entry in the list
+let place = null; // its position in the list; null: it does not pass the filter
+let pictures = new Map(); // kind → promise of its blob, for the visible image
+let leaving = new AbortController(); // aborts requests for the visible image
 let aspect = 1.5;
-let zoom = { factor: 1, x: 0.5, y: 0.5 }; // x, y: fractions of the image in the middle of a frame
+let zoom = { factor: 1, x: 0.5, y: 0.5 }; // x, y: the point in the middle of a frame, as fractions of the image
 let shown = { panes: new Set(["photo", "label", "prediction", "confidence"]), overlay: "label", last: "label", opacity: 55 };
 const stages = new Map(); // kind → its elements
 
-// Talking to the server.
+// Requests.
 
 async function ask(path, options) {
   let answer;
@@ -47,7 +47,7 @@ async function ask(path, options) {
     answer = await fetch(path, options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Error("The server does not answer: has `darseg view` ended?");
+    throw new Error("The server does not answer. Start `darseg view` again if it has ended.");
   }
   if (!answer.ok) throw new Error(await answer.text());
   return answer;
@@ -55,7 +55,7 @@ async function ask(path, options) {
 
 const json = async (path, options) => (await ask(path, options)).json();
 
-function tell(error) {
+function report(error) {
   if (error && error.name === "AbortError") return;
   $("message").textContent = error ? error.message : "";
   $("message").hidden = !error;
@@ -67,29 +67,29 @@ const address = (index, kind, small) => `/images/${index}/${kind}?v=${info.token
 // The list.
 
 function query() {
-  const asked = new URLSearchParams();
-  for (const name of FIELDS) if ($(name).value && $(name).value !== DEFAULTS[name]) asked.set(name, $(name).value);
-  if ($("marked").checked) asked.set("marked", "1");
-  if ($("down").ariaPressed === "true") asked.set("down", "1");
-  return asked;
+  const parameters = new URLSearchParams();
+  for (const name of FIELDS) if ($(name).value && $(name).value !== DEFAULTS[name]) parameters.set(name, $(name).value);
+  if ($("marked").checked) parameters.set("marked", "1");
+  if ($("down").ariaPressed === "true") parameters.set("down", "1");
+  return parameters;
 }
 
 async function refresh() {
   const generation = ++list.generation;
-  const asked = query();
-  asked.set("limit", "0");
-  if (current) asked.set("find", current.id);
-  const found = await json(`/api/images?${asked}`);
+  const parameters = query();
+  parameters.set("limit", "0");
+  if (current) parameters.set("find", current.id);
+  const answer = await json(`/api/images?${parameters}`);
   if (generation !== list.generation) return;
-  list.total = found.total;
+  list.total = answer.total;
   list.pages.clear();
-  place = found.place;
-  $("rows").style.height = `${found.total * ROW}px`;
-  count(found.read);
+  place = answer.place;
+  $("rows").style.height = `${answer.total * ROW}px`;
+  count(answer.read);
   remember();
   await page(place === null ? 0 : Math.floor(place / PAGE));
   if (generation !== list.generation) return;
-  if (place === null && found.total) await go(0);
+  if (place === null && answer.total) await go(0);
   else {
     reveal();
     draw();
@@ -100,17 +100,17 @@ async function refresh() {
 function count(read) {
   const all = list.total === info.images ? `${info.images} images` : `${list.total} of ${info.images} images`;
   const marked = info.marked ? `, ${info.marked} marked` : "";
-  const reading = read < info.images ? ` – reading label maps, ${read} done` : "";
+  const reading = read < info.images ? ` – reading label maps, ${read} so far` : "";
   $("count").textContent = (list.total ? all : "No image passes this filter") + marked + reading;
 }
 
 function page(number) {
   if (!list.pages.has(number)) {
     const generation = list.generation;
-    const asked = query();
-    asked.set("offset", number * PAGE);
-    asked.set("limit", PAGE);
-    const rows = json(`/api/images?${asked}`).then((found) => found.images);
+    const parameters = query();
+    parameters.set("offset", number * PAGE);
+    parameters.set("limit", PAGE);
+    const rows = json(`/api/images?${parameters}`).then((answer) => answer.images);
     list.pages.set(number, rows);
     rows.then((images) => {
       if (generation === list.generation) {
@@ -119,7 +119,7 @@ function page(number) {
       }
     }, (error) => {
       if (generation === list.generation) list.pages.delete(number);
-      tell(error);
+      report(error);
     });
   }
   return list.pages.get(number);
@@ -155,7 +155,7 @@ function draw() {
     paint(element, image, position);
   }
   clearTimeout(draw.later);
-  draw.later = setTimeout(thumbnails, 60); // while the list flies past nothing is asked for
+  draw.later = setTimeout(thumbnails, 60); // a list that scrolls past requests nothing
 }
 
 function row(image, position) {
@@ -169,7 +169,7 @@ function row(image, position) {
   title.append(make("bdi", "", image.id));
   element.lastChild.append(title, make("small"));
   element.title = image.id;
-  element.addEventListener("click", () => go(position).then(() => side(false)).catch(tell));
+  element.addEventListener("click", () => go(position).then(() => side(false)).catch(report));
   return element;
 }
 
@@ -229,14 +229,14 @@ async function go(position) {
   ahead(wanted);
 }
 
-const step = (by) => go(place === null ? 0 : place + by).catch(tell);
+const step = (by) => go(place === null ? 0 : place + by).catch(report);
 
 function show(image) {
-  const other = !current || current.index !== image.index;
+  const same = current && current.index === image.index;
   current = image;
   name();
   remember();
-  if (!other) return;
+  if (same) return;
   leaving.abort();
   leaving = new AbortController();
   pictures = new Map();
@@ -249,7 +249,7 @@ function show(image) {
   $("pixel").textContent = "";
   crosses(null);
   load();
-  json(`/api/images/${image.index}`, { signal: leaving.signal }).then(legend).catch(tell);
+  json(`/api/images/${image.index}`, { signal: leaving.signal }).then(legend).catch(report);
 }
 
 function name() {
@@ -284,21 +284,21 @@ async function mark() {
   if (!current) return;
   const image = current;
   try {
-    const now = await json("/api/marks", {
+    const answer = await json("/api/marks", {
       method: "POST",
       headers: { "content-type": "application/json" },
       body: JSON.stringify({ index: image.index, bad: !image.bad }),
     });
-    image.bad = now.bad;
-    info.marked = now.marked;
+    image.bad = answer.bad;
+    info.marked = answer.marked;
     for (const rows of list.pages.values())
-      for (const one of rows.images ?? []) if (one.index === image.index) one.bad = now.bad;
-    tell(null);
+      for (const entry of rows.images ?? []) if (entry.index === image.index) entry.bad = answer.bad;
+    report(null);
     count(info.images);
     name();
     draw();
   } catch (error) {
-    tell(error);
+    report(error);
   }
 }
 
@@ -308,15 +308,15 @@ function picture(kind) {
   if (!pictures.has(kind)) {
     const { index } = current;
     const { signal } = leaving;
-    const wait = SLOW.has(kind) ? 120 : 0; // while images fly past nothing is predicted
-    const made = new Promise((done) => setTimeout(done, wait))
+    const wait = SLOW.has(kind) ? 120 : 0; // no prediction for an image that the reader steps past
+    const blob = new Promise((done) => setTimeout(done, wait))
       .then(() => {
         signal.throwIfAborted();
         return ask(address(index, kind), { signal });
       })
       .then((answer) => answer.blob());
-    made.catch(() => {});
-    pictures.set(kind, made);
+    blob.catch(() => {}); // whoever awaits it reports the error
+    pictures.set(kind, blob);
   }
   return pictures.get(kind);
 }
@@ -366,7 +366,7 @@ function load() {
     if (!stage || !shown.panes.has(kind)) continue;
     if (kind === "label" && current.left_out) {
       clear(stage.image);
-      say(stage.note, `Round ${info.round} left this image out: it was marked as bad.`);
+      say(stage.note, `Round ${info.round} left this image out because it was marked as bad.`);
     } else put(stage.image, kind, stage.note);
   }
   const photo = stages.get("photo");
@@ -376,7 +376,7 @@ function load() {
   else if (shown.panes.has("photo")) put(photo.over, over, null);
   photo.over.style.opacity = shown.opacity / 100;
   const name = PANES.find((pane) => pane.kind === over)?.name.toLowerCase();
-  photo.side.textContent = name ? `${name} over it, ${shown.opacity} %` : "";
+  photo.side.textContent = name ? `${name} on top, ${shown.opacity} %` : "";
 }
 
 function build() {
@@ -460,7 +460,7 @@ function opacity(value) {
   remember();
 }
 
-// Where panes lie, and what part of the image they show.
+// The layout of panes, and which part of the image they show.
 
 function layout() {
   const seen = [...stages].filter(([kind]) => shown.panes.has(kind)).map(([, stage]) => stage);
@@ -570,7 +570,7 @@ function crosses(where) {
 const looking = { busy: false, wanted: null, last: null };
 
 function again() {
-  looking.wanted = { ...looking.last, index: current.index }; // now there is more to say of that pixel
+  looking.wanted = { ...looking.last, index: current.index }; // now the prediction of that pixel is known, too
   if (!looking.busy) look();
 }
 
@@ -588,23 +588,23 @@ async function look() {
     const { x, y, index } = looking.wanted;
     looking.wanted = null;
     try {
-      const said = await json(`/api/images/${index}/pixel?x=${x.toFixed(6)}&y=${y.toFixed(6)}`);
-      if (current.index === index && !stages.get("photo").cross.hidden) pixel(said);
+      const facts = await json(`/api/images/${index}/pixel?x=${x.toFixed(6)}&y=${y.toFixed(6)}`);
+      if (current.index === index && !stages.get("photo").cross.hidden) pixel(facts);
     } catch {
-      $("pixel").textContent = ""; // an unreadable map says so in its own pane
+      $("pixel").textContent = ""; // the pane of an unreadable map shows the error
     }
   }
   looking.busy = false;
 }
 
-function pixel(said) {
+function pixel(facts) {
   const line = $("pixel");
   line.replaceChildren();
-  if (said.x === undefined) return;
-  line.append(`x ${said.x}, y ${said.y}`);
+  if (facts.x === undefined) return;
+  line.append(`x ${facts.x}, y ${facts.y}`);
   for (const { kind, name } of PANES) {
-    if (!(kind in said)) continue;
-    const value = said[kind];
+    if (!(kind in facts)) continue;
+    const value = facts[kind];
     const words = kind === "confidence" ? value.toFixed(4) : value === null ? "not labeled" : info.classes[value]?.name ?? value;
     line.append(` · ${name.toLowerCase()} `, make("b", "", words));
   }
@@ -615,16 +615,16 @@ function pixel(said) {
 function legend(detail) {
   const chosen = $("class").value;
   $("legend").replaceChildren(
-    ...info.classes.map((one, k) => {
+    ...info.classes.map((entry, k) => {
       const chip = make("button");
       chip.type = "button";
       const swatch = make("i", "swatch");
-      swatch.style.background = one.color;
+      swatch.style.background = entry.color;
       const share = detail.kept ? detail.kept[k] : null;
-      chip.append(swatch, make("span", "", one.name), make("small", "", percent(share)));
-      chip.title = `${one.name}: ${percent(share)} of the image in the pseudo label`;
+      chip.append(swatch, make("span", "", entry.name), make("small", "", percent(share)));
+      chip.title = `${entry.name}: ${percent(share)} of the image in the pseudo label`;
       if (detail.predicted) chip.title += `, ${percent(detail.predicted[k])} in the prediction`;
-      chip.title += ". Click: list images with this class";
+      chip.title += ". Click to list the images with this class";
       chip.classList.toggle("none", !share);
       chip.ariaPressed = String(chosen === String(k));
       chip.addEventListener("click", () => {
@@ -636,7 +636,7 @@ function legend(detail) {
   );
 }
 
-// The address keeps what is shown.
+// The address holds the state of the page, so that it can be bookmarked.
 
 function remember() {
   const kept = query();
@@ -658,7 +658,7 @@ function recall() {
     const wanted = kept.get("panes").split(",").filter((kind) => stages.has(kind));
     if (wanted.length) shown.panes = new Set(wanted);
   }
-  if (kept.has("overlay") && [...$("overlay").options].some((one) => one.value === kept.get("overlay"))) {
+  if (kept.has("overlay") && [...$("overlay").options].some((option) => option.value === kept.get("overlay"))) {
     shown.overlay = kept.get("overlay");
     shown.last = shown.overlay || shown.last;
   }
@@ -671,11 +671,11 @@ async function restore() {
   arrange();
   fields();
   if (id) {
-    const found = await json(`/api/images?${new URLSearchParams({ find: id, limit: "0" })}`);
-    if (found.place !== null) {
-      const one = await json(`/api/images?${new URLSearchParams({ offset: found.place, limit: "1" })}`);
+    const { place: position } = await json(`/api/images?${new URLSearchParams({ find: id, limit: "0" })}`);
+    if (position !== null) {
+      const { images } = await json(`/api/images?${new URLSearchParams({ offset: position, limit: "1" })}`);
       current = null;
-      show(one.images[0]);
+      show(images[0]);
     }
   }
   await refresh();
@@ -703,7 +703,7 @@ function abilities() {
 function changed() {
   fields();
   for (const [k, chip] of [...$("legend").children].entries()) chip.ariaPressed = String($("class").value === String(k));
-  refresh().then(() => tell(null)).catch(tell);
+  refresh().then(() => report(null)).catch(report);
 }
 
 const side = (open) => $("side").classList.toggle("open", open);
@@ -721,8 +721,8 @@ function key(event) {
   else if (event.key === "ArrowLeft" || event.key === "k") step(-1);
   else if (event.key === "ArrowDown" && event.target === $("list")) step(1);
   else if (event.key === "ArrowUp" && event.target === $("list")) step(-1);
-  else if (event.key === "Home") go(0).catch(tell);
-  else if (event.key === "End") go(list.total - 1).catch(tell);
+  else if (event.key === "Home") go(0).catch(report);
+  else if (event.key === "End") go(list.total - 1).catch(report);
   else if (event.key === "b") mark();
   else if (event.key === "o") overlay(shown.overlay ? "" : shown.last);
   else if (event.key === "[") opacity(shown.opacity - 10);
@@ -744,8 +744,8 @@ function wire() {
     clearTimeout(wire.later);
     wire.later = setTimeout(changed, event.target.matches("select, [type=checkbox]") ? 0 : 250);
   });
-  for (const one of document.querySelectorAll("select, [type=range]"))
-    one.addEventListener("change", () => one.blur()); // so that the arrows step again
+  for (const control of document.querySelectorAll("select, [type=range]"))
+    control.addEventListener("change", () => control.blur()); // so that arrow keys step through the images again
   $("down").addEventListener("click", () => {
     descending($("down").ariaPressed !== "true");
     changed();
@@ -775,7 +775,7 @@ function wire() {
   });
   new ResizeObserver(layout).observe($("stages"));
   addEventListener("hashchange", () => {
-    if (location.hash !== remember.last) restore().catch(tell);
+    if (location.hash !== remember.last) restore().catch(report);
   });
 }
 
@@ -799,8 +799,8 @@ async function begin() {
   $("name").textContent = info.name;
   const out = info.left_out ? `, ${info.left_out} left out` : "";
   $("about").textContent = `Pseudo labels of round ${info.round}${out}`;
-  info.classes.forEach((one, k) => {
-    const option = make("option", "", one.name);
+  info.classes.forEach((entry, k) => {
+    const option = make("option", "", entry.name);
     option.value = String(k);
     $("class").append(option);
   });
@@ -811,4 +811,4 @@ async function begin() {
   await watch();
 }
 
-begin().catch(tell);
+begin().catch(report);
