@@ -1,4 +1,4 @@
-"""The shipped recipes: the paper's values, and that each runs with its own network."""
+"""The shipped recipes: they have the paper's values, and their plans are what was published."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
+from wording import says
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
 
 
 class Published(NamedTuple):
-    """One row of the table of the method (paper and release)."""
+    """The settings of one experiment in the paper and the release."""
 
     network: str
     crop: int
@@ -68,7 +69,7 @@ def touch(path: Path) -> None:
 
 
 def draw_cityscapes_names(root: Path, labeled: int, unlabeled: int, validation: int) -> None:
-    """As many empty files as Cityscapes has, and the lists."""
+    """Write empty files with the names of Cityscapes, and the lists of the release."""
     for split, count in (("train", labeled + unlabeled), ("val", validation)):
         for index in range(count):
             name = f"{split}/town/town_{index:06d}_000019"
@@ -100,9 +101,9 @@ def draw_voc_names(root: Path, labeled: int, unlabeled: int, validation: int) ->
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Path]:
-    """Trees of empty files with the published counts; one image is real, for its size."""
+    """Folders of empty files, by the number of images in each role; one image is real, because its size is read."""
     roots = {}
-    for counts in {one.images for one in PUBLISHED.values()}:
+    for counts in {published.images for published in PUBLISHED.values()}:
         root = roots[counts] = tmp_path_factory.mktemp("names")
         voc = counts[0] == 1464
         (draw_voc_names if voc else draw_cityscapes_names)(root, *counts)
@@ -121,28 +122,28 @@ def test_a_recipe_plans_what_was_published(name: str, names: dict[Any, Path], ca
     published = PUBLISHED[name]
     path = REPOSITORY / "recipes" / f"{name}.yaml"
     root = names[published.images]
-    made = plan(load_recipe(path, [f"data.root={root}"]))
-    assert made.network == f"{published.network}, crops {published.crop}x{published.crop}"
-    assert made.images == dict(
+    planned = plan(load_recipe(path, [f"data.root={root}"]))
+    assert planned.network == f"{published.network}, crops {published.crop}x{published.crop}"
+    assert planned.images == dict(
         zip(("labeled", "unlabeled", "validation", "test"), (*published.images, 0), strict=True)
     )
     protocol = (
         f"long side {published.base_size}, windows {published.crop}x{published.crop} with stride 2/3, with mirror, "
         "scales [1.0]"
     )
-    assert made.labeling == f"dars, {protocol}, logits averaged, fp32"
-    assert made.evaluation == f"{protocol}, probabilities averaged, fp32"
-    assert made.notes == ()
-    assert tuple(one.augmentation.scale for one in made.rounds) == published.scales
-    assert tuple(one.labeling_ratio for one in made.rounds) == published.ratios
-    assert tuple((one.batch, one.pseudo_batch) for one in made.rounds) == published.batches
-    assert tuple(one.epoch_steps for one in made.rounds) == published.epoch_steps
-    assert all(one.epochs == published.epochs for one in made.rounds)
-    assert tuple(one.steps for one in made.rounds) == tuple(
+    assert planned.labeling == f"dars, {protocol}, logits averaged, fp32"
+    assert planned.evaluation == f"{protocol}, probabilities averaged, fp32"
+    assert planned.notes == ()
+    assert tuple(row.augmentation.scale for row in planned.rounds) == published.scales
+    assert tuple(row.labeling_ratio for row in planned.rounds) == published.ratios
+    assert tuple((row.batch, row.pseudo_batch) for row in planned.rounds) == published.batches
+    assert tuple(row.epoch_steps for row in planned.rounds) == published.epoch_steps
+    assert all(row.epochs == published.epochs for row in planned.rounds)
+    assert tuple(row.steps for row in planned.rounds) == tuple(
         published.epochs * n for n in published.epoch_steps
     )
-    # The release counts epochs on: rounds enter the poly curve at 0, 1/2 and 2/3, and end at 0.
-    for (begin, end), share in zip(made.rates, (0, 1 / 2, 2 / 3), strict=True):
+    # The release goes on counting epochs: rounds enter the poly curve at 0, 1/2 and 2/3, and end at 0.
+    for (begin, end), share in zip(planned.rates, (0, 1 / 2, 2 / 3), strict=True):
         assert begin == pytest.approx(published.learning_rate * (1 - share) ** 0.9) and end == 0
     # The command prints the same.
     code, out, _ = call("plan", path, f"data.root={root}")
@@ -181,23 +182,19 @@ def test_the_rest_of_the_papers_settings() -> None:
         assert not recipe.release_quirks
 
 
-def test_quirks_and_micro_batches_are_said(names: dict[Any, Path]) -> None:
+def test_a_plan_notes_quirks_and_micro_batches(names: dict[Any, Path]) -> None:
     path = REPOSITORY / "recipes" / "cityscapes_1of8_deeplabv2_101_361.yaml"
     changes = [f"data.root={names[EIGHTH]}", "release_quirks=true", "training.micro_batch=2"]
-    made = plan(load_recipe(path, changes))
-    assert made.notes == (
-        "gradients are accumulated over micro-batches of 2 images (per batch in round 0: 8, round 1: 2, round 2: 2); "
-        "the loss is that of whole batches, but BatchNorm sees micro-batches",
-        "release_quirks, slips of the release reproduced: the first step of each later round runs at rate 0; stage 4 "
-        "learns at 10 x as the head does; the classifier sums 2 of its 4 branches",
-    )
-    (shares, shared, _) = plan(load_recipe(path, changes), processes=4).notes
-    assert shares.startswith("4 processes share every batch")
-    assert "(per batch in round 0: 2, round 1: 1, round 2: 1)" in shared
+    planned = plan(load_recipe(path, changes))
+    micro_batches, quirks = planned.notes
+    says(micro_batches, "2 images", "round 0: 8, round 1: 2, round 2: 2", "BatchNorm")
+    says(quirks, "release_quirks", "learning rate 0", "10 times", "2 of its 4 branches")
+    (processes, micro_batches, _) = plan(load_recipe(path, changes), processes=4).notes
+    assert processes.startswith("4 processes") and "round 0: 2, round 1: 1, round 2: 1" in micro_batches
     plain = plan(load_recipe(path, changes[:1]))
-    assert made.activation_bytes < plain.activation_bytes / 3
+    assert planned.activation_bytes < plain.activation_bytes / 3
     assert (
-        made.parameters
+        planned.parameters
         == plain.parameters
         == sum(
             parameter.numel()

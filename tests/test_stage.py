@@ -372,5 +372,5 @@ def test_plan_counts_micro_batches(tiny_data, tmp_path) -> None:
     assert whole.activation_bytes == training_memory(spec, 8, 49, 65)[1]
     assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labeled
     assert any(
-        "micro-batches of 2 images (per batch in round 0: 4, round 1: 2" in note for note in parts.notes
+        "micro-batches of 2 images (number per batch: round 0: 4, round 1: 2" in note for note in parts.notes
     )

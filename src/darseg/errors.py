@@ -3,18 +3,18 @@
     DarsegError
     ├── RecipeError      the recipe: unknown keys, wrong types, values that cannot work
     ├── DataError        images, labels and lists: missing, unreadable, contradictory
-    │   └── SizeError    sizes a network cannot take
-    ├── WeightsError     weight files: missing, damaged, unsafe, ill-fitting
-    ├── ExportError      a network that other programs cannot be given, or give other classes of
+    │   └── SizeError    sizes that a network cannot take
+    ├── WeightsError     weight files: missing, damaged, unsafe, of another network
+    ├── ExportError      exported networks: not possible, or with other classes than the original
     ├── NumericsError    a loss or gradient that is not finite
-    ├── RunError         run folders: another recipe, damaged state, not there
-    ├── MemoryLimit      a GPU without the memory that a step needs
+    ├── RunError         run folders: of another recipe, damaged, missing
+    ├── MemoryLimit      a GPU with less memory than a step needs
     └── StorageError     the disk: full, read-only
 
-Interrupted, by a signal, is none of these: it is no Exception, so nothing takes it for a damaged file.
+Interrupted is separate: a signal is not an Exception, so code that handles damaged files does not catch it.
 
-A message says what was found and where, what was wanted, and what to do. The command line prints it
-and exits with code 2; anything that is not a DarsegError is a bug and keeps its traceback.
+A message says what is wrong and where, what was expected, and what to do. The command line prints it and exits with
+code 2. Anything that is not a DarsegError is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from collections.abc import Sequence
 
 
 class DarsegError(Exception):
-    """Root of all errors a user can cause and mend."""
+    """Root of all errors that a user can cause and fix."""
 
 
 class RecipeError(DarsegError):
-    """The recipe has unknown keys, ill-typed values, or values that cannot work together."""
+    """The recipe has unknown keys, values of the wrong type, or values that do not work together."""
 
 
 class DataError(DarsegError):
@@ -35,7 +35,7 @@ class DataError(DarsegError):
 
 
 class SizeError(DataError):
-    """An image or crop has a size the network cannot take."""
+    """An image or crop has a size that the network cannot take."""
 
 
 class WeightsError(DarsegError):
@@ -43,11 +43,11 @@ class WeightsError(DarsegError):
 
 
 class ExportError(DarsegError):
-    """A network cannot be written for other programs, or the file written does not agree with it."""
+    """A network cannot be exported, or the exported file gives other classes."""
 
 
 class NumericsError(DarsegError):
-    """A loss or gradient is not finite; weights are left as they were before the step."""
+    """A loss or gradient is not finite; the weights are those before the step."""
 
 
 class MemoryLimit(DarsegError):
@@ -55,10 +55,10 @@ class MemoryLimit(DarsegError):
 
 
 class Interrupted(BaseException):
-    """A signal asked a run to end; what it had done is saved, and the same command goes on.
+    """A signal asked a run to end; its state is saved, and the same command continues it.
 
-    No Exception, so that code which meets all sorts of errors of a damaged file does not take it for one; and no
-    KeyboardInterrupt, which the command line's library would end by itself.
+    It is not an Exception, so that code that catches the errors of damaged files lets it pass; and not a
+    KeyboardInterrupt, which the command line's library would handle itself.
     """
 
     code = 130  # exit status: 128 + number of the signal
@@ -73,8 +73,8 @@ class StorageError(DarsegError):
 
 
 def faults(what: str, lines: Sequence[str], limit: int = 50) -> str:
-    """One message for all faults of one kind: a headline, then a line each (at most `limit`)."""
-    shown = [f"  - {line}" for line in lines[:limit]]
+    """One message for all faults of one kind: a headline `what`, then one line per fault, at most `limit`."""
+    listed = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:
-        shown.append(f"  … and {len(lines) - limit} more")
-    return "\n".join([f"{what}:", *shown])
+        listed.append(f"  … and {len(lines) - limit} more")
+    return "\n".join([f"{what}:", *listed])

@@ -107,16 +107,12 @@ def draw(
     images = np.zeros((len(units), present.shape[1] + 1), np.int64)
     np.add.at(images, unit_of, np.column_stack([present, np.ones(total, bool)]))
     drawing = _Drawing(images, count)
-    orders = [
-        [unit for unit in _order(units, seed, f"class {k}") if images[unit, k]]
-        for k in range(present.shape[1])
-    ]
+    purposes = [f"class {k}" for k in range(present.shape[1])]
+    orders = [[i for i in _order(units, seed, name) if images[i, k]] for k, name in enumerate(purposes)]
     drawing.take_each_class(orders)
     drawing.stratify(orders)
     drawing.fill(_order(units, seed, ""))
-    return tuple(
-        sorted(name for name, unit in zip(ids, unit_of, strict=True) if drawing.side[unit] == LABELED)
-    )
+    return tuple(sorted(name for name, i in zip(ids, unit_of, strict=True) if drawing.side[i] == LABELED))
 
 
 def _order(units: Iterable[str], seed: int, purpose: str) -> list[int]:

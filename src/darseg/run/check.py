@@ -33,22 +33,22 @@ from darseg.run.plan import Round, check_shares, describe_shares, plan_rounds, s
 
 
 def check(recipe: Recipe, console: Console | None = None) -> Findings:
-    """Everything that is wrong with a recipe's data, network sizes and weights, in one go.
+    """Every fault of a recipe's data, network sizes and weights, in one go. Reads every image and label.
 
-    Reads every image and label. Raises DataError only where the images cannot even be listed.
+    Raises DataError only if the images cannot even be listed.
     """
     manifest = manifest_of(recipe)
-    found = read_all(manifest, console or Console())
-    faults, warnings = list(found.faults), list(found.warnings)
+    findings = read_all(manifest, console or Console())
+    faults, warnings = list(findings.faults), list(findings.warnings)
     layout = layout_of(recipe)
     orphans = [] if layout else labels_without_image(recipe)
     if layout:
         warnings += layout.warnings()
     if orphans:
         warnings.append(
-            f"{len(orphans)} label map(s) in {recipe.data.labels or LABELS} belong to no image in "
-            f"{recipe.data.images or IMAGES}, the first is {orphans[0]!r}: a label needs the very path of its image, but "
-            "for the suffix"
+            f"{len(orphans)} label map(s) in {recipe.data.labels or LABELS} have no image in "
+            f"{recipe.data.images or IMAGES}, the first is {orphans[0]!r}: a label map needs the path of its image, "
+            "apart from the suffix"
         )
     try:
         network, _ = build_initial_network(recipe)
@@ -56,7 +56,7 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
         plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     except DarsegError as error:
         faults.append(str(error))
-    return Findings(tuple(faults), tuple(warnings), found.images, found.pixels, found.notes)
+    return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
 
 
 def read_all(manifest: Manifest, console: Console) -> Findings:
@@ -67,7 +67,7 @@ def read_all(manifest: Manifest, console: Console) -> Findings:
 
 
 def labels_without_image(recipe: Recipe) -> list[str]:
-    """Ids of label maps in `data.labels` that no image in `data.images` has."""
+    """Ids of the label maps in `data.labels` without an image in `data.images`."""
     root = Path(recipe.data.root)
     folders = root / (recipe.data.images or IMAGES), root / (recipe.data.labels or LABELS)
     if not all(folder.is_dir() for folder in folders):
@@ -82,11 +82,12 @@ class Plan:
 
     Attributes:
         rates: learning rate at the beginning and end of each round.
-        parameters: of the network, trained or not.
-        state_bytes: of weights, gradients and momentum, float32; activation_bytes: of what a step keeps for its backward
-            pass, float32, without the workspace of convolutions.
-        temporary_bytes: disk needed while labeling.
-        network, labeling, evaluation: described in a line.
+        images: their number by role.
+        parameters: number of values in the network, trained or not.
+        state_bytes: memory of weights, gradients and momentum in float32.
+        activation_bytes: memory that a step keeps for its backward pass in float32, without convolutions' workspace.
+        temporary_bytes: disk space needed while labeling.
+        network, labeling, evaluation: a line that describes each.
         notes: what a reader might not expect.
     """
 
@@ -104,30 +105,34 @@ class Plan:
 
 
 def plan(recipe: Recipe, processes: int = 1) -> Plan:
-    """Plan a recipe without training or reading images, but for the size of the first unlabeled one.
+    """What a recipe will do, without training, and without reading images except the size of the first unlabeled one.
 
-    `processes`: how many torchrun would start; memory is that of each.
+    Args:
+        processes: number of processes that torchrun will start; the plan's memory is that of one process.
+
+    Raises RecipeError, DataError or SizeError for a recipe that cannot run.
     """
     manifest = manifest_of(recipe)
     network = spec_of(recipe).build()
     check_sizes(recipe, network)
     rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
     check_shares(recipe, rounds, processes)
-    # The curve's own rates: a first step at 0, as the release has it, is no rate to plan with.
-    schedules = [replace(stage_of(recipe, one).schedule, first_step_at_zero=False) for one in rounds]
+    # The rates of the curve itself: the first step at 0 that the release has would hide where the curve begins.
+    schedules = [replace(stage_of(recipe, planned).schedule, first_step_at_zero=False) for planned in rounds]
     rates = tuple(
         (
-            schedule.rate(0, one.steps, one.learning_rate),
-            schedule.rate(one.steps, one.steps, one.learning_rate),
+            schedule.rate(0, planned.steps, planned.learning_rate),
+            schedule.rate(planned.steps, planned.steps, planned.learning_rate),
         )
-        for one, schedule in zip(rounds, schedules, strict=True)
+        for planned, schedule in zip(rounds, schedules, strict=True)
     )
-    waits = len(rounds) > 1 and not recipe.labeling.predict_twice
-    # The halves of a step go through the network one after the other, and are kept until the backward pass.
-    at_once = max(
-        (2 if one.pseudo_batch else 1) * min(one.micro_batch, one.batch // processes) for one in rounds
+    keeps_predictions = len(rounds) > 1 and not recipe.labeling.predict_twice
+    # Both halves of a step are kept until the backward pass.
+    images_in_memory = max(
+        (2 if planned.pseudo_batch else 1) * min(planned.micro_batch, planned.batch // processes)
+        for planned in rounds
     )
-    state, activations = training_memory(spec_of(recipe), max(2, at_once), *recipe.training.crop)
+    state, activations = training_memory(spec_of(recipe), max(2, images_in_memory), *recipe.training.crop)
     return Plan(
         rounds=tuple(rounds),
         rates=rates,
@@ -135,7 +140,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         state_bytes=state,
         activation_bytes=activations,
-        temporary_bytes=BYTES_PER_PIXEL * count_pixels(manifest.unlabeled) if waits else 0,
+        temporary_bytes=BYTES_PER_PIXEL * count_pixels(manifest.unlabeled) if keeps_predictions else 0,
         network=_describe_network(recipe),
         labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe('logits')}",
         evaluation=evaluation_protocol(recipe).describe(),
@@ -151,19 +156,21 @@ def _describe_network(recipe: Recipe) -> str:
 def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
     micro = recipe.training.micro_batch
-    shares = {one.index: one.batch // processes for one in rounds}
+    shares = {planned.index: planned.batch // processes for planned in rounds}
     if micro and any(share > micro for share in shares.values()):
         passes = ", ".join(f"round {index}: {max(1, share // micro)}" for index, share in shares.items())
         notes.append(
-            f"gradients are accumulated over micro-batches of {micro} images (per batch in {passes}); the loss is that "
-            "of whole batches, but BatchNorm sees micro-batches"
+            f"gradients are accumulated over micro-batches of {micro} images (number per batch: {passes}); the loss is "
+            "that of whole batches, but BatchNorm sees micro-batches"
         )
     if recipe.release_quirks:
-        quirks = ["the first step of each later round runs at rate 0"] if len(rounds) > 1 else []
+        quirks = ["the first step of each later round has learning rate 0"] if len(rounds) > 1 else []
         if recipe.network.architecture == "deeplabv2":
             quirks += [
-                f"stage 4 learns at {recipe.training.head_factor:g} x as the head does",
+                f"stage 4 learns {recipe.training.head_factor:g} times as fast, like the head",
                 f"the classifier sums {RELEASE_BRANCHES} of its {len(ATROUS_DILATIONS)} branches",
             ]
-        notes.append(f"release_quirks, slips of the release reproduced: {'; '.join(quirks) or 'none here'}")
+        notes.append(
+            f"release_quirks reproduces slips of the release: {'; '.join(quirks) or 'none in this recipe'}"
+        )
     return tuple(notes)
