@@ -226,7 +226,19 @@ def scored(index: int, right: list[int], wrong: list[int]) -> RoundFacts:
     for k, count in enumerate(wrong):
         confusion[k, (k + 1) % len(wrong)] += count
     curve = Curve(np.zeros(0, np.int64), {})
-    return RoundFacts(index, None, None, None, None, 0, 1, Scores(confusion), None, {"evaluate": 1.0}, curve)
+    return RoundFacts(
+        index=index,
+        labeling_ratio=None,
+        labels=None,
+        pseudo=None,
+        truth=None,
+        left_out=0,
+        steps=1,
+        scores=Scores(confusion),
+        protocol=None,
+        seconds={"evaluate": 1.0},
+        curve=curve,
+    )
 
 
 def test_remarks_name_rounds_that_lowered_scores(hostile: Path) -> None:
@@ -355,7 +367,7 @@ def test_a_long_curve_is_averaged() -> None:
 
 
 def fact(confidence: float | None, kept: list[int], pixels: int = 100) -> gallery.ImageFacts:
-    return gallery.ImageFacts(pixels, tuple(kept), None, confidence)
+    return gallery.ImageFacts(pixels=pixels, kept=tuple(kept), predicted=None, confidence=confidence)
 
 
 def test_extremes_and_rare_classes_are_chosen() -> None:

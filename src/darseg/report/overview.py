@@ -103,7 +103,7 @@ def _about(facts: RunFacts, data: DataFacts) -> str:
     if data.manifest is not None:
         counts = {role: len(samples) for role, samples in data.manifest.roles().items()}
         parts.append(f"{counts['labeled']:,} labeled + {counts['unlabeled']:,} unlabeled images")
-        parts.append(f"scored on {counts['validation']:,}")
+        parts.append(f"scored on {counts['validation']:,} images")
     if facts.started is not None:
         parts.append(time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(facts.started)))
     return " · ".join(parts)

@@ -57,7 +57,7 @@ class Page:
     def chart(self, figure: go.Figure, description: str, wide: bool = False) -> Chart:
         """Add a chart, and return its place for a template. Arguments as in `Chart`."""
         self._charts.append(figure.to_json())
-        return Chart(len(self._charts) - 1, int(figure.layout.height), description, wide)
+        return Chart(len(self._charts) - 1, int(figure.layout.height), description, wide=wide)
 
     def html(self) -> str:
         """The whole document."""

@@ -284,7 +284,7 @@ async def mark(viewer: Viewer, request: Request) -> Response:
 
     def change() -> dict[str, float]:
         with viewer.marking:
-            return change_marks(viewer.round.run, viewer.table.position, [name], bad)
+            return change_marks(viewer.round.run, viewer.table.position, ids=[name], bad=bad)
 
     marks = await anyio.to_thread.run_sync(change)
     return JSONResponse({"index": index, "bad": name in marks, "marked": len(marks)})

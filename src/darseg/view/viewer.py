@@ -28,6 +28,7 @@ def view_run(
     run: Path | str,
     round_index: int | None = None,
     port: int | None = None,
+    *,
     open_browser: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
