@@ -1,4 +1,4 @@
-"""`darseg init`: folders as people have them, each with its truth; the proposed recipe reads exactly that."""
+"""`darseg init`: usual folders, each with its truth; the proposed recipe reads exactly that."""
 
 from __future__ import annotations
 
@@ -19,26 +19,31 @@ from darseg.config.text import flow, load_recipe
 from darseg.data.classes import CAMVID, VOC
 from darseg.data.labels import read_label
 from darseg.errors import DataError
-from darseg.init import propose
-from darseg.init.discover import Survey, find_names, guess_classes
+from darseg.init import fit, propose
+from darseg.init.draft import Draft
+from darseg.init.guess import guess_classes
+from darseg.init.names import find_names
 from darseg.init.propose import propose_recipe
+from darseg.init.survey import Survey
 from darseg.model.network import NetworkSpec
 from darseg.run.build import classes_of, manifest_of
 from darseg.run.check import check
 from darseg.run.rounds import train
 from draw_layouts import draw_cityscapes, draw_voc, voc_palette
+from wording import refused, says
 
 SIZE = (40, 56)
+PROGRESS = r"[\d.,]+/s, \d+ s left"
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is timed, but in the test of that."""
-    monkeypatch.setattr(propose, "_seconds", lambda *_: 1.0)
+    """No step is timed, except in the test of the timing."""
+    monkeypatch.setattr(fit, "step_seconds", lambda *_: 1.0)
 
 
 def truth_of(number: int, classes: int = 3, size: tuple[int, int] = SIZE) -> np.ndarray:
-    """Blocks of classes, all of them in every map, and a strip that is not labeled."""
+    """Blocks of classes, all of them in every map, and a strip without labels."""
     height, width = size
     rows, columns = np.mgrid[:height, :width]
     label = ((rows // 8 + columns // 8 + number) % classes).astype(np.uint8)
@@ -55,9 +60,13 @@ def photo(number: int, size: tuple[int, int] = SIZE) -> np.ndarray:
 
 @dataclass
 class Drawn:
-    """What was drawn, and what must come of it. `truth`: image's path below the folder → classes.
+    """What was drawn, and what the recipe must say.
 
-    `named`: name of each class of the truth. `void`: what 255 of the truth is in the files, where they cannot say it.
+    Attributes:
+        truth: image's path below the folder → classes.
+        named: name of each class of the truth.
+        void: what 255 of the truth is in files that cannot say 255.
+        lists: whether the recipe needs list files.
     """
 
     truth: dict[str, np.ndarray] = field(default_factory=dict)
@@ -92,7 +101,7 @@ def plain(root: Path) -> Drawn:
 
 
 def binary(root: Path) -> Drawn:
-    """0/255 masks beside the images, with a suffix; sizes differ; names with blanks and quotes."""
+    """0/255 masks next to the images, with a suffix; sizes differ; names have blanks and quotes."""
     drawn = Drawn(roles=roles(4, 1, 1), named=("background", "foreground"), lists=True)
     for number in range(6):
         size = (SIZE[0] + 3 * number, SIZE[1] + number)
@@ -137,7 +146,7 @@ def colors(root: Path) -> Drawn:
 
 
 def unnamed_colors(root: Path) -> Drawn:
-    """RGB masks and nothing else: black is a class, with a warning."""
+    """Only RGB masks: black is a class, with a warning."""
     drawn = Drawn(roles=roles(2, 0, 1), named=("background", "class_800000", "class_ffff00"), void=0)
     table = np.zeros((256, 3), np.uint8)
     table[1:3] = (128, 0, 0), (255, 255, 0)
@@ -149,7 +158,7 @@ def unnamed_colors(root: Path) -> Drawn:
 
 
 def split_folders(root: Path) -> Drawn:
-    """train/ and val/ with images and masks beside each other; classes counted from 1, named in a YAML."""
+    """train/ and val/ with images and masks next to each other; classes start at 1 and are named in a YAML file."""
     drawn = Drawn(roles=roles(3, 2, 2), named=("asphalt", "grass", "yes"))
     for part, numbers in {"train": range(5), "val": range(5, 7)}.items():
         for number in numbers:
@@ -166,7 +175,7 @@ def split_folders(root: Path) -> Drawn:
 
 
 def camvid(root: Path) -> Drawn:
-    """train.txt, val.txt and test.txt beside images/ and labels/; a palette of a known set."""
+    """train.txt, val.txt and test.txt next to images/ and labels/; a palette of a known set."""
     drawn = Drawn(roles=roles(4, 3, 1, 1), named=CAMVID.names)
     palette = [part for color in CAMVID.colors for part in color] + [0] * (768 - 33)
     parts: dict[str, list[str]] = {"train": [], "val": [], "test": []}
@@ -179,12 +188,12 @@ def camvid(root: Path) -> Drawn:
             drawn.truth[f"images/{name}.png"] = truth_of(number, 11)
             save(root / "labels" / f"{name}.png", truth_of(number, 11), palette)
     for name, ids in parts.items():
-        (root / f"{name}.txt").write_text("".join(f"{one}\n" for one in ids))
+        (root / f"{name}.txt").write_text("".join(f"{id_}\n" for id_ in ids))
     return drawn
 
 
 def voc_without_lists(root: Path) -> Drawn:
-    """JPEGImages, SegmentationClass and SegmentationObject, no ImageSets: VOC's tools, another's data."""
+    """JPEGImages, SegmentationClass and SegmentationObject without ImageSets: other data in VOC's format."""
     drawn = Drawn(roles=roles(4, 1, 1), named=VOC.names)
     for number in range(6):
         save(root / "JPEGImages" / f"p_{number}.jpg", photo(number))
@@ -211,7 +220,7 @@ def suffixes(root: Path) -> Drawn:
 
 
 def segnet(root: Path) -> Drawn:
-    """train, trainannot, val, valannot: SegNet's."""
+    """train, trainannot, val, valannot, as for SegNet."""
     drawn = Drawn(roles=roles(3, 0, 2))
     for part, numbers in {"train": range(3), "val": range(3, 5)}.items():
         for number in numbers:
@@ -254,41 +263,41 @@ FOLDERS: list[Callable[[Path], Drawn]] = [
 
 
 @pytest.mark.parametrize("draw", FOLDERS, ids=lambda draw: draw.__name__)
-def test_the_recipe_reads_what_was_drawn(
+def test_the_recipe_reads_exactly_what_was_drawn(
     draw: Callable[[Path], Drawn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     root = tmp_path / "my photos"
     drawn = draw(root)
     before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
-    made = propose_recipe(root)
-    assert made.recipe == Path("my photos.yaml")
+    proposal = propose_recipe(root)
+    assert proposal.recipe == Path("my photos.yaml")
     assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
-    assert bool(made.lists) == drawn.lists
-    recipe = load_recipe(made.recipe)
-    found = check(recipe)
-    assert not found.faults
-    assert found.images == drawn.roles
+    assert bool(proposal.lists) == drawn.lists
+    recipe = load_recipe(proposal.recipe)
+    findings = check(recipe)
+    assert not findings.faults
+    assert findings.images == drawn.roles
     manifest = manifest_of(recipe)
     names = classes_of(recipe).names
-    seen = {}
+    labels = {}
     for role, samples in manifest.roles().items():
         for sample in samples:
             if role != "unlabeled":
-                seen[sample.image.relative_to(root.resolve()).as_posix()] = read_label(
+                labels[sample.image.relative_to(root.resolve()).as_posix()] = read_label(
                     sample.label, sample.encoding
                 )
-    assert set(seen) == set(drawn.truth)
-    for name, label in seen.items():
+    assert set(labels) == set(drawn.truth)
+    for name, label in labels.items():
         truth = np.where(drawn.truth[name] == 255, drawn.void, drawn.truth[name])
         assert ((label == 255) == (truth == 255)).all(), name
-        shown = np.array([*names, *[""] * (256 - len(names))])[label]
-        assert (shown == np.array([*drawn.named, *[""] * (256 - len(drawn.named))])[truth]).all(), name
-    check_what_must_hold(recipe, manifest, made.recipe.read_text())
+        label_names = np.array([*names, *[""] * (256 - len(names))])[label]
+        assert (label_names == np.array([*drawn.named, *[""] * (256 - len(drawn.named))])[truth]).all(), name
+    check_every_proposal(recipe, manifest, proposal.recipe.read_text())
 
 
-def check_what_must_hold(recipe, manifest, text: str) -> None:
-    """Of every proposal: legal sizes within the images, rounds by the unlabeled images, a reason for every value."""
+def check_every_proposal(recipe, manifest, text: str) -> None:
+    """Sizes are legal and within the images, unlabeled images decide the rounds, every value has a reason."""
     sizes = [cv2.imread(str(s.image)).shape[:2] for some in manifest.roles().values() for s in some]
     for side, crop in enumerate(recipe.training.crop):
         assert (
@@ -296,7 +305,7 @@ def check_what_must_hold(recipe, manifest, text: str) -> None:
             and (crop - 1) % recipe.network.output_stride == 0
         )
     assert recipe.training.batch >= 4 and recipe.training.precision in ("fp32", "bf16")
-    assert [one.labeling_ratio for one in recipe.rounds] == (
+    assert [round_.labeling_ratio for round_ in recipe.rounds] == (
         [None, 0.4, 0.65] if manifest.unlabeled else [None]
     )
     lines = text.splitlines()
@@ -313,20 +322,21 @@ def check_what_must_hold(recipe, manifest, text: str) -> None:
 @pytest.mark.parametrize("draw", [binary, split_folders], ids=lambda draw: draw.__name__)
 def test_a_proposal_trains(draw: Callable[[Path], Drawn], tmp_path: Path) -> None:
     draw(tmp_path / "in")
-    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
     rounds = "rounds=[{steps: 1}, {steps: 1, labeling_ratio: 0.4}]"
-    summary = train(load_recipe(made.recipe, [rounds, "threads=1"]), tmp_path / "run")
+    summary = train(load_recipe(proposal.recipe, [rounds, "threads=1"]), tmp_path / "run")
     assert len(summary["rounds"]) == 2 and summary["rounds"][1]["mean_iou"] is not None
 
 
 def test_cityscapes_as_downloaded(tmp_path: Path) -> None:
     draw_cityscapes(tmp_path / "in" / "city", train_ids=False, cities=["aachen"], per_city=2, per_val_city=1)
-    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
-    recipe = load_recipe(made.recipe)
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(proposal.recipe)
     assert recipe.data.layout == "cityscapes" and recipe.data.classes == "cityscapes"
     assert recipe.data.root == str((tmp_path / "in" / "city").resolve())
     assert check(recipe).images == roles(2, 0, 1) and len(recipe.rounds) == 1
-    assert any("2 labeled and 0 unlabeled images" in note for note in made.notes)
+    says(proposal.notes[0], str(tmp_path / "in" / "city"), "cityscapes")
+    says(proposal.notes[1], "2 labeled", "0 unlabeled", "1 for validation")
 
 
 def test_voc_as_downloaded(tmp_path: Path) -> None:
@@ -336,34 +346,38 @@ def test_voc_as_downloaded(tmp_path: Path) -> None:
     assert len(recipe.rounds) == 3
 
 
-def test_images_alone(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_without_labels_ask_for_labels(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(30):
         save(tmp_path / "in" / f"{number:02d}.jpg", photo(number))
     monkeypatch.chdir(tmp_path)
     code, _, err = call("init", "in")
-    assert code == 2 and "30 images and no labels. Label some first – about 10" in err
+    assert code == 2
+    says(err, "30 image", "about 10", "255", "darseg rasterize", "docs/init.md")
     assert [line.strip(" -") for line in err.splitlines() if line.startswith("  - ")] == [
         f"{number:02d}.jpg" for number in range(0, 30, 3)
     ]
-    assert "255 = not labeled" in err and not (tmp_path / "in.yaml").exists()
+    assert not (tmp_path / "in.yaml").exists()
 
 
-def test_labels_under_names_that_say_nothing_are_asked_for(call, tmp_path: Path) -> None:
+def test_labels_with_unknown_names_are_taken_for_images(call, tmp_path: Path) -> None:
     for number in range(4):
         save(tmp_path / "in" / "eins" / f"{number}.jpg", photo(number))
         save(tmp_path / "in" / "zwei" / f"{number}.png", np.zeros((20, 30), np.uint8))
     code, _, err = call("init", tmp_path / "in")
-    assert code == 2 and "8 images and no labels" in err and "name their folder labels or masks" in err
+    assert code == 2
+    says(err, "8 image", "labels or masks")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "source"),
     [
-        ("ann/1.json", {"shapes": [], "imagePath": "1.jpg"}, "in/ann"),
-        ("coco.json", {"images": [], "annotations": [], "categories": []}, "in/coco.json"),
+        pytest.param("ann/1.json", {"shapes": [], "imagePath": "1.jpg"}, "in/ann", id="labelme"),
+        pytest.param(
+            "coco.json", {"images": [], "annotations": [], "categories": []}, "in/coco.json", id="coco"
+        ),
     ],
 )
-def test_annotations_are_to_be_drawn_first(
+def test_annotation_files_must_become_label_maps_first(
     call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: dict, source: str
 ) -> None:
     save(tmp_path / "in" / "1.jpg", photo(1))
@@ -371,60 +385,81 @@ def test_annotations_are_to_be_drawn_first(
     (tmp_path / "in" / name).write_text(json.dumps(content))
     monkeypatch.chdir(tmp_path)
     code, _, err = call("init", "in")
-    assert code == 2 and f"darseg rasterize {source} in/labels" in err
+    assert code == 2
+    says(err, "1 image", name, f"darseg rasterize {source} in/labels")
+
+
+def no_images(root: Path) -> None:
+    root.mkdir()
+
+
+def no_folder(root: Path) -> None:
+    pass
+
+
+def labels_alone(root: Path) -> None:
+    save(root / "labels" / "1.png", truth_of(1))
+
+
+def photos_as_labels(root: Path) -> None:
+    save(root / "images" / "1.png", photo(1))
+    save(root / "labels" / "1.png", photo(2))
+
+
+def one_value(root: Path) -> None:
+    save(root / "images" / "1.png", photo(1))
+    save(root / "labels" / "1.png", np.full(SIZE, 3, np.uint8))
+
+
+def one_color(root: Path) -> None:
+    save(root / "images" / "1.png", photo(1))
+    save(root / "labels" / "1.png", np.full((*SIZE, 3), (1, 2, 3), np.uint8))
+
+
+def labels_of_validation_alone(root: Path) -> None:
+    save(root / "val" / "images" / "1.png", photo(1))
+    save(root / "val" / "labels" / "1.png", truth_of(1))
+    save(root / "train" / "images" / "2.png", photo(2))
 
 
 @pytest.mark.parametrize(
-    ("draw", "message"),
+    ("draw", "facts"),
     [
-        (lambda root: root.mkdir(), "no images found"),
-        (lambda root: None, "no such folder"),
-        (lambda root: save(root / "labels" / "1.png", truth_of(1)), "and there are no images"),
-        (
-            lambda root: [save(root / "images/1.png", photo(1)), save(root / "labels/1.png", photo(2))],
-            "Not one label file could be read",
-        ),
-        (
-            lambda root: [
-                save(root / "images/1.png", photo(1)),
-                save(root / "labels/1.png", np.full(SIZE, 3, np.uint8)),
-            ],
-            "hold 3 alone: one class is nothing to tell apart",
-        ),
-        (
-            lambda root: [
-                save(root / "val/images/1.png", photo(1)),
-                save(root / "val/labels/1.png", truth_of(1)),
-                save(root / "train/images/2.png", photo(2)),
-            ],
-            "no labeled image is left for training",
-        ),
+        pytest.param(draw, facts, id=draw.__name__)
+        for draw, facts in [
+            (no_images, ["in", "JPEG"]),
+            (no_folder, ["in"]),
+            (labels_alone, ["in", "1 file", "labels/1.png"]),
+            (photos_as_labels, ["labels/1.png", "colors"]),
+            (one_value, ["3", "255"]),
+            (one_color, ["[1, 2, 3]"]),
+            (labels_of_validation_alone, ["1", "validation", "training"]),
+        ]
     ],
 )
-def test_folders_with_nothing_to_learn_from(tmp_path: Path, draw, message: str) -> None:
+def test_folders_with_nothing_to_learn_from_are_refused(tmp_path: Path, draw, facts: list[str]) -> None:
     draw(tmp_path / "in")
-    with pytest.raises(DataError, match=re.escape(message)):
+    with refused(DataError, *facts, vary=[r"\d+ different"]):
         propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
     assert not (tmp_path / "r.yaml").exists() and not (tmp_path / "r_lists").exists()
 
 
-def test_what_is_corrupt_is_named_and_left_out(call, tmp_path: Path) -> None:
+def test_damaged_files_are_reported_and_left_out(call, tmp_path: Path) -> None:
     corrupt(tmp_path / "in")
     code, out, err = call("init", tmp_path / "in", "--out", tmp_path / "r.yaml")
     assert code == 0, err
-    assert "3 file(s) cannot be used" in out and "1 file(s) that should be labels cannot be" in out
-    for part in ("09.jpg: this file is cut off", "00.png", "5x5 pixels"):
-        assert part in out
+    facts = ["3 file", "images/b/09.jpg", "labels/a/00.png", "labels/b/01.png", "5x5", "40x56", "a/06.jpg"]
+    says(out, *facts, vary=[PROGRESS, r"\d+ bytes"])
     text = (tmp_path / "r.yaml").read_text()
-    assert "# LOOK AT THIS: 3 file(s) cannot be used" in text and "look like" not in text
+    assert "# LOOK AT THIS: 3 file" in text and "sequences" not in text
     assert "a/06.jpg" in (tmp_path / "r_lists" / "unlabeled.txt").read_text()
 
 
-def test_other_words_for_folders_and_a_run_of_one_round(call, tmp_path: Path, monkeypatch) -> None:
+def test_german_folder_names_and_a_run_of_one_round(call, tmp_path: Path, monkeypatch) -> None:
     plain(tmp_path / "in")
     (tmp_path / "in" / "images").rename(tmp_path / "in" / "Fotos")
     (tmp_path / "in" / "labels").rename(tmp_path / "in" / "Masken")
-    for name in ("a/06", "b/07", "a/08", "b/09"):  # all that are left have labels
+    for name in ("a/06", "b/07", "a/08", "b/09"):  # all others have labels
         (tmp_path / "in" / "Fotos" / f"{name}.jpg").unlink()
     monkeypatch.chdir(tmp_path)
     code, out, err = call("init", "in")
@@ -432,7 +467,9 @@ def test_other_words_for_folders_and_a_run_of_one_round(call, tmp_path: Path, mo
     assert "darseg report" in out and "darseg view" not in out
 
 
-def test_commands_and_an_earlier_recipe(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_commands_are_printed_and_an_earlier_recipe_is_kept(
+    call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain(tmp_path / "in here")
     monkeypatch.chdir(tmp_path)
     code, out, err = call("init", "in here")
@@ -447,7 +484,8 @@ def test_commands_and_an_earlier_recipe(call, tmp_path: Path, monkeypatch: pytes
     mine = Path("in here.yaml").read_text() + "# mine\n"
     Path("in here.yaml").write_text(mine)
     code, _, err = call("init", "in here")
-    assert code == 2 and "exists" in err and Path("in here.yaml").read_text() == mine
+    assert code == 2 and Path("in here.yaml").read_text() == mine
+    says(err, "in here.yaml", "--out", "--force")
     assert call("init", "in here", "--force")[0] == 0
     assert "# mine" not in Path("in here.yaml").read_text()
 
@@ -456,10 +494,10 @@ def test_a_replacement_that_fails_leaves_recipe_and_lists_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     twins(tmp_path / "in")
-    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
-    assert made.lists
-    made.lists[0].write_text(made.lists[0].read_text() + "\n")  # mine
-    before = {path: path.read_bytes() for path in (made.recipe, *made.lists)}
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    assert proposal.lists
+    proposal.lists[0].write_text(proposal.lists[0].read_text() + "\n")  # a change by the user
+    before = {path: path.read_bytes() for path in (proposal.recipe, *proposal.lists)}
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -503,29 +541,37 @@ def test_flow_is_read_back(value) -> None:
 )  # fmt: skip
 def test_class_names_in_files(tmp_path: Path, name: str, text: str, names, values, colors) -> None:
     (tmp_path / name).write_text(text)
-    (one,) = find_names([tmp_path])
-    assert (one.names, one.values, one.colors is not None or None) == (names, values, colors)
+    (found,) = find_names([tmp_path])
+    assert (found.names, found.values, found.colors is not None or None) == (names, values, colors)
 
 
 @pytest.mark.parametrize("text", ["images/a.jpg\nimages/b.jpg\n", "road\n", "road\nroad\n", "", "{broken"])
-def test_what_names_no_classes(tmp_path: Path, text: str) -> None:
+def test_files_that_name_no_classes_are_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "labels.txt").write_text(text)
     (tmp_path / "classes.json").write_text(text)
     assert not find_names([tmp_path])
 
 
-def test_names_that_do_not_fit_are_said_so(tmp_path: Path) -> None:
+def test_names_with_one_value_more_are_taken_to_start_at_1(tmp_path: Path) -> None:
     plain(tmp_path / "in")
     (tmp_path / "in" / "classes.txt").write_text("road\nsky\n")  # the values are 0, 1 and 2
-    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
-    recipe = load_recipe(made.recipe)
-    assert recipe.data.label_values == "one_based"
-    assert any("set data.ignore: 2" in warning for warning in made.warnings)
-    (tmp_path / "in" / "classes.txt").write_text("road\n".join("abcd"[:1]) + "\nroad\nsky\n")
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    assert load_recipe(proposal.recipe).data.label_values == "one_based"
+    says(proposal.warnings[0], "classes.txt", "2 names", "0 to 2", "data.ignore: 2", "data.label_values")
+
+
+def test_names_that_do_not_fit_are_reported(tmp_path: Path) -> None:
+    plain(tmp_path / "in")
+    (tmp_path / "in" / "classes.txt").write_text("a\nroad\nsky\n")
     save(tmp_path / "in" / "labels" / "a" / "00.png", np.where(truth_of(0) == 2, 9, truth_of(0)))
-    made = propose_recipe(tmp_path / "in", tmp_path / "s.yaml")
-    assert any("which the label values do not fit" in warning for warning in made.warnings)
-    assert list(classes_of(load_recipe(made.recipe)).names) == ["class_0", "class_1", "class_2", "class_9"]
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    says(proposal.warnings[0], str(tmp_path / "in" / "classes.txt"), "3")
+    assert list(classes_of(load_recipe(proposal.recipe)).names) == [
+        "class_0",
+        "class_1",
+        "class_2",
+        "class_9",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -539,30 +585,31 @@ def test_names_that_do_not_fit_are_said_so(tmp_path: Path) -> None:
         ({0, 300}, ["class_0", "class_300"], {0: "class_0", 300: "class_300"}, False),
     ],
 )  # fmt: skip
-def test_what_values_mean(values, classes, keys, warned: bool) -> None:
-    guess = guess_classes(Survey({}, {}, False, dict.fromkeys(values, 10), ()), [], [])
+def test_values_are_understood(values, classes, keys, warned: bool) -> None:
+    survey = Survey(sizes={}, faults={}, colors=False, pixels=dict.fromkeys(values, 10), palette=())
+    guess = guess_classes(survey, [], [])
     assert (guess.classes, guess.keys.get("label_values"), bool(guess.warnings)) == (classes, keys, warned)
 
 
-def test_sequences_are_noted(tmp_path: Path) -> None:
+def test_sequences_are_reported(tmp_path: Path) -> None:
     for number in range(12):
         name = f"drive{number // 4}_{number:04d}"
         save(tmp_path / "in" / "images" / f"{name}.png", photo(number))
         save(tmp_path / "in" / "labels" / f"{name}.png", truth_of(number))
-    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
-    assert any("look like 3 sequences ('images/drive0'" in warning for warning in made.warnings)
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    says(proposal.warnings[0], "3 sequences", "'images/drive0'", "data.validation")
 
 
-def test_weights_that_lie_there(tmp_path: Path) -> None:
+def test_weights_in_the_folder_are_used(tmp_path: Path) -> None:
     plain(tmp_path / "in")
     backbone = NetworkSpec(backbone="resnet34", classes=2, output_stride=16).build().backbone
     torch.save(backbone.state_dict(), tmp_path / "in" / "resnet34-b627a593.pth")
     (tmp_path / "resnet18-broken.pth").write_bytes(b"nothing")
-    made = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
-    recipe = load_recipe(made.recipe)
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(proposal.recipe)
     assert recipe.network.weights == str((tmp_path / "in" / "resnet34-b627a593.pth").resolve())
     assert recipe.network.backbone == "resnet34"
-    assert any("resnet18-broken.pth is not used" in note for note in made.notes)
+    assert any(str(tmp_path / "resnet18-broken.pth") in note for note in proposal.notes)
 
 
 def test_given_weights_must_fit(call, tmp_path: Path) -> None:
@@ -577,26 +624,31 @@ def test_given_weights_must_fit(call, tmp_path: Path) -> None:
 
 def test_crop_and_batch_fit_the_memory() -> None:
     spec = NetworkSpec(backbone="resnet18", classes=5, output_stride=16, head_channels=128)
-    crop, batch, whole = propose._crop_and_batch(spec, (1000, 2000), 257, 100, 1 << 40)
+
+    def choose(budget: int) -> tuple[tuple[int, int], int, int]:
+        return fit.crop_and_batch(spec, smallest=(1000, 2000), target=257, labeled=100, budget=budget)
+
+    crop, batch, whole = choose(1 << 40)
     assert crop == (257, 257) and batch == 8
     for budget in (whole - 1, whole // 2):
-        crop, batch, memory = propose._crop_and_batch(spec, (1000, 2000), 257, 100, budget)
+        crop, batch, memory = choose(budget)
         assert memory <= budget and (crop, batch) < ((257, 257), 8)
-    assert propose._crop_and_batch(spec, (1000, 2000), 257, 100, 1)[1] == 4  # nothing fits: the smallest
-    assert propose._crop_and_batch(spec, (5, 9), 257, 1, 1 << 40)[:2] == ((17, 17), 4)
+    assert choose(1)[1] == 4  # nothing fits: the smallest
+    tiny = fit.crop_and_batch(spec, smallest=(5, 9), target=257, labeled=1, budget=1 << 40)
+    assert tiny[:2] == ((17, 17), 4)
 
 
-def test_steps_fit_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = propose._Data(Path(), [], "")
-    data.labeled, data.unlabeled = 800, 4000
-    assert propose._steps(data, 8, 0.001, 3600) == (10_000, 20_000, 20_000)
-    steps = propose._steps(data, 8, 1.0, 3600)
-    assert steps == (720, 1440, 1440)
-    assert propose._steps(data, 8, 1000.0, 3600) == (100, 100, 100)
+@pytest.mark.parametrize(
+    ("seconds", "steps"),
+    [(0.001, (10_000, 20_000, 20_000)), (1.0, (720, 1440, 1440)), (1000.0, (100, 100, 100))],
+)
+def test_steps_fit_the_time(seconds: float, steps: tuple[int, ...]) -> None:
+    draft = Draft(Path(), [], "", labeled=800, unlabeled=4000)
+    assert fit.steps_of_rounds(draft, batch=8, seconds=seconds, limit=3600) == steps
 
 
 def test_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     spec = NetworkSpec(backbone="resnet18_half", classes=3, output_stride=16, head_channels=8)
-    one, four = propose._seconds(spec, 2, (33, 33)), propose._seconds(spec, 8, (161, 161))
-    assert 0 < one < four
+    small, large = fit.step_seconds(spec, 2, (33, 33)), fit.step_seconds(spec, 8, (161, 161))
+    assert 0 < small < large

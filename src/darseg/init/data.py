@@ -1,0 +1,170 @@
+"""A folder → the data section of its recipe: what is in it, what cannot be used, and which image has which role."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from darseg.data.classes import BUILT_IN
+from darseg.data.layouts import Layout, find_sbd
+from darseg.data.manifest import sample_id
+from darseg.errors import DataError, faults
+from darseg.init.discover import Discovery, FoundImage, discover
+from darseg.init.draft import Draft
+from darseg.init.guess import guess_classes
+from darseg.init.names import find_names
+from darseg.init.roles import choose_roles
+from darseg.init.survey import survey
+from darseg.run.journal import Journal
+
+FIRST_TO_LABEL = 10, 50
+"""How many images to label before anything can be learned: at least, at most."""
+
+LAYOUT_FOLDERS = {
+    "cityscapes": "leftImg8bit and gtFine",
+    "voc": "JPEGImages, SegmentationClass and lists",
+}
+
+
+def draft_published(folder: Path) -> Draft | None:
+    """Cityscapes or VOC as they are downloaded, in the folder or up to two folders below; None if they are not there."""
+    for root in (folder, *(path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))):
+        if not root.is_dir():
+            continue
+        for layout in (Layout("cityscapes", root), Layout("voc", root)):
+            if layout.missing():
+                continue
+            if layout.name == "voc":
+                layout = replace(layout, sbd=find_sbd(root, None))
+            content = LAYOUT_FOLDERS[layout.name]
+            draft = Draft(root, layout.name, f"the {len(BUILT_IN[layout.name])} classes that scores count")
+            draft.keys["layout"] = layout.name, f"the folder holds {content}, so the official split is used"
+            draft.notes.append(f"{root} has the layout of {layout.name} ({content})")
+            return draft
+    return None
+
+
+def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
+    """Any other folder. Raises DataError if there is nothing to learn from.
+
+    Args:
+        lists: the folder for list files, if the recipe needs them.
+    """
+    found = discover(folder)
+    label_paths = [image.label for image in found.images if image.label]
+    if not found.images:
+        raise DataError(_no_images(folder, found))
+    if not label_paths:
+        raise DataError(_no_labels(folder, found))
+    with Journal(None, None, console).progress("read", len(found.images)) as advance:
+        content = survey(found.images, advance)
+    names = find_names([folder, *_between(folder, [path.parent for path in label_paths])])
+    guess = guess_classes(content, names, label_paths)
+    draft = Draft(folder, guess.classes, guess.why["classes"], class_notes=guess.notes)
+    for key, value in guess.keys.items():
+        draft.keys[key] = value, guess.why.get(key, "")
+    draft.notes += [
+        f"{len(found.images)} images, {len(label_paths)} of them with labels, in {folder}",
+        *found.notes,
+    ]
+    if found.annotations:
+        draft.notes.append(
+            f"{len(found.annotations)} annotation file(s) are not used, for example {found.annotations[0]}, because "
+            "there are label maps. `darseg rasterize` makes label maps of annotation files"
+        )
+    draft.warnings += guess.warnings
+    choose_roles(draft, found, _usable(found.images, content.faults, draft), lists=lists)
+    roles = draft.roles or {}
+    used = {image for pairs in roles.values() for image, _ in pairs}
+    draft.sizes = [size for path, size in sorted(content.sizes.items()) if path in used]
+    draft.labeled, draft.unlabeled = len(roles["labeled"]), len(roles["unlabeled"])
+    return draft
+
+
+def quoted(path: Path) -> str:
+    """A path for a command line."""
+    return shlex.quote(str(path))
+
+
+def _no_images(folder: Path, found: Discovery) -> str:
+    more = f" {'; '.join(found.notes)}." if found.notes else ""
+    return f"{folder} holds no images (JPEG, PNG, BMP, TIFF or WebP).{more} Give the folder that holds them."
+
+
+def _no_labels(folder: Path, found: Discovery) -> str:
+    count = len(found.images)
+    if found.annotations:
+        first = found.annotations[0]
+        is_one_file = found.annotation_kind in ("coco", "cvat")
+        source = first if is_one_file else first.parent
+        return (
+            f"{folder} holds {count} image(s) and no label maps, but annotation files ({found.annotation_kind}), for "
+            f"example {first}. Make label maps of them, then run this command again:\n"
+            f"  darseg rasterize {quoted(source)} {quoted(folder / 'labels')}"
+        )
+    least, most = FIRST_TO_LABEL
+    enough = min(count, max(least, min(most, count // 20)))
+    chosen = [found.images[at * count // enough].image for at in range(enough)]
+    lines = [str(path.relative_to(folder)) for path in chosen]
+    notes = f"\n{'; '.join(found.notes)}." if found.notes else ""
+    return (
+        faults(
+            f"{folder} holds {count} image(s) and no labels. Label about {enough} first; choose different ones that "
+            "show every class. These are spread over the folder",
+            lines,
+            limit=least,
+        )
+        + "\nDraw label maps (PNG of class indices, 255 = not labeled) into labels/, with the names of their images, or "
+        "annotate with labelme or CVAT and make label maps with `darseg rasterize`. Then run this command again."
+        "\nIf there are labels already, they were taken for images: name their folder labels or masks, or name the files "
+        "like a_mask.png next to a.jpg (docs/init.md lists all names)." + notes
+    )
+
+
+def _between(root: Path, folders: Sequence[Path]) -> list[Path]:
+    """The folder that holds all these folders, and those between it and `root`; then the first four of them."""
+    if not folders:
+        return []
+    common = Path(os.path.commonpath([str(path.absolute()) for path in folders]))
+    top = root.absolute()
+    between = [path for path in (common, *common.parents) if path == top or top in path.parents]
+    return between + sorted(set(folders))[:4]
+
+
+def _usable(images: Sequence[FoundImage], damaged: Mapping[Path, str], draft: Draft) -> list[FoundImage]:
+    """Images that can be used. An image with a damaged label is left out: it is meant to have a label."""
+    usable, lines = [], []
+    ids: dict[str, Path] = {}
+    for image in images:
+        name = sample_id(image.image.relative_to(draft.root))
+        problems = [damaged[path] for path in (image.image, image.label) if path and path in damaged]
+        if not _fits_a_list(str(image.image)) or (image.label and not _fits_a_list(str(image.label))):
+            problems.append(
+                f"{str(image.image)!a}: a list cannot hold this name (it has line ends, or is not UTF-8). Rename it"
+            )
+        same = ids.setdefault(name.casefold(), image.image)
+        if not problems and same != image.image:
+            problems.append(
+                f"{image.image}: the name differs from {same.name} only in suffix or case. Rename one of them"
+            )
+        lines += problems
+        if not problems:
+            usable.append(image)
+    if lines:
+        headline = f"{len(lines)} file(s) cannot be used; they and their images are left out"
+        draft.warnings.append(faults(headline, lines, limit=20))
+    return usable
+
+
+def _fits_a_list(name: str) -> bool:
+    """Whether a name can be a line of a list file."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return len(name.splitlines()) == 1

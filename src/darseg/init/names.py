@@ -1,0 +1,135 @@
+"""Files that name classes: text, CSV, JSON and YAML in the usual forms."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from darseg.data.images import IMAGE_SUFFIXES
+
+NAME_FILES = (
+    *("classes", "class_names", "classnames", "labels", "label_names", "names", "categories", "class_dict", "obj"),
+    *("label_colors", "label_colours", "labelmap", "label_map", "id2label", "palette", "colormap", "data", "dataset"),
+)  # fmt: skip
+NAME_SUFFIXES = (".txt", ".names", ".csv", ".json", ".yaml", ".yml")
+LARGEST_FILE = 1 << 20
+"""In bytes; larger files hold something else."""
+
+RGB = tuple[int, int, int]
+Row = tuple[str, int | None, RGB | None]
+"""Name, value, color."""
+
+
+@dataclass(frozen=True)
+class NameList:
+    """Class names of a file, with their values and colors if it has them."""
+
+    path: Path
+    names: tuple[str, ...]
+    values: tuple[int, ...] | None = None
+    colors: tuple[RGB, ...] | None = None
+
+
+def find_names(folders: Iterable[Path]) -> list[NameList]:
+    """Every file in these folders that names classes, the most usual file names first."""
+    lists = []
+    for folder in dict.fromkeys(folders):
+        for stem in NAME_FILES:
+            for suffix in NAME_SUFFIXES:
+                path = folder / f"{stem}{suffix}"
+                if not path.is_file() or path.stat().st_size > LARGEST_FILE:
+                    continue
+                try:
+                    text = path.read_text(encoding="utf-8-sig")
+                    if suffix in (".txt", ".names", ".csv"):
+                        rows = _rows_of_text(text)
+                    else:
+                        rows = _rows_of_data(json.loads(text) if suffix == ".json" else yaml.safe_load(text))
+                except (OSError, ValueError, yaml.YAMLError, RecursionError):
+                    continue
+                names = _name_list(path, rows)
+                if names:
+                    lists.append(names)
+    return lists
+
+
+_LINES: tuple[tuple[str, Callable[[re.Match], Row]], ...] = (
+    (r"([^:]+):(\d+),(\d+),(\d+):.*", lambda m: (m[1], None, (int(m[2]), int(m[3]), int(m[4])))),  # CVAT
+    (
+        r"(\d+)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\D.*)",
+        lambda m: (m[4], None, (int(m[1]), int(m[2]), int(m[3]))),
+    ),
+    (
+        r"(.*?\D)[\s,;:]+(\d+)[\s,]+(\d+)[\s,]+(\d+)",
+        lambda m: (m[1], None, (int(m[2]), int(m[3]), int(m[4]))),
+    ),
+    (r"(\d+)[\s,:;]+(\D.*)", lambda m: (m[2], int(m[1]), None)),
+)
+
+
+def _rows_of_text(text: str) -> list[Row]:
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    for start in (0, 1):  # a table may have a header
+        for pattern, row in _LINES:
+            matches = [re.fullmatch(pattern, line) for line in lines[start:]]
+            if len(matches) > 1 and all(matches):
+                return [row(match) for match in matches if match]
+    return [(line, None, None) for line in lines]
+
+
+def _rows_of_data(content: Any) -> list[Row]:
+    if isinstance(content, Mapping):
+        for key in ("classes", "names", "labels", "categories", "class_names", "id2label"):
+            if isinstance(content.get(key), (list, Mapping)):
+                return _rows_of_data(content[key])
+        rows: list[Row] = []
+        for key, value in content.items():
+            if str(key).isdigit() and isinstance(value, str):
+                rows.append((value, int(key), None))
+            elif isinstance(key, str) and type(value) is int:
+                rows.append((key, value, None))
+            elif isinstance(key, str) and _color(value):
+                rows.append((key, None, _color(value)))
+            else:
+                return []
+        return rows
+    if not isinstance(content, list):
+        return []
+    rows = []
+    for entry in content:
+        if isinstance(entry, Mapping):
+            number = entry.get("id")
+            color = _color(entry.get("color"))
+            rows.append((str(entry.get("name", "")), number if type(number) is int else None, color))
+        else:
+            rows.append((entry if isinstance(entry, str) else "", None, None))
+    return rows
+
+
+def _color(value: Any) -> RGB | None:
+    is_triple = isinstance(value, (list, tuple)) and len(value) == 3
+    return (value[0], value[1], value[2]) if is_triple and all(type(part) is int for part in value) else None
+
+
+def _name_list(path: Path, rows: Sequence[Row]) -> NameList | None:
+    """Names of rows; None if the rows cannot be classes."""
+    names = tuple(row[0].strip() for row in rows)
+    are_paths = any(name.lower().endswith(IMAGE_SUFFIXES) for name in names) or all(
+        "/" in name for name in names
+    )
+    if not 2 <= len(names) <= 255 or len(set(names)) < len(names) or "" in names or are_paths:
+        return None
+    values = tuple(row[1] for row in rows if row[1] is not None and 0 <= row[1] <= 65535)
+    colors = tuple(row[2] for row in rows if row[2] is not None and max(row[2]) <= 255)
+    return NameList(
+        path,
+        names,
+        values=values if len(set(values)) == len(names) else None,
+        colors=colors if len(set(colors)) == len(names) else None,
+    )
