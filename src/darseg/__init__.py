@@ -87,7 +87,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.training.stage import run_stage as run_stage
     from darseg.view.viewer import view_run as view_run
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "assign": "pseudo.assign",
