@@ -54,7 +54,10 @@ class Checkpoint:
         unknown = [f"{name}: not a part of this method" for name in self.parts if name not in wanted]
         missing = [f"{name}: missing" for name in sorted(wanted) if name not in self.parts]
         if unknown or missing:
-            raise RunError(faults("The checkpoint does not belong to this method", unknown + missing))
+            raise RunError(
+                faults("The checkpoint is of another method", unknown + missing)
+                + "\nGo on with the recipe that wrote it, or delete the checkpoints of this round to start it again."
+            )
         method.network.load_state_dict(self.parts[NETWORK])
         method.state.load_state_dict(self.parts[METHOD])
         for learner, optimizer in zip(method.learners, run.optimizers, strict=True):

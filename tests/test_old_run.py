@@ -1,0 +1,146 @@
+"""A run folder of darseg 0.2 resumes, and every verb opens it; run folders of later versions are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import REPOSITORY
+from darseg.config.text import load_recipe
+from darseg.errors import RunError
+from darseg.model.weights import load_network
+from darseg.run.directory import RunDirectory
+from darseg.run.rounds import train
+from darseg.training.checkpoint import load_checkpoint
+from wording import refused
+
+pytest.importorskip("timm")
+
+OLD = REPOSITORY / "tests" / "assets" / "run_0.2"
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A copy of the old run folder, with its data."""
+    shutil.copytree(OLD, tmp_path / "old")
+    recipe = tmp_path / "old" / "run" / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("root: DATA", f"root: {tmp_path / 'old' / 'data'}"))
+    return tmp_path / "old" / "run"
+
+
+def events(run: Path, name: str) -> list[dict]:
+    lines = (run / "journal.jsonl").read_text().splitlines()
+    return [entry for entry in map(json.loads, lines) if entry["event"] == name]
+
+
+def test_it_resumes_where_it_stopped(old: Path) -> None:
+    files = [path for path in old.rglob("*") if path.is_file() and "checkpoint" not in path.name]
+    kept = {path: path.read_bytes() for path in files if path.parent.name.startswith(("round_", "u"))}
+    summary = train(load_recipe(old / "recipe.yaml"), old)
+    assert [entry["round"] for entry in summary["rounds"]] == [0, 1]
+    assert all(path.read_bytes() == content for path, content in kept.items())
+    # Only what was left to do was done, from step 2 on.
+    trained = [entry["round"] for entry in events(old, "trained")]
+    assert trained == [0, 1] and len(events(old, "labeled")) == 1
+    assert [entry["step"] for entry in events(old, "step") if entry["round"] == 1] == [0, 4]
+    assert not list(old.glob("round_*/checkpoint_*"))
+    # Done again there is nothing to do: old and new records agree with this version's settings.
+    again = train(load_recipe(old / "recipe.yaml"), old)
+    assert again == summary and len(events(old, "trained")) == 2
+
+
+def test_training_goes_on_with_the_old_weights_and_momentum(old: Path) -> None:
+    checkpoint = load_checkpoint(next(old.glob("round_1/checkpoint_*.safetensors")))
+    assert checkpoint.step == 2 and set(checkpoint.parts) == {"network", "optimizer", "method"}
+    trainable = dict(load_network(old / "round_0" / "network.safetensors").named_parameters())
+    assert set(checkpoint.parts["optimizer"]) == {f"{name}:momentum_buffer" for name in trainable}
+    assert all(torch.isfinite(value).all() for value in checkpoint.parts["optimizer"].values())
+    train(load_recipe(old / "recipe.yaml"), old)
+    final = load_network(old / "round_1" / "network.safetensors").state_dict()
+    changes = [
+        float((final[name] - value).abs().max()) for name, value in checkpoint.parts["network"].items()
+    ]
+    assert 0 < np.median(changes) < 0.1  # three more steps, not a start from scratch
+
+
+def test_its_steps_can_be_reused(old: Path, tmp_path: Path) -> None:
+    train(load_recipe(old / "recipe.yaml", ["rounds=[{steps: 6}]"]), tmp_path / "new", reuse=old)
+    name = "round_0/network.safetensors"
+    assert (tmp_path / "new" / name).read_bytes() == (old / name).read_bytes()
+    other = load_recipe(old / "recipe.yaml", ["rounds=[{steps: 6}]", "training.weight_decay=0.01"])
+    train(other, tmp_path / "other", reuse=old)
+    assert (tmp_path / "other" / name).read_bytes() != (old / name).read_bytes()
+
+
+def test_every_verb_opens_it(old: Path, tmp_path: Path, call: Callable) -> None:
+    code, out, _ = call("evaluate", old)
+    assert code == 0 and "mean iou" in out
+    images = old.parent / "data" / "images" / "v"
+    code, out, err = call("predict", old, images, tmp_path / "predicted")
+    assert code == 0, err
+    assert len(list((tmp_path / "predicted" / "index").rglob("*.png"))) == 3
+    code, out, err = call("report", old)
+    assert code == 0 and (old / "report.html").exists(), err
+
+
+def test_the_viewer_opens_it(old: Path) -> None:
+    from darseg.run.browse import open_round
+
+    labeled = open_round(old, None)
+    assert labeled.index == 1 and len(labeled.samples) == 5
+
+
+def test_a_later_format_is_refused(old: Path) -> None:
+    run = RunDirectory(old)
+    run.format.write_text('{"format": 99}\n')
+    with refused(RunError, str(old), "99", "pip install --upgrade darseg", "--out"):
+        train(load_recipe(old / "recipe.yaml"), old)
+    run.format.write_text("{")
+    with refused(RunError, "run.json", vary=[r"\(.*\)"]):
+        train(load_recipe(old / "recipe.yaml"), old)
+
+
+def test_a_new_run_folder_has_a_format_number(old: Path, tmp_path: Path) -> None:
+    train(load_recipe(old / "recipe.yaml", ["rounds=[{steps: 1}]"]), tmp_path / "new")
+    assert json.loads((tmp_path / "new" / "run.json").read_text()) == {"format": 2}
+
+
+# --- keys that may be changed when a run is resumed
+
+FREE = [
+    "training.workers=1",
+    "training.cache=false",
+    "training.checkpoint_every=1",
+    "training.keep_checkpoints=3",
+    "threads=2",
+]
+
+
+def test_keys_that_cannot_change_the_result_may_be_changed(old: Path) -> None:
+    changed = load_recipe(old / "recipe.yaml", FREE)
+    threads = torch.get_num_threads()
+    try:
+        train(changed, old)
+    finally:
+        torch.set_num_threads(threads)
+    (event,) = events(old, "recipe_changed")
+    assert [line.split(":")[0] for line in event["keys"]] == sorted(key.split("=")[0] for key in FREE)
+    warnings = [entry["text"] for entry in events(old, "warning")]
+    assert any("threads 1 → 2" in text for text in warnings)
+    # The folder says how it goes on, and the next resume changes nothing.
+    assert load_recipe(old / "recipe.yaml") == changed
+    train(changed, old)
+    assert len(events(old, "recipe_changed")) == 1
+
+
+def test_keys_that_change_the_result_are_refused_with_the_others_unchanged(old: Path) -> None:
+    before = (old / "recipe.yaml").read_bytes()
+    with refused(RunError, "training.learning_rate: 0.01 → 0.02", "--out NEW_FOLDER"):
+        train(load_recipe(old / "recipe.yaml", ["training.learning_rate=0.02", "training.workers=1"]), old)
+    assert (old / "recipe.yaml").read_bytes() == before
