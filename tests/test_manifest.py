@@ -158,8 +158,11 @@ def test_files_that_are_cut_off_are_refused(tmp_path: Path, kind: str):
     assert image_size(path) == (64, 64)
     for length in (len(data) // 2, len(data) * 3 // 4, len(data) - 20):
         path.write_bytes(data[:length])
-        with refused(DataError, str(path), f"{length} bytes"):
+        with pytest.raises(DataError, match=rf"{path.name}: .*{length} bytes"):
             read_image(path)
+    path.write_bytes(data[:200])
+    with refused(DataError, str(path), "200 bytes"):
+        read_image(path)
 
 
 def test_data_that_cameras_add_after_the_picture_is_ignored(tmp_path: Path):

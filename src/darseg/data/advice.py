@@ -90,7 +90,7 @@ def _masks(classes: ClassSet) -> str:
     )
     return (
         "The label files hold only 0 and 255, as masks do. But 255 is read as not labeled, so only "
-        f"{first} would be learned. If 255 is a class, set {setting}."
+        f"the class {first} would be learned. If 255 is a class, set {setting}."
     )
 
 

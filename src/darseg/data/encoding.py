@@ -96,7 +96,7 @@ def label_encoding(
             classes, {color: meanings[color] for color in meanings if color not in table}
         )
     if problems:
-        raise RecipeError(faults("The label settings of the recipe do not fit together", problems))
+        raise RecipeError(faults("The label settings of the recipe cannot be used", problems))
     return LabelEncoding(
         format=format,
         values=pairs,

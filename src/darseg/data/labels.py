@@ -140,7 +140,7 @@ def _colors(image: Image.Image, bits: int, format: str, *, path: Path) -> np.nda
         )
     if image.mode not in ("RGB", "RGBA"):
         raise DataError(
-            f"{path}: the pixels are of type {image.mode}. A label map has values, palette indices or RGB colors."
+            f"{path}: the pixels have Pillow's mode {image.mode}. A label map has values, palette indices or RGB colors."
         )
     pixels = np.asarray(image)
     transparent = pixels[..., 3] == 0 if image.mode == "RGBA" else None
