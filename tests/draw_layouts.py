@@ -1,8 +1,8 @@
 """Tiny data sets in the folders of Cityscapes, VOC 2012 and SBD: python tests/draw_layouts.py OUT
 
-Pictures and labels are drawn scenes whose classes stand for some of the real ones. What a user's unpacked download
-has besides images and labels – color maps, a test split, lists, images without any label – is there too.
-Each function returns the truth: name (aachen_000000_000019, 2007_000032) → classes uint8 [H, W], 255: not labeled.
+Images and labels are drawn scenes whose classes stand for some of the real ones. The other files of a download are
+written too: color maps, a test split, lists, images without any label.
+Each function returns the truth: name (aachen_000000_000019, 2007_000032) → classes uint8 [H, W], 255 = not labeled.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ TRAIN_CITIES = ("aachen", "bochum", "bremen")
 VOC_TRAIN = ("2007_000032", "2007_000039", "2007_000063", "2008_000045")
 VOC_VAL = ("2007_000033", "2007_000042", "2008_000009")
 VOC_FURTHER = ("2008_000002", "2008_000003", "2008_000007", "2009_000001", "2010_000005", "2011_000007")
-"""Have labels in SBD alone, and in SegmentationClassAug, which was made from it."""
+"""These have labels only in SBD, and in SegmentationClassAug, which was made from SBD."""
 VOC_BARE = ("2008_000001", "2012_000004")
-"""Have none, as most of VOC's images."""
+"""These have no labels, as most images of VOC."""
 
 
 def scene(index: int, classes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """A picture and its label in classes of another set."""
+    """A drawn image and its label, with its classes replaced by `classes`."""
     image, label = draw_scene(SEED, index, SIZE)
     table = np.full(256, 255, np.uint8)
     table[: len(classes)] = classes
@@ -60,9 +60,11 @@ def draw_cityscapes(
     per_city: int = 4,
     per_val_city: int = 2,
 ) -> dict[str, np.ndarray]:
-    """`leftImg8bit` and `gtFine` below `root`: training cities, frankfurt for validation, berlin for the test.
+    """Draw `leftImg8bit` and `gtFine` below `root`: training cities, frankfurt for validation, berlin for the test.
 
-    `train_ids`, `ids`: write *_labelTrainIds.png (cityscapesScripts makes them), *_labelIds.png (downloads have them).
+    Args:
+        train_ids: write *_labelTrainIds.png, as cityscapesScripts does.
+        ids: write *_labelIds.png, as in the download.
     """
     truth = {}
     folders = [("train", city, per_city) for city in cities]
@@ -77,7 +79,7 @@ def draw_cityscapes(
             raw[-5:] = EGO_VEHICLE
             raw[:, :2] = OUT_OF_ROI
             label[-5:] = label[:, :2] = 255
-            if split == "test":  # not published
+            if split == "test":  # its labels are not published
                 raw[:] = UNLABELED
                 label[:] = 255
             save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", Image.fromarray(image))
@@ -113,8 +115,14 @@ def voc_palette() -> list[int]:
 def draw_voc(
     root: Path, *, augmented: bool = False, sbd: Path | None = None, train: Sequence[str] = VOC_TRAIN
 ) -> dict[str, np.ndarray]:
-    """`root` as VOCdevkit/VOC2012. The further images' labels go into SegmentationClassAug (`augmented`), and into the
-    folder `sbd` as SBD's .mat files; SBD has some of VOC's train and val, too, without the border."""
+    """Draw `root` as VOCdevkit/VOC2012.
+
+    Args:
+        augmented: write SegmentationClassAug, which has the labels of all images.
+        sbd: write SBD's .mat files into this folder, for the further images and, without the border, for some of VOC's
+            train and val.
+        train: names of the images in train.txt.
+    """
     truth, whole = {}, {}
     for index, name in enumerate((*train, *VOC_VAL, *VOC_FURTHER, *VOC_BARE)):
         image, label = scene(index, AS_VOC)
@@ -124,7 +132,7 @@ def draw_voc(
         whole[name] = np.where(label == 255, 0, label).astype(np.uint8)
         truth[name] = whole[name] if name in VOC_FURTHER else label
         if name not in VOC_FURTHER:
-            paletted = Image.fromarray(label)  # becomes "P", the values stay
+            paletted = Image.fromarray(label)  # putpalette makes its mode "P" and keeps the values
             paletted.putpalette(voc_palette())
             save(root / "SegmentationClass" / f"{name}.png", paletted)
         if augmented:
@@ -139,7 +147,7 @@ def draw_voc(
 
 
 def draw_sbd(folder: Path, labels: Mapping[str, np.ndarray]) -> None:
-    """`folder` as benchmark_RELEASE/dataset: cls/ID.mat and the lists train.txt and val.txt."""
+    """Draw `folder` as benchmark_RELEASE/dataset: cls/ID.mat and the lists train.txt and val.txt."""
     (folder / "cls").mkdir(parents=True)
     for name, label in labels.items():
         write_mat(folder / "cls" / f"{name}.mat", label)
@@ -149,7 +157,7 @@ def draw_sbd(folder: Path, labels: Mapping[str, np.ndarray]) -> None:
 
 
 def write_mat(path: Path, label: np.ndarray) -> None:
-    """A class map as SBD has it: GTcls{Boundaries, Segmentation, CategoriesPresent}, compressed."""
+    """Write a class map as SBD does: GTcls{Boundaries, Segmentation, CategoriesPresent}, compressed."""
     from scipy.io import savemat
     from scipy.sparse import csc_matrix
 
@@ -163,7 +171,7 @@ def write_mat(path: Path, label: np.ndarray) -> None:
 
 
 def draw_all(out: Path) -> None:
-    """Cityscapes, VOC and SBD side by side, as their archives unpack."""
+    """Draw Cityscapes, VOC and SBD next to each other, as their archives unpack."""
     draw_cityscapes(out / "cityscapes")
     draw_voc(out / "VOCdevkit" / "VOC2012", augmented=True, sbd=out / "benchmark_RELEASE" / "dataset")
 

@@ -24,6 +24,7 @@ from darseg.data.dataset import Cache, draw_example, load_example
 from darseg.data.encoding import LabelEncoding
 from darseg.data.manifest import Sample
 from darseg.errors import DataError
+from wording import refused
 
 CLASSES = class_set(["field", "road", "house"])
 HOW = Augmentation((9, 13))
@@ -43,8 +44,8 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sample, ...]:
         make(
             folder,
             f"{index}",
-            rng.integers(0, 256, (20 + index, 24, 3), np.uint8),
-            rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (20 + index, 24)),
+            image=rng.integers(0, 256, (20 + index, 24, 3), np.uint8),
+            label=rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (20 + index, 24)),
         )
         for index in range(COUNT)
     )
@@ -223,13 +224,13 @@ def test_pinned_batches_are_asked_of_torch(samples, monkeypatch):
     assert equal(pinned, take(samples, 2)) and asked and not any(asked)
 
 
-# Decoded once
+# The cache of decoded examples
 
 EVERYTHING = 1 << 30
 
 
 def count_reading(monkeypatch: pytest.MonkeyPatch) -> Counter:
-    """How often each image is decoded from now on."""
+    """Count how often each image is decoded from now on."""
     read, counts = dataset.read_image, Counter()
 
     def counted(path: Path) -> np.ndarray:
@@ -245,10 +246,10 @@ def count_reading(monkeypatch: pytest.MonkeyPatch) -> Counter:
 def test_a_cache_of_any_size_changes_no_batch(samples, limit: int, workers: int):
     cache = Cache(limit)
     assert equal(take(samples, 12, workers=workers, load=cache.load), take(samples, 12))
-    assert equal(take(samples, 3, start=9, load=cache.load), take(samples, 3, start=9))  # filled already
+    assert equal(take(samples, 3, start=9, load=cache.load), take(samples, 3, start=9))  # now filled
 
 
-def test_a_cache_decodes_once(samples, monkeypatch):
+def test_a_cache_decodes_each_sample_once(samples, monkeypatch):
     counts, cache = count_reading(monkeypatch), Cache(EVERYTHING)
     for epoch in range(4):
         for sample in samples:
@@ -256,8 +257,8 @@ def test_a_cache_decodes_once(samples, monkeypatch):
         assert counts == {sample.id: 1 for sample in samples}, epoch
 
 
-def test_a_cache_keeps_no_more_than_its_limit(samples, monkeypatch):
-    """4 bytes a pixel; what does not fit is decoded every time, and what is smaller and comes later still fits."""
+def test_a_cache_stays_within_its_limit(samples, monkeypatch):
+    """An example takes 4 bytes per pixel. One that does not fit is decoded each time; a smaller one may fit later."""
     sizes = [4 * (20 + index) * 24 for index in range(COUNT)]
     counts, cache = count_reading(monkeypatch), Cache(sizes[6] + sizes[4] + sizes[0])
     for _ in range(3):
@@ -271,8 +272,8 @@ def test_a_cache_keeps_no_more_than_its_limit(samples, monkeypatch):
     assert counts == {"0": 2}
 
 
-def test_new_labels_of_an_image_are_another_entry(samples, tmp_path):
-    """Pseudo labels of the next round, for the same images."""
+def test_an_image_with_another_label_is_another_entry(samples, tmp_path):
+    """As in the next round, which has new pseudo labels for the same images."""
     label = tmp_path / "label.png"
     assert cv2.imwrite(str(label), np.full((20, 24), 2, np.uint8))
     cache = Cache(EVERYTHING)
@@ -282,7 +283,7 @@ def test_new_labels_of_an_image_are_another_entry(samples, tmp_path):
     assert np.array_equal(after.image, before.image)
 
 
-def test_what_a_cache_keeps_cannot_be_changed(samples):
+def test_examples_in_a_cache_are_read_only(samples):
     cache = Cache(EVERYTHING)
     for _ in range(2):
         example = cache.load(samples[0], CLASSES)
@@ -291,7 +292,7 @@ def test_what_a_cache_keeps_cannot_be_changed(samples):
                 pixels[0] = 0
 
 
-def test_threads_that_ask_at_once_get_the_same_and_count_it_once(samples):
+def test_an_example_loaded_by_several_threads_counts_once(samples):
     size = 4 * 20 * 24
     cache, barrier = Cache(size + 4 * 21 * 24), threading.Barrier(8)
 
@@ -302,46 +303,44 @@ def test_threads_that_ask_at_once_get_the_same_and_count_it_once(samples):
     with ThreadPoolExecutor(8) as pool:
         images = list(pool.map(ask, range(8)))
     assert all(np.array_equal(image, images[0]) for image in images)
-    assert cache.load(samples[1], CLASSES) is cache.load(samples[1], CLASSES)  # there is room for it
+    assert cache.load(samples[1], CLASSES) is cache.load(samples[1], CLASSES)  # it still fits
 
 
-def test_a_cache_keeps_no_errors(samples, tmp_path):
+def test_a_cache_does_not_keep_errors(samples, tmp_path):
     path, cache = tmp_path / "late.png", Cache(EVERYTHING)
     late = replace(samples[0], image=path)
-    with pytest.raises(DataError, match=r"late\.png: this file does not exist"):
+    with refused(DataError, str(path)):
         cache.load(late, CLASSES)
     path.write_bytes(samples[0].image.read_bytes())
     assert cache.load(late, CLASSES).image.shape == (20, 24, 3)
 
 
-# One example
+# Single examples
 
 
-def test_an_example_is_image_and_label_as_they_are(samples):
+def test_an_example_holds_image_and_label_unchanged(samples):
     example = load_example(samples[2], CLASSES)
     assert example.id == "2" and example.image.shape == (22, 24, 3) and example.label.shape == (22, 24)
     assert np.array_equal(example.image, cv2.imread(str(samples[2].image))[..., ::-1])
 
 
-def test_the_users_ignore_value_is_read_as_255(tmp_path):
+def test_the_ignore_value_of_the_recipe_is_read_as_255(tmp_path):
     label = np.array([[0, 1], [2, 11]], np.uint8)
     sample = replace(
-        make(tmp_path, "a", np.zeros((2, 2, 3), np.uint8), label), encoding=LabelEncoding(ignore=11)
+        make(tmp_path, "a", image=np.zeros((2, 2, 3), np.uint8), label=label),
+        encoding=LabelEncoding(ignore=11),
     )
     example = load_example(sample, CLASSES)
     assert example.label.tolist() == [[0, 1], [2, IGNORE]]
 
 
-def test_examples_that_cannot_be_loaded(tmp_path):
+def test_samples_that_cannot_be_loaded_are_refused(tmp_path):
     image = np.zeros((4, 6, 3), np.uint8)
-    with pytest.raises(DataError, match=r"a\.png: has no label map, and one is needed"):
+    with refused(DataError, str(tmp_path / "a.png"), "no label map"):
         load_example(Sample("a", tmp_path / "a.png"), CLASSES)
-    turned = make(tmp_path, "b", image, np.zeros((6, 4), np.uint8))
-    with pytest.raises(
-        DataError, match=r"b_label\.png: 6x4 pixels, but its image .*b\.png has 4x6 .*darseg check"
-    ):
+    turned = make(tmp_path, "b", image=image, label=np.zeros((6, 4), np.uint8))
+    with refused(DataError, str(turned.label), "6x4", str(turned.image), "4x6", "darseg check"):
         load_example(turned, CLASSES)
-    unknown = make(tmp_path, "c", image, np.full((4, 6), 3, np.uint8))
-    message = r"c_label\.png: label values outside the classes 0\.\.2 and 255, not labeled: 3 \(24 pixels\)"
-    with pytest.raises(DataError, match=message):
+    unknown = make(tmp_path, "c", image=image, label=np.full((4, 6), 3, np.uint8))
+    with refused(DataError, str(unknown.label), "3 (24 pixels)", "data.ignore", "data.label_values"):
         load_example(unknown, CLASSES)

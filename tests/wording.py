@@ -25,7 +25,7 @@ UPDATE = "DARSEG_UPDATE_WORDING"
 HEAD = "=== "
 
 _TEMPORARY = re.compile(
-    r"(?:/private)?/\S*?/pytest-of-[^/\s]+/pytest-\d+(?:/popen-gw\d+)?/[\w.\[\]-]+?\d+(?=[/\s'\",:;)\]]|$)"
+    r"(?:/private)?/\S*?/pytest-of-[^/\s]+/pytest-\d+(?:/popen-gw\d+)?/[\w.\[\]-]+?\d+(?=[/\s'\",:;)\]]|\.?(?:\s|$))"
 )
 _used: Counter[str] = Counter()
 

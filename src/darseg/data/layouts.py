@@ -107,7 +107,7 @@ class Layout:
     def where_labels_are(self) -> str:
         """The folders of the label files, for messages."""
         if self.name == "cityscapes":
-            return f"gtFine (the path of its image, ending in {TRAIN_IDS_SUFFIX} or {IDS_SUFFIX})"
+            return f"gtFine (with the path of its image, but ending in {TRAIN_IDS_SUFFIX} or {IDS_SUFFIX})"
         return "SegmentationClass, SegmentationClassAug or SBD's cls"
 
     def training_ids(self) -> list[str]:
@@ -131,7 +131,7 @@ class Layout:
         folders = self._lacking(self.root)
         if folders and (meant := next((place for place in self._near() if not self._lacking(place)), None)):
             return [
-                f"{self.root} has no folder {' and no folder '.join(folders)}, but {meant} has. Set data.root to {meant}."
+                f"{self.root} does not hold {' and '.join(folders)}, but {meant} does. Set data.root to {meant}."
             ]
         lines = []
         for folder in folders:
