@@ -394,7 +394,7 @@ def test_ctrl_c_is_answered(call, checkpoint: Path, tmp_path: Path, monkeypatch:
     write_png(tmp_path / "a.png", picture(0))
     monkeypatch.setattr("darseg.run.predict.predict", stop)
     code, _, err = call("predict", checkpoint, tmp_path / "a.png", tmp_path / "out")
-    assert (code, err) == (130, "darseg: interrupted. What was finished is kept.\n")
+    assert (code, err) == (130, "darseg: interrupted. Finished work is kept.\n")
 
 
 def test_predictions_do_not_go_into_a_run_folder(checkpoint: Path, tmp_path: Path) -> None:

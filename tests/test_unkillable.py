@@ -284,7 +284,7 @@ def test_signals_while_training_save_the_step_and_end(
     at_step(index, step, lambda: [os.kill(os.getpid(), which) for _ in range(2)])
     ended, _, err = call("train", path, "--out", run)
     assert ended == code
-    assert "The same command goes on where it was." in err and "Traceback" not in err
+    assert "Run the same command again to continue." in err and "Traceback" not in err
     last = step == STEPS[index] - 1
     said = f"stopped by {which.name}." if last else f"stopped after step {step + 1} of {STEPS[index]}"
     assert err.startswith(f"darseg: {said}")
@@ -315,7 +315,7 @@ def test_signals_elsewhere_end_at_once(
     monkeypatch.setattr(Journal, "progress", watched)
     began = time.monotonic()
     code, _, err = call("train", path, "--out", run)
-    assert code == 143 and err.startswith("darseg: stopped by SIGTERM. The same command goes on")
+    assert code == 143 and err.startswith("darseg: stopped by SIGTERM. Run the same command again")
     assert time.monotonic() - began < 60 and asked
     assert not (run / f"round_{int(asked[0].split()[1][0])}" / f"{step}.json").exists()
     assert call("train", path, "--out", run)[0] == 0

@@ -62,12 +62,12 @@ def main() -> None:
     try:
         app()
     except Interrupted as error:
-        print(f"darseg: {error} The same command goes on where it was.", file=sys.stderr)
+        print(f"darseg: {error} Run the same command again to continue.", file=sys.stderr)
         sys.exit(error.code)
     except DarsegError as error:
         print(f"darseg: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer exits without a message
-            print("darseg: interrupted. What was finished is kept.", file=sys.stderr)
+            print("darseg: interrupted. Finished work is kept.", file=sys.stderr)
         raise

@@ -58,7 +58,7 @@ def rounds_table(summary: dict) -> Rows:
 
 def plan_table(plan: Plan) -> Rows:
     """What each round of a plan does, a row for each round."""
-    columns = ("round", "ratio", "epochs", "of steps", "steps", "images a step", "scale", "span")
+    columns = ("round", "ratio", "epochs", "steps per epoch", "steps", "images per step", "scale", "span")
     rows: Rows = [[*columns, "rate at start", "at end"]]
     for planned, (begin, end) in zip(plan.rounds, plan.rates, strict=True):
         rows.append([*_planned_cells(planned), f"{begin:.6g}", f"{end:.6g}"])

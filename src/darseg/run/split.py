@@ -41,13 +41,13 @@ def draw_split(
 ) -> dict[str, Any]:
     """Draw which images of a recipe are labeled, and write `out/labeled.txt`, `out/unlabeled.txt`, `out/split.json`.
 
-    The draw is among the labeled and unlabeled images of the recipe; validation and test images stay out. An id is
-    the image's path below `data.root` without suffix, whatever the recipe calls the image; `darseg.data.splits.draw`
-    says how images are drawn.
+    `darseg.data.splits.draw` draws among the labeled and unlabeled images of the recipe. An id is the image's path below
+    `data.root` without suffix, whatever the recipe calls the image.
 
     Args:
         out: a new folder, or one that holds the same lists.
-        fraction, count: share (as in "1/8" or 0.125) or number of images to be labeled; give one of the two.
+        fraction: share of images to be labeled, as in "1/8" or 0.125; give either this or `count`.
+        count: number of images to be labeled.
         balanced: make sure that rare classes appear; every image needs a label map.
         sequences: regular expression that finds the name of the sequence in an id; sequences are not divided.
 
