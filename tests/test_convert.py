@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import collections
-import io
 import json
 import math
 import os
 import pickle
-import struct
-import tarfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,6 +28,7 @@ from darseg.errors import RecipeError, WeightsError
 from darseg.model.network import Network, NetworkSpec, build_network
 from darseg.model.weights import convert, load_network, load_weights, read_spec, save_network
 from darseg.run.build import build_initial_network
+from wording import refused, says
 
 torch.set_num_threads(1)
 
@@ -186,7 +184,8 @@ def test_semseg_with_21_classes_names_and_colors(tmp_path: Path, call: Callable)
     state["layer3.6.conv1.weight"] = torch.zeros(1)
     torch.save({"epoch": 50, "state_dict": module(state)}, source)
     code, _, errors = call(*given)
-    assert code == 2 and "layer3.6.conv1.weight: no part of this network" in errors and not out.exists()
+    says(errors, str(source), "layer3.6.conv1.weight", "--no-strict")
+    assert code == 2 and not out.exists()
     code, shown, errors = call(*given, "--no-strict")
     assert code == 0, errors
     first, *lines = shown.splitlines()
@@ -200,7 +199,8 @@ def test_semseg_with_21_classes_names_and_colors(tmp_path: Path, call: Callable)
     assert spec.class_names[:2] == ("background", "aeroplane") and spec.class_colors[1] == (128, 0, 0)
     whole = out.read_bytes()
     code, _, errors = call(*given, "--no-strict")
-    assert code == 2 and f"{out} exists already" in errors and out.read_bytes() == whole
+    says(errors, str(out))
+    assert code == 2 and out.read_bytes() == whole
 
 
 def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callable) -> None:
@@ -208,21 +208,10 @@ def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callabl
     given = ("convert", psp_file, out, "--architecture", "pspnet50", "--classes", 21)
     code, _, errors = call(*given)
     assert code == 2 and not out.exists()
-    for text in (
-        "cls.4.weight: has shape [19, 512, 1, 1], [21, 512, 1, 1] is wanted",
-        "cls.4.bias: has shape [19], [21] is wanted",
-        "aux.4.weight: has shape",
-        "The file is of a network for 19 classes, this one has 21.",
-        "Nothing was loaded",
-        "--no-strict",
-    ):
-        assert text in errors
+    says(errors, "cls.4.weight", "[19, 512, 1, 1]", "[21, 512, 1, 1]", "19 classes", "has 21", "--no-strict")
     code, shown, errors = call(*given, "--no-strict")
     assert code == 0, errors
-    assert (
-        "missing in the file, drawn at random:" in shown
-        and "  cls.4.bias: has shape [19], [21] is wanted" in shown
-    )
+    says(shown, str(psp_file), str(out), "cls.4.bias", "aux.4.weight")
     assert shown.count("has shape") == 4 and "not in the network" not in shown
     loaded = load_network(out)
     assert loaded.classes == 21
@@ -234,7 +223,8 @@ def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callabl
     code, _, errors = call(*given, "--names", "voc")
     assert code == 2 and "for 19 classes, this one has 21" in errors
     code, _, errors = call(*given, "--classes", 21, "--names", "cityscapes")
-    assert code == 2 and "21 classes are wanted, but the set of names has 19" in errors
+    says(errors, "21 classes", "19 names")
+    assert code == 2
 
 
 def test_another_architectures_file(psp_file: Path, tmp_path: Path, call: Callable) -> None:
@@ -244,7 +234,8 @@ def test_another_architectures_file(psp_file: Path, tmp_path: Path, call: Callab
         (tmp_path / "deeplab.pth", "pspnet50", "deeplabv2"),
     ):
         code, _, errors = call("convert", source, tmp_path / "n.safetensors", "--architecture", wanted)
-        assert code == 2 and f"layout is that of the released {found}" in errors, errors
+        says(errors, str(source), f"released {found}", "--architecture")
+        assert code == 2
     assert not (tmp_path / "n.safetensors").exists()
 
 
@@ -256,7 +247,8 @@ def test_backbones_alone_are_not_converted(tmp_path: Path, call: Callable) -> No
                 *("convert", tmp_path / "imagenet.pth", tmp_path / "n.safetensors"),
                 *("--architecture", architecture, strict),
             )
-            assert code == 2 and "backbone alone, no classifier" in errors and "network.weights" in errors
+            says(errors, "imagenet.pth", "network.weights")
+            assert code == 2
     assert not (tmp_path / "n.safetensors").exists()
 
 
@@ -274,17 +266,19 @@ def test_other_refusals_of_convert(psp_file: Path, tmp_path: Path, call: Callabl
         cut.write_bytes(whole[:kept])
         code, _, errors = call("convert", cut, out, "--architecture", "pspnet50")
         assert code == 2 and f"cut.pth ({kept:,} bytes)" in errors and "cut short" in errors
-    code, _, errors = call("convert", tmp_path / "none.pth", out, "--architecture", "pspnet50")
-    assert code == 2 and "no such file" in errors
-    code, _, errors = call("convert", psp_file, out, "--architecture", "pspnet50", "--release-classifier")
-    assert code == 2 and "only deeplabv2's classifier" in errors
-    code, _, errors = call("convert", psp_file, tmp_path, "--architecture", "pspnet50")
-    assert code == 2 and "exists already" in errors
+    for arguments, facts in (
+        ((tmp_path / "none.pth", out, "--architecture", "pspnet50"), ("none.pth",)),
+        ((psp_file, out, "--architecture", "pspnet50", "--release-classifier"), ("deeplabv2",)),
+        ((psp_file, tmp_path, "--architecture", "pspnet50"), (str(tmp_path),)),
+    ):
+        code, _, errors = call("convert", *arguments)
+        says(errors, *facts)
+        assert code == 2
     code, _, errors = call("convert", psp_file, out, "--architecture", "fcn")
     assert code == 2 and "pspnet50" in errors
-    with pytest.raises(WeightsError, match=r"'fcn'.*pspnet50, deeplabv2_101"):
+    with refused(WeightsError, "'fcn'", "pspnet50, deeplabv2_101"):
         convert(psp_file, out, "fcn")
-    with pytest.raises(RecipeError, match="between 2 and 255"):
+    with refused(RecipeError, "300", "2 and 255"):
         convert(psp_file, out, "pspnet50", classes=300)
     assert not out.exists()
 
@@ -312,7 +306,7 @@ def test_code_in_pickles_of_every_protocol(form: str, protocol: int, tmp_path: P
     else:
         torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
     code, _, errors = call("convert", path, tmp_path / "n.safetensors", "--architecture", "pspnet50")
-    assert code == 2 and "could run code: it holds more than tensors" in errors and "mkdir" in errors
+    assert code == 2 and "evil.pth" in errors and "mkdir" in errors
     assert "weights_only" not in errors  # torch's advice to read it without the guard
     assert not trace.exists()
 
@@ -320,16 +314,16 @@ def test_code_in_pickles_of_every_protocol(form: str, protocol: int, tmp_path: P
 @pytest.mark.parametrize("protocol", [0, 1, 4, 5])
 def test_pickle_protocols_that_torch_does_not_guard(protocol: int, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "n.pth", pickle_protocol=protocol)
-    with pytest.raises(WeightsError, match=r"guarded reader does not take it \(Unsupported operand \d+\)"):
+    with refused(WeightsError, "n.pth", vary=[r"\(Unsupported operand \d+\)"]):
         load_weights(small(), tmp_path / "n.pth")
 
 
 def test_whole_modules_and_programs(tmp_path: Path) -> None:
     torch.save(torch.nn.Conv2d(1, 1, 1), tmp_path / "module.pth")
-    with pytest.raises(WeightsError, match=r"could run code: .*more than tensors \(torch.nn.*Conv2d\)"):
+    with refused(WeightsError, "module.pth", "(torch.nn.modules.conv.Conv2d)"):
         load_weights(small(), tmp_path / "module.pth")
     torch.jit.script(torch.nn.Conv2d(1, 1, 1)).save(tmp_path / "script.pt")
-    with pytest.raises(WeightsError, match=r"could run code: it is a TorchScript archive"):
+    with refused(WeightsError, "script.pt", "TorchScript"):
         load_weights(small(), tmp_path / "script.pt")
 
 
@@ -340,82 +334,6 @@ def test_no_pickle_at_all(tmp_path: Path) -> None:
         with pytest.raises(WeightsError, match=r"cannot be read as weights") as caught:
             load_weights(small(), path)
         assert "weights_only" not in str(caught.value)
-
-
-# --- tar archives, as torch wrote them until 2017: torchvision's first ResNets
-
-
-def write_tar(path: Path, state: dict[str, Any], whole: Any = None) -> None:
-    """Written from what torch's own reader of these files expects."""
-    tensors = [value.data if isinstance(value, torch.nn.Parameter) else value for value in state.values()]
-    storages, body, numbers = io.BytesIO(), io.BytesIO(), {id(one): 1000 + i for i, one in enumerate(tensors)}
-    pickle.dump(len(tensors), storages, 2)
-    pickle.dump(len(tensors), body, 2)
-    for tensor in tensors:
-        kind = {torch.float32: "Float", torch.int64: "Long"}[tensor.dtype]
-        number = numbers[id(tensor)]
-        pickle.dump((number + 10**6, "cpu", getattr(torch, f"{kind}Storage")), storages, 2)
-        flat = tensor.flatten()
-        storages.write(struct.pack("<q", len(flat)) + flat.numpy().tobytes())
-        pickle.dump((number, number + 10**6, getattr(torch, f"{kind}Tensor")), body, 2)
-        body.write(struct.pack("<i4x", tensor.ndim))
-        for sides in (tensor.shape, tensor.contiguous().stride(), (0,)):
-            body.write(struct.pack(f"<{len(sides)}q", *sides))
-    pickle.dump([], storages, 2)
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, value: Any) -> str | None:
-            return str(numbers[id(value)]) if isinstance(value, Tensor) and id(value) in numbers else None
-
-        def reducer_override(self, value: Any) -> Any:
-            if isinstance(value, torch.nn.Parameter) and whole is None:
-                (data,) = (one for one in tensors if one.data_ptr() == value.data_ptr())
-                return torch.nn.Parameter, (data,), (True, False, None)
-            return NotImplemented
-
-    text = io.BytesIO()
-    Pickler(text, 2).dump(collections.OrderedDict(state) if whole is None else whole)
-    with tarfile.open(path, "w") as archive:
-        for name, data in (("storages", storages), ("tensors", body), ("pickle", text)):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data.getvalue())
-            archive.addfile(entry, io.BytesIO(data.getvalue()))
-
-
-def test_tar_archives(tmp_path: Path) -> None:
-    """Parameters and tensors; torchvision's resnet50-19c8e357 is such a file."""
-    path = tmp_path / "resnet18.pth"
-    state: dict[str, Any] = {
-        key: value for key, value in imagenet("resnet18").items() if "tracked" not in key
-    }
-    state = {key: torch.nn.Parameter(v) if key.endswith("weight") else v for key, v in state.items()}
-    write_tar(path, state)
-    unguarded = torch.load(path, weights_only=False)  # the test's own file is what torch reads
-    assert all(torch.equal(unguarded[key], value) for key, value in state.items())
-    network = small()
-    report = load_weights(network, path)
-    assert report.unused == ("fc.bias", "fc.weight") and len(report.uncounted) == 20
-    for key, value in network.backbone.state_dict().items():
-        assert key.endswith("tracked") or torch.equal(value, state[key]), key
-
-
-def test_tar_archives_that_are_evil_or_damaged(tmp_path: Path) -> None:
-    path, trace = tmp_path / "n.pth", tmp_path / "trace"
-    for evil in (Runs(trace), {"a": Runs(trace)}, torch.nn.Conv2d(1, 1, 1), np.zeros(2)):
-        write_tar(path, {"a": torch.zeros(2)}, evil)
-        with pytest.raises(WeightsError, match="could run code: it holds more than tensors"):
-            load_weights(small(), path)
-    assert not trace.exists()
-    write_tar(path, {"a": torch.randn(400, 10)})
-    whole = path.read_bytes()
-    for kept in (600, 10_000, 18_000):
-        path.write_bytes(whole[:kept])
-        with pytest.raises(WeightsError, match="cut short"):
-            load_weights(small(), path)
-    # A tensor that reaches beyond its storage.
-    path.write_bytes(whole.replace(struct.pack("<qq", 400, 10), struct.pack("<qq", 400, 11)))
-    with pytest.raises(WeightsError, match="cut short"):
-        load_weights(small(), path)
 
 
 # --- pretrained backbones in the layouts of those who train them
@@ -495,14 +413,15 @@ def test_imagenet_classifiers(backbone: str, file: str, tmp_path: Path) -> None:
 def test_what_fits_of_another_backbone_where_not_strict(tmp_path: Path) -> None:
     torch.save(imagenet("resnet50_deep"), tmp_path / "n.pth")
     network = small("resnet50")
-    with pytest.raises(WeightsError, match="Nothing was loaded"):
+    with pytest.raises(WeightsError):
         load_weights(network, tmp_path / "n.pth")
     report = load_weights(network, tmp_path / "n.pth", strict=False)
-    assert report.unfilled == (
-        "conv1.weight: has shape [64, 3, 3, 3], [64, 3, 7, 7] is wanted",
-        "layer1.0.conv1.weight: has shape [64, 128, 1, 1], [64, 64, 1, 1] is wanted",
-        "layer1.0.downsample.0.weight: has shape [256, 128, 1, 1], [256, 64, 1, 1] is wanted",
-    )
+    assert [line.partition(":")[0] for line in report.unfilled] == [
+        "conv1.weight",
+        "layer1.0.conv1.weight",
+        "layer1.0.downsample.0.weight",
+    ]
+    says(report.unfilled[0], "[64, 3, 3, 3]", "[64, 3, 7, 7]")
     assert {"bn3.weight", "conv2.weight", "fc.weight"} <= set(report.unused)
     assert len(report.loaded) == len(network.backbone.state_dict()) - 3
 
@@ -524,7 +443,7 @@ def test_tensors_that_are_no_plain_numbers(kind: Callable[[Tensor], Tensor], tmp
     state["layer4.1.conv2.weight"] = kind(state["layer4.1.conv2.weight"])
     torch.save(state, tmp_path / "n.pth")
     network, before = small(), small().state_dict()
-    with pytest.raises(WeightsError, match=r"layer4\.1\.conv2\.weight: holds .* are wanted"):
+    with refused(WeightsError, "n.pth", "layer4.1.conv2.weight"):
         load_weights(network, tmp_path / "n.pth")
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
@@ -570,7 +489,7 @@ def test_a_network_of_ours_as_initial_weights(tmp_path: Path) -> None:
 def test_a_released_network_as_initial_weights(psp_file: Path, tmp_path: Path) -> None:
     options = {"backbone": "resnet50_deep", "head_channels": 512}
     assert K != 19
-    with pytest.raises(WeightsError, match=f"for 19 classes, this one has {K}.*network.strict: false"):
+    with refused(WeightsError, "pspnet50.pth", "19 classes", f"has {K}", "network.strict: false"):
         build_initial_network(recipe_of(tmp_path, psp_file, **options))
     network, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
     assert f"{len(KEYS['pspnet50']) - 4} tensors of the whole network" in told
@@ -583,7 +502,7 @@ def test_a_released_network_as_initial_weights(psp_file: Path, tmp_path: Path) -
     )
     # Without auxiliary head what is left over is refused, or told.
     options = {"backbone": "resnet50_deep", "head_channels": 512, "auxiliary_weight": 0.0}
-    with pytest.raises(WeightsError, match=r"aux\.0\.weight: no part of this network"):
+    with refused(WeightsError, "pspnet50.pth", "aux.0.weight"):
         build_initial_network(recipe_of(tmp_path, psp_file, **options))
     _, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
     assert "; not needed: aux.0.weight, " in told
@@ -603,7 +522,7 @@ def test_of_our_files_more_than_mean_and_std_must_fit(tmp_path: Path) -> None:
     )
     network = small()
     before = network.mean.clone()
-    with pytest.raises(WeightsError, match="Nothing was loaded"):
+    with refused(WeightsError, "n.safetensors", "backbone.conv1.weight"):
         load_weights(network, path, strict=False)
     assert torch.equal(network.mean, before)
 
@@ -616,7 +535,7 @@ def test_descriptions_must_be_of_the_network_that_is_saved(tmp_path: Path) -> No
         (plain, NetworkSpec("pspnet", "resnet18", 2, 16, 9, auxiliary=False)),
         (deeplab, NetworkSpec("deeplabv2", "resnet18", 2, 16, auxiliary=False)),
     ):
-        with pytest.raises(WeightsError, match="give the NetworkSpec it was built from"):
+        with refused(WeightsError, "n.safetensors", "NetworkSpec"):
             save_network(network, tmp_path / "n.safetensors", spec)
     state = torch.get_rng_state()
     save_network(
@@ -626,9 +545,7 @@ def test_descriptions_must_be_of_the_network_that_is_saved(tmp_path: Path) -> No
 
 
 def test_networks_of_ours_end_in_safetensors(psp_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match=r"n\.pth: networks of darseg are safetensors; name it n\.safetensors"
-    ):
+    with refused(WeightsError, "n.pth", "n.safetensors"):
         convert(psp_file, tmp_path / "n.pth", "pspnet50")
 
 
@@ -636,7 +553,7 @@ def test_two_trained_branches_do_not_become_four_in_silence(tmp_path: Path) -> N
     spec = NetworkSpec("deeplabv2", "resnet101_caffe", 3, auxiliary=False, release_classifier=True)
     save_network(spec.build(), tmp_path / "two.safetensors", spec)
     four = replace(spec, release_classifier=False).build()
-    with pytest.raises(WeightsError, match="only two branches were trained, this network sums four"):
+    with refused(WeightsError, "two.safetensors", "two", "four"):
         load_weights(four, tmp_path / "two.safetensors")
     assert load_weights(spec.build(), tmp_path / "two.safetensors").whole
     assert load_weights(four, tmp_path / "two.safetensors", strict=False).loaded

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
 import os
 import pickle
+import socket
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -20,10 +22,16 @@ import torch
 from torch import Tensor
 
 from darseg.errors import DarsegError, StorageError, WeightsError
+from darseg.model import download
+from darseg.model.download import fetch
 from darseg.model.network import Network, NetworkSpec, build_network
-from darseg.model.weights import fetch, load_network, load_weights, read_spec, save_network
+from darseg.model.weights import load_network, load_weights, read_spec, save_network
+from wording import refused
 
 torch.set_num_threads(1)
+
+REASON = r"(?<=read as weights: ).*(?=\. The file is damaged)"
+"""What torch or safetensors say of a damaged file; it differs between their versions."""
 
 SHARED = Path(os.environ.get("DARSEG_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -102,7 +110,7 @@ def test_normalization_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_description_of_another_network_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"'resnet18'.*'resnet34'.*NetworkSpec"):
+    with refused(WeightsError, "n.safetensors", "'resnet18'", "'resnet34'", "NetworkSpec"):
         save_network(small(), tmp_path / "n.safetensors", NetworkSpec("pspnet", "resnet34", 2, 16, 8))
     assert not list(tmp_path.iterdir())
 
@@ -117,20 +125,20 @@ def test_files_that_are_not_ours(tmp_path: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
     for name in ("other.safetensors", "other.pth"):
-        with pytest.raises(WeightsError, match=r"not a network saved by darseg.*darseg convert"):
+        with refused(WeightsError, name, "darseg convert", "network.weights"):
             load_network(tmp_path / name)
 
 
 def test_a_description_from_the_future(saved: Path, tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(saved)
-    for change in ({"shape": "round"}, {"architecture": "cube"}):
+    for change, fact in (({"shape": "round"}, "'shape'"), ({"architecture": "cube"}, "'cube'")):
         fields = {**json.loads(_metadata(saved)), **change}
         path = tmp_path / "n.safetensors"
         safetensors.torch.save_file(tensors, path, {"darseg": json.dumps(fields)})
-        with pytest.raises(WeightsError, match=r"newer darseg.*upgrade"):
+        with refused(WeightsError, "n.safetensors", fact, "--upgrade", vary=[r"(?s)\(.*\)"]):
             load_network(path)
     safetensors.torch.save_file(tensors, path, {"darseg": "{"})
-    with pytest.raises(WeightsError, match="cannot be read"):
+    with refused(WeightsError, "n.safetensors", vary=[r"\(.*\)"]):
         load_network(path)
 
 
@@ -140,14 +148,16 @@ def test_tensors_that_do_not_fit_their_description(saved: Path, tmp_path: Path) 
     tensors["head.classifier.bias"] = torch.zeros(7)
     tensors["surplus"] = torch.zeros(1)
     safetensors.torch.save_file(tensors, tmp_path / "n.safetensors", {"darseg": _metadata(saved)})
-    with pytest.raises(WeightsError) as caught:
-        load_network(tmp_path / "n.safetensors")
-    for text in (
-        "backbone.conv1.weight: missing",
-        "head.classifier.bias: has shape [7], [2] is wanted",
-        "surplus: not a part",
+    with refused(
+        WeightsError,
+        "n.safetensors",
+        "backbone.conv1.weight",
+        "head.classifier.bias",
+        "[7]",
+        "[2]",
+        "surplus",
     ):
-        assert text in str(caught.value)
+        load_network(tmp_path / "n.safetensors")
 
 
 def _metadata(path: Path) -> str:
@@ -176,9 +186,7 @@ def test_files_that_would_run_code_are_refused(zipped: bool, tmp_path: Path) -> 
         path,
         _use_new_zipfile_serialization=zipped,
     )
-    with pytest.raises(
-        WeightsError, match=r"(?s)could run code: it holds more than tensors .*mkdir.*save its state dict"
-    ):
+    with refused(WeightsError, "evil.pth", "mkdir", "torch.save(state_dict, path)"):
         load_weights(small(), path)
     assert not trace.exists()
 
@@ -187,21 +195,26 @@ def test_bare_pickles_and_tar_archives_are_refused(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     path = tmp_path / "evil.pkl"
     path.write_bytes(pickle.dumps(Runs(trace)))
-    with pytest.raises(WeightsError):
+    with refused(WeightsError, "evil.pkl", "mkdir"):
         load_weights(small(), path)
-    with tarfile.open(tmp_path / "evil.tar", "w") as archive:
-        for name in ("storages", "tensors", "pickle"):
+    # The format of torch.save in 2016; torchvision's first ResNets are such files (resnet50-19c8e357.pth).
+    with tarfile.open(tmp_path / "resnet50.pth", "w") as archive:
+        for name in ("sys_info", "storages", "tensors", "pickle"):
             archive.add(path, name)
-    with pytest.raises(WeightsError, match=r"could run code.*mkdir"):
-        load_weights(small(), tmp_path / "evil.tar")
+    with refused(WeightsError, "resnet50.pth", "2017", "torch.save(torch.load("):
+        load_weights(small(), tmp_path / "resnet50.pth")
+    with tarfile.open(tmp_path / "weights.tar.gz", "w:gz") as archive:
+        archive.add(path, "weights/net.pth")
+    with refused(WeightsError, "weights.tar.gz", "tar -xf"):
+        load_weights(small(), tmp_path / "weights.tar.gz")
     assert not trace.exists()
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     for read in (load_network, lambda path: load_weights(small(), path)):
-        with pytest.raises(WeightsError, match=r"missing\.pth: there is no such file.*download"):
+        with refused(WeightsError, "missing.pth", "no such file"):
             read(tmp_path / "missing.pth")
-        with pytest.raises(WeightsError, match="directory"):
+        with refused(WeightsError, str(tmp_path), "directory"):
             read(tmp_path)
 
 
@@ -210,9 +223,9 @@ def test_web_pages_and_pointers(tmp_path: Path) -> None:
     page.write_text("\n<!DOCTYPE html><html>Please log in</html>")
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     for read in (load_network, lambda path: load_weights(small(), path)):
-        with pytest.raises(WeightsError, match=r"web page.*save the file itself"):
+        with refused(WeightsError, "page.pth", "web page"):
             read(page)
-        with pytest.raises(WeightsError, match="git lfs pull"):
+        with refused(WeightsError, "pointer.pth", "git lfs pull"):
             read(pointer)
 
 
@@ -228,19 +241,22 @@ def test_truncated_files(form: str, saved: Path, tmp_path: Path) -> None:
     before = snapshot(network)
     for kept in (0, 5, 1000, len(whole) // 2, len(whole) - 1000):
         path.write_bytes(whole[:kept])
-        with pytest.raises(WeightsError, match=rf"weights \({kept:,} bytes\).*damaged, cut short"):
+        with pytest.raises(WeightsError, match=rf"weights \({kept:,} bytes\)"):
             load_weights(network, path)
         with pytest.raises(WeightsError):
             load_network(path)
+    path.write_bytes(whole[:1000])
+    with refused(WeightsError, "weights (1,000 bytes)", "cut short", vary=[REASON]):
+        load_weights(network, path)
     assert same(network.state_dict(), before)
 
 
 def test_files_that_are_no_state_dict(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with pytest.raises(WeightsError, match=r"holds a list, not a state dict.*state_dict\(\)"):
+    with refused(WeightsError, "list.pth", "holds a list", "model.state_dict()"):
         load_weights(small(), tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
-    with pytest.raises(WeightsError, match=r"no tensors.*'epoch'"):
+    with refused(WeightsError, "numbers.pth", "'epoch'"):
         load_weights(small(), tmp_path / "numbers.pth")
 
 
@@ -299,31 +315,26 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     torch.save(state, path)
     network = small(seed=2)
     before = snapshot(network)
-    with pytest.raises(WeightsError) as caught:
+    missing = ("layer1.0.bn1.running_var", "[64]")
+    other_shape = ("layer4.0.conv1.weight", "[512, 256, 1, 1]", "[512, 256, 3, 3]")
+    with refused(WeightsError, "weights.pth", "resnet18", *missing, *other_shape):
         load_weights(network, path)
-    for text in (
-        "resnet18",
-        "layer1.0.bn1.running_var: missing, [64] is wanted",
-        "layer4.0.conv1.weight: has shape [512, 256, 1, 1], [512, 256, 3, 3] is wanted",
-        "Nothing was loaded",
-    ):
-        assert text in str(caught.value)
     assert same(network.state_dict(), before)
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted", "found"),
+    ("given", "wanted", "facts"),
     [
-        ("resnet34", "resnet18", "layer1.2.conv2.weight: of a larger network than resnet18"),
-        ("resnet50_deep", "resnet50", "conv1.weight: has shape [64, 3, 3, 3], [64, 3, 7, 7] is wanted"),
-        ("resnet50", "resnet50_deep", "conv2.weight: missing"),
+        ("resnet34", "resnet18", ("layer1.2.conv2.weight",)),
+        ("resnet50_deep", "resnet50", ("conv1.weight", "[64, 3, 3, 3]", "[64, 3, 7, 7]")),
+        ("resnet50", "resnet50_deep", ("conv2.weight", "resnet50_deep")),
     ],
+    ids=["deeper", "deep stem", "plain stem"],
 )
-def test_weights_of_another_resnet(given: str, wanted: str, found: str, tmp_path: Path) -> None:
+def test_weights_of_another_resnet(given: str, wanted: str, facts: tuple[str, ...], tmp_path: Path) -> None:
     torch.save(imagenet(small(given)), tmp_path / "weights.pth")
-    with pytest.raises(WeightsError) as caught:
+    with refused(WeightsError, "weights.pth", wanted, *facts):
         load_weights(small(wanted), tmp_path / "weights.pth")
-    assert found in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +367,7 @@ def test_weights_of_a_deeper_timm_network(tmp_path: Path) -> None:
     state = timm().create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
     state["blocks.3.9.conv_dw.weight"] = torch.zeros(1)
     torch.save(state, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match=r"blocks\.3\.9\.conv_dw\.weight: of a larger network"):
+    with refused(WeightsError, "weights.pth", "blocks.3.9.conv_dw.weight", "timm/tf_efficientnet_lite0"):
         load_weights(small("timm/tf_efficientnet_lite0"), tmp_path / "weights.pth")
 
 
@@ -381,6 +392,8 @@ def test_pretrained_efficientnet_lite0() -> None:
 
 
 # --- downloads
+
+PORT = r"(?<=127\.0\.0\.1:)\d+"
 
 CONTENT = bytes(range(256)) * 9000  # more than one chunk
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -422,7 +435,7 @@ def test_fetch_once(server: str, tmp_path: Path) -> None:
     assert path.parent == tmp_path / "cache" and path.name.endswith("net a.pth")
     assert fetch(f"{server}/net%20a.pth?x=1", DIGEST, tmp_path / "cache") == path
     assert Handler.requests == 1
-    path.write_bytes(b"damaged")  # on the disk: had again
+    path.write_bytes(b"damaged")  # on the disk: downloaded again
     assert fetch(f"{server}/net%20a.pth?x=1", DIGEST, tmp_path / "cache").read_bytes() == CONTENT
     assert Handler.requests == 2
     assert list(path.parent.iterdir()) == [path]
@@ -435,32 +448,48 @@ def test_fetch_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["net.pth", "short.pth"])
-def test_other_bytes_are_refused(name: str, server: str, tmp_path: Path) -> None:
+def test_files_with_another_digest_are_refused(name: str, server: str, tmp_path: Path) -> None:
     wanted = "0" * 64 if name == "net.pth" else DIGEST
-    with pytest.raises(WeightsError) as caught:
+    actual = hashlib.sha256(CONTENT if name == "net.pth" else CONTENT[: 1 << 18]).hexdigest()
+    with refused(WeightsError, f"{server}/{name}", wanted, actual, vary=[PORT]):
         fetch(f"{server}/{name}", wanted, tmp_path)
-    if "sha256" in str(caught.value):
-        found = hashlib.sha256(CONTENT if name == "net.pth" else CONTENT[: 1 << 18]).hexdigest()
-        assert wanted in str(caught.value) and found in str(caught.value)
-    assert f"{server}/{name}" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_addresses_that_do_not_answer(server: str, tmp_path: Path) -> None:
     for url, reason in (
         (f"{server}/missing.pth", "404"),
-        ("file:///nowhere/n.pth", "nowhere"),
-        ("n.pth", "unknown"),
+        ("file:///nowhere/n.pth", "No such file"),
+        ("n.pth", "unknown url type"),
     ):
-        with pytest.raises(WeightsError, match=rf"Cannot download.*{reason}.*Check the address"):
+        with refused(WeightsError, url, reason, vary=[PORT]):
             fetch(url, DIGEST, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/net.pth"
+        with refused(WeightsError, url, "timed out", vary=[PORT]):
+            fetch(url, DIGEST, tmp_path)
+    assert socket.getdefaulttimeout() is None and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_while_downloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download_url_to_file(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download_url_to_file)
+    with refused(StorageError, "full", "net.pth"):
+        fetch("https://example.org/net.pth", DIGEST, tmp_path)
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     source = tmp_path / "source.pth"
     source.write_bytes(CONTENT)
-    with pytest.raises(StorageError, match="Cannot write"):
+    with refused(StorageError, "source.pth is a file"):
         fetch(source.as_uri(), DIGEST, source / "cache")
 
 

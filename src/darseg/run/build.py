@@ -19,10 +19,11 @@ from darseg.data.labels import read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, Sources, build_manifest
 from darseg.errors import DataError, RunError, SizeError, faults
+from darseg.model.download import fetch
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
 from darseg.model.predict import Protocol
-from darseg.model.weights import fetch, load_network, load_weights
+from darseg.model.weights import load_network, load_weights
 from darseg.run.directory import RunDirectory
 from darseg.run.machine import default_threads
 

@@ -1,0 +1,180 @@
+"""Weight files of others, torch's and safetensors, read without ever running code that they bring along."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pickle
+import pickletools
+import re
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from darseg.errors import WeightsError
+
+HARMLESS_PACKAGES = ("torch", "collections")
+"""Packages whose names occur in every torch file."""
+
+OLD_TAR_MEMBERS = {"storages", "tensors", "pickle"}
+"""Files in the tar archives that torch.save wrote until early 2017."""
+
+
+def read_bare(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by key, without the "module." that training on several GPUs puts before the keys."""
+    return {key.removeprefix("module."): value for key, value in read_tensors(path).items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors or torch file by key. Nothing in the file is run.
+
+    Raises WeightsError if the file is missing, damaged, unsafe, or holds no tensors by key.
+    """
+    start = read_start(path)
+    if is_safetensors(start):
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # safetensors raises its own errors, torch's and OSError
+            raise damaged(path, error) from error
+    content = _load_guarded(path)
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise WeightsError(
+            f"{path} holds a {type(content).__name__}, not a state dict (names and tensors). Save the state dict "
+            "instead: torch.save(model.state_dict(), path)."
+        )
+    tensors = {
+        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    if not tensors:
+        raise WeightsError(
+            f"{path} holds no tensors; its keys begin with {sorted(map(str, content))[:5]}. Give a file with a state "
+            'dict, bare or under "state_dict".'
+        )
+    return tensors
+
+
+def read_start(path: Path) -> bytes:
+    """The first bytes of `path`. Raises WeightsError unless it is a file that could hold weights."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
+        raise WeightsError(
+            f"Cannot read weights from {path}: {reason}. Check the path, or download the file."
+        ) from error
+    if start.lstrip().startswith(b"<"):
+        raise WeightsError(
+            f"{path} is a web page, not weights: the download gave a log-in or an error page. Open the address in a "
+            "browser and save the file itself."
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a Git LFS pointer, not the weights it points to. Run git lfs pull in its repository."
+        )
+    return start
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file with these first bytes is a safetensors file."""
+    return start[8:9] == b"{"  # eight bytes of length, then JSON
+
+
+def damaged(path: Path, error: Exception) -> WeightsError:
+    """The error to raise if reading `path` failed with `error`."""
+    size = path.stat().st_size
+    return WeightsError(
+        f"{path} ({size:,} bytes) cannot be read as weights: {type(error).__name__}, {_first_line(str(error))}. The "
+        "file is damaged, cut short, or neither a torch nor a safetensors file. Copy or download it again."
+    )
+
+
+def _load_guarded(path: Path) -> Any:
+    """What torch.load gives with its guard against code. Raises WeightsError."""
+    try:
+        if tarfile.is_tarfile(path):
+            raise _tar_archive(path)
+        if _is_torchscript(path):  # torch before 2.6 loads these even with weights_only
+            raise _unsafe(path, "it is a TorchScript archive, a program and not only weights")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # our error says more
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _refused_by_guard(path, error) from error
+    except WeightsError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader
+        raise damaged(path, error) from error
+
+
+def _tar_archive(path: Path) -> WeightsError:
+    with tarfile.open(path) as archive:
+        old_torch = set(archive.getnames()) >= OLD_TAR_MEMBERS
+    if old_torch:
+        return WeightsError(
+            f"{path} is a tar archive, as torch.save wrote them until early 2017. darseg does not read these. If you "
+            "trust the file (loading it can run code), convert it with: torch.save(torch.load(path, "
+            "weights_only=False), new_path). Or download a newer file of these weights."
+        )
+    return WeightsError(f"{path} is a tar archive. Unpack it (tar -xf) and give the weight file inside.")
+
+
+def _refused_by_guard(path: Path, error: pickle.UnpicklingError) -> WeightsError:
+    """What to say of a file that torch's guarded reader refuses: it is unsafe, or damaged."""
+    named = re.search(r"GLOBAL ([\w.]+)", str(error))
+    imports = [] if named else _imports(path)
+    foreign = [name for name in imports if name.partition(".")[0] not in HARMLESS_PACKAGES]
+    if named or foreign:
+        return _unsafe(path, f"it holds more than tensors ({named[1] if named else ', '.join(foreign)})")
+    if imports:
+        return _unsafe(path, f"torch's guarded reader refuses it ({_first_line(str(error))})")
+    return damaged(path, error)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _imports(path: Path) -> list[str]:
+    """What unpickling a torch file would import, read without doing it; as far as it can be read."""
+    names, texts = [], [""]
+    with contextlib.suppress(Exception), open(path, "rb") as file:
+        stream: IO[bytes] = file
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                (member,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
+                stream = io.BytesIO(archive.read(member))
+        while True:  # old files are several pickles in a row; the end of the file, or no pickle, raises
+            for operation, value, _ in pickletools.genops(stream):
+                if operation.name in ("GLOBAL", "INST"):
+                    names.append(str(value).replace(" ", "."))
+                elif operation.name == "STACK_GLOBAL":
+                    names.append(".".join(texts[-2:]))
+                elif isinstance(value, str):
+                    texts.append(value)
+    return names
+
+
+def _unsafe(path: Path, reason: str) -> WeightsError:
+    return WeightsError(
+        f"{path} was not read, because reading it could run code: {reason}. Get a file that holds only tensors. Or, if "
+        "you trust this one, load it elsewhere and save its state dict with torch.save(state_dict, path)."
+    )
+
+
+def _first_line(text: str, limit: int = 200) -> str:
+    """The first line of a message, without torch's preface; torch's messages have many lines."""
+    text = text.rpartition("WeightsUnpickler error:")[2]
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no reason given")
+    return line[:limit].rstrip(".")
