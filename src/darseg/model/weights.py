@@ -258,7 +258,8 @@ def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> s
     if match.architecture:
         names = [name for name, spec in RELEASED.items() if spec.architecture == match.architecture]
         advice.append(
-            f"It has the layout of the released {match.architecture}, which darseg convert --architecture {names[0]} reads."
+            f"It has the layout of the released {match.architecture}, which darseg convert reads "
+            f"(--architecture {names[0]})."
         )
     classes = _classes_in(tensors)
     if classes not in (None, network.classes):
