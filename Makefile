@@ -1,8 +1,8 @@
-# The same few commands at the desk and in CI. `make demo` and `make test` need nothing but Python and make.
+# The same few commands for everyday work and for CI. `make demo` and `make test` need only Python and make.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Remade when a dependency or pin changes.
+# Made again when a dependency or pin changes.
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test check format docs clean
@@ -16,7 +16,8 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 demo: setup
 	$(BIN)/darseg demo
 
-# A file of tests is one process's, since what its tests share is made once; a thread each, or they wait for one another.
+# Each file of tests runs in one process, which makes what its tests share once. One thread each: otherwise they wait for
+# one another.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
@@ -29,7 +30,7 @@ format: setup
 	$(BIN)/ruff format src tests scripts benchmarks
 	$(BIN)/ruff check --fix src tests scripts benchmarks
 
-# The site, into site/: a link or a name that leads nowhere is an error. Open site/index.html from disk, or serve it.
+# Writes the site to site/. A link or a name that leads nowhere is an error. Open site/index.html from disk, or serve it.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 

@@ -1,8 +1,8 @@
-"""What the site's build (mkdocs.yml) does besides: links out of docs/, and the list of public names.
+"""What the site's build (mkdocs.yml) does in addition: links out of docs/, and the list of public names.
 
-- A page may link to a file of the repository, as `[recipe](../recipes/camvid_1of8.yaml)`: right on the code host, and
-  in the site, which gets a copy of that file.
-- `<!-- names of ROOM -->` becomes an entry for every public name whose home is there.
+- A page may link to a file of the repository, such as `[recipe](../recipes/camvid_1of8.yaml)`. The link works on the
+  code host, and in the site, which gets a copy of that file.
+- `<!-- names of ROOM -->` becomes an entry for every public name of that room.
 - Lines `field: what it is` of a docstring become a list.
 """
 
@@ -30,24 +30,28 @@ def on_files(files: Files, config: Any) -> Files:
     for page in list(files.documentation_pages()):
         for target in OUTSIDE.findall(Path(page.abs_src_path).read_text()):
             if target.endswith(".md") or not (REPOSITORY / target).is_file():
-                raise PluginError(f"{page.src_uri} links to ../{target}: wanted a file, and no page")
+                raise PluginError(
+                    f"{page.src_uri} links to ../{target}. Expected a file that exists, and not a page (.md)."
+                )
             if files.get_file_from_path(target) is None:
                 files.append(File.generated(config, target, content=(REPOSITORY / target).read_bytes()))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links to copied files, and entries of public names."""
+    """The page with links to the copied files and an entry for each public name."""
     rooms = set(NAMES.findall(markdown))
     missing = {home.split(".")[0] for home in darseg._HOMES.values()} - rooms
     if rooms and missing:
-        raise PluginError(f"{page.file.src_uri} leaves out the public names of {', '.join(sorted(missing))}")
-    markdown = NAMES.sub(lambda found: entries(found[1]), markdown)
+        raise PluginError(
+            f"{page.file.src_uri} has no <!-- names of ROOM --> for {', '.join(sorted(missing))}. Add one for each room."
+        )
+    markdown = NAMES.sub(lambda match: entries(match[1]), markdown)
     return OUTSIDE.sub(r"](\1)", markdown)
 
 
 def entries(room: str) -> str:
-    """Directives for mkdocstrings: functions first, then types and constants."""
+    """Directives for mkdocstrings for the public names of a room: functions first, then types and constants."""
     names = [name for name, home in darseg._HOMES.items() if home.split(".")[0] == room]
     lines = []
     for name in sorted(names, key=lambda name: (not name.islower(), name)):
@@ -60,7 +64,7 @@ def entries(room: str) -> str:
 
 
 class Fields(griffe.Extension):
-    """The house writes the fields of a value type as plain lines, which Markdown would join to one paragraph."""
+    """Makes lists of the fields of a value type: docstrings have them as plain lines, which Markdown would join."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:
@@ -68,7 +72,7 @@ class Fields(griffe.Extension):
 
 
 def listed(text: str) -> str:
-    """Paragraphs whose lines begin with `field: `, as lists; deeper lines go on with their field."""
+    """The text with paragraphs of `field: …` lines as lists; deeper lines continue their field."""
     paragraphs = text.split("\n\n")
     for index, paragraph in enumerate(paragraphs):
         lines = paragraph.split("\n")

@@ -1,6 +1,6 @@
-"""The documentation: its code runs, its recipes load, its commands parse, the site is whole and asks nothing of others.
+"""The documentation: its code runs, its recipes load, its commands parse, the site is whole and loads nothing foreign.
 
-A block that cannot run here has a comment before it, `<!-- not run: REASON -->`; Python is then compiled all the same.
+A block that cannot run here has a comment before it, `<!-- not run: REASON -->`; Python is then only compiled.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import darseg
 from conftest import REPOSITORY, recipe_dict
 from darseg.cli import app
 from darseg.errors import RecipeError
+from wording import refused
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMENT = re.compile(r"<!--(?! not run: ).*?-->", re.DOTALL)
@@ -41,12 +42,17 @@ MINIMAL = {
     "network": {"weights": "none"},
     "rounds": [{"steps": 1}, {"steps": 1, "labeling_ratio": 0.5}, {"steps": 1, "labeling_ratio": 0.5}],
 }
-"""What a fragment of a recipe, and changes on the command line, are tried on."""
+"""The recipe that fragments of recipes, and changes on the command line, are applied to."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. `line`: of its first line of text; `why`: the reason why it is not run."""
+    """A fenced block of a page.
+
+    Attributes:
+        line: number of its first line of text in the page.
+        why: the reason why it is not run; None: it is run.
+    """
 
     page: Path
     line: int
@@ -59,14 +65,22 @@ class Block:
 
 
 def blocks_of(page: Path, text: str) -> list[Block]:
-    """All fenced blocks; what is commented out does not count."""
-    text = COMMENT.sub(lambda found: "\n" * found[0].count("\n"), text)
+    """All fenced blocks of a page, except what is commented out."""
+    text = COMMENT.sub(lambda match: "\n" * match[0].count("\n"), text)
     blocks = []
-    for found in FENCE.finditer(text):
-        line = text.count("\n", 0, found.start("text")) + 1
-        indent = len(found["indent"])
-        lines = [one[indent:] for one in found["text"].splitlines()]
-        blocks.append(Block(page, line, found["language"], "\n".join(lines) + "\n", found["why"]))
+    for match in FENCE.finditer(text):
+        first_line = text.count("\n", 0, match.start("text")) + 1
+        indent = len(match["indent"])
+        lines = [line[indent:] for line in match["text"].splitlines()]
+        blocks.append(
+            Block(
+                page=page,
+                line=first_line,
+                language=match["language"],
+                text="\n".join(lines) + "\n",
+                why=match["why"],
+            )
+        )
     return blocks
 
 
@@ -74,7 +88,7 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page, page.read_text())
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
-    """What stands behind `darseg`, or behind torchrun's `-m darseg`, on the lines of a console."""
+    """The arguments of `darseg`, or of torchrun's `-m darseg`, on each line of a console."""
     for line in text.replace("\\\n", " ").splitlines():
         line = line.strip().removeprefix("$ ").strip()
         if not line.startswith(("darseg ", "torchrun ")):
@@ -86,25 +100,25 @@ def commands_in(text: str) -> Iterator[list[str]]:
 
 
 def command_fault(arguments: list[str], folder: Path) -> str | None:
-    """What the command line would say to these arguments, without running them; None: it takes them."""
+    """The fault that the command line would report for these arguments, without running them; None: none."""
     group: Any = typer.main.get_command(app)
     try:
         context = group.make_context("darseg", list(arguments))
         name, command, rest = group.resolve_command(
             context, [*getattr(context, "_protected_args", ()), *context.args]
         )
-        given = command.make_context(name, rest, parent=context).params
+        parameters = command.make_context(name, rest, parent=context).params
     except typer.Exit:  # --help, --version
         return None
     except Exception as error:  # click's, or typer's copy of it
         if not hasattr(error, "format_message"):
             raise
         return error.format_message()
-    return recipe_fault(MINIMAL, folder, given.get("overrides") or [])
+    return recipe_fault(MINIMAL, folder, parameters.get("overrides") or [])
 
 
 def recipe_fault(recipe: dict, folder: Path, overrides: list[str]) -> str | None:
-    """What is wrong with a recipe and changes to it."""
+    """The fault of a recipe with changes; None: it loads."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     try:
         darseg.load_recipe(folder / "recipe.yaml", overrides)
@@ -123,10 +137,10 @@ def merged(base: dict, change: dict) -> dict:
 
 
 def run_python(blocks: list[Block]) -> None:
-    """The blocks of a page one after the other, with the names of those before."""
+    """Run the blocks of a page one after the other; each knows the names of those before."""
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
-        # Empty lines in front, so that a failure shows the page's own line.
+        # Empty lines in front, so that a failure shows the line of the page.
         code = compile("\n" * (block.line - 1) + block.text, str(block.page), "exec")
         if block.why is None:
             exec(code, names)
@@ -141,7 +155,7 @@ def with_python() -> list[Any]:
 def test_python_runs(
     page: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """In an empty folder but for `tiny.yaml`, a recipe of short rounds on tiny drawn scenes."""
+    """The folder holds only `tiny.yaml`, a recipe of short rounds on tiny drawn scenes."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe_dict(tiny_data), sort_keys=False))
     monkeypatch.chdir(tmp_path)
     run_python([block for block in BLOCKS if block.page == page and block.language == "python"])
@@ -159,7 +173,7 @@ def test_recipes_load(block: Block, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=page.stem) for page in PAGES])
 def test_commands_exist(page: Path, tmp_path: Path) -> None:
-    """Every command in a block parses; those in running text name a command and options that exist."""
+    """Every command in a block parses; in running text the command and its options exist."""
     faults = []
     for block in (block for block in BLOCKS if block.page == page and block.language in CONSOLE):
         for arguments in commands_in(block.text):
@@ -174,20 +188,20 @@ def inline_faults(text: str) -> list[str]:
     group: Any = typer.main.get_command(app)
     text = FENCE.sub("", text)
     faults = []
-    for found in INLINE.finditer(text):
-        name, *rest = found[1].split()
+    for match in INLINE.finditer(text):
+        name, *rest = match[1].split()
         if name not in group.commands:
-            faults.append(f"`darseg {found[1]}`: no such command")
+            faults.append(f"`darseg {match[1]}`: no such command")
             continue
         parameters = group.commands[name].params
-        known = {"--help"}.union(*([*one.opts, *one.secondary_opts] for one in parameters))
-        wrong = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
-        faults += [f"`darseg {found[1]}`: no option {word}" for word in wrong]
+        known = {"--help"}.union(*([*option.opts, *option.secondary_opts] for option in parameters))
+        unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]
+        faults += [f"`darseg {match[1]}`: no option {word}" for word in unknown]
     return faults
 
 
-def test_a_made_up_snippet_is_found_out(tmp_path: Path) -> None:
-    """The tests above can fail: what does not exist is noticed, and what does is not."""
+def test_commands_and_options_that_do_not_exist_are_noticed(tmp_path: Path) -> None:
+    """The tests above can fail: they report what does not exist, and nothing else."""
     text = "\n".join(
         [
             "```",
@@ -213,17 +227,17 @@ def test_a_made_up_snippet_is_found_out(tmp_path: Path) -> None:
     ).replace("1. ```bash", "   ```bash")
     first, second = blocks_of(Path("page.md"), text)
     assert (first.line, second.line) == (2, 11)
-    faults = [command_fault(one, tmp_path) for one in commands_in(first.text)]
-    wanted = ["--epochs", "fly", "images", "best", "the nearest known key is training.batch", "rounds.9"]
-    assert len(faults) == len(wanted)
-    for fault, word in zip(faults, wanted, strict=True):
+    faults = [command_fault(arguments, tmp_path) for arguments in commands_in(first.text)]
+    facts = ["--epochs", "fly", "images", "best", "training.batch", "rounds.9"]
+    assert len(faults) == len(facts)
+    for fault, word in zip(faults, facts, strict=True):
         assert fault is not None and word.lower() in fault.lower()
-    assert [command_fault(one, tmp_path) for one in commands_in(second.text)] == [None, None]
+    assert [command_fault(arguments, tmp_path) for arguments in commands_in(second.text)] == [None, None]
     assert inline_faults("`darseg plan --processes N`, `darseg check`, `darseg redistribute …`") == []
     assert len(inline_faults("`darseg plan --gpus N` and `darseg fly`")) == 2
 
 
-def test_a_broken_example_is_found_out(tmp_path: Path) -> None:
+def test_a_broken_example_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     good = "```python\nvalue = 3\n```\n\n```python\nassert value == 3\n```\n"
     run_python(blocks_of(page, good))
@@ -256,7 +270,7 @@ def test_pictures_are_small() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make docs` builds it: any link or name that leads nowhere is an error."""
+    """The site as `make docs` builds it; a link or name that leads nowhere is an error."""
     pytest.importorskip("mkdocs", reason='the site needs pip install ".[docs]"')
     out = tmp_path_factory.mktemp("docs") / "site"
     result = subprocess.run(
@@ -271,7 +285,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class _Loads(HTMLParser):
-    """Addresses that a page loads without being asked: scripts, styles, fonts, pictures, frames – not links to follow."""
+    """Addresses that a page loads by itself: scripts, styles, fonts, pictures, frames; not links."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +303,7 @@ def loaded_by(html: str) -> list[str]:
 
 
 def elsewhere(addresses: list[str]) -> list[str]:
-    return [one for one in addresses if re.match(r"(\w+:)?//", one.strip())]
+    return [address for address in addresses if re.match(r"(\w+:)?//", address.strip())]
 
 
 def test_no_page_of_the_site_loads_anything_from_elsewhere(site: Path) -> None:
@@ -299,8 +313,8 @@ def test_no_page_of_the_site_loads_anything_from_elsewhere(site: Path) -> None:
     ]
     pages = sorted(site.rglob("*.html"))
     assert len(pages) >= len(PAGES)
-    found = {page.name: elsewhere(loaded_by(page.read_text())) for page in pages}
-    assert {name: addresses for name, addresses in found.items() if addresses} == {}
+    foreign = {page.name: elsewhere(loaded_by(page.read_text())) for page in pages}
+    assert {name: addresses for name, addresses in foreign.items() if addresses} == {}
     for style in site.rglob("*.css"):
         assert elsewhere(re.findall(r"(?:url\(|@import )[\"']?([^\"')]+)", style.read_text())) == [], style
 
@@ -317,7 +331,7 @@ def test_files_of_the_repository_that_pages_link_to_are_in_the_site(site: Path) 
 
 
 def test_the_site_works_from_disk(site: Path, visit: Callable) -> None:
-    """In a browser: no errors, nothing asked of other machines, pictures shown, search finds."""
+    """In a browser: no errors, nothing loaded from other machines, pictures are shown, the search works."""
     for name in ("tutorial.html", "how_it_works.html"):
         seen = visit((site / name).as_uri(), color_scheme="dark")
         widths = seen.page.evaluate("[...document.images].map(image => image.naturalWidth)")
@@ -330,8 +344,8 @@ def test_the_site_works_from_disk(site: Path, visit: Callable) -> None:
     assert seen.errors == [] and seen.leaving_the_machine() == []
 
 
-def test_what_the_build_does_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """scripts/docs_hook.py: fields become lists; links to files that do not exist and rooms left out are faults."""
+def test_the_hook_of_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scripts/docs_hook.py: fields become lists; links to missing files and missing rooms are faults."""
     pytest.importorskip("mkdocs", reason='the site needs pip install ".[docs]"')
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
     from mkdocs.exceptions import PluginError
@@ -345,16 +359,16 @@ def test_what_the_build_does_besides(tmp_path: Path, monkeypatch: pytest.MonkeyP
     page = SimpleNamespace(abs_src_path=str(tmp_path / "a.md"), src_uri="a.md")
     files: Any = SimpleNamespace(documentation_pages=lambda: [page])
     (tmp_path / "a.md").write_text("see [x](../recipes/nothing.yaml)")
-    with pytest.raises(PluginError, match=r"a\.md links to \.\./recipes/nothing\.yaml: wanted a file"):
+    with refused(PluginError, "a.md", "../recipes/nothing.yaml"):
         docs_hook.on_files(files, None)
-    with pytest.raises(PluginError, match=r"leaves out the public names of .*pseudo"):
+    with refused(PluginError, "a.md", "<!-- names of ROOM -->", "pseudo"):
         docs_hook.on_page_markdown("<!-- names of run -->", SimpleNamespace(file=page), None, files)
 
 
 def test_make_docs_is_what_is_tested() -> None:
     if shutil.which("make") is None:
         pytest.skip("no make here")
-    said = subprocess.run(
+    result = subprocess.run(
         ["make", "-n", "-o", "setup", "docs"], cwd=REPOSITORY, capture_output=True, text=True
     )
-    assert "mkdocs build --strict" in said.stdout, said.stderr
+    assert "mkdocs build --strict" in result.stdout, result.stderr
