@@ -42,7 +42,7 @@ class _Text:
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            return None if node is None else self._value(loader, node, key, override)
+            return None if node is None else self._value(loader, node, key, override=override)
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             place = override or (f"{self.name}:{mark.line + 1}" if mark else self.name)
@@ -51,12 +51,13 @@ class _Text:
         finally:
             loader.dispose()
 
-    def _value(self, loader: _Loader, node: yaml.Node, key: Key, override: str | None) -> Any:
+    def _value(self, loader: _Loader, node: yaml.Node, key: Key, *, override: str | None) -> Any:
         place = override or f"{self.name}:{node.start_mark.line + 1}"
         self.places.setdefault(key, place)
         if isinstance(node, yaml.SequenceNode):
             return [
-                self._value(loader, item, (*key, index), override) for index, item in enumerate(node.value)
+                self._value(loader, item, (*key, index), override=override)
+                for index, item in enumerate(node.value)
             ]
         if isinstance(node, yaml.MappingNode):
             values: dict[Any, Any] = {}
@@ -72,7 +73,7 @@ class _Text:
                         f"{where}: {dotted(inner)} is set twice, first at {self.places[inner]}; remove one"
                     )
                 self.places[inner] = where
-                values[name] = self._value(loader, value_node, inner, override)
+                values[name] = self._value(loader, value_node, inner, override=override)
             return values
         return loader.construct_object(node)
 

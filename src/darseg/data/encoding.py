@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from darseg.choices import LabelFormat
 from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet
 from darseg.errors import RecipeError, faults
 
@@ -35,7 +35,7 @@ class LabelEncoding:
         city_ids: files named *_labelIds.png hold Cityscapes' ids, files named *_labelTrainIds.png do not.
     """
 
-    format: Literal["auto", "index", "color"] = "auto"
+    format: LabelFormat = "auto"
     values: tuple[tuple[int, int], ...] | None = None
     other: int | None = None
     ignore: int = IGNORE
@@ -61,7 +61,7 @@ def label_encoding(
     ignore: int = IGNORE,
     values: str | Mapping[int | str, int | str] = "index",
     *,
-    format: Literal["auto", "index", "color"] = "auto",
+    format: LabelFormat = "auto",
     colors: Mapping[str, Sequence[Sequence[int]]] | None = None,
     own_colors: bool = True,
 ) -> LabelEncoding:

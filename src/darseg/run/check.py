@@ -53,7 +53,7 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     try:
         network, _ = build_initial_network(recipe)
         check_sizes(recipe, network)
-        plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+        plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), fill=network.fill)
     except DarsegError as error:
         faults.append(str(error))
     return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
@@ -115,7 +115,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     manifest = manifest_of(recipe)
     network = spec_of(recipe).build()
     check_sizes(recipe, network)
-    rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), network.fill)
+    rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), fill=network.fill)
     check_shares(recipe, rounds, processes)
     # The rates of the curve itself: the first step at 0 that the release has would hide where the curve begins.
     schedules = [replace(stage_of(recipe, planned).schedule, first_step_at_zero=False) for planned in rounds]
@@ -132,7 +132,10 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         (2 if planned.pseudo_batch else 1) * min(planned.micro_batch, planned.batch // processes)
         for planned in rounds
     )
-    state, activations = training_memory(spec_of(recipe), max(2, images_in_memory), *recipe.training.crop)
+    height, width = recipe.training.crop
+    state, activations = training_memory(
+        spec_of(recipe), max(2, images_in_memory), height=height, width=width
+    )
     return Plan(
         rounds=tuple(rounds),
         rates=rates,
