@@ -54,7 +54,7 @@ def read_coco(path: Path, content: Any, panoptic_folder: Path | None) -> Annotat
     file = _index(path, content)
 
     def region(annotation: Any, size: tuple[int, int]) -> tuple[str, Draw]:
-        return file.category(annotation), _drawing(field(annotation, "segmentation", list, dict), size)
+        return file.category(annotation), _drawing(field(annotation, "segmentation", list | dict), size)
 
     def images() -> Iterator[AnnotatedImage | str]:
         yield from file.faults
@@ -95,14 +95,14 @@ def _index(path: Path, content: Any) -> _File:
     images: list[tuple[int, int | str]] = []
     for k, entry in enumerate(entries):
         with faults.at(f"{path}: images[{k}]"):
-            number = field(entry, "id", int, str)
+            number = field(entry, "id", int | str)
             if number in annotations_of:
                 raise DataError(f"an earlier image has the id {number!r}, too. Give each image its own id")
             annotations_of[number] = []
             images.append((k, number))
     for k, annotation in enumerate(annotations):
         with faults.at(f"{path}: annotations[{k}]"):
-            number = field(annotation, "image_id", int, str)
+            number = field(annotation, "image_id", int | str)
             if number not in annotations_of:
                 raise DataError(f"'image_id' is {number!r}, but no image has this id")
             annotations_of[number].append(k)
@@ -120,7 +120,7 @@ def _index(path: Path, content: Any) -> _File:
 def _header(entry: Any) -> tuple[str, tuple[int, int]]:
     return (
         image_id(field(entry, "file_name", str)),
-        checked_size(field(entry, "height", int, float), field(entry, "width", int, float)),
+        checked_size(field(entry, "height", int | float), field(entry, "width", int | float)),
     )
 
 
@@ -157,7 +157,7 @@ def _pycocotools() -> ModuleType:
 
 
 def _run_lengths(segmentation: Any, height: int, width: int) -> Patch:
-    size, counts = field(segmentation, "size", list), field(segmentation, "counts", list, str)
+    size, counts = field(segmentation, "size", list), field(segmentation, "counts", list | str)
     if size != [height, width]:
         raise DataError(
             f"the mask's size is {shortened(size)}, but its image's is [{height}, {width}] (height, width). Export both "
@@ -194,7 +194,7 @@ def _uncompressed(text: str) -> list[int]:
 
 
 def _panoptic_entry(file: _File, k: int, annotation: Any, *, at: str, folder: Path) -> Entry:
-    """Image `k` of a panoptic file with its only annotation, which stands `at` a place."""
+    """Image `k` of a panoptic file with its only annotation. `at`: the place of the annotation."""
     entry = file.entries[k]
     listed: set[int] = set()
 

@@ -212,15 +212,15 @@ def _choose(
         names = tuple(name.strip() for name in classes.split(","))
     if background is not None and background not in names:
         names = (background, *names)
-    other = [
+    unlisted = [
         f"{name!r} ({count} annotations)"
         for name, count in sorted(survey.categories.items())
         if name not in names
     ]
-    if other and not ignore_other:
+    if unlisted and not ignore_other:
         problems.append(
-            f"categories that are not among the classes: {', '.join(other)}. Add them (--classes), or leave their pixels "
-            "unlabeled (--other ignore)"
+            f"categories that are not among the classes: {', '.join(unlisted)}. Add them (--classes), or leave their "
+            "pixels unlabeled (--other ignore)"
         )
     if len(names) == 1:
         problems.append(

@@ -10,7 +10,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 from darseg.data.manifest import sample_id
 from darseg.errors import DataError
@@ -19,7 +20,7 @@ from darseg.errors import DataError
 MAX_SIDE = 1 << 20
 MAX_PIXELS = 1 << 30
 
-KINDS: dict[type, str] = {
+KINDS: dict[Any, str] = {
     int: "an integer",
     float: "a number",
     str: "a string",
@@ -46,15 +47,15 @@ def parse_json(path: Path, data: bytes) -> Any:
         raise DataError(f"{path}: the JSON is damaged ({error}). Export or copy the file again.") from error
 
 
-def field(record: Any, key: str, *kinds: type) -> Any:
-    """A record's value of one of the kinds; a bool is none of them. Raises DataError."""
+def field(record: Any, key: str, kind: type | UnionType) -> Any:
+    """A record's value of a kind, as `int | str`; a bool is none of them. Raises DataError."""
     if not isinstance(record, dict):
         raise DataError(f"found {shortened(record)}, expected an object with {key!r}")
     if key not in record:
         raise DataError(f"{key!r} is missing")
     value = record[key]
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        expected = " or ".join(KINDS[kind] for kind in kinds)
+    if isinstance(value, bool) or not isinstance(value, kind):
+        expected = " or ".join(KINDS[part] for part in get_args(kind) or (kind,))
         raise DataError(f"{key!r} is {shortened(value)}, expected {expected}")
     return value
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -39,14 +40,14 @@ def draw_person(canvas: Canvas, x: float, z: float) -> None:
     skin = scaled((205, 160, 130), rng.uniform(0.45, 1.05))
     stride, lean = rng.uniform(0.02, 0.3), rng.normal(0, 0.05)
 
-    def flat(*points: tuple[float, float]) -> list[Point]:
+    def flat(points: Iterable[tuple[float, float]]) -> list[Point]:
         return [(x + s, u * tall, z) for s, u in points]
 
     shapes: list[Shape] = [
-        (flat((-0.02, 0.5), (0.14, 0.5), (stride + 0.06, 0), (stride - 0.08, 0)), legs),
-        (flat((-0.14, 0.5), (0.02, 0.5), (0.08 - stride, 0), (-0.06 - stride, 0)), scaled(legs, 0.8)),
-        (flat((-width, 0.82), (width, 0.82), (width * 0.75, 0.46), (-width * 0.75, 0.46)), coat),
-        (flat(*((lean + 0.11 * c, 0.92 + 0.07 * s) for s, c in circle(8))), skin),
+        (flat([(-0.02, 0.5), (0.14, 0.5), (stride + 0.06, 0), (stride - 0.08, 0)]), legs),
+        (flat([(-0.14, 0.5), (0.02, 0.5), (0.08 - stride, 0), (-0.06 - stride, 0)]), scaled(legs, 0.8)),
+        (flat([(-width, 0.82), (width, 0.82), (width * 0.75, 0.46), (-width * 0.75, 0.46)]), coat),
+        (flat((lean + 0.11 * c, 0.92 + 0.07 * s) for s, c in circle(8)), skin),
     ]
     canvas.shadow([(x - 0.3, 0.0, z - 0.1), (x + 0.3, 0.0, z - 0.1), (x - canvas.sun, 0.0, z + 0.6)], 0.35)
     canvas.paint(shapes, PERSON, z)

@@ -55,30 +55,31 @@ def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
     Args:
         lists: the folder for list files, if the recipe needs them.
     """
-    found = discover(folder)
-    label_paths = [image.label for image in found.images if image.label]
-    if not found.images:
-        raise DataError(_no_images(folder, found))
+    discovery = discover(folder)
+    label_paths = [image.label for image in discovery.images if image.label]
+    if not discovery.images:
+        raise DataError(_no_images(folder, discovery))
     if not label_paths:
-        raise DataError(_no_labels(folder, found))
-    with Journal(None, None, console).progress("read", len(found.images)) as advance:
-        content = survey(found.images, advance)
+        raise DataError(_no_labels(folder, discovery))
+    with Journal(None, None, console).progress("read", len(discovery.images)) as advance:
+        content = survey(discovery.images, advance)
     names = find_names([folder, *_between(folder, [path.parent for path in label_paths])])
     guess = guess_classes(content, names, label_paths)
     draft = Draft(folder, guess.classes, guess.why["classes"], class_notes=guess.notes)
     for key, value in guess.keys.items():
         draft.keys[key] = value, guess.why.get(key, "")
     draft.notes += [
-        f"{len(found.images)} images, {len(label_paths)} of them with labels, in {folder}",
-        *found.notes,
+        f"{len(discovery.images)} images, {len(label_paths)} of them with labels, in {folder}",
+        *discovery.notes,
     ]
-    if found.annotations:
+    if discovery.annotations:
+        first = discovery.annotations[0]
         draft.notes.append(
-            f"{len(found.annotations)} annotation file(s) are not used, for example {found.annotations[0]}, because "
-            "there are label maps. `darseg rasterize` makes label maps of annotation files"
+            f"{len(discovery.annotations)} annotation file(s) are not used, for example {first}, because there are label "
+            "maps. `darseg rasterize` makes label maps of annotation files"
         )
     draft.warnings += guess.warnings
-    choose_roles(draft, found, _usable(found.images, content.faults, draft), lists=lists)
+    choose_roles(draft, discovery, _usable(discovery.images, content.faults, draft), lists=lists)
     roles = draft.roles or {}
     used = {image for pairs in roles.values() for image, _ in pairs}
     draft.sizes = [size for path, size in sorted(content.sizes.items()) if path in used]
@@ -91,27 +92,27 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _no_images(folder: Path, found: Discovery) -> str:
-    more = f" {'; '.join(found.notes)}." if found.notes else ""
+def _no_images(folder: Path, discovery: Discovery) -> str:
+    more = f" {'; '.join(discovery.notes)}." if discovery.notes else ""
     return f"{folder} holds no images (JPEG, PNG, BMP, TIFF or WebP).{more} Give the folder that holds them."
 
 
-def _no_labels(folder: Path, found: Discovery) -> str:
-    count = len(found.images)
-    if found.annotations:
-        first = found.annotations[0]
-        is_one_file = found.annotation_kind in ("coco", "cvat")
+def _no_labels(folder: Path, discovery: Discovery) -> str:
+    count = len(discovery.images)
+    if discovery.annotations:
+        first = discovery.annotations[0]
+        is_one_file = discovery.annotation_kind in ("coco", "cvat")
         source = first if is_one_file else first.parent
         return (
-            f"{folder} holds {count} image(s) and no label maps, but annotation files ({found.annotation_kind}), for "
+            f"{folder} holds {count} image(s) and no label maps, but annotation files ({discovery.annotation_kind}), for "
             f"example {first}. Make label maps of them, then run this command again:\n"
             f"  darseg rasterize {quoted(source)} {quoted(folder / 'labels')}"
         )
     least, most = FIRST_TO_LABEL
     enough = min(count, max(least, min(most, count // 20)))
-    chosen = [found.images[at * count // enough].image for at in range(enough)]
+    chosen = [discovery.images[at * count // enough].image for at in range(enough)]
     lines = [str(path.relative_to(folder)) for path in chosen]
-    notes = f"\n{'; '.join(found.notes)}." if found.notes else ""
+    notes = f"\n{'; '.join(discovery.notes)}." if discovery.notes else ""
     return (
         faults(
             f"{folder} holds {count} image(s) and no labels. Label about {enough} first; choose different ones that "

@@ -64,17 +64,19 @@ def discover(root: Path) -> Discovery:
             "an image. Give the folder that holds both."
         )
     label_of, notes = _pair(images, labels)
-    found = tuple(FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images)
+    found_images = tuple(
+        FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images
+    )
     if video_paths:
         notes.append(
             f"{len(video_paths)} video(s) are not used, for example {video_paths[0]}. To use them, extract their frames "
             "as images"
         )
-    lists = read_lists(root, [image.image for image in found])
+    lists = read_lists(root, [image.image for image in found_images])
     kinds = {path: kind for path in text_paths if (kind := _annotation_kind(path))}
     return Discovery(
         root=root,
-        images=found,
+        images=found_images,
         lists=lists.images,
         list_files=lists.files,
         annotations=tuple(kinds),

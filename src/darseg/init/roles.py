@@ -19,17 +19,17 @@ SEQUENCE = re.compile(r"(.*?)[_\-]?\d+$")
 Parts = dict[str, list[FoundImage]]
 
 
-def choose_roles(draft: Draft, found: Discovery, usable: Sequence[FoundImage], *, lists: Path) -> None:
+def choose_roles(draft: Draft, discovery: Discovery, usable: Sequence[FoundImage], *, lists: Path) -> None:
     """Set the draft's roles and forms. Raises DataError if no labeled image is left for training.
 
     Args:
-        usable: the images of `found` that can be used.
+        usable: the images of `discovery` that can be used.
         lists: the folder for list files, if the recipe needs them.
     """
-    parts = _parts(draft, found, usable)
+    parts = _parts(draft, discovery, usable)
     if not parts["train"]:
         raise DataError(
-            f"{found.root}: no labeled image is left for training; {len(parts['validation'])} are for validation and "
+            f"{discovery.root}: no labeled image is left for training; {len(parts['validation'])} are for validation and "
             f"{len(parts['test'])} for testing. Label images of the training part."
         )
     drawn = not parts["validation"]
@@ -40,19 +40,19 @@ def choose_roles(draft: Draft, found: Discovery, usable: Sequence[FoundImage], *
     draft.roles = {role: [(image.image, image.label) for image in images] for role, images in named.items()}
     if drawn:
         _warn_of_sequences(draft, [*parts["train"], *parts["validation"]])
-    draft.forms = [*_forms(draft, found, drawn), _list_form(draft, lists, drawn)]
+    draft.forms = [*_forms(draft, discovery, drawn), _list_form(draft, lists, drawn)]
 
 
-def _parts(draft: Draft, found: Discovery, usable: Sequence[FoundImage]) -> Parts:
+def _parts(draft: Draft, discovery: Discovery, usable: Sequence[FoundImage]) -> Parts:
     """The images of each part, by list files or else by folders."""
-    of_list = {image: split for split, images in found.lists.items() for image in images}
+    of_list = {image: split for split, images in discovery.lists.items() for image in images}
     parts: Parts = {"train": [], "validation": [], "test": [], "unlabeled": []}
     unlisted, without_label = 0, 0
     for image in usable:
         split = of_list.get(image.image) if of_list else image.split
         if of_list and split is None:
             # If a list names the labeled images, all others are unlabeled. Other lists leave labeled images out.
-            if image.label and "labeled" not in found.lists:
+            if image.label and "labeled" not in discovery.lists:
                 unlisted += 1
                 continue
             split = "unlabeled"
@@ -70,7 +70,7 @@ def _parts(draft: Draft, found: Discovery, usable: Sequence[FoundImage]) -> Part
     if unlisted:
         draft.notes.append(
             f"{unlisted} labeled image(s) are in none of the lists and are left out: "
-            + ", ".join(map(str, found.list_files.values()))
+            + ", ".join(map(str, discovery.list_files.values()))
         )
     return parts
 
@@ -91,7 +91,7 @@ def _warn_of_sequences(draft: Draft, labeled: Sequence[FoundImage]) -> None:
         )
 
 
-def _forms(draft: Draft, found: Discovery, drawn: bool) -> Iterator[Form]:
+def _forms(draft: Draft, discovery: Discovery, drawn: bool) -> Iterator[Form]:
     """Ways to say the roles without list files of our own. `drawn`: every fifth labeled image is held out."""
     roles, root = draft.roles or {}, draft.root
     counts = {role: len(pairs) for role, pairs in roles.items()}
@@ -104,8 +104,8 @@ def _forms(draft: Draft, found: Discovery, drawn: bool) -> Iterator[Form]:
         base["images"] = train[0], "where the images are"
     if train[1] != "labels":
         base["labels"] = train[1], "label maps with the same names"
-    if found.list_files:
-        yield _with_found_lists(base, found, counts, drawn=drawn)
+    if discovery.list_files:
+        yield _with_found_lists(base, discovery, counts, drawn=drawn)
     form = dict(base)
     if drawn and counts["validation"]:
         form["validation"] = {"every": 5}, _held_out(counts["validation"])
@@ -117,13 +117,13 @@ def _forms(draft: Draft, found: Discovery, drawn: bool) -> Iterator[Form]:
         yield {**form, "unlabeled": ({"images": bare}, f"{counts['unlabeled']} image(s)")}
 
 
-def _with_found_lists(base: Form, found: Discovery, counts: Mapping[str, int], *, drawn: bool) -> Form:
+def _with_found_lists(base: Form, discovery: Discovery, counts: Mapping[str, int], *, drawn: bool) -> Form:
     """Roles by the list files that the folder has."""
     form = dict(base)
-    for split, path in found.list_files.items():
+    for split, path in discovery.list_files.items():
         role = "labeled" if split == "train" else split
         if counts[role]:
-            form[role] = path.relative_to(found.root).as_posix(), f"{counts[role]} image(s)"
+            form[role] = path.relative_to(discovery.root).as_posix(), f"{counts[role]} image(s)"
     if drawn and "labeled" in form and counts["validation"]:
         train_list = form["labeled"][0]
         form["labeled"] = {"list": train_list, "except_every": 5}, f"{counts['labeled']} image(s)"
