@@ -12,6 +12,8 @@ Role = Literal["validation", "test", "labeled", "unlabeled"]
 """What the images of a recipe are for."""
 LabelFormat = Literal["auto", "index", "color"]
 """What the pixels of a label file hold."""
+NamedValues = Literal["index", "one_based", "binary", "cityscapes_ids"]
+"""The ways in which values of label files become classes that have a name."""
 BuiltInClasses = Literal["cityscapes", "voc", "camvid"]
 """The class sets that darseg knows by name."""
 AnnotationFormat = Literal["coco", "panoptic", "labelme", "cityscapes", "cvat"]

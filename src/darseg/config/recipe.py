@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -21,7 +21,7 @@ from pydantic import (
     ValidationError,
 )
 
-from darseg.choices import Architecture, LabelFormat, Precision
+from darseg.choices import Architecture, LabelFormat, NamedValues, Precision
 from darseg.pseudo.labeling import (
     Confidence,
     Labeling,
@@ -48,7 +48,7 @@ Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]
 """Height and width; a single number means both."""
 
 
-NAMED_VALUES = ("index", "one_based", "binary", "cityscapes_ids")
+NAMED_VALUES: tuple[str, ...] = get_args(NamedValues)
 """Values of data.label_values that have a name; `data/encoding.py` gives them their meaning."""
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from darseg.choices import LabelFormat
+from darseg.choices import LabelFormat, NamedValues
 from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet
 from darseg.errors import RecipeError, faults
 
@@ -16,6 +17,8 @@ IDS_SUFFIX = "_labelIds.png"
 """Ends the names of Cityscapes' label maps that hold its 35 ids instead of the 19 train ids."""
 
 TRAIN_IDS_SUFFIX = "_labelTrainIds.png"
+
+NAMED_VALUES: tuple[str, ...] = get_args(NamedValues)
 
 # Cityscapes' id of each train id, from its published label table; all other ids are not evaluated.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -78,23 +81,22 @@ def label_encoding(
     Raises:
         RecipeError: settings contradict each other or the classes. The message lists every one.
     """
-    problems: list[str] = []
-    pairs, other = _value_map(classes, values, problems)
-    if pairs is not None and ignore != IGNORE:
-        problems.append(
-            "data.ignore cannot be combined with data.label_values. List the value there instead, as value: ignore."
-        )
-    if pairs is None and not len(classes) <= ignore <= IGNORE:
-        problems.append(
-            f"data.ignore: {ignore} is not between {len(classes)} and 255. The values below {len(classes)} are classes."
-        )
-    meanings = _color_meanings(classes, colors or {}, own_colors, problems=problems)
+    colors = colors or {}
+    pairs, other = _value_map(classes, values)
+    meanings = _color_meanings(classes, colors, own_colors)
     # Where files of values are expected, a color of two classes may be meant for drawing only. It is not read.
     table = {color: targets[0] for color, targets in meanings.items() if len(set(targets)) == 1}
-    if format == "color" or colors:
-        problems += _shared_colors(
-            classes, {color: meanings[color] for color in meanings if color not in table}
-        )
+    shared = {color: targets for color, targets in meanings.items() if color not in table}
+    problems = [
+        *_value_faults(classes, values),
+        *_ignore_faults(classes, ignore, has_value_map=pairs is not None),
+        *(
+            _unknown_class(classes, name, "data.label_colors")
+            for name in colors
+            if _index(classes, name) is None
+        ),
+        *(_shared_color(classes, color, shared[color]) for color in shared if format == "color" or colors),
+    ]
     if problems:
         raise RecipeError(faults("The label settings of the recipe cannot be used", problems))
     return LabelEncoding(
@@ -107,81 +109,88 @@ def label_encoding(
     )
 
 
-Pairs = tuple[tuple[int, int], ...]
-"""(value in a file, class or 255)."""
-
-
-def _value_map(
-    classes: ClassSet, values: str | Mapping[int | str, int | str], problems: list[str]
-) -> tuple[Pairs | None, int | None]:
-    """`values` and `other` of the encoding; what does not fit is added to `problems`."""
-    count = len(classes)
-    if isinstance(values, Mapping):
-        targets = {
-            value: _target(classes, name, f"data.label_values.{value}", problems=problems)
-            for value, name in values.items()
-        }
-        other = targets.pop("other", None)
-        return tuple(sorted((int(value), k) for value, k in targets.items())), other
-    match values:
-        case "index":
-            return None, None
-        case "one_based":
-            return ((0, IGNORE), (IGNORE, IGNORE), *((k + 1, k) for k in range(count))), None
-        case "binary":
-            if count != 2:
-                problems.append(f"data.label_values: binary is for 2 classes, but the recipe has {count}.")
-            return ((0, 0), (1, 1), (255, 1)), None
-        case "cityscapes_ids":
-            if count != len(CITYSCAPES_IDS):
-                problems.append(
-                    f"data.label_values: cityscapes_ids is for the 19 classes of Cityscapes, but the recipe has {count}."
-                )
-            return CITY_IDS.values, CITY_IDS.other
-    problems.append(
-        f"data.label_values: there is no value map {values!r}. Give index, one_based, binary, cityscapes_ids, or "
-        "value: class for each value."
-    )
-    return None, None
-
-
-def _target(classes: ClassSet, name: int | str, key: str, *, problems: list[str]) -> int:
-    """The class that `name` stands for in the recipe's key, or 255; what stands for neither is added to `problems`."""
+def _index(classes: ClassSet, name: int | str) -> int | None:
+    """The class of a name or index, 255 for "ignore", None for anything else."""
     if name == "ignore":
         return IGNORE
     if type(name) is int and 0 <= name < len(classes):
         return name
-    if name in classes.names:
-        return classes.names.index(str(name))
-    problems.append(
-        f"{key}: {name!r} is neither a class nor ignore. The classes are {', '.join(classes.names)}."
-    )
-    return IGNORE
+    return classes.names.index(str(name)) if name in classes.names else None
+
+
+def _value_map(
+    classes: ClassSet, values: str | Mapping[int | str, int | str]
+) -> tuple[tuple[tuple[int, int], ...] | None, int | None]:
+    """`values` and `other` of the encoding; what `_value_faults` reports is left out."""
+    if isinstance(values, Mapping):
+        targets = {value: _index(classes, name) for value, name in values.items()}
+        other = targets.pop("other", None)
+        return tuple(sorted((int(value), k) for value, k in targets.items() if k is not None)), other
+    match values:
+        case "one_based":
+            pairs = ((k + 1, k) for k in range(len(classes)))
+            return ((0, IGNORE), (IGNORE, IGNORE), *pairs), None
+        case "binary":
+            return ((0, 0), (1, 1), (255, 1)), None
+        case "cityscapes_ids":
+            return CITY_IDS.values, CITY_IDS.other
+    return None, None
+
+
+def _value_faults(classes: ClassSet, values: str | Mapping[int | str, int | str]) -> list[str]:
+    count = len(classes)
+    if isinstance(values, Mapping):
+        return [
+            _unknown_class(classes, name, f"data.label_values.{value}")
+            for value, name in values.items()
+            if _index(classes, name) is None
+        ]
+    if values not in NAMED_VALUES:
+        return [
+            f"data.label_values: there is no value map {values!r}. Give {', '.join(NAMED_VALUES)}, or value: class "
+            "for each value."
+        ]
+    if values == "binary" and count != 2:
+        return [f"data.label_values: binary is for 2 classes, but the recipe has {count}."]
+    if values == "cityscapes_ids" and count != len(CITYSCAPES_IDS):
+        return [
+            f"data.label_values: cityscapes_ids is for the 19 classes of Cityscapes, but the recipe has {count}."
+        ]
+    return []
+
+
+def _ignore_faults(classes: ClassSet, ignore: int, *, has_value_map: bool) -> list[str]:
+    if has_value_map and ignore != IGNORE:
+        return [
+            "data.ignore cannot be combined with data.label_values. List the value there instead, as value: ignore."
+        ]
+    if not has_value_map and not len(classes) <= ignore <= IGNORE:
+        return [
+            f"data.ignore: {ignore} is not between {len(classes)} and 255. The values below {len(classes)} are classes."
+        ]
+    return []
+
+
+def _unknown_class(classes: ClassSet, name: int | str, key: str) -> str:
+    return f"{key}: {name!r} is neither a class nor ignore. The classes are {', '.join(classes.names)}."
 
 
 def _color_meanings(
-    classes: ClassSet, colors: Mapping[str, Sequence[Sequence[int]]], own_colors: bool, *, problems: list[str]
+    classes: ClassSet, colors: Mapping[str, Sequence[Sequence[int]]], own_colors: bool
 ) -> dict[RGB, list[int]]:
-    """Color → the classes (or 255) that it stands for; unknown names are added to `problems`."""
+    """Color → the classes (or 255) that it stands for."""
     meanings: dict[RGB, list[int]] = {}
     if own_colors:
         for k, color in enumerate(classes.colors):
             meanings.setdefault(color, []).append(k)
     for name, listed in colors.items():
-        k = _target(classes, name, "data.label_colors", problems=problems)
-        for red, green, blue in listed:
-            meanings.setdefault((red, green, blue), []).append(k)
+        k = _index(classes, name)
+        if k is not None:
+            for red, green, blue in listed:
+                meanings.setdefault((red, green, blue), []).append(k)
     return meanings
 
 
-def _shared_colors(classes: ClassSet, meanings: Mapping[RGB, Sequence[int]]) -> list[str]:
-    """A line for each of these colors, which stand for more than one class."""
-    return [
-        f"data.classes, data.label_colors: {' and '.join(_name(classes, k) for k in targets)} have the same color, "
-        f"{list(color)}. Give each a color of its own."
-        for color, targets in meanings.items()
-    ]
-
-
-def _name(classes: ClassSet, k: int) -> str:
-    return "ignore" if k == IGNORE else classes.names[k]
+def _shared_color(classes: ClassSet, color: RGB, targets: Sequence[int]) -> str:
+    names = " and ".join("ignore" if k == IGNORE else classes.names[k] for k in targets)
+    return f"data.classes, data.label_colors: {names} have the same color, {list(color)}. Give each a color of its own."

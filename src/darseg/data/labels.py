@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from darseg.choices import LabelFormat
 from darseg.data.advice import MOST_LISTED, color_advice, list_counts
 from darseg.data.classes import IGNORE
 from darseg.data.encoding import PLAIN, RGB, LabelEncoding
@@ -50,7 +51,7 @@ def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
     return to_classes(decode_label(path, encoding.format), encoding, path)
 
 
-def decode_label(path: Path, format: str) -> np.ndarray:
+def decode_label(path: Path, format: LabelFormat) -> np.ndarray:
     """What a label file holds: values uint8 or uint16 [H, W], or colors int32 [H, W] (R·65536 + G·256 + B).
 
     The values of a file with an alpha channel are int16; transparent values and colors are TRANSPARENT.
@@ -109,7 +110,7 @@ def _decode_gray(path: Path, data: bytes) -> np.ndarray:
     return values
 
 
-def _one_channel(image: Image.Image, bits: int, format: str, *, path: Path) -> np.ndarray:
+def _one_channel(image: Image.Image, bits: int, format: LabelFormat, *, path: Path) -> np.ndarray:
     """The values, or palette indices, of an image of one of the modes ONE_CHANNEL."""
     if format == "color":
         raise DataError(
@@ -132,7 +133,7 @@ def _one_channel(image: Image.Image, bits: int, format: str, *, path: Path) -> n
     return values.astype(np.uint16)
 
 
-def _colors(image: Image.Image, bits: int, format: str, *, path: Path) -> np.ndarray:
+def _colors(image: Image.Image, bits: int, format: LabelFormat, *, path: Path) -> np.ndarray:
     """The colors of an RGB or RGBA image, int32 [H, W]; for the format "index" its three equal channels."""
     if image.mode in ("RGB", "RGBA") and bits > 8:
         raise DataError(
