@@ -367,6 +367,43 @@ def test_the_losses_are_those_of_darseg_0_2() -> None:
         )
 
 
+@pytest.mark.parametrize("size", [None, 1, 3, 8, 20])
+def test_micro_batches_cut_every_tensor(size: int | None) -> None:
+    pixels, labels = images(0)
+    generator = torch.Generator().manual_seed(2)
+    weights = torch.rand(IMAGES, SIDE, SIDE, generator=generator)
+    masks = (torch.rand(IMAGES, 5, generator=generator), torch.rand(IMAGES, 7, 1, 1, generator=generator))
+    ids = tuple(map(str, range(IMAGES)))
+    batch = Batch(pixels, labels, ids, weights=weights, feature_masks=masks, divisor=torch.tensor(77))
+    parts = batch.split(size)
+    assert torch.equal(torch.cat([part.images for part in parts]), pixels)
+    assert torch.equal(torch.cat([part.labels for part in parts]), labels)
+    assert torch.equal(torch.cat([part.weights for part in parts if part.weights is not None]), weights)
+    for level, mask in enumerate(masks):
+        assert torch.equal(torch.cat([part.feature_masks[level] for part in parts]), mask)
+    assert sum((part.ids for part in parts), ()) == ids
+    assert all(int(part.count()) == 77 for part in parts)
+
+
+def test_weights_are_those_of_single_pixels() -> None:
+    """Against a sum over pixels, one by one; weight 0 is as good as not labeled, but counts in the divisor."""
+    pixels, labels = images(0)
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(IMAGES, CLASSES, SIDE, SIDE, generator=generator, dtype=torch.float64)
+    weights = torch.rand(IMAGES, SIDE, SIDE, generator=generator).double()
+    labels = labels.masked_fill(torch.rand(IMAGES, SIDE, SIDE, generator=generator) < 0.3, IGNORE)
+    batch = Batch(pixels, labels, tuple(map(str, range(IMAGES))), weights=weights, divisor=torch.tensor(500))
+    total = 0.0
+    for b, y, x in (labels != IGNORE).nonzero().tolist():
+        chances = torch.softmax(logits[b, :, y, x], 0)
+        total -= float(weights[b, y, x] * torch.log(chances[int(labels[b, y, x])]))
+    assert float(cross_entropy(logits, batch)) == pytest.approx(total / 500, rel=1e-9)
+    assert float(cross_entropy(logits, replace(batch, weights=torch.zeros_like(weights)))) == 0
+    ones = replace(batch, weights=torch.ones_like(weights))
+    plain = float(cross_entropy(logits, replace(batch, weights=None)))
+    assert float(cross_entropy(logits, ones)) == pytest.approx(plain, rel=1e-12)
+
+
 # --- schedules
 
 

@@ -309,7 +309,7 @@ def test_what_an_epoch_is_over(over: tuple, wanted: list[int], recipe_file, tmp_
         f"rounds={yaml.safe_dump(rounds, default_flow_style=True)}",
     ]
     recipe = load_recipe(recipe_file, given)
-    made = plan_rounds(recipe, 4, 6, (0, 0, 0))
+    made = plan_rounds(recipe, labeled=4, unlabeled=6, fill=(0, 0, 0))
     assert [(one.epoch_steps, one.steps, one.epochs) for one in made] == [(n, 5 * n, 5) for n in wanted]
     code, out, _ = call("plan", recipe_file, *given)
     rows = [line.split() for line in out.splitlines()[1:3]]

@@ -53,7 +53,9 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     try:
         network, _ = build_initial_network(recipe)
         check_sizes(recipe, network)
-        plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), fill=network.fill)
+        plan_rounds(
+            recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
+        )
     except DarsegError as error:
         faults.append(str(error))
     return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
@@ -115,7 +117,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
     manifest = manifest_of(recipe)
     network = spec_of(recipe).build()
     check_sizes(recipe, network)
-    rounds = plan_rounds(recipe, len(manifest.labeled), len(manifest.unlabeled), fill=network.fill)
+    rounds = plan_rounds(
+        recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
+    )
     check_shares(recipe, rounds, processes)
     # The rates of the curve itself: the first step at 0 that the release has would hide where the curve begins.
     schedules = [replace(stage_of(recipe, planned).schedule, first_step_at_zero=False) for planned in rounds]

@@ -260,7 +260,7 @@ class RunDirectory:
         Seconds are rounded here: take the record's, and a summary is the same whether its steps were done or found.
         """
         digests = {name: digest_path(self.round(index) / name) for name in outputs}
-        record = StepRecord(step, dict(inputs.digests), digests, round(seconds, 3), dict(facts))
+        record = StepRecord(step, dict(inputs.digests), digests, seconds=round(seconds, 3), facts=dict(facts))
         write_json(self.record_path(index, step), vars(record))
         return record
 

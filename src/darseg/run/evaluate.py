@@ -145,13 +145,16 @@ def evaluate(
         )
     protocol = evaluation_protocol(recipe)
     with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:
-        return evaluate_samples(trained.network, samples, classes, protocol, advance), protocol
+        return evaluate_samples(
+            trained.network, samples, classes, protocol=protocol, advance=advance
+        ), protocol
 
 
 def evaluate_samples(
     network: Network,
     samples: Sequence[Sample],
     classes: ClassSet,
+    *,
     protocol: Protocol,
     advance: Callable[[], None] = lambda: None,
 ) -> Scores:

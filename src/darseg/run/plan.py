@@ -71,7 +71,7 @@ class Round:
     micro_batch: int
 
 
-def plan_rounds(recipe: Recipe, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
+def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
     Images are the labeled ones in round 0, the unlabeled ones later, unless the round says otherwise (epoch_over).

@@ -118,7 +118,8 @@ def run_stage(
             streamed = [_to(next(stream), loop.device) for stream in running]
             waited += time.monotonic() - asked
             rate, figures = loop.step(step, streamed)
-            on_step(StepReport(step, rate, figures, waited / max(time.monotonic() - began, 1e-9)))
+            waiting = waited / max(time.monotonic() - began, 1e-9)
+            on_step(StepReport(step, rate, figures, waiting=waiting))
             done = step + 1
             stopped, failed = loop.processes.any(stop(), loop.watch.failed is not None)
             if failed:
@@ -179,7 +180,7 @@ class _Loop:
         # The first norm is the network's; the norm over all learners is finite only if each is.
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         numbers = torch.stack([self.processes.total(loss).float(), norm.float()])
-        self.watch.look(WatchedStep(step, rates[0], ids, numbers), scaler, self.run.optimizers)
+        self.watch.look(WatchedStep(step, rates[0], ids, numbers=numbers), scaler, self.run.optimizers)
         for optimizer in self.run.optimizers:
             scaler.step(optimizer)
         scaler.update()

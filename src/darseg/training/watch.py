@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class WatchedStep:
     Attributes:
         rate: learning rate.
         ids: of the images of this process.
-        numbers: float32 [3]: 1 if the step failed, the loss, and the gradient's norm.
+        numbers: float32: the loss and the gradient's norm; once looked at, 1 or 0 for failed or not in front of them.
     """
 
     step: int
@@ -72,7 +72,7 @@ class Watch:
         failed = ~(torch.isfinite(loss) & (torch.isfinite(norm) | excused)).reshape(())
         numbers = torch.cat([failed.float().reshape(1), step.numbers])
         if self.blocked is None:
-            self._read(WatchedStep(step.step, step.rate, step.ids, numbers))
+            self._read(replace(step, numbers=numbers))
             self.settle()
             return
         self.blocked = torch.maximum(self.blocked, failed.float())
@@ -82,7 +82,7 @@ class Watch:
         host = numbers.to("cpu", non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self.waiting.append((event, WatchedStep(step.step, step.rate, step.ids, host)))
+        self.waiting.append((event, replace(step, numbers=host)))
         while self.waiting and self.waiting[0][0].query():
             self._read(self.waiting.popleft()[1])
 

@@ -54,7 +54,9 @@ def _score(course: Course, round_: Round, protocol: Protocol) -> Work:
         course.journal.progress(f"round {round_.index}: evaluate", len(share)) as advance,
         explain_memory(less_to_predict(course.recipe, "evaluation", protocol)),
     ):
-        own = processes.together(lambda: evaluate_samples(network, share, classes, protocol, advance))
+        own = processes.together(
+            lambda: evaluate_samples(network, share, classes, protocol=protocol, advance=advance)
+        )
     described = Scores(processes.add_up(own.confusion)).to_json(classes.names)
 
     def write() -> Mapping[str, Any]:

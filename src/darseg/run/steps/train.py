@@ -98,7 +98,7 @@ def train_round(
         "labels": digest_path(run.labels(index)) if pseudo else "none",
         "network": before,
     }
-    training = _Training(course, round_, settings.stage, pseudo, network)
+    training = _Training(course, round_, settings.stage, pseudo=pseudo, network=network)
     step = Step(
         "train",
         index,
