@@ -481,13 +481,13 @@ def test_the_next_commands_are_printed_and_an_earlier_recipe_is_kept(
         "  darseg report 'runs/in here'",
         "  darseg view 'runs/in here'",
     ]
-    mine = Path("in here.yaml").read_text() + "# mine\n"
-    Path("in here.yaml").write_text(mine)
+    changed = Path("in here.yaml").read_text() + "# changed\n"
+    Path("in here.yaml").write_text(changed)
     code, _, err = call("init", "in here")
-    assert code == 2 and Path("in here.yaml").read_text() == mine
+    assert code == 2 and Path("in here.yaml").read_text() == changed
     says(err, "in here.yaml", "--out", "--force")
     assert call("init", "in here", "--force")[0] == 0
-    assert "# mine" not in Path("in here.yaml").read_text()
+    assert "# changed" not in Path("in here.yaml").read_text()
 
 
 def test_a_replacement_that_fails_leaves_recipe_and_lists_as_they_were(
@@ -541,8 +541,12 @@ def test_flow_is_read_back(value) -> None:
 )  # fmt: skip
 def test_class_names_in_files(tmp_path: Path, name: str, text: str, names, values, colors) -> None:
     (tmp_path / name).write_text(text)
-    (found,) = find_names([tmp_path])
-    assert (found.names, found.values, found.colors is not None or None) == (names, values, colors)
+    (name_list,) = find_names([tmp_path])
+    assert (name_list.names, name_list.values, name_list.colors is not None or None) == (
+        names,
+        values,
+        colors,
+    )
 
 
 @pytest.mark.parametrize("text", ["images/a.jpg\nimages/b.jpg\n", "road\n", "road\nroad\n", "", "{broken"])

@@ -209,10 +209,10 @@ def test_a_polygon_is_the_same_wherever_it_lies(
     halves = [(floor(2 * x) / 2, floor(2 * y) / 2) for x, y in points]  # so that moving is exact
     moved = [(x + right, y + down) for x, y in halves]
     size = {"imageHeight": 60, "imageWidth": 60}
-    whole = painted(write_json(folder / "a.json", labelme(shape("a", halves), **size)), {"a": 1})
-    other = painted(write_json(folder / "b.json", labelme(shape("a", moved), **size)), {"a": 1})
-    a = whole[max(0, -down) : 60 - max(0, down), max(0, -right) : 60 - max(0, right)]
-    b = other[max(0, down) : 60 - max(0, -down), max(0, right) : 60 - max(0, -right)]
+    first = painted(write_json(folder / "a.json", labelme(shape("a", halves), **size)), {"a": 1})
+    second = painted(write_json(folder / "b.json", labelme(shape("a", moved), **size)), {"a": 1})
+    a = first[max(0, -down) : 60 - max(0, down), max(0, -right) : 60 - max(0, right)]
+    b = second[max(0, down) : 60 - max(0, -down), max(0, right) : 60 - max(0, -right)]
     assert np.array_equal(a, b)
 
 
@@ -274,8 +274,8 @@ def test_the_order_of_coco_annotations_does_not_matter(
     index = {"car": 0, "road": 1}  # the third category is no class
     names = ("car", "road", "sky")
     label, again = (
-        painted(write_json(folder / name, coco(*one, categories=names)), index)
-        for name, one in (("a.json", annotations), ("b.json", shuffled))
+        painted(write_json(folder / name, coco(*ordered, categories=names)), index)
+        for name, ordered in (("a.json", annotations), ("b.json", shuffled))
     )
     assert label.tobytes() == again.tobytes()
     for y in range(HEIGHT):
@@ -390,9 +390,9 @@ def test_the_kinds_of_labelme_shapes(tmp_path: Path) -> None:
         (shape("a", [[50, 50], [90, 60]], "rectangle"), []),
         (shape("a", [[-50, -50], [-20, -30]], "rectangle"), []),
     ]
-    for k, (one, pixels) in enumerate(kinds):
-        label = painted(write_json(tmp_path / f"{k}.json", labelme(one)), {"a": 1})
-        assert {(int(x), int(y)) for y, x in np.argwhere(label == 1)} == set(pixels), one
+    for k, (record, pixels) in enumerate(kinds):
+        label = painted(write_json(tmp_path / f"{k}.json", labelme(record)), {"a": 1})
+        assert {(int(x), int(y)) for y, x in np.argwhere(label == 1)} == set(pixels), record
 
 
 def test_lines_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_a_labelme_image_is_named_by_its_file_and_the_jsons_folder(
     tmp_path: Path, file: str, image: str, wanted: str
 ) -> None:
     write_json(tmp_path / file, labelme(imagePath=image))
-    assert [one.id for one in images_of(tmp_path)] == [wanted]
+    assert [image.id for image in images_of(tmp_path)] == [wanted]
 
 
 # Cityscapes
@@ -469,7 +469,7 @@ def test_void_labels_of_cityscapes_are_not_evaluation_classes() -> None:
 )
 def test_a_cityscapes_image_is_named_as_its_polygons(tmp_path: Path, file: str, wanted: str) -> None:
     write_json(tmp_path / file, cityscapes())
-    assert [one.id for one in images_of(tmp_path)] == [wanted]
+    assert [image.id for image in images_of(tmp_path)] == [wanted]
 
 
 # CVAT
@@ -510,11 +510,11 @@ def test_the_kinds_of_cvat_shapes(tmp_path: Path) -> None:
         ),
         ('<mask label="a" rle="1,1" left="-1" top="0" width="2" height="1"/>', lambda x, y: (x, y) == (0, 0)),
     ]
-    for k, (one, inside) in enumerate(kinds):
-        (tmp_path / f"{k}.xml").write_text(cvat(one))
+    for k, (element, inside) in enumerate(kinds):
+        (tmp_path / f"{k}.xml").write_text(cvat(element))
         label = painted(tmp_path / f"{k}.xml", {"a": 1})
         wanted = [[1 if inside(x, y) else 255 for x in range(WIDTH)] for y in range(HEIGHT)]
-        assert label.tolist() == wanted, one
+        assert label.tolist() == wanted, element
 
 
 def test_cvat_shapes_without_area_are_skipped_and_counted(tmp_path: Path) -> None:

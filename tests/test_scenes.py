@@ -173,9 +173,9 @@ def test_a_complete_set_is_left_alone_and_others_are_drawn_again(tmp_path: Path)
     assert snapshot(tmp_path) == before
 
     write_scenes(tmp_path, labeled=2, unlabeled=1, validation=1, seed=1)
-    other = snapshot(tmp_path)
-    assert other.keys() == before.keys()
-    assert other["images/scene_00000.png"] != before["images/scene_00000.png"]
+    after = snapshot(tmp_path)
+    assert after.keys() == before.keys()
+    assert after["images/scene_00000.png"] != before["images/scene_00000.png"]
 
 
 def test_an_interrupted_set_is_not_taken_for_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -37,7 +37,11 @@ CITYSCAPES_UNDRAWN = "license plate"
 
 
 def read_cityscapes(path: Path, content: Any, relative: str) -> Iterator[AnnotatedImage | str]:
-    """The image of a file, or its faults. `relative`: the file's path without suffix below the folder of all files."""
+    """The image of a file, or its faults.
+
+    Args:
+        relative: the file's path without suffix below the folder of all files.
+    """
 
     def header() -> tuple[str, tuple[int, int]]:
         # The file does not name its image. Cityscapes' images are called …_leftImg8bit.png.

@@ -50,7 +50,7 @@ class _File:
 
 
 def read_coco(path: Path, content: Any, panoptic_folder: Path | None) -> Annotations:
-    """Instances and stuff; panoptic if there is a folder of PNGs. Raises DataError if it is not a COCO file."""
+    """Instances and stuff, or panoptic if `panoptic_folder` is given. Raises DataError for other files."""
     file = _index(path, content)
 
     def region(annotation: Any, size: tuple[int, int]) -> tuple[str, Draw]:
@@ -76,6 +76,7 @@ def read_coco(path: Path, content: Any, panoptic_folder: Path | None) -> Annotat
 
 
 def _index(path: Path, content: Any) -> _File:
+    """The file with its references followed. Raises DataError if it is not a COCO file."""
     try:
         entries, annotations, categories = (
             field(content, key, list) for key in ("images", "annotations", "categories")
@@ -225,7 +226,7 @@ def _panoptic_entry(file: _File, k: int, annotation: Any, *, at: str, folder: Pa
 
 
 def _panoptic_ids(png: Path, size: tuple[int, int], listed: set[int]) -> np.ndarray:
-    """Segment ids, int32 [H, W]. Raises DataError if the PNG does not fit its image and the listed segments."""
+    """Segment ids, int32 [H, W]. Raises DataError if the PNG does not fit its image and segments."""
     if not png.is_file():
         raise DataError(f"{png} does not exist. Put the PNGs there, or name their folder (--panoptic-folder)")
     parts = read_image(png).astype(np.int32)

@@ -21,7 +21,11 @@ NO_AREAS = ("point", "points", "line", "linestrip")
 
 
 def read_labelme(path: Path, content: Any, folder: PurePosixPath) -> Iterator[AnnotatedImage | str]:
-    """The image of a file, or its faults. `folder`: the file's folder as seen from the folder of all files."""
+    """The image of a file, or its faults.
+
+    Args:
+        folder: the file's folder as seen from the folder of all files.
+    """
 
     def header() -> tuple[str, tuple[int, int]]:
         # labelme writes the image's path on the annotator's disk, often ../images/x.jpg or with backslashes. Only the
@@ -36,7 +40,7 @@ def read_labelme(path: Path, content: Any, folder: PurePosixPath) -> Iterator[An
 
 
 def listed_shapes(path: Path, content: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """Where each shape is, and its record. A missing list gives one invalid record, and so becomes a fault."""
+    """Where each shape is, and its record. A missing list gives one invalid record, so it is a fault."""
     shapes = content.get(key) if isinstance(content, dict) else None
     if not isinstance(shapes, list):
         yield f"{path}: {key}", shapes
@@ -67,7 +71,7 @@ def _region(shape: Any, size: tuple[int, int]) -> tuple[str, Draw] | str:
 
 
 def _mask(text: str, corner: tuple[int, int], size: tuple[int, int]) -> Patch:
-    """A mask of (height, width) `size` in Base64. Raises DataError if it cannot be read or has another size."""
+    """A mask in Base64. Raises DataError if it cannot be read or is not of (height, width) `size`."""
     try:
         data = np.frombuffer(base64.b64decode(text, validate=True), np.uint8)
         mask = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)

@@ -1,4 +1,4 @@
-"""Annotation files of other tools → label maps: first all files are checked, then image after image is drawn."""
+"""Annotation files of other tools → label maps: all files are checked first, then drawn."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _Survey:
 
 @dataclass(frozen=True)
 class _Target:
-    """What is drawn into: the folder, the names of the classes, and the value of pixels that no region covers."""
+    """The folder of the maps, the classes, and the value of pixels that no region covers."""
 
     out: Path
     names: tuple[str, ...]

@@ -67,7 +67,7 @@ def shortened(value: Any) -> str:
 
 
 def image_id(name: str) -> str:
-    """The id of an image from its name in the file. Raises DataError if the name leads out of the image folder."""
+    """The id of an image from its name in the file. Raises DataError if the name leads out of the folder."""
     path = PurePosixPath(name)
     absolute = path.is_absolute() or PureWindowsPath(name).drive
     if not path.parts or absolute or ".." in path.parts or {"\\", "\0"} & set(name):

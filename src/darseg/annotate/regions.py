@@ -1,4 +1,4 @@
-"""What every annotation format becomes: images with regions, and the painter that makes label maps of them."""
+"""What every annotation format becomes: images with regions; and the painter of label maps."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def polygon(points: np.ndarray) -> Draw:
 
 
 def ellipse(center: XY, radii: XY, size: tuple[int, int], *, degrees: float = 0) -> Draw:
-    """Draws an ellipse, turned clockwise as seen in the image. Raises DataError unless both radii are positive.
+    """Draws an ellipse, turned clockwise as seen in the image. Raises DataError for a radius of 0 or less.
 
     Args:
         center, radii: x and y in pixels.

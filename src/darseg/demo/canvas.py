@@ -1,4 +1,4 @@
-"""What a drawn scene is drawn on: picture, labels and distances, the camera, the noise, and the ways to paint.
+"""What a scene is drawn on: picture, labels, distances, camera and noise, and the ways to paint.
 
 Everything that takes a `Canvas` draws random numbers from its generator, so the order of calls decides the pixels.
 """

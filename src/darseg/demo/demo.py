@@ -1,4 +1,4 @@
-"""`darseg demo`: a drawn, long-tailed data set, trained with and without DARS, compared class by class."""
+"""`darseg demo`: train on drawn scenes with and without DARS, and compare class by class."""
 
 from __future__ import annotations
 

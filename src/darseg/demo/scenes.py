@@ -204,7 +204,7 @@ def _street_furniture(canvas: Canvas) -> list[Thing]:
 
 
 def _photograph(canvas: Canvas) -> tuple[np.ndarray, np.ndarray]:
-    """Put air, light, lens and sensor in front of the picture; image and label as `draw_scene` returns them."""
+    """Put air, light, lens and sensor in front of the picture; returns what `draw_scene` does."""
     rng, image = canvas.rng, canvas.image
     height, width = canvas.height, canvas.width
     night = canvas.weather == "night"

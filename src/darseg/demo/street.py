@@ -1,4 +1,4 @@
-"""The street of a drawn scene: sky, skyline, ground, houses and hedges, ray-cast or painted over the whole width."""
+"""The street of a drawn scene: sky, skyline, ground, houses and hedges."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ def draw_ground(canvas: Canvas) -> None:
 
 
 def _cast_ground(canvas: Canvas) -> _Ground:
+    """Where the ray of each pixel below the horizon meets the ground, and what is there."""
     rng, camera = canvas.rng, canvas.camera
     top = int(camera.horizon) + 1
     rows = np.arange(top, canvas.height, dtype=np.float32)[:, None]
@@ -150,7 +151,7 @@ def _materials(canvas: Canvas) -> np.ndarray:
 
 
 def _ground_shade(canvas: Canvas, view: _Ground) -> np.ndarray:
-    """How light each pixel of the ground is, float32 [h, w]: paving, tire tracks, curbs, shadows of houses."""
+    """Lightness of the ground, float32 [h, w]: paving, tire tracks, curbs and shadows of houses."""
     rng, x, z, near, beyond = canvas.rng, view.x, view.z, view.near, view.beyond
     on_road, on_path, on_grass = beyond < 0, view.label == PATH, view.label == GRASS
     shade = 1 + np.float32(0.05) * view.patches + np.float32(0.10) * view.grains * near

@@ -1,4 +1,4 @@
-"""A folder → the data section of its recipe: what is in it, what cannot be used, and which image has which role."""
+"""A folder → the data section of its recipe, with notes on what was found and what cannot be used."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAYOUT_FOLDERS = {
 
 
 def draft_published(folder: Path) -> Draft | None:
-    """Cityscapes or VOC as they are downloaded, in the folder or up to two folders below; None if they are not there."""
+    """Cityscapes or VOC as downloaded, in the folder or up to two folders below; None if neither is there."""
     for root in (folder, *(path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))):
         if not root.is_dir():
             continue
@@ -98,6 +98,7 @@ def _no_images(folder: Path, discovery: Discovery) -> str:
 
 
 def _no_labels(folder: Path, discovery: Discovery) -> str:
+    """What to do with images that have no label maps."""
     count = len(discovery.images)
     if discovery.annotations:
         first = discovery.annotations[0]
@@ -128,7 +129,7 @@ def _no_labels(folder: Path, discovery: Discovery) -> str:
 
 
 def _between(root: Path, folders: Sequence[Path]) -> list[Path]:
-    """The folder that holds all these folders, and those between it and `root`; then the first four of them."""
+    """The folder that holds all `folders`, its parents up to `root`, and the first four of `folders`."""
     if not folders:
         return []
     common = Path(os.path.commonpath([str(path.absolute()) for path in folders]))

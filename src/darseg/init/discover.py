@@ -1,4 +1,4 @@
-"""An unknown folder → which files are images and which are their labels, list files and annotation files.
+"""An unknown folder → its images, their labels, its list files and its annotation files.
 
 These are guesses by names; whoever uses them lets `survey` read the files. Nothing is written.
 """
@@ -26,7 +26,7 @@ MOST_OF_A_TWIN = 64
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image, its label file, and the part of the data set that a folder's name puts it in (a key of SPLITS)."""
+    """An image, its label file, and the part of the data set that folders name (a key of SPLITS)."""
 
     image: Path
     label: Path | None

@@ -74,12 +74,14 @@ class Fit:
 
 
 def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | None) -> Fit:
-    """Choose network and training settings; notes about weights go to the draft. Raises WeightsError for given weights.
+    """Choose network and training settings; notes about weights go to the draft.
 
     Args:
         folder: the images; weights are looked for there, next to `out`, and in the current folder.
         out: the recipe to be written.
         weights: the user's choice.
+
+    Raises WeightsError if the user's weights do not fit.
     """
     device = pick_device()
     kind = device.type
@@ -134,7 +136,7 @@ def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
 
 
 def _given_weights(spec: NetworkSpec, weights: Path, out: Path) -> tuple[NetworkSpec, str]:
-    """The network for the user's weights, and the weights as in a recipe. Raises WeightsError if they do not fit."""
+    """The network for the user's weights, and the weights as in a recipe. Raises WeightsError."""
     spec = _with_backbone_of(spec, weights)
     load_weights(spec.build(), weights)
     return spec, path_from(out.parent, weights)
@@ -143,7 +145,7 @@ def _given_weights(spec: NetworkSpec, weights: Path, out: Path) -> tuple[Network
 def _find_weights(
     spec: NetworkSpec, draft: Draft, places: Sequence[Path], *, out: Path
 ) -> tuple[NetworkSpec, str]:
-    """The first weight file of these folders that fits, or "none". Files for this backbone are tried first."""
+    """The first weight file that fits, or "none". Files for this backbone are tried first."""
     paths = [path for place in places for path in sorted(place.glob("resnet*.pth"))]
     paths.sort(key=lambda path: _with_backbone_of(spec, path).backbone != spec.backbone)
     for path in paths:
@@ -161,7 +163,7 @@ def _find_weights(
 def crop_and_batch(
     spec: NetworkSpec, *, smallest: tuple[int, int], target: int, labeled: int, budget: int
 ) -> tuple[tuple[int, int], int, int]:
-    """The largest crop, and with it the largest batch, whose step fits the memory; the smallest of all if none does.
+    """The largest crop, and for it the largest batch, whose step fits the memory; otherwise the smallest.
 
     Args:
         smallest: height and width that crops shall not exceed.

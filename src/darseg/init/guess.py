@@ -1,4 +1,4 @@
-"""What the values or colors of label files mean: the classes, and the keys of a recipe's data section that say so."""
+"""What the values or colors of label files mean, as classes and keys of a recipe's data section."""
 
 from __future__ import annotations
 
@@ -229,7 +229,11 @@ def _known_palette(values: _Values, real: Sequence[int], warnings: Sequence[str]
 
 
 def _unnamed_values(real: Sequence[int], warnings: Sequence[str], grays: str | None) -> _Meaning:
-    """A class for each value. `grays`: the values as text, if they are stretched to grays and 255 is one of them."""
+    """A class for each value.
+
+    Args:
+        grays: the values as text, if they are stretched to grays and 255 is one of them.
+    """
     table = {value: f"class_{value}" for value in real}
     if list(real) == list(range(len(real))):
         return _Meaning(table, NO_NAMES, warnings=warnings)

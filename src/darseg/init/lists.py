@@ -22,7 +22,7 @@ class Lists:
 
 
 def read_lists(root: Path, images: Sequence[Path]) -> Lists:
-    """List files below `root`, one for each part; a file is used if at least nine of ten lines name images."""
+    """List files below `root`, one for each part; at least nine of ten lines must name images."""
     image_for = _finder(root, images)
     lists = Lists()
     for folder in LIST_FOLDERS:

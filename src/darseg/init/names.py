@@ -74,6 +74,7 @@ _LINES: tuple[tuple[str, Callable[[re.Match], Row]], ...] = (
 
 
 def _rows_of_text(text: str) -> list[Row]:
+    """Rows of lines in one of the usual forms; otherwise each line is a name."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     for start in (0, 1):  # a table may have a header
         for pattern, row in _LINES:
@@ -84,6 +85,7 @@ def _rows_of_text(text: str) -> list[Row]:
 
 
 def _rows_of_data(content: Any) -> list[Row]:
+    """Rows of JSON or YAML; empty if it has none of the usual forms."""
     if isinstance(content, Mapping):
         for key in ("classes", "names", "labels", "categories", "class_names", "id2label"):
             if isinstance(content.get(key), (list, Mapping)):

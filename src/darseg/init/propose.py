@@ -1,4 +1,4 @@
-"""A recipe for an unknown folder: what is in it, what fits this machine, and why, as comments (`darseg init`)."""
+"""`darseg init`: a recipe for an unknown folder and this machine, with its reasons as comments."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def propose_recipe(
     overwrite: bool = False,
     console: Console | None = None,
 ) -> Proposal:
-    """Look at a folder of images, some with labels, and write a commented recipe for it that `check` accepts.
+    """Write a commented recipe, which `check` accepts, for a folder of images of which some have labels.
 
     All images and labels are read. Files that cannot be read are reported, and list files next to the recipe leave them
     out. Nothing is written into the folder.
@@ -129,7 +129,7 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
 def _first_form_that_works(
     draft: Draft, fit: Fit, out: Path, *, lists: Path, before: dict[Path, bytes | None]
 ) -> str:
-    """The recipe's text with the simplest form that gives the intended roles; the text is also written aside.
+    """The recipe's text with the simplest form that gives the intended roles; also written aside.
 
     The last form needs list files: they are written, and what they replace goes to `before`.
     """

@@ -92,7 +92,7 @@ def _warn_of_sequences(draft: Draft, labeled: Sequence[FoundImage]) -> None:
 
 
 def _forms(draft: Draft, discovery: Discovery, drawn: bool) -> Iterator[Form]:
-    """Ways to say the roles without list files of our own. `drawn`: every fifth labeled image is held out."""
+    """Ways to say the roles without our own list files. `drawn`: every fifth labeled image is held out."""
     roles, root = draft.roles or {}, draft.root
     counts = {role: len(pairs) for role, pairs in roles.items()}
     places = {role: _places(pairs, root) for role, pairs in roles.items()}

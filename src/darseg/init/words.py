@@ -1,4 +1,4 @@
-"""What the words of a path say: whether a picture is an image or a label, and its part of the data set."""
+"""What the words of a path say: image or label, and the part of the data set."""
 
 from __future__ import annotations
 
@@ -128,6 +128,7 @@ def _strip_name(name: str) -> tuple[str, list[str]]:
 
 
 def _words(name: str) -> list[str]:
+    """Words in lower case, also of camelCase and of joined words like trainannot."""
     apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     words: list[str] = []
     for word in re.split(r"[^0-9a-z]+", apart.lower()):
@@ -137,5 +138,6 @@ def _words(name: str) -> list[str]:
 
 
 def _rank(words: Iterable[str]) -> int:
+    """See `Picture.rank`."""
     present = set(words)
     return 2 if present & OTHER_WORDS else 1 if present & COLOR_WORDS else 0
