@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any, cast, get_args
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from darseg.config.text import load_recipe
+from darseg.data.prediction import SCALES
 from darseg.errors import DataError, RecipeError
+from darseg.pseudo.labeling import Confidence, Labeling
 from darseg.pseudo.redistribute import redistribute
+from wording import refused
 
 torch.set_num_threads(1)
 
@@ -237,70 +245,94 @@ def test_an_iterable_is_gone_through_once_and_its_arrays_may_be_reused() -> None
         assert all(np.array_equal(again.labels[name], wanted.labels[name]) for name in "abc")
 
 
-# What is refused, and the words it is refused with.
+# What is refused.
 
 GOOD = np.zeros((2, 3, 4), np.float32)
 
 
 def test_settings_that_cannot_work_are_all_named() -> None:
-    with pytest.raises(RecipeError) as caught:
-        redistribute({"a": GOOD}, [1, 1], None, method="best", sampling="some", threshold=0.5)
-    message = str(caught.value)
-    assert "method 'best': there are dars, cbst, global" in message
-    assert "sampling 'some': there are random and none" in message
-    with pytest.raises(RecipeError) as caught:
+    with refused(RecipeError, "'best'", "dars, cbst, global", "'some'", "random, none"):
+        redistribute({"a": GOOD}, [1, 1], None, method=cast(Any, "best"), sampling=cast(Any, "some"))
+    with refused(RecipeError, "labeling_ratio", "threshold", "method global"):
         redistribute({"a": GOOD}, [1, 1], 0.5, method="global")
-    assert str(caught.value).splitlines() == [
-        "These settings cannot work:",
-        "  - method global needs a threshold, a confidence between 0 and 1",
-        "  - method global takes no labeling ratio: the threshold decides",
-    ]
     for method in ("dars", "cbst"):
-        with pytest.raises(RecipeError) as caught:
+        with refused(RecipeError, "labeling_ratio", "threshold", f"method {method}"):
             redistribute({"a": GOOD}, [1, 1], None, method=method, threshold=0.5)
-        assert str(caught.value).splitlines()[1:] == [
-            f"  - method {method} needs a labeling ratio, above 0 and at most 1",
-            f"  - method {method} takes no threshold (only global does)",
-        ]
-    with pytest.raises(RecipeError, match=r"confidence 'exact': there are float16, fine"):
-        redistribute({"a": GOOD}, [1, 1], 0.5, confidence="exact")
+    with refused(RecipeError, "confidence", "'exact'", "float16, fine"):
+        redistribute({"a": GOOD}, [1, 1], 0.5, confidence=cast(Any, "exact"))
     for ratio in (0, 1.5, float("nan")):
-        with pytest.raises(RecipeError, match=f"labeling ratio of {ratio}: .* above 0 and at most 1"):
+        with refused(RecipeError, "labeling_ratio", f"found {ratio}"):
             redistribute({"a": GOOD}, [1, 1], ratio)
-    with pytest.raises(RecipeError, match=r"confidence threshold of 1\.5: choose one from 0 to 1"):
+    with refused(RecipeError, "threshold", "found 1.5"):
         redistribute({"a": GOOD}, [1, 1], None, method="global", threshold=1.5)
+    with refused(RecipeError, "sampling", "method dars", "cbst"):
+        redistribute({"a": GOOD}, [1, 1], 0.5, method="cbst", sampling="none")
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("scores", "facts"),
     [
-        (GOOD.astype(np.float64), r"found float64 \[2, 3, 4\], wanted float16 or float32 \[K, H, W\]"),
-        (GOOD.astype(">f4"), r"found >f4 \[2, 3, 4\], wanted float16 or float32"),
-        (GOOD.astype(np.uint8), r"found uint8 \[2, 3, 4\], wanted float16 or float32"),
-        (np.zeros((3, 4, 2), np.float32), r"found \[3, 4, 2\], that is 3 classes; the class counts have 2"),
-        (GOOD[0], r"torch.float32 \[3, 4\]; wanted float16 or float32 \[K, H, W\]"),
-        (GOOD[:, :0], r"\[2, 0, 4\]; wanted \[K, H, W\] with 2 to 255 classes and pixels"),
-        (GOOD + np.inf, r"24 of 24 scores are NaN or infinite"),
-        (GOOD + 7e4, r"Beyond 65504 float16 is infinite: use the confidence scale fine"),
+        (GOOD.astype(np.float64), ["float64 [2, 3, 4]", "float16 or float32 [K, H, W]"]),
+        (GOOD.astype(">f4"), [">f4 [2, 3, 4]", "float16 or float32"]),
+        (GOOD.astype(np.uint8), ["uint8 [2, 3, 4]", "float16 or float32"]),
+        (np.zeros((3, 4, 2), np.float32), ["[3, 4, 2]", "3 classes", "2"]),
+        (GOOD[0], ["torch.float32 [3, 4]", "float16 or float32 [K, H, W]"]),
+        (GOOD[:, :0], ["[2, 0, 4]", "[K, H, W]", "2 to 255 classes"]),
+        (GOOD + np.inf, ["24 of 24"]),
+        (GOOD + 7e4, ["65504", "fine"]),
     ],
 )
-def test_an_array_that_cannot_be_used_is_named(scores: np.ndarray, message: str) -> None:
-    with pytest.raises(DataError, match=f"^street 7: .*{message}"):
+def test_an_array_that_cannot_be_used_is_named(scores: np.ndarray, facts: list[str]) -> None:
+    with refused(DataError, *facts) as caught:
         redistribute({"good": GOOD, "street 7": scores}, [1, 1], 0.5)
+    assert str(caught.value).startswith("street 7: ")
 
 
-def test_other_things_that_are_refused() -> None:
-    with pytest.raises(DataError, match=r"'a' is given twice: an id names one image"):
+def test_ids_probabilities_and_counts_that_are_refused() -> None:
+    with refused(DataError, "'a'"):
         redistribute([("a", GOOD), ("b", GOOD), ("a", GOOD)], [1, 1], 0.5)
-    with pytest.raises(DataError, match="no probabilities"):
+    with refused(DataError, "a: "):
         redistribute({"a": GOOD}, [1, 1], 0.5, probabilities=True)
-    with pytest.raises(DataError, match="counts no pixel"):
+    with pytest.raises(DataError, match="histogram"):
         redistribute({}, [1, 1], 0.5)
-    for counts, message in (
-        ([1], "1 classes: between 2 and 255"),
-        ([1.0, 2.0], "give integers"),
+    for counts, fact in (
+        ([1], "1 classes"),
+        ([1.0, 2.0], "integers"),
         ([1, -2], "class 1: -2"),
-        ([0, 0], "No labeled pixel of any of the 2 classes"),
+        ([0, 0], "All 2 pixel counts"),
     ):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=fact):
             redistribute({"a": GOOD}, counts, 0.5)
+
+
+SETTINGS = [
+    {"method": method, "ratio": ratio, "threshold": threshold, "sampling": sampling}
+    for method in ("dars", "cbst", "global")
+    for ratio in (None, 0.0, 0.4, 1.0, 1.1)
+    for threshold in (None, -0.1, 0.0, 1.0, 1.1)
+    for sampling in ("random", "none")
+]
+
+
+def test_recipe_and_python_accept_the_same_settings(tmp_path: Path) -> None:
+    head = "{data: {root: ., classes: [a, b]}, network: {weights: none}, rounds: [{steps: 1}, {steps: 1}]}"
+    (tmp_path / "recipe.yaml").write_text(head)
+    accepted = 0
+    for values in SETTINGS:
+        text = {key: json.dumps(value) for key, value in values.items()}
+        changes = [f"labeling.{key}={text[key]}" for key in ("method", "threshold", "sampling")]
+        changes.append(f"rounds.1.labeling_ratio={text['ratio']}")
+        try:
+            labeling = Labeling(**values)
+        except RecipeError:
+            with pytest.raises(RecipeError):
+                load_recipe(tmp_path / "recipe.yaml", changes)
+        else:
+            recipe = load_recipe(tmp_path / "recipe.yaml", changes)
+            assert recipe.labeling.at(recipe.rounds[1].labeling_ratio) == labeling
+            accepted += 1
+    assert accepted == 2 * 2 + 2 + 2  # dars: 2 ratios, 2 samplings; cbst: 2 ratios; global: 2 thresholds
+
+
+def test_confidence_names_are_those_of_the_scales() -> None:
+    assert get_args(Confidence) == tuple(SCALES)

@@ -1,4 +1,4 @@
-"""How often each class occurs: the mix of classes that pseudo labels are to have."""
+"""How often each class occurs: the class shares that pseudo labels follow."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from darseg.data.classes import IGNORE
 from darseg.errors import DataError, faults
 
 SHARE_TOLERANCE = 1e-9
-"""How far shares may miss a sum of 1: rounding of 255 float64 divisions stays far below."""
+"""How far the sum of shares may be from 1; the rounding of 255 float64 divisions stays far below."""
 
 
 @dataclass(frozen=True, eq=False)
 class ClassDistribution:
-    """The share of each class among all labeled pixels (255 left out); DARS, section 3.2.
+    """The share of each class among all labeled pixels, without 255 (DARS, section 3.2).
 
-    share: float64 [K], K from 2 to 255, none negative, sum 1 within 1e-9. Raises DataError otherwise.
+    Attributes:
+        share: float64 [K], K from 2 to 255, none negative, sum 1 within 1e-9.
+
+    Raises DataError for other shares.
 
     >>> ClassDistribution.from_counts([30, 10]).share
     array([0.75, 0.25])
@@ -30,26 +33,26 @@ class ClassDistribution:
     def __post_init__(self) -> None:
         share = np.array(self.share)
         if share.dtype != np.float64 or share.ndim != 1:
-            raise DataError(f"Class shares are {share.dtype} {list(share.shape)}: give float64 [K].")
+            raise DataError(f"Class shares are {share.dtype} {list(share.shape)}; expected float64 [K].")
         check_class_count(len(share))
-        wrong = np.flatnonzero(~(np.isfinite(share) & (share >= 0)))
-        if len(wrong):
-            lines = [f"class {k}: {share[k]}" for k in wrong]
+        impossible = np.flatnonzero(~(np.isfinite(share) & (share >= 0)))
+        if len(impossible):
+            lines = [f"class {k}: {share[k]}" for k in impossible]
             raise DataError(faults("Class shares must be finite and not negative", lines))
         if abs(share.sum() - 1) > SHARE_TOLERANCE:
             raise DataError(
-                f"Class shares add up to {share.sum()}, not 1: divide them by their sum, or make them from "
-                "pixel counts with ClassDistribution.from_counts."
+                f"Class shares add up to {share.sum()}, not 1. Divide them by their sum, or make them from pixel "
+                "counts with ClassDistribution.from_counts."
             )
         share.flags.writeable = False
         object.__setattr__(self, "share", share)
 
     @classmethod
     def from_counts(cls, counts: ArrayLike) -> ClassDistribution:
-        """From pixel counts, integers [K]. Raises DataError when all are zero or one is negative."""
+        """The shares of pixel counts, integers [K]. Raises DataError if all are zero or one is negative."""
         counts = np.asarray(counts)
         if counts.ndim != 1 or counts.dtype.kind not in "iu":
-            raise DataError(f"Pixel counts are {counts.dtype} {list(counts.shape)}: give integers [K].")
+            raise DataError(f"Pixel counts are {counts.dtype} {list(counts.shape)}; expected integers [K].")
         check_class_count(len(counts))
         negative = np.flatnonzero(counts < 0)
         if len(negative):
@@ -57,8 +60,8 @@ class ClassDistribution:
             raise DataError(faults("Pixel counts must not be negative", lines))
         if not counts.any():
             raise DataError(
-                f"No labeled pixel of any of the {len(counts)} classes, so there is no mix of classes to "
-                "follow: give at least one label map that is not all 255."
+                f"All {len(counts)} pixel counts are zero, so there are no class shares. Give at least one label map "
+                "that is not all 255."
             )
         return cls(counts / counts.sum())
 
@@ -70,40 +73,40 @@ class ClassDistribution:
 
 
 def check_class_count(classes: int) -> None:
-    """Raise DataError unless `classes` is from 2 to 255: label maps have 8 bits and 255 is not a class."""
+    """Raise DataError unless there are 2 to 255 classes: label maps have 8 bits, and 255 is not a class."""
     if not 2 <= classes <= IGNORE:
-        raise DataError(f"{classes} classes: between 2 and {IGNORE} are needed.")
+        raise DataError(f"There are {classes} classes; expected 2 to {IGNORE}.")
 
 
 def count_label_pixels(label: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
     """Pixels of each class in one label map, uint8 [H, W] → int64 [K]; 255 is not counted.
 
-    Raises DataError listing every other value outside 0..K-1 with its count.
+    Raises DataError that lists every other value outside 0..K-1 with its count.
     """
     return count_labels([("label map", label)], classes)
 
 
 def count_labels(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) -> NDArray[np.int64]:
-    """Pixels of each class in many label maps, given with their names, one at a time → int64 [K].
+    """Pixels of each class in many label maps, (name, uint8 [H, W]) one at a time → int64 [K].
 
-    Raises DataError naming every label map with values that are neither a class nor 255.
+    Raises DataError that names every label map with values that are neither a class nor 255.
     """
     check_class_count(classes)
     total = np.zeros(classes, np.int64)
     lines = []
     for name, label in labels:
         if label.dtype != np.uint8 or label.ndim != 2:
-            lines.append(f"{name}: {label.dtype} {list(label.shape)} instead of uint8 [H, W]")
+            lines.append(f"{name}: {label.dtype} {list(label.shape)}; expected uint8 [H, W]")
             continue
-        found = np.bincount(label.ravel(), minlength=IGNORE + 1)
-        total += found[:classes]
-        foreign = classes + np.flatnonzero(found[classes:IGNORE])
+        pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
+        total += pixels[:classes]
+        foreign = classes + np.flatnonzero(pixels[classes:IGNORE])
         if len(foreign):
-            lines.append(f"{name}: " + ", ".join(f"value {v} ({found[v]} pixels)" for v in foreign))
+            lines.append(f"{name}: " + ", ".join(f"value {v} ({pixels[v]} pixels)" for v in foreign))
     if lines:
-        what = (
-            f"Label values must be class indices 0..{classes - 1}, or {IGNORE} where not labeled (for "
-            "Cityscapes use *_gtFine_labelTrainIds.png); found"
+        headline = (
+            f"Label values must be class indices 0..{classes - 1}, or {IGNORE} for pixels that are not labeled (for "
+            "Cityscapes use *_gtFine_labelTrainIds.png)"
         )
-        raise DataError(faults(what, lines))
+        raise DataError(faults(headline, lines))
     return total

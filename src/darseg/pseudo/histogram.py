@@ -1,6 +1,6 @@
 """Exact counts of confidences per predicted class.
 
-A float16 in [0, 1] has 15,361 values, so counting them loses nothing: every order statistic of the
+There are 15,361 float16 values in [0, 1], so counting them loses nothing: every order statistic of the
 confidences can be read from the counts. The release sorts a list of every pixel's confidence instead.
 The fine scale has 65,536 codes, counted in the same way.
 """
@@ -23,8 +23,10 @@ from darseg.pseudo.distribution import check_class_count
 class ConfidenceHistogram:
     """How many pixels were predicted as class k with confidence code c. Histograms of parts add up with `+`.
 
-    counts: int64 [K, codes of the scale], none negative; K from 2 to 255. Copied, read-only. Raises DataError
-        otherwise.
+    Attributes:
+        counts: int64 [K, codes of the scale], none negative, K from 2 to 255; copied and read-only.
+
+    Raises DataError for other counts.
     """
 
     counts: NDArray[np.int64]
@@ -34,31 +36,31 @@ class ConfidenceHistogram:
         counts = np.array(self.counts)
         if counts.dtype != np.int64 or counts.ndim != 2 or counts.shape[1] != self.scale.codes:
             raise DataError(
-                f"Histogram counts are {counts.dtype} {list(counts.shape)}: give int64 [K, {self.scale.codes}]."
+                f"Histogram counts are {counts.dtype} {list(counts.shape)}; expected int64 [K, {self.scale.codes}]."
             )
         check_class_count(len(counts))
         if counts.min() < 0:
             raise DataError(
-                f"{np.count_nonzero(counts < 0)} histogram counts are negative: the histogram is damaged."
+                f"{np.count_nonzero(counts < 0)} histogram counts are negative. The histogram is damaged; count again."
             )
         counts.flags.writeable = False
         object.__setattr__(self, "counts", counts)
 
     @classmethod
     def empty(cls, classes: int, scale: ConfidenceScale = FLOAT16) -> ConfidenceHistogram:
-        """No pixel counted yet."""
+        """A histogram that counts no pixels."""
         return HistogramBuilder(classes, scale).build()
 
     @classmethod
     def count(cls, prediction: Prediction, classes: int) -> ConfidenceHistogram:
-        """The pixels of one image. Raises DataError when a predicted class is not below `classes`."""
+        """The histogram of one image. Raises DataError if a predicted class is not below `classes`."""
         builder = HistogramBuilder(classes, prediction.scale)
         builder.add(prediction)
         return builder.build()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ConfidenceHistogram:
-        """What `to_bytes` made. Raises DataError when it is damaged or something else. Never unpickles."""
+        """The histogram that `to_bytes` wrote. Raises DataError for other bytes. Never unpickles."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 name = archive.files[0].removesuffix("_counts")
@@ -67,8 +69,8 @@ class ConfidenceHistogram:
             Exception
         ) as error:  # zip, zlib and numpy raise a dozen kinds for damaged bytes; all mean the same
             raise DataError(
-                f"These {len(data)} bytes are not a confidence histogram ({type(error).__name__}: {error}): "
-                "the file is damaged or another kind; count the predictions again."
+                f"These {len(data)} bytes are not a confidence histogram ({type(error).__name__}: {error}). The file "
+                "is damaged or of another kind; count the predictions again."
             ) from error
         return cls(counts, scale)
 
@@ -87,7 +89,7 @@ class ConfidenceHistogram:
         if self.counts.shape != other.counts.shape:
             raise DataError(
                 f"Histograms of {len(self.counts)} and {len(other.counts)} classes, on the scales {self.scale.name} and "
-                f"{other.scale.name}, cannot be added: count both with the same classes and scale."
+                f"{other.scale.name}, cannot be added. Count both with the same classes and scale."
             )
         return ConfidenceHistogram(self.counts + other.counts, self.scale)
 
@@ -96,9 +98,9 @@ class ConfidenceHistogram:
 
 
 class HistogramBuilder:
-    """Counts predictions one after the other, in constant memory: 8 bytes · K · codes of the scale.
+    """Counts predictions one after the other in constant memory: 8 bytes · K · codes of the scale.
 
-    May be used from several threads at once.
+    Several threads may use it at once.
     """
 
     def __init__(self, classes: int, scale: ConfidenceScale = FLOAT16) -> None:
@@ -108,11 +110,12 @@ class HistogramBuilder:
         self._lock = threading.Lock()
 
     def add(self, prediction: Prediction) -> None:
-        """Count the pixels of one image. Raises DataError when a predicted class is not below K."""
+        """Count the pixels of one image. Raises DataError if a predicted class is not below K."""
         check_predicted_classes(prediction, len(self._counts))
         if prediction.scale is not self.scale:
             raise DataError(
-                f"A prediction on the scale {prediction.scale.name} cannot be counted on {self.scale.name}."
+                f"A prediction on the confidence scale {prediction.scale.name} cannot be counted on the scale "
+                f"{self.scale.name}. Predict and count on the same scale."
             )
         cells = prediction.classes.astype(np.int64).ravel()
         cells *= self.scale.codes
@@ -122,14 +125,14 @@ class HistogramBuilder:
             self._counts.reshape(-1)[: len(counted)] += counted
 
     def build(self) -> ConfidenceHistogram:
-        """What has been counted so far."""
+        """The histogram of everything counted so far."""
         return ConfidenceHistogram(self._counts, self.scale)
 
 
 def check_predicted_classes(prediction: Prediction, classes: int) -> None:
-    """Raise DataError when a predicted class is not below `classes`."""
+    """Raise DataError if a predicted class is not below `classes`."""
     if prediction.classes.size and (largest := int(prediction.classes.max())) >= classes:
         raise DataError(
-            f"A prediction contains class {largest}, but there are {classes} classes (0..{classes - 1}): "
-            "the network was built for other classes than these."
+            f"A prediction contains class {largest}, but there are only {classes} classes (0..{classes - 1}). Use a "
+            "network that was built for these classes."
         )

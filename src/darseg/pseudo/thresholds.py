@@ -18,17 +18,18 @@ from darseg.pseudo.labeling import Labeling
 
 @dataclass(frozen=True, eq=False)
 class Thresholds:
-    """What a labeling accepts and keeps of each of K classes.
+    """What labeling accepts and keeps of each of K classes.
 
-    accept: int32 [K], smallest accepted confidence code; `scale.codes`, which accepts nothing, for a class that
-        was never predicted.
-    keep: float64 [K], share of the accepted pixels to keep; 0 where nothing is accepted or nothing is wanted.
-    wanted: int64 [K], pixels aimed at.
-    predicted: int64 [K], pixels predicted as the class.
-    accepted: int64 [K], pixels at or above the threshold; at most `predicted`.
-    scale: what the codes mean.
+    Attributes:
+        accept: int32 [K], smallest accepted confidence code; `scale.codes`, which accepts nothing, for a class that
+            was never predicted.
+        keep: float64 [K], share of the accepted pixels to keep; 0 if nothing is accepted or wanted.
+        wanted: int64 [K], target number of pixels.
+        predicted: int64 [K], pixels predicted as the class.
+        accepted: int64 [K], pixels at or above the threshold; at most `predicted`.
+        scale: what the codes mean.
 
-    Raises DataError for fields that do not fit together.
+    Raises DataError if the fields contradict each other.
     """
 
     accept: NDArray[np.int32]
@@ -44,12 +45,12 @@ class Thresholds:
         for field in fields(self)[:5]:
             array, dtype = np.array(getattr(self, field.name)), dtypes.get(field.name, np.int64)
             if array.dtype != dtype or array.ndim != 1 or len(array) != np.size(self.accept):
-                wanted = f"{np.dtype(dtype)} [{np.size(self.accept)}]"
-                lines.append(f"{field.name} is {array.dtype} {list(array.shape)} instead of {wanted}")
+                expected = f"{np.dtype(dtype)} [{np.size(self.accept)}]"
+                lines.append(f"{field.name} is {array.dtype} {list(array.shape)}; expected {expected}")
             array.flags.writeable = False
             object.__setattr__(self, field.name, array)
         if lines:
-            raise DataError(faults("Thresholds need arrays with one entry per class", lines))
+            raise DataError(faults("Thresholds are arrays with one entry per class", lines))
         check_class_count(len(self.accept))
         codes = self.scale.codes
         nothing = self.accept == codes
@@ -59,23 +60,23 @@ class Thresholds:
                 (self.accept >= 0) & (self.accept <= codes),
             ),
             (
-                "keep must lie in [0, 1] and be 0 just where nothing is accepted or wanted",
+                "keep must be from 0 to 1, and 0 exactly if nothing is accepted or wanted",
                 (self.keep >= 0) & (self.keep <= 1) & ((self.keep == 0) == (nothing | (self.wanted == 0))),
             ),
             ("wanted must not be negative", self.wanted >= 0),
             (
-                "accepted must lie between 0 and predicted",
+                "accepted must be from 0 to predicted",
                 (self.accepted >= 0) & (self.accepted <= self.predicted),
             ),
-            ("accepted must be 0 where nothing is accepted", ~nothing | (self.accepted == 0)),
+            ("accepted must be 0 if the code accepts nothing", ~nothing | (self.accepted == 0)),
         )
-        lines = [f"{law}: broken for class {k}" for law, holds in laws for k in np.flatnonzero(~holds)]
+        lines = [f"class {k}: {law}" for law, holds in laws for k in np.flatnonzero(~holds)]
         if lines:
-            raise DataError(faults("Thresholds that do not fit together", lines))
+            raise DataError(faults("These thresholds contradict each other", lines))
 
     @property
     def threshold(self) -> NDArray[np.float64]:
-        """float64 [K]: smallest accepted confidence; NaN where no confidence is accepted."""
+        """float64 [K]: smallest accepted confidence; NaN for classes that accept nothing."""
         threshold = np.full(len(self.accept), np.nan)
         some = self.accept != self.scale.codes
         threshold[some] = self.scale.confidence(self.accept[some])
@@ -83,7 +84,7 @@ class Thresholds:
 
     @classmethod
     def from_json(cls, columns: Mapping[str, Any]) -> Thresholds:
-        """What `to_json` made; other entries do not matter. Raises DataError for anything else."""
+        """The thresholds that `to_json` described; other entries are ignored. Raises DataError for anything else."""
         try:
             scale = SCALES[columns["confidence"]]
             threshold = np.array([np.nan if v is None else v for v in columns["threshold"]], np.float64)
@@ -92,17 +93,15 @@ class Thresholds:
             thresholds = cls(accept, np.array(columns["keep"], np.float64), **counts, scale=scale)
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
-                f"These are not thresholds ({type(error).__name__}: {error}): the file is damaged or "
-                "of another kind; label again."
+                f"These are not thresholds ({type(error).__name__}: {error}). The file is damaged or of another kind; "
+                "label again."
             ) from error
         if not np.array_equal(thresholds.threshold, threshold, equal_nan=True):
-            raise DataError(
-                "Thresholds and their codes differ: the thresholds file was changed; label again."
-            )
+            raise DataError("The thresholds do not match their codes. The file was changed; label again.")
         return thresholds
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object, a list per field; thresholds as confidences, None for a class never predicted, and as codes."""
+        """A JSON object, a list per field; thresholds as confidences (None for a class never predicted) and codes."""
         return {
             "confidence": self.scale.name,
             "threshold": [None if np.isnan(value) else value for value in self.threshold.tolist()],
@@ -152,19 +151,21 @@ def choose_dars(
 
     Of class k, n_k = int(labeling_ratio · share_k · all pixels) are wanted, multiplied in this order in
     float64. The threshold is the n_k-th largest confidence among the pixels predicted as k, the smallest
-    if fewer were predicted, the largest where none is wanted; the kept share is n_k ÷ (pixels at or above it),
-    at most 1. Of a class that was never predicted nothing is accepted.
+    if fewer were predicted, the largest if none is wanted. The kept share is n_k ÷ (pixels at or above it),
+    at most 1. A class that was never predicted accepts nothing.
 
     Args:
         labeling_ratio: above 0, at most 1.
         sampling: False keeps all accepted pixels, ties at the threshold included (alignment alone).
 
-    Raises RecipeError for another ratio, DataError for an empty histogram or one of another number of classes.
+    Raises:
+        RecipeError: the ratio is out of bounds.
+        DataError: the histogram is empty or has another number of classes than the distribution.
     """
     if len(distribution) != len(histogram.counts):
         raise DataError(
-            f"A class distribution of {len(distribution)} classes and a histogram of "
-            f"{len(histogram.counts)}: measure both with the same classes."
+            f"The class distribution has {len(distribution)} classes, the histogram has {len(histogram.counts)}. "
+            "Measure both with the same classes."
         )
     Labeling("dars", labeling_ratio)  # checks the ratio
     predicted = _predicted(histogram)
@@ -179,9 +180,14 @@ def choose_cbst(histogram: ConfidenceHistogram, labeling_ratio: float) -> Thresh
     """Class-balanced self-training: the same share of every class's own predictions, by confidence.
 
     The threshold is the (int(labeling_ratio · predicted_k) + 1)-th largest confidence of class k, the smallest
-    where there are not so many (ratio 1). All pixels at or above it are kept; `wanted` is the rank used.
+    if there are not so many (ratio 1). All pixels at or above it are kept; `wanted` is the rank used.
 
-    labeling_ratio: above 0, at most 1. Raises RecipeError for another, DataError for an empty histogram.
+    Args:
+        labeling_ratio: above 0, at most 1.
+
+    Raises:
+        RecipeError: the ratio is out of bounds.
+        DataError: the histogram is empty.
     """
     Labeling("cbst", labeling_ratio)  # checks the ratio
     predicted = _predicted(histogram)
@@ -194,10 +200,15 @@ def choose_cbst(histogram: ConfidenceHistogram, labeling_ratio: float) -> Thresh
 def choose_global(histogram: ConfidenceHistogram, threshold: float) -> Thresholds:
     """One confidence threshold for all classes: every pixel whose confidence is >= `threshold` is kept.
 
-    The comparison is exact: a threshold between two codes' confidences means the next larger one. `wanted` is
-    what the threshold lets in, as there is no other aim.
+    The comparison is exact: a threshold between the confidences of two codes means the larger one. `wanted` is
+    what the threshold accepts, since there is no other target.
 
-    threshold: in [0, 1]. Raises RecipeError for another, DataError for an empty histogram.
+    Args:
+        threshold: from 0 to 1.
+
+    Raises:
+        RecipeError: the threshold is out of bounds.
+        DataError: the histogram is empty.
     """
     Labeling("global", threshold=threshold)  # checks the threshold
     predicted, codes = _predicted(histogram), histogram.scale.codes
@@ -211,12 +222,15 @@ def choose_global(histogram: ConfidenceHistogram, threshold: float) -> Threshold
 def _accept_largest(
     histogram: ConfidenceHistogram, rank: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The code of the `rank[k]`-th largest confidence (0: nothing is accepted), and the pixels at or above it."""
+    """The code of each class's `rank`-th largest confidence, int32 [K], and the pixels at or above it, int64 [K].
+
+    Rank 0 gives the code that accepts nothing.
+    """
     codes = histogram.scale.codes
-    # at_least[k, c]: pixels of class k with code >= c; the last column accepts nothing.
+    # at_least[k, c] counts the pixels of class k with code >= c; the last column accepts nothing.
     at_least = np.zeros((len(rank), codes + 1), np.int64)
     np.cumsum(histogram.counts[:, ::-1], axis=1, out=at_least[:, -2::-1])
-    # Never rising along c, so the columns holding at least `rank` pixels come first.
+    # Along c the counts never rise, so the columns with at least `rank` pixels come first.
     accept = (at_least >= rank[:, None]).sum(axis=1) - 1
     return accept.astype(np.int32), at_least[np.arange(len(rank)), accept]
 
@@ -225,6 +239,6 @@ def _predicted(histogram: ConfidenceHistogram) -> NDArray[np.int64]:
     predicted = histogram.predicted
     if not predicted.any():
         raise DataError(
-            "The histogram counts no pixel, so there is nothing to choose: predict unlabeled images first."
+            "The histogram counts no pixels, so no thresholds can be chosen. Predict unlabeled images first."
         )
     return predicted

@@ -321,25 +321,30 @@ def read_class_counts(path: Path) -> ClassCounts:
         return check_class_counts(json.loads(path.read_text(encoding="utf-8-sig")), str(path))
     except FileNotFoundError:
         raise DataError(
-            f"{path}: no such file. Give labeled pixels per class as JSON, as in [9000, 120]."
+            f"{path}: no such file. Give the labeled pixels per class as JSON; for example [9000, 120]."
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
+        raise DataError(
+            f"{path}: cannot be read as JSON ({error}). Give a list or name → count; for example [9000, 120]."
+        ) from error
 
 
-def check_class_counts(given: Any, where: str) -> ClassCounts:
-    """A list of counts, or name → count, as counts and names. Raises DataError that begins with `where`."""
-    names = list(map(str, given)) if isinstance(given, Mapping) else None
-    counts = list(given.values()) if isinstance(given, Mapping) else given
+def check_class_counts(content: Any, source: str) -> ClassCounts:
+    """A list of counts, or name → count, as counts and names. Raises DataError that begins with `source`."""
+    names = list(map(str, content)) if isinstance(content, Mapping) else None
+    counts = list(content.values()) if isinstance(content, Mapping) else content
     try:
         whole = [int(count) for count in counts]
     except (TypeError, ValueError, OverflowError):
         whole = []
     if not whole or any(isinstance(c, (bool, str)) or c != w for c, w in zip(counts, whole, strict=True)):
-        raise DataError(f"{where}: expected whole numbers, a list or name → count, as in [9000, 120].")
+        raise DataError(
+            f"{source}: expected the labeled pixels per class as whole numbers, a list or name → count; for example "
+            "[9000, 120]."
+        )
     negative = [
         f"{names[k] if names else f'class {k}'}: {count}" for k, count in enumerate(whole) if count < 0
     ]
     if negative:
-        raise DataError(f"{where}: labeled pixels cannot be negative ({', '.join(negative)}).")
+        raise DataError(f"{source}: labeled pixels cannot be negative ({', '.join(negative)}).")
     return ClassCounts(whole, names)

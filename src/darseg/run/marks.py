@@ -1,7 +1,7 @@
-"""Images that the user marked as bad: kept in the run folder, left out by the rounds that begin after.
+"""Images that the user marked as bad: kept in the run folder, left out by every round that begins later.
 
-`bad_images.json` holds the marks of now, [{"id": …, "time": seconds since 1970}, …]. A round copies their ids into its
-own `excluded.json` before it counts confidences, and keeps to that copy. A round without the file left nothing out.
+`bad_images.json` holds the current marks, [{"id": …, "time": seconds since 1970}, …]. A round copies their ids into its
+own `excluded.json` before it counts confidences, and then uses that copy. A round without the file left nothing out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from darseg.run.directory import RunDirectory, write_json
 
 
 def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]:
-    """Mark unlabeled images of a run as bad, or (`bad=False`) take their marks away.
+    """Mark unlabeled images of a run as bad, or (`bad=False`) remove their marks.
 
-    Rounds that begin to label after this leave marked images out: they are neither labeled nor trained on. Rounds that
-    have begun stay as they are.
+    Rounds that begin later neither label marked images nor train on them. Rounds that have begun stay as they are.
 
     Returns:
-        the ids of all images marked now, sorted.
+        the ids of all marked images, sorted.
 
-    Raises RunError naming every id that is no unlabeled image of the run, and where `run` is no run folder.
+    Raises:
+        RunError: `run` is no run folder, or an id is no unlabeled image of the run; the message names every such id.
     """
     known = {sample.id for sample in manifest_of(recipe_of(run)).unlabeled}
     return sorted(change_marks(RunDirectory(run), known, ids, bad))
@@ -36,55 +36,53 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
 def change_marks(
     run: RunDirectory, known: Collection[str], ids: Iterable[str], bad: bool
 ) -> dict[str, float]:
-    """`mark_bad` for one who has the ids of the unlabeled images at hand. Returns all marks, id → time."""
-    wanted = list(ids)
-    _check_known("These cannot be marked", wanted, known)
+    """`mark_bad` with the ids of all unlabeled images at hand. Returns all marks, id → time."""
+    ids = list(ids)
+    _check_known("Cannot mark", ids, known)
     marks = read_marks(run, known)
-    changed = {name for name in wanted if (name in marks) != bad}
+    changed = {name for name in ids if (name in marks) != bad}
     if changed:
         kept = {name: when for name, when in marks.items() if name not in changed}
-        marks = dict(sorted((kept | (dict.fromkeys(changed, round(time.time(), 3)) if bad else {})).items()))
+        added = dict.fromkeys(changed, round(time.time(), 3)) if bad else {}
+        marks = dict(sorted((kept | added).items()))
         write_json(run.bad_images, [{"id": name, "time": when} for name, when in marks.items()])
     return marks
 
 
 def read_marks(run: RunDirectory, known: Collection[str]) -> dict[str, float]:
-    """The marks of now, id → time in seconds since 1970, sorted by id; empty where there are none.
+    """The current marks, id → time in seconds since 1970, sorted by id.
 
-    Raises RunError where the file is damaged or names images that are not among `known`.
+    Raises RunError if the file is damaged or names images that are not among `known`.
     """
     path = run.bad_images
-    found = _read_json(path, f"Mend it or delete it: without {path.name} no image is marked.")
-    if found is None:
-        return {}
-    wrong = [f"entry {at}: {entry!r}" for at, entry in enumerate(found) if not _is_mark(entry)]
-    if wrong:
-        raise RunError(faults(f'{path}: wanted are entries {{"id": "…", "time": seconds}}, found', wrong))
-    _check_known(f"{path}: marks of", [entry["id"] for entry in found], known)
-    return {entry["id"]: entry["time"] for entry in sorted(found, key=lambda entry: entry["id"])}
+    entries = _read_list(path, f"Fix it or delete it; without {path.name} no image is marked.")
+    damaged = [f"entry {index}: {entry!r}" for index, entry in enumerate(entries) if not _is_mark(entry)]
+    if damaged:
+        raise RunError(
+            faults(f'{path}: expected only entries {{"id": "…", "time": seconds}}, found', damaged)
+        )
+    _check_known(f"{path} marks", [entry["id"] for entry in entries], known)
+    return {entry["id"]: entry["time"] for entry in sorted(entries, key=lambda entry: entry["id"])}
 
 
 def read_excluded(run: RunDirectory, index: int) -> tuple[str, ...]:
-    """The ids that a round leaves out, sorted. Raises RunError where the file is damaged."""
+    """The ids that a round leaves out, sorted. Raises RunError if the file is damaged."""
     path = run.excluded(index)
-    found = _read_json(
-        path, f"To do the round anew with the marks of now, delete {run.round(index)} and all later ones."
-    )
-    if found is None:
-        return ()
-    wrong = [f"entry {at}: {entry!r}" for at, entry in enumerate(found) if not isinstance(entry, str)]
-    if wrong:
-        raise RunError(faults(f"{path}: wanted are ids, found", wrong))
-    return tuple(found)
+    remedy = f"To repeat the round with the current marks, delete {run.round(index)} and all later rounds."
+    ids = _read_list(path, remedy)
+    damaged = [f"entry {place}: {entry!r}" for place, entry in enumerate(ids) if not isinstance(entry, str)]
+    if damaged:
+        raise RunError(faults(f"{path}: expected only ids, found", damaged) + f"\n{remedy}")
+    return tuple(ids)
 
 
 def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> tuple[str, ...]:
-    """The ids a round leaves out: those it began with; where it has yet to begin, the marks of now are written down.
+    """The ids that a round leaves out: those it began with, or the current marks, which are recorded.
 
-    Without marks nothing is written. So a round has begun without any where its confidences are counted and it has no
-    `excluded.json`; before that nothing in it depends on which images are left out.
+    Without marks nothing is recorded. So if a round has counted its confidences and has no `excluded.json`, it began
+    without marks; before it counts, nothing in it depends on which images are left out.
 
-    Raises RunError for damaged files, unknown ids, and where no image would be left.
+    Raises RunError for damaged files, for unknown ids, and if no image would be left.
     """
     path, known = run.excluded(index), {sample.id for sample in unlabeled}
     counted = (
@@ -92,15 +90,15 @@ def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> 
         run.round(index) / "histogram.npz",
         run.round(index) / "thresholds.json",
     )
-    if path.exists() or any(one.exists() for one in counted):
+    if path.exists() or any(file.exists() for file in counted):
         ids = read_excluded(run, index)
-        _check_known(f"{path}: ids of", ids, known)
+        _check_known(f"{path} names", ids, known)
         return ids
     ids = tuple(read_marks(run, known))
     if len(ids) == len(known):
         raise RunError(
             f"{run.bad_images}: all {len(ids)} unlabeled images are marked as bad, so round {index} has none to label. "
-            f"Take marks away with `darseg view {run.root}`, or delete the file."
+            f"Remove marks with `darseg view {run.root}`, or delete the file."
         )
     if ids:
         write_json(path, list(ids))
@@ -108,21 +106,22 @@ def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> 
 
 
 def without(samples: Sequence[Sample], ids: Collection[str]) -> tuple[Sample, ...]:
-    """The samples but those with these ids, in their order."""
-    left_out = set(ids)
-    return tuple(sample for sample in samples if sample.id not in left_out)
+    """The samples without those of these ids, in their order."""
+    excluded = set(ids)
+    return tuple(sample for sample in samples if sample.id not in excluded)
 
 
-def _read_json(path: Path, remedy: str) -> list[Any] | None:
+def _read_list(path: Path, remedy: str) -> list[Any]:
+    """A JSON list, empty if there is no such file. Raises RunError that ends with the remedy."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return []
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}). {remedy}") from error
-    if not isinstance(found, list):
-        raise RunError(f"{path}: wanted is a list, found {type(found).__name__}. {remedy}")
-    return found
+        raise RunError(f"{path} cannot be read ({error}). {remedy}") from error
+    if not isinstance(content, list):
+        raise RunError(f"{path}: expected a list, found {type(content).__name__}. {remedy}")
+    return content
 
 
 def _is_mark(entry: Any) -> bool:
@@ -133,10 +132,11 @@ def _is_mark(entry: Any) -> bool:
     )
 
 
-def _check_known(what: str, ids: Iterable[str], known: Collection[str]) -> None:
+def _check_known(subject: str, ids: Iterable[str], known: Collection[str]) -> None:
+    """Raise RunError that names all ids which are not `known`. subject: beginning of the message."""
     unknown = [repr(name) for name in ids if name not in known]
     if unknown:
         raise RunError(
-            faults(f"{what} images that are not among the {len(known)} unlabeled ones of this run", unknown)
-            + "\nAn id is the image's path below the images' folder, without suffix."
+            faults(f"{subject} images that are not among the run's {len(known)} unlabeled ones", unknown)
+            + "\nAn id is the image's path below the image folder, without its suffix."
         )
