@@ -1,4 +1,4 @@
-"""`darseg label` with a trained network, and training on two processes."""
+"""`darseg label` with a trained network; labeling and training by two processes."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from darseg.run.label import label_folder
 from darseg.run.rounds import train
 from test_interrupted import torchrun
 from test_labeling import outcome
+from wording import refused, says
 
 K = len(SCENE_CLASSES)
 UNLABELED = [f"{index:02d}" for index in range(7, 13)]
@@ -87,24 +88,24 @@ def test_labels_are_the_networks_predictions(
 ) -> None:
     chosen = [] if round_index is None else ["--round", round_index]
     everything = ["--method", "global", "--threshold", 0, "--threads", 1]
-    code, shown, err = call("label", run, images, tmp_path / "out", *everything, *chosen)
+    code, printed, err = call("label", run, images, tmp_path / "out", *everything, *chosen)
     assert code == 0, err
     predictions = predictions_of(run, 1 if round_index is None else 0, images)
     names = {f"{name}.png" for name in UNLABELED}
     assert set(outcome(tmp_path / "out")) == names | {"redistribution.json", "histogram.npz"}
     for name, prediction in predictions.items():
         assert np.array_equal(read_label(tmp_path / "out" / f"{name}.png"), prediction.classes)
-    assert "6 images, 100.00% of their pixels labeled" in shown
+    assert "6 images, 100.00%" in printed
     described = json.loads((tmp_path / "out" / "redistribution.json").read_text())
-    found = np.bincount(np.concatenate([p.classes.ravel() for p in predictions.values()]), minlength=K)
-    assert described["kept"] == described["predicted"] == found.tolist()
+    counts = np.bincount(np.concatenate([p.classes.ravel() for p in predictions.values()]), minlength=K)
+    assert described["kept"] == described["predicted"] == counts.tolist()
     assert described["classes"] == list(SCENE_CLASSES.names)
 
 
 def test_what_is_not_given_comes_from_the_recipe(
     run: Path, tiny_data: Path, images: Path, tmp_path: Path
 ) -> None:
-    """Ratio of the last round, seed, counts of the labeled masks; thresholds by sorting every confidence."""
+    """The last round's ratio, the seed, and class counts of the labeled masks; thresholds by sorting confidences."""
     described = label_quietly(run, images, tmp_path / "out")
     counts = labeled_pixels(tiny_data)
     settings = {"method": "dars", "labeling_ratio": 0.5, "threshold": None, "seed": 3, "class_counts": counts}
@@ -112,8 +113,8 @@ def test_what_is_not_given_comes_from_the_recipe(
     predictions = predictions_of(run, 1, images)
     pixels = [
         (int(k), float(p))
-        for one in predictions.values()
-        for k, p in zip(one.classes.ravel(), one.confidence.ravel(), strict=True)
+        for prediction in predictions.values()
+        for k, p in zip(prediction.classes.ravel(), prediction.confidence.ravel(), strict=True)
     ]
     labels = {name: read_label(tmp_path / "out" / f"{name}.png") for name in UNLABELED}
     for k in range(K):
@@ -125,8 +126,9 @@ def test_what_is_not_given_comes_from_the_recipe(
             continue
         threshold = ranked[min(max(wanted, 1), len(ranked)) - 1]
         assert described["threshold"][k] == threshold
-        for name, one in predictions.items():
-            assert ((labels[name] != k) | ((one.classes == k) & (one.confidence >= threshold))).all()
+        for name, prediction in predictions.items():
+            accepted = (prediction.classes == k) & (prediction.confidence >= threshold)
+            assert ((labels[name] != k) | accepted).all()
         assert described["kept"][k] == sum(int((label == k).sum()) for label in labels.values())
     assert any(described["kept"])
 
@@ -147,29 +149,28 @@ def test_a_checkpoint_with_recipe_or_counts(
     asked = json.loads((tmp_path / "run" / "redistribution.json").read_text())
     assert described["settings"] == asked["settings"] and described["classes"] == names
     assert described["inputs"]["protocol"] != asked["inputs"]["protocol"]  # whole images instead of windows
-    one = label_quietly(checkpoint, images / "09.png", tmp_path / "one", recipe=recipe)
-    assert one["images"] == 1 and (tmp_path / "one" / "09.png").exists()
+    single = label_quietly(checkpoint, images / "09.png", tmp_path / "single", recipe=recipe)
+    assert single["images"] == 1 and (tmp_path / "single" / "09.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["CHECKPOINT", "IMAGES", "OUT"], "give the labeled pixels per class with --class-counts COUNTS.json"),
-        (["CHECKPOINT", "IMAGES", "OUT"], "or the recipe it was trained with by --recipe"),
-        (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "TWO"], f"2 counts, but the network has {K} classes"),
-        (["RUN", "IMAGES", "OUT", "--class-counts", "TWO"], f"2 counts, but the network has {K} classes"),
-        (["CHECKPOINT", "IMAGES", "OUT", "--class-counts", "ALL"], "method dars needs a labeling ratio"),
-        (["RUN", "IMAGES", "OUT", "--class-counts", "NONE"], "no such file. Give labeled pixels per class"),
-        (["RUN", "IMAGES", "OUT", "--method", "global"], "method global needs a threshold"),
-        (["RUN", "IMAGES", "OUT", "--threshold", "0.5"], "method dars takes no threshold"),
-        (["RUN", "IMAGES", "OUT", "--round", "7"], "round 7 is not finished"),
-        (["NONE", "IMAGES", "OUT"], "no such run folder or checkpoint"),
-        (["RUN", "NONE", "OUT"], "nowhere: this folder does not exist"),
-        (["RUN", "EMPTY", "OUT"], "nothing to label there"),
-    ],
-)  # fmt: skip
+IMPOSSIBLE = {  # arguments → facts that the message must contain
+    "CHECKPOINT IMAGES OUT": ["network.safetensors", "--class-counts COUNTS.json", "--recipe"],
+    "CHECKPOINT IMAGES OUT --class-counts TWO": ["two.json", "2", f"{K} classes"],
+    "RUN IMAGES OUT --class-counts TWO": ["two.json", "2", f"{K} classes"],
+    "CHECKPOINT IMAGES OUT --class-counts ALL": ["labeling_ratio", "method dars"],
+    "RUN IMAGES OUT --class-counts NONE": ["nowhere", "[9000, 120]"],
+    "RUN IMAGES OUT --method global": ["threshold", "method global"],
+    "RUN IMAGES OUT --threshold 0.5": ["threshold", "dars"],
+    "RUN IMAGES OUT --round 7": ["run", "round 7"],
+    "NONE IMAGES OUT": ["nowhere"],
+    "RUN NONE OUT": ["nowhere"],
+    "RUN EMPTY OUT": ["empty", ".png"],
+}
+
+
+@pytest.mark.parametrize("arguments", IMPOSSIBLE)
 def test_calls_that_cannot_work(
-    call, run: Path, checkpoint: Path, images: Path, tmp_path: Path, arguments: list[str], message: str
+    call, run: Path, checkpoint: Path, images: Path, tmp_path: Path, arguments: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "two.json").write_text("[9000, 120]")
@@ -184,12 +185,13 @@ def test_calls_that_cannot_work(
         "ALL": tmp_path / "all.json",
         "NONE": tmp_path / "nowhere",
     }
-    code, _, err = call("label", *(paths.get(one, one) for one in arguments))
-    assert code == 2 and message in err and "Traceback" not in err
+    code, _, err = call("label", *(paths.get(word, word) for word in arguments.split()))
+    assert code == 2 and "Traceback" not in err
+    says(err, *IMPOSSIBLE[arguments])
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unreadable_image_is_named_and_the_others_wait(
+def test_an_unreadable_image_is_named_and_all_others_are_kept(
     call, run: Path, images: Path, tmp_path: Path
 ) -> None:
     copied = Path(shutil.copytree(images, tmp_path / "images"))
@@ -197,8 +199,8 @@ def test_an_unreadable_image_is_named_and_the_others_wait(
     (copied / "10.png").write_bytes(whole[:200])
     arguments = ["label", run, copied, tmp_path / "out", "--confidence", "fine", "--sampling", "none"]
     code, _, err = call(*arguments)
-    assert code == 2 and "1 file(s) cannot be used. All others are done and kept" in err
-    assert f"  - {copied / '10.png'}: this file is cut off after 200 bytes" in err and "Traceback" not in err
+    assert code == 2 and "Traceback" not in err
+    says(err, "1 file(s)", str(copied / "10.png"), "200 bytes")
     waiting = {f".predictions/{name}.prediction" for name in UNLABELED if name != "10"}
     assert set(outcome(tmp_path / "out")) == waiting | {".begun.json"}
     (copied / "10.png").write_bytes(whole)
@@ -210,17 +212,15 @@ def test_an_unreadable_image_is_named_and_the_others_wait(
 def test_with_too_little_disk_it_must_predict_twice(
     run: Path, images: Path, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refused before predicting, by label and by a round of training; predicted twice it is the same, nothing kept."""
+    """label and a round of training refuse before predicting; with predict_twice, both give the same labels."""
     first, needed = Path(shutil.copytree(run, tmp_path / "first")), 3 * 65 * 97 * 6
     shutil.rmtree(first / "round_1")
     (first / "summary.json").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
-    with pytest.raises(
-        StorageError, match=r"are free, .* may need 0 MB .* --predict-twice: then nothing waits"
-    ):
+    with refused(StorageError, str(tmp_path / "out"), "0.1 MB", "--predict-twice"):
         label_quietly(run, images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(StorageError, match=r"are free, .* or set labeling.predict_twice=true: then nothing"):
+    with refused(StorageError, str(first), "0.1 MB", "labeling.predict_twice=true"):
         train(load_recipe(recipe_path), first, console=Console(quiet=True))
     assert not list(first.glob("round_1/**/*.p*"))
     written, replace = [], os.replace
@@ -233,7 +233,7 @@ def test_with_too_little_disk_it_must_predict_twice(
 
 
 def compared(run: Path) -> dict[str, bytes]:
-    """What neither interruptions nor the number of processes may change."""
+    """Files that neither interruptions nor the number of processes may change."""
     names = (
         "network.safetensors",
         "optimizer.safetensors",
@@ -265,7 +265,7 @@ def test_label_by_two_processes(call, run: Path, tiny_data: Path, tmp_path: Path
 def test_train_by_two_processes(run: Path, recipe_path: Path, tmp_path: Path) -> None:
     result = torchrun("-m", "darseg", "train", recipe_path, "training.batch=8", "--out", tmp_path / "run")
     assert result.returncode == 0, result.stderr
-    # Training is shared, so equal in distribution and not in bits (tests/test_processes.py compares the losses).
+    # The processes share every batch, so the bits differ (tests/test_processes.py compares the losses).
     assert compared(tmp_path / "run").keys() == compared(run).keys()
     assert len(compared(run)) == 3 * 2 + 3 + len(UNLABELED)
     assert result.stdout.count("2 processes share every batch") == 1
@@ -275,4 +275,4 @@ def test_train_by_two_processes(run: Path, recipe_path: Path, tmp_path: Path) ->
     assert [events.count(name) for name in ("started", "labeled", "trained", "finished")] == [1, 1, 2, 1]
     kept = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())["kept"]
     maps = [cv2.imread(str(p), cv2.IMREAD_UNCHANGED) for p in tmp_path.glob("run/round_1/labels/**/*.png")]
-    assert kept == [sum(int((one == k).sum()) for one in maps) for k in range(K)]
+    assert kept == [sum(int((label == k).sum()) for label in maps) for k in range(K)]

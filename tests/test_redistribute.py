@@ -276,7 +276,7 @@ def test_settings_that_cannot_work_are_all_named() -> None:
         (GOOD.astype(">f4"), [">f4 [2, 3, 4]", "float16 or float32"]),
         (GOOD.astype(np.uint8), ["uint8 [2, 3, 4]", "float16 or float32"]),
         (np.zeros((3, 4, 2), np.float32), ["[3, 4, 2]", "3 classes", "2"]),
-        (GOOD[0], ["torch.float32 [3, 4]", "float16 or float32 [K, H, W]"]),
+        (GOOD[0], ["float32 [3, 4]", "float16 or float32", "[K, H, W]"]),
         (GOOD[:, :0], ["[2, 0, 4]", "[K, H, W]", "2 to 255 classes"]),
         (GOOD + np.inf, ["24 of 24"]),
         (GOOD + 7e4, ["65504", "fine"]),

@@ -258,7 +258,9 @@ def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
         _check_same(job, job.result, _changed(job, _read_record(job.result)))
         shutil.rmtree(job.waiting, ignore_errors=True)  # left by a kill right after the result was written
         return True
-    if job.out.exists() and (not job.out.is_dir() or any(path.suffix != ASIDE for path in job.out.iterdir())):
+    if job.out.exists() and not job.out.is_dir():
+        raise RunError(f"{job.out} is a file. Choose a folder for the label maps.")
+    if job.out.exists() and any(path.suffix != ASIDE for path in job.out.iterdir()):
         raise RunError(
             f"{job.out} is not empty, and no earlier call of this command began it. Choose another folder."
         )
