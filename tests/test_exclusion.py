@@ -19,9 +19,9 @@ from conftest import SIZE, recipe_dict
 from darseg.config.text import load_recipe
 from darseg.errors import RunError, StorageError
 from darseg.run import label_samples
-from darseg.run import rounds as module
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
+from darseg.run.steps import label as label_step
 from test_processes import torchrun
 from test_run import outcome
 from wording import refused, says
@@ -233,7 +233,7 @@ def test_marks_made_before_anything_is_counted_are_used(
         raise Pulled
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "label_samples", pull)
+        patch.setattr(label_step, "label_samples", pull)
         with pytest.raises(Pulled):
             train(load_recipe(recipe), run, console=QUIET)
     darseg.mark_bad(run, BAD)
@@ -342,7 +342,7 @@ def test_a_damaged_file_of_marks_is_refused(after: Callable[[int], Path], recipe
     assert (run / "bad_images.json").read_text() == text
 
 
-def test_if_an_id_cannot_be_marked_none_is(
+def test_an_unknown_id_means_that_nothing_is_marked(
     after: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = after(0)
