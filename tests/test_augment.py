@@ -112,9 +112,9 @@ def test_mirror_and_crop_move_whole_pixels(crop: tuple[int, int], drawn: list[di
         out, moved = augment(
             image, label, Augmentation(crop, **PLAIN | {"mirror": True}), generator=rng(seed)
         )
-        wanted, labels = slowly(image, label, crop, **drawn[-1])
+        expected, labels = slowly(image, label, crop, **drawn[-1])
         seen.add(drawn[-1]["mirror"])
-        assert np.array_equal(out, wanted) and np.array_equal(moved, labels)
+        assert np.array_equal(out, expected) and np.array_equal(moved, labels)
     assert seen == {False, True}
 
 
@@ -125,9 +125,9 @@ def test_scaling_equals_a_resize(factor: float, crop: tuple[int, int], drawn: li
     for seed in range(3):
         how = Augmentation(crop, **PLAIN | {"scale": (factor, factor), "mirror": True})
         out, moved = augment(image, label, how, generator=rng(seed))
-        wanted, labels = slowly(image, label, crop, **drawn[-1])
-        assert np.abs(out - wanted).max() <= 2.5  # OpenCV warps with 1/32 of a pixel
-        assert np.abs(out - wanted).mean() < 0.6  # rounding to uint8 alone: 0.25
+        expected, labels = slowly(image, label, crop, **drawn[-1])
+        assert np.abs(out - expected).max() <= 2.5  # OpenCV warps with 1/32 of a pixel
+        assert np.abs(out - expected).mean() < 0.6  # rounding to uint8 alone: 0.25
         draw = {key: value for key, value in drawn[-1].items() if key != "blur"}
         x, y, _ = sources(label.shape, crop, **draw)
         between = (np.abs(x % 1 - 0.5) < 0.05) | (np.abs(y % 1 - 0.5) < 0.05)  # either neighbor is nearest
@@ -142,11 +142,11 @@ def test_all_changes_together_equal_the_slow_sequence(drawn: list[dict]):
         crop = [(65, 81), (129, 113), (301, 333)][seed % 3]
         how = Augmentation(crop, **PLAIN | {"scale": (0.5, 2.0), "rotate": 10.0, "mirror": True})
         out, moved = augment(image, label, how, generator=rng(seed))
-        wanted, labels = slowly(image, label, crop, **drawn[-1])
+        expected, labels = slowly(image, label, crop, **drawn[-1])
         angles.add(np.sign(drawn[-1]["angle"]))
         agreed.append((moved == labels).mean())
         inside = cv2.erode(((moved != 255) & (labels != 255)).astype(np.uint8), np.ones((5, 5))) == 1
-        differences.append(np.abs(out - wanted)[inside].mean())
+        differences.append(np.abs(out - expected)[inside].mean())
     assert angles == {-1.0, 0.0, 1.0}
     assert max(differences) < 1.0
     assert min(agreed) > 0.96 and np.mean(agreed) > 0.985
@@ -246,10 +246,12 @@ def plainly(
     mirror = generator.random() < 0.5
     rooms = [have - want for have, want in zip(scaled, how.crop, strict=True)]
     offset = tuple(int(generator.integers(room + 1)) if room > 0 else 0 for room in rooms)
-    return slowly(image, label, how.crop, scaled, angle, mirror, offset, False)
+    return slowly(
+        image, label, how.crop, scaled=scaled, angle=angle, mirror=mirror, offset=offset, blur=False
+    )
 
 
-def seen(image: np.ndarray, label: np.ndarray) -> dict[str, float]:
+def measured(image: np.ndarray, label: np.ndarray) -> dict[str, float]:
     """How an example of `coordinates` was made, measured from its pixels only."""
     inside = cv2.erode((label != 255).astype(np.uint8), np.ones((5, 5)), borderValue=0) == 1
     row, column = np.nonzero(inside)
@@ -279,12 +281,14 @@ def test_examples_have_the_distribution_of_the_plain_sequence(crop: tuple[int, i
     """Scales, angles, mirror, positions and ignored borders, measured from the pixels: Kolmogorov-Smirnov tests."""
     image, label = coordinates(200, 232)
     how = Augmentation(crop, scale=(0.5, 2.0), rotate=10.0, blur=False, fill=FILL)
-    count, one, two = 500, rng(11), rng(12)
-    ours = [seen(*augment(image, label, how, generator=one)) for _ in range(count)]
-    wanted = [seen(*plainly(image, label, how, two)) for _ in range(count)]
+    count, own_rng, plain_rng = 500, rng(11), rng(12)
+    ours = [measured(*augment(image, label, how, generator=own_rng)) for _ in range(count)]
+    expected = [measured(*plainly(image, label, how, generator=plain_rng)) for _ in range(count)]
     for name in ours[0]:
         # Rounded: the same value, a whole pixel or an angle of 0, measured twice.
-        a, b = (np.sort(np.round([example[name] for example in some], 2)) for some in (ours, wanted))
+        a, b = (
+            np.sort(np.round([example[name] for example in examples], 2)) for examples in (ours, expected)
+        )
         places = np.concatenate([a, b])
         apart = np.searchsorted(a, places, "right") - np.searchsorted(b, places, "right")
         distance = np.abs(apart).max() / count * math.sqrt(count / 2)
@@ -322,9 +326,9 @@ def test_blur_is_the_five_pixel_gaussian():
     assert 1 <= len(blurred) <= 9
     weights = np.exp(-(np.arange(-2.0, 3) ** 2) / (2 * 1.1**2))  # sigma 0.3 ((5 - 1) / 2 - 1) + 0.8
     weights /= weights.sum()
-    wanted = 255 * np.outer(weights, weights)
+    expected = 255 * np.outer(weights, weights)
     for out in blurred:
-        assert np.abs(out[8:13, 8:13] - wanted[..., None]).max() <= 1.5
+        assert np.abs(out[8:13, 8:13] - expected[..., None]).max() <= 1.5
         assert np.count_nonzero(out) == 75
 
 
@@ -347,11 +351,12 @@ def test_the_generator_decides_and_every_call_takes_the_same_number_of_draws():
     image, label = smooth(64, 80)
     how = Augmentation((33, 41))
     for seed in range(10):
-        one, two, bare = rng(seed), rng(seed), rng(seed)
-        first, second = augment(image, label, how, generator=one), augment(image, label, how, generator=two)
+        first_rng, second_rng, plain_rng = rng(seed), rng(seed), rng(seed)
+        first = augment(image, label, how, generator=first_rng)
+        second = augment(image, label, how, generator=second_rng)
         assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
-        augment(image, label, Augmentation((99, 99), **PLAIN), generator=bare)
-        assert one.random() == two.random() == bare.random()
+        augment(image, label, Augmentation((99, 99), **PLAIN), generator=plain_rng)
+        assert first_rng.random() == second_rng.random() == plain_rng.random()
     assert not np.array_equal(
         augment(image, label, how, generator=rng(1))[0], augment(image, label, how, generator=rng(2))[0]
     )

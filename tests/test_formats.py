@@ -180,9 +180,9 @@ def test_color_images_are_read_without_alpha(tmp_path: Path, format: str, channe
         data = png(values, depth, {2: 4, 3: 2, 4: 6}[channels])
     else:
         data = tiff(values, depth, 1 if channels == 2 else 2, order=order, alpha=alpha)
-    wanted = in_eight_bits(values, depth)
-    wanted = gray(wanted[..., 0]) if channels == 2 else wanted[..., :3]
-    assert np.array_equal(read_image(put(tmp_path / f"a.{format[:3]}", data)), wanted)
+    expected = in_eight_bits(values, depth)
+    expected = gray(expected[..., 0]) if channels == 2 else expected[..., :3]
+    assert np.array_equal(read_image(put(tmp_path / f"a.{format[:3]}", data)), expected)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8])
@@ -296,8 +296,8 @@ def test_palette_labels_are_indices(tmp_path: Path, format: str, depth: int, pal
         if palette == "colors":
             table = {tuple(map(int, color)): k for k, color in enumerate(colors)}
             encoding = LabelEncoding("color", colors=tuple(sorted(table.items())))
-            wanted = np.array([[table[tuple(map(int, colors[v]))] for v in row] for row in values])
-            assert np.array_equal(read_label(path, encoding), wanted)
+            expected = np.array([[table[tuple(map(int, colors[v]))] for v in row] for row in values])
+            assert np.array_equal(read_label(path, encoding), expected)
 
 
 @pytest.mark.parametrize("format", ["png", "tif"])
@@ -305,19 +305,19 @@ def test_transparent_pixels_are_not_labeled(tmp_path: Path, format: str):
     """Even if 255 stands for a class."""
     values = RANDOM.integers(0, 2, (H, W)) * 255
     alpha = RANDOM.choice([0, 1, 255], (H, W))
-    one, three = np.stack([values, alpha], 2), np.stack([values, values, values, alpha], 2)
+    gray_alpha, rgb_alpha = np.stack([values, alpha], 2), np.stack([values, values, values, alpha], 2)
     binary = label_encoding(class_set(["no", "yes"]), values="binary")
-    wanted = np.where(alpha == 0, IGNORE, values // 255)
-    pair = png(one, 8, 4) if format == "png" else tiff(one, 8, 1, alpha=2)
-    assert np.array_equal(read_label(put(tmp_path / f"a.{format}", pair), binary), wanted)
-    four = png(three, 8, 6) if format == "png" else tiff(three, 8, 2, alpha=2)
+    expected = np.where(alpha == 0, IGNORE, values // 255)
+    pair = png(gray_alpha, 8, 4) if format == "png" else tiff(gray_alpha, 8, 1, alpha=2)
+    assert np.array_equal(read_label(put(tmp_path / f"a.{format}", pair), binary), expected)
+    four = png(rgb_alpha, 8, 6) if format == "png" else tiff(rgb_alpha, 8, 2, alpha=2)
     path = put(tmp_path / f"b.{format}", four)
     index = label_encoding(class_set(["no", "yes"]), values="binary", format="index")
-    assert np.array_equal(read_label(path, index), wanted)
+    assert np.array_equal(read_label(path, index), expected)
     plain = read_label(path, LabelEncoding("index", ignore=200))
     assert np.array_equal(plain, np.where(alpha == 0, IGNORE, values))
     in_color = label_encoding(class_set({"no": [0, 0, 0], "yes": [255, 255, 255]}))
-    assert np.array_equal(read_label(path, in_color), wanted)
+    assert np.array_equal(read_label(path, in_color), expected)
     findings = examine(
         manifest_of(tmp_path, path, encoding=in_color, classes=class_set(["no", "yes"]), shape=(H, W))
     )
@@ -343,14 +343,14 @@ def test_value_maps_equal_a_slow_loop(tmp_path_factory, data):
     def meaning(name: int | str) -> int:
         return 255 if name == "ignore" else name if isinstance(name, int) else names.index(name)
 
-    wanted, unknown = [], set()
+    expected, unknown = [], set()
     for value in values:
         if value in table or other is not None:
-            wanted.append(meaning(table.get(value, other)))
+            expected.append(meaning(table.get(value, other)))
         else:
             unknown.add(value)
     if not unknown:
-        assert read_label(path, encoding).tolist() == [wanted]
+        assert read_label(path, encoding).tolist() == [expected]
         return
     with pytest.raises(DataError) as caught:
         read_label(path, encoding)

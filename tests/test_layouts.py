@@ -81,8 +81,8 @@ def assert_true(manifest: Manifest, truth: dict[str, np.ndarray]) -> None:
         everything = np.concatenate(
             [truth[name].reshape(-1) for name in stems(samples)] or [np.zeros(0, np.uint8)]
         )
-        wanted = np.bincount(everything, minlength=256)
-        assert findings.pixels[role].tolist() == [*wanted[: len(manifest.classes)], wanted[255]]
+        expected = np.bincount(everything, minlength=256)
+        assert findings.pixels[role].tolist() == [*expected[: len(manifest.classes)], expected[255]]
 
 
 # Cityscapes
@@ -107,8 +107,8 @@ def test_images_and_labels_of_cityscapes_are_found(tmp_path: Path, train_ids: bo
     truth = draw_cityscapes(tmp_path / "city", train_ids=train_ids, ids=ids)
     recipe = recipe_of(tmp_path, "cityscapes", tmp_path / "city")
     manifest = manifest_of(recipe)
-    wanted = [f"{city}_{number:06d}_000019" for city in TRAIN_CITIES for number in range(4)]
-    assert stems(manifest.labeled) == wanted and manifest.unlabeled == () == manifest.test
+    expected = [f"{city}_{number:06d}_000019" for city in TRAIN_CITIES for number in range(4)]
+    assert stems(manifest.labeled) == expected and manifest.unlabeled == () == manifest.test
     assert stems(manifest.validation) == ["frankfurt_000000_000019", "frankfurt_000001_000019"]
     kind = "_labelTrainIds.png" if train_ids else "_labelIds.png"
     assert all(sample.label and sample.label.name.endswith(kind) for sample in manifest.labeled)
@@ -323,8 +323,8 @@ def test_the_published_rule_gives_the_images_of_the_published_lists(shared: Path
     root = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "SBD/cls"):
         (root / folder).mkdir(parents=True)
-    for role, some in names.items():
-        for name in some:
+    for role, listed_names in names.items():
+        for name in listed_names:
             (root / "JPEGImages" / f"{name}.jpg").touch()
             if role == "1464_unlabeled":
                 (root / "SBD" / "cls" / f"{name}.mat").touch()
@@ -671,8 +671,8 @@ def test_recipes_that_contradict_the_layout_are_refused(tmp_path: Path, case: st
 def test_check_reports_on_the_command_line(tmp_path: Path, call):
     draw_all(tmp_path)
     recipe_of(tmp_path, "voc", tmp_path / "VOCdevkit" / "VOC2012")
-    code, shown, _ = call("check", tmp_path / "voc.yaml")
-    assert code == 0 and "1,464" in shown
+    code, out, _ = call("check", tmp_path / "voc.yaml")
+    assert code == 0 and "1,464" in out
     code, _, err = call("check", tmp_path / "voc.yaml", f"data.root={tmp_path}")
     assert code == 2 and f"Set data.root to {tmp_path}/VOCdevkit/VOC2012" in " ".join(err.split())
 

@@ -210,9 +210,9 @@ def test_files_are_found_in_nested_folders_in_order_of_their_ids(tmp_path: Path)
     for name in ("notes.txt", ".hidden.png", ".checkpoints/a.png", "deep/.cache/z.png", "b/2.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    found = find_files(tmp_path, IMAGE_SUFFIXES)
-    assert list(found) == ["a", "b.c", "b/10", "b/2", "deep/er/x y"]
-    assert found["b/10"] == tmp_path / "b" / "10.JPG"
+    files = find_files(tmp_path, IMAGE_SUFFIXES)
+    assert list(files) == ["a", "b.c", "b/10", "b/2", "deep/er/x y"]
+    assert files["b/10"] == tmp_path / "b" / "10.JPG"
 
 
 def test_linked_folders_are_followed(tmp_path: Path):
@@ -336,13 +336,13 @@ def test_names_in_lists_may_contain_blanks(tmp_path: Path):
         images/my.jpg copy.jpg labels/the mask  1.png
         a b c
     """
-    wanted = (
+    expected = (
         Sample("images/my  street", source.images / "my  street.jpg", source.labels / "the mask  1.png"),
         Sample("images/my", source.images / "my.jpg", source.labels / "the mask  1.png"),
         Sample("images/my.jpg copy", source.images / "my.jpg copy.jpg", source.labels / "the mask  1.png"),
         Sample("a b c", source.images / "a b c.png", source.labels / "a b c.png"),
     )
-    assert find_samples(listed(source, text)) == wanted
+    assert find_samples(listed(source, text)) == expected
     assert find_samples(listed(source, "images/my  street.jpg")) == (
         Sample("images/my  street", source.images / "my  street.jpg"),
     )
@@ -358,8 +358,8 @@ def test_any_names_with_blanks_are_split_where_the_files_are(tmp_path_factory, i
     source = Source(root, root / "images", root / "labels")
     save(root / "i" / f"{image}.png", IMAGE)
     save(root / "l" / f"{label}.png", LABEL)
-    found = find_samples(listed(source, f"i/{image}.png{gap}l/{label}.png\n"))
-    assert found == (Sample(f"i/{image}", root / "i" / f"{image}.png", root / "l" / f"{label}.png"),)
+    samples = find_samples(listed(source, f"i/{image}.png{gap}l/{label}.png\n"))
+    assert samples == (Sample(f"i/{image}", root / "i" / f"{image}.png", root / "l" / f"{label}.png"),)
 
 
 def test_lines_that_cannot_be_used_are_all_reported(tmp_path: Path):
@@ -493,14 +493,14 @@ def test_labels_of_unlabeled_images_are_kept_for_measuring(tmp_path: Path):
 
 def test_roles_from_lists_and_other_folders(tmp_path: Path):
     source = populate(tmp_path, "a b c d", "a b c d")
-    other = populate(tmp_path / "other", "t", "t")
+    elsewhere = populate(tmp_path / "other", "t", "t")
     manifest = build_manifest(
         CLASSES,
         Sources(
             source,
             labeled=listed(source, "d\na", "labeled.txt"),
             validation=listed(source, "b", "validation.txt"),
-            test=other,
+            test=elsewhere,
         ),
     )
     assert role_ids(manifest) == {
@@ -544,16 +544,16 @@ def test_each_image_of_the_default_folder_has_one_role(tmp_path_factory, kinds, 
         listed(source, "\n".join(in_list[kind]), f"{kind}.txt") if in_list[kind] else None for kind in "luvt"
     ]
     rest = [f"{index}" for index, kind in enumerate(kinds) if kind == "n"]
-    wanted = {
+    expected = {
         "labeled": in_list["l"] or [name for name in rest if name in labeled],
         "unlabeled": in_list["u"],
         "validation": in_list["v"],
         "test": in_list["t"],
     }
-    wanted["unlabeled"] = in_list["u"] or [name for name in rest if name not in wanted["labeled"]]
-    if wanted["labeled"]:
+    expected["unlabeled"] = in_list["u"] or [name for name in rest if name not in expected["labeled"]]
+    if expected["labeled"]:
         manifest = build_manifest(CLASSES, Sources(source, *sources))
-        assert role_ids(manifest) == {role: names for role, names in wanted.items() if names}
+        assert role_ids(manifest) == {role: names for role, names in expected.items() if names}
     else:
         with pytest.raises(DataError, match=r"data\.labels"):
             build_manifest(CLASSES, Sources(source, *sources))
