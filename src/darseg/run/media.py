@@ -1,0 +1,163 @@
+"""Images and videos to predict: find them, name their results, and leave out those that are done."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from darseg.data.images import IMAGE_SUFFIXES
+from darseg.data.manifest import find_files, sample_id
+from darseg.data.video import VIDEO_SUFFIXES, VideoFacts
+from darseg.errors import DataError, RunError, faults
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An image or a video, and the name of its results: a path below the folder of their kind, without suffix."""
+
+    name: str
+    path: Path
+    is_video: bool
+
+    @classmethod
+    def of(cls, name: str, path: Path) -> Medium:
+        """The suffix of `path` decides whether it is a video."""
+        return cls(name, path, path.suffix.lower() in VIDEO_SUFFIXES)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where results go: `folder/KIND/NAME.png`, for each of the kinds.
+
+    Frames of videos go to `folder/KIND/NAME/000001.png` and so on, overlays of videos to `folder/overlay/NAME.mp4`.
+    """
+
+    folder: Path
+    kinds: Sequence[str]
+
+    def path(self, medium: Medium, kind: str, number: int = 0) -> Path:
+        """The file of an image, or of a video's frame with this number, from 1 on."""
+        if medium.is_video and kind == "overlay":
+            return self.folder / kind / f"{medium.name}.mp4"
+        name = f"{medium.name}/{number:06d}" if medium.is_video else medium.name
+        return self.folder / kind / f"{name}.png"
+
+    def is_complete(self, medium: Medium, facts: VideoFacts | None) -> bool:
+        """Whether all files of a medium exist; the last frame of a video is written after all others."""
+        last = facts.frames if facts else 0
+        return all(self.path(medium, kind, last).exists() for kind in self.kinds)
+
+    def remove_frames_after(self, video: Medium, last: int) -> None:
+        """Remove later frames, which an earlier call wrote for a longer video of that name."""
+        for kind in self.kinds:
+            if kind == "overlay":
+                continue
+            number = last + 1
+            while (path := self.path(video, kind, number)).exists():
+                path.unlink()
+                number += 1
+
+
+def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
+    """All images and videos that paths, folders and patterns name, sorted by name; nothing that lies in `out`.
+
+    Raises DataError if one of them names nothing, or if two results would get the same name.
+    """
+    media: dict[tuple[str, Path], Medium] = {}
+    for pattern in patterns:
+        path, text = Path(pattern), str(pattern)
+        if path.is_dir():
+            found = _below(path, root=path, out=out)
+        elif path.is_file() or not glob.has_magic(text):
+            if not path.exists():
+                raise DataError(f"{path}: there is no such image, video or folder. Check the path.")
+            found = [Medium.of(path.stem, path)]
+        else:
+            found = _matching(text, out)
+        if not found:
+            raise DataError(
+                f"{pattern}: there are no images ({', '.join(IMAGE_SUFFIXES)}) and no videos "
+                f"({', '.join(VIDEO_SUFFIXES)}). Give another folder or pattern."
+            )
+        media.update({(medium.name, medium.path.absolute()): medium for medium in found})
+    ordered = sorted(media.values(), key=lambda medium: (medium.name, medium.path))
+    clashes = _clashes(ordered)
+    if clashes:
+        raise DataError(
+            faults(
+                "Results would get the same name. Rename one file of each pair. Or give the folder above them, or a "
+                "quoted pattern, so that names keep their folders",
+                clashes,
+            )
+        )
+    return ordered
+
+
+def still_to_do(
+    media: Sequence[Medium], facts: Mapping[Medium, VideoFacts], outputs: Outputs, existing: str
+) -> list[Medium]:
+    """What is to be predicted. Raises RunError if results exist and `existing` is "fault"."""
+    if existing == "replace":
+        return list(media)
+    if existing == "keep":
+        return [medium for medium in media if not outputs.is_complete(medium, facts.get(medium))]
+    files = [outputs.path(medium, kind, 1) for medium in media for kind in outputs.kinds]
+    present = [str(path) for path in files if path.exists()]
+    if present:
+        raise RunError(
+            faults(
+                f"{outputs.folder}: {len(present)} file(s) exist already, perhaps of another network. Choose another "
+                "folder, or use --existing replace, or --existing keep to predict only what is missing",
+                present,
+                limit=5,
+            )
+        )
+    return list(media)
+
+
+def _below(folder: Path, *, root: Path, out: Path) -> list[Medium]:
+    """All images and videos below `folder`, named by their paths below `root`."""
+    paths = [
+        path
+        for suffixes in (IMAGE_SUFFIXES, VIDEO_SUFFIXES)
+        for path in find_files(folder, suffixes).values()
+    ]
+    return [Medium.of(sample_id(path.relative_to(root)), path) for path in paths if not _is_below(path, out)]
+
+
+def _matching(pattern: str, out: Path) -> list[Medium]:
+    """Images and videos that match a pattern, and those in folders that match."""
+    parts = Path(pattern).parts
+    root = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
+    media: dict[Path, Medium] = {}
+    for text in glob.iglob(pattern, recursive=True):
+        path = Path(text)
+        if path.is_dir():
+            media.update({medium.path: medium for medium in _below(path, root=root, out=out)})
+        elif path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not _is_below(path, out):
+            media[path] = Medium.of(sample_id(path.relative_to(root)), path)
+    return list(media.values())
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
+def _clashes(media: Sequence[Medium]) -> list[str]:
+    """A line for each name that two media would share; a video's name is also that of a folder."""
+    by_name: dict[tuple[str, bool], list[Medium]] = {}
+    for medium in media:
+        by_name.setdefault((medium.name.casefold(), medium.is_video), []).append(medium)
+    lines = [" and ".join(str(medium.path) for medium in same) for same in by_name.values() if len(same) > 1]
+    for (name, is_video), same in by_name.items():
+        if is_video:
+            continue
+        folders = [name[:index] for index, letter in enumerate(name) if letter == "/"]
+        for folder in folders:
+            lines += [
+                f"{video.path}, whose frames get a folder, and {same[0].path}"
+                for video in by_name.get((folder, True), [])
+            ]
+    return lines
