@@ -232,7 +232,7 @@ def peak(name: str, count: int) -> None:
             predictor = Predictor(lambda sample: None, run, out / "predictions")
             histogram = count_predictions(samples, K, predictor)
             thresholds = choose_dars(histogram, darseg.ClassDistribution(prior), RATIO)
-            assign_labels(samples, thresholds, 0, 1, predictor, out / "labels")
+            assign_labels(samples, LabelRule(thresholds, 0, 1), predictor, labels=out / "labels")
     # The kernel's own mark of this program; getrusage would hand down the peak of the process that started it.
     status = Path("/proc/self/status").read_text()
     print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024)

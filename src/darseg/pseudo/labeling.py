@@ -60,7 +60,7 @@ class Labeling:
 
 
 def labeling_faults(
-    method: str, ratio: float | None, threshold: float | None, confidence: str, sampling: str
+    *, method: str, ratio: float | None, threshold: float | None, confidence: str, sampling: str
 ) -> Iterator[tuple[str, str]]:
     """Every fault of labeling settings: the setting's name in a recipe, and what is wrong with it."""
     for name, value, choices in (

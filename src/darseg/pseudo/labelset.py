@@ -58,7 +58,7 @@ class PseudoLabelSet:
         described = json.loads(thresholds.read_text())
         kept = np.array(described["kept"], np.int64)
         counts = ConfidenceHistogram.from_bytes(histogram.read_bytes())
-        return cls(folder, counts, Thresholds.from_json(described), kept)
+        return cls(folder=folder, histogram=counts, thresholds=Thresholds.from_json(described), kept=kept)
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""
@@ -111,7 +111,7 @@ class ImageFacts:
         predicted, kept = (tuple(int(count) for count in entry[key]) for key in ("predicted", "kept"))
         if (len(predicted), len(kept)) != (classes, classes):
             raise ValueError(f"counts of {len(predicted)} and {len(kept)} classes instead of {classes}")
-        return cls(sum(predicted), kept, predicted, float(entry["confidence"]))
+        return cls(sum(predicted), kept, predicted, confidence=float(entry["confidence"]))
 
     @classmethod
     def of_map(cls, label_map: np.ndarray, classes: int) -> ImageFacts:
@@ -122,8 +122,12 @@ class ImageFacts:
     def of_labeling(cls, prediction: Prediction, kept: np.ndarray) -> ImageFacts:
         """The facts of a labeled prediction. kept: int64 [K], labeled pixels per class."""
         predicted = count_label_pixels(prediction.classes, len(kept))
-        counts = (tuple(kept.tolist()), tuple(predicted.tolist()))
-        return cls(prediction.classes.size, *counts, prediction.mean_confidence)
+        return cls(
+            pixels=prediction.classes.size,
+            kept=tuple(kept.tolist()),
+            predicted=tuple(predicted.tolist()),
+            confidence=prediction.mean_confidence,
+        )
 
 
 class FactsLog:

@@ -85,7 +85,7 @@ def redistribute(
     rule = LabelRule(choose_thresholds(histogram, labeling, distribution), seed)
     labels = {name: rule.label_map(prediction, name) for name, prediction in decided.items()}
     kept = sum((kept_counts(label, classes) for label in labels.values()), np.zeros(classes, np.int64))
-    return Redistribution(labels, histogram, rule.thresholds, kept)
+    return Redistribution(labels, histogram=histogram, thresholds=rule.thresholds, kept=kept)
 
 
 def decide_array(

@@ -173,7 +173,7 @@ def choose_dars(
     accept, accepted = _accept_largest(histogram, np.clip(wanted, 1, predicted))
     keep = np.minimum(1, wanted / np.maximum(accepted, 1)) if sampling else np.ones(len(wanted))
     keep = keep * ((accepted > 0) & (wanted > 0))
-    return Thresholds(accept, keep, wanted, predicted, accepted, histogram.scale)
+    return _thresholds(histogram, accept, keep=keep, wanted=wanted, accepted=accepted)
 
 
 def choose_cbst(histogram: ConfidenceHistogram, labeling_ratio: float) -> Thresholds:
@@ -194,7 +194,7 @@ def choose_cbst(histogram: ConfidenceHistogram, labeling_ratio: float) -> Thresh
     rank = np.minimum((float(labeling_ratio) * predicted).astype(np.int64) + 1, predicted)
     accept, accepted = _accept_largest(histogram, rank)
     keep = (accepted > 0).astype(np.float64)
-    return Thresholds(accept, keep, rank, predicted, accepted, histogram.scale)
+    return _thresholds(histogram, accept, keep=keep, wanted=rank, accepted=accepted)
 
 
 def choose_global(histogram: ConfidenceHistogram, threshold: float) -> Thresholds:
@@ -216,7 +216,25 @@ def choose_global(histogram: ConfidenceHistogram, threshold: float) -> Threshold
     accepted = histogram.counts[:, code:].sum(axis=1)
     accept = np.where(predicted > 0, code, codes).astype(np.int32)
     keep = (accepted > 0).astype(np.float64)
-    return Thresholds(accept, keep, accepted, predicted, accepted, histogram.scale)
+    return _thresholds(histogram, accept, keep=keep, wanted=accepted, accepted=accepted)
+
+
+def _thresholds(
+    histogram: ConfidenceHistogram,
+    accept: NDArray[np.int32],
+    *,
+    keep: NDArray[np.float64],
+    wanted: NDArray[np.int64],
+    accepted: NDArray[np.int64],
+) -> Thresholds:
+    return Thresholds(
+        accept=accept,
+        keep=keep,
+        wanted=wanted,
+        predicted=histogram.predicted,
+        accepted=accepted,
+        scale=histogram.scale,
+    )
 
 
 def _accept_largest(

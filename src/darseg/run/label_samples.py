@@ -96,7 +96,9 @@ def label_samples(
     with progress("label", len(own)) as advance:
         assign = partial(assign_labels, own, rule, predictor, labels=files.labels)
         kept = processes.together(lambda: assign(log=log, advance=advance))
-    return PseudoLabelSet(files.labels, histogram, thresholds, processes.add_up(kept))
+    return PseudoLabelSet(
+        folder=files.labels, histogram=histogram, thresholds=thresholds, kept=processes.add_up(kept)
+    )
 
 
 def network_predictor(

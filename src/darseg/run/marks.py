@@ -30,11 +30,11 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
         RunError: `run` is no run folder, or an id is no unlabeled image of the run; the message names every such id.
     """
     known = {sample.id for sample in manifest_of(recipe_of(run)).unlabeled}
-    return sorted(change_marks(RunDirectory(run), known, ids, bad))
+    return sorted(change_marks(RunDirectory(run), known, ids, bad=bad))
 
 
 def change_marks(
-    run: RunDirectory, known: Collection[str], ids: Iterable[str], bad: bool
+    run: RunDirectory, known: Collection[str], ids: Iterable[str], *, bad: bool
 ) -> dict[str, float]:
     """`mark_bad` with the ids of all unlabeled images at hand. Returns all marks, id → time."""
     ids = list(ids)
