@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Made again when a dependency or pin changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check format docs clean
+.PHONY: setup demo test test-avx2 check format docs clean
 
 setup: $(STAMP)
 
@@ -20,6 +20,12 @@ demo: setup
 # one another.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Numeric tests again with the kernels of a processor without AVX-512, for processors that have more.
+NUMERIC := $(addprefix tests/test_,stage.py methods.py processes.py recompute.py networks.py convolutions.py convert.py protocol.py)
+test-avx2: setup
+	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	  -m "not slow" $(NUMERIC)
 
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks
