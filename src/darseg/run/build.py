@@ -1,4 +1,4 @@
-"""From a recipe to the plain arguments that the rooms take. With `rounds` the only readers of the recipe."""
+"""From a recipe to the plain values that the rooms take: manifest, network, protocols, threads."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ from darseg.run.machine import default_threads
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
 IMAGES, LABELS = "images", "labels"
-"""Folders below data.root where a recipe names no others."""
+"""Folders below data.root, unless the recipe names others."""
 
 CACHE = Path(os.environ.get("DARSEG_CACHE", "~/.cache/darseg"))
 
 
 def recipe_of(run: Path | str) -> Recipe:
-    """The recipe of a run folder. Raises RunError where there is none, RecipeError where it is damaged."""
+    """The recipe of a run folder. Raises RunError if there is none, RecipeError if it is damaged."""
     path = RunDirectory(run).recipe
     if not path.is_file():
         raise RunError(
-            f"{run} is no run folder: there is no recipe.yaml in it. Give the folder that `darseg train` wrote to."
+            f"{run} is no run folder: it has no recipe.yaml. Give the folder that `darseg train` wrote to."
         )
     return load_recipe(path)
 
 
 def differences(first: Recipe, second: Recipe, ignore: Collection[str] = ()) -> list[str]:
-    """A line "key: first → second" for every key of two recipes that differs, but for those to ignore."""
+    """A line "key: first → second" for every key in which two recipes differ, except those to ignore."""
     lines = recipe_differences(first, second)
     return [line for line in lines if line.split(":")[0] not in ignore]
 
 
 def classes_of(recipe: Recipe) -> ClassSet:
+    """The classes that a recipe names."""
     return class_set(recipe.data.classes)
 
 
@@ -84,11 +85,11 @@ def manifest_of(recipe: Recipe) -> Manifest:
     def source(config: SourceConfig | None) -> Source | None:
         if config is None:
             return None
-        # A list names any image of the data set; without one the training images are meant.
-        one = whole if config.list or config.images else default
+        # A list may name any image of the data set; without one the training images are meant.
+        base = whole if config.list or config.images else default
         return replace(
-            one,
-            images=root / config.images if config.images else one.images,
+            base,
+            images=root / config.images if config.images else base.images,
             labels=root / config.labels if config.labels else labels,
             list_file=root / config.list if config.list else None,
             every=config.every,
@@ -105,7 +106,7 @@ def manifest_of(recipe: Recipe) -> Manifest:
 
 
 def layout_of(recipe: Recipe) -> Layout | None:
-    """The published data set the recipe's images are laid out as. Raises DataError where folders of it are missing."""
+    """The published data set whose layout the recipe names. Raises DataError if folders of it are missing."""
     data, root = recipe.data, Path(recipe.data.root)
     if data.layout == "folders":
         return None
@@ -113,16 +114,17 @@ def layout_of(recipe: Recipe) -> Layout | None:
     layout = Layout(data.layout, root, sbd, train_ids=classes_of(recipe).names == CITYSCAPES.names)
     missing = layout.missing()
     if missing:
-        raise DataError(faults(f"data.layout {data.layout}: the data set is not whole", missing))
+        raise DataError(faults(f"data.layout {data.layout}: the data set is not complete", missing))
     return layout
 
 
 def masks(samples: Sequence[Sample]) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, label map) of all samples that have one."""
+    """Path and label map, uint8 [H, W], of every sample that has one."""
     return ((str(s.label), read_label(s.label, s.encoding)) for s in samples if s.label)
 
 
 def spec_of(recipe: Recipe) -> NetworkSpec:
+    """The description of the network that a recipe trains."""
     classes = classes_of(recipe)
     network = recipe.network
     return NetworkSpec(
@@ -139,7 +141,7 @@ def spec_of(recipe: Recipe) -> NetworkSpec:
 
 
 def auxiliary_weight_of(recipe: Recipe) -> float:
-    """Weight of the auxiliary loss; 0 where the architecture has no auxiliary head."""
+    """Weight of the auxiliary loss; 0 if the architecture has no auxiliary head."""
     network = recipe.network
     default = AUXILIARY_WEIGHT if network.architecture == "pspnet" else 0.0
     return default if network.auxiliary_weight is None else network.auxiliary_weight
@@ -149,47 +151,52 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
     """The network as round 0 begins: on the CPU, heads drawn from the seed, backbone from its weights.
 
     Returns:
-        the network, and a sentence that says where its weights are from.
+        the network, and a sentence that says where its weights come from.
 
-    Raises WeightsError: never does a run start from scratch in silence.
+    Raises WeightsError if the weights cannot be used: a run never silently starts from random weights.
     """
     torch.manual_seed(recipe.seed)
     network = spec_of(recipe).build()
     weights = recipe.network.weights
     if weights == "none":
-        return network, f"none, {recipe.network.backbone} starts from random numbers (network.weights: none)"
+        return network, f"none; {recipe.network.backbone} starts from random numbers (network.weights: none)"
     fetched = isinstance(weights, WeightsFile)
     path = fetch(weights.url, weights.sha256, CACHE.expanduser()) if fetched else Path(weights)
     report = load_weights(network, path, recipe.network.strict)
     what = "the whole network" if report.whole else recipe.network.backbone
-    told = f"{len(report.loaded)} tensors of {what} from {path}"
+    source = f"{len(report.loaded)} tensors of {what} from {path}"
     if report.unfilled:
-        told += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
+        source += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
     if report.unused:
-        told += f"; not needed: {', '.join(report.unused)}"
+        source += f"; not needed: {', '.join(report.unused)}"
     if report.architecture == "deeplabv2" and not recipe.release_quirks:
-        told += "; all four branches of its classifier count here, the release's own networks were trained with two"
-    return network, told
+        source += (
+            "; all four branches of its classifier are used here, but the release trained with two of them"
+        )
+    return network, source
 
 
 def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
-    """Raise SizeError naming every crop and window (or `only` the one of that key) the network cannot take, and the
-    nearest it can."""
+    """Raise SizeError naming every crop and window that the network cannot take, with the nearest sizes that it can.
+
+    Args:
+        only: check only the size of this key.
+    """
     sizes = {
         "training.crop": recipe.training.crop,
         "labeling.window": labeling_protocol(recipe).window,
         "evaluation.window": evaluation_protocol(recipe).window,
     }
-    wrong = []
+    lines = []
     for key, (height, width) in sizes.items():
         if only not in ("", key):
             continue
         try:
             network.sides.check(height, width)
         except SizeError as error:
-            wrong.append(f"{key}: {error}")
-    if wrong:
-        raise SizeError(faults("The recipe has sizes this network cannot take", wrong))
+            lines.append(f"{key}: {error}")
+    if lines:
+        raise SizeError(faults("The recipe has sizes that this network cannot take", lines))
 
 
 def _protocol(recipe: Recipe, config: ProtocolConfig | LabelingConfig) -> Protocol:
@@ -203,10 +210,12 @@ def _protocol(recipe: Recipe, config: ProtocolConfig | LabelingConfig) -> Protoc
 
 
 def labeling_protocol(recipe: Recipe) -> Protocol:
+    """How labeling predicts whole images."""
     return _protocol(recipe, recipe.labeling)
 
 
 def evaluation_protocol(recipe: Recipe) -> Protocol:
+    """How evaluation predicts whole images."""
     return _protocol(recipe, recipe.evaluation)
 
 
@@ -223,8 +232,10 @@ def pick_device() -> torch.device:
 
 
 def bf16_is_emulated() -> bool:
-    """Whether bfloat16 is slow here: on x86 processors without AVX-512 (over 20 times
-    slower than fp32, measured with ResNet-18 on an AMD EPYC with AVX2 alone)."""
+    """Whether bfloat16 is slow here, as on x86 processors without AVX-512.
+
+    With ResNet-18 on an AMD EPYC that has only AVX2 it was over 20 times slower than fp32.
+    """
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return pick_device().type == "cpu" and on_x86 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
@@ -235,9 +246,8 @@ def load_to_predict(path: Path) -> Network:
     Everything that predicts loads networks here, so that one network gives the same bits everywhere (with equally many
     threads). Raises WeightsError.
     """
-    with torch.inference_mode(
-        False
-    ):  # the caller may be in it, and autograd does not record inference tensors
+    # The caller may be in inference mode, and autograd does not record its tensors.
+    with torch.inference_mode(False):
         return place(fold_batchnorm(load_network(path)))
 
 

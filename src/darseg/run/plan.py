@@ -24,6 +24,7 @@ REPORT_EVERY = 10
 
 
 def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]) -> Augmentation:
+    """How images are augmented in a round; `fill` is the color of padding (RGB, 0 to 255)."""
     how = recipe.augmentation
     return Augmentation(
         crop=recipe.training.crop,
@@ -37,7 +38,12 @@ def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]
 
 @dataclass(frozen=True)
 class LearnerSettings:
-    """How the network learns: plain values, in the terms of the recipe."""
+    """How the network learns, in the terms of the recipe.
+
+    Attributes:
+        learning_rate: the backbone's base rate; the heads learn at `head_factor` times that.
+        stage4_as_head: stage 4 learns at the heads' rate, as in the release's DeepLabv2.
+    """
 
     learning_rate: float
     head_factor: float
@@ -50,11 +56,13 @@ class Round:
     """One round: what it labels, how long it trains, on which part of the schedule.
 
     Attributes:
-        labeling_ratio: share of the unlabeled pixels to label before training; None in round 0, and in
-            all rounds where a global threshold decides.
-        span: fractions of the poly curve its steps cover.
-        batch: labeled images a step; pseudo_batch: pseudo-labeled images a step (0 in round 0).
-        epoch_steps: steps of one epoch; epochs: how many, None where the recipe counts in steps.
+        labeling_ratio: share of the unlabeled pixels to label before training; None in round 0, and if a global
+            threshold decides.
+        span: fractions of the poly curve that its steps cover.
+        batch: labeled images of a step.
+        pseudo_batch: pseudo-labeled images of a step; 0 in round 0.
+        epoch_steps: steps of one epoch.
+        epochs: how many; None if the recipe counts in steps.
         micro_batch: images per forward pass.
     """
 
@@ -75,11 +83,11 @@ def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
     Images are the labeled ones in round 0, the unlabeled ones later, unless the round says otherwise (epoch_over).
-    Raises RecipeError where rounds need unlabeled images and there are none.
+    Raises RecipeError if rounds need unlabeled images and there are none.
     """
     if len(recipe.rounds) > 1 and unlabeled == 0:
         raise RecipeError(
-            f"{len(recipe.rounds)} rounds are wanted, but there are no unlabeled images: rounds after the first "
+            f"The recipe has {len(recipe.rounds)} rounds, but there are no unlabeled images, and rounds after the first "
             "learn from those. Set data.unlabeled, or keep only the first round."
         )
     half = recipe.training.half_batch or recipe.training.batch // 2
@@ -157,9 +165,9 @@ def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
 
 
 def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
-    """What the recipe asks of a network besides its weights, before its first stage: once per network.
+    """Prepare a network for training as the recipe asks, once, before its first stage.
 
-    Raises RecipeError for what cannot be.
+    Raises RecipeError if the network cannot do what the recipe asks.
     """
     if syncs_batchnorm(recipe, processes):
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -168,8 +176,10 @@ def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
 
 
 def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
-    """Whether BatchNorm sees the images of all processes: on GPUs alone, as PyTorch has it; by default for PSPNet,
-    as in the release."""
+    """Whether BatchNorm sees the images of all processes; by default for PSPNet, as in the release.
+
+    Only on GPUs: PyTorch has no SyncBatchNorm for CPUs.
+    """
     wanted = recipe.training.sync_batchnorm
     if wanted is None:
         wanted = recipe.network.architecture == "pspnet"
@@ -177,31 +187,34 @@ def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
 
 
 def describe_shares(rounds: Sequence[Round], processes: int) -> str:
-    """What each process does of every batch."""
+    """What each process does of every batch, as a sentence."""
     shares = ", ".join(
-        f"round {one.index}: {one.batch // processes}"
-        + (f" + {one.pseudo_batch // processes}" if one.pseudo_batch else "")
-        for one in rounds
+        f"round {planned.index}: {planned.batch // processes}"
+        + (f" + {planned.pseudo_batch // processes}" if planned.pseudo_batch else "")
+        for planned in rounds
     )
-    return f"{processes} processes share every batch (images of each, {shares}), the images to label and to evaluate"
+    return (
+        f"{processes} processes share every batch (images of a process: {shares}), the images to label and the images to "
+        "evaluate"
+    )
 
 
 def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
-    """Raise RecipeError where batches cannot be divided among the processes."""
-    wrong = []
+    """Raise RecipeError if batches cannot be divided among the processes."""
+    lines = []
     for name, size in {
         "batch": rounds[0].batch,
         **({"half_batch": rounds[-1].batch} if len(rounds) > 1 else {}),
     }.items():
         own, micro = size // processes, recipe.training.micro_batch
         if size % processes:
-            wrong.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
+            lines.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
         elif micro and own > micro and own % micro:
-            wrong.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
+            lines.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
         elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture == "pspnet":
-            wrong.append(
-                f"training.{name}: {own} image for each of {processes} processes; BatchNorm over the 1x1 bin of the "
+            lines.append(
+                f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over the 1x1 bin of the "
                 "pyramid needs two"
             )
-    if wrong:
-        raise RecipeError(faults(f"Batches are global, and {processes} processes share them", wrong))
+    if lines:
+        raise RecipeError(faults(f"{processes} processes share every batch, which is not possible", lines))

@@ -26,6 +26,7 @@ class Scores:
 
     @classmethod
     def empty(cls, classes: int) -> Scores:
+        """Scores of no image."""
         return cls(np.zeros((classes, classes), np.int64))
 
     def __add__(self, other: Scores) -> Scores:
@@ -56,6 +57,7 @@ class Scores:
 
     @property
     def mean_iou(self) -> float:
+        """Mean of `iou` over the classes for which it is defined."""
         return _mean(self.iou)
 
     @property
@@ -65,6 +67,7 @@ class Scores:
 
     @property
     def pixel_accuracy(self) -> float:
+        """Share of all scored pixels that are right."""
         total = int(self.confusion.sum())
         return float(np.trace(self.confusion) / total) if total else float("nan")
 
@@ -82,11 +85,12 @@ class Scores:
 
     @classmethod
     def from_json(cls, data: dict) -> Scores:
+        """The scores that `to_json` described."""
         return cls(np.array(data["confusion"], np.int64))
 
 
 def number(value: float) -> float | None:
-    """A float for JSON: None where it is not a number."""
+    """A float for JSON; None if it is not a number."""
     return None if np.isnan(value) else float(value)
 
 
