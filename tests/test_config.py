@@ -1,4 +1,4 @@
-"""The recipe: what is read, and what is refused: all faults at once, with the line and the nearest key."""
+"""The recipe: what is read, and what is refused – all faults at once, with lines and nearest keys."""
 
 from __future__ import annotations
 

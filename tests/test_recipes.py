@@ -101,7 +101,7 @@ def draw_voc_names(root: Path, labeled: int, unlabeled: int, validation: int) ->
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Path]:
-    """Folders of empty files, by the number of images in each role; one image is real, because its size is read."""
+    """Folders of empty files, by the number of images in each role. One image is real: its size is read."""
     roots = {}
     for counts in {published.images for published in PUBLISHED.values()}:
         root = roots[counts] = tmp_path_factory.mktemp("names")

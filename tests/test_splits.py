@@ -305,7 +305,7 @@ def pool_lines(root: Path) -> list[str]:
 @pytest.mark.parametrize("flags", [[], ["--balanced"]], ids=["random", "balanced"])
 def test_the_lists_and_the_report(call, recipe_file: Path, tiny_data: Path, tmp_path: Path, flags: list[str]):
     out = tmp_path / "new" / "lists"
-    code, shown, err = call("split", recipe_file, out, "--fraction", "0.3", "--seed", "4", *flags)
+    code, printed, err = call("split", recipe_file, out, "--fraction", "0.3", "--seed", "4", *flags)
     assert code == 0, err
     assert sorted(content(out)) == FILES
     lists = {role: (out / f"{role}.txt").read_text() for role in ("labeled", "unlabeled")}
@@ -322,7 +322,7 @@ def test_the_lists_and_the_report(call, recipe_file: Path, tiny_data: Path, tmp_
     assert list(report) == ["method", "seed", "fraction", "count", "sequences", "lists", "absent"]
     assert [report[key] for key in ("seed", "fraction", "count", "sequences")] == [4, "3/10", 3, None]
     assert report["method"] == ("balanced" if flags else "random")
-    table = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in shown.splitlines()}
+    table = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in printed.splitlines()}
     for at, (role, own) in enumerate(lines.items()):
         pixels = np.zeros((len(own), len(names)), int)
         for row, line in enumerate(own):
@@ -344,20 +344,20 @@ def test_the_lists_and_the_report(call, recipe_file: Path, tiny_data: Path, tmp_
                 name for name, count in zip(names, pixels.sum(0), strict=True) if count == 0
             ]
     if report["absent"]:
-        assert f"warning: classes without a pixel in labeled.txt: {', '.join(report['absent'])}" in shown
-    assert "images: 3 labeled, 7 unlabeled\n" in shown and f"Written to {out}." in shown
+        assert f"warning: classes without a pixel in labeled.txt: {', '.join(report['absent'])}" in printed
+    assert "images: 3 labeled, 7 unlabeled\n" in printed and f"Written to {out}." in printed
 
 
-def test_the_printed_words_put_the_lists_into_a_recipe(call, recipe_file: Path, tmp_path: Path):
+def test_the_printed_arguments_put_the_lists_into_a_recipe(call, recipe_file: Path, tmp_path: Path):
     out = tmp_path / "my lists"
-    code, shown, _ = call("split", recipe_file, out, "--count", 4)
+    code, printed, _ = call("split", recipe_file, out, "--count", 4)
     assert code == 0
-    words = shlex.split(shown[shown.index("on the command line:\n") :].partition("\n")[2])
+    words = shlex.split(printed[printed.index("on the command line:\n") :].partition("\n")[2])
     assert words == [f"data.{role}={out}/{role}.txt" for role in ("labeled", "unlabeled")]
     for command in ("plan", "check"):
-        code, shown, err = call(command, recipe_file, *words)
+        code, printed, err = call(command, recipe_file, *words)
         assert code == 0, err
-        assert "images: 4 labeled, 6 unlabeled, 3 validation, 0 test" in shown
+        assert "images: 4 labeled, 6 unlabeled, 3 validation, 0 test" in printed
     manifest = manifest_of(load_recipe(recipe_file, words))
     assert all(sample.label and sample.label.is_file() for sample in manifest.unlabeled)
 
@@ -388,10 +388,10 @@ def test_images_without_lists(data: Path, tmp_path: Path):
     assert {line.strip() for line in lines if len(line.split()) == 1} == {
         f"images/u/0{n}.png" for n in (7, 8, 9)
     }
-    assert sum(one["without_label"] for one in report["lists"].values()) == 3
+    assert sum(summary["without_label"] for summary in report["lists"].values()) == 3
 
 
-def test_the_same_again_is_fine_and_another_draw_changes_nothing(call, recipe_file: Path, tmp_path: Path):
+def test_the_same_draw_is_accepted_and_another_one_changes_nothing(call, recipe_file: Path, tmp_path: Path):
     out = tmp_path / "lists"
     assert call("split", recipe_file, out, "--fraction", "1/5")[0] == 0
     before = content(out)
@@ -434,34 +434,34 @@ def test_folders_that_cannot_be_written(recipe_file: Path, tmp_path: Path):
 
 def test_sequences_from_the_command_line(call, recipe_file: Path, tmp_path: Path):
     out = tmp_path / "out"
-    code, shown, err = call("split", recipe_file, out, "--fraction", "1/8", "--sequences", "images/(.)/")
+    code, printed, err = call("split", recipe_file, out, "--fraction", "1/8", "--sequences", "images/(.)/")
     assert code == 0, err
     report = json.loads((out / "split.json").read_text())
     assert report["sequences"] == "images/(.)/" and report["count"] == 1
-    assert [one["sequences"] for one in report["lists"].values()] == [["l"], ["u"]]
+    assert [summary["sequences"] for summary in report["lists"].values()] == [["l"], ["u"]]
     says(
-        shown[shown.index("images: 4") :],
+        printed[printed.index("images: 4") :],
         "1 labeled images",
         "give 4",
         "sequences: 1 labeled, 1 unlabeled",
         f"data.labeled={out}/labeled.txt",
     )
     assert len((out / "labeled.txt").read_text().splitlines()) == 4
-    code, shown, _ = call(
+    code, printed, _ = call(
         "split", recipe_file, tmp_path / "b", "--count", "9", "--sequences", "images/(.)/", "--balanced"
     )
     assert code == 0 and json.loads((tmp_path / "b" / "split.json").read_text())["method"] == "balanced"
 
 
-def test_images_yet_to_be_annotated(call, data: Path, recipe_file: Path, tmp_path: Path):
+def test_images_without_a_label_map(call, data: Path, recipe_file: Path, tmp_path: Path):
     for path in (data / "labels" / "u").iterdir():
         path.unlink()
-    code, shown, _ = call("split", recipe_file, tmp_path / "out", f"data.root={data}", "--count", "8")
+    code, printed, _ = call("split", recipe_file, tmp_path / "out", f"data.root={data}", "--count", "8")
     assert code == 0
     report = json.loads((tmp_path / "out" / "split.json").read_text())
     bare = report["lists"]["labeled"]["without_label"]
     assert 4 <= bare <= 6
-    assert f"warning: {bare} images of labeled.txt" in shown
+    assert f"warning: {bare} images of labeled.txt" in printed
     code, _, err = call(
         "split", recipe_file, tmp_path / "b", f"data.root={data}", "--count", "8", "--balanced"
     )
@@ -475,12 +475,16 @@ def test_lists_without_any_label_have_no_table(call, data: Path, recipe_file: Pa
     sequences = ["--sequences", "images/(.)/", "--count", "6"]  # takes u or l, by the seed
     for seed in range(20):
         out = tmp_path / f"out{seed}"
-        code, shown, err = call("split", recipe_file, out, f"data.root={data}", "--seed", seed, *sequences)
+        code, printed, err = call("split", recipe_file, out, f"data.root={data}", "--seed", seed, *sequences)
         assert code == 0, err
         report = json.loads((out / "split.json").read_text())
         if report["lists"]["labeled"]["sequences"] == ["u"]:
             assert report["absent"] is report["lists"]["labeled"]["pixels"] is None
-            assert "unlabeled: images" in shown and " labeled: images" not in shown and "absent" not in shown
+            assert (
+                "unlabeled: images" in printed
+                and " labeled: images" not in printed
+                and "absent" not in printed
+            )
             return
     raise AssertionError("no seed drew the sequence without labels")
 
@@ -518,7 +522,7 @@ def test_recipes_that_cannot_work(call, recipe_file: Path, tmp_path: Path, overr
     assert code == 2 and fact in err and not (tmp_path / "out").exists()
 
 
-def test_every_bad_label_is_named(data: Path, tmp_path: Path):
+def test_all_bad_labels_are_named(data: Path, tmp_path: Path):
     write_png(data / "labels" / "l" / "04.png", np.full((65, 97), 77, np.uint8))
     (data / "labels" / "u" / "08.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"(?s)^2 label map.*l/04\.png: .*77 \(6305 pixels\).*u/08\.png: "):
@@ -580,15 +584,15 @@ def test_names_with_blanks_come_back(data: Path, tmp_path: Path):
     assert all(label for _, label in before)
 
 
-@pytest.mark.parametrize("other", ["03.PNG", "03.jpg", "Ab.png"])
-def test_ids_that_differ_only_in_suffix_or_case(data: Path, tmp_path: Path, other: str):
+@pytest.mark.parametrize("twin", ["03.PNG", "03.jpg", "Ab.png"])
+def test_ids_that_differ_only_in_suffix_or_case(data: Path, tmp_path: Path, twin: str):
     """In one folder they are refused anyway; the two lists here name files below the root."""
-    for name in ("aB.png", other):
+    for name in ("aB.png", twin):
         shutil.copy(data / "images" / "l" / "03.png", data / "images" / "l" / name)
     (data / "labeled.txt").write_text("images/l/03.png labels/l/03.png\nimages/l/aB.png labels/l/04.png\n")
-    (data / "unlabeled.txt").write_text(f"images/l/{other}\nimages/u/07.png\n")
+    (data / "unlabeled.txt").write_text(f"images/l/{twin}\nimages/u/07.png\n")
     (data / "validation.txt").write_text("images/v/00.png labels/v/00.png\n")
-    with refused(DataError, "data.root", f"{data}/images/l/{other}") as caught:
+    with refused(DataError, "data.root", f"{data}/images/l/{twin}") as caught:
         draw_split(recipe_of(data, "data.images=none"), tmp_path / "out", count=2)
     assert str(caught.value).count("\n  - ") == 2
 
@@ -609,7 +613,7 @@ def test_a_pool_of_one_image(data: Path, tmp_path: Path):
 
 
 def test_real_frames(shared: Path, tmp_path: Path):
-    """CamVid: in a balanced draw of an eighth each class is in as many images as its share, within one or two."""
+    """CamVid: in a balanced eighth, each class is in as many images as its share, within one or two."""
     recipe = load_recipe(
         REPOSITORY / "recipes" / "camvid_1of8.yaml", [f"data.root={shared / 'data' / 'camvid'}"]
     )

@@ -73,7 +73,7 @@ class StorageError(DarsegError):
 
 
 def faults(what: str, lines: Sequence[str], limit: int = 50) -> str:
-    """One message for all faults of one kind: a headline `what`, then one line per fault, at most `limit`."""
+    """One message for all faults of a kind: the headline `what`, then a line per fault, at most `limit`."""
     listed = [f"  - {line}" for line in lines[:limit]]
     if len(lines) > limit:
         listed.append(f"  … and {len(lines) - limit} more")

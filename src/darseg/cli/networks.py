@@ -104,7 +104,7 @@ def export(
         typer.Option(help="Images to check the file with. Default: the run's validation images."),
     ] = None,
 ) -> None:
-    """Write a trained network for programs without darseg, and check that the file gives the same classes."""
+    """Export a trained network for programs without darseg, and check that it gives the same classes."""
     from darseg.run.export import export_network
 
     print("Writing the file, then checking it on real images: half a minute or more.", file=sys.stderr)
@@ -137,7 +137,7 @@ def convert(
         bool, typer.Option(help="With --no-strict, take what fits and draw the rest at random.")
     ] = True,
 ) -> None:
-    """Turn a checkpoint of the original release into a network of darseg, for evaluate, predict and label."""
+    """Convert a checkpoint of the original release for evaluate, predict and label."""
     from darseg.data.classes import class_set
     from darseg.model.weights import convert as run_convert
 

@@ -89,7 +89,7 @@ def view(
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Also open the page in the browser.")] = False,
 ) -> None:
-    """Look through the unlabeled images of a run in the browser, and mark bad ones. Nothing leaves this machine."""
+    """Look through a run's unlabeled images in the browser and mark bad ones; all stays on this machine."""
     from darseg.view.viewer import view_run
 
     view_run(

@@ -31,7 +31,11 @@ def text_of(value: Any) -> str:
 
 
 def share_of_labeled(pixels: Any, k: int) -> str:
-    """Share of class k among the labeled pixels; `pixels` [K + 1] counts each class, then the ignored pixels."""
+    """Share of class k among the labeled pixels.
+
+    Args:
+        pixels: int64 [K + 1], pixels of each class, then the ignored ones.
+    """
     return f"{pixels[k] / max(1, pixels[:-1].sum()):.4%}"
 
 
@@ -115,7 +119,7 @@ def _classes_of_lists(lists: dict[str, dict]) -> Rows:
 
 
 def print_labels(record: dict, out: Path) -> None:
-    """Print what `redistribution.json` holds, a row for each class; under torchrun only the first process prints."""
+    """Print what `redistribution.json` holds, a row for each class; only the first process prints."""
     if os.environ.get("RANK", "0") != "0":
         return
     names = record["classes"] or [f"class {k}" for k in range(len(record["kept"]))]

@@ -357,9 +357,10 @@ class Recipe(_Section):
     rounds: Annotated[tuple[RoundConfig, ...], Field(min_length=1)]
 
     def spans(self) -> list[tuple[float, float]]:
-        """Which part of the poly curve each round uses: its `span`, or [before / (before + own), 1] in epochs or steps.
+        """Which part of the poly curve each round uses.
 
-        Equal rounds give [0, 1], [1/2, 1], [2/3, 1], as the growing epoch totals of the release do.
+        It is the round's `span`, or [before / (before + own), 1], in epochs or steps. Equal rounds give [0, 1],
+        [1/2, 1], [2/3, 1], as the growing epoch totals of the release do.
         """
         spans, done = [], 0
         for config in self.rounds:

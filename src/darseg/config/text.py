@@ -1,4 +1,4 @@
-"""The YAML text of a recipe: read with line numbers and overrides, all faults at once; written resolved."""
+"""The YAML text of a recipe: read with line numbers and overrides, and written with every key."""
 
 from __future__ import annotations
 
@@ -63,16 +63,16 @@ class _Text:
             values: dict[Any, Any] = {}
             for name_node, value_node in node.value:
                 name = loader.construct_object(name_node)
-                where = override or f"{self.name}:{name_node.start_mark.line + 1}"
+                name_place = override or f"{self.name}:{name_node.start_mark.line + 1}"
                 if not isinstance(name, (str, int, float, bool, type(None))):
-                    self.faults.append(f"{where}: a key should be a string")
+                    self.faults.append(f"{name_place}: a key should be a string")
                     continue
                 inner = (*key, name)
                 if name in values:
                     self.faults.append(
-                        f"{where}: {dotted(inner)} is set twice, first at {self.places[inner]}; remove one"
+                        f"{name_place}: {dotted(inner)} is set twice, first at {self.places[inner]}; remove one"
                     )
-                self.places[inner] = where
+                self.places[inner] = name_place
                 values[name] = self._value(loader, value_node, inner, override=override)
             return values
         return loader.construct_object(node)
@@ -145,7 +145,7 @@ def _override(values: dict, override: str, text: _Text) -> None:
         return
     key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
     # The override replaces everything below this key.
-    text.places = {known: where for known, where in text.places.items() if known[: len(key)] != key}
+    text.places = {other: at for other, at in text.places.items() if other[: len(key)] != key}
     new = text.read(value, key, place)
     text.places[key] = place
     into: Any = values
@@ -219,7 +219,10 @@ def _all_keys(model: type[BaseModel] = Recipe, above: Key = ()) -> Iterator[Key]
 
 
 class _Dumper(yaml.SafeDumper):
-    """Safe YAML that reads back equal: PyYAML leaves Unicode line breaks in plain strings, where they become blanks."""
+    """Safe YAML that reads back equal.
+
+    PyYAML itself writes Unicode line breaks into plain strings, and reads them as blanks.
+    """
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         style = '"' if any(mark in data for mark in "\x85\u2028\u2029") else None

@@ -29,7 +29,7 @@ def labeled_count(images: int, fraction: Fraction) -> int:
 
 
 def sequences_of(ids: Sequence[str], pattern: str) -> list[str]:
-    """The sequence of each id: what the pattern's first group matches, or the whole pattern if it has no group.
+    """The sequence of each id: what the pattern matches, or its first group if it has one.
 
     Raises RecipeError if the pattern is not a regular expression, DataError with the ids that it does not match.
     """
@@ -147,7 +147,11 @@ class _Drawing:
         self.lacking[side] -= self.total * self.images[unit]
 
     def take_each_class(self, orders: Sequence[Sequence[int]]) -> None:
-        """Label one unit of each class that no labeled unit has, rare classes first; `orders` has the units of each."""
+        """Label one unit of each class that no labeled unit has, rare classes first.
+
+        Args:
+            orders: the units of each class, in the order in which they are tried.
+        """
         for k in np.argsort(self.images[:, :-1].sum(0), kind="stable"):
             if not self.images[self.side == LABELED, k].any():
                 unit = next(filter(self.fits, orders[k]), None)

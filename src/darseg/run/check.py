@@ -107,7 +107,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, processes: int = 1) -> Plan:
-    """What a recipe will do, without training, and without reading images except the size of the first unlabeled one.
+    """What a recipe will do. Trains nothing, and reads only the size of the first unlabeled image.
 
     Args:
         processes: number of processes that torchrun will start; the plan's memory is that of one process.

@@ -39,10 +39,11 @@ def draw_split(
     sequences: str | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Draw which images of a recipe are labeled, and write `out/labeled.txt`, `out/unlabeled.txt`, `out/split.json`.
+    """Draw which images of a recipe are labeled, and write both lists with a report.
 
-    `darseg.data.splits.draw` draws among the labeled and unlabeled images of the recipe. An id is the image's path below
-    `data.root` without suffix, whatever the recipe calls the image.
+    The files are `out/labeled.txt`, `out/unlabeled.txt` and `out/split.json`. `darseg.data.splits.draw` draws among the
+    labeled and unlabeled images of the recipe. An id is the image's path below `data.root` without suffix, whatever the
+    recipe calls the image.
 
     Args:
         out: a new folder, or one that holds the same lists.
@@ -197,7 +198,7 @@ def _absent(summary: dict[str, Any]) -> list[str] | None:
 
 
 def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callable[[], object]) -> np.ndarray:
-    """int64 [N, K]: pixels of each class, 0 without a label map. Raises DataError with every label that is bad."""
+    """int64 [N, K]: pixels of each class, 0 without a label map. Raises DataError naming all bad labels."""
     pixels, problems = np.zeros((len(samples), len(classes)), np.int64), []
 
     def count(sample: Sample) -> np.ndarray | str:
@@ -223,7 +224,7 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
 
 
 def _write_new(folder: Path, texts: dict[str, str]) -> None:
-    """Write the files that do not exist. Raises RunError, before anything is written, if one exists and differs."""
+    """Write the files that do not exist. Raises RunError before writing if one exists and differs."""
     for name, text in texts.items():
         path = folder / name
         if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
