@@ -23,8 +23,9 @@ import torch
 from darseg.data.classes import CAMVID
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
-from darseg.model.export import Parity, _onnx_runner, _pt2_runner, metadata_of, write_exported
+from darseg.model.export import _onnx_runner, _pt2_runner, metadata_of, write_exported
 from darseg.model.network import Network, NetworkSpec
+from darseg.model.parity import Parity
 from darseg.model.predict import Protocol, predict_scores
 
 NETWORKS = {

@@ -39,11 +39,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.init.propose import Proposal as Proposal
     from darseg.init.propose import propose_recipe as propose_recipe
     from darseg.model.decide import decide as decide
-    from darseg.model.export import Parity as Parity
     from darseg.model.former import predict_classes as predict_classes
     from darseg.model.network import Network as Network
     from darseg.model.network import Output as Output
     from darseg.model.network import build_network as build_network
+    from darseg.model.parity import Parity as Parity
     from darseg.model.predict import Protocol as Protocol
     from darseg.model.predict import predict as predict
     from darseg.model.predict import predict_for_labeling as predict_for_labeling
@@ -131,7 +131,7 @@ _HOMES = {
     "mark_bad": "run.marks",
     "Network": "model.network",
     "Output": "model.network",
-    "Parity": "model.export",
+    "Parity": "model.parity",
     "Plan": "run.check",
     "plan": "run.check",
     "predict": "model.predict",

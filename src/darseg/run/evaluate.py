@@ -1,4 +1,4 @@
-"""Use a trained network: load it with what is known about it, and score it on labeled images."""
+"""Load a trained network with what is known about it, and score it on labeled images."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ class Trained:
     path: Path
 
     def classes(self) -> ClassSet:
+        """Names and colors of the classes; numbers and generated colors if the file does not have them."""
         names = self.spec.class_names or tuple(f"class {k}" for k in range(self.spec.classes))
         return ClassSet(names, self.spec.class_colors or distinct_colors(self.spec.classes))
 
     def protocol(self, image: np.ndarray) -> Protocol:
-        """The recipe's evaluation protocol; without recipe the whole image in one window, and its mirror."""
+        """The recipe's evaluation protocol; without a recipe, the whole image in one window and its mirror."""
         if self.recipe is not None:
             return evaluation_protocol(self.recipe)
         return whole_image(self.network, image)
@@ -81,20 +82,23 @@ def load_trained(
         run = RunDirectory(source)
         path = run.last_network() if round_index is None else run.network(round_index)
         if not path.exists():
-            raise RunError(f"{source}: round {round_index} is not finished ({path} does not exist).")
+            raise RunError(
+                f"{source}: round {round_index} is not finished ({path} does not exist). Choose an earlier round, or "
+                "continue the run."
+            )
         recipe = recipe or load_recipe(run.recipe, overrides)
     elif not source.exists():
-        raise RunError(f"{source}: no such run folder or checkpoint.")
+        raise RunError(f"{source}: there is no such run folder or checkpoint. Check the path.")
     set_threads(threads or (recipe.threads if recipe else None))
     return Trained(load_to_predict(path), read_spec(path), recipe, path)
 
 
 def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> None:
-    """Raise DataError where a network and the classes of a recipe are not equally many."""
+    """Raise DataError if the network has another number of classes than the recipe."""
     if len(classes) != trained.network.classes:
         raise DataError(
-            f"{source} has {trained.network.classes} classes, the recipe has {len(classes)}: give the recipe it "
-            "was trained with."
+            f"{source} has {trained.network.classes} classes, but the recipe has {len(classes)}. Give the recipe that "
+            "the network was trained with."
         )
 
 
@@ -109,28 +113,33 @@ def evaluate(
     """Score a trained network on the images of one role.
 
     Args:
-        source: run folder or .safetensors checkpoint; the latter needs `recipe`, which names data and protocol.
-        role: "validation", "test", "labeled", or "unlabeled" where those images have labels.
-        overrides: changes of the run folder's recipe, as in "evaluation.scales=[0.75, 1.0]"; a `recipe` takes its own
-            when it is loaded.
+        source: run folder; or .safetensors checkpoint, which needs `recipe` for its data and protocol.
+        role: "validation", "test", "labeled", or "unlabeled" if those images have labels.
+        overrides: changes of the run folder's recipe, as in "evaluation.scales=[0.75, 1.0]". If `recipe` is given, give
+            its changes to `load_recipe`.
+
+    Returns:
+        the scores, and the protocol that they were measured with.
 
     Raises RunError, WeightsError, RecipeError, DataError.
     """
     if recipe is not None and overrides:
         raise RunError(
-            f"overrides {', '.join(overrides)}: they change a run folder's own recipe, and another one is given. Give "
+            f"The overrides {', '.join(overrides)} are for a run folder's own recipe, but another recipe is given. Give "
             "them to load_recipe."
         )
-    idle = [one for one in overrides if not one.startswith(EVALUATION_KEYS)]
-    if idle:
+    without_effect = [override for override in overrides if not override.startswith(EVALUATION_KEYS)]
+    if without_effect:
         raise RecipeError(
-            f"{', '.join(idle)}: changes nothing in an evaluation; keys that do begin with {' or '.join(EVALUATION_KEYS)}"
+            f"{', '.join(without_effect)}: this does not change an evaluation. Remove it; keys that do begin with "
+            f"{', '.join(EVALUATION_KEYS)}."
         )
     trained = load_trained(source, round_index, overrides, recipe=recipe)
     recipe = trained.recipe
     if recipe is None:
         raise RunError(
-            f"{source} is a checkpoint outside a run folder: name the data with --recipe RECIPE.yaml."
+            f"{source} is a checkpoint outside a run folder, so its data is not known. Give its recipe with --recipe "
+            "RECIPE.yaml."
         )
     classes = classes_of(recipe)
     check_classes(source, trained, classes)
@@ -138,10 +147,11 @@ def evaluate(
     samples = manifest_of(recipe).roles()[role]
     if not samples:
         raise DataError(f"The recipe has no {role} images. Set data.{role}, or choose another --role.")
-    bare = [sample.id for sample in samples if sample.label is None]
-    if bare:
+    unlabeled = [sample.id for sample in samples if sample.label is None]
+    if unlabeled:
         raise DataError(
-            f"{len(bare)} {role} image(s) have no label map, the first is {bare[0]!r}: cannot be scored."
+            f"{len(unlabeled)} of {len(samples)} {role} images have no label map, so they cannot be scored; the first is "
+            f"{unlabeled[0]!r}. Add the label maps, or choose another --role."
         )
     protocol = evaluation_protocol(recipe)
     with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:

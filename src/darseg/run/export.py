@@ -1,4 +1,4 @@
-"""A trained network as ONNX or as a program of torch.export, checked on real images before it is kept."""
+"""Export a trained network to ONNX or torch.export, and check the file on real images before it is kept."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ import torch
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
-from darseg.model.export import Parity, check_suffix, metadata_of, write_exported
+from darseg.model.export import check_suffix, metadata_of, write_exported
+from darseg.model.parity import Parity
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.evaluate import Trained, load_trained
 
 COMPARED = 8
-"""Images to compare on at most, taken evenly from all there are; each is predicted twice."""
+"""Most images to compare on, spread evenly over all; each is predicted twice."""
 
 ROLES = ("validation", "unlabeled", "labeled")
-"""Of a recipe's images, the first there are."""
+"""Roles of a recipe's images to compare on; the first role that has images is used."""
 
 
 def export_network(
@@ -31,23 +32,23 @@ def export_network(
 ) -> Parity:
     """Write a trained network for programs without darseg, and check that the file gives the same classes.
 
-    The file takes images uint8 [B, H, W, 3], RGB, of any size and number; it gives classes uint8 [B, H, W] and logits
+    The file takes images uint8 [B, H, W, 3], RGB, of any size and number. It gives classes uint8 [B, H, W] and logits
     float32 [B, K, H, W] of one window over the whole image, without mirror and other scales.
 
     Args:
         source: run folder or .safetensors checkpoint.
         out: OUT.onnx, or OUT.pt2 for torch.export; must not exist yet.
-        round_index: of a run folder; None: the last finished.
-        images: a folder (or file) of images to compare on; None: the recipe's validation images, or where it has
-            none the unlabeled ones. At most 8 are taken.
+        round_index: of a run folder; None: the last finished round.
+        images: a folder (or file) of images to compare on, of which at most 8 are used; None: the recipe's validation
+            images, or the unlabeled ones if there are none.
 
-    Raises ExportError, leaving no file, where it cannot be written or fewer than 99.9 % of the pixels of any image have
+    Raises ExportError, leaving no file, if it cannot be written, or if fewer than 99.9 % of the pixels of any image have
     the same class; RunError, WeightsError, DataError, NumericsError, StorageError.
     """
     source, out = Path(source), Path(out)
     check_suffix(out)
     if out.exists():
-        raise ExportError(f"{out} exists already, and is left as it is: give another name, or remove it.")
+        raise ExportError(f"{out} exists already and was left as it is. Give another name, or remove it.")
     trained = load_trained(source, round_index)
     compared = _images(source, trained, images)
     network = trained.network.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
@@ -56,41 +57,43 @@ def export_network(
 
 
 def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[str, np.ndarray]:
+    """At most COMPARED images by name, of the folder or of the recipe. Raises DataError, RunError."""
     if images is not None:
         folder = Path(images)
-        found = {folder.stem: folder} if folder.is_file() else find_files(folder, IMAGE_SUFFIXES)
-        if not found:
-            raise DataError(f"{folder}: no images found ({', '.join(IMAGE_SUFFIXES)}).")
+        paths = {folder.stem: folder} if folder.is_file() else find_files(folder, IMAGE_SUFFIXES)
+        if not paths:
+            raise DataError(
+                f"{folder}: there are no images ({', '.join(IMAGE_SUFFIXES)}). Give another folder with --images."
+            )
     elif trained.recipe is None:
         raise RunError(
-            f"{source} is a checkpoint outside a run folder: name images to check the exported file with, "
-            "--images FOLDER."
+            f"{source} is a checkpoint outside a run folder. Give images to check the exported file with: --images "
+            "FOLDER."
         )
     else:
         try:
             roles = manifest_of(trained.recipe).roles()
         except DataError as error:
             raise DataError(
-                f"{error}\nOr name other images to check the exported file with: --images FOLDER."
+                f"{error}\nOr give other images to check the exported file with: --images FOLDER."
             ) from None
-        found = {sample.id: sample.image for sample in next(filter(None, (roles[role] for role in ROLES)))}
-    names = list(found)
-    taken = [
-        names[index] for index in np.unique(np.linspace(0, len(names) - 1, COMPARED).round().astype(int))
-    ]
-    read, wrong = {}, []
-    for name in taken:
+        samples = next(filter(None, (roles[role] for role in ROLES)))
+        paths = {sample.id: sample.image for sample in samples}
+    names = list(paths)
+    chosen = np.unique(np.linspace(0, len(names) - 1, COMPARED).round().astype(int))
+    pictures, unreadable = {}, []
+    for name in (names[index] for index in chosen):
         try:
-            read[name] = read_image(found[name])
+            pictures[name] = read_image(paths[name])
         except DataError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise DataError(faults("Images to check the exported file with cannot be read", wrong))
-    return read
+            unreadable.append(str(error))
+    if unreadable:
+        raise DataError(faults("Images to check the exported file with cannot be read", unreadable))
+    return pictures
 
 
 def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
-    """Digest of the weights, and of a run what it was trained as and how it scored."""
+    """Digest of the weights; for a run also how the network was trained and how it scored."""
     facts: dict[str, Any] = {"source_sha256": digest_path(trained.path)}
     numbered = re.fullmatch(r"round_(\d+)", trained.path.parent.name)
     if trained.recipe is None or numbered is None:
