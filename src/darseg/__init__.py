@@ -1,9 +1,9 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
-The verbs of the command line – `train`, `evaluate`, `predict_folder`, `label_folder`, `redistribute_folder`,
-`rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`, `draw_split`, `view_run`, `mark_bad`,
-`write_report`, `compare_runs`, `run_demo` – and the value types that flow between the rooms are importable from here.
-Names are imported when first used, since torch takes seconds.
+This package offers the functions behind the commands – `train`, `evaluate`, `predict_folder`, `label_folder`,
+`redistribute_folder`, `rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`, `draw_split`, `view_run`,
+`mark_bad`, `write_report`, `compare_runs`, `run_demo` – and the values that they take and return. A name is loaded when
+it is first used, because importing torch takes seconds.
 """
 
 from __future__ import annotations

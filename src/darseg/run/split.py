@@ -42,8 +42,7 @@ def draw_split(
     """Draw which images of a recipe are labeled, and write both lists with a report.
 
     The files are `out/labeled.txt`, `out/unlabeled.txt` and `out/split.json`. `darseg.data.splits.draw` draws among the
-    labeled and unlabeled images of the recipe. An id is the image's path below `data.root` without suffix, whatever the
-    recipe calls the image.
+    recipe's labeled and unlabeled images; an id is the image's path below `data.root` without suffix.
 
     Args:
         out: a new folder, or one that holds the same lists.
