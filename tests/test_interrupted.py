@@ -20,7 +20,7 @@ from conftest import KILL_BEFORE
 from darseg.errors import StorageError
 from darseg.run import redistribute as module
 from darseg.training.processes import Processes
-from test_labeling import ARRAYS, BESIDES, COUNTS, NAMES, RATIO, file_of, outcome, redistribute_quietly, save
+from test_labeling import ARRAYS, RECORDS, COUNTS, NAMES, RATIO, file_of, outcome, redistribute_quietly, save
 from wording import refused
 
 
@@ -58,7 +58,7 @@ def test_too_little_free_space_is_refused_before_the_work(
     ("name", "twice"),
     [
         (f"{NAMES[5]}.prediction", False),
-        *((name, twice) for name in (f"{NAMES[7]}.png", *BESIDES, ".begun.json") for twice in (False, True)),
+        *((name, twice) for name in (f"{NAMES[7]}.png", *RECORDS, ".begun.json") for twice in (False, True)),
     ],
 )
 def test_a_disk_that_fills_up_loses_nothing(
@@ -289,7 +289,7 @@ def test_two_processes_write_each_image_once_and_end_together_if_one_fails(
     written = Counter(Path(path).relative_to(out).as_posix() for _, path in lines)
     assert written.pop(".begun.json") == 2  # once more, since a file had changed
     predictions = {f".predictions/{name}.prediction" for name in NAMES}
-    assert set(written) == predictions | {f"{name}.png" for name in NAMES} | set(BESIDES)
+    assert set(written) == predictions | {f"{name}.png" for name in NAMES} | set(RECORDS)
     assert set(written.values()) == {1}
     for rank in ("0", "1"):
         maps = [path for who, path in lines if who == rank and path.endswith(".png")]

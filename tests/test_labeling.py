@@ -1,4 +1,4 @@
-"""`darseg redistribute` on folders: every file it leaves, every error; kills, full disks, two processes."""
+"""`darseg redistribute` on folders: every file it writes, and every error."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ torch.set_num_threads(1)
 
 COUNTS = [600, 300, 90, 10]
 RATIO = 0.5
-BESIDES = ("redistribution.json", "histogram.npz")
+RECORDS = ("redistribution.json", "histogram.npz")
 redistribute_quietly = partial(redistribute_folder, console=Console(quiet=True))
 
 
@@ -73,7 +73,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an uninterrupted call leaves."""
+    """The files that an uninterrupted call writes."""
     out = tmp_path_factory.mktemp("wanted") / "out"
     redistribute_quietly(source, out, COUNTS, RATIO)
     return outcome(out)
@@ -109,13 +109,13 @@ def file_of(folder: Path, name: str) -> Path:
 def test_a_folder_is_labeled_as_arrays_are(source: Path, tmp_path: Path, how: dict) -> None:
     described = redistribute_quietly(source, tmp_path / "out", COUNTS, **how)
     result = redistribute(ARRAYS, COUNTS, **how)
-    found = outcome(tmp_path / "out")
-    assert set(found) == {*BESIDES, *(f"{name}.png" for name in NAMES)}
+    written = outcome(tmp_path / "out")
+    assert set(written) == {*RECORDS, *(f"{name}.png" for name in NAMES)}
     for name in NAMES:
-        assert found[f"{name}.png"] == cv2.imencode(".png", result.labels[name])[1].tobytes()
+        assert written[f"{name}.png"] == cv2.imencode(".png", result.labels[name])[1].tobytes()
         assert np.array_equal(read_label(tmp_path / "out" / f"{name}.png"), result.labels[name])
-    assert ConfidenceHistogram.from_bytes(found["histogram.npz"]) == result.histogram
-    assert described == json.loads(found["redistribution.json"])
+    assert ConfidenceHistogram.from_bytes(written["histogram.npz"]) == result.histogram
+    assert described == json.loads(written["redistribution.json"])
     wanted = result.thresholds.to_json() | {"kept": result.kept.tolist()}
     assert {key: described[key] for key in wanted} == wanted
     assert all(len(described[key]) == 4 for key in wanted if key != "confidence")
@@ -144,9 +144,9 @@ def test_the_command_writes_the_same_and_prints_a_table(
         [sys.executable, "-m", "darseg", *map(str, command)], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
-    found = outcome(tmp_path / "out")
-    described, unnamed = (json.loads(files.pop("redistribution.json")) for files in (found, dict(wanted)))
-    assert found == {name: data for name, data in wanted.items() if name != "redistribution.json"}
+    written = outcome(tmp_path / "out")
+    described, unnamed = (json.loads(files.pop("redistribution.json")) for files in (written, dict(wanted)))
+    assert written == {name: data for name, data in wanted.items() if name != "redistribution.json"}
     assert described == unnamed | {"classes": names}
     lines = [line.split() for line in result.stdout.splitlines() if ":" not in line]
     columns = ["threshold", "keep", "wanted", "predicted", "accepted", "kept"]
@@ -184,7 +184,7 @@ def test_predicting_twice_keeps_nothing_and_gives_the_same(
     assert len([path for path in written if ".predictions" in path]) == 12 and outcome(again) == wanted
 
 
-def test_done_once_it_does_nothing_again(
+def test_a_finished_folder_is_not_labeled_again(
     call, source: Path, counts_file: Path, tmp_path: Path, wanted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -263,7 +263,7 @@ def damage(folder: Path) -> dict[str, str]:
     }
 
 
-def test_all_bad_files_are_named_and_the_others_kept(
+def test_all_damaged_files_are_named_and_the_others_kept(
     call, copied: Path, source: Path, counts_file: Path, tmp_path: Path, wanted: dict[str, bytes]
 ) -> None:
     out, facts = tmp_path / "out", damage(copied)

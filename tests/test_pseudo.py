@@ -330,15 +330,15 @@ def test_histogram_is_checked() -> None:
 
 def test_damaged_histogram_files_are_refused() -> None:
     data = ConfidenceHistogram.count(predicted([[(1, 0.5), (0, 0.75)]]), 2).to_bytes()
-    other, pickled = io.BytesIO(), io.BytesIO()
-    np.savez_compressed(other, something=np.zeros(3))
+    foreign, pickled = io.BytesIO(), io.BytesIO()
+    np.savez_compressed(foreign, something=np.zeros(3))
     np.savez_compressed(pickled, float16_counts=np.array([{}], object))
     damaged = [
         b"",
         b"PK",
         data[:-30],
         data[: len(data) // 2],
-        other.getvalue(),
+        foreign.getvalue(),
         pickled.getvalue(),
         b"\x80\x04N.",
     ]

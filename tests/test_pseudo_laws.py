@@ -70,7 +70,7 @@ def test_histograms_merge_in_any_way(seed: int, classes: int) -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(seeds, class_counts)
-def test_written_and_read_again_is_the_same(seed: int, classes: int) -> None:
+def test_written_values_are_read_back_equal(seed: int, classes: int) -> None:
     histogram = count_all(draw_predictions(seed, classes, 2), classes)
     data = histogram.to_bytes()
     assert ConfidenceHistogram.from_bytes(data) == histogram
@@ -85,9 +85,9 @@ def test_written_and_read_again_is_the_same(seed: int, classes: int) -> None:
 
 
 def test_values_compare_by_content() -> None:
-    one, two = ClassDistribution.from_counts([1, 3]), ClassDistribution.from_counts([3, 1])
-    assert one == ClassDistribution.from_counts([2, 6])
-    assert one != two
+    first, second = ClassDistribution.from_counts([1, 3]), ClassDistribution.from_counts([3, 1])
+    assert first == ClassDistribution.from_counts([2, 6])
+    assert first != second
     histogram = count_all(draw_predictions(0, 2, 1), 2)
     assert histogram != ConfidenceHistogram.empty(2)
     assert choose_cbst(histogram, 0.1) != choose_cbst(histogram, 1)
@@ -127,7 +127,7 @@ def test_an_image_gets_the_same_labels_in_any_order(seed: int, classes: int, rat
 
 @some
 @given(seeds, class_counts, ratios)
-def test_the_wanted_mix_is_met(seed: int, classes: int, ratio: float) -> None:
+def test_the_target_shares_are_met(seed: int, classes: int, ratio: float) -> None:
     predictions = draw_predictions(seed, classes, 4)
     chosen = choose_dars(count_all(predictions, classes), draw_distribution(seed, classes), ratio)
     kept = sum(

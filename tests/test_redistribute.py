@@ -149,10 +149,10 @@ def test_the_order_of_images_does_not_matter(
 def test_the_seed_decides_what_is_drawn() -> None:
     tied = {name: np.stack([np.ones((20, 20)), np.zeros((20, 20))]).astype(np.float32) for name in "ab"}
     first, again = (redistribute(tied, [1, 1], 0.5, seed=1).labels for _ in range(2))
-    other = redistribute(tied, [1, 1], 0.5, seed=2).labels
+    reseeded = redistribute(tied, [1, 1], 0.5, seed=2).labels
     assert all((first[name] == 0).sum() == 100 for name in "ab")  # int(0.5 · 0.5 · 800) of both
     assert all(np.array_equal(first[name], again[name]) for name in "ab")
-    assert all(not np.array_equal(first[name], other[name]) for name in "ab")
+    assert all(not np.array_equal(first[name], reseeded[name]) for name in "ab")
     assert not np.array_equal(first["a"], first["b"])
 
 
@@ -226,20 +226,20 @@ def test_a_class_without_labeled_pixels_gets_none() -> None:
     assert not any((label == 0).any() for label in result.labels.values())
 
 
-def test_an_iterable_is_gone_through_once_and_its_arrays_may_be_reused() -> None:
+def test_an_iterable_is_read_once_and_may_reuse_its_array() -> None:
     scores = np.empty((3, 4, 5), np.float32)
     rng = np.random.default_rng(5)
-    given_ = {name: rng.normal(size=scores.shape).astype(np.float32) for name in "abc"}
+    arrays = {name: rng.normal(size=scores.shape).astype(np.float32) for name in "abc"}
 
     def pairs():
-        for name, array in given_.items():
+        for name, array in arrays.items():
             scores[:] = array
             yield name, scores
 
-    result, wanted = (redistribute(source, [3, 2, 1], 0.6) for source in (pairs(), given_))
+    result, wanted = (redistribute(source, [3, 2, 1], 0.6) for source in (pairs(), arrays))
     assert all(np.array_equal(result.labels[name], wanted.labels[name]) for name in "abc")
-    by_columns = {name: np.asfortranarray(array) for name, array in given_.items()}
-    tensors = {name: torch.from_numpy(array) for name, array in given_.items()}
+    by_columns = {name: np.asfortranarray(array) for name, array in arrays.items()}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     for source in (by_columns, tensors):
         again = redistribute(source, np.array([3, 2, 1]), 0.6)
         assert all(np.array_equal(again.labels[name], wanted.labels[name]) for name in "abc")
