@@ -20,7 +20,7 @@ from conftest import KILL_BEFORE
 from darseg.errors import StorageError
 from darseg.run import redistribute as module
 from darseg.training.processes import Processes
-from test_labeling import ARRAYS, RECORDS, COUNTS, NAMES, RATIO, file_of, outcome, redistribute_quietly, save
+from test_labeling import ARRAYS, COUNTS, NAMES, RATIO, RECORDS, file_of, outcome, redistribute_quietly, save
 from wording import refused
 
 
