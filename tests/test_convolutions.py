@@ -1,4 +1,4 @@
-"""Convolutions exchanged for faster ones, and BatchNorm folded: against PyTorch's own."""
+"""Convolutions replaced by faster ones, and folded BatchNorm, compared with PyTorch's own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from test_networks import NETWORKS, build, pictures, shake, spec_of
 
 @pytest.fixture
 def timm() -> Any:
-    spec_of("timm/resnet18", 16)  # skips where timm is not there
+    spec_of("timm/resnet18", 16)  # skips if timm is not installed
     return importlib.import_module("timm")
 
 
@@ -44,7 +44,7 @@ def timm() -> Any:
     channels_last=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_a_dilated_depthwise_convolution_is_pytorchs_own(
+def test_a_dilated_depthwise_convolution_equals_pytorchs(
     batch, channels, size, kernel, dilation, bias, channels_last, seed
 ) -> None:
     torch.manual_seed(seed)
@@ -98,7 +98,7 @@ EXCHANGED = [
 
 @pytest.mark.parametrize(("name", "stride", "wanted"), EXCHANGED)
 @pytest.mark.parametrize("size", [(17, 33), (81, 49)])
-def test_exchanged_convolutions_give_what_timms_give(timm, name, stride, wanted, size) -> None:
+def test_replaced_convolutions_equal_timms(timm, name, stride, wanted, size) -> None:
     ours = build(spec_of(f"timm/{name}", stride)).backbone
     theirs = timm.create_model(name, features_only=True, output_stride=stride, pretrained=False)
     shake(ours)
@@ -164,7 +164,7 @@ def test_what_predicts_can_be_loaded_in_inference_mode(tmp_path: Path) -> None:
 
 
 class Odd(nn.Module):
-    """A backbone where one BatchNorm alone may go: others follow what somebody else uses too, or are called twice."""
+    """A backbone in which only one BatchNorm may be folded: the others' inputs are used elsewhere, or they run twice."""
 
     mean, std = (120.0, 120.0, 120.0), (60.0, 60.0, 60.0)
 
@@ -188,7 +188,7 @@ class Odd(nn.Module):
 
 
 class Wayward(Odd):
-    """Looks at values, so that no symbol could go through it."""
+    """A backbone that depends on values, so that it cannot be traced with symbols."""
 
     def forward(self, images: Tensor) -> Features:
         return super().forward(images if images.sum() > 0 else -images)
@@ -201,7 +201,7 @@ def with_backbone(backbone: nn.Module) -> Network:
 
 
 @pytest.mark.parametrize("kind", [Odd, Wayward])
-def test_normalizations_that_others_depend_on_stay(kind: type[Odd]) -> None:
+def test_batchnorms_whose_inputs_have_other_consumers_stay(kind: type[Odd]) -> None:
     torch.manual_seed(0)
     backbone = kind()
     network = with_backbone(backbone)
@@ -213,7 +213,7 @@ def test_normalizations_that_others_depend_on_stay(kind: type[Odd]) -> None:
     torch.testing.assert_close(logits(network, 33, 41), before, rtol=0, atol=2e-5 * float(before.abs().max()))
 
 
-def test_timms_batchnorm_keeps_what_follows_it(timm) -> None:
+def test_timms_batchnorm_keeps_its_activation(timm) -> None:
     backbone = Odd()
     backbone.stem_norm = timm.layers.BatchNormAct2d(8, act_layer=nn.Hardtanh)
     network = with_backbone(backbone)
@@ -224,14 +224,14 @@ def test_timms_batchnorm_keeps_what_follows_it(timm) -> None:
 
 
 class Scaled(nn.BatchNorm2d):
-    """A BatchNorm of somebody who does more in it."""
+    """A subclass of BatchNorm that does more."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 3 * super().forward(input)
 
 
 class Standardized(nn.Conv2d):
-    """A convolution whose weights are not what it multiplies by."""
+    """A convolution that does not multiply by its weights themselves."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.conv2d(input, self.weight / self.weight.std(), self.bias, self.stride, self.padding)
@@ -253,7 +253,7 @@ def watched(norm: nn.Module) -> nn.Module:
         ("stem", parametrizations.weight_norm(nn.Conv2d(3, 8, 3, 8, 1))),
     ],
 )
-def test_other_peoples_modules_stay(name: str, module: nn.Module) -> None:
+def test_subclasses_and_hooked_modules_stay(name: str, module: nn.Module) -> None:
     backbone = Odd()
     setattr(backbone, name, module)
     network = with_backbone(backbone)

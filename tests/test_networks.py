@@ -54,7 +54,7 @@ NETWORKS = [
 
 
 def spec_of(backbone: str, output_stride: int) -> NetworkSpec:
-    """PSPNet on a backbone, or with "deeplabv2/" before it that one."""
+    """PSPNet on a backbone; DeepLabv2 if "deeplabv2/" is before it."""
     architecture = "deeplabv2" if backbone.startswith("deeplabv2/") else "pspnet"
     backbone = backbone.removeprefix("deeplabv2/")
     if backbone.startswith("timm/"):
@@ -156,15 +156,10 @@ def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
 
     # Sizes.
     legal = 2 * output_stride + 1
-    with pytest.raises(SizeError) as caught:
-        network(pictures(1, 3, legal - 1, legal + 1))
-    for text in (
-        f"{legal - 1} x {legal + 1}",
-        f"{output_stride}n + 1",
-        f"{legal - output_stride} x {legal}",
-        f"{legal} x {legal + output_stride}",
+    with pytest.raises(
+        SizeError, match=f"^{legal - 1} x {legal + 1} .* {legal - output_stride} x {legal} or"
     ):
-        assert text in str(caught.value)
+        network(pictures(1, 3, legal - 1, legal + 1))
     network(pictures(1, 3, output_stride + 1, output_stride + 1))  # the smallest
 
 
@@ -202,14 +197,14 @@ def test_sides_are_rounded_to_the_nearest_legal_ones(sides: Sides, side: int) ->
     assert sides.up(side, least=2) == min(one for one in legal[1:] if one >= side)
 
 
-def test_sides_of_no_network() -> None:
+def test_sides_that_are_not_possible() -> None:
     for step, offset in ((0, 1), (8, -1)):
         with refused(SizeError, str(step), str(offset)):
             Sides(step, offset)
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
-def test_a_network_takes_legal_sizes_alone(small: Network, height: int, width: int) -> None:
+def test_a_network_takes_only_legal_sizes(small: Network, height: int, width: int) -> None:
     legal = {8 * k + 1 for k in range(1, 40)}
     if {height, width} <= legal:
         small.sides.check(height, width)
@@ -218,7 +213,7 @@ def test_a_network_takes_legal_sizes_alone(small: Network, height: int, width: i
             small.sides.check(height, width)
 
 
-def test_an_illegal_size_is_answered_with_the_nearest_legal_ones(small: Network) -> None:
+def test_an_illegal_size_is_refused_with_the_nearest_legal_ones(small: Network) -> None:
     with refused(SizeError, "50 x 64", "8n + 1", "49 x 57 or 57 x 65"):
         small(torch.zeros(1, 3, 50, 64))
     with refused(SizeError, "3 x 9", "8n + 1", "9 x 9"):
@@ -288,39 +283,37 @@ def test_defaults_are_the_papers_head() -> None:
 
 
 def test_all_faults_of_a_spec_at_once() -> None:
-    with pytest.raises(RecipeError) as caught:
+    facts = ("'fcn'", "pspnet", "1 classes", "output stride 4", "0 head channels", "2 class names")
+    with refused(RecipeError, *facts):
         NetworkSpec(architecture="fcn", classes=1, output_stride=4, head_channels=0, class_names=("a", "b"))
-    for text in ("'fcn'", "pspnet", "1 classes", "output stride 4", "0 head channels", "2 class names"):
-        assert text in str(caught.value)
 
 
 def test_unknown_backbone() -> None:
-    with pytest.raises(RecipeError, match=r"'resnet52'.*resnet50_deep.*timm/NAME"):
+    with refused(RecipeError, "'resnet52'", "resnet50_deep", "timm/NAME"):
         build_network(backbone="resnet52")
 
 
 @pytest.mark.parametrize(
-    "fault", ["ImportError('no timm')", "RuntimeError('torchvision::nms does not exist')"]
+    "fault",
+    ["ImportError('no timm')", "RuntimeError('torchvision::nms does not exist')"],
+    ids=["missing", "another torchvision"],
 )
 def test_timm_that_cannot_be_imported(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "timm.py").write_text(f"raise {fault}")
     for name in [name for name in sys.modules if name == "timm" or name.startswith("timm.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RecipeError) as caught:
+    facts = ('pip install "darseg[timm]"', fault.split("'")[1], "timm/resnet18", "torchvision")
+    with refused(RecipeError, *facts):
         build_network(backbone="timm/resnet18")
-    for text in ('pip install "darseg[timm]"', fault.split("'")[1], "resnet18", "torchvision"):
-        assert text in str(caught.value)
 
 
-def test_timm_networks_that_are_not_there_or_do_not_dilate() -> None:
-    spec_of("timm/resnet18", 16)  # skips where timm is not there
-    with pytest.raises(RecipeError, match=r"no network 'resnet18x'"):
+def test_timm_networks_that_do_not_exist_or_do_not_dilate() -> None:
+    spec_of("timm/resnet18", 16)  # skips if timm is not installed
+    with refused(RecipeError, "'resnet18x'", vary=[r"timm [\d.]+", r"(?<=are ).*(?=\. See)"]):
         build_network(backbone="timm/resnet18x")
     for name in ("hrnet_w18_small", "vit_tiny_patch16_224"):
-        with pytest.raises(
-            RecipeError, match=rf"timm/{name} cannot be built with output stride 8.*stride 16"
-        ):
+        with refused(RecipeError, f"timm/{name}", "stride 8", "stride 16", vary=[r"\(.*\)"]):
             build_network(backbone=f"timm/{name}", output_stride=8)
 
 
@@ -478,7 +471,7 @@ def test_atrous_head_against_the_oracle(branches: int, size: tuple[int, int]) ->
         assert torch.allclose(head(x), wanted, atol=1e-5)
 
 
-def test_new_convolutions_of_deeplabv2_are_drawn_with_a_hundredth() -> None:
+def test_new_convolutions_of_deeplabv2_have_a_standard_deviation_of_a_hundredth() -> None:
     torch.manual_seed(0)
     weights = torch.cat([branch.weight.detach().flatten() for branch in AtrousHead(64, 9).branches])
     assert abs(float(weights.std()) - 0.01) < 1e-4 and abs(float(weights.mean())) < 1e-4
@@ -487,7 +480,7 @@ def test_new_convolutions_of_deeplabv2_are_drawn_with_a_hundredth() -> None:
 # --- what tells DeepLabv2 from PSPNet in training
 
 
-def test_frozen_scales_do_not_move_but_statistics_do() -> None:
+def test_frozen_scales_stay_while_statistics_change() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = build_network("deeplabv2", "resnet101_caffe", 3, 16)
@@ -520,11 +513,11 @@ def test_two_branches_instead_of_four() -> None:
         assert torch.allclose(two(images).main, four(images).main, atol=1e-6)
     names = {name for name, value in two.named_parameters() if not value.requires_grad}
     assert names == {f"head.branches.{index}.{part}" for index in (2, 3) for part in ("weight", "bias")}
-    with pytest.raises(RecipeError, match="only deeplabv2's classifier"):
+    with refused(RecipeError, "release_classifier", "deeplabv2"):
         build_network(backbone="resnet18", release_classifier=True)
 
 
-def test_stage_4_learns_as_the_head_where_the_release_does() -> None:
+def test_stage_4_learns_at_the_heads_rate_as_in_the_release() -> None:
     with torch.device("meta"):
         network = build_network("deeplabv2", "resnet101_caffe", 3)
     named = {id(value): name for name, value in network.named_parameters()}

@@ -1,7 +1,7 @@
 """Backbones: dilated ResNets, and any network of timm behind the same contract.
 
-A backbone turns normalized images float [B, 3, H, W] into `Features` and says, as attributes, its `name`, the
-`channels` of its two feature maps, and the `mean` and `std` (RGB, 0..255) its weights expect.
+A backbone turns normalized images, float [B, 3, H, W], into `Features`. Its attributes are its `name`, the `channels` of
+its two feature maps, and the `mean` and `std` (RGB, 0..255) that its weights expect.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ TIMM = "timm/"
 
 
 class Features(NamedTuple):
-    """What the heads see; h = ceil(H / output stride), likewise w."""
+    """The feature maps that heads take; h = ceil(H / output stride), and w likewise."""
 
     stage3: Tensor
-    """[B, channels[0], h3, w3]: input of the auxiliary head. The sides are h, w or, with output stride 16 of
-    some timm backbones, larger."""
+    """[B, channels[0], h3, w3]: input of the auxiliary head. Its sides are h and w; for some timm backbones with output
+    stride 16 they are larger."""
     stage4: Tensor
     """[B, channels[1], h, w]: input of the main head."""
 
@@ -97,21 +97,21 @@ class Bottleneck(nn.Module):
 
 
 class CaffeBottleneck(Bottleneck):
-    """The stride on the first 1x1 convolution, as in the ResNets first published, for Caffe, and in DeepLabv2."""
+    """A bottleneck with the stride on its first 1x1 convolution, as in the first ResNets (for Caffe) and DeepLabv2."""
 
     stride_on_first = True
 
 
 class ResNetPlan(NamedTuple):
-    """What tells one ResNet from another."""
+    """What distinguishes one ResNet from another."""
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, int, int, int]
     deep_stem: bool = False
     width: int = 64
-    """Channels of stage 1 (before a block's expansion); each stage has twice those of the one before."""
+    """Channels of stage 1 (before a block's expansion); each stage has twice as many as the one before."""
     deeplab: bool = False
-    """As DeepLabv2 has it: max-pooling rounds sizes up, and BatchNorm's scale and shift are not trained."""
+    """As in DeepLabv2: max-pooling rounds sizes up, and BatchNorm's scale and shift are not trained."""
 
 
 RESNETS = {
@@ -129,10 +129,10 @@ RESNETS = {
 class ResNet(nn.Module):
     """A ResNet whose last stages are dilated instead of strided (as in "PyTorch Semantic Segmentation").
 
-    Output stride 8: every 3x3 convolution of stage 3 has dilation 2, of stage 4 dilation 4, the first block
-    of a stage included. Output stride 16: stage 4 has dilation 2. Parameters are called as in torchvision;
-    with the deep stem (three 3x3 convolutions instead of one 7x7) as in semseg. Of a DeepLab plan BatchNorm's scale
-    and shift are frozen; its running statistics still move.
+    With output stride 8, every 3x3 convolution of stage 3 has dilation 2 and of stage 4 dilation 4, including the first
+    block of a stage. With output stride 16, stage 4 has dilation 2. Parameters are named as in torchvision; with the deep
+    stem (three 3x3 convolutions instead of one 7x7) as in semseg. In a DeepLab plan BatchNorm's scale and shift are
+    frozen; its running statistics still change.
     """
 
     mean = IMAGENET_MEAN
@@ -190,9 +190,8 @@ class ResNet(nn.Module):
 class TimmBackbone(nn.Module):
     """A network of timm, without its classifier; `Features` are its last two feature maps.
 
-    Mean and standard deviation are those of timm's own configuration of the network.
-    Raises RecipeError where timm cannot be imported, does not know `name`, or cannot give it this output
-    stride.
+    Mean and standard deviation are those of timm's configuration of the network.
+    Raises RecipeError if timm cannot be imported, does not know `name`, or cannot build it with this output stride.
     """
 
     def __init__(self, name: str, output_stride: int) -> None:
@@ -203,9 +202,9 @@ class TimmBackbone(nn.Module):
         if not timm.is_model(model):
             near = timm.list_models(f"*{model.split('.')[0]}*")[:5]
             raise RecipeError(
-                f"timm {timm.__version__} has no network {model!r}"
-                + (f"; near it: {', '.join(near)}" if near else "")
-                + ". See timm.list_models() for all names."
+                f"timm {timm.__version__} has no network {model!r}. "
+                + (f"Similar names are {', '.join(near)}. " if near else "")
+                + "See timm.list_models() for all names."
             )
         try:
             self.body = timm.create_model(
@@ -213,7 +212,7 @@ class TimmBackbone(nn.Module):
             )
         except (
             Exception
-        ) as error:  # timm's networks refuse in many ways: assertions, TypeError, NotImplementedError
+        ) as error:  # timm's networks refuse with assertions, TypeError, NotImplementedError, …
             raise _refused(name, output_stride, f"{type(error).__name__}: {error}") from error
         reductions = self.body.feature_info.reduction()
         if len(reductions) < 2 or reductions[-1] != output_stride:
@@ -230,7 +229,7 @@ class TimmBackbone(nn.Module):
     def all_keys(self) -> frozenset[str]:
         """Keys of the state dict of the whole network, the classifier included."""
         timm = import_timm(self.name)
-        with torch.device("meta"):  # only names are wanted: no memory, no random numbers drawn
+        with torch.device("meta"):  # names only: no memory, no random numbers drawn
             return frozenset(timm.create_model(self.name.removeprefix(TIMM), pretrained=False).state_dict())
 
 
@@ -244,33 +243,31 @@ def build_backbone(name: str, output_stride: int) -> Backbone:
     if name.startswith(TIMM):
         return TimmBackbone(name, output_stride)
     raise RecipeError(
-        f"No backbone {name!r}: there are {', '.join(RESNETS)}, and {TIMM}NAME for the networks of timm."
+        f"There is no backbone {name!r}. Choose one of {', '.join(RESNETS)}, or {TIMM}NAME for a network of timm."
     )
 
 
 def import_timm(wanted_by: str) -> ModuleType:
-    """timm, or a RecipeError that says how to get it."""
+    """The module timm. Raises RecipeError, which says how to install it, if it cannot be imported."""
     try:
         with warnings.catch_warnings():
-            # torchvision's image extension, which nothing here uses, is missing beside CPU builds of torch.
+            # torchvision's image extension, which nothing here uses, is missing with CPU builds of torch.
             warnings.filterwarnings("ignore", "Failed to load image Python extension")
             return importlib.import_module("timm")
     except (ImportError, RuntimeError, OSError) as error:
         # A torchvision built for another torch fails with a RuntimeError or OSError, not an ImportError.
         raise RecipeError(
-            f"The backbone {wanted_by} needs timm, which could not be imported here "
-            f'({type(error).__name__}: {error}). Install it with: pip install "darseg[timm]". If it is '
-            "installed already, its torchvision does not fit this torch: reinstall the two together. "
-            f"Backbones that need neither: {', '.join(RESNETS)}."
+            f"The backbone {wanted_by} needs timm, which cannot be imported here ({type(error).__name__}: {error}). "
+            'Install it with: pip install "darseg[timm]". If it is installed already, its torchvision does not fit this '
+            f"torch: reinstall the two together. Backbones without timm are {', '.join(RESNETS)}."
         ) from error
 
 
 def _refused(name: str, output_stride: int, reason: str) -> RecipeError:
     other = 16 if output_stride == 8 else 8
     return RecipeError(
-        f"{name} cannot be built with output stride {output_stride} ({reason}). Try output stride {other}, "
-        f"or a network that timm can dilate, such as timm/resnet50, timm/mobilenetv3_large_100 or "
-        f"timm/tf_efficientnet_lite0."
+        f"{name} cannot be built with output stride {output_stride} ({reason}). Try output stride {other}, or a network "
+        "that timm can dilate, such as timm/resnet50, timm/mobilenetv3_large_100 or timm/tf_efficientnet_lite0."
     )
 
 

@@ -1,7 +1,7 @@
-"""Convolutions of other people's networks, exchanged for ones that give the same and take less time.
+"""Convolutions of timm's networks, replaced by faster ones with the same results.
 
-timm builds networks for any size of image and any device. Here sides are known (stride * n + 1), and training on a CPU
-meets a gap in PyTorch's kernels.
+timm builds networks for any image size and any device. Here sides are known (stride * n + 1), and PyTorch lacks a fast
+kernel for training on a CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 
 class DilatedDepthwise(nn.Conv2d):
-    """A depthwise convolution whose dilation d is more than 1, at stride 1 and keeping the size.
+    """A depthwise convolution with stride 1 and a dilation d above 1 that keeps the size.
 
-    On a CPU the backward pass of such a convolution takes several times as long as of one without dilation: oneDNN has no
-    fast kernel for it (docs/performance.md). So in training there it is one without dilation, over each of the d * d
-    images that every d-th row and column make: the same products in the same sums.
+    On a CPU its backward pass takes several times as long as without dilation: oneDNN has no fast kernel for it
+    (docs/performance.md). In training on a CPU it is therefore computed without dilation, on each of the d * d images
+    that consist of every d-th row and column: the same products in the same sums.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ class DilatedDepthwise(nn.Conv2d):
         batch, channels, height, width = input.shape
         down, across = self.dilation
         rows, columns = -(-height // down), -(-width // across)
-        # Channels last, as they lie in memory: whole pixels are moved.
+        # Channels last, as in memory, so that whole pixels are copied.
         x = F.pad(input.permute(0, 2, 3, 1), (0, 0, 0, columns * across - width, 0, rows * down - height))
         x = x.reshape(batch, rows, down, columns, across, channels).permute(2, 4, 0, 1, 3, 5)
         x = x.reshape(down * across * batch, rows, columns, channels).permute(0, 3, 1, 2)
@@ -38,11 +38,11 @@ class DilatedDepthwise(nn.Conv2d):
 
 
 def exchange_convolutions(network: nn.Module, timm: ModuleType) -> None:
-    """Exchange, in place, the convolutions of a network that is only given images with sides of stride * n + 1.
+    """Replace, in place, convolutions of a network that only gets images with sides of stride * n + 1 pixels.
 
-    Names and weights stay. What is exchanged: dilated depthwise convolutions (see `DilatedDepthwise`), and those that
-    work out for every image how much to pad ("same" as TensorFlow has it), copying it into a padded one: of such
-    sides an odd kernel always gets the same padding all around, which the convolution adds by itself.
+    Names and weights stay. Replaced are dilated depthwise convolutions (see `DilatedDepthwise`), and convolutions that
+    compute the padding of each image ("same" as in TensorFlow) and copy it into a padded one: with such sides an odd
+    kernel always gets the same padding on all sides, which the convolution can add by itself.
     """
     for name, child in network.named_children():
         if not isinstance(child, nn.Conv2d):
@@ -72,7 +72,7 @@ def _half(kernel: tuple[int, ...], dilation: tuple[int, ...] = (1, 1)) -> tuple[
 
 
 def _like(conv: nn.Conv2d, kind: type[nn.Conv2d], padding: tuple[int, ...] | str) -> nn.Conv2d:
-    """A convolution of another kind, with the very parameters of `conv`."""
+    """A convolution of another kind that shares the parameters of `conv`."""
     assert isinstance(padding, tuple)
     new = torch.nn.utils.skip_init(
         kind,

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolutions before it: the same logits but for rounding, with fewer passes over memory."""
+"""BatchNorm folded into the convolution before it: the same logits, except for rounding, with less memory traffic."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from darseg.model.network import Network
 
 CONVOLUTION = "ConvolutionBackward0"
-"""What autograd calls the operation of a convolution."""
+"""Autograd's name for the operation of a convolution."""
 
 
 def fold_batchnorm(network: Network) -> Network:
-    """Fold every BatchNorm that takes what a convolution gives, where nobody else does, into it; in place.
+    """Fold each BatchNorm, in place, into the convolution that feeds it, if it is that convolution's only consumer.
 
-    In eval mode a BatchNorm multiplies each channel by a constant and adds one, which the convolution's weights can do
-    as well. For predicting only: what is left cannot be trained or saved. Who takes what is read from autograd's record
-    of one pass, so a network of any make can be given; all else stays as it is.
+    In eval mode a BatchNorm multiplies each channel by a constant and adds another, which the convolution's weights can
+    do as well. The result can only predict, not be trained or saved. What feeds what is read from autograd's record of
+    one pass, so any network works; everything else stays as it is.
 
     Args:
         network: in eval mode.
@@ -36,44 +36,46 @@ def fold_batchnorm(network: Network) -> Network:
 
 
 def _pairs(network: Network) -> list[tuple[str, str]]:
-    """Names of convolutions and of the BatchNorms that alone take what they give."""
+    """Names of convolutions and of the BatchNorms that are their only consumers."""
     names = {module: name for name, module in network.named_modules()}
-    convs = [one for one in names if isinstance(one, nn.Conv2d) and not _watched(one)]
-    norms = [one for one in names if isinstance(one, nn.BatchNorm2d) and not _watched(one)]
-    made: list[tuple[nn.Module, Any]] = []  # module, the operation that made what it gave
-    took: list[tuple[nn.Module, Any]] = []  # module, the operation that made what it took
+    convs = [module for module in names if isinstance(module, nn.Conv2d) and not _has_hooks(module)]
+    norms = [module for module in names if isinstance(module, nn.BatchNorm2d) and not _has_hooks(module)]
+    outputs: list[tuple[nn.Module, Any]] = []  # convolution, the operation that computed its output
+    inputs: list[tuple[nn.Module, Any]] = []  # BatchNorm, the operation that computed its input
     side = network.sides.up(2 * network.stride)
     with contextlib.ExitStack() as stack:
         for module in convs:
-            stack.enter_context(module.register_forward_hook(lambda m, _, out: made.append((m, out.grad_fn))))
+            stack.enter_context(
+                module.register_forward_hook(lambda conv, _, output: outputs.append((conv, output.grad_fn)))
+            )
         for module in norms:
             stack.enter_context(
-                module.register_forward_pre_hook(lambda m, given: took.append((m, given[0].grad_fn)))
+                module.register_forward_pre_hook(lambda norm, args: inputs.append((norm, args[0].grad_fn)))
             )
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         image = torch.zeros(1, 3, side, side, device=network.mean.device, requires_grad=True)
         logits = network(image).main
-    takers, operations = Counter(), set()
+    consumers, operations = Counter(), set()
     for operation in _operations(logits):
         operations.add(operation)
-        takers.update(source for source, _ in operation.next_functions if source is not None)
-    calls = Counter(module for module, _ in (*made, *took))
-    by_operation = {operation: module for module, operation in made}
-    found = []
-    for norm, operation in took:
+        consumers.update(source for source, _ in operation.next_functions if source is not None)
+    calls = Counter(module for module, _ in (*outputs, *inputs))
+    by_operation = {operation: module for module, operation in outputs}
+    pairs = []
+    for norm, operation in inputs:
         conv = by_operation.get(operation)
         if conv is None or operation not in operations or operation.name() != CONVOLUTION:
             continue
-        weight = operation.next_functions[1][0]  # an operation too, where weights are made of others
-        own = getattr(weight, "variable", None) is conv.weight
-        if own and takers[operation] == takers[weight] == calls[conv] == calls[norm] == 1:
-            found.append((names[conv], names[norm]))
-    return found
+        weight = operation.next_functions[1][0]  # an operation too, if the weights are computed from others
+        is_own = getattr(weight, "variable", None) is conv.weight
+        if is_own and consumers[operation] == consumers[weight] == calls[conv] == calls[norm] == 1:
+            pairs.append((names[conv], names[norm]))
+    return pairs
 
 
 def _operations(result: Tensor) -> Iterator[Any]:
-    """All operations that autograd recorded on the way to `result`, each once."""
+    """All operations that autograd recorded for `result`, each once."""
     waiting: list[Any] = [result.grad_fn]
     seen = set(waiting)
     while waiting:
@@ -85,19 +87,19 @@ def _operations(result: Tensor) -> Iterator[Any]:
                 waiting.append(source)
 
 
-def _watched(module: nn.Module) -> bool:
-    """Whether somebody is called with what goes in or comes out."""
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a hook sees the module's inputs or outputs."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _fold(network: nn.Module, conv: str, norm: str) -> None:
     old = network.get_submodule(norm)
     if old.running_mean is None:
-        return  # a BatchNorm that takes each batch's own statistics
+        return  # this BatchNorm uses each batch's own statistics
     if type(old) is nn.BatchNorm2d:
         rest: nn.Module = nn.Identity()
     elif isinstance(drop := getattr(old, "drop", None), nn.Module) and isinstance(old.act, nn.Module):
-        rest = nn.Sequential(drop, old.act)  # timm's BatchNorm goes on with these
+        rest = nn.Sequential(drop, old.act)  # timm's BatchNorm continues with these
     else:
         return
     folded = fuse_conv_bn_eval(network.get_submodule(conv), old)  # ty: ignore[invalid-argument-type]

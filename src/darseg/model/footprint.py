@@ -1,4 +1,4 @@
-"""How much memory a training step keeps, counted without computing anything."""
+"""How much memory a training step needs, counted without computing anything."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn import functional as F
 from darseg.model.network import NetworkSpec
 
 BYTES_PER_NUMBER = 4
-"""Of float32."""
+"""Size of a float32."""
 
 PER_TRAINED_PARAMETER = 3
 """Numbers: weight, gradient and SGD's momentum."""
 
 
 def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> tuple[int, int]:
-    """Bytes of weights with gradients and momentum, and of what a forward pass keeps for its backward pass.
+    """Bytes of weights with gradients and momentum, and of the tensors that a forward pass keeps for its backward pass.
 
-    Float32, for a batch of `images` crops, at the moment where a step needs most but for convolutions' workspace.
-    Runs the network on torch's meta device and adds up the tensors that autograd saves. Raises RecipeError.
+    In float32, for a batch of `images` crops, at the moment when a step needs most, without the workspace of
+    convolutions. Runs the network on torch's meta device and adds up the tensors that autograd saves. Raises RecipeError.
     """
     saved: dict[int, int] = {}
     with torch.device("meta"):
@@ -35,7 +35,7 @@ def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = network(torch.zeros(images, 3, height, width, dtype=torch.uint8))
             labels = torch.zeros(images, height, width, dtype=torch.uint8)
-            # Held until the sum is made: what is freed could lend its address to something else.
+            # Kept until the sum is complete: the address of a freed tensor could be used again.
             losses = [F.cross_entropy(logits, labels.long()) for logits in output if logits is not None]
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         fixed = sum(parameter.numel() for parameter in network.parameters()) - trained

@@ -1,6 +1,6 @@
 """Heads: features in, logits at the size of the features out.
 
-Biases only where logits are made; a BatchNorm makes them needless elsewhere.
+Only the convolutions that give logits have a bias; elsewhere a BatchNorm makes it redundant.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ ATROUS_DILATIONS = (6, 12, 18, 24)
 """Dilations of the parallel convolutions of DeepLabv2's classifier."""
 
 RELEASE_BRANCHES = 2
-"""How many of these the release sums: its loop returns early (METHOD: "where the release slips")."""
+"""How many of these branches the release sums: its loop returns early (METHOD: "where the release slips")."""
 
 ATROUS_STD = 0.01
-"""Standard deviation that DeepLabv2 draws new convolutions with."""
+"""Standard deviation of the normal distribution that DeepLabv2 draws new convolutions from."""
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, h, w] resized bilinearly to [B, C, *size]; corners stay corners (hence sides of 8n + 1)."""
+    """[B, C, h, w] resized bilinearly to [B, C, *size]; corners stay corners (therefore sides are 8n + 1)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
@@ -46,10 +46,10 @@ class ConvNormReLU(nn.Module):
 
 
 class PyramidPoolingHead(nn.Module):
-    """Pyramid pooling (PSPNet): what is here, beside what is around it on four scales.
+    """Pyramid pooling (PSPNet): local features concatenated with context pooled at four scales.
 
-    [B, inputs, h, w] → [B, classes, h, w]. Each of the four branches averages over a grid of BINS x BINS
-    cells and keeps inputs // 4 channels; `channels` is the width of the 3x3 convolution that joins them.
+    [B, inputs, h, w] → [B, classes, h, w]. Each of the four branches averages over the cells of a grid and keeps
+    inputs // 4 channels; `channels` is the width of the 3x3 convolution that joins them.
     """
 
     def __init__(self, inputs: int, channels: int, classes: int) -> None:
@@ -63,7 +63,11 @@ class PyramidPoolingHead(nn.Module):
     def forward(
         self, features: Tensor, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
     ) -> Tensor:
-        """`pool`: (features, bins) → their means over a grid of bins x bins cells; an exported network has its own."""
+        """Logits of the features.
+
+        Args:
+            pool: (features, bins) → means over a grid of bins x bins cells; exported networks have their own.
+        """
         height, width = features.shape[-2:]
         parts = [features]
         for bins, branch in zip(BINS, self.branches, strict=True):
@@ -74,7 +78,7 @@ class PyramidPoolingHead(nn.Module):
 class AuxiliaryHead(nn.Module):
     """A small classifier on stage 3 that helps training (PSPNet): [B, inputs, h, w] → [B, classes, h, w].
 
-    Its 3x3 convolution has inputs // 4 channels: 256 on the 1024 of ResNet-50, as released.
+    Its 3x3 convolution has inputs // 4 channels; for ResNet-50's 1024 that is 256, as in the release.
     """
 
     def __init__(self, inputs: int, classes: int) -> None:
@@ -90,8 +94,8 @@ class AuxiliaryHead(nn.Module):
 class AtrousHead(nn.Module):
     """DeepLabv2's classifier: parallel 3x3 convolutions, dilated 6, 12, 18 and 24, summed.
 
-    [B, inputs, h, w] → [B, classes, h, w]. `branches` are how many are summed; the release has all four and sums
-    the first two, so all are kept whatever is summed.
+    [B, inputs, h, w] → [B, classes, h, w]. The first `branches` of the four are summed. All four are kept, because the
+    release has four and sums two.
     """
 
     def __init__(self, inputs: int, classes: int, branches: int = len(ATROUS_DILATIONS)) -> None:

@@ -1,4 +1,4 @@
-"""Less memory for more time: activations of a ResNet's blocks are computed again in the backward pass."""
+"""Less memory for more time: the activations of a ResNet's blocks are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from darseg.model.network import Network
 
 
 def recompute_blocks(network: Network) -> None:
-    """Keep only the inputs of each block while training, and compute the rest again where the backward pass needs it.
+    """In training, keep only the inputs of each block, and compute the rest again when the backward pass needs it.
 
-    Gradients and BatchNorm's running statistics are the same: these move the first time a block sees a batch, not
-    again. Raises RecipeError for backbones without such blocks (timm's).
+    Gradients and BatchNorm's running statistics stay the same: the statistics change only the first time that a block
+    sees a batch. Raises RecipeError for backbones without such blocks (timm's).
     """
     blocks = [module for module in network.backbone.modules() if isinstance(module, (BasicBlock, Bottleneck))]
     if not blocks:
         raise RecipeError(
-            f"training.recompute: {network.backbone.name} has no blocks that could be computed again; take a ResNet, or "
+            f"training.recompute: {network.backbone.name} has no blocks that can be computed again. Choose a ResNet, or "
             "a smaller training.micro_batch."
         )
     for block in blocks:
@@ -45,8 +45,8 @@ def _forward(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -
 
 @contextlib.contextmanager
 def _statistics_stay(block: nn.Module) -> Generator[None, None, None]:
-    """BatchNorm does inside as in training, but its running statistics do not move."""
-    # SyncBatchNorm is no BatchNorm2d.
+    """Inside, BatchNorm works as in training, but its running statistics do not change."""
+    # _BatchNorm, because SyncBatchNorm is not a BatchNorm2d.
     norms = [norm for norm in block.modules() if isinstance(norm, _BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""How files of the original release (and of semseg, which it builds on) name the parts of a network."""
+"""How files of the original release (and of semseg, on which it builds) name the parts of a network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ RELEASED = {
     "pspnet50": NetworkSpec("pspnet", "resnet50_deep"),
     "deeplabv2_101": NetworkSpec("deeplabv2", "resnet101_caffe", auxiliary=False),
 }
-"""The networks of the release by name; the number of classes is the file's."""
+"""The networks of the release by name; the file decides the number of classes."""
 
 CLASSIFIERS = {"pspnet": "cls.4.weight", "deeplabv2": "layer5.conv2d_list.0.weight"}
-"""A key that only networks of this architecture have in the release's layout; its first side is K."""
+"""A key that only this architecture has in the release's layout; the tensor's first side is K."""
 
-# Places of the modules in the release's sequences: its key up to there → ours.
+# Prefix of a key in the release's sequences → our prefix.
 _PSPNET = {
     r"layer0\.0": "backbone.conv1",
     r"layer0\.1": "backbone.bn1",
@@ -42,15 +42,15 @@ _LAYOUTS = {"pspnet": _PSPNET, "deeplabv2": _DEEPLABV2}
 
 
 def released_architecture(keys: Iterable[str]) -> str | None:
-    """The architecture whose released layout these keys of a state dict are in; None where in neither."""
+    """The architecture in whose released layout these keys of a state dict are; None if in neither."""
     keys = set(keys)
     return next((name for name, key in CLASSIFIERS.items() if key in keys), None)
 
 
 def our_key(key: str, architecture: str) -> str:
-    """What a key of the release's layout is called here; unchanged where it is no part of the network."""
+    """Our name of a key in the release's layout; unchanged if it is no part of the network."""
     for theirs, ours in _LAYOUTS[architecture].items():
-        found = re.match(rf"{theirs}(?=\.)", key)
-        if found:
-            return found.expand(ours) + key[found.end() :]
+        match = re.match(rf"{theirs}(?=\.)", key)
+        if match:
+            return match.expand(ours) + key[match.end() :]
     return key
