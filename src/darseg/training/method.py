@@ -17,7 +17,8 @@ from darseg.data.views import Views
 from darseg.training.optimize import SGD, OptimizerKind
 
 Figures = Mapping[str, Tensor]
-"""Numbers to report, by name; those of the micro-batches and processes of a step are added up. `loss_*` are drawn."""
+"""Numbers to report, by name: "loss", the total, and any others. Those of the micro-batches and processes of a step are
+added up. Reports draw "loss" and every "loss_*"."""
 
 Streamed = Batch | Views
 """What a stream yields at a step."""
