@@ -15,7 +15,7 @@ from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
-from darseg.run.steps.step import Step, Work, complete
+from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.scores import Scores
 
 SCORES = "scores.json"
@@ -59,16 +59,16 @@ def _score(course: Course, round_: Round, protocol: Protocol) -> Work:
         )
     described = Scores(processes.add_up(own.confusion)).to_json(classes.names)
 
-    def write() -> Mapping[str, Any]:
+    def write() -> Result:
         write_json(course.path(round_, SCORES), described | {"protocol": protocol.describe()})
-        _report(course, round_, described)
-        return {name: described[name] for name in (*FIGURES, "iou")}
+        facts = {name: described[name] for name in (*FIGURES, "iou")}
+        return Result(facts, _sentence(course, round_, described))
 
     return Work([SCORES], write)
 
 
-def _report(course: Course, round_: Round, described: Mapping[str, Any]) -> None:
-    """Put the scores on TensorBoard and on the console."""
+def _sentence(course: Course, round_: Round, described: Mapping[str, Any]) -> str:
+    """Put the scores on TensorBoard; return them as a sentence."""
     figures = {name: described[name] for name in FIGURES}
     last_step = sum(planned.steps for planned in course.rounds[: round_.index + 1]) - 1
     course.journal.scalars(last_step, "validation", figures)
@@ -76,5 +76,4 @@ def _report(course: Course, round_: Round, described: Mapping[str, Any]) -> None
         f"{name.replace('_', ' ')} {'undefined' if value is None else format(value, '.4f')}"
         for name, value in figures.items()
     )
-    count = len(course.manifest.validation)
-    course.journal.say(f"round {round_.index}: {text} on {count} validation images")
+    return f"{text} on {len(course.manifest.validation)} validation images"

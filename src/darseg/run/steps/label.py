@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from darseg.data.classes import ClassSet
@@ -22,7 +22,7 @@ from darseg.run.marks import fix_excluded, without
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
-from darseg.run.steps.step import Step, Work, complete
+from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.scores import Scores
 
 HISTOGRAM, THRESHOLDS, FACTS, SCORES = "histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json"
@@ -120,10 +120,8 @@ def _tidy(course: Course, index: int) -> None:
         shutil.rmtree(course.run.predictions(index), ignore_errors=True)
 
 
-def _write(
-    course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: Sequence[Sample]
-) -> Mapping[str, Any]:
-    """Write how the label maps came about. Returns the facts of the step."""
+def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: Sequence[Sample]) -> Result:
+    """Write how the label maps came about."""
     run, journal, index = course.run, course.journal, round_.index
     classes, histogram = course.manifest.classes, labels.histogram
     never = [
@@ -147,10 +145,8 @@ def _write(
     write_whole(course.path(round_, FACTS), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, THRESHOLDS), labels.to_json())
     right = f"; {facts['pixel_accuracy']:.3f} of them are right" if facts.get("pixel_accuracy") else ""
-    journal.say(
-        f"round {index}: {course.recipe.labeling.method} labeled {facts['share']:.3f} of the unlabeled pixels{right}"
-    )
-    return facts
+    method = course.recipe.labeling.method
+    return Result(facts, f"{method} labeled {facts['share']:.3f} of the unlabeled pixels{right}")
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:

@@ -17,17 +17,30 @@ EVENTS: Mapping[Name, str] = {"label": "labeled", "train": "trained", "evaluate"
 
 
 @dataclass(frozen=True)
+class Result:
+    """What a step's record and the console hold besides its outputs.
+
+    Attributes:
+        facts: plain values worth keeping, for the record and the journal.
+        sentence: what the console says, with the step's seconds; empty: nothing.
+    """
+
+    facts: Mapping[str, Any]
+    sentence: str = ""
+
+
+@dataclass(frozen=True)
 class Work:
     """What is left to do when a step's work is done.
 
     Attributes:
         outputs: files and folders of the round that the step leaves, by name; their digests are recorded.
-        write: writes what is not written yet and returns facts to record; called by the first process.
+        write: writes what is not written yet; called by the first process.
         seconds_before: of earlier calls that were stopped.
     """
 
     outputs: Sequence[str]
-    write: Callable[[], Mapping[str, Any]]
+    write: Callable[[], Result]
     seconds_before: float = 0.0
 
 
@@ -68,13 +81,15 @@ def complete(course: Course, step: Step) -> StepRecord:
 
     def write() -> StepRecord:
         started = time.monotonic()
-        facts = work.write()
+        result = work.write()
         seconds = work.seconds_before + elapsed + time.monotonic() - started
         record = run.finish(
-            index, step.name, inputs=step.inputs, outputs=work.outputs, seconds=seconds, facts=facts
+            index, step.name, inputs=step.inputs, outputs=work.outputs, seconds=seconds, facts=result.facts
         )
         step.tidy()
-        course.journal.event(EVENTS[step.name], round=index, seconds=round(record.seconds, 1), **facts)
+        course.journal.event(EVENTS[step.name], round=index, seconds=round(record.seconds, 1), **result.facts)
+        if result.sentence:
+            course.journal.say(f"round {index}: {result.sentence} ({record.seconds:.0f} s)")
         return record
 
     return processes.from_first(write)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, StreamPlace, stream_batches
@@ -24,7 +23,7 @@ from darseg.run.machine import cache_limit, workers_for
 from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
 from darseg.run.remedies import explain_memory, less_to_train
 from darseg.run.settings import Inputs, digest_settings
-from darseg.run.steps.step import Step, Work, complete
+from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.checkpoint import OPTIMIZER, Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.method import Feed
 from darseg.training.stage import Stage, StepReport, run_stage
@@ -154,10 +153,10 @@ class _Training:
         result = method.outcome(method.state, self.network)
         assert isinstance(result, Network)
 
-        def write() -> Mapping[str, Any]:
+        def write() -> Result:
             save_network(result, run.network(index), spec_of(course.recipe))
             save_checkpoint(end.without_network(), run.optimizer(index))
-            return {"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]}
+            return Result({"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]})
 
         outputs = [run.network(index).name, run.optimizer(index).name]
         return Work(outputs, write, seconds_before)
