@@ -60,7 +60,9 @@ def draw_cityscapes(
     per_city: int = 4,
     per_val_city: int = 2,
 ) -> dict[str, np.ndarray]:
-    """Draw `leftImg8bit` and `gtFine` below `root`: training cities, frankfurt for validation, berlin for the test.
+    """Draw `leftImg8bit` and `gtFine` below `root`.
+
+    There are training cities, frankfurt for validation and berlin for the test.
 
     Args:
         train_ids: write *_labelTrainIds.png, as cityscapesScripts does.

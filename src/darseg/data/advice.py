@@ -37,7 +37,11 @@ def list_counts(items: Sequence[str], total: int) -> str:
 
 
 def color_advice(raw: np.ndarray) -> str:
-    """What to do about a label file whose colors belong to no class; colors int32 [H, W], see `decode_label`."""
+    """What to do about a label file with colors that belong to no class.
+
+    Args:
+        raw: int32 [H, W], the colors as `decode_label` returns them.
+    """
     if ((raw >> 16 == raw & 255) & (raw >> 8 & 255 == raw & 255))[raw >= 0].all():
         return "All three channels are equal, so this is an index map saved as RGB. Set data.label_format: index."
     return (
@@ -47,7 +51,7 @@ def color_advice(raw: np.ndarray) -> str:
 
 
 def usual_mistakes(values: Iterable[int], classes: ClassSet, encoding: LabelEncoding) -> list[str]:
-    """The usual mistake that the values of all index label files look like, with the key to set; at most one line.
+    """The usual mistake that these label values look like, with the key to set; at most one line.
 
     Args:
         values: every value that occurs in the files, before they are mapped to classes.

@@ -1,4 +1,6 @@
-"""Move image and label together: scale, rotate, blur, mirror, crop (the release's sequence, DARS section 4).
+"""Move image and label together: scale, rotate, blur, mirror, crop.
+
+This is the sequence of the release (DARS, section 4).
 
 Scale, rotation, mirror and crop are one affine map, so only the pixels of the crop are resampled, and only once.
 The blur then runs on the part of the crop that shows the image.
@@ -137,7 +139,7 @@ def augment(
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarray:
-    """The crop of the image, uint8 [h, w, 3], resampled bilinearly from the part of the image that the crop shows.
+    """The crop of the image, uint8 [h, w, 3], resampled bilinearly from the part that it shows.
 
     OpenCV warps four channels over twice as fast as three (docs/performance.md).
     """

@@ -32,7 +32,10 @@ class Example:
 
 
 def load_example(sample: Sample, classes: ClassSet) -> Example:
-    """Read a labeled sample. Raises DataError if it has no label, or one of another size or with unknown values."""
+    """Read a labeled sample.
+
+    Raises DataError if a file cannot be read, or if the label is missing, has another size or unknown values.
+    """
     if sample.label is None:
         raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
     image, label = read_image(sample.image), read_label(sample.label, sample.encoding)
@@ -52,9 +55,10 @@ Load = Callable[[Sample, ClassSet], Example]
 
 
 class Cache:
-    """Keeps decoded examples in memory, up to a number of bytes; the others are decoded each time they are needed.
+    """Keeps decoded examples in memory, up to a number of bytes.
 
-    A cache serves one set of classes and assumes that files do not change. Any number of threads may use it.
+    Examples that do not fit are decoded each time they are needed. A cache serves one set of classes and assumes
+    that files do not change. Any number of threads may use it.
     """
 
     def __init__(self, limit: int) -> None:

@@ -53,9 +53,9 @@ class _SampleFindings:
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
-    """Read every image and label of a manifest and collect all faults (`darseg check`, and the start of a run).
+    """Read every image and label of a manifest and collect all faults.
 
-    Nothing is written.
+    `darseg check` and the start of a run do this. Nothing is written.
 
     Args:
         advance: called once per sample.

@@ -82,7 +82,10 @@ def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
 
 
 def open_with_pillow(data: bytes) -> tuple[Image.Image, int]:
-    """An image, not decoded yet, and the bits of a TIFF's values (8 for other formats). May raise any error."""
+    """An image, not decoded yet, and the bits of its values, 8 for other formats than TIFF.
+
+    Pillow may raise any error.
+    """
     image = Image.open(io.BytesIO(data))
     return image, max(
         getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8 if image.format != "TIFF" else 1,))
@@ -119,7 +122,7 @@ def read_whole(path: Path) -> bytes:
 
 
 def _unturned(tiff: bytes) -> bytes:
-    """The TIFF with its orientation mark, which some decoders follow, set to 1: pixels as they are stored."""
+    """The TIFF with its orientation mark, which some decoders follow, set to 1 (not turned)."""
     order: Literal["little", "big"] = "little" if tiff.startswith(b"II") else "big"
 
     def number(at: int, size: int) -> int:

@@ -52,9 +52,10 @@ def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
 
 
 def decode_label(path: Path, format: LabelFormat) -> np.ndarray:
-    """What a label file holds: values uint8 or uint16 [H, W], or colors int32 [H, W] (R·65536 + G·256 + B).
+    """What a label file holds, before values or colors become classes.
 
-    The values of a file with an alpha channel are int16; transparent values and colors are TRANSPARENT.
+    Values are uint8 or uint16 [H, W], colors are int32 [H, W] (R·65536 + G·256 + B). The values of a file with an
+    alpha channel are int16; transparent values and colors are TRANSPARENT.
 
     Args:
         format: as in `LabelEncoding`.
@@ -185,7 +186,10 @@ def _sbd(path: Path, data: bytes) -> np.ndarray:
 
 
 def _check_mat(data: bytes) -> None:
-    """Raise an error if a part of a .mat file (MATLAB 5) is cut off or damaged: scipy has crashed on such files."""
+    """Raise an error if a part of a .mat file (MATLAB 5) is cut off or damaged.
+
+    scipy has crashed on such files.
+    """
     order: Literal["little", "big"] = "big" if data[126:128] == b"MI" else "little"
     at = 128
     while at < len(data):
@@ -223,7 +227,10 @@ def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
 
 
 def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarray:
-    """Classes uint8 [H, W] of what `decode_label` returned. Raises DataError for values and colors that are no class."""
+    """Classes uint8 [H, W] of what `decode_label` returned.
+
+    Raises DataError for values and colors that are no class.
+    """
     if raw.dtype == np.int32:
         if not encoding.colors:
             raise DataError(

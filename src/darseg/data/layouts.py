@@ -58,9 +58,10 @@ IMAGE_ENDING = "_leftImg8bit"
 
 @dataclass(frozen=True)
 class Layout:
-    """A published data set below `root`: `leftImg8bit` + `gtFine`, or `JPEGImages` + `SegmentationClass` + SBD.
+    """A published data set, with its images and labels where its archives unpack them.
 
     Attributes:
+        root: holds `leftImg8bit` and `gtFine`, or `JPEGImages` and `SegmentationClass`.
         sbd: the folder of SBD that holds `cls/ID.mat`; None if there is none.
         train_ids: read Cityscapes' labels as the 19 train ids, from `labelTrainIds`, or mapped from `labelIds`. False is
             for classes of the user's own: read the ids in `labelIds` only, since `labelTrainIds` numbers other classes.
@@ -111,7 +112,10 @@ class Layout:
         return "SegmentationClass, SegmentationClassAug or SBD's cls"
 
     def training_ids(self) -> list[str]:
-        """Ids of the training images of VOC with SBD (1,464 + 9,118): all images with a label that are not in val.txt."""
+        """Ids of the training images of VOC with SBD: all with a label, except those of val.txt.
+
+        In the published data set these are 1,464 + 9,118.
+        """
         segmentation = self.root / "ImageSets/Segmentation"
         ids = set(_list(segmentation / "train.txt"))
         ids |= {path.stem for path in _files(self.root / AUGMENTED, "*.png")}
@@ -175,7 +179,7 @@ class Layout:
         return [folder for folder in NEEDED[self.name] if folder not in there]
 
     def _near(self) -> list[Path]:
-        """Folders that `root` may have been meant to be: up to two levels inside it, later years first, or around it."""
+        """Folders that the user may have meant by `root`: inside it, later years first, and around it."""
         inside = [path for pattern in ("*", "*/*") for path in sorted(self.root.glob(pattern), reverse=True)]
         return [*(path for path in inside if path.is_dir()), self.root.parent, self.root.parent.parent]
 

@@ -219,7 +219,10 @@ LabelOf = Callable[[str, Path], Path | None]
 
 
 def _find_both(source: Source) -> tuple[dict[str, Path], LabelOf]:
-    """Images by id, and where their labels are. Label maps in a folder below the images' folder are not images."""
+    """Images by id, and where their labels are.
+
+    Label maps in a folder below the images' folder are not images.
+    """
     images = (
         find_files(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
     )

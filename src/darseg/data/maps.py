@@ -1,4 +1,4 @@
-"""Label maps on the disk: where the map of an image lies, and the only way to write one."""
+"""Label maps on the disk: where the map of an image is, and the only way to write one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WRITABLE = ((np.uint8, ()), (np.uint16, ()), (np.uint8, (3,)))
 
 
 def label_path(folder: Path, sample_id: str) -> Path:
-    """Where the label map of an image lies: `folder/ID.png`. Raises DataError for an id that leaves the folder."""
+    """Where the label map of an image is: `folder/ID.png`. See `path_of_id` for its errors."""
     return path_of_id(folder, sample_id, ".png")
 
 

@@ -96,8 +96,8 @@ class Prediction:
             invalid = np.count_nonzero(self.codes >= self.scale.codes)
             raise DataError(
                 f"{invalid} of {self.codes.size} confidence codes are above {self.scale.codes - 1} (the largest is "
-                f"{largest}), so they are no confidences in [0, 1]. NaN or infinite logits are the usual cause. Check "
-                "whether training diverged."
+                f"{largest}), so they are not confidences in [0, 1]. Logits that are NaN or too large for float16 are "
+                "the usual cause. Check whether training diverged."
             )
 
     @property
@@ -137,6 +137,6 @@ class Prediction:
             return cls(parts[0], np.cumsum(steps, axis=1, dtype=np.uint16), SCALES[about["scale"]])
         except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"These {len(data)} bytes are no stored prediction ({type(error).__name__}: {error}). Predict the image "
-                "again."
+                f"These {len(data)} bytes are not a stored prediction ({type(error).__name__}: {error}). Predict the "
+                "image again."
             ) from error
