@@ -84,7 +84,6 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
         counts, locked, changes = processes.from_first(lambda: begin(stack))
-        journal = stack.enter_context(_journal(run, processes, console))
         course = Course(
             recipe=recipe,
             run=run,
@@ -93,7 +92,7 @@ def train(
             counts=counts,
             rounds=rounds,
             reuse=RunDirectory(reuse) if reuse else None,
-            journal=journal,
+            journal=stack.enter_context(_journal(run, processes, console)),
             processes=processes,
             stop=stop,
             after_round=after_round,

@@ -99,16 +99,9 @@ def run_stage(
     as they were (with fp16: as the scaler leaves them, which skips a step but not those that follow).
     """
     loop = _Loop(method, stage)
-    first = 0
-    if begin is not None:
-        begin.restore(method, loop.run)
-        first = begin.step
-    else:
-        loop.start(optimizer_before or {})
+    first = loop.start(begin, optimizer_before or {})
     if first >= stage.steps:
         return loop.end()
-    method.network.train()
-    method.state.train()
     running = streams(first)
     began, waited = time.monotonic(), 0.0
     try:
@@ -154,11 +147,18 @@ class _Loop:
         self.forward = torch.compile(self.module) if stage.compile else self.module
         self.watch = Watch(self.processes, self.device, steps=stage.steps, precision=stage.precision)
 
-    def start(self, optimizer_before: Part) -> None:
-        """Begin at step 0: the network's optimizer goes on from the stage before, others start fresh."""
-        for learner, optimizer in zip(self.method.learners, self.run.optimizers, strict=True):
+    def start(self, begin: Checkpoint | None, optimizer_before: Part) -> int:
+        """Restore a checkpoint, or begin at step 0 with the optimizer of the stage before. Returns the first step."""
+        method = self.method
+        method.network.train()
+        method.state.train()
+        if begin is not None:
+            begin.restore(method, self.run)
+            return begin.step
+        for learner, optimizer in zip(method.learners, self.run.optimizers, strict=True):
             state = optimizer_before if part_of(learner) == OPTIMIZER else {}
             restore_optimizer(learner.module, optimizer, state)
+        return 0
 
     def step(self, step: int, streamed: Sequence[Streamed]) -> tuple[float, Mapping[str, Tensor]]:
         """Label, loss, optimizers, moved. Returns the network's rate and the figures."""
