@@ -277,7 +277,8 @@ def _resume(job: FolderJob) -> None:
     inputs = job.record["inputs"]
     only_files = changed == ["inputs"] and earlier["inputs"] | {"files": inputs["files"]} == inputs
     if not only_files or job.histogram.exists():
-        return _check_same(job, job.marker, changed)
+        _check_same(job, job.marker, changed)
+        return
     # Files were fixed, added or removed while counting: the waiting predictions of all others are still valid.
     for name, state in earlier["sizes"].items():
         if job.file_states.get(name) != state:
