@@ -1,4 +1,4 @@
-"""Computing activations again changes the memory of a step and nothing else; precisions and torch.compile."""
+"""Recomputed activations change the memory of a step and nothing else; precisions; torch.compile."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ BOTTLENECKS = NetworkSpec("deeplabv2", "resnet50", CLASSES, 16, auxiliary=False)
 
 
 def moving(network: Callable, batches: Any, step: int) -> Any:
-    """The objective of a run: BatchNorm's statistics change, channels are dropped, two forward passes, one backward."""
+    """The loss of a run: BatchNorm's statistics move, dropout is on, and two forward passes precede the backward pass."""
     return self_training_loss(network, batches, 0.4, 0.7)
 
 
-def passed(spec: NetworkSpec, prepare: Callable[[Network], object]) -> tuple[Network, list[Tensor]]:
-    """A network after forward and backward passes of two batches, and the tensors it kept for the backward pass."""
+def trained(spec: NetworkSpec, prepare: Callable[[Network], object]) -> tuple[Network, list[Tensor]]:
+    """A network with the gradients of two batches, and the tensors that it kept for the backward pass."""
     network = build(spec)
     prepare(network)
     network.train()
@@ -48,27 +48,29 @@ def passed(spec: NetworkSpec, prepare: Callable[[Network], object]) -> tuple[Net
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = moving(network, [batch_at(0, 0, 4), batch_at(0, 1, 4)], 0)
     own = {value.untyped_storage().data_ptr() for value in network.state_dict(keep_vars=True).values()}
-    held = [one for one in saved if one.untyped_storage().data_ptr() not in own]
+    kept = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in own]
     loss.backward()
-    return network, held
+    return network, kept
 
 
 def size(tensors: list[Tensor]) -> int:
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
-    return sum(storages.values())
+    """Bytes of the storages of tensors."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("spec", [PSPNET, BOTTLENECKS], ids=["basic", "bottleneck"])
 def test_gradients_and_statistics_are_the_same_with_less_kept(spec: NetworkSpec) -> None:
-    plain, all_kept = passed(spec, lambda network: None)
-    again, kept = passed(spec, recompute_blocks)
-    gradients = dict(again.named_parameters())
+    """The same operations on the same shapes by the same kernels give the same bits."""
+    plain, all_kept = trained(spec, lambda network: None)
+    recomputed, kept = trained(spec, recompute_blocks)
+    gradients = dict(recomputed.named_parameters())
     for name, parameter in plain.named_parameters():
-        assert torch.allclose(gradients[name].grad, parameter.grad, rtol=1e-5, atol=1e-7), name
+        assert torch.equal(gradients[name].grad, parameter.grad), name
     state = plain.state_dict()
-    assert list(again.state_dict()) == list(state)
-    for name, value in again.state_dict().items():
-        assert torch.equal(value, state[name]), name  # statistics move once, by the very same numbers
+    assert list(recomputed.state_dict()) == list(state)
+    for name, value in recomputed.state_dict().items():
+        assert torch.equal(value, state[name]), name  # statistics move once
     assert len(kept) < len(all_kept) / 2 and size(kept) < 0.7 * size(all_kept)
 
 
@@ -81,30 +83,30 @@ def test_a_stage_with_recompute_ends_with_the_same_weights(precision: Any) -> No
         stage = Stage(steps=2, precision=precision, micro_batch=3)
         run_stage(method_of(network, moving), streams_of(1), stage)
         ends.append(network.state_dict())
-    assert all(torch.allclose(value, ends[1][name], rtol=1e-5, atol=1e-6) for name, value in ends[0].items())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_statistics_over_all_gpus_change_once_too() -> None:
-    """SyncBatchNorm is not a BatchNorm2d. It runs only on GPUs, so here it is only looked for in the blocks."""
+    """SyncBatchNorm is not a BatchNorm2d. It runs only on GPUs, so here its forward pass is replaced."""
     network = build(PSPNET)
     nn.SyncBatchNorm.convert_sync_batchnorm(network)
     recompute_blocks(network)
     block = network.backbone.layer1[0]
-    norm, found = block.bn1, []
+    norm, calls = block.bn1, []
     assert isinstance(norm, nn.SyncBatchNorm)
-    norm.register_forward_pre_hook(lambda module, given: found.append((module.momentum, len(found))))
-    norm.forward = lambda x: x.relu()  # saves something, so that the way back needs it again
+    norm.register_forward_pre_hook(lambda module, inputs: calls.append((module.momentum, len(calls))))
+    norm.forward = lambda x: x.relu()  # saves a tensor, so that the backward pass runs it again
     block.bn2.forward = lambda x: x.relu()
     block(torch.rand(2, 32, 9, 9, requires_grad=True)).sum().backward()
-    assert found == [(0.1, 0), (0.0, 1)] and norm.momentum == 0.1 and norm.num_batches_tracked is not None
+    assert calls == [(0.1, 0), (0.0, 1)] and norm.momentum == 0.1 and norm.num_batches_tracked is not None
 
 
 def test_nothing_is_computed_again_without_a_backward_pass() -> None:
     network = build(PSPNET)
-    wanted = network.eval()(batch_at(0, 0).images).main
+    expected = network.eval()(batch_at(0, 0).images).main
     recompute_blocks(network)
     with torch.inference_mode():
-        assert torch.equal(network(batch_at(0, 0).images).main, wanted)
+        assert torch.equal(network(batch_at(0, 0).images).main, expected)
 
 
 class Blockless(nn.Module):
@@ -125,25 +127,25 @@ def test_recompute_that_cannot_work_is_refused_before_the_run_begins(
         load_recipe(recipe_file, ["training.recompute=true", "training.compile=true"])
     pytest.importorskip("timm")
     changes = ["network.backbone=timm/resnet18", "training.recompute=true"]
-    with pytest.raises(RecipeError, match=r"training\.recompute: timm/resnet18"):
+    with refused(RecipeError, "timm/resnet18"):
         train(load_recipe(recipe_file, changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_recompute_of_a_recipe_reaches_the_network(recipe_file: Path, tmp_path: Path) -> None:
+def test_recompute_in_a_recipe_reaches_the_network(recipe_file: Path, tmp_path: Path) -> None:
     runs = {}
-    for wanted in ("false", "true"):
-        changes = [f"training.recompute={wanted}", "rounds=[{steps: 2}, {steps: 1, labeling_ratio: 0.4}]"]
-        train(load_recipe(recipe_file, changes), tmp_path / wanted)
-        runs[wanted] = (tmp_path / wanted / "round_1" / "network.safetensors").read_bytes()
-    assert runs["true"] == runs["false"]  # on one machine and thread even the bytes
+    for recompute in ("false", "true"):
+        changes = [f"training.recompute={recompute}", "rounds=[{steps: 2}, {steps: 1, labeling_ratio: 0.4}]"]
+        train(load_recipe(recipe_file, changes), tmp_path / recompute)
+        runs[recompute] = (tmp_path / recompute / "round_1" / "network.safetensors").read_bytes()
+    assert runs["true"] == runs["false"]
 
 
 # --- precisions
 
 
 def test_fp16_and_bf16_are_near_fp32() -> None:
-    """Weights after a step differ only by the rounding of gradients: scaled losses are scaled back."""
+    """Losses are scaled and gradients scaled back. The tolerances are several roundings to 11 and to 8 bits."""
     norms = {}
     for precision in ("fp32", "bf16", "fp16"):
         stage = Stage(steps=1, precision=precision)
@@ -160,22 +162,23 @@ def test_fp16_and_bf16_are_near_fp32() -> None:
 
 
 def compiled_and_plain(spec: NetworkSpec) -> list[dict[str, Tensor]]:
+    """The states after two steps, in float64: compiled kernels round otherwise than plain ones."""
     stage = Stage(steps=2)
     ends = []
-    for wanted in (True, False):
-        network = build(spec)
-        run_stage(method_of(network, moving), streams_of(1), replace(stage, compile=wanted))
+    for compiled in (True, False):
+        network = build(spec).double()
+        run_stage(method_of(network, moving), streams_of(1), replace(stage, compile=compiled))
         ends.append(network.state_dict())
     return ends
 
 
 def test_a_traced_network_trains_as_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that torch.compile does, except for generating code, which needs a compiler and minutes."""
+    """Everything that torch.compile does except generating code, which takes a compiler and minutes."""
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module: compile(module, backend="aot_eager"))
     compiled, plain = compiled_and_plain(DEEPLAB)
     assert list(compiled) == list(plain)
-    assert all(torch.allclose(value, plain[name], rtol=1e-4, atol=1e-5) for name, value in compiled.items())
+    assert all(torch.allclose(value, plain[name], rtol=1e-7, atol=1e-9) for name, value in compiled.items())
 
 
 @pytest.mark.slow
@@ -185,4 +188,4 @@ def test_a_compiled_network_trains_as_the_plain_one() -> None:
     if not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("no C++ compiler here, and torch.compile needs one")
     compiled, plain = compiled_and_plain(DEEPLAB)
-    assert all(torch.allclose(value, plain[name], rtol=1e-4, atol=1e-5) for name, value in compiled.items())
+    assert all(torch.allclose(value, plain[name], rtol=1e-7, atol=1e-9) for name, value in compiled.items())

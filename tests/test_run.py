@@ -28,9 +28,10 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, NumericsError, RecipeError, RunError, SizeError, StorageError
 from darseg.model.predict import predict_for_labeling
 from darseg.model.weights import load_network
-from darseg.run.build import labeling_protocol, manifest_of
+from darseg.run.build import labeling_protocol, load_to_predict, manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
+from wording import refused, says
 
 K = len(SCENE_CLASSES)
 COMPARED = (
@@ -62,23 +63,30 @@ def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def warnings_of(run: Path) -> list[str]:
+    """The texts of a run's warnings, from its journal."""
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    return [event["text"] for event in events if event["event"] == "warning"]
+
+
 def darseg(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "darseg", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
-    found = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
-    events = {name for name in found if name.startswith("tensorboard/events.out.tfevents.")}
+    files = {p.relative_to(finished).as_posix() for p in finished.rglob("*") if p.is_file()}
+    events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
     unlabeled = [f"u/{index:02d}" for index in range(7, 13)]
     trained = ["network.safetensors", "optimizer.safetensors", "train.json", "scores.json", "evaluate.json"]
     labeled = ["histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json", "label.json"]
-    wanted = {"recipe.yaml", "environment.json", "data.json", "journal.jsonl", "summary.json", "report.html"}
-    wanted |= {f"round_{r}/{name}" for r in range(3) for name in trained}
-    wanted |= {f"round_{r}/{name}" for r in (1, 2) for name in labeled}
-    wanted |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}
+    expected = {"recipe.yaml", "run.json", "environment.json", "data.json", "journal.jsonl", "summary.json"}
+    expected |= {"report.html"}
+    expected |= {f"round_{r}/{name}" for r in range(3) for name in trained}
+    expected |= {f"round_{r}/{name}" for r in (1, 2) for name in labeled}
+    expected |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}
     assert len(events) == 1
-    assert found - events == wanted
+    assert files - events == expected
 
 
 @pytest.mark.parametrize("index", [1, 2])
@@ -86,18 +94,20 @@ def test_facts_of_images_are_those_of_their_predictions_and_maps(finished: Path,
     run = RunDirectory(finished)
     recipe = load_recipe(run.recipe)
     unlabeled = manifest_of(recipe).unlabeled
-    network = load_network(run.network(index - 1))
-    found = run.image_facts(index, K)
-    assert list(found) == [sample.id for sample in unlabeled]
+    torch.set_num_threads(recipe.threads)
+    network = load_to_predict(run.network(index - 1))  # as labeling does, so that the bits are the same
+    facts_by_id = run.image_facts(index, K)
+    assert list(facts_by_id) == [sample.id for sample in unlabeled]
     for sample in unlabeled:
-        facts = found[sample.id]
+        facts = facts_by_id[sample.id]
         prediction = predict_for_labeling(network, read_image(sample.image), labeling_protocol(recipe))
         label = cv2.imread(str(run.labels(index) / f"{sample.id}.png"), cv2.IMREAD_UNCHANGED)
         assert facts.predicted == tuple(np.count_nonzero(prediction.classes == k) for k in range(K))
         assert facts.kept == tuple(np.count_nonzero(label == k) for k in range(K))
         assert facts.coverage == pytest.approx(np.mean(label != 255))
         assert facts.confidence == pytest.approx(prediction.confidence.astype(float).mean(), abs=1e-6)
-    assert np.sum([one.kept for one in found.values()], axis=0).tolist() == run.label_set(index).kept.tolist()
+    kept = np.sum([facts.kept for facts in facts_by_id.values()], axis=0)
+    assert kept.tolist() == run.label_set(index).kept.tolist()
 
 
 def test_damaged_facts_of_images_are_named(finished: Path, tmp_path: Path) -> None:
@@ -107,25 +117,26 @@ def test_damaged_facts_of_images_are_named(finished: Path, tmp_path: Path) -> No
     whole = (finished / "round_1" / "images.json").read_text()
     for text in (whole[:50], "[]", '{"a": {"confidence": "x"}}'):
         (run.round(1) / "images.json").write_text(text)
-        with pytest.raises(RunError, match=r"images\.json is damaged"):
+        # Python's own words differ between versions.
+        with refused(RunError, "round_1/images.json", "label.json", vary=[r"\(\w+Error: .*?\)(?=\.)"]):
             run.image_facts(1, K)
 
 
 def test_summary_has_the_promised_form(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["classes"] == list(SCENE_CLASSES.names)
-    assert [one["round"] for one in summary["rounds"]] == [0, 1, 2]
-    assert [one["labeling_ratio"] for one in summary["rounds"]] == [None, 0.4, 0.65]
-    for index, one in enumerate(summary["rounds"]):
+    assert [entry["round"] for entry in summary["rounds"]] == [0, 1, 2]
+    assert [entry["labeling_ratio"] for entry in summary["rounds"]] == [None, 0.4, 0.65]
+    for index, entry in enumerate(summary["rounds"]):
         scores = json.loads((finished / f"round_{index}" / "scores.json").read_text())
-        assert list(one["iou"]) == summary["classes"]
-        assert one["iou"] == scores["iou"]
-        defined = [value for value in one["iou"].values() if value is not None]
-        assert one["mean_iou"] == pytest.approx(np.mean(defined))
-        assert 0 <= one["pixel_accuracy"] <= 1 and 0 <= one["mean_accuracy"] <= 1 and one["seconds"] > 0
+        assert list(entry["iou"]) == summary["classes"]
+        assert entry["iou"] == scores["iou"]
+        defined = [value for value in entry["iou"].values() if value is not None]
+        assert entry["mean_iou"] == pytest.approx(np.mean(defined))
+        assert 0 <= entry["pixel_accuracy"] <= 1 and 0 <= entry["mean_accuracy"] <= 1 and entry["seconds"] > 0
 
 
-def test_journal_tells_the_whole_run(finished: Path) -> None:
+def test_the_journal_holds_every_step_of_the_run(finished: Path) -> None:
     events = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
     names = [event["event"] for event in events if event["event"] not in ("step", "checkpoint", "warning")]
     per_round = ["labeled", "trained", "evaluated"]
@@ -137,7 +148,7 @@ def test_journal_tells_the_whole_run(finished: Path) -> None:
 
 @pytest.mark.parametrize("index", [1, 2])
 def test_labels_equal_a_slow_oracle(finished: Path, index: int) -> None:
-    """Sort every confidence of every image, as the method says, and compare thresholds and kept counts."""
+    """Sort every confidence of every image, as the paper says, and compare thresholds and kept counts."""
     run = RunDirectory(finished)
     recipe = load_recipe(run.recipe)
     manifest = manifest_of(recipe)
@@ -154,10 +165,8 @@ def test_labels_equal_a_slow_oracle(finished: Path, index: int) -> None:
     for sample in manifest.unlabeled:
         image = read_image(sample.image)
         total, seen = np.zeros((K, 65, 97)), np.zeros((65, 97))
-        for left in (
-            0,
-            16,
-        ):  # ceil(81 · 2/3) = 54 reaches beyond, so the second window is pulled back to 97 − 81
+        # The stride is ceil(81 · 2/3) = 54; the second window would end at 135, so it begins at 97 − 81.
+        for left in (0, 16):
             tile = torch.from_numpy(image[:, left : left + 81].copy()).permute(2, 0, 1)[None]
             with torch.inference_mode():
                 plain, mirrored = network(tile).main[0], network(tile.flip(3)).main[0].flip(2)
@@ -174,29 +183,31 @@ def test_labels_equal_a_slow_oracle(finished: Path, index: int) -> None:
     kept = np.zeros(K, np.int64)
     for k in range(K):
         ranked = sorted(confidences[k], reverse=True)
-        wanted = int(ratio * (counts[k] / counts.sum()) * pixels)
-        assert described["wanted"][k] == wanted
-        # The network's last bits may differ between the batched and this unbatched prediction, hence a tolerance.
+        budget = int(ratio * (counts[k] / counts.sum()) * pixels)
+        assert described["wanted"][k] == budget
+        # Batched and unbatched predictions may differ in their last bits, which moves pixels whose two best classes
+        # are equal in float16.
         assert abs(described["predicted"][k] - len(ranked)) <= 2
-        if not ranked or wanted == 0:
+        if not ranked or budget == 0:
             assert described["threshold"][k] is None
             continue
-        threshold = ranked[min(wanted, len(ranked)) - 1]
+        threshold = ranked[min(budget, len(ranked)) - 1]
         assert described["threshold"][k] == pytest.approx(threshold, abs=1e-3)
     for sample in manifest.unlabeled:
         label = read_label(run.labels(index) / f"{sample.id}.png")
         classes, _ = predictions[sample.id]
-        some = label != IGNORE
-        assert (label[some] == classes[some]).mean() > 0.999 if some.any() else True
-        kept += np.bincount(label[some], minlength=K)
+        labeled = label != IGNORE
+        assert np.count_nonzero(label[labeled] != classes[labeled]) <= 2
+        kept += np.bincount(label[labeled], minlength=K)
     assert kept.tolist() == described["kept"]
     enough = np.array(described["predicted"]) >= np.array(described["wanted"])
     assert (np.abs(kept - described["wanted"])[enough] <= len(manifest.unlabeled)).all()
 
 
-def wait_for(process: subprocess.Popen, there: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    """Wait until the run has come to a point, or has ended."""
     for _ in range(6000):
-        if there() or process.poll() is not None:
+        if reached() or process.poll() is not None:
             return
         time.sleep(0.01)
     raise AssertionError("the run never came to this point")
@@ -228,10 +239,10 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: 
     assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint_*"))
 
 
-def test_what_a_kill_leaves_around_a_record_is_put_right(
+def test_what_a_kill_leaves_around_a_record_is_cleaned_up(
     finished: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Killed just after a step's record, before its temporary files are gone; and while the folder is begun."""
+    """Killed after a step's record was written but before its temporary files were removed; and as the folder begins."""
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "round_1" / "predictions").mkdir()
@@ -250,7 +261,7 @@ def test_what_a_kill_leaves_around_a_record_is_put_right(
 
 
 def broken_copy(tiny_data: Path, root: Path) -> Path:
-    """A validation label with a foreign value and a truncated unlabeled image: met only after round 0."""
+    """A validation label with an unknown value and a truncated unlabeled image: used only after round 0."""
     shutil.copytree(tiny_data, root)
     cv2.imwrite(str(root / "labels" / "v" / "00.png"), np.full((65, 97), 77, np.uint8))
     image = root / "images" / "u" / "09.png"
@@ -262,9 +273,8 @@ def test_faults_of_all_data_are_found_before_training(
     recipe_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     root = broken_copy(tiny_data, tmp_path / "broken")
-    with pytest.raises(DataError, match=r"2 fault\(s\), nothing was begun") as caught:
+    with refused(DataError, "images/u/09.png", "300 bytes", "labels/v/00.png", "77 (6305 pixels)"):
         train(load_recipe(recipe_file, [f"data.root={root}"]), tmp_path / "run")
-    assert "77 (6305 pixels)" in str(caught.value) and "is cut off after" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
@@ -302,7 +312,7 @@ def test_predictions_kept_or_made_twice_give_the_same_labels(
     assert waiting == ([f"{i:02d}.prediction" for i in range(7, 13)] if key == "keep_predictions" else [])
 
 
-def test_labels_are_made_anew_where_their_record_was_deleted(finished: Path, tmp_path: Path) -> None:
+def test_labels_are_made_again_if_their_record_was_deleted(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "round_1" / "label.json").unlink()
@@ -323,34 +333,35 @@ def test_fine_confidences_meet_the_target_without_sampling(finished: Path, tmp_p
             assert labels.kept[k] == 0
             continue
         last = counts[k, thresholds.accept[k]]  # pixels that share the last accepted code
-        aim = min(thresholds.wanted[k], thresholds.predicted[k])
-        assert aim <= labels.kept[k] < aim + last
+        target = min(thresholds.wanted[k], thresholds.predicted[k])
+        assert target <= labels.kept[k] < target + last
 
 
-def test_too_little_disk_is_said_before_labeling(
+def test_too_little_disk_space_is_reported_before_labeling(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
-    with pytest.raises(StorageError, match=r"labeling\.predict_twice=true"):
-        train(
-            load_recipe(recipe_file, ["rounds=[{steps: 1}, {steps: 1, labeling_ratio: 0.4}]"]),
-            tmp_path / "run",
-        )
+    recipe = load_recipe(recipe_file, ["rounds=[{steps: 1}, {steps: 1, labeling_ratio: 0.4}]"])
+    with refused(StorageError, str(tmp_path / "run"), "labeling.predict_twice=true"):
+        train(recipe, tmp_path / "run")
     assert not (tmp_path / "run" / "round_1" / "predictions").exists()
 
 
 @pytest.mark.parametrize(("capability", "warned"), [("AVX2", True), ("AVX512", False)])
-def test_bf16_on_a_processor_without_it_is_said(
+def test_bf16_on_a_processor_without_it_is_reported(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warned: bool
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     train(load_recipe(recipe_file, ["training.precision=bf16", "rounds=[{steps: 1}]"]), tmp_path / "run")
-    assert ("runs emulated" in (tmp_path / "run" / "journal.jsonl").read_text()) == warned
+    warnings = [text for text in warnings_of(tmp_path / "run") if "training.precision bf16" in text]
+    assert len(warnings) == warned
+    for text in warnings:
+        says(text, "AVX-512", "training.precision=fp32")
 
 
-def test_run_again_when_finished_changes_nothing(finished: Path, tiny_data: Path) -> None:
+def test_running_a_finished_run_again_changes_nothing(finished: Path, tiny_data: Path) -> None:
     before = outcome(finished)
     summary = (finished / "summary.json").read_bytes()
     train(load_recipe(finished / "recipe.yaml"), finished)
@@ -359,24 +370,23 @@ def test_run_again_when_finished_changes_nothing(finished: Path, tiny_data: Path
 
 def test_another_recipe_is_refused_with_both_ways_out(finished: Path) -> None:
     changed = load_recipe(finished / "recipe.yaml", ["training.learning_rate=0.5"])
-    with pytest.raises(RunError, match=r"training\.learning_rate") as caught:
+    with refused(RunError, str(finished), "training.learning_rate: 0.01 → 0.5", "--out NEW_FOLDER"):
         train(changed, finished)
-    assert "undo these changes" in str(caught.value) and "--out" in str(caught.value)
 
 
 def test_results_changed_by_hand_are_noticed(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     (run / "round_1" / "labels" / "u" / "07.png").unlink()
-    with pytest.raises(RunError, match="labels"):
+    with refused(RunError, str(run / "round_1"), "'label'", "label.json", "- labels"):
         train(load_recipe(run / "recipe.yaml"), run)
 
 
-def test_folder_that_is_no_run_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_run_folder_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "precious.jpg").write_bytes(b"x")
-    with pytest.raises(RunError, match="not empty and no run folder"):
+    with refused(RunError, str(folder), "--out"):
         train(load_recipe(recipe_file), folder)
     assert [p.name for p in folder.iterdir()] == ["precious.jpg"]
 
@@ -387,11 +397,8 @@ def test_other_methods_reuse_round_0(finished: Path, tmp_path: Path, method: str
     if method == "global":
         changes = [changes[0], "labeling.threshold=0.3", "rounds=[{steps: 6}, {steps: 3}]"]
     summary = train(load_recipe(finished / "recipe.yaml", changes), tmp_path / "run", reuse=finished)
-    same = [
-        Path("round_0") / name
-        for name in ("network.safetensors", "train.json", "scores.json", "evaluate.json")
-    ]
-    assert all((tmp_path / "run" / p).read_bytes() == (finished / p).read_bytes() for p in same)
+    for name in ("network.safetensors", "train.json", "scores.json", "evaluate.json"):
+        assert (tmp_path / "run/round_0" / name).read_bytes() == (finished / "round_0" / name).read_bytes()
     assert len(summary["rounds"]) == 2
     described = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())
     assert all(keep in (0.0, 1.0) for keep in described["keep"])  # neither method samples
@@ -401,9 +408,9 @@ def test_other_methods_reuse_round_0(finished: Path, tmp_path: Path, method: str
 
 def test_loss_that_is_not_finite_stops_before_harm(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, ["training.learning_rate=1e30", "training.checkpoint_every=1"])
-    with pytest.raises(NumericsError, match=r"learning_rate") as caught:
+    with pytest.raises(NumericsError) as caught:  # which step it is depends on the processor
         train(recipe, tmp_path / "run")
-    assert "step" in str(caught.value) and "l/0" in str(caught.value)
+    assert all(fact in str(caught.value) for fact in ("step", "l/0", "training.learning_rate"))
     assert not (tmp_path / "run" / "round_0" / "network.safetensors").exists()
     assert list((tmp_path / "run" / "round_0").glob("checkpoint_*.safetensors"))
 
@@ -420,7 +427,7 @@ def test_full_disk_while_labeling_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StorageError, match="disk is full"):
+        with refused(StorageError, "round_1/labels/u/09"):
             train(recipe, run)
     assert not list(run.rglob("*.part"))
     assert not (run / "round_1" / "label.json").exists()
@@ -430,20 +437,14 @@ def test_full_disk_while_labeling_loses_nothing(
 
 def test_run_folder_that_cannot_be_made(recipe_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="Cannot write"):
+    with refused(StorageError, str(tmp_path / "file/run")):
         train(load_recipe(recipe_file), tmp_path / "file" / "run")
 
 
 def test_sizes_the_network_cannot_take_are_all_named(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, ["training.crop=[50, 64]", "labeling.window=60"])
-    with pytest.raises(SizeError) as caught:
+    with refused(SizeError, "training.crop: 50 x 64", "labeling.window: 60 x 60", "49 x 49"):
         train(recipe, tmp_path / "run")
-    message = str(caught.value)
-    assert (
-        "training.crop" in message
-        and "labeling.window" in message
-        and "49 x 49" in message.replace("x 65", "x 49")
-    )
     assert not (tmp_path / "run").exists()
 
 
@@ -460,11 +461,11 @@ def test_rounds_without_unlabeled_images_are_refused(
         recipe_file,
         [f"data.root={root}", "data.labeled=null", "data.unlabeled=null", "data.validation={every: 3}"],
     )
-    with pytest.raises(RecipeError, match="no unlabeled images"):
+    with refused(RecipeError, "3 rounds", "data.unlabeled"):
         train(recipe, tmp_path / "run")
 
 
-def test_class_absent_from_the_masks_is_allowed_and_said(
+def test_a_class_absent_from_the_masks_is_allowed_and_reported(
     recipe_file: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     names = [*SCENE_CLASSES.names, "unicorn"]
@@ -473,8 +474,7 @@ def test_class_absent_from_the_masks_is_allowed_and_said(
     )
     summary = train(recipe, tmp_path / "run")
     assert "unicorn" in summary["classes"]
-    journal = (tmp_path / "run" / "journal.jsonl").read_text()
-    assert "absent from all labeled masks" in journal and "unicorn" in journal
+    says(warnings_of(tmp_path / "run")[0], "unicorn")
     described = json.loads((tmp_path / "run" / "round_1" / "thresholds.json").read_text())
     assert described["wanted"][-1] == 0 and described["kept"][-1] == 0
 
@@ -491,7 +491,7 @@ def test_masks_without_a_labeled_pixel(recipe_file: Path, tiny_data: Path, tmp_p
                 target.write_bytes(path.read_bytes())
     for role in ("labeled", "unlabeled", "validation"):
         (root / f"{role}.txt").write_text((tiny_data / f"{role}.txt").read_text())
-    with pytest.raises(DataError, match="no pixel is labeled"):
+    with refused(DataError):
         train(load_recipe(recipe_file, [f"data.root={root}"]), tmp_path / "run")
 
 

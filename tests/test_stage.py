@@ -1,4 +1,4 @@
-"""One stage of training: micro-batches add up to the batch, the release's slips behind their switches, memory told."""
+"""One stage of training: micro-batches add up to the batch; the release's mistakes are optional; memory is predicted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from darseg.training.method import Learner, Method
 from darseg.training.optimize import SGD, faster_heads
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage, StepReport, _to, run_stage
-from wording import refused
+from wording import refused, says
 
 torch.set_num_threads(1)
 
@@ -41,7 +41,7 @@ DEEPLAB = NetworkSpec("deeplabv2", "resnet18_half", CLASSES, 16, auxiliary=False
 
 
 def build(spec: NetworkSpec) -> Network:
-    """A network whose statistics are those of images, so that held still it is as well-conditioned as in training."""
+    """A network with BatchNorm statistics of images: fixed, they condition it as well as in training."""
     torch.manual_seed(0)
     network = spec.build()
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -74,7 +74,7 @@ def streams_of(count: int):
 
 
 def still(network: Network, batches: Sequence[Batch], step: int) -> Any:
-    """The objective with BatchNorm's statistics held and nothing dropped: images then do not see each other."""
+    """The loss with fixed BatchNorm statistics and without dropout, so that images do not influence each other."""
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d | torch.nn.Dropout2d):
             module.eval()
@@ -124,20 +124,20 @@ def run(
 def test_micro_batches_are_the_batch(spec: NetworkSpec, streams: int) -> None:
     """In float64, where rounding is far below any mistake, whatever kernels the processor has."""
     rate = {"learning_rate": 1e-3}
-    whole, wanted, _ = run(Stage(steps=MICRO_STEPS), spec, streams, learner=rate, dtype=torch.float64)
+    whole, expected, _ = run(Stage(steps=MICRO_STEPS), spec, streams, learner=rate, dtype=torch.float64)
     start = build(spec).double().state_dict()
     assert max(float((value - start[key]).abs().max()) for key, value in whole.state_dict().items()) > 1e-4
     for size in (1, 4):  # 4: the last is smaller
         stage = Stage(steps=MICRO_STEPS, micro_batch=size)
         network, reports, _ = run(stage, spec, streams, learner=rate, dtype=torch.float64)
         assert len(reports) == MICRO_STEPS
-        for (rate_now, figures), (rate_whole, figures_whole) in zip(reports, wanted, strict=True):
+        for (rate_now, figures), (rate_whole, figures_whole) in zip(reports, expected, strict=True):
             assert rate_now == rate_whole and figures.keys() == figures_whole.keys()
             for name, value in figures.items():
                 assert float(value) == pytest.approx(float(figures_whole[name]), rel=1e-9), name
         for key, value in network.state_dict().items():
             assert torch.allclose(value, whole.state_dict()[key], rtol=1e-9, atol=1e-10), key
-    for _, figures in wanted:
+    for _, figures in expected:
         parts = [float(figures[name]) for name in ("loss_labeled", "loss_pseudo")[:streams]]
         weighted = sum(weight * part for weight, part in zip((1, 0.7), parts, strict=False))
         assert float(figures["loss"]) == pytest.approx(weighted, rel=1e-9)
@@ -148,33 +148,33 @@ def test_gradients_of_micro_batches_are_those_of_the_batch(spec: NetworkSpec, st
     """In float32, as training has it: one step, so that rounding cannot grow from step to step."""
     step = {"learning_rate": 1.0, "optimizer": SGD(momentum=0.0, weight_decay=0.0)}
     start = build(spec).state_dict()
-    moved = []
+    moves = []
     for size in (None, 1, 4):
         network, _, _ = run(Stage(steps=1, micro_batch=size), spec, streams, learner=step)
-        moved.append(
+        moves.append(
             torch.cat([(value - start[name]).flatten() for name, value in network.named_parameters()])
         )
-    assert moved[0].abs().max() > 0.1
-    for other in moved[1:]:
-        assert (other - moved[0]).norm() < 1e-3 * moved[0].norm()
+    assert moves[0].abs().max() > 0.1
+    for move in moves[1:]:
+        assert (move - moves[0]).norm() < 1e-3 * moves[0].norm()
 
 
 def test_the_loss_is_the_sum_over_labeled_pixels_by_their_number() -> None:
-    """Against the mean of images' means, which is another number where images have unequal shares."""
+    """Not the mean of the images' means, which differs if images have unequal shares of labeled pixels."""
     batch = batch_at(0, 0)
     logits = torch.randn(IMAGES, CLASSES, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
     costs = [
         -torch.log_softmax(logits[b, :, i, j].double(), 0)[batch.labels[b, i, j].long()]
         for b, i, j in (batch.labels != IGNORE).nonzero().tolist()
     ]
-    wanted = sum(costs) / len(costs)
-    assert torch.isclose(cross_entropy(logits, batch).double(), torch.as_tensor(wanted), rtol=1e-5)
-    parts = [cross_entropy(one, part) for one, part in zip(logits.split(2), batch.split(2), strict=True)]
-    assert torch.isclose(torch.stack(parts).sum().double(), torch.as_tensor(wanted), rtol=1e-5)
-    assert cross_entropy(logits[:1], batch.split(1)[0]) == 0  # not a single pixel is labeled
+    expected = torch.as_tensor(sum(costs) / len(costs))
+    assert torch.isclose(cross_entropy(logits, batch).double(), expected, rtol=1e-5)
+    parts = [cross_entropy(own, part) for own, part in zip(logits.split(2), batch.split(2), strict=True)]
+    assert torch.isclose(torch.stack(parts).sum().double(), expected, rtol=1e-5)
+    assert cross_entropy(logits[:1], batch.split(1)[0]) == 0  # no pixel is labeled
 
 
-def test_nothing_labeled_moves_nothing() -> None:
+def test_a_batch_without_labels_moves_nothing() -> None:
     empty = Batch(
         torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8), torch.full((2, SIDE, SIDE), IGNORE), ("a", "b")
     )
@@ -201,25 +201,25 @@ def test_laws_of_split(images: int, size: int | None, again: int | None) -> None
     assert all(len(part.ids) == len(part.images) == len(part.labels) for part in parts)
     assert len(parts) == -(-images // (size or images))
     assert all(len(part.ids) == (size or images) for part in parts[:-1])
-    wanted = int((batch.labels != IGNORE).sum())
+    count = int((batch.labels != IGNORE).sum())
     pieces = [piece for part in parts for piece in part.split(again)]
-    assert all(int(piece.count()) == wanted for piece in pieces)
+    assert all(int(piece.count()) == count for piece in pieces)
 
 
-def test_a_moved_micro_batch_remembers_the_whole() -> None:
+def test_a_micro_batch_on_another_device_keeps_the_count_of_the_batch() -> None:
     part = batch_at(0, 0).split(2)[1]
     moved = _to(part, torch.device("meta"))
     assert moved.images.device.type == moved.labels.device.type == "meta" and moved.ids == part.ids
     assert int(moved.count()) == int(part.count())
 
 
-def test_the_ids_of_all_streams_are_named_where_a_micro_batch_is_not_finite() -> None:
-    seen = []
+def test_a_micro_batch_that_is_not_finite_names_the_ids_of_all_streams() -> None:
+    calls = []
 
     def objective(network: Network, parts: Sequence[Batch], step: int) -> Any:
-        seen.append(parts[0].ids)
+        calls.append(parts[0].ids)
         loss, figures = still(network, parts, step)
-        return loss * (float("nan") if len(seen) == 5 else 1.0), figures
+        return loss * (float("nan") if len(calls) == 5 else 1.0), figures
 
     before = None
 
@@ -235,21 +235,21 @@ def test_the_ids_of_all_streams_are_named_where_a_micro_batch_is_not_finite() ->
     assert all(torch.equal(value, before[key]) for key, value in network.named_parameters())
 
 
-# --- slips of the release
+# --- mistakes of the release
 
 
 def test_the_first_step_at_rate_0_leaves_the_weights_and_moves_momentum() -> None:
-    slip, right = (Schedule(span=(0.5, 1.0), first_step_at_zero=at_zero) for at_zero in (True, False))
-    network, shown, end = run(Stage(steps=1, schedule=slip), learner={"learning_rate": 0.01})
+    slip, correct = (Schedule(span=(0.5, 1.0), first_step_at_zero=at_zero) for at_zero in (True, False))
+    network, reports, end = run(Stage(steps=1, schedule=slip), learner={"learning_rate": 0.01})
     named = dict(network.named_parameters())
-    assert [rate for rate, _ in shown] == [0.0]
+    assert [rate for rate, _ in reports] == [0.0]
     for key, value in build(PSPNET).named_parameters():
         assert torch.equal(named[key], value), key
     momentum = end.parts["optimizer"]
     assert all(value.abs().sum() > 0 for value in momentum.values())
     assert momentum.keys() == {f"{name}:momentum_buffer" for name in named}
-    # Only that step: the next runs at the curve's rate, as do all where nothing is asked for.
-    rates = [[schedule.rate(step, 4, 0.01) for step in range(5)] for schedule in (slip, right)]
+    # Only that step: later ones have the curve's rate, as all steps have without the switch.
+    rates = [[schedule.rate(step, 4, 0.01) for step in range(5)] for schedule in (slip, correct)]
     assert rates[0] == [0.0, *rates[1][1:]]
     assert rates[1][0] == pytest.approx(0.01 * 0.5**0.9)
 
@@ -262,17 +262,17 @@ def test_a_resumed_stage_with_a_first_step_at_0() -> None:
     def objective(network: Network, batches: Sequence[Batch], step: int) -> Any:
         return self_training_loss(network, batches, 0.4, 1.0)
 
-    _, shown, end = run(
+    _, reports, end = run(
         stage, objective=objective, on_checkpoint=lambda checkpoint: kept.append(copy.deepcopy(checkpoint))
     )
     _, later, again = run(stage, objective=objective, begin=kept[0])
-    assert [rate for rate, _ in later] == [rate for rate, _ in shown[2:]]
+    assert [rate for rate, _ in later] == [rate for rate, _ in reports[2:]]
     for name, part in end.parts.items():
         assert all(torch.equal(value, again.parts[name][key]) for key, value in part.items()), name
 
 
-def test_stage_4_at_the_heads_rate() -> None:
-    """Without momentum and decay a step is rate · gradient, so the two moves differ by the factor."""
+def test_stage_4_learns_at_the_rate_of_the_heads() -> None:
+    """Without momentum and decay a step is rate · gradient, so the two moves differ by the rate factor."""
     plain_sgd = SGD(momentum=0.0, weight_decay=0.0)
     start = build(DEEPLAB).state_dict()
     plain, quirk = (
@@ -284,49 +284,53 @@ def test_stage_4_at_the_heads_rate() -> None:
         ("backbone.layer4.1.conv2", 10),
         ("head.branches.0", 1),
     ):
-        moved, wanted = quirk[f"{part}.weight"] - start[f"{part}.weight"], plain[f"{part}.weight"]
-        assert torch.allclose(moved, factor * (wanted - start[f"{part}.weight"]), rtol=1e-2, atol=1e-6), part
+        move, plain_move = (state[f"{part}.weight"] - start[f"{part}.weight"] for state in (quirk, plain))
+        # Moves are small differences of float32 weights, so their last digits are lost.
+        assert torch.allclose(move, factor * plain_move, rtol=1e-2, atol=1e-6), part
 
 
-# --- epochs and memory, told before
+# --- epochs and memory, known before a run
 
 
 @pytest.mark.parametrize(
-    ("over", "wanted"),
+    ("over", "epoch_steps"),
     [
-        ((None, None), [2, 3]),  # 4 labeled, 6 unlabeled, 2 a step
+        ((None, None), [2, 3]),  # 4 labeled, 6 unlabeled, 2 per step
         (("unlabeled", "labeled"), [3, 2]),
         (("labeled", "unlabeled"), [2, 3]),
     ],
 )
-def test_what_an_epoch_is_over(over: tuple, wanted: list[int], recipe_file, tmp_path, call) -> None:
+def test_which_images_an_epoch_covers(
+    over: tuple, epoch_steps: list[int], recipe_file, tmp_path, call
+) -> None:
     rounds = [
         {"epochs": 5, "epoch_over": over[0]},
         {"epochs": 5, "labeling_ratio": 0.4, "epoch_over": over[1]},
     ]
-    given = [
+    changes = [
         "training.batch=2",
         "training.half_batch=2",
         f"rounds={yaml.safe_dump(rounds, default_flow_style=True)}",
     ]
-    recipe = load_recipe(recipe_file, given)
-    made = plan_rounds(recipe, labeled=4, unlabeled=6, fill=(0, 0, 0))
-    assert [(one.epoch_steps, one.steps, one.epochs) for one in made] == [(n, 5 * n, 5) for n in wanted]
-    code, out, _ = call("plan", recipe_file, *given)
+    recipe = load_recipe(recipe_file, changes)
+    planned = plan_rounds(recipe, labeled=4, unlabeled=6, fill=(0, 0, 0))
+    expected = [(steps, 5 * steps, 5) for steps in epoch_steps]
+    assert [(round_.epoch_steps, round_.steps, round_.epochs) for round_ in planned] == expected
+    code, out, _ = call("plan", recipe_file, *changes)
     rows = [line.split() for line in out.splitlines()[1:3]]
-    assert code == 0 and [row[2:5] for row in rows] == [["5", str(n), str(5 * n)] for n in wanted]
+    assert code == 0 and [row[2:5] for row in rows] == [["5", str(n), str(5 * n)] for n in epoch_steps]
     with refused(RecipeError, "rounds.0.epoch_over"):
         load_recipe(recipe_file, ["rounds=[{steps: 3, epoch_over: labeled}]"])
 
 
 def measured(spec: NetworkSpec, images: int, height: int, width: int) -> int:
-    """Bytes that a real forward pass and the real loss keep, counted on the CPU by the addresses of what is saved."""
+    """Bytes that a forward pass and the loss keep on the CPU, counted by the addresses of the saved tensors."""
     network = build(spec)
     own = {value.untyped_storage().data_ptr() for value in network.state_dict(keep_vars=True).values()}
-    held: list[Tensor] = []  # keeps addresses from being used twice
+    kept: list[Tensor] = []  # also keeps addresses from being used twice
 
     def pack(tensor: Tensor) -> Tensor:
-        held.append(tensor)
+        kept.append(tensor)
         return tensor
 
     batch = Batch(
@@ -337,12 +341,13 @@ def measured(spec: NetworkSpec, images: int, height: int, width: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss, _ = self_training_loss(network, [batch], 0.4, 1.0)
     assert loss.requires_grad
-    sizes = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in held}
+    storages = [tensor.untyped_storage() for tensor in kept]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
     return sum(size for address, size in sizes.items() if address not in own)
 
 
 @pytest.mark.parametrize("spec", [PSPNET, DEEPLAB, replace(PSPNET, classes=200)])
-def test_memory_is_what_a_step_keeps(spec: NetworkSpec) -> None:
+def test_predicted_memory_is_what_a_step_keeps(spec: NetworkSpec) -> None:
     state, kept = training_memory(spec, 2, 65, 49)
     assert kept == pytest.approx(measured(spec, 2, 65, 49), rel=0.005)
     network = build(spec)
@@ -367,11 +372,10 @@ def test_plan_counts_micro_batches(tiny_data, tmp_path) -> None:
     values["training"] |= {"batch": 8, "half_batch": 4}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     whole, parts = (
-        plan(load_recipe(tmp_path / "r.yaml", given)) for given in ([], ["training.micro_batch=2"])
+        plan(load_recipe(tmp_path / "r.yaml", changes)) for changes in ([], ["training.micro_batch=2"])
     )
     spec = NetworkSpec("pspnet", "resnet18", len(values["data"]["classes"]), 16, 16)
     assert whole.activation_bytes == training_memory(spec, 8, 49, 65)[1]
     assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labeled
-    assert any(
-        "micro-batches of 2 images (number per batch: round 0: 4, round 1: 2" in note for note in parts.notes
-    )
+    note = next(note for note in parts.notes if "micro-batches" in note)
+    says(note, "2 images", "round 0: 4", "round 1: 2")

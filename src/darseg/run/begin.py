@@ -1,4 +1,4 @@
-"""What a run does before its first step, and what it says as it begins or goes on."""
+"""What a run reports before its first step, when it begins or goes on."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def environment(processes: int) -> dict:
 
 
 def announce(course: Course, weights_from: str, *, locked: bool, changes: RecipeChanges) -> None:
-    """Say what begins or goes on, with everything that a user should know before hours of work."""
+    """Report what begins or goes on, and everything that a user should know before hours of work."""
     if not course.processes.first:
         return
     run, journal, now = course.run, course.journal, environment(course.processes.count)
@@ -66,19 +66,21 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
     names = course.manifest.classes.names
     absent = [name for name, count in zip(names, course.counts, strict=True) if not count]
     if absent:
-        journal.warn(f"absent from all labeled masks, so never pseudo-labeled: {', '.join(absent)}")
+        journal.warn(
+            f"No label map has pixels of these classes, so they are never pseudo-labeled: {', '.join(absent)}"
+        )
     if course.processes.count > 1:
         journal.say(describe_shares(course.rounds, course.processes.count))
     if not locked:
         journal.warn(
-            f"{run.root} is on a file system without locks. A second process that works in this folder at the same time "
-            "would not be noticed."
+            f"{run.root} is on a file system without locks, so a second process in this folder would not be noticed. "
+            "Start only one."
         )
     journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
 
 
 def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None:
-    """Warn of what makes a resumed run differ from an uninterrupted one."""
+    """Report changes since the start that can make this run differ from an uninterrupted one."""
     run, journal = course.run, course.journal
     if changes.free:
         journal.event("recipe_changed", keys=list(changes.free))
@@ -87,12 +89,12 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
     changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]
     if changed:
         journal.warn(
-            f"the environment is not that of the start, so last bits may differ: {'; '.join(changed)}"
+            f"The environment has changed since the start, so last bits may differ: {'; '.join(changed)}"
         )
     if first.get("processes", now["processes"]) != now["processes"]:
         journal.warn(
-            "with another number of processes, dropout and BatchNorm's groups of images change: the result is equal in "
-            "distribution, not in bits"
+            "With another number of processes, dropout and the images that BatchNorm sees together change: the result is "
+            "equal in distribution, not in bits."
         )
     if newer := written_since(course.manifest, run.environment.stat().st_mtime):
         journal.event("data_written", files=len(newer))
@@ -103,7 +105,7 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
 
 
 def _warn_of_machine(course: Course) -> None:
-    """Warn of what the recipe asks for and this machine does not do well."""
+    """Warn of settings that this machine does not support well."""
     training, journal = course.recipe.training, course.journal
     if training.precision == "bf16" and bf16_is_emulated():
         journal.warn(
@@ -112,6 +114,6 @@ def _warn_of_machine(course: Course) -> None:
         )
     if training.sync_batchnorm and pick_device().type == "cpu":
         journal.warn(
-            "training.sync_batchnorm: PyTorch has SyncBatchNorm on GPUs only. Here BatchNorm sees the images of its own "
-            "process, and the running statistics are averaged."
+            "training.sync_batchnorm: PyTorch has SyncBatchNorm only on GPUs. On the CPU each process normalizes its own "
+            "images, and the running statistics are averaged."
         )

@@ -1,4 +1,4 @@
-"""What all steps of a run share."""
+"""The value that all steps of a run share."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Course:
 
     Attributes:
         data: role → digest of its samples.
-        counts: labeled pixels per class, [K]: the prior.
-        reuse: another run folder, whose steps are copied if their inputs are the same.
+        counts: labeled pixels per class, K numbers; their shares are the prior.
+        reuse: another run folder; its steps are copied if their inputs are the same.
         after_round: called with the run folder after each round.
     """
 

@@ -1,4 +1,4 @@
-"""The run folder: who writes where, and what is done already.
+"""The run folder: where everything is written, and which steps are finished.
 
     RUN/
       recipe.yaml  run.json  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
@@ -7,10 +7,11 @@
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
                    (excluded.json)  + as round_0
       …
-    and, only while at work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and round_N/images_PROCESS.jsonl.
+    and, only during the work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and
+    round_N/images_PROCESS.jsonl.
 
-A step (label, train, evaluate of a round) is done when its manifest – label.json, train.json, evaluate.json,
-written last – says so. It names the digests of what went in and of what came out.
+A step of a round (label, train, evaluate) is finished when its record exists: label.json, train.json or evaluate.json,
+which is written last. The record holds the digests of the step's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
 from darseg.run.settings import Inputs, digest_text
 
 FORMAT = 2
-"""Of the run folders that this version writes. It reads all earlier ones: 1 is darseg 0.2's (see formats.py)."""
+"""The format of the run folders that this version writes. It also reads format 1, darseg 0.2's (see formats.py)."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What a finished step left: digests of its inputs and outputs, seconds, and facts worth keeping."""
+    """What a finished step leaves: digests of its inputs and outputs, seconds, and facts worth keeping."""
 
     step: str
     inputs: Mapping[str, str]
@@ -86,7 +87,7 @@ class RunDirectory:
         return self.round(index) / "network.safetensors"
 
     def optimizer(self, index: int) -> Path:
-        """What the optimizers of a round ended with; format 1 called it momentum."""
+        """The state of the optimizers at the end of a round; in format 1 the file is called momentum."""
         earlier = self.round(index) / "momentum.safetensors"
         return earlier if earlier.exists() else self.round(index) / "optimizer.safetensors"
 
@@ -94,22 +95,22 @@ class RunDirectory:
         return self.round(index) / f"checkpoint_{step:08d}.safetensors"
 
     def checkpoints(self, index: int) -> list[Path]:
-        """Those of a stage at work, the latest first."""
+        """The checkpoints of a round's unfinished training, the latest first."""
         return sorted(self.round(index).glob("checkpoint_*.safetensors"), reverse=True)
 
     def drop_checkpoints(self, index: int, keep: int = 0) -> None:
-        """Remove all but the latest `keep`, and what a kill left of one being written."""
+        """Remove all checkpoints but the latest `keep`, and the half-written one that a kill may have left."""
         halves = self.round(index).glob(f"checkpoint_*.safetensors{ASIDE}")
         for path in (*self.checkpoints(index)[keep:], *halves):
             path.unlink(missing_ok=True)
 
     @contextmanager
     def held(self) -> Generator[bool, None, None]:
-        """Nobody else works in the folder meanwhile; freed by the system however this process ends.
+        """Hold an exclusive lock on the run folder; the system releases it when the process ends.
 
-        What is locked is the journal, opened for writing: so NFS holds it for all machines, as it does not a folder.
-        Gives False where the file system has no locks. Raises RunError where another process holds it, StorageError
-        where the journal cannot be written.
+        The locked file is the journal, opened for writing: NFS then locks it for all machines, which it does not do for
+        a folder. Yields False if the file system has no locks. Raises RunError if another process holds the lock, and
+        StorageError if the journal cannot be written.
         """
         try:
             descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -121,8 +122,8 @@ class RunDirectory:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
-                    f"{self.root}: another process is at work in this run folder. Wait for it or end it, or start "
-                    "another run with --out NEW_FOLDER."
+                    f"{self.root}: another process is working in this run folder. Wait for it, end it, or start another "
+                    "run with --out NEW_FOLDER."
                 ) from None
             except OSError:
                 locked = False
@@ -137,16 +138,16 @@ class RunDirectory:
         return self.round(index) / "predictions"
 
     def excluded(self, index: int) -> Path:
-        """Ids of unlabeled images that the round leaves out; there only where it leaves out some."""
+        """Ids of the unlabeled images that the round leaves out; the file exists only if there are any."""
         return self.round(index) / "excluded.json"
 
     def label_set(self, index: int) -> PseudoLabelSet:
-        """The pseudo labels of a round that are done. Raises DataError where they are damaged."""
+        """The finished pseudo labels of a round. Raises DataError if they are damaged."""
         folder = self.round(index)
         return PseudoLabelSet.load(self.labels(index), folder / "histogram.npz", folder / "thresholds.json")
 
     def facts_logs(self, index: int) -> list[Path]:
-        """Of a label step at work, one of each process."""
+        """The logs of an unfinished label step, one for each process."""
         return sorted(self.round(index).glob("images_*.jsonl"))
 
     def drop_facts_logs(self, index: int) -> None:
@@ -154,9 +155,9 @@ class RunDirectory:
             path.unlink()
 
     def image_facts(self, index: int, classes: int) -> dict[str, ImageFacts]:
-        """Id → what labeling found in that image; empty for rounds that were labeled before this was kept.
+        """Id → facts of that image from labeling; empty for a round that was labeled before these were kept.
 
-        Raises RunError where the file is damaged.
+        Raises RunError if the file is damaged.
         """
         path = self.round(index) / "images.json"
         try:
@@ -166,15 +167,15 @@ class RunDirectory:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(
-                f"{path} is damaged ({type(error).__name__}: {error}). Put it back from a copy, or delete label.json "
-                "beside it and all later rounds, and train again."
+                f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or delete label.json next "
+                "to it and all later rounds, and run the same command again."
             ) from error
 
     def record_path(self, index: int, step: str) -> Path:
         return self.round(index) / f"{step}.json"
 
     def read_record(self, index: int, step: str) -> StepRecord | None:
-        """What a finished step left, None where it is not finished. Raises RunError where it is damaged."""
+        """The record of a step, or None if the step is not finished. Raises RunError if the record is damaged."""
         path = self.record_path(index, step)
         try:
             return StepRecord(**json.loads(path.read_text()))
@@ -190,59 +191,60 @@ class RunDirectory:
         return sorted(int(path.parent.name.split("_")[1]) for path in self.root.glob(f"round_*/{step}.json"))
 
     def last_network(self) -> Path:
-        """Weights of the latest finished round. Raises RunError where there is none."""
+        """Weights of the latest finished round. Raises RunError if no round is finished."""
         rounds = self.rounds_with("train")
         if not rounds:
             raise RunError(
-                f"{self.root}: no finished round here (no round_0/train.json). Wanted a run folder of "
-                "`darseg train`, or a .safetensors checkpoint; run `darseg train` to its end first."
+                f"{self.root}: this folder has no finished round (no round_0/train.json). Give a run folder of "
+                "`darseg train` in which round 0 is trained, or a .safetensors checkpoint."
             )
         return self.network(rounds[-1])
 
     def finished(
         self, index: int, step: str, inputs: Inputs, reuse: RunDirectory | None = None
     ) -> StepRecord | None:
-        """The record of a step that is done with these inputs, None if it is still to be done.
+        """The record of a step that was done with these inputs, or None if the step is still to be done.
 
-        If `reuse` did the same step with the same inputs, its results are copied first.
-        Raises RunError if the step was done with other inputs, or its results were changed since.
+        If `reuse` has the same step with the same inputs, its results are copied first.
+        Raises RunError if the step was done with other inputs, or if its results have changed since.
         """
         record = self.read_record(index, step)
         if record is None and reuse is not None:
-            other = reuse.read_record(index, step)
-            if other is not None and not inputs.differences(other.inputs):
-                self._copy(reuse, index, step, other)
-                record = other
+            reusable = reuse.read_record(index, step)
+            if reusable is not None and not inputs.differences(reusable.inputs):
+                self._copy(reuse, index, step, record=reusable)
+                record = reusable
         if record is None:
             return None
         if changed := inputs.differences(record.inputs):
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "
-                "Put the data back as it was, or start a new run folder with --out."
+                "Restore the data as it was, or start another run with --out NEW_FOLDER."
             )
-        wrong = [
+        damaged = [
             name for name, digest in record.outputs.items() if digest_path(self.round(index) / name) != digest
         ]
-        if wrong:
+        if damaged:
             raise RunError(
                 faults(
-                    f"{self.round(index)}: results of step '{step}' were changed or removed since it finished; "
-                    f"delete {self.record_path(index, step).name} and all later rounds to redo it, or restore them",
-                    wrong,
+                    f"{self.round(index)}: results of step '{step}' were changed or removed after it finished. "
+                    f"Restore them, or delete {self.record_path(index, step).name} and all later rounds to repeat the "
+                    "step. Changed or missing",
+                    damaged,
                 )
             )
         return record
 
-    def _copy(self, other: RunDirectory, index: int, step: str, record: StepRecord) -> None:
+    def _copy(self, source_run: RunDirectory, index: int, step: str, *, record: StepRecord) -> None:
         for name in record.outputs:
-            source, target = other.round(index) / name, self.round(index) / name
+            source, target = source_run.round(index) / name, self.round(index) / name
             if source.is_dir():
                 shutil.copytree(source, target, dirs_exist_ok=True)
             else:
                 write_whole_with(target, lambda aside, source=source: shutil.copyfile(source, aside))
         write_whole_with(
             self.record_path(index, step),
-            lambda aside: shutil.copyfile(other.record_path(index, step), aside),
+            lambda aside: shutil.copyfile(source_run.record_path(index, step), aside),
         )
 
     def finish(
@@ -255,9 +257,9 @@ class RunDirectory:
         seconds: float,
         facts: Mapping[str, Any],
     ) -> StepRecord:
-        """Record that a step is done; written last, so that it is done or not.
+        """Record that a step is finished. The record is written last, so that no step is half finished.
 
-        Seconds are rounded here: take the record's, and a summary is the same whether its steps were done or found.
+        Seconds are rounded here, so that a summary made from records is the same whether or not a step was done just now.
         """
         digests = {name: digest_path(self.round(index) / name) for name in outputs}
         record = StepRecord(step, dict(inputs.digests), digests, seconds=round(seconds, 3), facts=dict(facts))
@@ -268,7 +270,7 @@ class RunDirectory:
 def open_run(
     run: RunDirectory, *, recipe_text: str, data: Mapping[str, str], compare: Callable[[Path], RecipeChanges]
 ) -> RecipeChanges:
-    """Begin a run folder, or go on in one that was begun with the same recipe and data.
+    """Begin a run folder, or go on in one that was begun with the same recipe and the same data.
 
     Args:
         data: role → digest of its samples.
@@ -282,14 +284,14 @@ def open_run(
         changes = compare(run.recipe)
         _check_unchanged(run, changes, data)
     elif root.exists() and not root.is_dir():
-        raise RunError(f"{root} is a file, not a folder. Choose another folder with --out.")
+        raise RunError(f"{root} is a file, not a folder. Choose another path with --out.")
     elif root.exists() and any(path.suffix != ASIDE for path in root.iterdir()):
-        raise RunError(f"{root} is not empty and is no run folder. Choose another folder with --out.")
+        raise RunError(f"{root} has files but is not a run folder. Choose another folder with --out.")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise storage_error(error, root) from error
-    # The recipe first: it makes the folder a run folder. If a kill comes in between, the rest is noted next time.
+    # The recipe is first, since it makes the folder a run folder. After a kill in between, the next call writes the rest.
     if not run.recipe.exists() or changes.free:
         write_whole(run.recipe, recipe_text)
     if not run.format.exists() and not any(root.glob("round_*/*.json")):  # a folder with records has format 1
@@ -322,24 +324,24 @@ def _check_unchanged(run: RunDirectory, changes: RecipeChanges, data: Mapping[st
     if changes.binding:
         raise RunError(
             faults(f"{run.root} was begun with another recipe", changes.binding)
-            + "\nEither undo these changes to go on with that run, or start another with --out NEW_FOLDER."
+            + "\nUndo these changes to go on with that run, or start another run with --out NEW_FOLDER."
         )
     recorded = json.loads(run.data.read_text()) if run.data.exists() else dict(data)
     roles = [role for role in sorted({*recorded, *data}) if recorded.get(role) != data.get(role)]
     if roles:
         raise RunError(
             f"{run.root} was begun with other images or labels ({', '.join(roles)}: files were added, removed or "
-            "changed in size). Either put them back to go on with that run, or start another with --out NEW_FOLDER."
+            "changed in size). Restore them to go on with that run, or start another run with --out NEW_FOLDER."
         )
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole, indented; NaN is refused, undefined figures are null."""
+    """Write a JSON file whole, indented. NaN is refused: undefined figures are null."""
     write_whole(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def digest_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative paths and file digests; "missing" where there is none."""
+    """SHA-256 of a file, or of a folder's relative paths and file digests; "missing" if the path does not exist."""
     if path.is_dir():
         lines = [
             f"{p.relative_to(path).as_posix()} {digest_path(p)}"
@@ -357,8 +359,10 @@ def digest_path(path: Path) -> str:
 
 
 def digest_samples(samples: Iterable[Sample]) -> str:
-    """SHA-256 over ids, file sizes and how labels are read: notices what was added, removed or changed in size, without
-    reading it all (see `written_since`)."""
+    """SHA-256 over ids, file sizes and how labels are read.
+
+    It changes if files are added, removed or changed in size, and needs no reading of contents (see `written_since`).
+    """
     lines, missing = [], []
     for sample in samples:
         try:
@@ -373,7 +377,7 @@ def digest_samples(samples: Iterable[Sample]) -> str:
 
 
 def written_since(manifest: Manifest, moment: float) -> list[Path]:
-    """Images and label maps written after `moment` (seconds since 1970): perhaps with other content of the same size."""
+    """Images and label maps written after `moment` (seconds since 1970); their content may differ at the same size."""
     paths = {
         path
         for samples in manifest.roles().values()
@@ -390,7 +394,7 @@ def digest_manifest(manifest: Manifest) -> dict[str, str]:
 
 
 def digest_state(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over names and bytes of a state dict."""
+    """SHA-256 over the names and bytes of a state dict."""
     sha = hashlib.sha256()
     for name, tensor in state.items():
         sha.update(name.encode())

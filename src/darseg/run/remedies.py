@@ -1,4 +1,4 @@
-"""What to change in a recipe if memory is not enough."""
+"""What to change in a recipe if a GPU has too little memory."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ from darseg.run.plan import Round
 
 @contextlib.contextmanager
 def explain_memory(remedy: str) -> Generator[None]:
-    """If a GPU's memory is not enough, raise MemoryLimit with what to change."""
+    """Raise MemoryLimit, with what to change, if the GPU runs out of memory inside the block."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise MemoryLimit(
-            f"The GPU's memory is not enough ({str(error).splitlines()[0]}). {remedy}"
+            f"The GPU has too little memory ({str(error).splitlines()[0]}). {remedy}"
         ) from error
 
 
 def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
-    """How a round of training takes less memory."""
+    """The advice for training with less memory."""
     training = recipe.training
     own = round_.batch // processes
-    now = min(training.micro_batch or own, own)
+    present = min(training.micro_batch or own, own)
     half = (training.half_batch or training.batch // 2) if len(recipe.rounds) > 1 else training.batch
     shares = (training.batch // processes, half // processes)
-    fits = [size for size in range(2, now // 2 + 1) if not any(share % size for share in shares)]
-    remedies = [f"training.micro_batch={fits[-1]} (now {now} images at once)"] if fits else []
+    fits = [size for size in range(2, present // 2 + 1) if not any(share % size for share in shares)]
+    remedies = [f"training.micro_batch={fits[-1]} (now {present} images at once)"] if fits else []
     if training.precision == "fp32":
         remedies.append("training.precision=bf16 (about half)")
     if not (training.recompute or training.compile) and recipe.network.backbone in RESNETS:
-        remedies.append("training.recompute=true (less, for a third more time)")
+        remedies.append("training.recompute=true (less memory, a third more time)")
     remedies += _smaller("training.crop", training.crop, spec_of(recipe).sides)
-    return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` counts what a step keeps."
+    return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` estimates the memory of a step."
 
 
 def less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
-    """How labeling or evaluation takes less memory; `section` is that of the recipe."""
+    """The advice for labeling or evaluation with less memory; `section` is the recipe's section."""
     remedies = _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
     return (
-        f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}; --reuse THIS_FOLDER copies what does not "
-        "depend on it."
+        f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. --reuse THIS_FOLDER copies the finished steps "
+        "that do not depend on it."
     )
 
 
 def _smaller(key: str, size: tuple[int, int], sides: Sides) -> list[str]:
-    """The key with the size nearest to half of each side that a network takes; nothing if that is the present one."""
+    """The key with about half of each side, in sizes that the network takes; nothing if that changes nothing."""
     smaller = [sides.down(side // 2 + 1) for side in size]
     return [f"{key}={smaller} (now {list(size)}; about a quarter)"] if smaller != list(size) else []
 

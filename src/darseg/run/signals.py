@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run cleanly: at the next step while training, at once elsewhere, where nothing is lost."""
+"""SIGTERM and SIGINT end a run cleanly: after the present step in training, at once elsewhere."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from darseg.errors import Interrupted
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 TOGETHER = 1.0
-"""Seconds within which signals are one request: a terminal sends Ctrl-C to all processes, and torchrun passes it on."""
+"""Seconds in which signals count as one request: a terminal sends Ctrl-C to all processes, and torchrun repeats it."""
 
 
 class Stop:
     """Whether a signal has asked this process to end.
 
-    While `patient` is set it is only noted – a stage of training looks at every step and saves its state –, else
-    Interrupted is raised where the program is: labeling and evaluation lose one image at most. Asked again, it does not
-    wait for the step either.
+    While `patient` is set, a signal is only noted: training looks after every step and saves its state. Otherwise
+    Interrupted is raised at once: labeling and evaluation lose one image at most. A second request does not wait for the
+    step either.
     """
 
     def __init__(self) -> None:
         self.asked: signal.Signals | None = None
-        self.since = 0.0
+        self.since = 0.0  # seconds of time.monotonic()
         self.patient = False
 
     def __call__(self) -> bool:
@@ -35,10 +35,11 @@ class Stop:
 
     @property
     def exit_code(self) -> int:
-        """As shells have it: 128 + the number of the signal."""
+        """128 + the number of the signal, as in shells."""
         return 128 + (self.asked or 0)
 
     def handle(self, number: int, _: FrameType | None) -> None:
+        """The signal handler."""
         if self.asked is None:
             self.asked, self.since = signal.Signals(number), time.monotonic()
             if not self.patient:
@@ -47,7 +48,7 @@ class Stop:
             self.check()
 
     def check(self) -> None:
-        """Raise Interrupted where a signal has been noted."""
+        """Raise Interrupted if a signal has been noted."""
         if self.asked is not None:
             error = Interrupted(f"stopped by {self.asked.name}.")
             error.code = self.exit_code
@@ -55,7 +56,7 @@ class Stop:
 
     @contextmanager
     def patiently(self) -> Generator[Stop, None, None]:
-        """Signals are only noted inside; `check` afterwards."""
+        """Only note signals inside the block; call `check` afterwards."""
         self.patient = True
         try:
             yield self
@@ -65,14 +66,14 @@ class Stop:
 
 @contextmanager
 def catch_signals() -> Generator[Stop, None, None]:
-    """Signals are handled inside, and afterwards as before. Only the main thread can; elsewhere nothing changes."""
+    """Handle signals inside the block. Only the main thread can; in other threads nothing changes."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {one: signal.signal(one, stop.handle) for one in SIGNALS}
+    handlers_before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
     try:
         yield stop
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
