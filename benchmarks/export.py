@@ -92,7 +92,7 @@ def main() -> None:
                 told = []
                 for suffix, runner in ((".onnx", _onnx_runner), (".pt2", _pt2_runner)):
                     path, begin = Path(folder, f"network{suffix}"), time.process_time()
-                    parity = write_exported(network, path, images, metadata_of(spec, CAMVID, {}))
+                    parity = write_exported(network, path, images, metadata=metadata_of(spec, CAMVID, {}))
                     told.append(f"{suffix} {time.process_time() - begin:.0f}")
                     start, end = f"{architecture} {backbone} | {stride} | {suffix}", path.stat().st_size / 1e6
                     print(f"| {start} | {row(parity)} | {seen} | {end:.0f} |", flush=True)

@@ -144,10 +144,7 @@ def decided(image: WindowLogits, clock: Clock, memory: Memory) -> Prediction:
         for top, left, plain, mirrored in image.parts:
             sums.add(plain, top, left, mirrored=mirrored)
     with clock("decide"):
-        total = sums.total_KHW
-        return decide_strips(
-            sums.mean, total.shape, total.device, scale=FLOAT16, probabilities=False, name="image"
-        )
+        return decide_strips(sums.mean, sums.total_KHW, scale=FLOAT16, probabilities=False, name="image")
 
 
 def ours(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Clock) -> None:

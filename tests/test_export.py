@@ -256,7 +256,7 @@ def test_the_script_of_the_docs_as_printed(
 def assert_exported(network: Network, path: Path) -> None:
     """As ONNX: right at other sizes than those it was checked on."""
     images = {str(index): image for index, image in enumerate(scenes(2, 70, 91))}
-    assert write_exported(network, path, images, {}).worst >= 0.999
+    assert write_exported(network, path, images, metadata={}).worst >= 0.999
     classes, logits = runner(path)(scenes(3, 65, 97))
     expected = one_window(network, scenes(3, 65, 97))
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
@@ -396,7 +396,7 @@ def test_the_command(
 ) -> None:
     written = {}
 
-    def write(network: Network, path: Path, images: dict, metadata: dict) -> Parity:
+    def write(network: Network, path: Path, images: dict, *, metadata: dict) -> Parity:
         written.update(images)
         return Parity(len(images), 4, 1_000_000, 1, 0.9995, 1e-5, 14.2, 2e-6)
 
@@ -478,7 +478,7 @@ def test_a_network_that_cannot_be_exported(spec: NetworkSpec, tmp_path: Path) ->
     with refused(
         ExportError, "out.pt2", "capricious", "torch 2", "docs/export.md", vary=[r"\(torch.*\)(?=\. Choose)"]
     ):
-        write_exported(network, tmp_path / "out.pt2", {"a": scenes(1, 40, 40)[0]}, {})
+        write_exported(network, tmp_path / "out.pt2", {"a": scenes(1, 40, 40)[0]}, metadata={})
     assert not list(tmp_path.iterdir())
 
 

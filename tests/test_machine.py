@@ -268,7 +268,7 @@ def test_every_verb_on_a_run_predicts_with_the_recipes_threads(
         return recorded
 
     monkeypatch.setattr("darseg.model.predict.predict_scores", record(predict_scores))
-    monkeypatch.setattr("darseg.run.export.write_exported", record(lambda *_: None))
+    monkeypatch.setattr("darseg.run.export.write_exported", record(lambda *_, **__: None))
     torch.set_num_threads(1)
     verb(run, tiny_data / "images" / "v")
     assert used == {3}

@@ -57,9 +57,9 @@ class BasicBlock(nn.Module):
 
     def __init__(self, inputs: int, width: int, stride: int, dilation: int) -> None:
         super().__init__()
-        self.conv1 = _conv3x3(inputs, width, stride, dilation)
+        self.conv1 = _conv3x3(inputs, width, stride=stride, dilation=dilation)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, 1, dilation)
+        self.conv2 = _conv3x3(width, width, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _shortcut(inputs, width, stride)
@@ -82,7 +82,7 @@ class Bottleneck(nn.Module):
         stride1, stride2 = (stride, 1) if self.stride_on_first else (1, stride)
         self.conv1 = nn.Conv2d(inputs, width, 1, stride1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride2, dilation)
+        self.conv2 = _conv3x3(width, width, stride=stride2, dilation=dilation)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(outputs)
@@ -159,7 +159,7 @@ class ResNet(nn.Module):
         stride3, dilation3, stride4, dilation4 = (1, 2, 1, 4) if output_stride == 8 else (2, 1, 1, 2)
         inputs = 2 * width if plan.deep_stem else width
 
-        def stage(width: int, depth: int, stride: int, dilation: int) -> nn.Sequential:
+        def stage(width: int, depth: int, *, stride: int, dilation: int) -> nn.Sequential:
             nonlocal inputs
             blocks: list[nn.Module] = []
             for index in range(depth):
@@ -167,10 +167,10 @@ class ResNet(nn.Module):
                 inputs = width * plan.block.expansion
             return nn.Sequential(*blocks)
 
-        self.layer1 = stage(width, plan.depths[0], 1, 1)
-        self.layer2 = stage(2 * width, plan.depths[1], 2, 1)
-        self.layer3 = stage(4 * width, plan.depths[2], stride3, dilation3)
-        self.layer4 = stage(8 * width, plan.depths[3], stride4, dilation4)
+        self.layer1 = stage(width, plan.depths[0], stride=1, dilation=1)
+        self.layer2 = stage(2 * width, plan.depths[1], stride=2, dilation=1)
+        self.layer3 = stage(4 * width, plan.depths[2], stride=stride3, dilation=dilation3)
+        self.layer4 = stage(8 * width, plan.depths[3], stride=stride4, dilation=dilation4)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -42,11 +42,9 @@ def decide(
     beyond float16 or not probabilities.
     """
     _check(scores_KHW, name)
-    shape, device = scores_KHW.shape, scores_KHW.device
     return decide_strips(
         lambda top, bottom, out: out.copy_(scores_KHW[:, top:bottom]),
-        shape,
-        device,
+        scores_KHW,
         scale=scale,
         probabilities=probabilities,
         name=name,
@@ -55,8 +53,7 @@ def decide(
 
 def decide_strips(
     fill: Callable[[int, int, Tensor], object],
-    shape: tuple[int, ...],
-    device: torch.device,
+    like: Tensor,
     *,
     scale: ConfidenceScale,
     probabilities: bool,
@@ -66,9 +63,9 @@ def decide_strips(
 
     Args:
         fill: (top, bottom, out) writes the scores of these rows into out, float32 [K, bottom - top, W].
-        shape: K, H, W.
+        like: a tensor of the scores' shape, [K, H, W], on their device.
     """
-    classes, height, width = shape
+    (classes, height, width), device = like.shape, like.device
     # torch.softmax uses another exp for the numbers left over after whole vectors. With strips of whole vectors, these
     # are only at the end of the image, as if it was processed at once.
     whole_vectors = VECTOR // math.gcd(width, VECTOR)  # rows

@@ -124,7 +124,7 @@ def metadata_of(spec: NetworkSpec, classes: ClassSet, facts: Mapping[str, Any]) 
 
 
 def write_exported(
-    network: Network, path: Path, images: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    network: Network, path: Path, images: Mapping[str, np.ndarray], *, metadata: Mapping[str, str]
 ) -> Parity:
     """Write a network as ONNX or as a program of torch.export, run the file, and keep it if it gives the same classes.
 

@@ -126,7 +126,7 @@ class WindowSums:
                 window += mirrored.flip(2)
         self.count_HW[rows, columns] += 1 if mirrored is None else 2
 
-    def crop(self, top: int, left: int, height: int, width: int) -> None:
+    def crop(self, top: int, left: int, *, height: int, width: int) -> None:
         """Keep this part only, without the padding of a small image."""
         self.total_KHW = self.total_KHW[:, top : top + height, left : left + width]
         self.count_HW = self.count_HW[top : top + height, left : left + width]
@@ -266,12 +266,7 @@ def _decide(sums: WindowSums, *, scale: ConfidenceScale, probabilities: bool, na
     try:
         with torch.inference_mode():
             return decide_strips(
-                sums.mean,
-                sums.total_KHW.shape,
-                sums.total_KHW.device,
-                scale=scale,
-                probabilities=probabilities,
-                name=name,
+                sums.mean, sums.total_KHW, scale=scale, probabilities=probabilities, name=name
             )
     except DataError as error:
         raise NumericsError(str(error)) from None
@@ -317,5 +312,5 @@ def _slide(
         for index, (top, left) in enumerate(batch):
             mirrored = scores[len(batch) + index] if protocol.mirror else None
             sums.add(scores[index], top, left, mirrored=mirrored)
-    sums.crop(pad_h // 2, pad_w // 2, height, width)
+    sums.crop(pad_h // 2, pad_w // 2, height=height, width=width)
     return sums

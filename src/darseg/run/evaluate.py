@@ -90,7 +90,7 @@ def load_trained(
     elif not source.exists():
         raise RunError(f"{source}: there is no such run folder or checkpoint. Check the path.")
     set_threads(threads or (recipe.threads if recipe else None))
-    return Trained(load_to_predict(path), read_spec(path), recipe, path)
+    return Trained(load_to_predict(path), read_spec(path), recipe, path=path)
 
 
 def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> None:

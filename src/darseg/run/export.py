@@ -53,7 +53,7 @@ def export_network(
     compared = _images(source, trained, images)
     network = trained.network.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
     metadata = metadata_of(trained.spec, trained.classes(), _facts(source, trained))
-    return write_exported(network, out, compared, metadata)
+    return write_exported(network, out, compared, metadata=metadata)
 
 
 def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[str, np.ndarray]:

@@ -96,7 +96,7 @@ def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
 
 
 def still_to_do(
-    media: Sequence[Medium], facts: Mapping[Medium, VideoFacts], outputs: Outputs, existing: str
+    media: Sequence[Medium], facts: Mapping[Medium, VideoFacts], outputs: Outputs, *, existing: str
 ) -> list[Medium]:
     """What is to be predicted. Raises RunError if results exist and `existing` is "fault"."""
     if existing == "replace":

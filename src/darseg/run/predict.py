@@ -83,8 +83,8 @@ def predict_folder(
     media = find_media(patterns, outputs.folder)
     facts, failed = _read_video_facts(media)
     readable = [medium for medium in media if not medium.is_video or medium in facts]
-    todo = still_to_do(readable, facts, outputs, existing)
-    work = _Work(trained, outputs, facts, failed)
+    todo = still_to_do(readable, facts, outputs, existing=existing)
+    work = _Work(trained, outputs, facts, failed=failed)
     total = sum(max(1, facts[medium].frames) if medium.is_video else 1 for medium in todo)
     with Journal(None, None, console or Console()).progress("predict", total) as advance:
         work.predict_all(todo, advance)
@@ -146,7 +146,12 @@ class _Work:
     """
 
     def __init__(
-        self, trained: Trained, outputs: Outputs, facts: Mapping[Medium, VideoFacts], failed: list[str]
+        self,
+        trained: Trained,
+        outputs: Outputs,
+        facts: Mapping[Medium, VideoFacts],
+        *,
+        failed: list[str],
     ) -> None:
         self.images = self.frames = 0
         self.failed = failed
