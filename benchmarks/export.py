@@ -1,11 +1,11 @@
-"""Exported networks beside darseg's own on real images: equal classes, differences of logits, seconds.
+"""Exported networks compared with darseg's own on real images: equal classes, differences of logits, seconds.
 
     .venv/bin/python benchmarks/export.py [--images ../shared/data/camvid/images] [--count 2] [--turns 3] [NETWORK …]
 
-Every network has random weights, BatchNorm's statistics being those of the images, so that numbers inside are of usual
-size and classes vary; heads have 64 channels. NETWORK is ARCHITECTURE/BACKBONE/STRIDE; none: all. --turns times an image
-so often with each, in turns, on one thread, and gives medians of processor time, which other work on the machine does not
-change much.
+Every network has random weights and BatchNorm statistics of the images, so that activations are of usual size and
+classes vary; heads have 64 channels. NETWORK is ARCHITECTURE/BACKBONE/STRIDE; without it, all are measured. --turns N
+times an image N times with each program, in turns, on one thread, and reports the median processor time, which other
+work on the machine changes little.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NETWORKS = {
     "deeplabv2": (("resnet101_caffe", 8), ("resnet101_caffe", 16), ("resnet18", 8), ("timm/resnet18", 16)),
 }
 HEAD_CHANNELS = 64
-"""Fewer than usual: the widths of heads change nothing in what is exported."""
+"""Fewer than usual: the width of the heads does not change which operations are exported."""
 
 
 def random_network(spec: NetworkSpec, images: list[np.ndarray]) -> Network:
@@ -47,7 +47,7 @@ def random_network(spec: NetworkSpec, images: list[np.ndarray]) -> Network:
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
-    corners = [one for image in images for one in (image[:129, :161], image[-129:, -161:])]
+    corners = [corner for image in images for corner in (image[:129, :161], image[-129:, -161:])]
     with torch.no_grad():
         network(torch.from_numpy(np.stack(corners)).permute(0, 3, 1, 2))
     return network.eval()
@@ -61,18 +61,20 @@ def main() -> None:
     parser.add_argument("--images", type=Path, default=Path("../shared/data/camvid/images"))
     parser.add_argument("--count", type=int, default=2)
     parser.add_argument("--turns", type=int, default=0)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    files = list(find_files(given.images, IMAGE_SUFFIXES).items())
-    images = {name: read_image(path) for name, path in files[:: len(files) // given.count][: given.count]}
-    print(f"torch {torch.__version__}, {len(images)} images of {given.images}", flush=True)
+    files = list(find_files(arguments.images, IMAGE_SUFFIXES).items())
+    images = {
+        name: read_image(path) for name, path in files[:: len(files) // arguments.count][: arguments.count]
+    }
+    print(f"torch {torch.__version__}, {len(images)} images of {arguments.images}", flush=True)
     print(
         "| network | stride | file | equal classes | where least | logits differ by | reach | classes seen | MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for architecture, networks in NETWORKS.items():
         for backbone, stride in networks:
-            if given.names and f"{architecture}/{backbone}/{stride}" not in given.names:
+            if arguments.names and f"{architecture}/{backbone}/{stride}" not in arguments.names:
                 continue
             spec = NetworkSpec(
                 architecture, backbone, len(CAMVID), stride, HEAD_CHANNELS, False, CAMVID.names
@@ -89,27 +91,28 @@ def main() -> None:
             )
             with tempfile.TemporaryDirectory() as folder:
                 runners = {"torch": partial(predict_scores, network, image, protocol, average="logits")}
-                told = []
+                seconds = []
                 for suffix, runner in ((".onnx", _onnx_runner), (".pt2", _pt2_runner)):
                     path, begin = Path(folder, f"network{suffix}"), time.process_time()
                     parity = write_exported(network, path, images, metadata=metadata_of(spec, CAMVID, {}))
-                    told.append(f"{suffix} {time.process_time() - begin:.0f}")
+                    seconds.append(f"{suffix} {time.process_time() - begin:.0f}")
                     start, end = f"{architecture} {backbone} | {stride} | {suffix}", path.stat().st_size / 1e6
                     print(f"| {start} | {row(parity)} | {seen} | {end:.0f} |", flush=True)
                     runners[suffix] = partial(runner(path), image[None])
-                print(f"  processor seconds of writing and checking: {', '.join(told)}", flush=True)
+                print(f"  processor seconds of writing and checking: {', '.join(seconds)}", flush=True)
                 times: dict[str, list[float]] = {name: [] for name in runners}
-                for _ in range(given.turns):
+                for _ in range(arguments.turns):
                     for name, run in runners.items():
                         begin = time.process_time()
                         run()
                         times[name].append(time.process_time() - begin)
-            if given.turns:
-                told = [f"{name} {statistics.median(one):.2f}" for name, one in times.items()]
-                print(f"  processor seconds of an image: {', '.join(told)}", flush=True)
+            if arguments.turns:
+                seconds = [f"{name} {statistics.median(values):.2f}" for name, values in times.items()]
+                print(f"  processor seconds of an image: {', '.join(seconds)}", flush=True)
 
 
 def row(parity: Parity) -> str:
+    """The table cells of a comparison."""
     share = 1 - parity.different / parity.pixels
     return f"{share:.4%} | {parity.worst:.4%} | {parity.difference:.1e} | {parity.reach:.3g}"
 

@@ -1,12 +1,12 @@
-"""Labeling, timed: darseg beside the released procedure in one run, memory, bytes kept, and against bare forward passes.
+"""Labeling: time and memory against the released procedure, bytes kept, and time against bare forward passes.
 
     .venv/bin/python benchmarks/labeling.py [--images 3] [--run RUN] [--skip memory forward …]
 
-The released procedure is written here as METHOD describes it, in plain numpy, slow as it is: float64 sums of windows,
-every confidence in a Python list per class, all logits as float16 on the disk, sorted, and a second pass. Both get the
-same window logits, drawn beforehand: network time is not in the table. --run names a finished run folder whose network
-and unlabeled images serve for the bytes kept and the end-to-end time; without it a PSPNet with random weights on drawn
-images does.
+The released procedure is written here in plain numpy as METHOD describes it: float64 sums of windows, every confidence
+in a Python list per class, all logits as float16 on the disk, sorting, and a second pass. Both get the same window
+logits, drawn beforehand, so the table holds no network time. --run names a finished run folder whose network and
+unlabeled images are used for the bytes kept and the end-to-end time; without it, a PSPNet with random weights and drawn
+images are used.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class WindowLogits:
                 part = features[:, top // 8 : top // 8 + side, left // 8 : left // 8 + side]
                 noisy = [part + torch.randn(part.shape, generator=generator) * 0.3 for _ in range(2)]
                 plain, mirrored = (
-                    F.interpolate(one[None], (window, window), mode="bilinear", align_corners=True)[0]
-                    for one in noisy
+                    F.interpolate(coarse_part[None], (window, window), mode="bilinear", align_corners=True)[0]
+                    for coarse_part in noisy
                 )
                 self.parts.append((top, left, plain, mirrored.flip(2).contiguous()))
 
@@ -138,7 +138,7 @@ def released(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Cl
 
 
 def decided(image: WindowLogits, clock: Clock, memory: Memory) -> Prediction:
-    """Ours: from window logits to a prediction."""
+    """From window logits to a prediction, by darseg."""
     with clock("accumulate"):
         sums = WindowSums((K, *image.size), torch.device("cpu"), memory)
         for top, left, plain, mirrored in image.parts:
@@ -148,7 +148,7 @@ def decided(image: WindowLogits, clock: Clock, memory: Memory) -> Prediction:
 
 
 def ours(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Clock) -> None:
-    """The same, part by part, one after the other so that each can be timed."""
+    """The same by darseg, one part after the other so that each can be timed."""
     builder, memory = HistogramBuilder(K), Memory()
     for number, image in enumerate(images):
         prediction = decided(image, clock, memory)
@@ -173,7 +173,7 @@ def drawn(images: int, height: int, width: int, window: int) -> tuple[list[Windo
 
 
 def table_of_parts(images: int) -> None:
-    """Seconds per image of each part, both procedures in turn, the best of two."""
+    """Seconds per image of each part: both procedures take turns, and the faster of two turns counts."""
     logits, prior = drawn(images, 1024, 2048, 713)
     best: dict[str, dict[str, float]] = {}
     for _ in range(2):
@@ -230,13 +230,13 @@ def peak(name: str, count: int) -> None:
             histogram = count_predictions(samples, K, predictor)
             thresholds = choose_dars(histogram, darseg.ClassDistribution(prior), RATIO)
             assign_labels(samples, LabelRule(thresholds, 0, 1), predictor, labels=out / "labels")
-    # The kernel's own mark of this program; getrusage would hand down the peak of the process that started it.
+    # The kernel's own peak of this program; getrusage would inherit the peak of the process that started it.
     status = Path("/proc/self/status").read_text()
     print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) // 1024)
 
 
 class Drawing:
-    """Images drawn when asked for, so that only the procedure keeps anything."""
+    """Images that are drawn when needed, so that only the procedure keeps memory."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -265,7 +265,7 @@ def network_and_images(
 
 
 def bytes_kept(run: Path | None) -> None:
-    """Bytes a pixel that wait between counting and assigning, on real predictions where there is a run."""
+    """Bytes per pixel that are kept between counting and assigning, on real predictions if a run is given."""
     name, network, protocol, images = network_and_images(run, 12)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     print(
@@ -279,7 +279,7 @@ def bytes_kept(run: Path | None) -> None:
 
 
 def against_forward(run: Path | None, count: int) -> None:
-    """Both passes of labeling end to end, reading and writing included, against bare forward passes."""
+    """Both passes of labeling, including reading and writing, against bare forward passes."""
     name, network, protocol, images = network_and_images(run, count)
     device = network.mean.device
     prior = np.full(network.classes, 1 / network.classes)
@@ -349,8 +349,8 @@ def timed(run: Callable[[], None]) -> float:
 
 def commit() -> str:
     here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    return found.stdout.strip() or "unknown"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    return git.stdout.strip() or "unknown"
 
 
 def processor() -> str:

@@ -1,12 +1,12 @@
-"""What is done to networks so that they compute faster on a CPU, timed beside the same without it.
+"""Changes that make networks faster on a CPU, each timed against the same network without it.
 
     .venv/bin/python benchmarks/network.py [--turns 5] [--threads N] [--skip convolutions step passes]
 
-Convolutions: a dilated depthwise convolution, forwards and backwards, beside PyTorch's own and beside one without
-dilation; seconds of the processor. Step: one step of training of the CamVid recipe's network, random weights and
-pictures, with timm's own convolutions and with those exchanged. Passes: forward passes as labeling makes them; since
-memory is kept or not by a whole process, each figure is the least of a process of its own, and processes take turns.
-Ratios are medians over the turns.
+Convolutions: a dilated depthwise convolution, forwards and backwards, against PyTorch's own and against one without
+dilation, in processor seconds. Step: a training step of the CamVid recipe's network with random weights and images, with
+timm's own convolutions and with the exchanged ones. Passes: forward passes as in labeling. A process keeps memory or not
+as a whole, so each figure is the minimum of a process of its own, and processes take turns. Ratios are medians over the
+turns.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PASSES = (  # backbone, output stride, classes, images, height, width
     ("resnet50_deep", 8, 19, 4, 361, 361),
 )
 VARIANTS = ("as it was", "memory kept", "convolutions exchanged", "BatchNorm folded")
-"""Each with those before it."""
+"""Each variant includes those before it."""
 
 
 def channels_last(what):
@@ -88,7 +88,7 @@ def network_of(name: str, stride: int, classes: int, exchanged: bool) -> Network
     torch.manual_seed(0)
     exchange = backbone.exchange_convolutions
     if not exchanged:
-        backbone.exchange_convolutions = lambda *given: None  # ty: ignore
+        backbone.exchange_convolutions = lambda *arguments: None  # ty: ignore
     try:
         return channels_last(build_network("pspnet", name, classes, stride, 128))
     finally:
@@ -136,7 +136,8 @@ def passes(turns: int, threads: int) -> None:
     print("|---|---|" + "---|" * (len(VARIANTS) + 1))
     for which, (name, _, _, images, height, width) in enumerate(PASSES):
         table = [
-            [one_process(which, variant, threads) for variant in range(len(VARIANTS))] for _ in range(turns)
+            [measure_in_a_process(which, variant, threads) for variant in range(len(VARIANTS))]
+            for _ in range(turns)
         ]
         columns = list(zip(*table, strict=True))
         cells = []
@@ -150,8 +151,8 @@ def passes(turns: int, threads: int) -> None:
         print(f"| {what} | {' | '.join(cells)} | {memory[0]:.0f}, {memory[1]:.0f} |", flush=True)
 
 
-def one_process(which: int, variant: int, threads: int) -> tuple[float, float]:
-    """Seconds of the fastest pass, and the most memory in MB, of a new process."""
+def measure_in_a_process(which: int, variant: int, threads: int) -> tuple[float, float]:
+    """Seconds of the fastest pass and the peak memory in MB of a new process."""
     call = [sys.executable, __file__, "--child", str(which), str(variant), "--threads", str(threads)]
     return tuple(map(float, subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()))  # ty: ignore
 
@@ -179,18 +180,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip", nargs="*", default=[], choices=["convolutions", "step", "passes"])
     parser.add_argument("--child", nargs=2, type=int, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.child:
-        child(*given.child)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.child:
+        child(*arguments.child)
         return
-    print(f"{processor()}, {given.threads} threads, torch {torch.__version__}, commit {commit()}")
-    if "convolutions" not in given.skip:
-        convolutions(given.turns)
-    if "step" not in given.skip:
-        step(given.turns)
-    if "passes" not in given.skip:
-        passes(given.turns, given.threads)
+    print(f"{processor()}, {arguments.threads} threads, torch {torch.__version__}, commit {commit()}")
+    if "convolutions" not in arguments.skip:
+        convolutions(arguments.turns)
+    if "step" not in arguments.skip:
+        step(arguments.turns)
+    if "passes" not in arguments.skip:
+        passes(arguments.turns, arguments.threads)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Training, timed: augmentation beside the plain sequence, decoding, streams, steps beside a bare PyTorch loop.
+"""Training: augmentation against the plain sequence, decoding, streams, and steps against a bare PyTorch loop.
 
     .venv/bin/python benchmarks/training.py [--data ../shared/data/camvid] [--weights FILE] [--steps 8] [--skip augment …]
 
 The plain sequence is written here as METHOD describes it (section 3): scale the whole image, rotate, blur, mirror, crop,
-in float32. Both sides draw from the same distributions; decoding is in neither. The bare loop is what one would write in
-a notebook: the same network, optimizer and losses over batches that lie ready in memory, and nothing else. What is
-compared takes turns in one process; ratios are medians over the turns. Seconds of the processor, of all threads, tell
-more than the clock's where others use the machine; with --threads 1 no thread burns them waiting for another.
+in float32. Both draw from the same distributions, and neither decodes. The bare loop is what a notebook would hold: the
+same network, optimizer and losses over batches that are ready in memory, and nothing else. Both sides take turns in one
+process; ratios are medians over the turns. Processor seconds of all threads say more than the clock if other programs
+use the machine; with --threads 1 no thread spends them waiting for another.
 
-On the CPU the network and settings are those of recipes/camvid_1of8.yaml in a round with pseudo labels, true labels
-standing in for these; without --data, on drawn images of the same size. On a CUDA GPU, where there is one, PSPNet-50 at
-crops of 361 and 713 in fp32, bf16 and compiled.
+On the CPU the network and settings are those of recipes/camvid_1of8.yaml in a round with pseudo labels, for which true
+labels are used; without --data, the images are drawn at the same size. On a CUDA GPU, if there is one, it measures
+PSPNet-50 at crops of 361 and 713 in fp32, bf16 and compiled.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ RATE = 1e-4  # learning rate of the timed steps
 def plain(
     image: np.ndarray, label: np.ndarray, how: Augmentation, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """METHOD.md, section 3, step after step on the whole image: float32 [h, w, 3] and uint8 [h, w]."""
+    """METHOD.md, section 3, on the whole image: the crop float32 [h, w, 3] and its label uint8 [h, w]."""
     pixels = image.astype(np.float32)
     scale = generator.uniform(*how.scale)
     height, width = max(1, round(label.shape[0] * scale)), max(1, round(label.shape[1] * scale))
@@ -90,7 +90,7 @@ def plain(
 
 
 def drawn(folder: Path, count: int, size: tuple[int, int], suffix: str) -> tuple[list[Sample], ClassSet]:
-    """Drawn scenes as files: an image in the format `suffix` names, with noise as of a camera, and a PNG label map."""
+    """Drawn scenes as files: images in the format of `suffix` with camera noise, and PNG label maps."""
     samples = []
     for index in range(count):
         image, label = draw_scene(0, index, (193, 385))
@@ -108,8 +108,8 @@ def drawn(folder: Path, count: int, size: tuple[int, int], suffix: str) -> tuple
 def best(
     *runs: Callable[[], object], turns: int = 5, clock: Callable[[], float] = time.process_time
 ) -> list[float]:
-    """Fewest seconds of each, taking turns; of the processor, unless another clock is given."""
-    seconds = [[timed(one, clock) for one in runs] for _ in range(turns)]
+    """The minimum seconds of each run; runs take turns. Processor seconds, unless another clock is given."""
+    seconds = [[timed(run, clock) for run in runs] for _ in range(turns)]
     return [min(column) for column in zip(*seconds, strict=True)]
 
 
@@ -120,7 +120,7 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
 
 
 def augmenting() -> None:
-    """Samples a second of one core, decoded images given."""
+    """Augmented samples per second of one core, from decoded images."""
     print(
         "\n| samples a second and core, decoding not counted | plain sequence, float32 | darseg | ratio |\n"
         "|---|---|---|---|"
@@ -188,7 +188,7 @@ def decoding() -> None:
 
 
 def streaming() -> None:
-    """Samples a second of whole streams with all threads: batches of 8 crops of 713."""
+    """Samples per second of whole streams with all threads: batches of 8 crops of 713."""
     workers = workers_for(None, 1, 1)
     print(
         f"\n| samples a second of a stream, {workers} threads, batches of 8 | from PNG files | from decoded images |"
@@ -208,7 +208,7 @@ def streaming() -> None:
                 place=StreamPlace(workers=workers),
                 load=load,
             )
-            for _ in range(4):  # what was prepared ahead while nobody waited, and the filling of the cache
+            for _ in range(4):  # batches that were prepared ahead, and the filling of the cache
                 next(stream)
             batches = 6 if load is load_example else 24
             rates.append(8 * batches / timed(lambda s=stream, n=batches: [next(s) for _ in range(n)]))
@@ -222,7 +222,7 @@ def streaming() -> None:
 def bare(
     network: Network, batches: Sequence[Sequence[Batch]], stage: Stage, auxiliary: float, forward: Callable
 ) -> tuple[float, float]:
-    """Seconds a step, and seconds of the processor, of a notebook's loop over ready batches, after a first step."""
+    """Seconds and processor seconds per step of a notebook's loop over ready batches, after a first step."""
     backbone = set(network.backbone.parameters())
     heads = [parameter for parameter in network.parameters() if parameter not in backbone]
     groups = [{"params": list(backbone), "factor": 1.0}, {"params": heads, "factor": 10.0}]
@@ -258,7 +258,7 @@ def now() -> float:
 
 
 def method_of(network: Network, auxiliary: float) -> Method:
-    """Self-training of a network; the feeds are not used, since the streams are given."""
+    """Self-training of a network; the feeds are not used, since the streams are passed."""
     learner = Learner("network", network, RATE, SGD(), faster_heads(10.0))
     return self_training(learner, batch=8, pseudo_batch=8, auxiliary_weight=auxiliary)
 
@@ -266,7 +266,7 @@ def method_of(network: Network, auxiliary: float) -> Method:
 def staged(
     network: Network, streams: Callable[[int], list[Iterator[Batch]]], stage: Stage, auxiliary: float
 ) -> tuple[float, float, float]:
-    """Of darseg's loop with its loader the same, and the share of the time spent waiting for data."""
+    """The same for darseg's loop with its loader, and the share of the time spent waiting for data."""
     marks: list[tuple[float, float, float]] = []
     begins = time.monotonic()
 
@@ -331,7 +331,7 @@ def against_bare(
     bare(network, ready, stage, auxiliary, forward)
     staged(network, streams, stage, auxiliary)
     for turn in range(turns):
-        if turn % 2:  # who goes first changes: other work on the machine comes and goes
+        if turn % 2:  # the order alternates, since other work on the machine varies
             with_loader = staged(network, streams, stage, auxiliary)
             rows.append((*bare(network, ready, stage, auxiliary, forward), *with_loader))
         else:
@@ -351,7 +351,7 @@ def against_bare(
 
 
 def resident() -> int:
-    """The most memory this process ever held, bytes."""
+    """The peak memory of this process in bytes."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -416,7 +416,7 @@ def build(recipe, weights: Path | None) -> Network:
 
 
 def checkpointing(network: Network, every: int) -> None:
-    """Seconds to take, write and read a checkpoint with full momentum."""
+    """Seconds to capture, write and read a checkpoint with full momentum."""
     network.train()
     method = method_of(network, 0.0)
     optimizer = build_optimizer(network, SGD(), faster_heads(10.0))
@@ -436,14 +436,16 @@ def checkpointing(network: Network, every: int) -> None:
         )
         size = path.stat().st_size
     print(
-        f"\nA checkpoint ({size / 1e6:.1f} MB, every {every} steps): {capture:.3f} s to take, {save:.3f} s to write, "
+        f"\nA checkpoint ({size / 1e6:.1f} MB, every {every} steps): {capture:.3f} s to capture, {save:.3f} s to write, "
         f"{load:.3f} s to read."
     )
 
 
 def steps_on_the_gpu(steps: int, turns: int) -> None:
     if not torch.cuda.is_available():
-        print("\nPSPNet-50 on a GPU (crops 361 and 713; fp32, bf16, compile): not run, no CUDA GPU is here.")
+        print(
+            "\nPSPNet-50 on a GPU (crops 361 and 713; fp32, bf16, compile): not run, since this machine has no CUDA GPU."
+        )
         return
     print(STEPS_TABLE.format(torch.cuda.get_device_name(), turns))
     with tempfile.TemporaryDirectory() as folder:
@@ -473,8 +475,8 @@ def steps_on_the_gpu(steps: int, turns: int) -> None:
 
 def commit() -> str:
     here = Path(__file__).parent
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    return found.stdout.strip() or "unknown"
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    return git.stdout.strip() or "unknown"
 
 
 def processor() -> str:
@@ -489,9 +491,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, help="CamVid's folder, as the recipe wants it")
-    parser.add_argument("--weights", type=Path, help="the recipe's backbone weights; without: random numbers")
-    parser.add_argument("--steps", type=int, default=6, help="of each turn")
+    parser.add_argument("--data", type=Path, help="CamVid's folder, as the recipe expects it")
+    parser.add_argument(
+        "--weights", type=Path, help="the recipe's backbone weights; without it, random weights"
+    )
+    parser.add_argument("--steps", type=int, default=6, help="steps of each turn")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
@@ -499,7 +503,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.steps < 2:
-        parser.error("--steps: at least 2, the first is not counted")
+        parser.error("--steps must be at least 2, since the first step is not counted")
     torch.set_num_threads(arguments.threads)
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     print(

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/camvid_results.py runs/camvid --seeds 0 1 [--threads 1]
 
-May be stopped and started again; what is done is not done twice. Two seeds can run side by side as two processes.
+It may be stopped and started again: finished steps are not repeated. Two seeds can run at once as two processes.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from darseg.run.directory import write_json
 from darseg.run.machine import keep_memory
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
-STEPS = 100  # of a round in the recipe
+STEPS = 100  # steps of a round in the recipe
 TOTAL = f"rounds=[{{steps: {3 * STEPS}}}]"
 GLOBAL_ROUNDS = f"rounds=[{{steps: {STEPS}}}, {{steps: {STEPS}}}, {{steps: {STEPS}, scale: [0.4, 2.0]}}]"
 
-# Run folder → changes to the recipe. Round 0 of dars is "labeled only"; cbst and global take it over.
+# Run folder → changes to the recipe. Round 0 of dars is "labeled only"; cbst and global reuse it.
 RUNS = {
     "dars": [],
     "control": [TOTAL],
@@ -44,7 +44,7 @@ COLUMNS = {
 
 
 def run_all(out: Path, seed: int, threads: int | None) -> None:
-    """Train what is missing and score it on the test images."""
+    """Train the runs that are missing, and score them on the test images."""
     keep_memory()  # as the command line does
     fixed = [f"seed={seed}", *([f"threads={threads}"] if threads else [])]
     for name, changes in RUNS.items():
@@ -63,20 +63,20 @@ def test_path(out: Path, name: str, index: int) -> Path:
 
 
 def table(folders: list[Path]) -> str:
-    """Test IoU by class, mean over the seeds, then figures seed by seed, as Markdown."""
+    """Test IoU by class as the mean over the seeds, then figures for each seed, as Markdown."""
     scores = {
         column: [json.loads(test_path(folder, *where).read_text()) for folder in folders]
         for column, where in COLUMNS.items()
     }
     lines = ["| test | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     for name in darseg.CAMVID.names:
-        cells = [_mean([one["iou"][name] for one in ones]) for ones in scores.values()]
+        cells = [_mean([scored["iou"][name] for scored in by_seed]) for by_seed in scores.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
-        cells = [_mean([one[key] for one in ones]) for ones in scores.values()]
+        cells = [_mean([scored[key] for scored in by_seed]) for by_seed in scores.values()]
         lines.append(f"| **{key.replace('_', ' ')}** | " + " | ".join(cells) + " |")
         for index, folder in enumerate(folders):
-            cells = [f"{ones[index][key]:.3f}" for ones in scores.values()]
+            cells = [f"{by_seed[index][key]:.3f}" for by_seed in scores.values()]
             lines.append(f"| – {folder.name.replace('_', ' ')} | " + " | ".join(cells) + " |")
     lines.append(
         f"| **val mean IoU** | {' | '.join(_mean(_val(folders, *where)) for where in COLUMNS.values())} |"
@@ -96,14 +96,15 @@ def table(folders: list[Path]) -> str:
     ]
     for name in RUNS:
         cells = [
-            f"{sum(one['seconds'] for one in _summary(folder / name)['rounds']):.0f}" for folder in folders
+            f"{sum(entry['seconds'] for entry in _summary(folder / name)['rounds']):.0f}"
+            for folder in folders
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def shares(folder: Path, name: str, index: int) -> str:
-    """Class shares: labeled truth, unlabeled truth, raw predictions, pseudo labels; precision of the latter."""
+    """Class shares of the unlabeled images' truth, raw predictions and pseudo labels, and the latter's precision."""
     run = darseg.RunDirectory(folder / name)
     labels = run.label_set(index)
     scored = json.loads((run.round(index) / "pseudo_scores.json").read_text())

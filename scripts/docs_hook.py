@@ -26,7 +26,7 @@ FIELD = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*): (?=\S)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Copy the files that pages link to outside of docs/."""
+    """Copy the files outside docs/ that pages link to."""
     for page in list(files.documentation_pages()):
         for target in OUTSIDE.findall(Path(page.abs_src_path).read_text()):
             if target.endswith(".md") or not (REPOSITORY / target).is_file():

@@ -1,8 +1,8 @@
-"""docs/example_report.html: the report of a CamVid run, with the pictures of another run.
+"""Write docs/example_report.html: the report of a CamVid run, with the pictures of another run.
 
     .venv/bin/python scripts/example_report.py runs/camvid/seed_0/dars runs/photos docs/example_report.html
 
-CamVid's photographs are for personal and research use and are not part of this repository, so the page's gallery is of
+CamVid's photographs are for personal and research use and are not part of this repository, so the page's gallery shows
 drawn scenes: those of docs/tutorial.md, or of `darseg demo`.
 """
 
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("pictures", type=Path, help="a run whose images may be shown")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    facts, shown = read_run(arguments.run), read_run(arguments.pictures)
-    page = page_of(facts, read_data(facts), NOTE + pictures_of(shown, read_data(shown)), seconds=0.0)
+    facts, pictured = read_run(arguments.run), read_run(arguments.pictures)
+    page = page_of(facts, read_data(facts), NOTE + pictures_of(pictured, read_data(pictured)), seconds=0.0)
     print(page.write(arguments.out))
 
 

@@ -1,10 +1,10 @@
-"""The pictures of docs/how_it_works.md and docs/tutorial.md, from the runs these pages tell of.
+"""The pictures of docs/how_it_works.md and docs/tutorial.md, from the runs that these pages describe.
 
-    darseg demo                                                        # makes demo/
+    darseg demo                                                        # writes demo/
     .venv/bin/python scripts/figures.py demo/seed_0/dars               # figures of how it works
-    .venv/bin/python scripts/figures.py runs/photos --tutorial predictions    # pictures of the tutorial, in its folder
+    .venv/bin/python scripts/figures.py runs/photos --tutorial predictions    # of the tutorial, run in its folder
 
-Charts are SVGs with a background of their own, in the colors that the reader's system asks for.
+Charts are SVGs with their own background, light or dark as the reader's system prefers.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ text { fill: #e3ecee } .small { fill: #9fb3ba } .back { fill: #1b2226 }
 
 
 def svg(height: float, alt: str, parts: Sequence[str]) -> str:
-    """A whole picture; `alt` is what a reader who does not see it is told."""
+    """A whole picture; `alt` describes it for readers who cannot see it."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" role="img" '
         f'aria-label="{escape(alt)}">\n{STYLE}\n'
@@ -107,7 +107,7 @@ def pipeline() -> str:
 
 
 def shares(run: darseg.RunDirectory, index: int, names: Sequence[str]) -> str:
-    """Predicted pixels, the labeled images' and pseudo labels of each class against the truth, as ratios of shares."""
+    """Shares of each class in predictions, labeled images and pseudo labels, each divided by its share in the truth."""
     labels = run.label_set(index)
     aim = labels.thresholds.wanted / labels.thresholds.wanted.sum()  # the labeled images' shares
     truth = np.array(json.loads((run.round(index) / "pseudo_scores.json").read_text())["truth"])
@@ -143,7 +143,7 @@ def shares(run: darseg.RunDirectory, index: int, names: Sequence[str]) -> str:
 
 
 def threshold(run: darseg.RunDirectory, index: int, k: int, name: str) -> str:
-    """Confidences of the pixels predicted as class k, with the threshold; beside it the codes around it."""
+    """Confidences of the pixels predicted as class k with the threshold, and the codes around it."""
     labels = run.label_set(index)
     chosen = labels.thresholds
     counts, accept = labels.histogram.counts[k], int(chosen.accept[k])
@@ -201,7 +201,7 @@ def threshold(run: darseg.RunDirectory, index: int, k: int, name: str) -> str:
 
 
 def schedule() -> str:
-    """The poly curve that three equal rounds run through."""
+    """The learning rate of three equal rounds on the poly curve."""
     left, right, top, bottom = 60.0, 730.0, 60.0, 220.0
     parts = [
         text(
@@ -238,7 +238,7 @@ def schedule() -> str:
 
 
 def steps_picture(run: darseg.RunDirectory, index: int, rows: int) -> np.ndarray:
-    """Image, prediction, confidence, accepted pixels' labels, truth: what labeling does to single images (BGR)."""
+    """What labeling does to single images: image, prediction, confidence, pseudo label, truth (BGR)."""
     recipe = darseg.load_recipe(run.recipe)
     manifest, network = darseg.manifest_of(recipe), load_trained(run.root, index - 1).network
     palette, protocol = manifest.classes.palette(), labeling_protocol(recipe)
@@ -268,7 +268,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="A finished run folder.")
-    parser.add_argument("--tutorial", type=Path, help="The tutorial's pictures; what `darseg predict` wrote.")
+    parser.add_argument(
+        "--tutorial", type=Path, help="Draw the tutorial's pictures; the folder that `darseg predict` wrote."
+    )
     parser.add_argument("--out", type=Path, default=IMAGES)
     arguments = parser.parse_args()
     run = darseg.RunDirectory(arguments.run)
@@ -297,8 +299,8 @@ def photos_picture(run: darseg.RunDirectory) -> np.ndarray:
         [darseg.read_image(s.image), palette[darseg.read_label(s.label, s.encoding)]]
         for s in manifest.labeled[:2]
     ]
-    others = [[darseg.read_image(s.image) for s in manifest.unlabeled[n : n + 3]] for n in (0, 3)]
-    table = [pair + more for pair, more in zip(labeled, others, strict=True)]
+    unlabeled = [[darseg.read_image(s.image) for s in manifest.unlabeled[n : n + 3]] for n in (0, 3)]
+    table = [pair + images for pair, images in zip(labeled, unlabeled, strict=True)]
     titles = (
         "labeled: photograph",
         "its label map",

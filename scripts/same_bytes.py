@@ -1,9 +1,9 @@
-"""Check that this working tree trains the very networks that another commit trains: same weights, labels and losses.
+"""Check that this working tree trains the same networks as another commit: the same weights, labels and losses.
 
     python scripts/same_bytes.py COMMIT
 
-Draws a small data set, runs short recipes with both trees on this machine and compares what the runs left. Use it for
-changes that must not change results: numbers differ between processors, so they are compared here, not stored.
+It draws a small data set, runs short recipes with both trees on this machine and compares the run folders. Use it for
+changes that must not change results. Numbers differ between processors, so they are compared on one machine, not stored.
 """
 
 from __future__ import annotations
@@ -94,30 +94,30 @@ def run(source: Path, recipe: Path, out: Path, processes: int) -> None:
 
 
 def results(run_folder: Path) -> dict[str, str]:
-    """Name → digest of all that must be equal. Optimizer state is compared by parameter, since its file may change."""
-    found: dict[str, str] = {}
+    """Name → digest of everything that must be equal. Optimizer state is compared by parameter: its file may change."""
+    digests: dict[str, str] = {}
     for path in sorted(run_folder.glob("round_*/**/*")):
         name = path.relative_to(run_folder).as_posix()
         if path.suffix == ".png" or path.name in ("histogram.npz", "images.json", "network.safetensors"):
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
         elif path.name in ("momentum.safetensors", "optimizer.safetensors"):
             for key, value in load_file(path).items():
                 parameter = (
                     key.removeprefix("momentum.").removeprefix("optimizer:").removesuffix(":momentum_buffer")
                 )
-                found[f"{path.parent.name}/momentum of {parameter}"] = hashlib.sha256(
+                digests[f"{path.parent.name}/momentum of {parameter}"] = hashlib.sha256(
                     value.tobytes()
                 ).hexdigest()
         elif path.name in ("scores.json", "pseudo_scores.json", "thresholds.json"):
             values = json.loads(path.read_text())
             values.pop("protocol", None)  # words, not results
-            found[name] = json.dumps(values, sort_keys=True)
+            digests[name] = json.dumps(values, sort_keys=True)
     for line in (run_folder / "journal.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["event"] == "step":
-            shown = {k: v for k, v in event.items() if k not in ("time", "waiting_for_data")}
-            found[f"round {event['round']}, step {event['step']}"] = json.dumps(shown, sort_keys=True)
-    return found
+            figures = {k: v for k, v in event.items() if k not in ("time", "waiting_for_data")}
+            digests[f"round {event['round']}, step {event['step']}"] = json.dumps(figures, sort_keys=True)
+    return digests
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The tutorial's pictures of the report and the viewer: screenshots of a run's pages in the system's Chromium.
+"""Make the tutorial's pictures of the report and the viewer: screenshots of a run's pages in the system's Chromium.
 
 .venv/bin/python scripts/screenshots.py runs/photos docs/images
 """
@@ -43,11 +43,11 @@ def main() -> None:
         sync_playwright() as driver,
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as viewer,
     ):
-        path = next(found for name in ("chromium", "google-chrome") if (found := shutil.which(name)))
+        path = next(program for name in ("chromium", "google-chrome") if (program := shutil.which(name)))
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 860})
         page.goto(write_report(arguments.run, Path(folder) / "report.html").as_uri())
-        time.sleep(3)  # charts are drawn as they come into view
+        time.sleep(3)  # charts are drawn when they come into view
         save(page, arguments.out / "tutorial_report.jpg")
         page.locator("section", has_text="Class shares").first.evaluate("it => it.scrollIntoView()")
         time.sleep(2)
