@@ -59,9 +59,9 @@ def default_threads() -> int:
     torchrun sets OMP_NUM_THREADS to 1 in several processes if it is not set. So 1 does not count there.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    wanted = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for nested regions
-    if wanted.isdecimal() and int(wanted) > 0 and not (processes > 1 and int(wanted) == 1):
-        return int(wanted)
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for nested regions
+    if threads.isdecimal() and int(wanted) > 0 and not (processes > 1 and int(wanted) == 1):
+        return int(threads)
     return max(1, usable_cores() // processes)
 
 
@@ -104,13 +104,13 @@ def _kept_files(stat: Path, prefix: str) -> int:
     return sum(int(values.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
 
 
-def cache_limit(wanted: bool | None, processes: int) -> int:
+def cache_limit(cache: bool | None, processes: int) -> int:
     """Bytes of decoded images that one of `processes` on this machine may keep (`training.cache`)."""
-    if wanted is None:
+    if cache is None:
         return int((free_memory() or 0) * CACHE_SHARE / processes)
-    return sys.maxsize if wanted else 0
+    return sys.maxsize if cache else 0
 
 
-def workers_for(wanted: int | None, processes: int, streams: int) -> int:
-    """Threads for each of `streams` streams of one of `processes` on this machine (`training.workers`)."""
-    return -(-(wanted or min(MOST_WORKERS, max(1, usable_cores() // processes))) // streams)
+def workers_for(workers: int | None, processes: int, streams: int) -> int:
+    """Threads for each of `streams` streams, in one of `processes` on this machine (`training.workers`)."""
+    return -(-(workers or min(MOST_WORKERS, max(1, usable_cores() // processes))) // streams)

@@ -69,19 +69,19 @@ def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
     for pattern in patterns:
         path, text = Path(pattern), str(pattern)
         if path.is_dir():
-            found = _below(path, root=path, out=out)
+            matches = _below(path, root=path, out=out)
         elif path.is_file() or not glob.has_magic(text):
             if not path.exists():
                 raise DataError(f"{path}: there is no such image, video or folder. Check the path.")
-            found = [Medium.of(path.stem, path)]
+            matches = [Medium.of(path.stem, path)]
         else:
-            found = _matching(text, out)
-        if not found:
+            matches = _matching(text, out)
+        if not matches:
             raise DataError(
                 f"{pattern}: there are no images ({', '.join(IMAGE_SUFFIXES)}) and no videos "
                 f"({', '.join(VIDEO_SUFFIXES)}). Give another folder or pattern."
             )
-        media.update({(medium.name, medium.path.absolute()): medium for medium in found})
+        media.update({(medium.name, medium.path.absolute()): medium for medium in matches})
     ordered = sorted(media.values(), key=lambda medium: (medium.name, medium.path))
     clashes = _clashes(ordered)
     if clashes:
