@@ -60,7 +60,7 @@ def default_threads() -> int:
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for nested regions
-    if threads.isdecimal() and int(wanted) > 0 and not (processes > 1 and int(wanted) == 1):
+    if threads.isdecimal() and int(threads) > 0 and not (processes > 1 and int(threads) == 1):
         return int(threads)
     return max(1, usable_cores() // processes)
 
