@@ -54,7 +54,7 @@ def _pairs(network: Network) -> list[tuple[str, str]]:
             )
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        image = torch.zeros(1, 3, side, side, device=network.mean.device, requires_grad=True)
+        image = torch.zeros(1, 3, side, side).to(network.mean).requires_grad_()
         logits = network(image).main
     consumers, operations = Counter(), set()
     for operation in _operations(logits):
