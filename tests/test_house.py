@@ -8,7 +8,7 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,9 @@ import pytest
 import darseg
 from conftest import REPOSITORY
 from wording import read_snapshot, says
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from lengths import FILE, FUNCTION, POSITIONAL, files, functions, positional_calls
 
 SOURCE = REPOSITORY / "src" / "darseg"
 FRONT_ROOMS = ("report", "view", "init", "annotate", "demo")
@@ -182,3 +185,23 @@ def test_what_differs_between_machines_is_left_out_of_the_wording(tmp_path: Path
     says(f"{tmp_path}/a.png: 12 of 34.56 s", "a.png", "12", vary=[r"\d+\.\d+ s"])
     with pytest.raises(AssertionError, match=r"'b\.png'"):
         says(f"{tmp_path}/a.png", "b.png")
+
+
+@pytest.mark.parametrize(
+    ("measure", "limit"), [(functions, FUNCTION), (files, FILE), (positional_calls, POSITIONAL)]
+)
+def test_limits_of_length(measure: Callable[[Path], Iterator[tuple[int, str]]], limit: int) -> None:
+    measured = list(measure(SOURCE))
+    above = [f"{name}: {number}" for number, name in measured if number > limit]
+    assert len(measured) > 100 and not above, f"above the limit of {limit}: {above}"
+
+
+def test_the_limits_would_notice(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    body = "\n".join(f"    x = {line}" for line in range(70))
+    (tmp_path / "room" / "long.py").write_text(
+        f"def f(a, b, c, d):\n{body}\n\n\nf(1, 2, 3, 4)\n" + "\n" * 400
+    )
+    assert list(functions(tmp_path)) == [(71, "room/long.py:1 f")]
+    assert list(files(tmp_path)) == [(474, "room/long.py")]
+    assert list(positional_calls(tmp_path)) == [(4, "room/long.py:74 f")]
