@@ -479,11 +479,11 @@ def test_a_network_of_ours_as_initial_weights(tmp_path: Path) -> None:
     source.mean.copy_(torch.tensor([1.0, 2.0, 3.0]))
     source.std.copy_(torch.tensor([4.0, 5.0, 6.0]))
     save_network(source, path, spec)
-    network, told = build_initial_network(recipe_of(tmp_path, path))
+    network, origin = build_initial_network(recipe_of(tmp_path, path))
     wanted = source.state_dict()
     assert all(torch.equal(value, wanted[key]) for key, value in network.state_dict().items())
     assert network.fill == (1, 2, 3)
-    assert told == f"{len(wanted)} tensors of the whole network from {path}"
+    says(origin, f"{len(wanted)} tensors", str(path))
 
 
 def test_a_released_network_as_initial_weights(psp_file: Path, tmp_path: Path) -> None:
@@ -491,27 +491,26 @@ def test_a_released_network_as_initial_weights(psp_file: Path, tmp_path: Path) -
     assert K != 19
     with refused(WeightsError, "pspnet50.pth", "19 classes", f"has {K}", "network.strict: false"):
         build_initial_network(recipe_of(tmp_path, psp_file, **options))
-    network, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
-    assert f"{len(KEYS['pspnet50']) - 4} tensors of the whole network" in told
-    assert "; 4 that do not fit start from random numbers: cls.4.weight: has shape" in told
+    network, origin = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
+    says(origin, f"{len(KEYS['pspnet50']) - 4} tensors", "; 4 ", "cls.4.weight", "aux.4.bias")
     fresh = small(classes=K).mean  # a file of the release says nothing of the normalization
     assert torch.equal(network.mean, fresh)
     key = "cls.0.weight"
     assert torch.equal(
         network.state_dict()[renamed(key, "pspnet50")], reference_weight(key, KEYS["pspnet50"][key][0])
     )
-    # Without auxiliary head what is left over is refused, or told.
+    # Without auxiliary head what is left over is refused, or reported.
     options = {"backbone": "resnet50_deep", "head_channels": 512, "auxiliary_weight": 0.0}
     with refused(WeightsError, "pspnet50.pth", "aux.0.weight"):
         build_initial_network(recipe_of(tmp_path, psp_file, **options))
-    _, told = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
-    assert "; not needed: aux.0.weight, " in told
+    _, origin = build_initial_network(recipe_of(tmp_path, psp_file, strict=False, **options))
+    says(origin, "aux.0.weight")
 
 
 def test_what_is_left_over_is_named(tmp_path: Path) -> None:
     torch.save(imagenet("resnet18"), tmp_path / "n.pth")
-    _, told = build_initial_network(recipe_of(tmp_path, tmp_path / "n.pth"))
-    assert told == f"120 tensors of resnet18 from {tmp_path / 'n.pth'}; not needed: fc.bias, fc.weight"
+    _, origin = build_initial_network(recipe_of(tmp_path, tmp_path / "n.pth"))
+    says(origin, "120 tensors of resnet18", str(tmp_path / "n.pth"), "fc.bias, fc.weight")
 
 
 def test_of_our_files_more_than_mean_and_std_must_fit(tmp_path: Path) -> None:
@@ -569,8 +568,8 @@ def test_a_recipe_says_that_the_release_trained_two_branches(tmp_path: Path) -> 
         "head_channels": None,
     }
     recipe = recipe_of(tmp_path, tmp_path / "deeplab.pth", **options)
-    note = "all four branches of its classifier count here"
-    assert note in build_initial_network(recipe)[1]
+    origin = build_initial_network(recipe)[1]
+    says(origin, "deeplab.pth", "all four branches", "two")
     quirks = recipe.model_copy(update={"release_quirks": True})
-    network, told = build_initial_network(quirks)
-    assert note not in told and network.head.summed == 2
+    network, origin = build_initial_network(quirks)
+    assert "branches" not in origin and network.head.summed == 2
