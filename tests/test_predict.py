@@ -90,7 +90,8 @@ def test_a_prediction_is_of_the_averaged_probabilities(network: Network) -> None
         mean = averaged(network, image)
         found = predict(network, image)
         best, classes = (part.numpy() for part in mean.max(dim=0))
-        clear = (mean.sort(dim=0).values.diff(dim=0)[-1] > 1e-5).numpy()
+        # float32 rounds these probabilities by about 1e-6.
+        clear = (mean.sort(dim=0).values.diff(dim=0)[-1] > 1e-4).numpy()
         assert (found.classes == classes)[clear].all() and clear.mean() > 0.9
         assert np.abs(found.confidence - best).max() < 2e-4  # of the scale: 1.3e-4
         assert (found.codes == predict(network, image, whole_image(network, image)).codes).all()
