@@ -83,14 +83,15 @@ def run(source: Path, recipe: Path, out: Path, processes: int) -> None:
     if processes > 1:
         start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     environment = os.environ | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
+    ended = subprocess.run(
         [*start, "darseg", "train", str(recipe), "--out", str(out)],
         env=environment,
         cwd=recipe.parent,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
+        text=True,
     )
+    if ended.returncode:
+        sys.exit(f"darseg of {source} failed:\n{ended.stderr}")
 
 
 def results(run_folder: Path) -> dict[str, str]:

@@ -21,18 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conftest import REPOSITORY
-from darseg.data.batches import Batch
+from darseg.data.batches import Batch, split_together
 from darseg.data.classes import IGNORE
 from darseg.data.views import Views
-from darseg.errors import NumericsError, RunError
+from darseg.errors import NumericsError, RecipeError, RunError
 from darseg.methods.self_training import self_training
 from darseg.model.network import Network
+from darseg.training import stage as stage_module
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.loss import cross_entropy
-from darseg.training.method import Feed, Figures, Learner, Method, Streamed
-from darseg.training.optimize import SGD, Adam, AdamW, OptimizerKind, build_optimizer, faster_heads
+from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
+from darseg.training.optimize import SGD, Adam, AdamW, OptimizerKind, faster_heads, fits
 from darseg.training.schedule import Schedule
-from darseg.training.stage import Stage, StepReport, run_stage
+from darseg.training.stage import Stage, StepReport, run_stage, to_device
 from test_processes import torchrun
 from test_stage import CLASSES, DEEPLAB, PSPNET, SIDE, build, streams_of
 from wording import refused
@@ -66,7 +67,8 @@ def stream_of(feed: Feed, number: int, first: int, share: tuple[int, int]) -> It
         if feed.role == "unlabeled":
             boxes = torch.zeros(feed.strong, IMAGES, 4, dtype=torch.int32)
             strong = (pixels // 2)[None].repeat(feed.strong, 1, 1, 1, 1)
-            yield Views(pixels[own], strong[:, own], ~unused[own], boxes[:, own], ids)
+            positions = step * IMAGES + torch.arange(IMAGES)
+            yield Views(pixels[own], strong[:, own], ~unused[own], boxes[:, own], positions[own], ids)
         else:
             yield Batch(pixels[own], labels.masked_fill(unused, IGNORE)[own], ids)
         step += 1
@@ -77,13 +79,14 @@ def network_learner(network: Network, optimizer: OptimizerKind) -> Learner:
 
 
 class EverythingState(nn.Module):
-    """A teacher, a discriminator, and a count of the steps."""
+    """A teacher, a discriminator, and counts of steps and of predicted classes."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.teacher = copy.deepcopy(network).requires_grad_(False)
         self.discriminator = nn.Conv2d(CLASSES, 1, 1)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(CLASSES, dtype=torch.int64))
 
 
 def everything(network: Network, optimizer: OptimizerKind | None = None) -> Method:
@@ -92,7 +95,7 @@ def everything(network: Network, optimizer: OptimizerKind | None = None) -> Meth
     state = EverythingState(network)
     state.discriminator.to(network.mean.dtype)
 
-    def label(state: nn.Module, streamed: Sequence[Streamed], step: int) -> Sequence[Batch]:
+    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
         labeled, views = streamed
         assert isinstance(labeled, Batch) and isinstance(views, Views)
         state.teacher.eval()
@@ -104,7 +107,8 @@ def everything(network: Network, optimizer: OptimizerKind | None = None) -> Meth
             weights=confidence * views.inside,
             divisor=views.inside.sum(),
         )
-        return [labeled, pseudo]
+        counts = torch.bincount(classes[views.inside], minlength=CLASSES)
+        return Labeled([labeled, pseudo], figures={"accepted": confidence.mean()}, seen={"counts": counts})
 
     def loss(forward: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
         labeled, pseudo = batches
@@ -119,10 +123,11 @@ def everything(network: Network, optimizer: OptimizerKind | None = None) -> Meth
         parts["loss_discriminator"] = (costs * (labeled.labels != IGNORE)).sum() / labeled.count()
         total = sum(parts.values())
         assert isinstance(total, Tensor)
-        return total, {name: part.detach() for name, part in (parts | {"loss": total}).items()}
+        return total, {name: part.detach() for name, part in parts.items()}
 
-    def moved(state: nn.Module, network: nn.Module, step: int) -> None:
+    def moved(state: nn.Module, network: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
         state.steps += 1
+        state.counts += seen["counts"]
         for mine, theirs in zip(
             state.teacher.state_dict().values(), network.state_dict().values(), strict=True
         ):
@@ -192,7 +197,8 @@ def test_the_loss_is_finite_and_falls(name: str) -> None:
     losses = torch.stack([report.figures["loss"] for report in reports])
     assert torch.isfinite(losses).all() and losses[-4:].mean() < 0.8 * losses[:4].mean()
     assert isinstance(method.outcome(method.state, method.network), Network)
-    assert all(figure.startswith("loss") or figure == "gradient_norm" for figure in reports[0].figures)
+    parts = [report.figures[name] for report in reports for name in report.figures if name.startswith("loss")]
+    assert torch.isfinite(torch.stack(parts)).all() and torch.isfinite(reports[0].figures["gradient_norm"])
 
 
 @each_method
@@ -216,24 +222,28 @@ def test_stopped_and_resumed_at_any_step_it_ends_with_the_same_bytes(
 
 
 @each_method
-def test_the_checkpoint_has_every_tensor_that_moves(name: str) -> None:
+def test_the_checkpoint_has_every_tensor_that_moves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against what PyTorch's own optimizers say they hold."""
+    built: list[torch.optim.Optimizer] = []
+    real = stage_module.build_optimizer
+
+    def build_and_keep(*arguments: Any) -> torch.optim.Optimizer:
+        built.append(real(*arguments))
+        return built[-1]
+
+    monkeypatch.setattr(stage_module, "build_optimizer", build_and_keep)
     method = METHODS[name](build(DEEPLAB))
-    optimizers: list[torch.optim.Optimizer] = []
     checkpoint = tensors(run(method))
-    for key, value in method.state.state_dict().items():
-        assert torch.equal(checkpoint[f"method/{key}"], value)
-    for key, value in method.network.state_dict().items():
-        assert torch.equal(checkpoint[f"network/{key}"], value)
-    for learner in method.learners:
-        optimizers.append(build_optimizer(learner.module, learner.optimizer, learner.rate_factor))
+    assert len(built) == len(method.learners)
+    wanted = {f"network/{key}": value for key, value in method.network.state_dict().items()}
+    wanted |= {f"method/{key}": value for key, value in method.state.state_dict().items()}
+    for learner, optimizer in zip(method.learners, built, strict=True):
         part = "optimizer" if learner.name == "network" else f"optimizer.{learner.name}"
-        names = {"SGD": ["momentum_buffer"], "Adam": ["step", "exp_avg", "exp_avg_sq"]}[
-            type(learner.optimizer).__name__
-        ]
-        moving = [key for key, value in learner.module.named_parameters() if value.requires_grad]
-        wanted = {f"{part}/{key}:{tensor}" for key in moving for tensor in names}
-        assert {key for key in checkpoint if key.startswith(f"{part}/")} == wanted
-    assert all(optimizer.param_groups for optimizer in optimizers)
+        names = {id(parameter): key for key, parameter in learner.module.named_parameters()}
+        for parameter, state in optimizer.state.items():
+            wanted |= {f"{part}/{names[id(parameter)]}:{key}": value for key, value in state.items()}
+    assert checkpoint.keys() == wanted.keys()
+    assert all(torch.equal(checkpoint[key], value) for key, value in wanted.items())
 
 
 @each_method
@@ -254,15 +264,23 @@ def test_micro_batches_add_up(name: str, micro_batch: int) -> None:
 
 TWO = """
 import torch, torch.distributed as dist
-from darseg.training.checkpoint import save_checkpoint
+from darseg.training.checkpoint import load_checkpoint, save_checkpoint
 from pathlib import Path
 import test_methods as tests
 dist.init_process_group('gloo')
 for name, make in tests.METHODS.items():
     method = tests.frozen(make(tests.build(tests.DEEPLAB).double()))
-    if method.exact:
-        end = tests.run(method, share=(dist.get_rank(), 2))
-        save_checkpoint(end, Path(f'{name}_{dist.get_rank()}'))
+    rank = dist.get_rank()
+    end = tests.run(method, share=(rank, 2))
+    save_checkpoint(end, Path(f'{name}_{rank}'))
+    # Stopped after step 2 and resumed, with BatchNorm's statistics moving.
+    stage = tests.Stage(steps=4, checkpoint_every=2)
+    make_32 = lambda: make(tests.build(tests.DEEPLAB))
+    whole = tests.run(make_32(), stage, (rank, 2), on_checkpoint=lambda c: save_checkpoint(c, Path(f'{name}_{rank}_2')))
+    save_checkpoint(whole, Path(f'{name}_{rank}_whole'))
+    dist.barrier()
+    begin = load_checkpoint(Path(f'{name}_0_2'))  # the first process saves, all read its file
+    save_checkpoint(tests.run(make_32(), stage, (rank, 2), begin=begin), Path(f'{name}_{rank}_resumed'))
 dist.destroy_process_group()
 """
 
@@ -274,14 +292,20 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     for name, make in METHODS.items():
         method = frozen(make(build(DEEPLAB).double()))
-        if not method.exact:
-            continue
+        assert method.exact
         wanted = tensors(run(method))
         for rank in (0, 1):
             found = tensors(load_checkpoint(tmp_path / f"{name}_{rank}"))
             assert found.keys() == wanted.keys()
             for key, value in wanted.items():
                 assert torch.allclose(found[key], value, rtol=1e-9, atol=1e-10), (name, key)
+        # Resumed on two processes it ends with the same bytes, in both.
+        ends = [
+            (tmp_path / f"{name}_{rank}_{kind}").read_bytes()
+            for rank in (0, 1)
+            for kind in ("whole", "resumed")
+        ]
+        assert len(set(ends)) == 1, name
 
 
 @each_method
@@ -340,7 +364,7 @@ def test_the_discriminators_term_moves_no_weight_of_the_network() -> None:
     """Two learners are one sum and one backward pass: gradients stay apart by what each term detaches."""
     method = everything(build(DEEPLAB))
     (labeled, views) = (next(stream_of(feed, number, 0, (0, 1))) for number, feed in enumerate(method.feeds))
-    batches = method.label(method.state, [labeled, views], 0)
+    batches = method.label(method.state, method.network, [labeled, views], 0).batches
     loss, figures = method.loss(method.network, batches, 0)
     loss.backward()
     apart = everything(build(DEEPLAB))
@@ -350,7 +374,104 @@ def test_the_discriminators_term_moves_no_weight_of_the_network() -> None:
         assert (one.grad is None and other.grad is None) or torch.allclose(one.grad, other.grad, atol=1e-5), (
             key
         )
-    assert {"loss", "loss_labeled", "loss_pseudo", "loss_discriminator"} == set(figures)
+    assert {"loss_labeled", "loss_pseudo", "loss_discriminator"} == set(figures)
+
+
+def test_a_method_that_does_not_add_up_is_not_split() -> None:
+    method = replace(rounds(build(DEEPLAB)), exact=False)
+    with refused(RecipeError, "training.micro_batch: 2"):
+        run(method, Stage(steps=1, micro_batch=2))
+    run(method, Stage(steps=1))
+
+
+def test_batches_of_unequal_sizes_are_split_in_step() -> None:
+    """One labeled and seven pseudo-labeled images, for example (DMT)."""
+    method = frozen(rounds(build(DEEPLAB).double()))
+    sizes = (2, 7)
+
+    def streams(first: int) -> list[Iterator[Streamed]]:
+        def stream(number: int) -> Iterator[Streamed]:
+            for batch in stream_of(Feed("labeled", IMAGES), number, first, (0, 1)):
+                assert isinstance(batch, Batch)
+                yield batch.cut([sizes[number]])[0]
+
+        return [stream(number) for number in range(2)]
+
+    ends = []
+    for size in (None, 3):
+        method = frozen(rounds(build(DEEPLAB).double()))
+        ends.append(tensors(run_stage(method, streams, Stage(steps=3, micro_batch=size))))
+    assert all(torch.allclose(ends[1][key], value, rtol=1e-9, atol=1e-10) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 8])
+def test_micro_batches_of_several_batches(size: int | None) -> None:
+    batches = [next(stream_of(Feed("labeled", IMAGES), number, 0, (0, 1))) for number in range(2)]
+    assert isinstance(batches[0], Batch) and isinstance(batches[1], Batch)
+    pair = [batches[0], batches[1].cut([5])[0]]
+    parts = split_together(pair, size)
+    for number, whole in enumerate(pair):
+        ids = [part[number].ids for part in parts]
+        assert sum(ids, ()) == whole.ids and all(ids)
+        assert size is None or len(parts) == 5 or max(map(len, ids)) <= size
+
+
+def test_with_fp16_all_learners_step_or_none() -> None:
+    """The discriminator's gradient alone is beyond fp16's range."""
+    method = everything(build(DEEPLAB))
+
+    def overflowing(forward: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
+        loss, figures = method.loss(forward, batches, step)
+        halves = (
+            method.state.discriminator.weight.half()
+        )  # the gradient of each is 3 times the scale, beyond 65,504
+        return loss + (3 * halves).sum().float(), figures
+
+    start = {key: value.clone() for key, value in method.network.named_parameters()}
+    norms: list[Tensor] = []
+    spoiled = replace(method, loss=overflowing)
+    run(
+        spoiled, Stage(steps=2, precision="fp16"), on_step=lambda report: norms.append(report.figures["loss"])
+    )
+    assert len(norms) == 2
+    for key, value in method.network.named_parameters():
+        assert torch.equal(value, start[key]), key
+
+
+def test_another_optimizer_is_no_state_to_resume_with() -> None:
+    end = run(rounds(build(DEEPLAB)))
+    with refused(RunError, "backbone.conv1.weight:exp_avg: missing"):
+        run(rounds(build(DEEPLAB), AdamW()), Stage(steps=9), begin=end)
+    assert fits(SGD(), end.parts["optimizer"]) and not fits(AdamW(), end.parts["optimizer"])
+
+
+def test_a_stage_goes_on_with_the_optimizer_of_the_stage_before() -> None:
+    """One step with momentum m, rate r and gradient g moves weights by r · (0.9 m + g)."""
+    network = build(DEEPLAB)
+    learner = Learner("network", network, 1.0, SGD(momentum=0.9, weight_decay=0.0))
+    method = Method(
+        feeds=(),
+        learners=(learner,),
+        loss=lambda forward, batches, step: (sum(p.sum() for p in network.parameters()), {}),
+    )
+    momentum = {
+        f"{key}:momentum_buffer": torch.full_like(value, 2.0) for key, value in network.named_parameters()
+    }
+    start = {key: value.clone() for key, value in network.named_parameters()}
+    run(method, Stage(steps=1), before={"optimizer": momentum})
+    for key, value in network.named_parameters():
+        if value.requires_grad:
+            assert torch.allclose(start[key] - value, torch.full_like(value, 0.9 * 2 + 1), atol=1e-4), key
+
+
+def test_everything_of_a_stream_moves_to_the_device() -> None:
+    pixels, labels = images(0)
+    weights = torch.rand(IMAGES, SIDE, SIDE)
+    batch = Batch(pixels, labels, ("a",) * IMAGES, weights, (torch.rand(IMAGES, 3),), torch.tensor(4))
+    moved = to_device(batch, torch.device("meta"))
+    assert isinstance(moved, Batch) and moved.weights is not None and moved.divisor is not None
+    held = [moved.images, moved.labels, moved.weights, *moved.feature_masks, moved.divisor]
+    assert all(tensor.device.type == "meta" for tensor in held) and moved.ids == batch.ids
 
 
 # --- what 0.2 did

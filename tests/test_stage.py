@@ -29,7 +29,7 @@ from darseg.training.loss import cross_entropy
 from darseg.training.method import Learner, Method
 from darseg.training.optimize import SGD, faster_heads
 from darseg.training.schedule import Schedule
-from darseg.training.stage import Stage, StepReport, _to, run_stage
+from darseg.training.stage import Stage, StepReport, run_stage, to_device
 from wording import refused, says
 
 torch.set_num_threads(1)
@@ -208,7 +208,7 @@ def test_laws_of_split(images: int, size: int | None, again: int | None) -> None
 
 def test_a_micro_batch_on_another_device_keeps_the_count_of_the_batch() -> None:
     part = batch_at(0, 0).split(2)[1]
-    moved = _to(part, torch.device("meta"))
+    moved = to_device(part, torch.device("meta"))
     assert moved.images.device.type == moved.labels.device.type == "meta" and moved.ids == part.ids
     assert int(moved.count()) == int(part.count())
 

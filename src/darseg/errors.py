@@ -8,6 +8,7 @@
     ├── ExportError      exported networks: not possible, or with other classes than the original
     ├── NumericsError    a loss or gradient that is not finite
     ├── RunError         run folders: of another recipe, damaged, missing
+    │   └── FormatError  run folders and checkpoints that a later version wrote
     ├── MemoryLimit      a GPU with less memory than a step needs
     └── StorageError     the disk: full, read-only
 
@@ -66,6 +67,10 @@ class Interrupted(BaseException):
 
 class RunError(DarsegError):
     """A run folder belongs to another recipe, is damaged, or is not a run folder."""
+
+
+class FormatError(RunError):
+    """A run folder or checkpoint has a format that only a later version of darseg can read."""
 
 
 class StorageError(DarsegError):

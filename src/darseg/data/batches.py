@@ -6,6 +6,7 @@ threads that prepare a stream changes nothing.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -53,18 +54,41 @@ class Batch:
         """Micro-batches of `size` images, each with the divisor of the whole (None: this batch as it is)."""
         if size is None or size >= len(self.ids):
             return [self]
-        divisor = self.count()
+        return self.cut(range(size, len(self.ids), size))
+
+    def cut(self, places: Sequence[int]) -> list[Batch]:
+        """The batch cut before each place of its first axis, each part with the divisor of the whole."""
+        divisor, bounds = self.count(), [0, *places, len(self.ids)]
         return [
             Batch(
-                images=self.images[at : at + size],
-                labels=self.labels[at : at + size],
-                ids=self.ids[at : at + size],
-                weights=None if self.weights is None else self.weights[at : at + size],
-                feature_masks=tuple(mask[at : at + size] for mask in self.feature_masks),
+                images=self.images[start:end],
+                labels=self.labels[start:end],
+                ids=self.ids[start:end],
+                weights=None if self.weights is None else self.weights[start:end],
+                feature_masks=tuple(mask[start:end] for mask in self.feature_masks),
                 divisor=divisor,
             )
-            for at in range(0, len(self.ids), size)
+            for start, end in itertools.pairwise(bounds)
         ]
+
+
+def split_together(batches: Sequence[Batch], size: int | None) -> list[tuple[Batch, ...]]:
+    """Micro-batches of several batches, in step: at most `size` images of each (None: the batches as they are).
+
+    Batches of unequal sizes are cut into equally many parts, as equal as possible; none is empty, so a batch with few
+    images limits how small the parts of the others get.
+    """
+    if size is None:
+        return [tuple(batches)]
+    images = [len(batch.ids) for batch in batches]
+    count = min(-(-max(images) // size), min(images))
+    parts = []
+    for batch in batches:
+        pieces = batch.split(size)
+        if len(pieces) != count:
+            pieces = batch.cut([len(batch.ids) * part // count for part in range(1, count)])
+        parts.append(pieces)
+    return list(zip(*parts, strict=True))
 
 
 def sample_index(position: int, count: int, seed: Sequence[int]) -> int:

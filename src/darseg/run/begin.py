@@ -10,7 +10,9 @@ import numpy as np
 import torch
 
 import darseg
+from darseg.config.text import dump_recipe
 from darseg.data.examine import reading_notes
+from darseg.data.files import write_whole
 from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
 from darseg.run.course import Course
 from darseg.run.directory import RecipeChanges, write_json, written_since
@@ -84,7 +86,8 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
     run, journal = course.run, course.journal
     if changes.free:
         journal.event("recipe_changed", keys=list(changes.free))
-        journal.say(f"Changed in the recipe, without effect on the result: {'; '.join(changes.free)}")
+        journal.say(f"Changed in the recipe; these keys do not change the result: {'; '.join(changes.free)}")
+        write_whole(run.recipe, dump_recipe(course.recipe))
     first = json.loads(run.environment.read_text())
     changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]
     if changed:

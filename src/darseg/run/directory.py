@@ -32,7 +32,7 @@ import torch
 from darseg.data.encoding import PLAIN
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
 from darseg.data.manifest import Manifest, Sample
-from darseg.errors import DataError, RunError, faults
+from darseg.errors import DataError, FormatError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
 from darseg.run.settings import Inputs, digest_text
 
@@ -88,8 +88,8 @@ class RunDirectory:
 
     def optimizer(self, index: int) -> Path:
         """The state of the optimizers at the end of a round; in format 1 the file is called momentum."""
-        earlier = self.round(index) / "momentum.safetensors"
-        return earlier if earlier.exists() else self.round(index) / "optimizer.safetensors"
+        path, earlier = (self.round(index) / f"{name}.safetensors" for name in ("optimizer", "momentum"))
+        return earlier if earlier.exists() and not path.exists() else path
 
     def checkpoint(self, index: int, step: int) -> Path:
         return self.round(index) / f"checkpoint_{step:08d}.safetensors"
@@ -292,7 +292,7 @@ def open_run(
     except OSError as error:
         raise storage_error(error, root) from error
     # The recipe is first, since it makes the folder a run folder. After a kill in between, the next call writes the rest.
-    if not run.recipe.exists() or changes.free:
+    if not run.recipe.exists():
         write_whole(run.recipe, recipe_text)
     if not run.format.exists() and not any(root.glob("round_*/*.json")):  # a folder with records has format 1
         write_json(run.format, {"format": FORMAT})
@@ -313,7 +313,7 @@ def _check_format(run: RunDirectory) -> None:
             f'{run.format} is damaged ({error}). Write {{"format": {FORMAT}}} into it, or restore it from a copy.'
         ) from error
     if newer:
-        raise RunError(
+        raise FormatError(
             f"{run.root} has format {number}, and this version of darseg works in run folders up to format {FORMAT}. "
             "Upgrade darseg (pip install --upgrade darseg), or start another run with --out NEW_FOLDER."
         )

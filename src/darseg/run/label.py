@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from darseg.pseudo.labelset import Predictor, prediction_path
 from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path, write_json
 from darseg.run.evaluate import Trained, check_classes, load_trained
+from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
 from darseg.run.journal import Journal
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.run.settings import digest_settings
@@ -200,9 +201,16 @@ def _complete_labeling(
 
 
 def _digest_predictor(trained: Trained) -> dict[str, str]:
-    """Digests of what decides a network's predictions besides the images."""
-    protocol = asdict(labeling_protocol(trained.recipe)) if trained.recipe else None
-    return {"network": digest_path(trained.path), "protocol": digest_settings(protocol=protocol)}
+    """Digests of what decides a network's predictions besides the images.
+
+    A protocol that darseg 0.2 knew has the digest that 0.2 wrote, so that its folders go on working.
+    """
+    protocol = labeling_protocol(trained.recipe) if trained.recipe else None
+    try:
+        digest = digest_format_1(protocol=as_format_1(protocol) if protocol else None)
+    except LaterSetting:
+        digest = digest_settings(protocol=protocol)
+    return {"network": digest_path(trained.path), "protocol": digest}
 
 
 def _protocol_of(trained: Trained) -> Callable[[np.ndarray], Protocol]:

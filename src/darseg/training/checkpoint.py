@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from darseg.data.files import write_whole_with
-from darseg.errors import RunError, faults
+from darseg.errors import FormatError, RunError, faults
 from darseg.training.method import Learner, Method
 from darseg.training.optimize import SEPARATOR, optimizer_state, restore_optimizer
 
@@ -41,14 +41,14 @@ class Checkpoint:
     scaling: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def capture(cls, step: int, method: Method, run: Optimization) -> Checkpoint:
+    def capture(cls, step: int, method: Method, optimization: Optimization) -> Checkpoint:
         """The present state, as references: save it before the next step."""
         parts: dict[str, Part] = {NETWORK: method.network.state_dict(), METHOD: method.state.state_dict()}
-        for learner, optimizer in zip(method.learners, run.optimizers, strict=True):
+        for learner, optimizer in zip(method.learners, optimization.optimizers, strict=True):
             parts[part_of(learner)] = optimizer_state(learner.module, optimizer)
-        return cls(step, parts, run.scaler.state_dict())
+        return cls(step, parts, optimization.scaler.state_dict())
 
-    def restore(self, method: Method, run: Optimization) -> None:
+    def restore(self, method: Method, optimization: Optimization) -> None:
         """Put everything back. Raises RunError if a part is missing or nobody asks for it."""
         wanted = {NETWORK, METHOD, *map(part_of, method.learners)}
         unknown = [f"{name}: not a part of this method" for name in self.parts if name not in wanted]
@@ -60,14 +60,15 @@ class Checkpoint:
             )
         method.network.load_state_dict(self.parts[NETWORK])
         method.state.load_state_dict(self.parts[METHOD])
-        for learner, optimizer in zip(method.learners, run.optimizers, strict=True):
+        for learner, optimizer in zip(method.learners, optimization.optimizers, strict=True):
             restore_optimizer(learner.module, optimizer, self.parts[part_of(learner)])
         if self.scaling:
-            run.scaler.load_state_dict(dict(self.scaling))
+            optimization.scaler.load_state_dict(dict(self.scaling))
 
-    def without_network(self) -> Checkpoint:
-        """What a round leaves besides its network, for the next round."""
-        return Checkpoint(self.step, {name: part for name, part in self.parts.items() if name != NETWORK})
+    def optimizers(self) -> Checkpoint:
+        """Only the states of the optimizers: what a round leaves for the next one besides its network."""
+        kept = {name: part for name, part in self.parts.items() if name.split(".")[0] == OPTIMIZER}
+        return Checkpoint(self.step, kept)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,22 @@ class Optimization:
 
     optimizers: tuple[torch.optim.Optimizer, ...]
     scaler: torch.amp.GradScaler
+
+    def step(self) -> None:
+        """Move all learners, or none: with fp16 a gradient beyond its range makes the scaler skip the whole step."""
+        if self.scaler.is_enabled() and len(self.optimizers) > 1:
+            # The scaler decides for each optimizer alone, and PyTorch has no public way to tell it of the others.
+            found = [
+                value
+                for optimizer in self.optimizers
+                for value in self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+            ]
+            any_found = torch.stack([value.to(found[0].device) for value in found]).amax(0)
+            for value in found:
+                value.copy_(any_found)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
 
 
 def part_of(learner: Learner) -> str:
@@ -101,7 +118,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises RunError if it is damaged."""
+    """Read a checkpoint. Raises RunError if it is damaged, FormatError if a later version wrote it."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
@@ -109,7 +126,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 return _format_1(file, metadata)
             state = json.loads(metadata["checkpoint"])
             if state["format"] > FORMAT:
-                raise RunError(
+                raise FormatError(
                     f"{path}: this checkpoint is of format {state['format']}, and this version of darseg reads formats "
                     f"up to {FORMAT}. Go on with the version that wrote it, or upgrade darseg."
                 )
@@ -130,8 +147,10 @@ def _format_1(file: Any, metadata: Mapping[str, str]) -> Checkpoint:
     parts: dict[str, dict[str, Tensor]] = {NETWORK: {}, OPTIMIZER: {}, METHOD: {}}
     for key in file.keys():  # noqa: SIM118 (not a mapping)
         part, name = key.split(".", 1)
+        if part not in (NETWORK, "momentum"):
+            raise ValueError(f"unknown part {part}")
         if part == "momentum":
             parts[OPTIMIZER][f"{name}{SEPARATOR}momentum_buffer"] = file.get_tensor(key)
         else:
-            parts[{NETWORK: NETWORK}[part]][name] = file.get_tensor(key)
+            parts[part][name] = file.get_tensor(key)
     return Checkpoint(int(metadata["step"]), parts, json.loads(metadata.get("scaling", "{}")))

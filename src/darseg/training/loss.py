@@ -29,6 +29,7 @@ def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 def supervised(network: Callable, batch: Batch, auxiliary_weight: float) -> torch.Tensor:
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
+    assert not batch.feature_masks, "no network takes feature masks yet"
     output = network(batch.images)
     loss = cross_entropy(output.main, batch)
     if output.auxiliary is not None and auxiliary_weight > 0:

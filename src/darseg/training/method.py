@@ -17,8 +17,8 @@ from darseg.data.views import Views
 from darseg.training.optimize import SGD, OptimizerKind
 
 Figures = Mapping[str, Tensor]
-"""Numbers to report, by name: "loss", the total, and any others. Those of the micro-batches and processes of a step are
-added up. Reports draw "loss" and every "loss_*"."""
+"""Numbers to report, by name. Those of the micro-batches and processes of a step are added up; the loop adds "loss", the
+total. Reports draw "loss" and every "loss_*"."""
 
 Streamed = Batch | Views
 """What a stream yields at a step."""
@@ -63,39 +63,55 @@ class Learner:
     rate_factor: Callable[[str], float] = equal_rates
 
 
-def as_streamed(state: nn.Module, streamed: Sequence[Streamed], step: int) -> Sequence[Batch]:
+@dataclass(frozen=True)
+class Labeled:
+    """What the label phase makes of what the streams gave.
+
+    Attributes:
+        batches: what the loss gets.
+        figures: numbers to report, added up over processes like the loss's.
+        seen: tensors that `moved` gets, added up over processes: counts, histograms, sums of confidences.
+    """
+
+    batches: Sequence[Batch]
+    figures: Figures = field(default_factory=dict)
+    seen: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def as_streamed(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
     """The batches as the streams gave them: the label phase of a method whose streams are all labeled."""
     batches = [batch for batch in streamed if isinstance(batch, Batch)]
     assert len(batches) == len(streamed), "unlabeled images need a label phase of their own"
-    return batches
+    return Labeled(batches)
 
 
-def stay(state: nn.Module, network: nn.Module, step: int) -> None:
+def stay(state: nn.Module, network: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
     """Nothing follows the network: for a method without state."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One use of unlabeled images. Made by a function in `methods/`, picked by a `match` in run/build.py.
+    """One use of unlabeled images. Made by a function in `methods/`; `method_of` in run/plan.py picks it.
 
     Attributes:
         feeds: the streams of a step, in the order in which `label` receives them.
         learners: what the optimizers move; the first is the network.
         loss: (network, batches, step) → the loss of these micro-batches, a scalar, and figures. Losses add up over
             micro-batches and processes if every mean over pixels divides by `Batch.count()`.
-        label: (state, what the streams gave, step) → batches, without gradients, on the process's whole share. It must
-            not change the state: a step that fails leaves everything as it was.
-        moved: (state, network, step) → None, after the optimizers have stepped: a teacher follows, counters advance.
+        label: (state, network, what the streams gave, step) → `Labeled`, without gradients, on the process's whole
+            share. It must not change the state or the network: a step that fails leaves everything as it was.
+        moved: (state, network, seen, step) → None, after the optimizers have stepped: a teacher follows, counters and
+            histograms advance. It is also called after a step that fp16's scaler skips.
         state: everything that moves with the step besides the network; saved, restored and placed with it.
         outcome: (state, network) → the network that the round saves.
-        exact: whether micro-batches and processes add up to one batch.
+        exact: whether micro-batches and processes add up to one batch; if not, both are refused.
     """
 
     feeds: tuple[Feed, ...]
     learners: tuple[Learner, ...]
     loss: Callable[[Callable, Sequence[Batch], int], tuple[Tensor, Figures]]
-    label: Callable[[nn.Module, Sequence[Streamed], int], Sequence[Batch]] = as_streamed
-    moved: Callable[[nn.Module, nn.Module, int], None] = stay
+    label: Callable[[nn.Module, nn.Module, Sequence[Streamed], int], Labeled] = as_streamed
+    moved: Callable[[nn.Module, nn.Module, Mapping[str, Tensor], int], None] = stay
     state: nn.Module = field(default_factory=nn.Module)
     outcome: Callable[[nn.Module, nn.Module], nn.Module] = lambda state, network: network
     exact: bool = True

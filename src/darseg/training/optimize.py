@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from darseg.errors import RunError, faults
+
 SEPARATOR = ":"
 """Between a parameter's name and the name of a tensor of its optimizer state."""
 
@@ -85,32 +87,65 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
+SGD_TENSORS = frozenset({"momentum_buffer"})
+ADAM_TENSORS = frozenset({"step", "exp_avg", "exp_avg_sq"})
+"""What an optimizer keeps for a parameter once it has stepped."""
+
+
+def tensor_names(optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """The tensors that an optimizer keeps for a parameter once it has stepped."""
+    return SGD_TENSORS if isinstance(optimizer, torch.optim.SGD) else ADAM_TENSORS
+
+
+def fits(kind: OptimizerKind, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether saved tensors are the state of an optimizer of this kind."""
+    names = {key.rsplit(SEPARATOR, 1)[-1] for key in tensors}
+    return names == (SGD_TENSORS if isinstance(kind, SGD) else ADAM_TENSORS)
+
+
+def misfits(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> list[str]:
+    """What keeps saved tensors from being the state of this optimizer, a line each; none fit an optimizer that starts."""
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    wanted = {f"{name}{SEPARATOR}{key}" for name in trainable for key in tensor_names(optimizer)}
+    if not tensors:
+        return []
+    missing = [f"{name}: missing" for name in sorted(wanted - tensors.keys())]
+    return missing + [f"{name}: not a part of this optimizer" for name in sorted(tensors.keys() - wanted)]
+
+
 @torch.no_grad()
 def restore_optimizer(
     module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_state` gave. SGD starts with zeros if there is no momentum to restore.
+    """Put back what `optimizer_state` gave, or start fresh if it is empty: SGD then starts with zeros.
 
     PyTorch would make SGD's momentum in its first step. If that step is skipped (fp16 beyond its range), its fused SGD
-    would go on with uninitialized memory.
+    would go on with uninitialized memory. Raises RunError if the tensors are not those of this optimizer.
     """
-    sgd = isinstance(optimizer, torch.optim.SGD)
+    if lines := misfits(module, optimizer, tensors):
+        raise RunError(faults("The saved state is of another optimizer", lines, limit=10))
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        prefix = f"{name}{SEPARATOR}"
-        saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if sgd:
+        if isinstance(optimizer, torch.optim.SGD):
             buffer = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            if "momentum_buffer" in saved:
-                buffer.copy_(saved["momentum_buffer"])
+            if tensors:
+                buffer.copy_(tensors[f"{name}{SEPARATOR}momentum_buffer"])
             optimizer.state[parameter]["momentum_buffer"] = buffer
-        elif saved:
-            for key, value in saved.items():
+        elif tensors:
+            for key in tensor_names(optimizer):
+                value = tensors[f"{name}{SEPARATOR}{key}"]
                 # A step count stays on the CPU unless the optimizer is fused, as PyTorch has it.
-                place = parameter.device if value.ndim or parameter.is_cuda else value.device
+                place = parameter.device if parameter.is_cuda else value.device
                 like = torch.empty_like(parameter) if value.ndim else torch.empty((), device=place)
                 optimizer.state[parameter][key] = like.copy_(value)
+
+
+def fill_gradients(module: nn.Module) -> None:
+    """Give zeros to trainable parameters without a gradient, so that every process has the same gradients to sum."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 BACKBONE, LAST_STAGE = "backbone.", "backbone.layer4."

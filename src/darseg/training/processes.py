@@ -191,6 +191,15 @@ class Processes:
         dist.all_reduce(counts)
         return [replace(batch, divisor=count) for batch, count in zip(batches, counts, strict=True)]
 
+    def sum_seen(self, seen: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors added up over all processes; each process names the same ones."""
+        if self.count == 1:
+            return seen
+        total = {name: value.clone() for name, value in sorted(seen.items())}
+        for value in total.values():
+            dist.all_reduce(value)
+        return total
+
     def add_figures(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Figures added up over all processes; the gradient's norm is the same in all."""
         if self.count == 1:
@@ -209,11 +218,11 @@ class Processes:
         return loss
 
     @torch.no_grad()
-    def average_statistics(self, network: nn.Module) -> None:
+    def average_statistics(self, module: nn.Module) -> None:
         """Average BatchNorm's running statistics over processes that each saw their own share."""
         if self.count == 1:
             return
-        for name, buffer in network.named_buffers():
+        for name, buffer in module.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)
                 buffer /= self.count

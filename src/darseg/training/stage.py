@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from darseg.choices import Precision
-from darseg.data.batches import Batch
-from darseg.errors import Interrupted
-from darseg.training.checkpoint import OPTIMIZER, Checkpoint, Optimization, Part, part_of
+from darseg.data.batches import Batch, split_together
+from darseg.errors import Interrupted, RecipeError, faults
+from darseg.training.checkpoint import Checkpoint, Optimization, Part, part_of
 from darseg.training.method import Method, Streamed
-from darseg.training.optimize import build_optimizer, restore_optimizer, set_rates
+from darseg.training.optimize import build_optimizer, fill_gradients, restore_optimizer, set_rates
 from darseg.training.processes import Processes
 from darseg.training.schedule import Schedule
 from darseg.training.watch import Watch, WatchedStep, gradient_norm
@@ -79,7 +80,7 @@ def run_stage(
     stage: Stage,
     *,
     begin: Checkpoint | None = None,
-    optimizer_before: Part | None = None,
+    before: Mapping[str, Part] | None = None,
     on_step: Callable[[StepReport], None] = lambda report: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
     stop: Callable[[], bool] = lambda: False,
@@ -90,16 +91,18 @@ def run_stage(
 
     Args:
         begin: a checkpoint of this stage to go on from.
-        optimizer_before: without one: the state with which the network's optimizer ended the stage before.
+        before: the optimizer states with which the stage before ended, by part, for a stage that begins; learners
+            without one start with a fresh optimizer.
         on_checkpoint: called every `checkpoint_every` steps, but not after the last.
         stop: asked after every step; if it says yes in any process, a checkpoint is made and Interrupted is raised.
 
     Raises NumericsError before anything moves if a loss or gradient is not finite. On a GPU the host does not wait for
-    every step: the error comes a few steps later, always before a checkpoint, and until then weights and momentum stay
-    as they were (with fp16: as the scaler leaves them, which skips a step but not those that follow).
+    every step: the error comes a few steps later, always before a checkpoint. Until then weights and optimizers stay as
+    they were (with fp16: as the scaler leaves them, which skips a step but not those that follow), while the method's
+    state may move. Raises RecipeError if the method cannot do what the stage asks.
     """
     loop = _Loop(method, stage)
-    first = loop.start(begin, optimizer_before or {})
+    first = loop.start(begin, before or {})
     if first >= stage.steps:
         return loop.end()
     running = streams(first)
@@ -108,7 +111,7 @@ def run_stage(
         for step in range(first, stage.steps):
             torch.manual_seed(_dropout_seed((*stage.seed, *loop.processes.own_seed), step))
             asked = time.monotonic()
-            streamed = [_to(next(stream), loop.device) for stream in running]
+            streamed = [to_device(next(stream), loop.device) for stream in running]
             waited += time.monotonic() - asked
             rate, figures = loop.step(step, streamed)
             waiting = waited / max(time.monotonic() - began, 1e-9)
@@ -125,7 +128,6 @@ def run_stage(
     finally:
         for stream in running:
             stream.close()  # ty: ignore[missing-attribute]
-    loop.processes.average_statistics(method.network)
     return loop.end()
 
 
@@ -136,99 +138,129 @@ class _Loop:
         self.method, self.stage = method, stage
         self.device = next(method.network.parameters()).device
         self.processes = Processes.joined()
+        _check_sums(method, stage, self.processes.count)
         method.state.to(self.device)
         optimizers = (
             build_optimizer(learner.module, learner.optimizer, learner.rate_factor)
             for learner in method.learners
         )
         scaler = torch.amp.GradScaler(self.device.type, enabled=stage.precision == "fp16")
-        self.run = Optimization(tuple(optimizers), scaler)
+        self.optimization = Optimization(tuple(optimizers), scaler)
         self.module = self.processes.wrap(method.network, self.device)
         self.forward = torch.compile(self.module) if stage.compile else self.module
         self.watch = Watch(self.processes, self.device, steps=stage.steps, precision=stage.precision)
 
-    def start(self, begin: Checkpoint | None, optimizer_before: Part) -> int:
-        """Restore a checkpoint, or begin at step 0 with the optimizer of the stage before. Returns the first step."""
+    def start(self, begin: Checkpoint | None, before: Mapping[str, Part]) -> int:
+        """Restore a checkpoint, or begin at step 0 with the optimizers of the stage before. Returns the first step."""
         method = self.method
         method.network.train()
         method.state.train()
         if begin is not None:
-            begin.restore(method, self.run)
+            begin.restore(method, self.optimization)
             return begin.step
-        for learner, optimizer in zip(method.learners, self.run.optimizers, strict=True):
-            state = optimizer_before if part_of(learner) == OPTIMIZER else {}
-            restore_optimizer(learner.module, optimizer, state)
+        for learner, optimizer in zip(method.learners, self.optimization.optimizers, strict=True):
+            restore_optimizer(learner.module, optimizer, before.get(part_of(learner), {}))
         return 0
 
     def step(self, step: int, streamed: Sequence[Streamed]) -> tuple[float, Mapping[str, Tensor]]:
         """Label, loss, optimizers, moved. Returns the network's rate and the figures."""
-        method, stage, scaler = self.method, self.stage, self.run.scaler
-        with torch.no_grad():
-            batches = self.processes.count_together(method.label(method.state, streamed, step))
-        rates = [stage.schedule.rate(step, stage.steps, one.learning_rate) for one in method.learners]
-        for optimizer, rate in zip(self.run.optimizers, rates, strict=True):
+        method, stage, optimization = self.method, self.stage, self.optimization
+        with torch.no_grad(), self._autocast():
+            labeled = method.label(method.state, method.network, streamed, step)
+        batches = self.processes.count_together(labeled.batches)
+        rates = [stage.schedule.rate(step, stage.steps, learner.learning_rate) for learner in method.learners]
+        for optimizer, rate in zip(optimization.optimizers, rates, strict=True):
             set_rates(optimizer, rate)
             optimizer.zero_grad(set_to_none=True)
         loss, figures = self._backward(step, batches)
-        for learner, optimizer in zip(method.learners, self.run.optimizers, strict=True):
-            if learner.module is not method.network:
-                self.processes.average_gradients(learner.module)
-            scaler.unscale_(optimizer)
-        norms = [gradient_norm(learner.module) for learner in method.learners]
-        figures["gradient_norm"] = norms[0]
+        norms = self._gradient_norms()
+        figures |= {"gradient_norm": norms[0]} | dict(labeled.figures)
         ids = tuple(name for batch in batches for name in batch.ids)
-        # The first norm is the network's; the norm over all learners is finite only if each is.
+        # The norm over all learners is finite only if each is.
         norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
         numbers = torch.stack([self.processes.total(loss).float(), norm.float()])
-        self.watch.look(WatchedStep(step, rates[0], ids, numbers=numbers), scaler, self.run.optimizers)
-        for optimizer in self.run.optimizers:
-            scaler.step(optimizer)
-        scaler.update()
+        watched = WatchedStep(step, rates[0], ids, numbers=numbers)
+        self.watch.look(watched, optimization.scaler, optimization.optimizers)
+        optimization.step()
         with torch.no_grad():
-            method.moved(method.state, method.network, step)
+            method.moved(method.state, method.network, self.processes.sum_seen(labeled.seen), step)
         if stage.reports(step):
             figures = self.processes.add_figures(figures)
         return rates[0], figures
 
     def _backward(self, step: int, batches: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
         """Gradients of the whole batch, by micro-batches. Returns this process's loss and figures."""
-        stage, autocast = self.stage, AUTOCAST[self.stage.precision]
-        loss, figures = torch.zeros((), device=self.device), {}
-        micro_batches = list(zip(*(batch.split(stage.micro_batch) for batch in batches), strict=True))
+        total, figures = torch.zeros((), device=self.device), {}
+        micro_batches = split_together(batches, self.stage.micro_batch)
         for number, parts in enumerate(micro_batches, 1):
             with self.processes.gathers(self.module, number == len(micro_batches)):
-                with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
-                    part, shown = self.method.loss(self.forward, parts, step)
+                with self._autocast():
+                    loss, part_figures = self.method.loss(self.forward, parts, step)
                 # DistributedDataParallel averages gradients; the parts of a batch are to be added.
-                self.run.scaler.scale(part * self.processes.count).backward()
-            loss = loss + part.detach()
-            figures = {name: figures.get(name, 0.0) + value for name, value in shown.items()}
-        return loss, figures
+                self.optimization.scaler.scale(loss * self.processes.count).backward()
+            total = total + loss.detach()
+            part_figures = {"loss": loss.detach()} | dict(part_figures)
+            figures = {name: figures.get(name, 0.0) + value for name, value in part_figures.items()}
+        return total, figures
+
+    def _gradient_norms(self) -> list[Tensor]:
+        """Bring the gradients of all learners together and unscale them. Returns their norms."""
+        for learner, optimizer in zip(self.method.learners, self.optimization.optimizers, strict=True):
+            if learner.module is not self.method.network:
+                fill_gradients(learner.module)
+                self.processes.average_gradients(learner.module)
+            self.optimization.scaler.unscale_(optimizer)
+        return [gradient_norm(learner.module) for learner in self.method.learners]
+
+    def _autocast(self) -> torch.autocast:
+        precision = AUTOCAST[self.stage.precision]
+        return torch.autocast(self.device.type, precision, enabled=precision is not None)
 
     def checkpoint(self, done: int) -> Checkpoint:
         """The state after `done` steps, if none of them failed."""
         self.watch.settle()
+        # Each process saw its own share; a teacher's statistics follow those.
         self.processes.average_statistics(self.method.network)
-        return Checkpoint.capture(done, self.method, self.run)
+        self.processes.average_statistics(self.method.state)
+        return Checkpoint.capture(done, self.method, self.optimization)
 
     def end(self) -> Checkpoint:
         """The state after the last step; network and state are then in eval mode."""
         self.method.network.eval()
         self.method.state.eval()
-        return Checkpoint.capture(self.stage.steps, self.method, self.run)
+        return self.checkpoint(self.stage.steps)
+
+
+def _check_sums(method: Method, stage: Stage, processes: int) -> None:
+    """Raise RecipeError if a method's batches cannot be split as the stage and the processes ask."""
+    lines = []
+    if not method.exact and stage.micro_batch is not None:
+        lines.append(f"training.micro_batch: {stage.micro_batch}; its losses do not add up. Remove the key")
+    if not method.exact and processes > 1:
+        lines.append(f"{processes} processes: its losses do not add up. Run it on one process")
+    for feed in method.feeds:
+        if feed.size % processes:
+            lines.append(
+                f"{feed.size} {feed.role} images a step cannot be divided among {processes} processes"
+            )
+    if lines:
+        raise RecipeError(faults("This method cannot be trained so", lines))
 
 
 def _dropout_seed(seed: Sequence[int], step: int) -> int:
     return int(np.random.SeedSequence([*seed, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _to(streamed: Streamed, device: torch.device) -> Streamed:
-    """What a stream yielded, on the device; from pinned memory, so that the copy runs while the host goes on."""
+def to_device(streamed: Streamed, device: torch.device) -> Streamed:
+    """All tensors of what a stream yielded, on the device; from pinned memory, so that the copy runs in parallel."""
     if device.type == "cpu":
         return streamed
 
-    def move(tensor: Tensor) -> Tensor:
-        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+        if isinstance(value, tuple):
+            return tuple(map(move, value))
+        return value
 
-    names = ("images", "labels") if isinstance(streamed, Batch) else ("weak", "strong", "inside", "boxes")
-    return replace(streamed, **{name: move(getattr(streamed, name)) for name in names})
+    return replace(streamed, **{item.name: move(getattr(streamed, item.name)) for item in fields(streamed)})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from darseg.model.predict import Protocol
 from darseg.run.build import evaluation_protocol, load_to_predict
@@ -35,7 +34,9 @@ def evaluate_round(course: Course, round_: Round) -> tuple[Scores, StepRecord]:
     )
     step = Step("evaluate", round_.index, inputs, work=lambda: _score(course, round_, protocol))
     record = complete(course, step)
-    return Scores.from_json(json.loads(course.path(round_, SCORES).read_text())), record
+    # The first process reads: on a network disk others may not see yet what it has just written.
+    described = course.processes.from_first(lambda: json.loads(course.path(round_, SCORES).read_text()))
+    return Scores.from_json(described), record
 
 
 def _earlier_settings(protocol: Protocol) -> list[str]:
@@ -59,21 +60,23 @@ def _score(course: Course, round_: Round, protocol: Protocol) -> Work:
         )
     described = Scores(processes.add_up(own.confusion)).to_json(classes.names)
 
+    figures = {name: described[name] for name in FIGURES}
+    last_step = sum(planned.steps for planned in course.rounds[: round_.index + 1]) - 1
+
     def write() -> Result:
         write_json(course.path(round_, SCORES), described | {"protocol": protocol.describe()})
-        facts = {name: described[name] for name in (*FIGURES, "iou")}
-        return Result(facts, _sentence(course, round_, described))
+        return Result(
+            figures | {"iou": described["iou"]},
+            _sentence(figures, len(samples)),
+            recorded=lambda: course.journal.scalars(last_step, "validation", figures),
+        )
 
     return Work([SCORES], write)
 
 
-def _sentence(course: Course, round_: Round, described: Mapping[str, Any]) -> str:
-    """Put the scores on TensorBoard; return them as a sentence."""
-    figures = {name: described[name] for name in FIGURES}
-    last_step = sum(planned.steps for planned in course.rounds[: round_.index + 1]) - 1
-    course.journal.scalars(last_step, "validation", figures)
+def _sentence(figures: Mapping[str, float | None], images: int) -> str:
     text = ", ".join(
         f"{name.replace('_', ' ')} {'undefined' if value is None else format(value, '.4f')}"
         for name, value in figures.items()
     )
-    return f"{text} on {len(course.manifest.validation)} validation images"
+    return f"{text} on {images} validation images"

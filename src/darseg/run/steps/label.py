@@ -53,7 +53,8 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
         tidy=lambda: _tidy(course, index),
     )
     record = complete(course, step)
-    return run.label_set(index).samples(unlabeled), record
+    # The first process looks: on a network disk others may not see yet what it has just written.
+    return course.processes.from_first(lambda: run.label_set(index).samples(unlabeled)), record
 
 
 def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:

@@ -23,10 +23,12 @@ class Result:
     Attributes:
         facts: plain values worth keeping, for the record and the journal.
         sentence: what the console says, with the step's seconds; empty: nothing.
+        recorded: called when the record is written; for what a kill before it must not leave twice.
     """
 
     facts: Mapping[str, Any]
     sentence: str = ""
+    recorded: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ def complete(course: Course, step: Step) -> StepRecord:
         )
         step.tidy()
         course.journal.event(EVENTS[step.name], round=index, seconds=round(record.seconds, 1), **result.facts)
+        result.recorded()
         if result.sentence:
             course.journal.say(f"round {index}: {result.sentence} ({record.seconds:.0f} s)")
         return record

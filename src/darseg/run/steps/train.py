@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, StreamPlace, stream_batches
 from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
-from darseg.errors import RunError, faults
+from darseg.errors import FormatError, RunError, faults
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import load_network, save_network
 from darseg.run.build import auxiliary_weight_of, pick_device, spec_of
@@ -24,8 +24,9 @@ from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of,
 from darseg.run.remedies import explain_memory, less_to_train
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.step import Result, Step, Work, complete
-from darseg.training.checkpoint import OPTIMIZER, Checkpoint, load_checkpoint, save_checkpoint
-from darseg.training.method import Feed
+from darseg.training.checkpoint import OPTIMIZER, Checkpoint, Part, load_checkpoint, part_of, save_checkpoint
+from darseg.training.method import Feed, Method
+from darseg.training.optimize import fits
 from darseg.training.stage import Stage, StepReport, run_stage
 
 
@@ -123,10 +124,10 @@ class _Training:
         course, index, stage = self.course, self.round.index, self.stage
         run, journal = course.run, course.journal
         begin, seconds_before = self._latest_checkpoint(), 0.0
-        optimizer_before = None
+        before: Mapping[str, Part] = {}
         if index > 0:
             self.network.load_state_dict(load_network(run.network(index - 1)).state_dict())
-            optimizer_before = load_checkpoint(run.optimizer(index - 1)).parts[OPTIMIZER]
+            before = load_checkpoint(run.optimizer(index - 1)).parts
         if begin is not None:
             saved = [
                 e for e in journal.events("checkpoint") if (e["round"], e["step"]) == (index, begin.step)
@@ -145,7 +146,7 @@ class _Training:
                 self._streams(method.feeds),
                 stage,
                 begin=begin,
-                optimizer_before=optimizer_before,
+                before=self._fitting(method, before),
                 on_step=lambda report: self._report(report, advance),
                 on_checkpoint=self._saver(seconds_before),
                 stop=stop,
@@ -155,11 +156,21 @@ class _Training:
 
         def write() -> Result:
             save_network(result, run.network(index), spec_of(course.recipe))
-            save_checkpoint(end.without_network(), run.optimizer(index))
+            save_checkpoint(end.optimizers(), run.optimizer(index))
             return Result({"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]})
 
         outputs = [run.network(index).name, run.optimizer(index).name]
         return Work(outputs, write, seconds_before)
+
+    def _fitting(self, method: Method, before: Mapping[str, Part]) -> Mapping[str, Part]:
+        """The optimizer states of the round before that are of this round's optimizers."""
+        kinds = {part_of(learner): learner.optimizer for learner in method.learners}
+        fitting = {name: part for name, part in before.items() if name in kinds and fits(kinds[name], part)}
+        if before and OPTIMIZER not in fitting:
+            self.course.journal.warn(
+                f"round {self.round.index}: the optimizer is not that of the round before, so it starts fresh"
+            )
+        return fitting
 
     def _rate(self, step: int) -> float:
         return self.stage.schedule.rate(step, self.stage.steps, self.round.learning_rate)
@@ -251,6 +262,8 @@ def usable_checkpoint(course: Course, index: int) -> tuple[Path | None, Checkpoi
     for path in course.run.checkpoints(index):
         try:
             checkpoint = load_checkpoint(path)
+        except FormatError:
+            raise  # whole, but of a later version
         except RunError as error:
             damaged[path] = error
             continue
