@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import REPOSITORY
 from darseg.config.text import load_recipe
-from darseg.errors import RunError
+from darseg.errors import FormatError, RunError
 from darseg.model.weights import load_network
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
@@ -60,7 +61,9 @@ def test_training_goes_on_with_the_old_weights_and_momentum(old: Path) -> None:
     assert checkpoint.step == 2 and set(checkpoint.parts) == {"network", "optimizer", "method"}
     trainable = dict(load_network(old / "round_0" / "network.safetensors").named_parameters())
     assert set(checkpoint.parts["optimizer"]) == {f"{name}:momentum_buffer" for name in trainable}
-    assert all(torch.isfinite(value).all() for value in checkpoint.parts["optimizer"].values())
+    raw = load_file(next(old.glob("round_1/checkpoint_*.safetensors")))
+    for name, value in checkpoint.parts["optimizer"].items():
+        assert torch.equal(value, raw[f"momentum.{name.removesuffix(':momentum_buffer')}"]) and value.any()
     train(load_recipe(old / "recipe.yaml"), old)
     final = load_network(old / "round_1" / "network.safetensors").state_dict()
     changes = [
@@ -144,3 +147,38 @@ def test_keys_that_change_the_result_are_refused_with_the_others_unchanged(old: 
     with refused(RunError, "training.learning_rate: 0.01 → 0.02", "--out NEW_FOLDER"):
         train(load_recipe(old / "recipe.yaml", ["training.learning_rate=0.02", "training.workers=1"]), old)
     assert (old / "recipe.yaml").read_bytes() == before
+
+
+def test_another_run_at_work_keeps_its_recipe(old: Path) -> None:
+    before = (old / "recipe.yaml").read_bytes()
+    with RunDirectory(old).held() as locked:
+        if not locked:
+            pytest.skip("a file system without locks")
+        with refused(RunError, str(old), "--out NEW_FOLDER"):
+            train(load_recipe(old / "recipe.yaml", FREE), old)
+    assert (old / "recipe.yaml").read_bytes() == before and not events(old, "recipe_changed")
+
+
+def test_a_checkpoint_of_a_later_version_is_never_removed(old: Path) -> None:
+    later = old / "round_1" / "checkpoint_00000004.safetensors"
+    save_file(
+        {"network:x": torch.zeros(1)},
+        later,
+        {"checkpoint": '{"format": 99, "step": 4, "parts": ["network"]}'},
+    )
+    with refused(FormatError, str(later), "99"):
+        train(load_recipe(old / "recipe.yaml"), old)
+    assert later.exists()
+
+
+def test_it_resumes_in_the_middle_of_labeling(old: Path) -> None:
+    """A kill between two label maps: the histogram is there, thresholds and the record are not."""
+    folder = old / "round_1"
+    maps = {path: path.read_bytes() for path in sorted((folder / "labels").rglob("*.png"))}
+    for name in ("label.json", "thresholds.json", "images.json", "pseudo_scores.json"):
+        (folder / name).unlink()
+    next(folder.glob("checkpoint_*")).unlink()
+    for path in list(maps)[1:]:
+        path.unlink()
+    train(load_recipe(old / "recipe.yaml"), old)
+    assert {path: path.read_bytes() for path in sorted((folder / "labels").rglob("*.png"))} == maps
