@@ -1,5 +1,7 @@
-"""Digests of settings: new options at their defaults change nothing, other settings change everything, and both formats are
-pinned, since a digest that changes makes run folders refuse."""
+"""Digests of settings: a new option at its default changes none, and every other setting changes one.
+
+Both formats are pinned, since a digest that changes makes run folders refuse.
+"""
 
 from __future__ import annotations
 
