@@ -17,6 +17,7 @@ from darseg.data.prediction import SCALES
 from darseg.errors import DataError, RecipeError
 from darseg.pseudo.labeling import Confidence, Labeling
 from darseg.pseudo.redistribute import redistribute
+from darseg.run.redistribute import read_scores
 from wording import refused
 
 torch.set_num_threads(1)
@@ -336,3 +337,20 @@ def test_recipe_and_python_accept_the_same_settings(tmp_path: Path) -> None:
 
 def test_confidence_names_are_those_of_the_scales() -> None:
     assert get_args(Confidence) == tuple(SCALES)
+
+
+def test_a_file_that_python_fails_to_parse_in_threads_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's parser can fail if several threads parse literals at once, as numpy does for the heads of files."""
+    np.save(tmp_path / "a.npy", np.arange(6.0).reshape(1, 2, 3))
+    calls, load = [], np.load
+
+    def failing(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise SystemError("AST constructor recursion depth mismatch (before=39, after=35)")
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(np, "load", failing)
+    assert read_scores(tmp_path / "a.npy").shape == (1, 2, 3) and len(calls) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,14 +93,29 @@ def _scores_in(folder: Path) -> list[Sample]:
     return samples
 
 
+_PARSING = threading.Lock()
+
+
+def _load(path: Path) -> np.ndarray | list[str]:
+    """The array of a file; the names of the arrays if a .npz does not have exactly one."""
+    content = np.load(path, allow_pickle=False)
+    if isinstance(content, np.ndarray):
+        return content
+    with content:
+        names = content.files
+        return content[names[0]] if len(names) == 1 else names
+
+
 def read_scores(path: Path) -> np.ndarray:
     """The array of a .npy file, or the only one of a .npz; nothing in the file is executed. Raises DataError."""
     try:
-        content = np.load(path, allow_pickle=False)
-        if not isinstance(content, np.ndarray):
-            with content:
-                names = content.files
-                content = content[names[0]] if len(names) == 1 else names
+        try:
+            content = _load(path)
+        except SystemError:
+            # Python 3.11 can confuse threads that parse literals at the same time, as numpy does for the heads of files
+            # ("AST constructor recursion depth mismatch", seen with 3.11.7). It is not the file's fault.
+            with _PARSING:
+                content = _load(path)
     except Exception as error:  # zip, zlib, tokenizer and numpy raise a dozen kinds for damaged files
         raise DataError(
             f"{path}: cannot be read as an array of numbers ({type(error).__name__}: {error}). Write it again with "
