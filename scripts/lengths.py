@@ -15,6 +15,9 @@ from pathlib import Path
 FUNCTION, FILE, POSITIONAL = 60, 450, 3
 """Most lines of a function and of a file; most positional arguments of a call of our own functions and classes."""
 
+NAMES_OF_OTHERS = {"view", "forward", "zeros"}
+"""Methods of ours whose names PyTorch's tensors and modules have, too: their calls cannot be told apart."""
+
 SHOWN = 12
 
 
@@ -34,8 +37,17 @@ def files(source: Path) -> Iterator[tuple[int, str]]:
 
 
 def positional_calls(source: Path) -> Iterator[tuple[int, str]]:
-    """Positional arguments and "file:line name" of every call of a function or class that darseg itself defines."""
-    for path, tree in trees(source):
+    """Positional arguments and "file:line name" of every call of a function, class or method that darseg defines."""
+    parsed = list(trees(source))
+    methods = {
+        item.name
+        for _, tree in parsed
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for item in node.body
+        if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
+    } - NAMES_OF_OTHERS
+    for path, tree in parsed:
         own = {
             node.name
             for node in tree.body
@@ -48,8 +60,12 @@ def positional_calls(source: Path) -> Iterator[tuple[int, str]]:
             for alias in node.names
         }
         for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in own:
-                yield len(node.args), f"{path.relative_to(source)}:{node.lineno} {node.func.id}"
+            if not isinstance(node, ast.Call):
+                continue
+            called = node.func.id if isinstance(node.func, ast.Name) else ""
+            if called in own or (isinstance(node.func, ast.Attribute) and node.func.attr in methods):
+                called = called or f".{node.func.attr}"
+                yield len(node.args), f"{path.relative_to(source)}:{node.lineno} {called}"
 
 
 def trees(source: Path) -> Iterator[tuple[Path, ast.Module]]:

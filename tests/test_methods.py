@@ -379,7 +379,7 @@ def test_the_discriminators_term_moves_no_weight_of_the_network() -> None:
 
 def test_a_method_that_does_not_add_up_is_not_split() -> None:
     method = replace(rounds(build(DEEPLAB)), exact=False)
-    with refused(RecipeError, "training.micro_batch: 2"):
+    with refused(RecipeError, "training.micro_batch 2"):
         run(method, Stage(steps=1, micro_batch=2))
     run(method, Stage(steps=1))
 

@@ -13,7 +13,9 @@ import pytest
 
 from conftest import REPOSITORY
 from darseg.config.text import load_recipe
+from darseg.data.encoding import LabelEncoding
 from darseg.model.predict import Protocol
+from darseg.run.directory import _described
 from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage_format_1
 from darseg.run.plan import learner_settings, plan_rounds, stage_of
 from darseg.run.settings import Inputs, digest_settings
@@ -140,3 +142,18 @@ def test_inputs_name_what_differs() -> None:
         "settings",
     ]
     assert inputs.differences({"settings": "new"}) == ["labeled"]
+
+
+def test_digests_of_data_name_what_format_1_named(tmp_path: Path) -> None:
+    encoding = LabelEncoding("color", ignore=7, colors=(((1, 2, 3), 0),))
+    assert _described(encoding) == repr(encoding)
+    assert _described(encoding) == (
+        "LabelEncoding(format='color', values=None, other=None, ignore=7, colors=(((1, 2, 3), 0),), city_ids=False)"
+    )
+
+    @dataclass(frozen=True)
+    class Later(LabelEncoding):
+        orientation: str = "upright"
+
+    assert _described(Later("color", ignore=7, colors=(((1, 2, 3), 0),))) == _described(encoding)
+    assert "orientation='stored'" in _described(Later(orientation="stored"))

@@ -73,9 +73,9 @@ class Batch:
 
 
 def split_together(batches: Sequence[Batch], size: int | None) -> list[tuple[Batch, ...]]:
-    """Micro-batches of several batches, in step: at most `size` images of each (None: the batches as they are).
+    """Micro-batches of several batches, in step: at most `size` images of each.
 
-    Batches of unequal sizes are cut into equally many parts, as equal as possible; none is empty, so a batch with few
+    None leaves the batches as they are. Batches of unequal sizes are cut into equally many parts, as equal as possible; none is empty, so a batch with few
     images limits how small the parts of the others get.
     """
     if size is None:
@@ -107,8 +107,8 @@ class StreamPlace:
     """Where a stream runs: its share of every batch and the threads that prepare it.
 
     Attributes:
-        rank, processes: the stream yields this process's part of every batch; all parts together are the very batches of
-            one process.
+        rank, processes: the stream yields this process's part of every batch; all parts together are exactly the batches
+            of one process.
         workers: threads that prepare batches ahead.
         pin: put batches together in pinned memory, from which a GPU copies while the host goes on.
     """

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Views:
-    """Views of unlabeled images, drawn by position like batches. A method's label phase turns them into a `Batch`.
+    """Views of unlabeled images, drawn by position. A method's label phase makes a `Batch` of them.
 
     Attributes:
         weak: uint8 [B, 3, H, W], RGB: scaled, rotated, mirrored and cropped.

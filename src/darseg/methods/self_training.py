@@ -1,4 +1,4 @@
-"""Self-training in rounds (DARS, section 3): labeled images and images with the pseudo labels of the round before."""
+"""Self-training in rounds (DARS, section 3): labeled and pseudo-labeled images, side by side."""
 
 from __future__ import annotations
 

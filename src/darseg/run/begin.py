@@ -86,7 +86,7 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
     run, journal = course.run, course.journal
     if changes.free:
         journal.event("recipe_changed", keys=list(changes.free))
-        journal.say(f"Changed in the recipe; these keys do not change the result: {'; '.join(changes.free)}")
+        journal.say(f"Changed in the recipe: {'; '.join(changes.free)}")
         write_whole(run.recipe, dump_recipe(course.recipe))
     first = json.loads(run.environment.read_text())
     changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]

@@ -106,7 +106,7 @@ def manifest_of(recipe: Recipe) -> Manifest:
 
 
 def layout_of(recipe: Recipe) -> Layout | None:
-    """The published data set whose layout the recipe names. Raises DataError if folders of it are missing."""
+    """The published data set that the recipe names. Raises DataError if folders of it are missing."""
     data, root = recipe.data, Path(recipe.data.root)
     if data.layout == "folders":
         return None
@@ -177,7 +177,7 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
 
 
 def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
-    """Raise SizeError naming every crop and window that the network cannot take, with the nearest sizes that it can.
+    """Raise SizeError with every crop and window that the network cannot take, and the nearest sizes.
 
     Args:
         only: check only the size of this key.
@@ -241,7 +241,7 @@ def bf16_is_emulated() -> bool:
 
 
 def load_to_predict(path: Path) -> Network:
-    """The network saved at `path`, on its device, in eval mode and with BatchNorm folded: it can only predict.
+    """The network saved at `path`, on its device, in eval mode, BatchNorm folded: it can only predict.
 
     Everything that predicts loads networks here, so that one network gives the same bits everywhere (with equally many
     threads). Raises WeightsError.
@@ -252,5 +252,5 @@ def load_to_predict(path: Path) -> Network:
 
 
 def place(network: Network) -> Network:
-    """Move a network to the GPU, if there is one. In channels-last format convolutions are several times faster."""
+    """Move a network to the GPU, if there is one, in channels-last format: convolutions are faster in it."""
     return network.to(pick_device()).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]

@@ -23,18 +23,21 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from darseg.data.encoding import PLAIN
+from darseg.data.encoding import PLAIN, LabelEncoding
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, FormatError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
-from darseg.run.settings import Inputs, digest_text
+from darseg.run.settings import Inputs, default_of, digest_text
+
+ENCODING_OF_FORMAT_1 = ("format", "values", "other", "ignore", "colors", "city_ids")
+"""Fields of a label encoding that digests of data have always named."""
 
 FORMAT = 2
 """The format of the run folders that this version writes. It also reads format 1, darseg 0.2's (see formats.py)."""
@@ -367,13 +370,23 @@ def digest_samples(samples: Iterable[Sample]) -> str:
     for sample in samples:
         try:
             label = sample.label.stat().st_size if sample.label else "-"
-            encoding = "" if sample.encoding == PLAIN else f"\t{sample.encoding}"
+            encoding = "" if sample.encoding == PLAIN else f"\t{_described(sample.encoding)}"
             lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}")
         except OSError as error:
             missing.append(f"{error.filename}: {error.strerror}")
     if missing:
         raise DataError(faults("Files of the data set cannot be read", missing))
     return digest_text("\n".join(lines))
+
+
+def _described(encoding: LabelEncoding) -> str:
+    """An encoding as text, as format 1 had it; a later field counts if it is not at its default."""
+    values = [
+        f"{item.name}={getattr(encoding, item.name)!r}"
+        for item in fields(encoding)
+        if item.name in ENCODING_OF_FORMAT_1 or getattr(encoding, item.name) != default_of(item)
+    ]
+    return f"LabelEncoding({', '.join(values)})"
 
 
 def written_since(manifest: Manifest, moment: float) -> list[Path]:

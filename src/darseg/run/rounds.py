@@ -114,7 +114,7 @@ def _journal(run: RunDirectory, processes: Processes, console: Console) -> Gener
 
 
 def run_rounds(course: Course, network: Network) -> dict[str, Any]:
-    """All rounds: label (from round 1 on), train, evaluate; see `train`. All processes together; the first writes."""
+    """All rounds: label (from round 1 on), train, evaluate. All processes together; the first writes."""
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
     before = digest_state(network.state_dict())
@@ -196,7 +196,7 @@ def _say_finished(course: Course) -> None:
 
 
 def _call_after_round(course: Course, round_: Round) -> None:
-    """Call what is wanted after a round; hours of training do not end because a page could not be written."""
+    """Call `after_round`; hours of training do not end because a page could not be written."""
     if course.after_round is None:
         return
     began = time.monotonic()

@@ -28,7 +28,9 @@ Part = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is needed to go on after `step` steps: data, augmentation and dropout are drawn from the seed and the step.
+    """What is needed to go on after `step` steps.
+
+    Data, augmentation and dropout are not in it: they are drawn from the seed and the step.
 
     Attributes:
         parts: "network" and "method" (state dicts), "optimizer" of the network and "optimizer.NAME" of other learners
@@ -51,7 +53,7 @@ class Checkpoint:
     def restore(self, method: Method, optimization: Optimization) -> None:
         """Put everything back. Raises RunError if a part is missing or nobody asks for it."""
         wanted = {NETWORK, METHOD, *map(part_of, method.learners)}
-        unknown = [f"{name}: not a part of this method" for name in self.parts if name not in wanted]
+        unknown = [f"{name}: not part of this method" for name in self.parts if name not in wanted]
         missing = [f"{name}: missing" for name in sorted(wanted) if name not in self.parts]
         if unknown or missing:
             raise RunError(
@@ -79,17 +81,17 @@ class Optimization:
     scaler: torch.amp.GradScaler
 
     def step(self) -> None:
-        """Move all learners, or none: with fp16 a gradient beyond its range makes the scaler skip the whole step."""
+        """Move all learners, or none if the scaler finds a gradient beyond the range of fp16."""
         if self.scaler.is_enabled() and len(self.optimizers) > 1:
-            # The scaler decides for each optimizer alone, and PyTorch has no public way to tell it of the others.
-            found = [
+            # The scaler decides for each optimizer alone, and PyTorch has no public way to inform it of the others.
+            overflow_flags = [
                 value
                 for optimizer in self.optimizers
                 for value in self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
             ]
-            any_found = torch.stack([value.to(found[0].device) for value in found]).amax(0)
-            for value in found:
-                value.copy_(any_found)
+            overflowed = torch.stack([flag.to(overflow_flags[0].device) for flag in overflow_flags]).amax(0)
+            for flag in overflow_flags:
+                flag.copy_(overflowed)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()

@@ -12,9 +12,9 @@ from darseg.data.classes import IGNORE
 
 
 def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """The weighted sum of cross-entropy over labeled pixels, divided by `batch.count()`; 0 if no pixel is labeled.
+    """The weighted sum of cross-entropy over labeled pixels, divided by `batch.count()`.
 
-    The result of a micro-batch is its share of the whole batch's mean.
+    It is 0 if no pixel is labeled. The result of a micro-batch is its share of the whole batch's mean.
     """
     precise = torch.promote_types(
         logits_BKHW.dtype, torch.float32

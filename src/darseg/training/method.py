@@ -1,5 +1,6 @@
-"""What tells one way to use unlabeled images from another: values and functions that the loop (stage.py) calls.
+"""What distinguishes one use of unlabeled images from another, as values and functions.
 
+The loop (stage.py) calls them.
 A step has two phases. *Label*: what the streams gave becomes ordinary batches, without gradients. *Loss*: the batches go
 through the network, micro-batch by micro-batch. After the optimizers have stepped, *moved* lets the state follow.
 """

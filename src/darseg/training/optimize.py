@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from darseg.errors import RunError, faults
 
 SEPARATOR = ":"
-"""Between a parameter's name and the name of a tensor of its optimizer state."""
+"""Stands between a parameter's name and the name of a tensor of its optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,13 @@ def fits(kind: OptimizerKind, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def misfits(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What keeps saved tensors from being the state of this optimizer, a line each; none fit an optimizer that starts."""
+    """Why saved tensors are not the state of this optimizer, a line each; no tensors fit any."""
     trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
     wanted = {f"{name}{SEPARATOR}{key}" for name in trainable for key in tensor_names(optimizer)}
     if not tensors:
         return []
     missing = [f"{name}: missing" for name in sorted(wanted - tensors.keys())]
-    return missing + [f"{name}: not a part of this optimizer" for name in sorted(tensors.keys() - wanted)]
+    return missing + [f"{name}: not part of this optimizer" for name in sorted(tensors.keys() - wanted)]
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def restore_optimizer(
 
 
 def fill_gradients(module: nn.Module) -> None:
-    """Give zeros to trainable parameters without a gradient, so that every process has the same gradients to sum."""
+    """Give zeros to trainable parameters without a gradient: all processes then sum the same ones."""
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)

@@ -99,11 +99,11 @@ class Processes:
             dist.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """In every process, what `make` returns in the first; if it raises a DarsegError, all end."""
-        made = self.together(lambda: make() if self.first else None)
+        """What `make` returned in the first process, in all of them; if it raised a DarsegError, all end."""
+        value = self.together(lambda: make() if self.first else None)
         if self.count == 1:
-            return made  # ty: ignore[invalid-explicit-return]
-        box: list[Any] = [made]
+            return value  # ty: ignore[invalid-explicit-return]
+        box: list[Any] = [value]
         dist.broadcast_object_list(box)
         return box[0]
 

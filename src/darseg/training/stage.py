@@ -1,4 +1,4 @@
-"""One stage of training: the only loop, on one process or many. What happens in a step comes in as a `Method`."""
+"""One stage of training: the only loop, on one process or many. A `Method` fills its steps."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class _Loop:
         self.watch = Watch(self.processes, self.device, steps=stage.steps, precision=stage.precision)
 
     def start(self, begin: Checkpoint | None, before: Mapping[str, Part]) -> int:
-        """Restore a checkpoint, or begin at step 0 with the optimizers of the stage before. Returns the first step."""
+        """Restore a checkpoint, or begin with the optimizers of the stage before. Returns the first step."""
         method = self.method
         method.network.train()
         method.state.train()
@@ -235,16 +235,18 @@ def _check_sums(method: Method, stage: Stage, processes: int) -> None:
     """Raise RecipeError if a method's batches cannot be split as the stage and the processes ask."""
     lines = []
     if not method.exact and stage.micro_batch is not None:
-        lines.append(f"training.micro_batch: {stage.micro_batch}; its losses do not add up. Remove the key")
+        lines.append(
+            f"training.micro_batch {stage.micro_batch}: its loss is not a sum over images. Remove the key"
+        )
     if not method.exact and processes > 1:
-        lines.append(f"{processes} processes: its losses do not add up. Run it on one process")
+        lines.append(f"{processes} processes: its loss is not a sum over images. Run it on one process")
     for feed in method.feeds:
         if feed.size % processes:
             lines.append(
                 f"{feed.size} {feed.role} images a step cannot be divided among {processes} processes"
             )
     if lines:
-        raise RecipeError(faults("This method cannot be trained so", lines))
+        raise RecipeError(faults("This method cannot be trained with these settings", lines))
 
 
 def _dropout_seed(seed: Sequence[int], step: int) -> int:
@@ -252,7 +254,7 @@ def _dropout_seed(seed: Sequence[int], step: int) -> int:
 
 
 def to_device(streamed: Streamed, device: torch.device) -> Streamed:
-    """All tensors of what a stream yielded, on the device; from pinned memory, so that the copy runs in parallel."""
+    """All tensors of what a stream yielded, on the device; copied from pinned memory, in parallel."""
     if device.type == "cpu":
         return streamed
 

@@ -29,7 +29,7 @@ class WatchedStep:
     Attributes:
         rate: learning rate.
         ids: of the images of this process.
-        numbers: float32: the loss and the gradient's norm; once looked at, 1 or 0 for failed or not in front of them.
+        numbers: float32: the loss and the gradient's norm; after `look`, preceded by 1 (failed) or 0.
     """
 
     step: int
@@ -40,7 +40,7 @@ class WatchedStep:
 
 @torch.no_grad()
 def gradient_norm(module: nn.Module) -> Tensor:
-    """The Euclidean norm over all gradients of a module, [], in float32 or the gradients' own precision if higher."""
+    """The Euclidean norm over all gradients of a module, [], in float32 or, if higher, their precision."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm(gradients))
     return torch.linalg.vector_norm(norms.to(torch.promote_types(norms.dtype, torch.float32)))
@@ -65,7 +65,7 @@ class Watch:
         scaler: torch.amp.GradScaler,
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        """Check the loss and the norm in `step.numbers` [loss, norm]; raises NumericsError at once on the CPU."""
+        """Check the loss and the norm in `step.numbers`; raises NumericsError at once on the CPU."""
         loss, norm = step.numbers
         # If gradients are beyond fp16's range, the scaler skips the step and scales less.
         excused = scaler.scale(torch.ones_like(loss)) > SMALLEST_SCALE

@@ -151,7 +151,7 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:
-    """Scores of pseudo labels against the truth that some unlabeled images happen to have: measured, never used."""
+    """Scores of pseudo labels against truth that happens to be known: measured, never used."""
     scores = Scores.empty(len(classes))
     for (_, truth), sample in zip(masks(samples), labels.samples(samples), strict=True):
         assert sample.label is not None

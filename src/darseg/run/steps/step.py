@@ -69,7 +69,7 @@ def complete(course: Course, step: Step) -> StepRecord:
     run, processes, index = course.run, course.processes, step.round_index
 
     def look() -> StepRecord | None:
-        record = run.finished(index, step.name, step.inputs, course.reuse)
+        record = run.finished(index, step.name, step.inputs, reuse=course.reuse)
         if record is not None:
             step.tidy()
         return record

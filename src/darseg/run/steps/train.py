@@ -221,7 +221,7 @@ class _Training:
         return streams
 
     def _report(self, report: StepReport, advance: Callable[[str], None]) -> None:
-        """Note a step in the journal and on TensorBoard, if it is one whose figures are those of all processes."""
+        """Note a step whose figures are those of all processes in the journal and on TensorBoard."""
         note, journal = "", self.course.journal
         if self.stage.reports(report.step):
             # fp16 skips steps whose gradient is beyond its range: they have no norm.
