@@ -75,8 +75,8 @@ class Batch:
 def split_together(batches: Sequence[Batch], size: int | None) -> list[tuple[Batch, ...]]:
     """Micro-batches of several batches, in step: at most `size` images of each.
 
-    None leaves the batches as they are. Batches of unequal sizes are cut into equally many parts, as equal as possible; none is empty, so a batch with few
-    images limits how small the parts of the others get.
+    None leaves the batches as they are. Batches of unequal sizes are cut into equally many parts, as equal as possible.
+    No part is empty, so a batch with few images limits how small the parts of the others get.
     """
     if size is None:
         return [tuple(batches)]

@@ -1,8 +1,8 @@
 """What distinguishes one use of unlabeled images from another, as values and functions.
 
-The loop (stage.py) calls them.
-A step has two phases. *Label*: what the streams gave becomes ordinary batches, without gradients. *Loss*: the batches go
-through the network, micro-batch by micro-batch. After the optimizers have stepped, *moved* lets the state follow.
+The loop (stage.py) calls them. A step has two phases. *Label*: what the streams gave becomes ordinary batches, without
+gradients. *Loss*: the batches go through the network, micro-batch by micro-batch. After the optimizers have stepped,
+*moved* lets the state follow.
 """
 
 from __future__ import annotations
