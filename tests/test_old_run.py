@@ -16,10 +16,11 @@ from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.errors import FormatError, RunError
 from darseg.model.weights import load_network
+from darseg.report.facts import DataFacts, read_data, read_run, remarks
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.training.checkpoint import load_checkpoint
-from wording import refused
+from wording import refused, says
 
 pytest.importorskip("timm")
 
@@ -90,6 +91,40 @@ def test_every_verb_opens_it(old: Path, tmp_path: Path, call: Callable) -> None:
     assert len(list((tmp_path / "predicted" / "index").rglob("*.png"))) == 3
     code, out, err = call("report", old)
     assert code == 0 and (old / "report.html").exists(), err
+
+
+FORMER_ABSENT = "absent from all labelled masks, so never pseudo-labelled: pole, sign"
+"""How 0.2 warned of classes without labeled pixels."""
+
+
+def test_a_report_of_it_lists_each_fact_once(old: Path) -> None:
+    """The journal has the warnings in 0.2's words; the report finds the same facts in the files."""
+    warned = [entry["text"] for entry in events(old, "warning")]
+    assert len(warned) == 1 and "never predicted, so not pseudo-labelled: sky" in warned[0]
+    with open(old / "journal.jsonl", "a") as file:
+        file.write(json.dumps({"event": "warning", "text": FORMER_ABSENT}) + "\n")
+    facts = read_run(old)
+    counts = [name not in ("pole", "sign") for name in facts.classes.names]
+    for data in (DataFacts(None, np.array(counts, np.int64)), DataFacts(None, None, "the data is gone")):
+        texts = [remark.text for remark in remarks(facts, data)]
+        (never,) = (text for text in texts if "never predicted" in text)
+        says(never, "round 1", warned[0].rpartition(": ")[2])
+        (absent,) = (text for text in texts if text.endswith(": pole, sign"))
+        says(absent, "never pseudo-labeled")
+        assert "labelled" not in "".join(texts)
+
+
+def test_a_report_of_a_new_run_lists_each_fact_once(old: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(old / "recipe.yaml", ["rounds=[{steps: 1}, {steps: 1, labeling_ratio: 0.4}]"])
+    names = (*recipe.data.classes, "unicorn")
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": names})})
+    train(recipe, tmp_path / "new")
+    warned = [entry["text"] for entry in events(tmp_path / "new", "warning")]
+    facts = read_run(tmp_path / "new")
+    texts = [remark.text for remark in remarks(facts, read_data(facts))]
+    for part in ("these classes", "never predicted"):
+        (text,) = (text for text in texts if part in text)
+        assert warned.count(text) == 1 and "unicorn" in text
 
 
 def test_the_viewer_opens_it(old: Path) -> None:

@@ -255,7 +255,7 @@ def test_remarks_name_rounds_that_lowered_scores(hostile: Path) -> None:
     says(listed[0].text, "round 1", f"{np.mean(ious[0]):.4f} → {np.mean(ious[1]):.4f}")
     lost = f"a {ious[0][0]:.3f} → {ious[1][0]:.3f}, b {ious[0][1]:.3f} → {ious[1][1]:.3f}"
     says(listed[1].text, "round 1", "0.02", lost)
-    says(listed[2].text, "labeled masks", ": b")
+    says(listed[2].text, "never pseudo-labeled", ": b")
     says(listed[3].text, "round 1", ": c")  # once, though the journal says the same
     assert listed[4].text == "from the journal"
 

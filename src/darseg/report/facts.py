@@ -19,13 +19,11 @@ from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.run.build import classes_of, manifest_of, masks, recipe_of
 from darseg.run.directory import RunDirectory
-from darseg.run.journal import Journal
+from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.marks import read_excluded
 from darseg.training.scores import Scores
 
 WORSE = 0.02  # IoU that a class may lose from one round to the next without a remark
-
-NEVER = "never predicted, so not pseudo-labeled"  # as run/rounds.py warns, in the journals of old runs, too
 
 LOSS = "loss_"  # begins the names of losses in the journal's step events
 
@@ -96,7 +94,7 @@ class RunFacts:
         data: role → digest of its samples.
         started: seconds since 1970; None if the journal does not say.
         weights: where the initial weights came from.
-        warnings: those in the journal, without repetitions, in order.
+        warnings: those in the journal, in this version's words, without repetitions, in order.
     """
 
     root: Path
@@ -182,7 +180,9 @@ def read_run(root: Path | str) -> RunFacts:
         started=started.get("time"),
         weights=started.get("weights"),
         finished="evaluate" in rounds[-1].seconds,
-        warnings=tuple(dict.fromkeys(str(event.get("text")) for event in journal.events("warning"))),
+        warnings=tuple(
+            dict.fromkeys(in_current_words(str(event.get("text"))) for event in journal.events("warning"))
+        ),
     )
 
 
@@ -281,7 +281,7 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
     for before, after in zip(facts.scored, facts.scored[1:], strict=False):
         listed += _losses(before, after, names)
     if data.counts is not None and (absent := _named(names, data.counts == 0)):
-        listed.append(Remark(f"absent from all labeled masks, so never pseudo-labeled: {absent}"))
+        listed.append(Remark(f"{ABSENT}: {absent}"))
     for round_ in facts.labeled:
         assert round_.labels is not None
         predicted, kept = round_.labels.thresholds.predicted, round_.labels.kept

@@ -16,6 +16,7 @@ from darseg.data.files import write_whole
 from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
 from darseg.run.course import Course
 from darseg.run.directory import RecipeChanges, write_json, written_since
+from darseg.run.journal import ABSENT
 from darseg.run.plan import describe_shares
 
 FREE_KEYS = (
@@ -68,9 +69,7 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
     names = course.manifest.classes.names
     absent = [name for name, count in zip(names, course.counts, strict=True) if not count]
     if absent:
-        journal.warn(
-            f"No label map has pixels of these classes, so they are never pseudo-labeled: {', '.join(absent)}"
-        )
+        journal.warn(f"{ABSENT}: {', '.join(absent)}")
     if course.processes.count > 1:
         journal.say(describe_shares(course.rounds, course.processes.count))
     if not locked:

@@ -25,6 +25,22 @@ from darseg.data.files import storage_error
 QUIET_SECONDS = 30  # between progress lines if the console is not a terminal
 Advance = Callable[..., None]
 
+ABSENT = "No label map has pixels of these classes, so they are never pseudo-labeled"
+"""Begins the warning of classes without pixels in the labeled masks; the report lists the same sentence."""
+NEVER = "never predicted, so not pseudo-labeled"
+"""In the warning of classes that a round's predictions lack; the report lists the same sentence."""
+_FORMER = {
+    "absent from all labelled masks, so never pseudo-labelled": ABSENT,
+    "never predicted, so not pseudo-labelled": NEVER,
+}
+
+
+def in_current_words(warning: str) -> str:
+    """A warning of a journal, in this version's words if darseg 0.2 wrote it in others."""
+    for former, current in _FORMER.items():
+        warning = warning.replace(f"{former}: ", f"{current}: ", 1)
+    return warning
+
 
 class Journal:
     """Appends events to `journal.jsonl` and scalars to TensorBoard, and prints on the console.

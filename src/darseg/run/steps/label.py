@@ -17,6 +17,7 @@ from darseg.run.build import labeling_protocol, load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
 from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
+from darseg.run.journal import NEVER
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.run.marks import fix_excluded, without
 from darseg.run.plan import Round
@@ -131,7 +132,7 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
         if predicted == 0
     ]
     if never:
-        journal.warn(f"round {index}: never predicted, so not pseudo-labeled: {', '.join(never)}")
+        journal.warn(f"round {index}: {NEVER}: {', '.join(never)}")
     share = float(labels.kept.sum() / max(1, histogram.predicted.sum()))
     facts: dict[str, Any] = {"share": round(share, 4)}
     known = [sample for sample in unlabeled if sample.label]
