@@ -20,7 +20,7 @@ from darseg.errors import DataError, RecipeError, SizeError
 from darseg.model.backbone import RESNETS
 from darseg.model.heads import BINS, AtrousHead, PyramidPoolingHead, upsample
 from darseg.model.network import Network, NetworkSpec, build_network
-from darseg.model.predict import Protocol
+from darseg.model.predict import Memory, Protocol
 from darseg.model.sides import Sides
 from darseg.model.weights import load_network, save_network
 from darseg.training.optimize import SGD, build_optimizer, faster_heads, set_rates
@@ -233,6 +233,9 @@ def test_names_of_version_0_2_still_work_and_warn(small: Network) -> None:
     assert (codes == prediction.codes).all() and (classes == prediction.classes).all()
     assert torch.equal(normalized, small.normalize(batch)) and side == 25
     assert [Path(warning.filename).name for warning in record] == [Path(__file__).name] * 5
+    with pytest.deprecated_call():
+        again = darseg.predict_classes(small, image, protocol, Memory())
+    assert (again == classes).all()
     says(
         "\n".join(str(warning.message) for warning in record),
         *("darseg.predict(", "network.sides.up", "network.sides.check", "normalize", "0.4"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -107,7 +108,7 @@ home = sys.modules.get("darseg.{home}") or __import__("darseg.{home}", fromlist=
 home.{new} = lambda *arguments, **options: print("called with", arguments, options)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    darseg.{old}("folder", 3, console=None)
+    darseg.{old}{arguments}
 print(caught[0].category.__name__, caught[0].filename == "<string>", caught[0].message)
 """
 
@@ -116,12 +117,37 @@ print(caught[0].category.__name__, caught[0].filename == "<string>", caught[0].m
     "imports", ["", "import darseg.demo.scenes, darseg.view.viewer"], ids=["fresh", "after"]
 )
 @pytest.mark.parametrize(
-    ("old", "home", "new"), [("demo", "demo.demo", "run_demo"), ("view", "view.viewer", "view_run")]
+    ("home", "new", "arguments", "received"),
+    [
+        ("demo.demo", "run_demo", "('folder', 3, console=None)", "('folder', 3) {'console': None}"),
+        (
+            "view.viewer",
+            "view_run",
+            "('run', None, 0, False, str)",
+            "('run', None, 0) {'open_browser': False, 'say': <class 'str'>}",
+        ),
+    ],
+    ids=["demo", "view"],
 )
-def test_old_names_of_functions_warn_and_work(old: str, home: str, new: str, imports: str) -> None:
-    code = CALL_OLD_NAME.format(old=old, home=home, new=new, imports=imports)
+def test_old_names_of_functions_warn_and_work(
+    home: str, new: str, arguments: str, received: str, imports: str
+) -> None:
+    """With every way to pass arguments that version 0.2 allowed."""
+    old = home.partition(".")[0]
+    code = CALL_OLD_NAME.format(old=old, home=home, new=new, imports=imports, arguments=arguments)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     called, warned = result.stdout.splitlines()
-    assert called == "called with ('folder', 3) {'console': None}"
+    assert called == f"called with {received}"
     says(warned, "DeprecationWarning True", f"darseg.{old}", f"darseg.{new}")
+
+
+@pytest.mark.parametrize("name", ["load_recipe", "Recipe"])
+def test_the_recipes_old_module_still_has_its_names_and_warns(name: str) -> None:
+    home = importlib.import_module("darseg.config")
+    with pytest.warns(DeprecationWarning) as caught:
+        value = getattr(home, name)
+    assert value is getattr(darseg, name) and caught[0].filename == __file__
+    says(str(caught[0].message), f"darseg.config.{name}", "0.4", f"darseg.{name}")
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        home.nonsense  # noqa: B018

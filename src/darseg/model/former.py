@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from darseg.data.prediction import Prediction
     from darseg.model.network import Network
-    from darseg.model.predict import Protocol
+    from darseg.model.predict import Memory, Protocol
 
 
 def warn_renamed(former: str, new: str) -> None:
@@ -49,8 +49,10 @@ class FormerMethods:
         self.sides.check(height, width)
 
 
-def predict_classes(network: Network, image: np.ndarray, protocol: Protocol) -> np.ndarray:
+def predict_classes(
+    network: Network, image: np.ndarray, protocol: Protocol, memory: Memory | None = None
+) -> np.ndarray:
     """Deprecated: the classes of `darseg.predict`, uint8 [H, W]."""
     warn_renamed("darseg.predict_classes", "darseg.predict(network, image, protocol).classes")
     predict = importlib.import_module("darseg.model.predict").predict
-    return predict(network, image, protocol).classes.copy()  # callers may write to it
+    return predict(network, image, protocol, memory=memory).classes.copy()  # callers may write to it

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 
 class _CallableRoom(ModuleType):
-    """Calls of `darseg.view(…)`, once a function, still work for one version."""
+    """Calls of `darseg.view(…)`, once a function, still work for one version, with the parameters of version 0.2."""
 
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
+    def __call__(
+        self,
+        run: Path | str,
+        round_index: int | None = None,
+        port: int | None = None,
+        open_browser: bool = False,
+        say: Callable[[str], object] = print,
+    ) -> None:
         from darseg.view.viewer import view_run
 
         warnings.warn(
@@ -19,7 +27,7 @@ class _CallableRoom(ModuleType):
             DeprecationWarning,
             stacklevel=2,
         )
-        return view_run(*arguments, **options)
+        view_run(run, round_index, port, open_browser=open_browser, say=say)
 
 
 sys.modules[__name__].__class__ = _CallableRoom
