@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
 
 from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.errors import FormatError, RunError
 from darseg.model.weights import load_network
 from darseg.report.facts import DataFacts, read_data, read_run, remarks
+from darseg.run.browse import open_round
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.training.checkpoint import load_checkpoint
+from darseg.view.app import viewer_app
 from wording import refused, says
 
 pytest.importorskip("timm")
@@ -128,10 +133,39 @@ def test_a_report_of_a_new_run_lists_each_fact_once(old: Path, tmp_path: Path) -
 
 
 def test_the_viewer_opens_it(old: Path) -> None:
-    from darseg.run.browse import open_round
+    """The page, the list, and every picture of an image."""
+    viewer = viewer_app(open_round(old, None))
+    with TestClient(viewer, base_url="http://127.0.0.1:8765") as client:
+        assert client.get("/").status_code == 200
+        while (about := client.get("/api/run").json())["read"] < about["images"]:
+            time.sleep(0.01)
+        assert (about["round"], about["images"], about["truth"]) == (1, 5, True)
+        images = client.get("/api/images").json()["images"]
+        facts = json.loads((old / "round_1" / "images.json").read_text())
+        assert [image["id"] for image in images] == sorted(facts)
+        for image in images:
+            labels = cv2.imread(str(old / "round_1" / "labels" / f"{image['id']}.png"), cv2.IMREAD_UNCHANGED)
+            assert image["coverage"] == pytest.approx(100 * (labels != 255).mean(), abs=1e-3)
+            for kind in ("photo", "label", "prediction", "confidence", "truth"):
+                picture = client.get(f"/images/{image['index']}/{kind}")
+                assert picture.status_code == 200 and picture.headers["content-type"].startswith("image/")
 
-    labeled = open_round(old, None)
-    assert labeled.index == 1 and len(labeled.samples) == 5
+
+def test_it_labels_other_images(old: Path, tmp_path: Path, call: Callable) -> None:
+    images = old.parent / "data" / "images" / "v"
+    code, out, err = call("label", old, images, tmp_path / "labels")
+    assert code == 0 and str(tmp_path / "labels") in out, err
+    record = json.loads((tmp_path / "labels" / "redistribution.json").read_text())
+    settings = record["settings"]
+    assert (record["images"], settings["method"], settings["labeling_ratio"]) == (3, "dars", 0.4)
+    assert len(list((tmp_path / "labels").rglob("*.png"))) == 3
+
+
+def test_it_is_exported(old: Path, tmp_path: Path, call: Callable) -> None:
+    """The command compares the file's classes with the network's before it gives the file its name."""
+    code, out, err = call("export", old, tmp_path / "network.pt2")
+    assert code == 0 and (tmp_path / "network.pt2").stat().st_size > 0, err
+    assert "Written to" in out
 
 
 def test_a_later_format_is_refused(old: Path) -> None:
