@@ -9,7 +9,7 @@ import typer
 
 from darseg.cli.options import RoundIndex, Source
 from darseg.cli.tables import print_labels
-from darseg.pseudo.labeling import Confidence, Method, Sampling
+from darseg.pseudo.labeling import Confidence, LabelingMethod, Sampling
 
 METHOD = "How thresholds are chosen."
 THRESHOLD = "Confidence threshold (method: global)."
@@ -34,7 +34,7 @@ def label(
     labeling_ratio: Annotated[
         float | None, typer.Option(help="Share of all pixels to label. Default: the last round's.")
     ] = None,
-    method: Annotated[Method | None, typer.Option(help=f"{METHOD} Default: the recipe's.")] = None,
+    method: Annotated[LabelingMethod | None, typer.Option(help=f"{METHOD} Default: the recipe's.")] = None,
     threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
     confidence: Annotated[
         Confidence | None, typer.Option(help=f"{CONFIDENCE} Default: the recipe's.")
@@ -81,7 +81,7 @@ def redistribute(
         float | None,
         typer.Option(help="Share of all pixels to label, 0 < ratio <= 1 (not with method global)."),
     ] = None,
-    method: Annotated[Method, typer.Option(help=METHOD)] = "dars",
+    method: Annotated[LabelingMethod, typer.Option(help=METHOD)] = "dars",
     threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
     confidence: Annotated[Confidence, typer.Option(help=CONFIDENCE)] = "float16",
     sampling: Annotated[Sampling, typer.Option(help=SAMPLING)] = "random",

@@ -25,7 +25,7 @@ from darseg.choices import Architecture, LabelFormat, NamedValues, Precision
 from darseg.pseudo.labeling import (
     Confidence,
     Labeling,
-    Method,
+    LabelingMethod,
     Sampling,
     check_ratio,
     check_threshold,
@@ -293,7 +293,7 @@ class ProtocolConfig(_Section):
 
 
 class LabelingConfig(ProtocolConfig):
-    method: Method = "dars"
+    method: LabelingMethod = "dars"
     threshold: Annotated[StrictFloat, AfterValidator(check_threshold)] | None = None
     confidence: Confidence = "float16"
     sampling: Sampling = "random"

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from darseg.errors import RecipeError, faults
 
-Method = Literal["dars", "cbst", "global"]
+LabelingMethod = Literal["dars", "cbst", "global"]
 """How thresholds are chosen; see `choose_dars`, `choose_cbst` and `choose_global`."""
 Confidence = Literal["float16", "fine"]
 """The scale that confidences are counted on; see `darseg.FLOAT16` and `darseg.FINE`."""
@@ -37,7 +37,7 @@ class Labeling:
     0.9
     """
 
-    method: Method = "dars"
+    method: LabelingMethod = "dars"
     ratio: float | None = None
     threshold: float | None = None
     confidence: Confidence = "float16"
@@ -64,13 +64,13 @@ def labeling_faults(
 ) -> Iterator[tuple[str, str]]:
     """Every fault of labeling settings: the setting's name in a recipe, and what is wrong with it."""
     for name, value, choices in (
-        ("method", method, get_args(Method)),
+        ("method", method, get_args(LabelingMethod)),
         ("confidence", confidence, get_args(Confidence)),
         ("sampling", sampling, get_args(Sampling)),
     ):
         if value not in choices:
             yield name, f"found {value!r}; should be one of {', '.join(choices)}"
-    if method not in get_args(Method):
+    if method not in get_args(LabelingMethod):
         return  # what else it needs is unknown
     if sampling == "none" and method != "dars":
         yield "sampling", f"none is only for method dars, and the method is {method}; remove it"

@@ -16,7 +16,7 @@ from darseg.model.decide import decide
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
-from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
+from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 
 
@@ -39,7 +39,7 @@ def redistribute(
     class_counts: ArrayLike,
     labeling_ratio: float | None,
     *,
-    method: Method = "dars",
+    method: LabelingMethod = "dars",
     threshold: float | None = None,
     confidence: Confidence = "float16",
     sampling: Sampling = "random",

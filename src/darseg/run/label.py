@@ -20,7 +20,7 @@ from darseg.data.manifest import Sample, count_pixels, find_files
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
+from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor, prediction_path
 from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path, write_json
@@ -97,7 +97,7 @@ def label_folder(
     class_counts: Path | str | None = None,
     round_index: int | None = None,
     labeling_ratio: float | None = None,
-    method: Method | None = None,
+    method: LabelingMethod | None = None,
     threshold: float | None = None,
     confidence: Confidence | None = None,
     sampling: Sampling | None = None,
@@ -178,7 +178,7 @@ def _count_classes(source: Path | str, trained: Trained, class_counts: Path | st
 def _complete_labeling(
     recipe: Recipe | None,
     *,
-    method: Method | None,
+    method: LabelingMethod | None,
     ratio: float | None,
     threshold: float | None,
     confidence: Confidence | None,

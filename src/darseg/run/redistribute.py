@@ -13,7 +13,7 @@ from rich.console import Console
 from darseg.data.manifest import Sample, find_files
 from darseg.data.prediction import ConfidenceScale, Prediction
 from darseg.errors import DataError
-from darseg.pseudo.labeling import Confidence, Labeling, Method, Sampling
+from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.redistribute import decide_array
 from darseg.run.label import FolderJob, check_class_counts, label_into_folder, read_class_counts
@@ -28,7 +28,7 @@ def redistribute_folder(
     class_counts: Path | str | Sequence[int] | Mapping[str, int],
     labeling_ratio: float | None = None,
     *,
-    method: Method = "dars",
+    method: LabelingMethod = "dars",
     threshold: float | None = None,
     confidence: Confidence = "float16",
     sampling: Sampling = "random",
