@@ -69,7 +69,7 @@ def main() -> None:
     }
     print(f"torch {torch.__version__}, {len(images)} images of {arguments.images}", flush=True)
     print(
-        "| network | stride | file | equal classes | where least | logits differ by | reach | classes seen | MB |"
+        "| network | stride | file | equal classes | lowest in | logits differ by | reach | classes seen | MB |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     for architecture, networks in NETWORKS.items():

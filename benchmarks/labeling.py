@@ -2,9 +2,9 @@
 
     .venv/bin/python benchmarks/labeling.py [--images 3] [--run RUN] [--skip memory forward …]
 
-The released procedure is written here in plain numpy as METHOD describes it: float64 sums of windows, every confidence
-in a Python list per class, all logits as float16 on the disk, sorting, and a second pass. Both get the same window
-logits, drawn beforehand, so the table holds no network time. --run names a finished run folder whose network and
+The released procedure is written here in plain numpy, following the released code: float64 sums of windows, every
+confidence in a Python list per class, all logits as float16 on the disk, sorting, and a second pass. Both get the same
+window logits, drawn beforehand, so the table holds no network time. --run names a finished run folder whose network and
 unlabeled images are used for the bytes kept and the end-to-end time; without it, a PSPNet with random weights and drawn
 images are used.
 """
@@ -47,7 +47,7 @@ from darseg.run.machine import keep_memory
 
 K, RATIO = 19, 0.4
 RELEASE_SECONDS = (
-    4.8  # METHOD.md: the released code itself, an image of 1024x2048 pixels and 19 classes, 2 cores
+    4.8  # measured with the released code itself: an image of 1024x2048 pixels and 19 classes, 2 cores
 )
 WINDOWS_PER_PASS = 4
 
@@ -88,7 +88,7 @@ class Clock:
 
 
 def released(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Clock) -> None:
-    """METHOD.md, section 2, as the release computes it."""
+    """Pseudo labels as the release computes them (DARS, section 3)."""
     lists: list[list] = [[] for _ in range(K)]
     pixels = 0
     for number, image in enumerate(images):

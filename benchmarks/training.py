@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/training.py [--data ../shared/data/camvid] [--weights FILE] [--steps 8] [--skip augment …]
 
-The plain sequence is written here as METHOD describes it (section 3): scale the whole image, rotate, blur, mirror, crop,
+The plain sequence is written here as the released code does it: scale the whole image, rotate, blur, mirror, crop,
 in float32. Both draw from the same distributions, and neither decodes. The bare loop is what a notebook would hold: the
 same network, optimizer and losses over batches that are ready in memory, and nothing else. Both sides take turns in one
 process; ratios are medians over the turns. Processor seconds of all threads say more than the clock if other programs
@@ -63,7 +63,7 @@ RATE = 1e-4  # learning rate of the timed steps
 def plain(
     image: np.ndarray, label: np.ndarray, how: Augmentation, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """METHOD.md, section 3, on the whole image: the crop float32 [h, w, 3] and its label uint8 [h, w]."""
+    """The release's augmentation of a whole image: the crop float32 [h, w, 3] and its label uint8 [h, w]."""
     pixels = image.astype(np.float32)
     scale = generator.uniform(*how.scale)
     height, width = max(1, round(label.shape[0] * scale)), max(1, round(label.shape[1] * scale))
@@ -135,10 +135,10 @@ def augmenting() -> None:
             samples, classes = drawn(Path(folder), 2, size, ".png")
             examples = [load_example(sample, classes) for sample in samples]
 
-        def repeat(one: Callable, count: int = 24, examples=examples, how=how) -> None:
+        def repeat(augmentation: Callable, count: int = 24, examples=examples, how=how) -> None:
             for seed in range(count):
                 example = examples[seed % 2]
-                one(example.image, example.label, how, np.random.default_rng(seed))
+                augmentation(example.image, example.label, how, np.random.default_rng(seed))
 
         slow, fast = best(lambda r=repeat: r(plain), lambda r=repeat: r(augment))
         crop = "x".join(map(str, how.crop))
@@ -149,7 +149,7 @@ def augmenting() -> None:
 
 
 def decoding() -> None:
-    """Milliseconds of the processor from file to example, beside the decoding alone."""
+    """Milliseconds of the processor from file to example, compared with decoding alone."""
     print(
         "\n| processor ms, 1024x2048, PNG label map | decode alone (OpenCV) | decode alone (Pillow) | "
         "file to example, crop 713 | ratio to OpenCV's | from decoded images |\n|---|---|---|---|---|---|"
@@ -167,8 +167,8 @@ def decoding() -> None:
                     cv2.imdecode(np.frombuffer(label, np.uint8), cv2.IMREAD_UNCHANGED)
 
             def pillow(data=data) -> None:
-                for one in itertools.chain(*data):
-                    np.asarray(Image.open(io.BytesIO(one)))
+                for content in itertools.chain(*data):
+                    np.asarray(Image.open(io.BytesIO(content)))
 
             def ours(load: Callable, samples=samples, classes=classes) -> None:
                 for seed, sample in enumerate(samples):
@@ -176,14 +176,15 @@ def decoding() -> None:
                     augment(example.image, example.label, how, generator=np.random.default_rng(seed))
 
             ours(cache.load)
-            one, two, three, four = (
+            opencv_ms, pillow_ms, files_ms, cached_ms = (
                 1000 * seconds / len(samples)
                 for seconds in best(
                     opencv, pillow, lambda o=ours: o(load_example), lambda o=ours, c=cache: o(c.load), turns=7
                 )
             )
             print(
-                f"| {suffix[1:].upper()} image | {one:.1f} | {two:.1f} | {three:.1f} | {three / one:.2f} | {four:.1f} |"
+                f"| {suffix[1:].upper()} image | {opencv_ms:.1f} | {pillow_ms:.1f} | {files_ms:.1f} | "
+                f"{files_ms / opencv_ms:.2f} | {cached_ms:.1f} |"
             )
 
 

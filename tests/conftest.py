@@ -46,7 +46,7 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder with real images and weights, where there is one (DARSEG_SHARED, or ../shared)."""
+    """The folder with real images and weights, if there is one (DARSEG_SHARED, or ../shared)."""
     folder = Path(os.environ.get("DARSEG_SHARED", REPOSITORY.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no real data here: {folder} does not exist (set DARSEG_SHARED)")
@@ -111,8 +111,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["darseg", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        shown = capsys.readouterr()
-        return ended.value.code or 0, shown.out, shown.err
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
 
     return run
 
@@ -129,7 +129,7 @@ class Visit:
 
     def leaving_the_machine(self) -> list[str]:
         local = ("file:", "data:", "blob:", "about:", "http://127.0.0.1:")
-        return [one for one in self.requests if not one.startswith(local)]
+        return [address for address in self.requests if not address.startswith(local)]
 
 
 @pytest.fixture(scope="session")
@@ -137,7 +137,7 @@ def chromium() -> Iterator[Any]:
     """The system's Chromium, headless."""
     api = pytest.importorskip("playwright.sync_api")
     names = ("chromium", "chromium-browser", "google-chrome")
-    path = next((found for found in map(shutil.which, names) if found), None)
+    path = next((program for program in map(shutil.which, names) if program), None)
     if path is None:
         pytest.skip(f"no Chromium here: none of {', '.join(names)} is installed")
     with api.sync_playwright() as driver:
@@ -156,7 +156,8 @@ def visit(chromium: Any) -> Iterator[Callable[..., Visit]]:
         contexts.append(context)
         visited = Visit(context.new_page())
         visited.page.on(
-            "console", lambda said: visited.errors.append(said.text) if said.type == "error" else None
+            "console",
+            lambda message: visited.errors.append(message.text) if message.type == "error" else None,
         )
         visited.page.on("pageerror", lambda error: visited.errors.append(str(error)))
         visited.page.on("request", lambda request: visited.requests.append(request.url))

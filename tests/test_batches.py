@@ -1,4 +1,4 @@
-"""Streams of batches: decided by seed and position alone, whoever prepares them; errors come when due."""
+"""Streams of batches: decided by seed and position alone, on any thread; errors come when due."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def take(
     return batches
 
 
-def equal(one: list[Batch], two: list[Batch]) -> bool:
-    return len(one) == len(two) and all(
+def equal(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
         a.ids == b.ids and torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
-        for a, b in zip(one, two, strict=True)
+        for a, b in zip(first, second, strict=True)
     )
 
 
@@ -124,9 +124,11 @@ def test_the_number_of_threads_changes_nothing(samples, workers: int):
 
 
 def test_the_batch_size_changes_only_where_batches_end(samples):
-    one, three = take(samples, 12, batch=1), take(samples, 4, batch=3)
-    assert [name for batch in one for name in batch.ids] == [name for batch in three for name in batch.ids]
-    assert torch.equal(torch.cat([b.images for b in one]), torch.cat([b.images for b in three]))
+    singles, triples = take(samples, 12, batch=1), take(samples, 4, batch=3)
+    assert [name for batch in singles for name in batch.ids] == [
+        name for batch in triples for name in batch.ids
+    ]
+    assert torch.equal(torch.cat([b.images for b in singles]), torch.cat([b.images for b in triples]))
 
 
 def test_an_epoch_shows_every_sample_once_and_the_next_another_crop(samples):
@@ -209,7 +211,7 @@ def test_only_a_few_batches_are_prepared_ahead(samples, monkeypatch):
         assert len(asked) == (5 + ahead) * batch
 
 
-def test_pinned_batches_are_asked_of_torch(samples, monkeypatch):
+def test_pinned_memory_is_requested(samples, monkeypatch):
     """Without a GPU there is no pinned memory: what is asked for is seen, and is for both tensors."""
     asked = []
     empty = torch.empty

@@ -321,14 +321,17 @@ def test_camvid_recipe_on_the_real_images(shared: Path, tmp_path: Path) -> None:
 
 def test_the_recipe_page_shows_every_key_with_its_default(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs" / "recipe.md").read_text()
-    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
-    (tmp_path / "page.yaml").write_text(yaml.safe_dump(shown))
+    defaults = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(defaults))
     recipe = load_recipe(tmp_path / "page.yaml").model_dump(mode="json")
     for section, keys in recipe.items():
         if isinstance(keys, dict):
-            assert set(shown[section]) == set(keys), section
+            assert set(defaults[section]) == set(keys), section
     # The page's values are the defaults: leaving them out makes no difference.
-    required = {"data": {key: shown["data"][key] for key in ("root", "classes")}, "rounds": shown["rounds"]}
-    required["network"] = {"weights": shown["network"]["weights"]}
+    required = {
+        "data": {key: defaults["data"][key] for key in ("root", "classes")},
+        "rounds": defaults["rounds"],
+    }
+    required["network"] = {"weights": defaults["network"]["weights"]}
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(required))
     assert load_recipe(tmp_path / "short.yaml").model_dump(mode="json") == recipe

@@ -104,7 +104,7 @@ def module(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoint(state: dict[str, Tensor]) -> dict[str, Any]:
-    """As the release saves: a real optimizer's state beside the weights."""
+    """As the release saves: a real optimizer's state with the weights."""
     parameter = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9, weight_decay=1e-4)
     parameter.sum().backward()
@@ -138,22 +138,22 @@ def test_converted_checkpoints_answer_as_released(
         torch.save(checkpoint(released_state(architecture)), source, _use_new_zipfile_serialization=False)
     out = tmp_path / "out" / "network.safetensors"
     options = ["--release-classifier"] if deeplab else []
-    code, shown, errors = call(
+    code, output, errors = call(
         "convert", source, out, "--architecture", architecture, "--classes", classes, *options
     )
     assert code == 0, errors
     assert (
-        shown == f"{len(KEYS[architecture])} tensors of {source} are in {out}\n"
+        output == f"{len(KEYS[architecture])} tensors of {source} are in {out}\n"
     )  # and nothing is left over
 
     network = darseg.load_network(out)
     assert not network.training
     x = torch.randn(1, 3, 89, 121, generator=torch.Generator().manual_seed(11))
     with torch.no_grad():
-        found = network(x).main
+        output = network(x).main
     wanted = np.load(REFERENCE / f"{architecture}_out.npz")["y"]
-    assert found.shape == wanted.shape == (1, classes, 89, 121) and found.dtype == torch.float32
-    assert np.abs(found.numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert output.shape == wanted.shape == (1, classes, 89, 121) and output.dtype == torch.float32
+    assert np.abs(output.numpy() - wanted).max() < 1e-4 * np.abs(wanted).max()
 
     # Every tensor is where an independently written table of names puts it.
     ours = network.state_dict()
@@ -176,19 +176,19 @@ def test_converted_checkpoints_answer_as_released(
 
 
 def test_semseg_with_21_classes_names_and_colors(tmp_path: Path, call: Callable) -> None:
-    """semseg's names are the release's; K is the file's where --classes says nothing. This file is of an old torch,
+    """semseg's names are the release's; K is the file's if --classes is not given. This file is of an old torch,
     which counts no batches, and has a block too many."""
     source, out = tmp_path / "voc.pth", tmp_path / "voc.safetensors"
-    given = ("convert", source, out, "--architecture", "pspnet50", "--names", "voc")
+    arguments = ("convert", source, out, "--architecture", "pspnet50", "--names", "voc")
     state = {key: value for key, value in released_state("pspnet50", 21).items() if "tracked" not in key}
     state["layer3.6.conv1.weight"] = torch.zeros(1)
     torch.save({"epoch": 50, "state_dict": module(state)}, source)
-    code, _, errors = call(*given)
+    code, _, errors = call(*arguments)
     says(errors, str(source), "layer3.6.conv1.weight", "--no-strict")
     assert code == 2 and not out.exists()
-    code, shown, errors = call(*given, "--no-strict")
+    code, output, errors = call(*arguments, "--no-strict")
     assert code == 0, errors
-    first, *lines = shown.splitlines()
+    first, *lines = output.splitlines()
     counts = [renamed(key, "pspnet50") for key in KEYS["pspnet50"] if key.endswith("num_batches_tracked")]
     assert first == f"{len(state) - 1} tensors of {source} are in {out}"
     assert lines[:2] == ["in the file, but not in the network:", "  layer3.6.conv1.weight"]
@@ -198,43 +198,43 @@ def test_semseg_with_21_classes_names_and_colors(tmp_path: Path, call: Callable)
     assert (spec.architecture, spec.backbone, spec.classes) == ("pspnet", "resnet50_deep", 21)
     assert spec.class_names[:2] == ("background", "aeroplane") and spec.class_colors[1] == (128, 0, 0)
     whole = out.read_bytes()
-    code, _, errors = call(*given, "--no-strict")
+    code, _, errors = call(*arguments, "--no-strict")
     says(errors, str(out))
     assert code == 2 and out.read_bytes() == whole
 
 
 def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callable) -> None:
     out = tmp_path / "n.safetensors"
-    given = ("convert", psp_file, out, "--architecture", "pspnet50", "--classes", 21)
-    code, _, errors = call(*given)
+    arguments = ("convert", psp_file, out, "--architecture", "pspnet50", "--classes", 21)
+    code, _, errors = call(*arguments)
     assert code == 2 and not out.exists()
     says(errors, "cls.4.weight", "[19, 512, 1, 1]", "[21, 512, 1, 1]", "19 classes", "has 21", "--no-strict")
-    code, shown, errors = call(*given, "--no-strict")
+    code, output, errors = call(*arguments, "--no-strict")
     assert code == 0, errors
-    says(shown, str(psp_file), str(out), "cls.4.bias", "aux.4.weight")
-    assert shown.count("has shape") == 4 and "not in the network" not in shown
+    says(output, str(psp_file), str(out), "cls.4.bias", "aux.4.weight")
+    assert output.count("has shape") == 4 and "not in the network" not in output
     loaded = load_network(out)
     assert loaded.classes == 21
     key = "ppm.features.2.1.weight"
     assert torch.equal(
         loaded.state_dict()[renamed(key, "pspnet50")], reference_weight(key, KEYS["pspnet50"][key][0])
     )
-    given = ("convert", psp_file, tmp_path / "other.safetensors", "--architecture", "pspnet50")
-    code, _, errors = call(*given, "--names", "voc")
+    arguments = ("convert", psp_file, tmp_path / "other.safetensors", "--architecture", "pspnet50")
+    code, _, errors = call(*arguments, "--names", "voc")
     assert code == 2 and "for 19 classes, this one has 21" in errors
-    code, _, errors = call(*given, "--classes", 21, "--names", "cityscapes")
+    code, _, errors = call(*arguments, "--classes", 21, "--names", "cityscapes")
     says(errors, "21 classes", "19 names")
     assert code == 2
 
 
 def test_another_architectures_file(psp_file: Path, tmp_path: Path, call: Callable) -> None:
     torch.save(released_state("deeplabv2_101", 21), tmp_path / "deeplab.pth")
-    for source, wanted, found in (
+    for source, wanted, architecture in (
         (psp_file, "deeplabv2_101", "pspnet"),
         (tmp_path / "deeplab.pth", "pspnet50", "deeplabv2"),
     ):
         code, _, errors = call("convert", source, tmp_path / "n.safetensors", "--architecture", wanted)
-        says(errors, str(source), f"released {found}", "--architecture")
+        says(errors, str(source), f"released {architecture}", "--architecture")
         assert code == 2
     assert not (tmp_path / "n.safetensors").exists()
 
@@ -403,14 +403,14 @@ def test_imagenet_classifiers(backbone: str, file: str, tmp_path: Path) -> None:
     heads = {key: value.clone() for key, value in network.state_dict().items() if "head" in key}
     report = load_weights(network, tmp_path / "n.pth")
     assert not report.whole and report.unused == ("fc.bias", "fc.weight") and not report.unfilled
-    found = network.state_dict()
+    filled = network.state_dict()
     assert all(
-        torch.equal(found[f"backbone.{key}"], value) for key, value in state.items() if "fc." not in key
+        torch.equal(filled[f"backbone.{key}"], value) for key, value in state.items() if "fc." not in key
     )
-    assert all(torch.equal(found[key], value) for key, value in heads.items())
+    assert all(torch.equal(filled[key], value) for key, value in heads.items())
 
 
-def test_what_fits_of_another_backbone_where_not_strict(tmp_path: Path) -> None:
+def test_what_fits_of_another_backbone_if_not_strict(tmp_path: Path) -> None:
     torch.save(imagenet("resnet50_deep"), tmp_path / "n.pth")
     network = small("resnet50")
     with pytest.raises(WeightsError):
@@ -438,7 +438,7 @@ def test_what_fits_of_another_backbone_where_not_strict(tmp_path: Path) -> None:
     ids=["sparse", "int8", "complex", "meta", "quantized"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_tensors_that_are_no_plain_numbers(kind: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+def test_tensors_that_are_not_plain_numbers(kind: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     state = {key: value.contiguous() for key, value in imagenet("resnet18").items()}
     state["layer4.1.conv2.weight"] = kind(state["layer4.1.conv2.weight"])
     torch.save(state, tmp_path / "n.pth")
@@ -454,8 +454,8 @@ def test_other_floating_point_numbers_are_taken(dtype: torch.dtype, tmp_path: Pa
     torch.save(state, tmp_path / "n.pth")
     network = small()
     load_weights(network, tmp_path / "n.pth")
-    found = network.backbone.state_dict()["layer4.1.conv2.weight"]
-    assert found.dtype == torch.float32 and torch.equal(found, state["layer4.1.conv2.weight"].float())
+    loaded = network.backbone.state_dict()["layer4.1.conv2.weight"]
+    assert loaded.dtype == torch.float32 and torch.equal(loaded, state["layer4.1.conv2.weight"].float())
 
 
 # --- weights of whole networks in a recipe
@@ -513,8 +513,8 @@ def test_what_is_left_over_is_named(tmp_path: Path) -> None:
     says(origin, "120 tensors of resnet18", str(tmp_path / "n.pth"), "fc.bias, fc.weight")
 
 
-def test_of_our_files_more_than_mean_and_std_must_fit(tmp_path: Path) -> None:
-    """Every network has these two; loading them alone would start from scratch in silence."""
+def test_files_of_darseg_must_match_in_more_than_mean_and_std(tmp_path: Path) -> None:
+    """Every network has these two; loading them alone would silently start from random weights."""
     path = tmp_path / "n.safetensors"
     safetensors.torch.save_file(
         {"mean": torch.zeros(3), "std": torch.ones(3), "backbone.body.x": torch.ones(1)}, path
@@ -548,7 +548,7 @@ def test_networks_of_ours_end_in_safetensors(psp_file: Path, tmp_path: Path) -> 
         convert(psp_file, tmp_path / "n.pth", "pspnet50")
 
 
-def test_two_trained_branches_do_not_become_four_in_silence(tmp_path: Path) -> None:
+def test_two_trained_branches_do_not_become_four_silently(tmp_path: Path) -> None:
     spec = NetworkSpec("deeplabv2", "resnet101_caffe", 3, auxiliary=False, release_classifier=True)
     save_network(spec.build(), tmp_path / "two.safetensors", spec)
     four = replace(spec, release_classifier=False).build()

@@ -103,8 +103,8 @@ def test_replaced_convolutions_equal_timms(timm, name, stride, wanted, size) -> 
     theirs = timm.create_model(name, features_only=True, output_stride=stride, pretrained=False)
     shake(ours)
     theirs.load_state_dict(ours.body.state_dict())  # the same names
-    for one in (ours.double(), theirs.double()):
-        for module in one.modules():
+    for network in (ours.double(), theirs.double()):
+        for module in network.modules():
             if isinstance(module, nn.Dropout) or type(module).__name__ == "DropPath":
                 module.p = module.drop_prob = 0.0
     kinds = [type(module) for module in ours.modules()]
@@ -119,16 +119,16 @@ def test_replaced_convolutions_equal_timms(timm, name, stride, wanted, size) -> 
     for mode in (True, False):
         ours.train(mode), theirs.train(mode)
         ours.zero_grad(), theirs.zero_grad()
-        found, expected = ours(images), theirs(images)[-2:]
-        sum(part.square().sum() for part in found).backward()
+        features, expected = ours(images), theirs(images)[-2:]
+        sum(part.square().sum() for part in features).backward()
         sum(part.square().sum() for part in expected).backward()
-        pairs = list(zip(found, expected, strict=True))
+        pairs = list(zip(features, expected, strict=True))
         pairs += [(a.grad, b.grad) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)]
         pairs += list(zip(ours.buffers(), theirs.buffers(), strict=True))
-        for one, other in pairs:
-            assert (one is None) == (other is None)
-            if one is not None:
-                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+        for actual, reference in pairs:
+            assert (actual is None) == (reference is None)
+            if actual is not None:
+                torch.testing.assert_close(actual, reference, rtol=1e-8, atol=1e-8)
 
 
 # --- BatchNorm folded
@@ -175,7 +175,7 @@ class Odd(nn.Module):
         self.stem, self.stem_norm = nn.Conv2d(3, 8, 3, 8, 1), nn.BatchNorm2d(8)
         self.shared, self.shared_norm = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
         self.twice, self.after, self.again = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
-        self.one, self.two, self.norm = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+        self.left, self.right, self.norm = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.peeked, self.peeked_norm = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
         self.first = nn.BatchNorm2d(8)
 
@@ -184,7 +184,7 @@ class Odd(nn.Module):
         both = self.shared(x)
         x = both + self.shared_norm(both)
         x = self.after(self.twice(x)) + self.again(self.twice(x.relu()))
-        x = self.norm(self.one(x)) + self.norm(self.two(x))
+        x = self.norm(self.left(x)) + self.norm(self.right(x))
         x = self.peeked_norm(self.peeked(x)) + self.peeked.weight.mean()
         return Features(x, x)
 
@@ -208,9 +208,9 @@ def test_batchnorms_whose_inputs_have_other_consumers_stay(kind: type[Odd]) -> N
     backbone = kind()
     network = with_backbone(backbone)
     before = logits(network, 33, 41)
-    norms = {name for name, one in backbone.named_modules() if isinstance(one, nn.BatchNorm2d)}
+    norms = {name for name, module in backbone.named_modules() if isinstance(module, nn.BatchNorm2d)}
     fold_batchnorm(network)
-    left = {name for name, one in network.backbone.named_modules() if isinstance(one, nn.BatchNorm2d)}
+    left = {name for name, module in network.backbone.named_modules() if isinstance(module, nn.BatchNorm2d)}
     assert norms - left == {"stem_norm"}
     torch.testing.assert_close(
         logits(network, 33, 41), before, rtol=0, atol=1e-10 * float(before.abs().max())
@@ -244,7 +244,7 @@ class Standardized(nn.Conv2d):
 
 
 def watched(norm: nn.Module) -> nn.Module:
-    norm.register_forward_hook(lambda module, given, output: output + 1)
+    norm.register_forward_hook(lambda module, inputs, output: output + 1)
     return norm
 
 

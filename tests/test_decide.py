@@ -237,9 +237,9 @@ def draw_prediction(seed: int, shape: tuple[int, int], scale: ConfidenceScale, s
     return Prediction(classes.astype(np.uint8), codes.astype(np.uint16), scale)
 
 
-def equal(one: Prediction, other: Prediction) -> bool:
-    same = np.array_equal(one.classes, other.classes) and np.array_equal(one.codes, other.codes)
-    return same and one.scale is other.scale
+def equal(first: Prediction, second: Prediction) -> bool:
+    same = np.array_equal(first.classes, second.classes) and np.array_equal(first.codes, second.codes)
+    return same and first.scale is second.scale
 
 
 predictions = st.builds(

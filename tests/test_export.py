@@ -53,7 +53,7 @@ SIZES = [(1, 65, 33), (2, 40, 100), (3, 97, 81), (1, 9, 10), (1, 1, 1), (2, 1, 7
 
 
 def scenes(count: int, height: int, width: int) -> np.ndarray:
-    """Drawn images uint8 [count, height, width, 3], cut from the middle where smaller than scenes can be."""
+    """Drawn images uint8 [count, height, width, 3], cut from the middle if smaller than scenes can be."""
     whole = (max(65, height), max(65, width))
     top, left = (whole[0] - height) // 2, (whole[1] - width) // 2
     drawn = [draw_scene(11, index, whole)[0] for index in range(count)]
@@ -78,8 +78,8 @@ def one_window(network: Network, images: np.ndarray) -> np.ndarray:
     protocol = Protocol((sides[0], sides[1]), mirror=False)
     return np.stack(
         [
-            predict_scores(network, one, protocol, average="logits").mean(0, one.shape[0]).numpy()
-            for one in images
+            predict_scores(network, image, protocol, average="logits").mean(0, image.shape[0]).numpy()
+            for image in images
         ]
     )
 
@@ -148,7 +148,7 @@ def test_means_of_cells_are_adaptive_pooling(height: int, width: int, bins: int)
 @given(st.integers(1, 300), st.sampled_from([8, 16]))
 def test_padded_sides_are_the_smallest_legal_ones(side: int, stride: int) -> None:
     legal = [stride * n + 1 for n in range(2, 50)]
-    smallest = min(one for one in legal if one >= side)
+    smallest = min(candidate for candidate in legal if candidate >= side)
     assert padded_side(side, Sides(stride)) == Sides(stride).up(side, LEAST_STEPS) == smallest
 
 
@@ -223,13 +223,13 @@ def test_metadata(exported: dict[str, tuple[Path, Parity]], run_folder: Path) ->
     assert [value.name for value in model.graph.output] == ["classes", "logits"]
 
 
-def test_files_tell_nothing_of_this_machine(exported: dict[str, tuple[Path, Parity]]) -> None:
+def test_files_hold_nothing_about_this_machine(exported: dict[str, tuple[Path, Parity]]) -> None:
     for path, _ in exported.values():
         data = path.read_bytes()
         assert not any(
-            str(one).encode() in data for one in (REPOSITORY, Path(torch.__file__).parent, Path.home())
+            str(folder).encode() in data for folder in (REPOSITORY, Path(torch.__file__).parent, Path.home())
         )
-        assert sorted(one.name for one in path.parent.iterdir()) == ["network.onnx", "network.pt2"]
+        assert sorted(file.name for file in path.parent.iterdir()) == ["network.onnx", "network.pt2"]
 
 
 def test_the_script_of_the_docs_as_printed(
@@ -293,7 +293,7 @@ class SamePadded(torch.nn.Module):
 @pytest.mark.slow
 def test_padding_that_depends_on_the_size(spec: NetworkSpec, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    spec_of("timm/resnet18", 16)  # skips where timm is not there
+    spec_of("timm/resnet18", 16)  # skips if timm is not installed
     network = settled(spec)
     network.backbone = SamePadded(network.backbone.channels[1]).eval()  # ty: ignore
     padding = sys.modules["timm.layers.padding"]
@@ -330,7 +330,7 @@ def test_parity_counts_differences(network: Network) -> None:
     assert parity.worst == pytest.approx(1 - 1 / 6300)
     assert parity.difference == pytest.approx(0.25, abs=1e-5)
     assert parity.margin == pytest.approx(best[-1] - best[-2], abs=1e-5)
-    assert parity.reach >= max(float(np.abs(one).max()) for one in wholes)
+    assert parity.reach >= max(float(np.abs(logits).max()) for logits in wholes)
     first, second, _ = parity.describe()
     assert "2 images and 4 batches" in first and "99.98" in first and "0.25" in second
 
@@ -401,9 +401,9 @@ def test_the_command(
         return Parity(len(images), 4, 1_000_000, 1, 0.9995, 1e-5, 14.2, 2e-6)
 
     monkeypatch.setattr("darseg.run.export.write_exported", write)
-    code, shown, _ = call("export", run_folder, tmp_path / "out.pt2", "--round", 0)
+    code, output, _ = call("export", run_folder, tmp_path / "out.pt2", "--round", 0)
     assert code == 0 and sorted(written) == ["v/00", "v/01", "v/02"]
-    says(shown, "1,000,000", "99.9999%", "99.9500%", "1e-05", "14.2", "2e-06", str(tmp_path / "out.pt2"))
+    says(output, "1,000,000", "99.9999%", "99.9500%", "1e-05", "14.2", "2e-06", str(tmp_path / "out.pt2"))
 
     # At most 8 images, from the first to the last.
     written.clear()

@@ -334,9 +334,11 @@ def test_value_maps_equal_a_slow_loop(tmp_path_factory, data):
     names = [f"class {k}" for k in range(count)]
     targets = st.sampled_from([*range(count), *names, "ignore"])
     table = data.draw(st.dictionaries(st.integers(0, top), targets, min_size=1, max_size=12))
-    other = data.draw(st.none() | targets)
+    fallback = data.draw(st.none() | targets)
     values = data.draw(st.lists(st.sampled_from([*table, 0, 255, top]), min_size=4, max_size=40))
-    encoding = label_encoding(class_set(names), values=table | ({} if other is None else {"other": other}))
+    encoding = label_encoding(
+        class_set(names), values=table | ({} if fallback is None else {"other": fallback})
+    )
     path = folder / "a.png"
     path.write_bytes(png(np.array([values]), depth))
 
@@ -345,8 +347,8 @@ def test_value_maps_equal_a_slow_loop(tmp_path_factory, data):
 
     expected, unknown = [], set()
     for value in values:
-        if value in table or other is not None:
-            expected.append(meaning(table.get(value, other)))
+        if value in table or fallback is not None:
+            expected.append(meaning(table.get(value, fallback)))
         else:
             unknown.add(value)
     if not unknown:
@@ -355,7 +357,7 @@ def test_value_maps_equal_a_slow_loop(tmp_path_factory, data):
     with pytest.raises(DataError) as caught:
         read_label(path, encoding)
     for value in unknown:
-        assert f"{value} ({values.count(value)} pixels)" in str(caught.value)
+        assert f"{value} ({values.count(value)} pixel" in str(caught.value)
     assert "data.label_values" in str(caught.value)
 
 
@@ -392,7 +394,7 @@ def test_value_maps_that_have_a_name(tmp_path: Path):
 
 def test_values_above_255_need_a_value_map(tmp_path: Path):
     path = put(tmp_path / "a.png", png(np.array([[0, 255, 256, 26001, 26001]]), 16))
-    with refused(DataError, str(path), "26001 (2 pixels), 256 (1 pixels)", "data.label_values"):
+    with refused(DataError, str(path), "26001 (2 pixels), 256 (1 pixel)", "data.label_values"):
         read_label(path)
     encoding = label_encoding(CLASSES, values={0: "field", 255: 1, 256: "house", 26001: "ignore"})
     assert read_label(path, encoding).tolist() == [[0, 1, 2, 255, 255]]
@@ -445,7 +447,7 @@ def test_a_color_of_two_classes_is_refused_or_not_read(tmp_path: Path):
     with refused(RecipeError, "c and ignore", "[9, 9, 8]", "data.classes", "data.label_colors"):
         label_encoding(classes, colors={"ignore": [[9, 9, 8]]})
     path = put(tmp_path / "a.png", png(np.array([[[9, 9, 8], [1, 2, 3]]]), 8, 2))
-    with refused(DataError, str(path), "[1, 2, 3] (1 pixels)"):
+    with refused(DataError, str(path), "[1, 2, 3] (1 pixel)"):
         read_label(path, label_encoding(classes))
 
 
@@ -472,7 +474,7 @@ def test_colors_instead_of_values_and_values_instead_of_colors_are_refused(tmp_p
         with refused(DataError, str(same), "data.label_format: index"):
             read_label(same, label_encoding(COLORED))
     border = put(tmp_path / "d.png", png(np.array([[[0, 0, 0], [224, 224, 192]]]), 8, 2))
-    with refused(DataError, str(border), "[224, 224, 192] (1 pixels)", "data.label_colors: {ignore: "):
+    with refused(DataError, str(border), "[224, 224, 192] (1 pixel)", "data.label_colors: {ignore: "):
         read_label(border, label_encoding(COLORED))
 
 

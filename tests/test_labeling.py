@@ -330,7 +330,7 @@ COUNTS_TEXTS = {  # content of the file → facts that its message must contain
     "[3, -1, 2, -4]": ["given.json", "class 1: -1, class 3: -4"],
     '{"road": 5, "sky": -2}': ["given.json", "sky: -2"],
     "[0, 0, 0, 0]": ["4"],
-    "[5]": ["1 classes", "2 to 255"],
+    "[5]": ["is 1;", "2 to 255"],
 }
 
 

@@ -440,7 +440,7 @@ def report(recipe: Recipe) -> str:
 
 
 @pytest.mark.parametrize("layout", ["cityscapes", "voc"])
-def test_for_a_wrong_root_the_right_one_is_named(tmp_path: Path, layout: str):
+def test_the_right_root_is_named(tmp_path: Path, layout: str):
     """The root is one or two folders too high, or too low; the one that is named works."""
     draw_all(tmp_path)
     right = tmp_path / "cityscapes" if layout == "cityscapes" else tmp_path / "VOCdevkit" / "VOC2012"
@@ -459,7 +459,7 @@ def test_for_a_wrong_root_the_right_one_is_named(tmp_path: Path, layout: str):
         layout_of(recipe_of(tmp_path / "r", layout, tmp_path / "gone"))
 
 
-def test_of_several_years_of_voc_the_latest_is_named(tmp_path: Path):
+def test_the_latest_of_several_voc_years_is_named(tmp_path: Path):
     for year in ("VOC2007", "VOC2012", "VOC2010"):
         draw_voc(tmp_path / "VOCdevkit" / year, train=VOC_TRAIN[:1])
     message = report(recipe_of(tmp_path / "r", "voc", tmp_path / "VOCdevkit"))

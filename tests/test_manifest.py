@@ -693,7 +693,7 @@ def test_roles_without_images_are_reported_as_warnings(tmp_path: Path):
     says(validation, "data.validation")
 
 
-def test_of_many_unknown_values_the_first_eight_are_listed():
+def test_the_first_eight_of_many_unknown_values_are_listed():
     counts = np.zeros(256, np.int64)
     assert unknown_values(counts, len(CLASSES)) is None
     counts[[0, 1, 2, IGNORE]] = 5

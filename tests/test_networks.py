@@ -131,8 +131,8 @@ def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
         output = network(images)
         assert output.auxiliary is None
         assert output.main.shape == (2, CLASSES, 65, 33) and output.main.isfinite().all()
-        one = network(images[1:]).main
-        assert torch.allclose(one, output.main[1:], rtol=1e-4, atol=1e-4 * float(one.abs().max()))
+        single = network(images[1:]).main
+        assert torch.allclose(single, output.main[1:], rtol=1e-4, atol=1e-4 * float(single.abs().max()))
         mean, std = (
             torch.tensor(part)[:, None, None] for part in (network.mean.tolist(), network.std.tolist())
         )
@@ -192,9 +192,9 @@ def small() -> Network:
 def test_sides_are_rounded_to_the_nearest_legal_ones(sides: Sides, side: int) -> None:
     legal = [sides.step * n + sides.offset for n in range(1, 300)]
     assert sides.is_legal(side) == (side in legal)
-    assert sides.up(side) == min(one for one in legal if one >= side)
-    assert sides.down(side) == max([one for one in legal if one <= side], default=legal[0])
-    assert sides.up(side, least=2) == min(one for one in legal[1:] if one >= side)
+    assert sides.up(side) == min(candidate for candidate in legal if candidate >= side)
+    assert sides.down(side) == max([candidate for candidate in legal if candidate <= side], default=legal[0])
+    assert sides.up(side, least=2) == min(candidate for candidate in legal[1:] if candidate >= side)
 
 
 def test_sides_that_are_not_possible() -> None:
@@ -286,7 +286,7 @@ def test_defaults_are_the_papers_head() -> None:
 
 
 def test_all_faults_of_a_spec_at_once() -> None:
-    facts = ("'fcn'", "pspnet", "1 classes", "output stride 4", "0 head channels", "2 class names")
+    facts = ("'fcn'", "pspnet", "is 1;", "output stride 4", "0 head channels", "class names is 2")
     with refused(RecipeError, *facts):
         NetworkSpec(architecture="fcn", classes=1, output_stride=4, head_channels=0, class_names=("a", "b"))
 
@@ -400,9 +400,9 @@ def test_resnets_against_the_oracle(name: str, output_stride: int, size: tuple[i
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         wanted = dilated_resnet(name, backbone.state_dict(), x, output_stride)
-        for found, expected in zip(backbone(x), wanted, strict=True):
-            assert found.shape == expected.shape
-            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        for features, expected in zip(backbone(x), wanted, strict=True):
+            assert features.shape == expected.shape
+            assert torch.allclose(features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def slow_upsample(x: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -459,7 +459,9 @@ def test_atrous_head_against_the_oracle(branches: int, size: tuple[int, int]) ->
     head = AtrousHead(6, 3, branches)
     state, x = head.state_dict(), torch.randn(2, 6, *size)
     assert len(state) == 8  # all four branches are kept, whatever is summed
-    assert [one.weight.requires_grad for one in head.branches] == [index < branches for index in range(4)]
+    assert [branch.weight.requires_grad for branch in head.branches] == [
+        index < branches for index in range(4)
+    ]
     wanted = torch.zeros(2, 3, *size)
     for index, dilation in enumerate((6, 12, 18, 24)[:branches]):
         padded = F.pad(x, (dilation,) * 4)

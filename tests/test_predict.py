@@ -79,8 +79,8 @@ def averaged(network: Network, image: np.ndarray) -> torch.Tensor:
     top, left = (legal[0] - height) // 2, (legal[1] - width) // 2
     x = F.pad(x, (left, legal[1] - width - left, top, legal[0] - height - top))
     with torch.no_grad():
-        one, other = network(x).main[0], network(x.flip(3)).main[0].flip(2)
-    mean = (one.double().softmax(0) + other.double().softmax(0)) / 2
+        plain, mirrored = network(x).main[0], network(x.flip(3)).main[0].flip(2)
+    mean = (plain.double().softmax(0) + mirrored.double().softmax(0)) / 2
     return mean[:, top : top + height, left : left + width]
 
 
@@ -88,22 +88,22 @@ def test_a_prediction_is_of_the_averaged_probabilities(network: Network) -> None
     for size in (SIZE, (33, 49), (1, 1), (70, 20)):
         image = picture(1, size)
         mean = averaged(network, image)
-        found = predict(network, image)
+        prediction = predict(network, image)
         best, classes = (part.numpy() for part in mean.max(dim=0))
         # float32 rounds these probabilities by about 1e-6.
         clear = (mean.sort(dim=0).values.diff(dim=0)[-1] > 1e-4).numpy()
-        assert (found.classes == classes)[clear].all() and clear.mean() > 0.9
-        assert np.abs(found.confidence - best).max() < 2e-4  # of the scale: 1.3e-4
-        assert (found.codes == predict(network, image, whole_image(network, image)).codes).all()
+        assert (prediction.classes == classes)[clear].all() and clear.mean() > 0.9
+        assert np.abs(prediction.confidence - best).max() < 2e-4  # of the scale: 1.3e-4
+        assert (prediction.codes == predict(network, image, whole_image(network, image)).codes).all()
 
 
 def test_a_protocol_may_be_given(network: Network) -> None:
     image = picture(2, (60, 90))
     how = Protocol((33, 33), mirror=False, scales=(0.5, 1.0))
-    found = predict(network, image, how)
+    prediction = predict(network, image, how)
     mean = predict_scores(network, image, how, average="probabilities").mean(0, 60)
-    assert (found.classes == mean.argmax(0).numpy()).all()
-    assert (found.codes != predict(network, image).codes).any()
+    assert (prediction.classes == mean.argmax(0).numpy()).all()
+    assert (prediction.codes != predict(network, image).codes).any()
     with refused(SizeError, "32 x 32", "17 x 17", "33 x 33"):
         predict(network, image, Protocol((32, 32)))
 
@@ -116,12 +116,12 @@ def test_predicting_leaves_a_network_in_training_as_it_was(checkpoint: Path) -> 
     before = {name: (module.training) for name, module in network.named_modules()}
     state = {key: value.clone() for key, value in network.state_dict().items()}
     labeled, again = (
-        predict_for_labeling(one, picture(1), Protocol((33, 33)))
-        for one in (network, load_network(checkpoint))
+        predict_for_labeling(candidate, picture(1), Protocol((33, 33)))
+        for candidate in (network, load_network(checkpoint))
     )
     assert (labeled.codes == again.codes).all() and (labeled.classes == again.classes).all()
-    found = predict(network, picture(1))
-    assert (found.codes == expected.codes).all() and (found.classes == expected.classes).all()
+    prediction = predict(network, picture(1))
+    assert (prediction.codes == expected.codes).all() and (prediction.classes == expected.classes).all()
     with pytest.raises(SizeError):
         predict(network, picture(1), Protocol((32, 32)))
     assert {name: module.training for name, module in network.named_modules()} == before
@@ -209,8 +209,10 @@ def test_patterns_keep_the_folders_below_their_fixed_part(
     }.items():
         code, _, err = call("predict", checkpoint, pattern, "out", "--kind", "index", "--existing", "replace")
         assert code == 0, err
-        found = {name.removeprefix("index/").removesuffix(".png") for name in written(tmp_path / "out")}
-        assert found == names, pattern
+        names_written = {
+            name.removeprefix("index/").removesuffix(".png") for name in written(tmp_path / "out")
+        }
+        assert names_written == names, pattern
         for path in (tmp_path / "out").rglob("*.png"):
             path.unlink()
     code, _, err = call("predict", checkpoint, "in/*.jpg", "out")
@@ -231,12 +233,12 @@ def test_a_name_with_brackets_is_a_name(call, checkpoint: Path, tmp_path: Path) 
 def test_images_that_differ_only_in_the_suffix(call, checkpoint: Path, tmp_path: Path) -> None:
     write_png(tmp_path / "in" / "a.png", picture(1))
     write_png(tmp_path / "in" / "a.jpg", picture(2))
-    for given in (
+    for sources in (
         [tmp_path / "in"],
         [tmp_path / "in" / "a.png", tmp_path / "in" / "a.jpg"],
         [tmp_path / "in" / "*"],
     ):
-        code, _, err = call("predict", checkpoint, *given, tmp_path / "out")
+        code, _, err = call("predict", checkpoint, *sources, tmp_path / "out")
         says(err, "a.jpg and ", "a.png")
         assert code == 2
     assert not (tmp_path / "out").exists()
@@ -302,7 +304,7 @@ def test_a_video_becomes_numbered_frames_and_a_video(
     }
     overlay = tmp_path / "out" / "overlay" / "cam" / "walk.mp4"
     assert video_facts(overlay) == video_facts(tmp_path / "in" / "cam" / "walk.mp4")
-    shown = list(read_frames(overlay))
+    overlay_frames = list(read_frames(overlay))
     for number, frame in enumerate(read_frames(tmp_path / "in" / "cam" / "walk.mp4"), 1):
         index = cv2.imread(
             str(tmp_path / "out" / "index" / "cam" / "walk" / f"{number:06d}.png"), cv2.IMREAD_UNCHANGED
@@ -310,7 +312,7 @@ def test_a_video_becomes_numbered_frames_and_a_video(
         assert (index == predict(network, frame).classes).all()
         color = read_image(tmp_path / "out" / "color" / "cam" / "walk" / f"{number:06d}.png")
         blend = 0.55 * color.astype(float) + 0.45 * frame
-        assert np.abs(shown[number - 1] - blend).mean() < 16  # the codec loses some
+        assert np.abs(overlay_frames[number - 1] - blend).mean() < 16  # the codec loses some
 
 
 def test_a_video_cut_off_in_the_middle_is_reported_and_the_others_are_done(
@@ -338,11 +340,11 @@ def test_frames_of_an_earlier_longer_video_are_removed(checkpoint: Path, tmp_pat
         film(tmp_path / "a.mp4", frames)
         predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="replace")
     assert written(tmp_path / "out") == {f"index/a/{n:06d}.png" for n in (1, 2, 3)}
-    found = predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="keep")
-    assert (found.kept, found.frames) == (1, 0)
+    predicted = predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="keep")
+    assert (predicted.kept, predicted.frames) == (1, 0)
     (tmp_path / "out" / "index" / "a" / "000003.png").unlink()  # as if it had been stopped
-    found = predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="keep")
-    assert (found.kept, found.frames) == (0, 3)
+    predicted = predict_folder(checkpoint, tmp_path / "a.mp4", tmp_path / "out", ["index"], existing="keep")
+    assert (predicted.kept, predicted.frames) == (0, 3)
 
 
 def test_a_video_and_an_image_cannot_share_a_name(checkpoint: Path, tmp_path: Path) -> None:
@@ -389,6 +391,8 @@ def test_a_video_that_was_not_written_whole_is_removed(
 def test_unknown_kinds(checkpoint: Path, tmp_path: Path) -> None:
     with refused(RunError, "rainbow", "index, color, overlay, confidence"):
         predict_folder(checkpoint, tmp_path, tmp_path / "out", ["rainbow"])
+    with refused(RunError, "existing", "'ask'", "fault, keep, replace"):
+        predict_folder(checkpoint, tmp_path, tmp_path / "out", existing="ask")
 
 
 def test_ctrl_c_ends_with_a_message(

@@ -36,7 +36,7 @@ def network() -> Network:
 
 
 def slow(network: Network, image: np.ndarray, protocol: Protocol, average: str) -> torch.Tensor:
-    """The protocol written out from METHOD.md, one window at a time: float64 [K, H, W]."""
+    """The release's protocol written out, one window at a time: float64 [K, H, W]."""
     height, width = image.shape[:2]
     total = torch.zeros(network.classes, height, width, dtype=torch.float64)
     for scale in protocol.scales:
@@ -104,11 +104,11 @@ def test_whole_images_against_the_slow_version(network: Network, protocol: Proto
     image = np.random.default_rng(1).integers(0, 256, (50, 77, 3), np.uint8)
     wanted = slow(network, image, protocol, average)
     sums = predict_scores(network, image, protocol, average=average)
-    found = sums.mean(0, 50).double()
-    assert found.shape == wanted.shape == (4, 50, 77)
-    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    mean = sums.mean(0, 50).double()
+    assert mean.shape == wanted.shape == (4, 50, 77)
+    assert (mean - wanted).abs().max() < 1e-4 * wanted.abs().max()
     if average == "probabilities":
-        assert torch.allclose(found.sum(0), torch.ones(50, 77, dtype=torch.float64), atol=1e-5)
+        assert torch.allclose(mean.sum(0), torch.ones(50, 77, dtype=torch.float64), atol=1e-5)
         sure = wanted.topk(2, dim=0).values.diff(dim=0)[0].abs() > 1e-4
         classes = torch.from_numpy(predict(network, image, protocol).classes.copy())
         assert sure.float().mean() > 0.9 and (classes == wanted.argmax(0))[sure].all()
@@ -136,8 +136,8 @@ def test_protocols_that_are_not_possible() -> None:
 
 def test_a_protocol_in_words_names_all_that_moves_scores() -> None:
     says(Protocol((33, 49)).describe(), "own size", "33x49", "with mirror", "[1.0]", "probabilities", "fp32")
-    other = Protocol((33, 33), base_size=120, mirror=False, scales=PAPER_SCALES, bf16=True)
-    says(other.describe("logits"), "long side 120", "no mirror", "[0.5, 0.75, ", "logits", "bf16")
+    unusual = Protocol((33, 33), base_size=120, mirror=False, scales=PAPER_SCALES, bf16=True)
+    says(unusual.describe("logits"), "long side 120", "no mirror", "[0.5, 0.75, ", "logits", "bf16")
 
 
 # --- scores

@@ -286,7 +286,7 @@ def test_distribution_refuses_what_is_no_distribution() -> None:
     with refused(DataError, "float64 [2]", "integers [K]"):
         ClassDistribution.from_counts([0.5, 0.5])
     for count in (1, 256):
-        with refused(DataError, f"{count} classes", "2 to 255"):
+        with refused(DataError, f"is {count};", "2 to 255"):
             ClassDistribution.from_counts([1] * count)
     with refused(DataError, "class 0: nan", "class 1: -1.0", "class 2: inf"):
         ClassDistribution(np.array([np.nan, -1.0, np.inf, 0.5]))
@@ -304,7 +304,7 @@ def test_label_values_outside_the_classes_are_all_listed() -> None:
     assert count_labels([("a", good), ("b", good)], 3).tolist() == [2, 4, 0]
     assert count_labels([], 3).tolist() == [0, 0, 0]
     bad = np.array([[0, 7, 7, 254]], np.uint8)
-    with refused(DataError, "0..1", "255", "label map: value 7 (2 pixels), value 254 (1 pixels)"):
+    with refused(DataError, "0..1", "255", "label map: value 7 (2 pixels), value 254 (1 pixel)"):
         count_label_pixels(bad, 2)
     with refused(DataError, "x.png: value 7 (2 pixels)", "z.png: int64 [1, 4]", "uint8 [H, W]"):
         count_labels([("x.png", bad), ("y.png", good), ("z.png", good.astype(np.int64))], 2)
@@ -318,7 +318,7 @@ def test_histogram_is_checked() -> None:
         ConfidenceHistogram(np.zeros((3, 5), np.int64))
     with refused(DataError, "1 histogram counts"):
         ConfidenceHistogram(histogram.counts - np.eye(3, FLOAT16.codes, dtype=np.int64)[:3] * [[1], [0], [0]])
-    with refused(DataError, "1 classes", "2 to 255"):
+    with refused(DataError, "is 1;", "2 to 255"):
         ConfidenceHistogram.empty(1)
     with refused(DataError, "3 and 4 classes", "float16 and float16"):
         histogram + ConfidenceHistogram.empty(4)
@@ -398,7 +398,7 @@ def test_thresholds_are_checked() -> None:
     for change, facts in changes:
         with refused(DataError, *facts):
             Thresholds(**(good | change))
-    with refused(DataError, "1 classes"):
+    with refused(DataError, "is 1;"):
         Thresholds(**{name: array[:1] for name, array in good.items()})
 
 

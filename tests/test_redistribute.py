@@ -297,7 +297,7 @@ def test_ids_probabilities_and_counts_that_are_refused() -> None:
     with pytest.raises(DataError, match="histogram"):
         redistribute({}, [1, 1], 0.5)
     for counts, fact in (
-        ([1], "1 classes"),
+        ([1], "is 1;"),
         ([1.0, 2.0], "integers"),
         ([1, -2], "class 1: -2"),
         ([0, 0], "All 2 pixel counts"),

@@ -220,11 +220,11 @@ def test_every_loss_in_the_journal_is_drawn(run: Path) -> None:
     assert "consistency" in write_report(run).read_text()
 
 
-def scored(index: int, right: list[int], wrong: list[int]) -> RoundFacts:
+def scored(index: int, correct: list[int], confused: list[int]) -> RoundFacts:
     """A round with right[k] correct pixels of class k, and wrong[k] pixels predicted as the next class."""
-    confusion = np.diag(right).astype(np.int64)
-    for k, count in enumerate(wrong):
-        confusion[k, (k + 1) % len(wrong)] += count
+    confusion = np.diag(correct).astype(np.int64)
+    for k, count in enumerate(confused):
+        confusion[k, (k + 1) % len(confused)] += count
     curve = Curve(np.zeros(0, np.int64), {})
     return RoundFacts(
         index=index,
@@ -738,31 +738,31 @@ def test_the_spread_is_the_standard_deviation_of_the_sample() -> None:
 
 
 def test_runs_that_cannot_be_compared(several: dict[str, Path], tmp_path: Path) -> None:
-    dars, other, cbst = several.values()
-    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    dars, second, cbst = several.values()
+    recipe = yaml.safe_load((second / "recipe.yaml").read_text())
     recipe["data"]["classes"] = {f"new{at}" if at == 0 else name: [at, 0, 0] for at, name in enumerate(NAMES)}
-    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (second / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     shutil.rmtree(cbst / "round_0")
     for index in (1, 2):
         (cbst / f"round_{index}" / "evaluate.json").unlink()
     reasons = (
         f"{dars}: given twice",
         f"{cbst}: no round was scored",
-        f"{other}: other classes than {dars} (has new0; lacks {NAMES[0]})",
+        f"{second}: other classes than {dars} (has new0; lacks {NAMES[0]})",
     )
     with refused(RunError, *reasons):
-        compare_runs([dars, other, cbst, dars], tmp_path / "x.html")
+        compare_runs([dars, second, cbst, dars], tmp_path / "x.html")
     assert not (tmp_path / "x.html").exists()
 
 
 def test_different_validation_images_or_protocols_cause_a_warning(
     several: dict[str, Path], tmp_path: Path
 ) -> None:
-    dars, other, cbst = several.values()
-    change_json(other / "data.json", lambda data: data.update(validation="other"))
+    dars, second, cbst = several.values()
+    change_json(second / "data.json", lambda data: data.update(validation="other"))
     change_json(cbst / "round_2/scores.json", lambda scores: scores.update(protocol="upside down"))
-    compared = compare_runs([dars, other, cbst], tmp_path / "x.html")
-    says(compared.warnings[0], str(other), str(dars), "validation")
+    compared = compare_runs([dars, second, cbst], tmp_path / "x.html")
+    says(compared.warnings[0], str(second), str(dars), "validation")
     says(compared.warnings[1], str(cbst), str(dars), "upside down", "protocols", vary=["(?<=/ )own size.*"])
     assert len(compared.rows[0]) == 4  # other images, so more than the seed differs
     text = html.unescape((tmp_path / "x.html").read_text())

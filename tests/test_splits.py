@@ -60,7 +60,7 @@ def place(seed: int, purpose: str, name: str) -> bytes:
 
 
 def test_a_draw_never_changes():
-    """Lists that were published must come out again, whatever the versions of Python and numpy."""
+    """Lists that were published must come out unchanged, whatever the versions of Python and numpy."""
     ids = [f"city/{index:03d}" for index in range(100)]
     assert draw(ids, 4, 0) == ("city/014", "city/041", "city/068", "city/071")
     assert draw(ids, 4, 1) == ("city/011", "city/062", "city/082", "city/094")
@@ -376,7 +376,7 @@ def test_the_same_images_whatever_the_recipe_calls_them(recipe_file: Path, tmp_p
 
 
 def test_images_without_lists(data: Path, tmp_path: Path):
-    """Labeled where there is a label, all others unlabeled; validation images stay out."""
+    """Images with a label are labeled, all others unlabeled; validation images stay out."""
     for name in ("u/07", "u/08", "u/09"):
         (data / "labels" / f"{name}.png").unlink()
     recipe = folder_recipe(data, validation={"every": 5})

@@ -304,12 +304,12 @@ def test_signals_outside_training_end_the_run_at_once(
 ) -> None:
     run, progress, titles = tmp_path / "run", Journal.progress, []
 
-    def watched(self: Journal, shown: str, *arguments):
-        if shown.endswith(title) and not titles:
-            titles.append(shown)
+    def watched(self: Journal, heading: str, *arguments):
+        if heading.endswith(title) and not titles:
+            titles.append(heading)
             threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGTERM)).start()
             time.sleep(5)
-        return progress(self, shown, *arguments)
+        return progress(self, heading, *arguments)
 
     monkeypatch.setattr(Journal, "progress", watched)
     began = time.monotonic()
@@ -565,11 +565,11 @@ def spoiled(kind: str, step_of: int = 1) -> Callable:
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "shown"),
+    ("kind", "precision", "problem"),
     [("loss", "fp32", "loss inf"), ("gradient", "fp32", "norm nan"), ("gradient", "bf16", "norm nan")],
 )
 def test_a_loss_or_gradient_that_is_not_finite_stops_before_weights_move(
-    kind: str, precision: Any, shown: str
+    kind: str, precision: Any, problem: str
 ) -> None:
     network, moved = build(DEEPLAB), []
 
@@ -578,7 +578,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_weights_move(
 
     stage = Stage(steps=3, precision=precision)
     ids = [f"0/1/{index}" for index in range(6)]
-    facts = ["step 1 of 3", shown, *ids, "training.learning_rate"]
+    facts = ["step 1 of 3", problem, *ids, "training.learning_rate"]
     numbers = [r"(?<=norm )[\d.]+", r"(?<=loss )[\d.]+"]
     with refused(NumericsError, *facts, vary=numbers) as caught:
         run_stage(method_of(network, spoiled(kind), 0.01), streams_of(1), stage, on_step=on_step)
@@ -587,7 +587,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_weights_move(
     assert all(torch.equal(value, moved[0][name]) for name, value in network.named_parameters())
 
 
-def test_fp16_skips_steps_beyond_its_range_and_stops_if_scaling_does_not_help() -> None:
+def test_fp16_skips_overflowing_steps_and_stops_if_scaling_does_not_help() -> None:
     network, norms = build(DEEPLAB), []
     start = {name: value.clone() for name, value in network.named_parameters()}
 

@@ -281,28 +281,28 @@ def test_predictions_that_were_kept_are_not_made_again(run: Path, monkeypatch: p
 
 
 def test_the_last_predictions_stay_in_memory_and_no_more(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[str] = []
+    predicted: list[str] = []
     again = browse.Repredictor(open_round(run))
     monkeypatch.setattr(browse, "REMEMBERED", 2)
 
     def predict(sample: Any) -> darseg.Prediction:
-        made.append(sample.id)
+        predicted.append(sample.id)
         return darseg.Prediction(np.zeros((1, 1), np.uint8), np.zeros((1, 1), np.uint16))
 
     monkeypatch.setattr(again, "_predict", predict)
     a, b, c = again.round.samples[:3]
     for sample in (a, b, a, c, a, b):
         again.prediction(sample)
-    assert made == [a.id, b.id, c.id, b.id]
+    assert predicted == [a.id, b.id, c.id, b.id]
     assert again.known(c) is None and again.known(a) is not None
 
 
 def test_abandoned_requests_are_not_predicted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stepping fast: during one prediction, others are requested and abandoned. These are skipped."""
-    begun, go_on, made = threading.Event(), threading.Event(), []
+    begun, go_on, predicted = threading.Event(), threading.Event(), []
 
     def predict(self: Any, sample: Any) -> darseg.Prediction:
-        made.append(sample.id)
+        predicted.append(sample.id)
         begun.set()
         assert go_on.wait(60)
         return darseg.Prediction(np.zeros((65, 97), np.uint8), np.zeros((65, 97), np.uint16))
@@ -330,7 +330,7 @@ def test_abandoned_requests_are_not_predicted(run: Path, monkeypatch: pytest.Mon
             answer = b"".join(iter(partial(sock.recv, 65536), b""))
             assert answer.startswith(b"HTTP/1.1 200 ")
             sock.close()
-    assert made == [round_.samples[0].id, round_.samples[3].id]
+    assert predicted == [round_.samples[0].id, round_.samples[3].id]
 
 
 def test_earlier_rounds_and_left_out_images(run: Path) -> None:
@@ -564,8 +564,8 @@ def test_the_next_free_port_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     with viewer.listen(0) as taken:
         port = taken.getsockname()[1]
         monkeypatch.setattr(viewer, "PORT", port)
-        with viewer.listen(None) as other:
-            assert port < other.getsockname()[1] < port + viewer.PORTS_TRIED
+        with viewer.listen(None) as listener:
+            assert port < listener.getsockname()[1] < port + viewer.PORTS_TRIED
         monkeypatch.setattr(viewer, "PORTS_TRIED", 1)
         with refused(RunError, f"{port} to {port}", "--port 0", vary=[str(port)]):
             viewer.listen(None)

@@ -68,8 +68,10 @@ def snapshot(network: Network) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in network.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(value, second[key]) for key, value in first.items()
+    )
 
 
 # --- our own files
@@ -110,7 +112,7 @@ def test_normalization_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_description_of_another_network_is_refused(tmp_path: Path) -> None:
-    with refused(WeightsError, "n.safetensors", "'resnet18'", "'resnet34'", "NetworkSpec"):
+    with refused(WeightsError, "n.safetensors", "backbone resnet18 / resnet34", "NetworkSpec"):
         save_network(small(), tmp_path / "n.safetensors", NetworkSpec("pspnet", "resnet34", 2, 16, 8))
     assert not list(tmp_path.iterdir())
 
@@ -323,7 +325,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted", "facts"),
+    ("stored", "wanted", "facts"),
     [
         ("resnet34", "resnet18", ("layer1.2.conv2.weight",)),
         ("resnet50_deep", "resnet50", ("conv1.weight", "[64, 3, 3, 3]", "[64, 3, 7, 7]")),
@@ -331,8 +333,8 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path: Path) -> None:
     ],
     ids=["deeper", "deep stem", "plain stem"],
 )
-def test_weights_of_another_resnet(given: str, wanted: str, facts: tuple[str, ...], tmp_path: Path) -> None:
-    torch.save(imagenet(small(given)), tmp_path / "weights.pth")
+def test_weights_of_another_resnet(stored: str, wanted: str, facts: tuple[str, ...], tmp_path: Path) -> None:
+    torch.save(imagenet(small(stored)), tmp_path / "weights.pth")
     with refused(WeightsError, "weights.pth", wanted, *facts):
         load_weights(small(wanted), tmp_path / "weights.pth")
 
@@ -358,8 +360,8 @@ def test_timm_backbones(name: str, classifier: set[str], tmp_path: Path) -> None
     # As timm's whole network: the sum of all parameters of the backbone, and its first convolution.
     named = dict(whole.named_parameters())
     total = sum(value.double().sum() for key, value in named.items() if key not in report.unused)
-    found = sum(value.double().sum() for value in network.backbone.parameters())
-    assert torch.isclose(torch.as_tensor(found), torch.as_tensor(total))
+    loaded = sum(value.double().sum() for value in network.backbone.parameters())
+    assert torch.isclose(torch.as_tensor(loaded), torch.as_tensor(total))
     assert torch.equal(next(network.backbone.parameters()), next(iter(named.values())))
 
 

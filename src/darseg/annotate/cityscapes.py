@@ -12,7 +12,7 @@ from darseg.annotate.records import checked_size, field
 from darseg.annotate.regions import AnnotatedImage, Draw, Entry, checked_image
 from darseg.annotate.shapes import checked_points, polygon
 
-# Labels that are no evaluation classes (trainId 255 in Cityscapes' label table). It lists polegroup, but not poles.
+# Labels that are not evaluation classes (trainId 255 in Cityscapes' label table). It lists polegroup, but not poles.
 CITYSCAPES_VOID = frozenset(
     (
         "unlabeled",

@@ -15,6 +15,7 @@ import numpy as np
 from darseg.annotate.records import Faults, check_coordinate, checked_size, field, image_id, shortened
 from darseg.annotate.regions import AnnotatedImage, Annotations, Draw, Entry, Patch, checked_image
 from darseg.annotate.shapes import run_mask
+from darseg.data.advice import pixel_count
 from darseg.data.images import read_image
 from darseg.errors import DarsegError, DataError
 
@@ -243,6 +244,6 @@ def _panoptic_ids(png: Path, size: tuple[int, int], listed: set[int]) -> np.ndar
         if value and value not in listed
     ]
     if unlisted:
-        examples = ", ".join(f"{value} ({count} pixels)" for value, count in unlisted[:8])
+        examples = ", ".join(f"{value} ({pixel_count(count)})" for value, count in unlisted[:8])
         raise DataError(f"{png}: {len(unlisted)} segment id(s) are missing from 'segments_info': {examples}")
     return ids

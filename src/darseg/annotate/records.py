@@ -1,6 +1,6 @@
 """Checked values out of annotation files: files, records of JSON, image names, sizes and coordinates.
 
-Messages leave out the place; whoever reads the record adds it (`Faults.at`).
+Messages leave out the place; the caller that reads the record adds it (`Faults.at`).
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ import numpy as np
 
 from darseg.annotate.records import MAX_PIXELS, check_coordinate, shortened
 from darseg.annotate.regions import Draw, Patch
+from darseg.data.advice import pixel_count
 from darseg.errors import DataError
 
 XY = tuple[float, float]
@@ -65,7 +66,7 @@ def polygon(points: np.ndarray) -> Draw:
 
 
 def ellipse(center: XY, radii: XY, size: tuple[int, int], *, degrees: float = 0) -> Draw:
-    """Draws an ellipse, turned clockwise as seen in the image. Raises DataError for a radius of 0 or less.
+    """Draws an ellipse, turned clockwise in the image. Raises DataError for a radius of 0 or less.
 
     Args:
         center, radii: x and y in pixels.
@@ -107,7 +108,7 @@ def run_mask(counts: Sequence[Any], height: int, width: int) -> np.ndarray:
         raise DataError("run lengths must be integers of 0 or more. Export the mask again")
     if sum(counts) != height * width:
         raise DataError(
-            f"the run lengths cover {sum(counts)} pixels, expected {height * width} ({height} x {width}, height x "
+            f"the run lengths cover {pixel_count(sum(counts))}, expected {height * width} ({height} x {width}, height x "
             "width). Export the mask again"
         )
     return np.repeat(np.arange(len(counts)) % 2 == 1, np.array(counts, np.int64))

@@ -86,7 +86,9 @@ def rasterize(
     ] = "fault",
     panoptic_folder: Annotated[
         Path | None,
-        typer.Option(help="PNGs of COCO panoptic. Default: the path of the JSON file without .json."),
+        typer.Option(
+            help="Folder of COCO panoptic's PNGs. Default: the path of the JSON file without .json."
+        ),
     ] = None,
 ) -> None:
     """Draw annotation files as label maps: COCO, COCO panoptic, labelme, Cityscapes, CVAT."""
@@ -161,8 +163,8 @@ def plan(
     print(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
     print(
         f"memory of a process while training, fp32: {planned.state_bytes / 1e9:.2f} GB weights, gradients and "
-        f"momentum, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass; convolutions' workspace comes "
-        "on top"
+        f"momentum, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the convolutions' "
+        "workspace"
     )
     for note in planned.notes:
         print(f"note: {note}")
@@ -175,7 +177,9 @@ def split(
     fraction: Annotated[
         str | None, typer.Option(metavar="1/8|0.125", help="Share of the images that are to be labeled.")
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Number of these images, in place of --fraction.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of images to label, instead of --fraction.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="Make sure that rare classes appear; needs all labels.")
@@ -185,7 +189,7 @@ def split(
         typer.Option(
             metavar="REGEX",
             help="Regular expression that finds the sequence in an id (its first group, or all it matches). "
-            "Sequences are not divided.",
+            "A sequence is never split.",
         ),
     ] = None,
 ) -> None:

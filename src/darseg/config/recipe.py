@@ -173,7 +173,8 @@ class DataConfig(_Section):
         elif not isinstance(self.classes, str) and self.ignore < len(self.classes):
             yield (
                 ("ignore",),
-                f"found {self.ignore}, which is class {self.ignore} of {len(self.classes)}; use a value that is no class",
+                f"found {self.ignore}, which is class {self.ignore} of {len(self.classes)}; "
+                "use a value that is not a class",
             )
         if self.label_format == "index" and self.label_colors:
             yield ("label_colors",), "has no effect with label_format index; remove one of them"
@@ -389,7 +390,8 @@ class Recipe(_Section):
         ):
             yield (
                 ("release_quirks",),
-                f"needs a ResNet of darseg, whose stage 4 learns faster; network.backbone is {network.backbone}",
+                "works with deeplabv2 only on darseg's own ResNets, because it changes the learning rate of stage 4; "
+                f"network.backbone is {network.backbone}",
             )
         yield from self._conflicts_of_rounds()
 

@@ -1,4 +1,4 @@
-"""What label values that are no class look like, and which key of the recipe to set."""
+"""What label values that are not classes look like, and which key of the recipe to set."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_LISTED = 8
 
 
 def unknown_values(values: np.ndarray, count: int) -> str | None:
-    """A line about the values of a label file that are no class; None if there are none.
+    """A line about the values of a label file that are not classes; None if there are none.
 
     Args:
         values: int64 [256]: how often each value occurs.
@@ -23,12 +23,17 @@ def unknown_values(values: np.ndarray, count: int) -> str | None:
     unknown = [value for value in np.flatnonzero(values).tolist() if value >= count and value != IGNORE]
     if not unknown:
         return None
-    listed = [f"{value} ({values[value]} pixels)" for value in unknown[:MOST_LISTED]]
+    listed = [f"{value} ({pixel_count(values[value])})" for value in unknown[:MOST_LISTED]]
     return (
         f"the label map has values that are neither a class (0 to {count - 1}) nor 255 (not labeled): "
         f"{list_counts(listed, len(unknown))}. "
         "Set data.ignore or data.label_values, or add the classes."
     )
+
+
+def pixel_count(count: int) -> str:
+    """A number of pixels in words: "1 pixel", "2 pixels"."""
+    return f"{count} pixel" if count == 1 else f"{count} pixels"
 
 
 def list_counts(items: Sequence[str], total: int) -> str:

@@ -33,7 +33,7 @@ class LabelEncoding:
             "auto": gray and palette files are index, RGB files are color.
         values: (value in the file, class or 255) for index files; None: values are the classes.
         other: what values that are not listed become; None: they are a fault.
-        ignore: if `values` is None, the value besides 255 that is no class.
+        ignore: if `values` is None, the value other than 255 that is not a class.
         colors: (color, class or 255) for color files.
         city_ids: files named *_labelIds.png hold Cityscapes' ids, files named *_labelTrainIds.png do not.
     """
@@ -71,7 +71,7 @@ def label_encoding(
     """The encoding that a recipe's label settings describe.
 
     Args:
-        ignore: the value besides 255 that is no class; only if `values` is "index".
+        ignore: the value other than 255 that is not a class; only if `values` is "index".
         values: value → class (name or index) or "ignore", with the key "other" for all values that are not listed; or
             a name: "index" (values are classes), "one_based" (0 is not labeled, classes are counted from 1), "binary"
             (0 and 255, or 0 and 1 in files of one bit), "cityscapes_ids".

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from darseg.choices import LabelFormat
-from darseg.data.advice import MOST_LISTED, color_advice, list_counts
+from darseg.data.advice import MOST_LISTED, color_advice, list_counts, pixel_count
 from darseg.data.classes import IGNORE
 from darseg.data.encoding import PLAIN, RGB, LabelEncoding
 from darseg.data.images import JPEG_MARK, PNG_COLORS, is_png, open_with_pillow, read_bytes, read_whole
@@ -44,7 +44,7 @@ def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
     is 0 is not labeled. If the values are the classes (`encoding.values` is None), they are not compared with the
     number of classes; `unknown_values` does that.
 
-    Raises DataError if the file is missing, cannot be decoded, or holds values or colors that are no class.
+    Raises DataError if the file is missing, cannot be decoded, or holds values or colors that are not classes.
     """
     path = Path(path)
     encoding = encoding.for_file(path)
@@ -229,7 +229,7 @@ def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
 def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarray:
     """Classes uint8 [H, W] of what `decode_label` returned.
 
-    Raises DataError for values and colors that are no class.
+    Raises DataError for values and colors that are not classes.
     """
     if raw.dtype == np.int32:
         if not encoding.colors:
@@ -250,7 +250,7 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarr
     values, counts = np.unique(raw[unknown], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     listed = [
-        f"{list(_rgb(int(values[i]))) if colored else values[i]} ({counts[i]} pixels)"
+        f"{list(_rgb(int(values[i]))) if colored else values[i]} ({pixel_count(counts[i])})"
         for i in order[:MOST_LISTED]
     ]
     advice = (

@@ -203,7 +203,7 @@ class Layout:
             if unpaired:
                 named = ", ".join(f"{city} ({count})" for city, count in sorted(unpaired.items()))
                 lines.append(
-                    f"{unpaired.total():,} images in {self.images / split} have no label in "
+                    f"{unpaired.total():,} image(s) in {self.images / split} have no label in "
                     f"{self.root / 'gtFine' / split}: {named}. If they should have one, unpack "
                     f"{ARCHIVES['gtFine']} again."
                 )
@@ -228,7 +228,7 @@ class Layout:
         without_image = sorted(ids - {path.stem for path in _files(self.images, "*")})
         if without_image:
             lines.append(
-                f"{len(without_image):,} labels have no image in {self.images} and are not used, the first is "
+                f"{len(without_image):,} label(s) have no image in {self.images} and are not used, the first is "
                 f"{without_image[0]}. Unpack {ARCHIVES['JPEGImages']} again."
             )
         beyond = len(ids - set(_list(segmentation / "train.txt")))

@@ -273,7 +273,7 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
 
 
 def _sample_of_line(source: Source, entry: str, label_of: LabelOf) -> Sample:
-    """The sample of a line that is no id. Raises DataError, without the line's number."""
+    """The sample of a line that is not an id. Raises DataError, without the line's number."""
     pair = _split_line(source.root, entry)
     if pair is None:
         raise DataError(

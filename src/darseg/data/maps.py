@@ -20,11 +20,11 @@ def label_path(folder: Path, sample_id: str) -> Path:
 
 
 def path_of_id(folder: Path, sample_id: str, suffix: str) -> Path:
-    """The file of an id, `folder/ID` + `suffix`. Raises DataError for an id that leaves the folder."""
+    """The file of an id, `folder/ID` + `suffix`. Raises DataError unless it is below the folder."""
     parts = PurePosixPath(sample_id).parts
     if not parts or sample_id.startswith("/") or ".." in parts:
         raise DataError(
-            f"The id {sample_id!r} leads out of the folder {folder}. An id is a relative path without '..'."
+            f"The id {sample_id!r} is not a path below {folder}. An id is a relative path without '..'."
         )
     return folder / f"{sample_id}{suffix}"
 

@@ -65,7 +65,7 @@ class Prediction:
 
     The arrays are not copied; they are read-only through this object.
 
-    Raises DataError for wrong types or shapes, and for codes that are no confidence. A logit above 65504 is infinite in
+    Raises DataError for wrong types or shapes, and for codes that are not confidences. A logit above 65504 is infinite in
     float16 and makes the softmax NaN, which is refused here; a logit below -65504 gives probability 0.
     """
 
@@ -80,7 +80,7 @@ class Prediction:
                 kind = (
                     f"{array.dtype} {list(array.shape)}"
                     if isinstance(array, np.ndarray)
-                    else type(array).__name__
+                    else f"a {type(array).__name__}"
                 )
                 raise DataError(f"Prediction.{name} is {kind}. Give a numpy array, {dtype.__name__} [H, W].")
             view = array.view()

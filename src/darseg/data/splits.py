@@ -92,9 +92,8 @@ def draw(
     """
     total = len(ids)
     if not 1 <= count < total:
-        raise RecipeError(
-            f"{count} of {total} images cannot be the labeled ones: at least one should be labeled and one unlabeled."
-        )
+        possible = f"Choose 1 to {total - 1}." if total > 1 else "Give at least 2 images."
+        raise RecipeError(f"Cannot label {count} of {total} images. {possible}")
     units, unit_of = np.unique(np.array(ids if sequences is None else sequences), return_inverse=True)
     if len(units) == 1:
         raise DataError(

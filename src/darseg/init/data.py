@@ -32,7 +32,7 @@ LAYOUT_FOLDERS = {
 
 
 def draft_published(folder: Path) -> Draft | None:
-    """Cityscapes or VOC as downloaded, in the folder or up to two folders below; None if neither is there."""
+    """Cityscapes or VOC as downloaded, up to two folders below `folder`; None if neither is there."""
     for root in (folder, *(path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))):
         if not root.is_dir():
             continue

@@ -1,6 +1,6 @@
 """An unknown folder → its images, their labels, its list files and its annotation files.
 
-These are guesses by names; whoever uses them lets `survey` read the files. Nothing is written.
+These are guesses by names; the caller lets `survey` read the files. Nothing is written.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from darseg.init.lists import read_lists
 from darseg.init.words import Picture, take_apart
 
 MOST_OF_A_TWIN = 64
-"""How many different values or colors a file may hold if its name does not tell it from a photograph."""
+"""How many different values or colors a file may hold if its name does not distinguish it from a photograph."""
 
 
 @dataclass(frozen=True)

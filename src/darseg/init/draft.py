@@ -24,7 +24,7 @@ class Draft:
         roles: role → (image, label) as intended; None: as the layout says.
         sizes: (height, width) of images.
         labeled, unlabeled: numbers of images.
-        notes, warnings: what the user is told; warnings must be looked at.
+        notes, warnings: what init prints; warnings must be looked at.
     """
 
     root: Path

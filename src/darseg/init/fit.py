@@ -166,8 +166,8 @@ def crop_and_batch(
     """The largest crop, and for it the largest batch, whose step fits the memory; otherwise the smallest.
 
     Args:
-        smallest: height and width that crops shall not exceed.
-        target: side that crops shall not exceed.
+        smallest: height and width that crops must not exceed.
+        target: side that crops must not exceed.
         labeled: number of labeled images.
         budget: bytes that a step may take.
 

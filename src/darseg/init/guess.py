@@ -116,7 +116,7 @@ _Colors = tuple[str | dict[str, list[int]], dict[str, RGB], str]
 
 
 def _named_colors(rgb: Mapping[RGB, int], names: Sequence[NameList]) -> _Colors | None:
-    """From the first file of names that has two of the colors."""
+    """Read the classes from the first file of names that has two of the colors."""
     for name_list in names:
         if name_list.colors and len(set(name_list.colors) & set(rgb)) >= 2:
             table = dict(zip(name_list.names, name_list.colors, strict=True))
@@ -126,7 +126,7 @@ def _named_colors(rgb: Mapping[RGB, int], names: Sequence[NameList]) -> _Colors 
 
 
 def _known_colors(rgb: Mapping[RGB, int]) -> _Colors | None:
-    """From the built-in set that has most of the colors, if they are all its own."""
+    """Take the classes of the built-in set with most of the colors, if all colors are its own."""
     fitting = [
         (len(set(rgb) & set(known.colors)), name)
         for name, known in BUILT_IN.items()

@@ -44,7 +44,7 @@ def choose_roles(draft: Draft, discovery: Discovery, usable: Sequence[FoundImage
 
 
 def _parts(draft: Draft, discovery: Discovery, usable: Sequence[FoundImage]) -> Parts:
-    """The images of each part, by list files or else by folders."""
+    """The images of each part, by list files, otherwise by folders."""
     of_list = {image: split for split, images in discovery.lists.items() for image in images}
     parts: Parts = {"train": [], "validation": [], "test": [], "unlabeled": []}
     unlisted, without_label = 0, 0

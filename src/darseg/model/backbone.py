@@ -97,7 +97,7 @@ class Bottleneck(nn.Module):
 
 
 class CaffeBottleneck(Bottleneck):
-    """A bottleneck with the stride on its first 1x1 convolution, as in the first ResNets (for Caffe) and DeepLabv2."""
+    """A bottleneck with the stride on its first 1x1 convolution, as in Caffe's ResNets and DeepLabv2."""
 
     stride_on_first = True
 

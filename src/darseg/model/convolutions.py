@@ -38,7 +38,7 @@ class DilatedDepthwise(nn.Conv2d):
 
 
 def exchange_convolutions(network: nn.Module, timm: ModuleType) -> None:
-    """Replace, in place, convolutions of a network that only gets images with sides of stride * n + 1 pixels.
+    """Replace convolutions, in place, in a network for images with sides of stride * n + 1 pixels.
 
     Names and weights stay. Replaced are dilated depthwise convolutions (see `DilatedDepthwise`), and convolutions that
     compute the padding of each image ("same" as in TensorFlow) and copy it into a padded one: with such sides an odd

@@ -29,10 +29,11 @@ PROBABILITY_TOLERANCE = 0.01
 def decide(
     scores_KHW: Tensor, scale: ConfidenceScale = FLOAT16, probabilities: bool = False, name: str = "image"
 ) -> Prediction:
-    """The most probable class of each pixel and its probability (DARS, section 3; METHOD: the release's arithmetic).
+    """The most probable class of each pixel and its probability (DARS, section 3).
 
-    FLOAT16: logits are cast to float16, `torch.softmax` gives float16 probabilities, and the largest of those decides;
-    of equal ones the first. FINE: the largest logit decides, and the confidence is its float32 log-odds.
+    FLOAT16, the release's arithmetic: logits are cast to float16, `torch.softmax` gives float16 probabilities, and the
+    largest of those decides; of equal ones the first. FINE: the largest logit decides, and the confidence is its
+    float32 log-odds.
 
     Args:
         scores_KHW: float16 or float32 logits; with `probabilities` their softmax.

@@ -36,7 +36,7 @@ NETWORK_ERRORS = (
 
 
 def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
-    """The file behind `url`, downloaded to `cache_dir` unless it is there already with the digest `sha256`.
+    """The file behind `url`, downloaded to `cache_dir` unless it is there with the digest `sha256`.
 
     Several processes may fetch the same file at once.
 
@@ -66,7 +66,7 @@ def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
         raise storage_error(error, target) from error
     except RuntimeError as error:
         raise WeightsError(
-            f"{url} does not have the sha256 {digest}: {error}. The download was cut short, or the file has changed. "
+            f"{url} does not have the expected sha256: {error}. The download was cut short, or the file has changed. "
             "Nothing was kept; try again, or check the address and the digest."
         ) from error
     return target

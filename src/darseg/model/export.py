@@ -1,4 +1,4 @@
-"""A trained network as a file for other programs, ONNX or torch.export, and the check that it gives the same classes.
+"""Export a network to ONNX or torch.export, and check that the file gives the same classes.
 
 The file takes images as decoders return them, uint8 RGB [B, H, W, 3] of any size, and gives classes and logits of that
 size. Normalization, padding to a legal size and cropping are inside. It predicts one window over the whole image, without
@@ -55,7 +55,7 @@ taken as fixed."""
 
 
 class Portable(nn.Module):
-    """The network as files hold it: uint8 [B, H, W, 3] → classes uint8 [B, H, W], logits float32 [B, K, H, W]."""
+    """As files hold it: uint8 [B, H, W, 3] → classes uint8 [B, H, W], logits float32 [B, K, H, W]."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def padded_side(side: int, sides: Sides) -> int:
 
 
 def mean_of_cells(features: Tensor, bins: int) -> Tensor:
-    """F.adaptive_avg_pool2d(features, bins) as two matrix products: exporters cannot write it for sizes that vary."""
+    """F.adaptive_avg_pool2d(features, bins) as two matrix products, which exporters can write."""
     height, width = features.shape[-2:]
     return _cells(height, bins, features.dtype) @ features @ _cells(width, bins, features.dtype).T
 
@@ -126,7 +126,7 @@ def metadata_of(spec: NetworkSpec, classes: ClassSet, facts: Mapping[str, Any]) 
 def write_exported(
     network: Network, path: Path, images: Mapping[str, np.ndarray], *, metadata: Mapping[str, str]
 ) -> Parity:
-    """Write a network as ONNX or as a program of torch.export, run the file, and keep it if it gives the same classes.
+    """Write a network as ONNX or torch.export, and keep the file if it gives the same classes.
 
     Args:
         network: on the CPU, in eval mode.
@@ -217,7 +217,7 @@ def _write_onnx(program: torch.export.ExportedProgram, metadata: Mapping[str, st
 
 
 def _name_sides(graph: Any) -> None:
-    """Name the sides that vary, and drop the exporter's notes of sizes inside, which runtimes find themselves."""
+    """Name the sides that vary, and drop inner sizes noted by the exporter: runtimes infer them."""
     del graph.value_info[:]
     names = {INPUT: ("batch", "height", "width", 3), "classes": ("batch", "height", "width")}
     names["logits"] = ("batch", None, "height", "width")
@@ -259,7 +259,7 @@ def _pt2_runner(path: Path) -> Runner:
 
 @contextlib.contextmanager
 def _whole_number_padding() -> Generator[None, None, None]:
-    """Inside, timm's "same" padding computes in whole numbers: symbols cannot be followed through its float division."""
+    """Inside, timm's "same" padding computes in integers: its float division has no symbolic form."""
     padding = sys.modules.get("timm.layers.padding")
     if padding is None:
         yield

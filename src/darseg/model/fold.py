@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolution before it: the same logits, except for rounding, with less memory traffic."""
+"""BatchNorm folded into the convolution before it: equal logits up to rounding, less memory traffic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVOLUTION = "ConvolutionBackward0"
 
 
 def fold_batchnorm(network: Network) -> Network:
-    """Fold each BatchNorm, in place, into the convolution that feeds it, if it is that convolution's only consumer.
+    """Fold each BatchNorm, in place, into the convolution that feeds it, if nothing else reads that.
 
     In eval mode a BatchNorm multiplies each channel by a constant and adds another, which the convolution's weights can
     do as well. The result can only predict, not be trained or saved. What feeds what is read from autograd's record of

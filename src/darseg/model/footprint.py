@@ -16,7 +16,7 @@ PER_TRAINED_PARAMETER = 3
 
 
 def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> tuple[int, int]:
-    """Bytes of weights with gradients and momentum, and of the tensors that a forward pass keeps for its backward pass.
+    """Bytes of weights, gradients and momentum, and of the tensors kept for the backward pass.
 
     In float32, for a batch of `images` crops, at the moment when a step needs most, without the workspace of
     convolutions. Runs the network on torch's meta device and adds up the tensors that autograd saves. Raises RecipeError.

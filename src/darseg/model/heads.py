@@ -21,14 +21,14 @@ ATROUS_DILATIONS = (6, 12, 18, 24)
 """Dilations of the parallel convolutions of DeepLabv2's classifier."""
 
 RELEASE_BRANCHES = 2
-"""How many of these branches the release sums: its loop returns early (METHOD: "where the release slips")."""
+"""How many of these branches the release sums: its loop returns early."""
 
 ATROUS_STD = 0.01
 """Standard deviation of the normal distribution that DeepLabv2 draws new convolutions from."""
 
 
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B, C, h, w] resized bilinearly to [B, C, *size]; corners stay corners (therefore sides are 8n + 1)."""
+    """[B, C, h, w] resized bilinearly to [B, C, *size]; corners stay corners (so sides are 8n + 1)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 

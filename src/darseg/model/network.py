@@ -80,7 +80,7 @@ class Network(FormerMethods, nn.Module):
         return red, green, blue
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalized images: uint8 [B, 3, H, W] RGB → float (x - mean) / std. Float images are returned unchanged."""
+        """uint8 [B, 3, H, W] RGB → float (x - mean) / std. Float images are returned unchanged."""
         if images.dtype == torch.uint8:
             return (images.to(self.mean.dtype) - self.mean[:, None, None]) / self.std[:, None, None]
         return images
@@ -139,7 +139,7 @@ class NetworkSpec:
         if self.output_stride not in OUTPUT_STRIDES:
             problems.append(f"output stride {self.output_stride}: choose 8 (finer) or 16 (faster)")
         if not 2 <= self.classes <= 255:
-            problems.append(f"{self.classes} classes: between 2 and 255 are needed")
+            problems.append(f"the number of classes is {self.classes}; expected 2 to 255")
         if self.head_channels < 1:
             problems.append(f"{self.head_channels} head channels: at least 1 is needed (the paper has 512)")
         if self.architecture == "deeplabv2" and self.auxiliary:
@@ -149,7 +149,7 @@ class NetworkSpec:
         for kind, values in (("names", self.class_names), ("colors", self.class_colors)):
             if values and len(values) != self.classes:
                 problems.append(
-                    f"{len(values)} class {kind} for {self.classes} classes: give one for each, or none"
+                    f"the number of class {kind} is {len(values)}; expected {self.classes}, one for each class, or none"
                 )
         if problems:
             raise RecipeError(faults("This network cannot be built", problems))

@@ -55,11 +55,18 @@ class Parity:
     margin: float
 
     def __post_init__(self) -> None:
-        counts = self.images > 0 <= self.crops and 0 <= self.different <= self.pixels > 0
-        if not (counts and 0 <= self.worst <= 1 and min(self.difference, self.reach, self.margin) >= 0):
-            raise ExportError(
-                f"{self} cannot be the result of a comparison: counts and differences are not possible."
-            )
+        possible = {
+            "images": self.images > 0,
+            "crops": self.crops >= 0,
+            "pixels": self.pixels > 0,
+            "different": 0 <= self.different <= self.pixels,
+            "worst": 0 <= self.worst <= 1,
+            "difference": self.difference >= 0,
+            "reach": self.reach >= 0,
+            "margin": self.margin >= 0,
+        }
+        if impossible := [f"{name} {getattr(self, name)}" for name, valid in possible.items() if not valid]:
+            raise ExportError(f"The result of the comparison is not possible: {', '.join(impossible)}.")
 
     def describe(self) -> list[str]:
         """The parity in words, as lines."""
@@ -77,7 +84,7 @@ class Parity:
 
 
 def compare(network: Network, run: Runner, images: Mapping[str, np.ndarray], *, path: Path) -> Parity:
-    """Parity of an exported file on whole images, one at a time, and on batches of two crops of other sizes.
+    """Parity of an exported file on whole images, and on batches of two crops of other sizes.
 
     Raises ExportError naming every image on which the file fails or gives other classes, NumericsError.
     """
@@ -110,12 +117,12 @@ def compare(network: Network, run: Runner, images: Mapping[str, np.ndarray], *, 
     return Parity(
         images=len(batches),
         crops=len(crops),
-        pixels=sum(one.pixels for one in agreements),
-        different=sum(one.different for one in agreements),
-        worst=min(one.share for one in agreements),
-        difference=max(one.difference for one in agreements),
-        reach=max(one.reach for one in agreements),
-        margin=max(one.margin for one in agreements),
+        pixels=sum(agreement.pixels for agreement in agreements),
+        different=sum(agreement.different for agreement in agreements),
+        worst=min(agreement.share for agreement in agreements),
+        difference=max(agreement.difference for agreement in agreements),
+        reach=max(agreement.reach for agreement in agreements),
+        margin=max(agreement.margin for agreement in agreements),
     )
 
 
@@ -135,7 +142,7 @@ class _Agreement:
 
 
 def _agreement(expected: np.ndarray, run: Runner, batch: np.ndarray) -> _Agreement | str:
-    """Run the file on a batch and compare with the network's logits [B, K, H, W]; if that is not possible, why."""
+    """Compare the file's logits for a batch with the network's [B, K, H, W]; or the reason it fails."""
     try:
         classes, logits = run(batch)
     except Exception as error:  # whatever a runtime raises if a graph holds only for other sizes

@@ -74,14 +74,14 @@ class Protocol:
 
 
 def window_starts(side: int, window: int) -> list[int]:
-    """First pixels of the windows along a side of at least `window` pixels; the last window is moved back inside."""
+    """First pixels of the windows along a side; the last window is moved back inside."""
     stride = math.ceil(window * STRIDE)
     count = math.ceil((side - window) / stride) + 1
     return [min(index * stride, side - window) for index in range(count)]
 
 
 class Memory:
-    """Memory for the sums of one image, used again for the next: fresh pages cost as much as the additions."""
+    """Memory for the sums of one image, reused: fresh pages cost as much as the additions."""
 
     def __init__(self) -> None:
         self._flat = torch.empty(0)
@@ -179,7 +179,7 @@ def predict_for_labeling(
     scale: ConfidenceScale = FLOAT16,
     memory: Memory | None = None,
 ) -> Prediction:
-    """Classes and confidences of an image, as pseudo labels are made from (DARS, section 3; the release's arithmetic).
+    """Classes and confidences of an image, for pseudo labels (DARS, section 3).
 
     Logits are averaged in float32; `decide` turns them into classes and confidences. The arguments are those of
     `predict`, except for `scale`, the scale of the confidences.
@@ -237,9 +237,13 @@ def whole_image(network: Network, image: np.ndarray) -> Protocol:
 
 
 def _checked(image: np.ndarray, name: str) -> np.ndarray:
-    """The image in the memory layout that torch takes. Raises DataError unless it is uint8 [H, W, 3] with pixels."""
+    """The image in torch's memory layout. Raises DataError unless it is uint8 [H, W, 3] with pixels."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
-        kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image)
+        kind = (
+            f"{image.dtype} {list(image.shape)}"
+            if isinstance(image, np.ndarray)
+            else f"a {type(image).__name__}"
+        )
         raise DataError(
             f"{name}: this is {kind}. Give a numpy array, uint8 [H, W, 3], RGB, as darseg.read_image returns it."
         )

@@ -1,4 +1,4 @@
-"""Less memory for more time: the activations of a ResNet's blocks are computed again in the backward pass."""
+"""Less memory for more time: the backward pass computes activations of a ResNet's blocks again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from darseg.model.network import Network
 
 
 def recompute_blocks(network: Network) -> None:
-    """In training, keep only the inputs of each block, and compute the rest again when the backward pass needs it.
+    """In training, keep only each block's inputs; the backward pass computes the rest again.
 
     Gradients and BatchNorm's running statistics stay the same: the statistics change only the first time that a block
     sees a batch. Raises RecipeError for backbones without such blocks (timm's).
@@ -25,8 +25,8 @@ def recompute_blocks(network: Network) -> None:
     blocks = [module for module in network.backbone.modules() if isinstance(module, (BasicBlock, Bottleneck))]
     if not blocks:
         raise RecipeError(
-            f"training.recompute: {network.backbone.name} has no blocks that can be computed again. Choose a ResNet, or "
-            "a smaller training.micro_batch."
+            f"training.recompute works only with darseg's ResNets; the backbone is {network.backbone.name}. Choose one "
+            "of them, or a smaller training.micro_batch."
         )
     for block in blocks:
         block.forward = partial(_forward, block, block.forward)

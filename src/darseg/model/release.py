@@ -48,7 +48,7 @@ def released_architecture(keys: Iterable[str]) -> str | None:
 
 
 def our_key(key: str, architecture: str) -> str:
-    """Our name of a key in the release's layout; unchanged if it is no part of the network."""
+    """Our name of a key in the release's layout; unchanged if it is not part of the network."""
     for theirs, ours in _LAYOUTS[architecture].items():
         match = re.match(rf"{theirs}(?=\.)", key)
         if match:

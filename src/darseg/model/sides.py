@@ -1,4 +1,4 @@
-"""The image sizes that a network takes: one place that checks, rounds up, rounds down, and names the nearest."""
+"""The image sizes that a network takes: check, round up, round down, and name the nearest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight files of others, torch's and safetensors, read without ever running code that they bring along."""
+"""Weight files of other programs, torch or safetensors, read without running code inside them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OLD_TAR_MEMBERS = {"storages", "tensors", "pickle"}
 
 
 def read_bare(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by key, without the "module." that training on several GPUs puts before the keys."""
+    """The tensors of a file by key, without the "module." that DataParallel puts before the keys."""
     return {key.removeprefix("module."): value for key, value in read_tensors(path).items()}
 
 

@@ -1,4 +1,4 @@
-"""Networks saved and loaded, and networks filled with the weights of others.
+"""Networks saved and loaded, and networks filled with foreign weights.
 
 Networks are saved as safetensors, together with all that is needed to build them again. Other weights come from torch
 files or safetensors: backbones pretrained on ImageNet in the layouts of torchvision, semseg and timm, whole networks in
@@ -51,26 +51,29 @@ def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
         described = spec.build()
     actual, expected = _identity(network), _identity(described)
     if actual != expected:
+        if len(differing := [name for name in actual if actual[name] != expected[name]]) > 1:
+            differing.remove("number of parameters")  # a consequence of the others
+        listed = ", ".join(f"{name} {actual[name]} / {expected[name]}" for name in differing)
         raise WeightsError(
-            f"{path} was not written: the network (classes, output stride, auxiliary head, backbone, head, its branches, "
-            f"numbers in total) is {actual}, but its description says {expected}. Give the NetworkSpec it was built from."
+            f"{path} was not written: the network and its description differ: {listed}. Give the NetworkSpec it was "
+            "built from."
         )
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
     metadata = {METADATA: json.dumps(dataclasses.asdict(spec), sort_keys=True)}
     write_whole(path, safetensors.torch.save(tensors, metadata))
 
 
-def _identity(network: Network) -> tuple:
-    """What distinguishes networks, weights aside."""
-    return (
-        network.classes,
-        network.stride,
-        network.auxiliary_head is not None,
-        network.backbone.name,
-        type(network.head).__name__,
-        getattr(network.head, "summed", None),
-        sum(value.numel() for value in network.state_dict().values()),
-    )
+def _identity(network: Network) -> dict[str, object]:
+    """What distinguishes networks, weights aside: name → value, as for a message."""
+    return {
+        "classes": network.classes,
+        "output stride": network.stride,
+        "auxiliary head": "no" if network.auxiliary_head is None else "yes",
+        "backbone": network.backbone.name,
+        "head": type(network.head).__name__,
+        "summed branches": getattr(network.head, "summed", 0),
+        "number of parameters": sum(value.numel() for value in network.state_dict().values()),
+    }
 
 
 def read_spec(path: Path) -> NetworkSpec:
@@ -111,7 +114,7 @@ def load_network(path: Path | str) -> Network:
     tensors = read_tensors(path)
     expected = network.state_dict()
     problems = list(_misfits(expected, {key: key for key in expected}, tensors).values())
-    problems += [f"{key}: not a part of this network" for key in tensors if key not in expected]
+    problems += [f"{key}: not part of this network" for key in tensors if key not in expected]
     if problems:
         raise WeightsError(
             faults(f"{path} does not fit the network it describes", problems, limit=10)
@@ -121,7 +124,7 @@ def load_network(path: Path | str) -> Network:
     return network.eval()
 
 
-# --- weights of others
+# --- foreign weights
 
 
 @dataclass(frozen=True)
@@ -235,10 +238,10 @@ def _match(network: Network, tensors: Mapping[str, Tensor]) -> _Match:
 def _problems(network: Network, source: Path, match: _Match) -> list[str]:
     """A line for everything that violates strictness."""
     if match.whole:
-        surplus = [f"{key}: no part of this network" for key in match.unused]
+        surplus = [f"{key}: not part of this network" for key in match.unused]
     else:
         foreign = _foreign(match.unused, network.backbone, match.origin.values())
-        surplus = [f"{key}: of a larger network than {network.backbone.name}" for key in foreign]
+        surplus = [f"{key}: belongs to a larger network than {network.backbone.name}" for key in foreign]
     problems = [*match.misfits.values(), *surplus]
     sums_all = getattr(network.head, "summed", 0) == len(ATROUS_DILATIONS)
     if match.whole and match.architecture is None and sums_all:
@@ -293,7 +296,7 @@ def _origin(key: str, backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
 def _foreign(unused: tuple[str, ...], backbone: Backbone, filled: Iterable[str]) -> list[str]:
     """Unused keys of a backbone's file that are not a classifier's.
 
-    ResNet-101's weights would fill every place of a ResNet-50: only the keys left over tell them apart.
+    ResNet-101's weights would fill every place of a ResNet-50: only the keys left over distinguish them.
     """
     tops = {name.partition(".")[0] for name in filled}
     foreign = [key for key in unused if key.partition(".")[0] in tops]
@@ -335,7 +338,7 @@ def convert(
     class_set: ClassSet | None = None,
     strict: bool = True,
 ) -> LoadReport:
-    """Write a checkpoint of the release or of semseg as a network of darseg, for `load_network` and `darseg predict`.
+    """Convert a checkpoint of the release or of semseg to a network that darseg can load.
 
     Args:
         source: as `load_weights` reads it; an optimizer in the file is left out.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from darseg.data.advice import pixel_count
 from darseg.data.classes import IGNORE
 from darseg.errors import DataError, faults
 
@@ -75,7 +76,7 @@ class ClassDistribution:
 def check_class_count(classes: int) -> None:
     """Raise DataError unless there are 2 to 255 classes: label maps have 8 bits, and 255 is not a class."""
     if not 2 <= classes <= IGNORE:
-        raise DataError(f"There are {classes} classes; expected 2 to {IGNORE}.")
+        raise DataError(f"The number of classes is {classes}; expected 2 to {IGNORE}.")
 
 
 def count_label_pixels(label: NDArray[np.uint8], classes: int) -> NDArray[np.int64]:
@@ -102,7 +103,7 @@ def count_labels(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) 
         total += pixels[:classes]
         foreign = classes + np.flatnonzero(pixels[classes:IGNORE])
         if len(foreign):
-            lines.append(f"{name}: " + ", ".join(f"value {v} ({pixels[v]} pixels)" for v in foreign))
+            lines.append(f"{name}: " + ", ".join(f"value {v} ({pixel_count(pixels[v])})" for v in foreign))
     if lines:
         headline = (
             f"Label values must be class indices 0..{classes - 1}, or {IGNORE} for pixels that are not labeled (for "

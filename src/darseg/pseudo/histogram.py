@@ -21,7 +21,7 @@ from darseg.pseudo.distribution import check_class_count
 
 @dataclass(frozen=True, eq=False)
 class ConfidenceHistogram:
-    """How many pixels were predicted as class k with confidence code c. Histograms of parts add up with `+`.
+    """How many pixels were predicted as class k with confidence code c. Histograms add up with `+`.
 
     Attributes:
         counts: int64 [K, codes of the scale], none negative, K from 2 to 255; copied and read-only.

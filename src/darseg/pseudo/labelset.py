@@ -31,7 +31,7 @@ from darseg.pseudo.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class PseudoLabelSet:
-    """A finished set of label maps `ID.png` (uint8 [H, W], 255 = not labeled), and what they were made by.
+    """A finished set of label maps `ID.png` (uint8 [H, W], 255 = not labeled), and their settings.
 
     Attributes:
         folder: holds the label maps.
@@ -213,7 +213,7 @@ def count_predictions(
     scale: ConfidenceScale = FLOAT16,
     advance: Callable[[], object] = lambda: None,
 ) -> ConfidenceHistogram:
-    """Predict every sample and count the confidences. Images whose predictions already wait are not predicted again.
+    """Predict every sample whose prediction is not stored yet, and count the confidences of all.
 
     Raises:
         StorageError: the disk is full.

@@ -46,7 +46,7 @@ def redistribute(
     seed: int = 0,
     probabilities: bool = False,
 ) -> Redistribution:
-    """Label images without the bias toward majority classes (DARS, section 3), from predictions of any framework.
+    """Label images without majority bias (DARS, section 3), from predictions of any framework.
 
     Args:
         predictions: id → logits, float16 or float32 [K, H, W], sizes may differ; a mapping, or an iterable of pairs
@@ -91,7 +91,7 @@ def redistribute(
 def decide_array(
     scores: NDArray, classes: int, scale: ConfidenceScale, *, probabilities: bool, name: str
 ) -> Prediction:
-    """`decide` on an array from elsewhere. Raises DataError that begins with `name` if it is not [K, H, W]."""
+    """`decide` on a foreign array. Raises DataError that begins with `name` unless it is [K, H, W]."""
     if scores.dtype not in (np.float16, np.float32):
         raise DataError(
             f"{name}: the array is {scores.dtype} {list(scores.shape)}; expected float16 or float32 [K, H, W]."

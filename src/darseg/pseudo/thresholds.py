@@ -78,13 +78,13 @@ class Thresholds:
     def threshold(self) -> NDArray[np.float64]:
         """float64 [K]: smallest accepted confidence; NaN for classes that accept nothing."""
         threshold = np.full(len(self.accept), np.nan)
-        some = self.accept != self.scale.codes
-        threshold[some] = self.scale.confidence(self.accept[some])
+        accepts_any = self.accept != self.scale.codes
+        threshold[accepts_any] = self.scale.confidence(self.accept[accepts_any])
         return threshold
 
     @classmethod
     def from_json(cls, columns: Mapping[str, Any]) -> Thresholds:
-        """The thresholds that `to_json` described; other entries are ignored. Raises DataError for anything else."""
+        """The thresholds that `to_json` described. Other entries are ignored; the rest raises DataError."""
         try:
             scale = SCALES[columns["confidence"]]
             threshold = np.array([np.nan if v is None else v for v in columns["threshold"]], np.float64)
@@ -101,7 +101,7 @@ class Thresholds:
         return thresholds
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object, a list per field; thresholds as confidences (None for a class never predicted) and codes."""
+        """A JSON object, a list per field; a threshold is None for a class that is never predicted."""
         return {
             "confidence": self.scale.name,
             "threshold": [None if np.isnan(value) else value for value in self.threshold.tolist()],
@@ -240,7 +240,7 @@ def _thresholds(
 def _accept_largest(
     histogram: ConfidenceHistogram, rank: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The code of each class's `rank`-th largest confidence, int32 [K], and the pixels at or above it, int64 [K].
+    """Code of each class's `rank`-th largest confidence, int32 [K]; pixels at or above it, int64 [K].
 
     Rank 0 gives the code that accepts nothing.
     """

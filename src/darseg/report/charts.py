@@ -1,4 +1,4 @@
-"""The charts of a report, as plotly figures. The page, which has two themes, colors text, grid and paper."""
+"""The charts of a report, as plotly figures. The page's theme colors text, grid and paper."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def thin(steps: NDArray, values: NDArray, points: int = POINTS) -> tuple[NDArray
 
 
 def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
-    """A confusion matrix. Rows: truth; columns: prediction; color and number of a cell: its share of the row."""
+    """A confusion matrix. Rows: truth; columns: prediction; cells show their share of the row."""
     total = confusion.sum(1, keepdims=True)
     share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
     count = len(names)
@@ -331,7 +331,7 @@ def bin_confidences(
 
 
 def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]) -> go.Figure:
-    """Pixels predicted as class k by confidence, on a logarithmic axis; those below the threshold are gray."""
+    """Pixels of class k by confidence, on a logarithmic axis; those below the threshold are gray."""
     scale, classes = labels.histogram.scale, len(labels.histogram.counts)
     accept = int(labels.thresholds.accept[k])
     edges, counts, threshold = bin_confidences(labels.histogram.counts[k], accept, scale, classes=classes)

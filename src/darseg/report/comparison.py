@@ -1,4 +1,4 @@
-"""Compare several runs on one page. Runs that differ only in their seed share a column: mean ± deviation."""
+"""Compare several runs on one page. Runs that differ only in their seed share a column."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def spread(values: NDArray) -> str:
 
 
 def group_runs(facts: Sequence[RunFacts]) -> list[Group]:
-    """Group runs of the same data whose recipes differ at most in SAME. The order is that of their first runs."""
+    """Group runs of the same data whose recipes differ at most in SAME, in order of first runs."""
     groups: list[list[RunFacts]] = []
     for run in facts:
         group = next((group for group in groups if not _differences(group[0], run)), None)
@@ -138,7 +138,7 @@ def _differences(first: RunFacts, second: RunFacts) -> list[str]:
 
 
 def _names(groups: Sequence[Sequence[RunFacts]]) -> list[str]:
-    """The shortest ends of the folders' paths that tell the groups apart. Parts that vary inside a group become *."""
+    """The shortest path endings that distinguish the groups. Parts that vary inside a group become *."""
     paths = [[run.root.resolve().parts for run in group] for group in groups]
     for depth in range(1, 1 + max(len(path) for group in paths for path in group)):
         names = []
@@ -161,7 +161,9 @@ def _check(facts: Sequence[RunFacts]) -> None:
             extra = [name for name in run.classes.names if name not in names]
             missing = [name for name in names if name not in run.classes.names]
             parts = [
-                f"{verb} {', '.join(some)}" for verb, some in (("has", extra), ("lacks", missing)) if some
+                f"{verb} {', '.join(differing)}"
+                for verb, differing in (("has", extra), ("lacks", missing))
+                if differing
             ]
             how = "; ".join(parts) or "in another order"
             reasons.append(f"{run.root}: other classes than {reference.root} ({how})")

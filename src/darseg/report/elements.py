@@ -1,4 +1,4 @@
-"""What templates draw: tables, charts, tabs, names with a color. Plain values; the templates turn them into HTML."""
+"""Plain values that templates draw as HTML: tables, charts, tabs, names with a color."""
 
 from __future__ import annotations
 

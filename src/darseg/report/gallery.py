@@ -1,4 +1,4 @@
-"""Which unlabeled images to show, and how: image, raw prediction, pseudo label, and truth if it is known."""
+"""Choose which unlabeled images to show, and draw image, prediction, pseudo label, and any truth."""
 
 from __future__ import annotations
 
@@ -106,8 +106,10 @@ def image_facts(round_: LabeledRound) -> dict[str, ImageFacts]:
 
 
 def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ...]) -> dict[str, list[str]]:
-    """Choose the images to show: the most and least confident, the most and least labeled, and for each of the rarest
-    classes that were kept at all, the images with most of its pixels.
+    """Choose the images to show: extremes of confidence and labeling, and examples of rare classes.
+
+    These are the most and least confident, the most and least labeled, and for each of the rarest classes that were kept
+    at all, the images with most of its pixels.
 
     Args:
         facts: id → facts of the image.

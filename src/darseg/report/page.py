@@ -1,7 +1,7 @@
-"""Pages that need nothing but themselves: styles, scripts, packed plotly and chart data are inside. Nothing is fetched.
+"""Self-contained pages: styles, scripts, packed plotly and chart data are inside; nothing is fetched.
 
 HTML comes from the templates next to this file, and jinja2 escapes every value in them. So names, which may contain
-anything, stay text without anybody having to remember to escape them.
+anything, stay text without an explicit escape.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from darseg.errors import RunError
 from darseg.report.elements import Chart, direction, figure_of, signed
 
 MARK = '<meta name="generator" content="darseg '
-"""Tells pages of darseg, which may be overwritten, from files of the user."""
+"""Distinguishes pages of darseg, which may be overwritten, from the user's files."""
 
 TEMPLATES = Environment(
     loader=PackageLoader("darseg.report"),
@@ -97,7 +97,7 @@ class Page:
 
 
 def _policy(*scripts: str) -> str:
-    """The content policy: only these scripts run, whatever a name contains, and nothing is requested from a network."""
+    """The content policy: only these scripts run, whatever a name contains; no network requests."""
     digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (

@@ -1,4 +1,4 @@
-"""The first section of a run's page: how the rounds went, in cards and sentences, and what to look at."""
+"""The first section of a run's page: results of the rounds in cards and sentences, with remarks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from darseg.report.page import render
 
 @dataclass(frozen=True)
 class Card:
-    """A round. mean_iou: None for a round without scores; change: since the round before, None for the first."""
+    """A round. mean_iou: None without scores; change: since the previous round, None for the first."""
 
     index: int
     mean_iou: float | None
@@ -117,7 +117,7 @@ def _extremes(facts: RunFacts) -> tuple[ClassChange | None, ClassChange | None]:
 
 
 def _pseudo(facts: RunFacts) -> PseudoAccuracy | None:
-    """Of the last round whose pseudo labels could be compared with the truth."""
+    """The accuracy of the last round whose pseudo labels could be compared with the truth."""
     for round_ in reversed(facts.labeled):
         if round_.pseudo is not None and round_.pseudo.confusion.any():
             return PseudoAccuracy(round_.index, round_.pseudo.pixel_accuracy)

@@ -1,4 +1,4 @@
-"""A round's pseudo labels, image by image: facts and label maps, and predictions that were kept or are made again."""
+"""A round's pseudo labels, image by image: facts, label maps, and predictions, kept or repeated."""
 
 from __future__ import annotations
 

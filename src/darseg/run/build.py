@@ -40,7 +40,7 @@ def recipe_of(run: Path | str) -> Recipe:
     path = RunDirectory(run).recipe
     if not path.is_file():
         raise RunError(
-            f"{run} is no run folder: it has no recipe.yaml. Give the folder that `darseg train` wrote to."
+            f"{run} is not a run folder: it has no recipe.yaml. Give the folder that `darseg train` wrote to."
         )
     return load_recipe(path)
 

@@ -47,8 +47,8 @@ def check(recipe: Recipe, console: Console | None = None) -> Findings:
     if orphans:
         warnings.append(
             f"{len(orphans)} label map(s) in {recipe.data.labels or LABELS} have no image in "
-            f"{recipe.data.images or IMAGES}, the first is {orphans[0]!r}: a label map needs the path of its image, "
-            "apart from the suffix"
+            f"{recipe.data.images or IMAGES}, the first is {orphans[0]!r}: rename each to its image's path; the "
+            "suffix may differ"
         )
     try:
         network, _ = build_initial_network(recipe)

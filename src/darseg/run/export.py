@@ -1,4 +1,4 @@
-"""Export a trained network to ONNX or torch.export, and check the file on real images before it is kept."""
+"""Export a trained network to ONNX or torch.export, and check the file on real images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROLES = ("validation", "unlabeled", "labeled")
 def export_network(
     source: Path | str, out: Path | str, round_index: int | None = None, images: Path | str | None = None
 ) -> Parity:
-    """Write a trained network for programs without darseg, and check that the file gives the same classes.
+    """Write a network for programs without darseg, and check that the file gives the same classes.
 
     The file takes images uint8 [B, H, W, 3], RGB, of any size and number. It gives classes uint8 [B, H, W] and logits
     float32 [B, K, H, W] of one window over the whole image, without mirror and other scales.

@@ -1,4 +1,4 @@
-"""Label a folder of images with a trained network; and what every labeling from folder to folder shares."""
+"""Label a folder of images with a trained network; shared parts of labeling folder to folder."""
 
 from __future__ import annotations
 
@@ -158,13 +158,13 @@ def _count_classes(source: Path | str, trained: Trained, class_counts: Path | st
     """Labeled pixels per class: as given, otherwise counted in the recipe's labeled masks."""
     names = trained.classes().names
     if class_counts is not None:
-        given = read_class_counts(Path(class_counts))
-        if len(given.counts) != trained.network.classes:
+        class_counts_file = read_class_counts(Path(class_counts))
+        if len(class_counts_file.counts) != trained.network.classes:
             raise DataError(
-                f"{class_counts} has {len(given.counts)} class counts, but the network has "
+                f"{class_counts} has {len(class_counts_file.counts)} class counts, but the network has "
                 f"{trained.network.classes} classes. Give one count per class."
             )
-        return ClassCounts(given.counts, given.names or names)
+        return ClassCounts(class_counts_file.counts, class_counts_file.names or names)
     if trained.recipe is None:
         raise RunError(
             f"{source} is a checkpoint outside a run folder, so its labeled masks are not known. Give the labeled "
@@ -258,7 +258,7 @@ def label_into_folder(
 
 
 def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
-    """Record what is begun, or check that an earlier call began the same. Returns whether it also finished."""
+    """Record what is begun, or check that an earlier call began the same. Returns if that finished."""
     if job.marker.exists():
         _resume(job)
         return False

@@ -1,4 +1,4 @@
-"""Label a set of images by one process or many: count all confidences, choose thresholds, assign labels."""
+"""Label images by one process or many: count all confidences, choose thresholds, assign labels."""
 
 from __future__ import annotations
 
@@ -134,7 +134,15 @@ def check_disk(folder: Path, pixels: int, remedy: str) -> None:
     free, needed = shutil.disk_usage(there).free, BYTES_PER_PIXEL * pixels
     if free < needed:
         raise StorageError(
-            f"{folder}: {free / 1e6:.1f} MB are free, but labeling may need {needed / 1e6:.1f} MB for predictions that "
-            f"wait between counting and assigning ({BYTES_PER_PIXEL} bytes per pixel). Free some space, or {remedy}: "
-            "then each image is predicted twice and nothing waits."
+            f"{folder}: {_size(free)} are free, but labeling may need {_size(needed)} for predictions that wait "
+            f"between counting and assigning ({BYTES_PER_PIXEL} bytes per pixel). Free some space, or {remedy}: then "
+            "each image is predicted twice and nothing waits."
         )
+
+
+def _size(count: int) -> str:
+    """A number of bytes in words, in the largest unit of which there is at least one."""
+    unit, name = next(
+        (pair for pair in ((1e9, "GB"), (1e6, "MB"), (1e3, "KB")) if count >= pair[0]), (1, "B")
+    )
+    return f"{count / unit:.1f} {name}" if unit > 1 else f"{count} {name}"

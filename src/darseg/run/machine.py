@@ -28,7 +28,7 @@ KEPT = (1 << 31) - 1
 
 
 def keep_memory() -> None:
-    """Let this process keep memory that it frees, for its next allocations. Only the command line calls this.
+    """Let this process keep memory that it frees, for later allocations. Only the command line calls it.
 
     glibc returns blocks of 32 MiB and more to the system as soon as they are freed. The next tensor of that size gets new
     pages, which the system fills with zeros: that was more than half of a large image's forward pass on a CPU
@@ -54,7 +54,7 @@ def usable_cores() -> int:
 
 
 def default_threads() -> int:
-    """CPU threads of a process whose recipe does not say: OMP_NUM_THREADS, otherwise its share of the usable cores.
+    """Default CPU threads of a process: OMP_NUM_THREADS, otherwise its share of the usable cores.
 
     torchrun sets OMP_NUM_THREADS to 1 in several processes if it is not set. So 1 does not count there.
     """
@@ -66,7 +66,7 @@ def default_threads() -> int:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes that may still be allocated without swapping or being killed; None if the system does not say (Linux does).
+    """Bytes that can be allocated without swapping or being killed; None if the system does not say.
 
     The least of what the machine has free and what containers and Slurm leave, which set limits at any level of the tree
     of control groups. Files that the system keeps in memory count as free.

@@ -1,4 +1,4 @@
-"""Images that the user marked as bad: kept in the run folder, left out by every round that begins later.
+"""Images marked as bad: the run folder keeps the list, and rounds that begin later omit them.
 
 `bad_images.json` holds the current marks, [{"id": …, "time": seconds since 1970}, …]. A round copies their ids into its
 own `excluded.json` before it counts confidences, and then uses that copy. A round without the file left nothing out.
@@ -27,7 +27,7 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
         the ids of all marked images, sorted.
 
     Raises:
-        RunError: `run` is no run folder, or an id is no unlabeled image of the run; the message names every such id.
+        RunError: `run` is not a run folder, or ids are not unlabeled images of the run; all are named.
     """
     known = {sample.id for sample in manifest_of(recipe_of(run)).unlabeled}
     return sorted(change_marks(RunDirectory(run), known, ids, bad=bad))

@@ -15,7 +15,7 @@ from darseg.errors import DataError, RunError, faults
 
 @dataclass(frozen=True)
 class Medium:
-    """An image or a video, and the name of its results: a path below the folder of their kind, without suffix."""
+    """An image or video, and the name of its results: a path below their kind's folder, without suffix."""
 
     name: str
     path: Path
@@ -61,7 +61,7 @@ class Outputs:
 
 
 def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
-    """All images and videos that paths, folders and patterns name, sorted by name; nothing that lies in `out`.
+    """All images and videos that paths, folders and patterns name, sorted; nothing inside `out`.
 
     Raises DataError if one of them names nothing, or if two results would get the same name.
     """

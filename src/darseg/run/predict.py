@@ -99,11 +99,10 @@ def predict_folder(
 
 def _check_outputs(out: Path, kinds: Sequence[str], existing: str) -> Outputs:
     """Raise RunError for unknown choices, and for places where predictions do not belong."""
-    if any(kind not in KINDS for kind in kinds) or existing not in EXISTING:
-        raise RunError(
-            f"kinds {list(kinds)} and existing {existing!r}: choose kinds from {', '.join(KINDS)}, and existing from "
-            f"{', '.join(EXISTING)}."
-        )
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise RunError(f"There is no kind of picture {unknown[0]!r}. Choose from {', '.join(KINDS)}.")
+    if existing not in EXISTING:
+        raise RunError(f"existing is {existing!r}. Choose from {', '.join(EXISTING)}.")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Give a folder for the predictions, after the images.")
     if RunDirectory(out).recipe.exists():

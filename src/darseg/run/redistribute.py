@@ -107,7 +107,7 @@ def _load(path: Path) -> np.ndarray | list[str]:
 
 
 def read_scores(path: Path) -> np.ndarray:
-    """The array of a .npy file, or the only one of a .npz; nothing in the file is executed. Raises DataError."""
+    """The array of a .npy file, or the only one of a .npz; nothing is executed. Raises DataError."""
     try:
         try:
             content = _load(path)

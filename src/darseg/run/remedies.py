@@ -54,7 +54,7 @@ def less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
 
 
 def _smaller(key: str, size: tuple[int, int], sides: Sides) -> list[str]:
-    """The key with about half of each side, in sizes that the network takes; nothing if that changes nothing."""
+    """The key with about half of each side, in sizes that the network takes; nothing if unchanged."""
     smaller = [sides.down(side // 2 + 1) for side in size]
     return [f"{key}={smaller} (now {list(size)}; about a quarter)"] if smaller != list(size) else []
 

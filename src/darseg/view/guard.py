@@ -20,7 +20,7 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI application around another. It refuses requests under another host name and changes by other pages.
+    """ASGI middleware that refuses requests under another host name and changes by other pages.
 
     A foreign page could make its own name resolve to 127.0.0.1 (DNS rebinding). Then the browser sends that name as Host.
     """

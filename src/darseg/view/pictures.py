@@ -1,4 +1,4 @@
-"""Photographs and maps as the viewer's pictures: JPEG and indexed PNG, shrunk to a size a page can show."""
+"""The viewer's pictures of photographs and maps: JPEG and indexed PNG, shrunk to fit a page."""
 
 from __future__ import annotations
 

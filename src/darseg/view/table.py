@@ -82,7 +82,7 @@ def _choice(query: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> st
 
 
 class Table:
-    """Facts of all images of a round, as columns. A thread fills it while the page already lists the images.
+    """Facts of all images of a round, as columns. A thread fills it while the page lists the images.
 
     Attributes:
         pixels: int64 [N], of each image; 0 if not known.
@@ -205,7 +205,7 @@ def _inside(
 
 
 def _folded(text: str) -> str:
-    """Text for searching: without case, and with accents in one form (macOS separates them from their letters)."""
+    """Text for searching: without case, and accents in one form (macOS separates them from letters)."""
     return unicodedata.normalize("NFC", text.casefold())
 
 

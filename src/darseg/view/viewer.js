@@ -315,7 +315,7 @@ function picture(kind) {
         return ask(address(index, kind), { signal });
       })
       .then((answer) => answer.blob());
-    blob.catch(() => {}); // whoever awaits it reports the error
+    blob.catch(() => {}); // the caller that awaits it reports the error
     pictures.set(kind, blob);
   }
   return pictures.get(kind);
