@@ -278,7 +278,7 @@ def test_other_refusals_of_convert(psp_file: Path, tmp_path: Path, call: Callabl
     assert code == 2 and "pspnet50" in errors
     with refused(WeightsError, "'fcn'", "pspnet50, deeplabv2_101"):
         convert(psp_file, out, "fcn")
-    with refused(RecipeError, "300", "2 and 255"):
+    with refused(RecipeError, "300", "2 to 255"):
         convert(psp_file, out, "pspnet50", classes=300)
     assert not out.exists()
 

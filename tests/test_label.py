@@ -217,10 +217,10 @@ def test_with_too_little_disk_it_must_predict_twice(
     shutil.rmtree(first / "round_1")
     (first / "summary.json").unlink()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
-    with refused(StorageError, str(tmp_path / "out"), "77.8 KB", "--predict-twice"):
+    with refused(StorageError, str(tmp_path / "out"), "113.5 KB", "--predict-twice"):
         label_quietly(run, images, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with refused(StorageError, str(first), "77.8 KB", "labeling.predict_twice=true"):
+    with refused(StorageError, str(first), "113.5 KB", "labeling.predict_twice=true"):
         train(load_recipe(recipe_path), first, console=Console(quiet=True))
     assert not list(first.glob("round_1/**/*.p*"))
     written, replace = [], os.replace

@@ -567,7 +567,7 @@ def test_what_an_incomplete_voc_lacks_is_counted(tmp_path: Path):
         report(recipe),
         "train.txt: 1 line(s)",
         f"line 2: '{VOC_TRAIN[1]}'",
-        f"2 labels have no image in {tmp_path}",
+        f"2 label(s) have no image in {tmp_path}",
     )
 
 
@@ -581,7 +581,7 @@ def test_images_of_a_city_without_labels_become_unlabeled(tmp_path: Path):
     assert len(manifest_of(recipe).unlabeled) == 5
     says(
         report(recipe),
-        f"5 images in {tmp_path}/leftImg8bit/train",
+        f"5 image(s) in {tmp_path}/leftImg8bit/train",
         f"{tmp_path}/gtFine/train: bochum (4), bremen (1)",
         "gtFine_trainvaltest.zip",
         f"{tmp_path}/leftImg8bit/train has 12 images",

@@ -144,7 +144,7 @@ def test_views_and_readonly_arrays_are_images_too(network: Network) -> None:
         (np.zeros((4, 4), np.uint8), "uint8 [4, 4]"),
         (np.zeros((4, 4, 4), np.uint8), "uint8 [4, 4, 4]"),
         (np.zeros((4, 4, 3)), "float64 [4, 4, 3]"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), "torch.Tensor"),
+        (torch.zeros(3, 4, 4, dtype=torch.uint8), "a Tensor"),
         (np.zeros((0, 4, 3), np.uint8), "[0, 4, 3]"),
     ],
     ids=["gray", "four channels", "floats", "tensor", "empty"],

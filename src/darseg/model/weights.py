@@ -72,7 +72,7 @@ def _identity(network: Network) -> dict[str, object]:
         "backbone": network.backbone.name,
         "head": type(network.head).__name__,
         "summed branches": getattr(network.head, "summed", 0),
-        "number of parameters": sum(value.numel() for value in network.state_dict().values()),
+        "number of parameters": f"{sum(value.numel() for value in network.state_dict().values()):,}",
     }
 
 
