@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 from rich.console import Console
 
 from darseg.annotate.annotations import read_annotations
@@ -38,7 +39,7 @@ class Rasterized:
     """
 
     classes: tuple[str, ...]
-    pixels: np.ndarray
+    pixels: NDArray[np.int64]
     images: int
     skipped: Mapping[str, int]
     faults: tuple[str, ...]

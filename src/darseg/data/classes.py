@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from darseg.errors import DataError
 
@@ -43,7 +44,7 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.names)
 
-    def palette(self) -> np.ndarray:
+    def palette(self) -> NDArray[np.uint8]:
         """The color of each label value, uint8 [256, 3]; white for 255 (not labeled), black for other values."""
         palette = np.zeros((256, 3), np.uint8)
         palette[: len(self)] = self.colors

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from darseg.data.advice import unknown_values
 from darseg.data.augment import Augmentation, augment
@@ -27,8 +28,8 @@ class Example:
     """image uint8 [H, W, 3], label uint8 [H, W] (255 = not labeled), and the id they came from."""
 
     id: str
-    image: np.ndarray
-    label: np.ndarray
+    image: NDArray[np.uint8]
+    label: NDArray[np.uint8]
 
 
 def load_example(sample: Sample, classes: ClassSet) -> Example:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from darseg.data.advice import unknown_values, usual_mistakes
 from darseg.data.classes import IGNORE, ClassSet
@@ -33,7 +34,7 @@ class Findings:
     faults: tuple[str, ...]
     warnings: tuple[str, ...]
     images: Mapping[str, int]
-    pixels: Mapping[str, np.ndarray]
+    pixels: Mapping[str, NDArray[np.int64]]
     notes: tuple[str, ...] = ()
 
 
@@ -47,7 +48,7 @@ class _SampleFindings:
         faults: a line each.
     """
 
-    counts: np.ndarray
+    counts: NDArray[np.int64]
     values: tuple[int, ...] | None
     faults: tuple[str, ...]
 
@@ -62,7 +63,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     """
     classes = manifest.classes
     faults: list[str] = []
-    pixels: dict[str, np.ndarray] = {}
+    pixels: dict[str, NDArray[np.int64]] = {}
     values_of: dict[LabelEncoding, set[int]] = {}
     unreadable: set[LabelEncoding] = set()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock

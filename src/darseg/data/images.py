@@ -9,6 +9,7 @@ from typing import Literal
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from darseg.errors import DataError
@@ -29,7 +30,7 @@ STEP_16_BIT = 257
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def read_image(path: Path | str) -> np.ndarray:
+def read_image(path: Path | str) -> NDArray[np.uint8]:
     """An image file as uint8 [H, W, 3], RGB.
 
     Reads JPEG, PNG, BMP, TIFF (its first page) and WebP. Gray becomes three equal channels, alpha is dropped, and 16-bit
@@ -62,10 +63,11 @@ def read_image(path: Path | str) -> np.ndarray:
             "bits."
         )
     conversions = {1: cv2.COLOR_GRAY2RGB, 3: cv2.COLOR_BGR2RGB, 4: cv2.COLOR_BGRA2RGB}
-    return cv2.cvtColor(image, conversions[channels])
+    # It has that type already; only type checkers do not know.
+    return cv2.cvtColor(image, conversions[channels]).astype(np.uint8, copy=False)
 
 
-def _small_tiff(path: Path, data: bytes) -> np.ndarray | None:
+def _small_tiff(path: Path, data: bytes) -> NDArray[np.uint8] | None:
     """A TIFF of at most 8 bits, whose colors OpenCV would multiply with its alpha; None for other TIFFs."""
     try:
         image, bits = open_with_pillow(data)

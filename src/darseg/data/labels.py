@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from darseg.choices import LabelFormat
@@ -37,7 +38,7 @@ MAT_COMPRESSED = 15
 """Kind of a compressed part of a .mat file (miCOMPRESSED)."""
 
 
-def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> np.ndarray:
+def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> NDArray[np.uint8]:
     """A label file as uint8 [H, W] of classes, 255 = not labeled.
 
     Reads PNG, BMP and TIFF (one channel of up to 16 bits, palette or color) and SBD's .mat files. A pixel whose alpha
@@ -226,7 +227,7 @@ def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
     return table
 
 
-def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> np.ndarray:
+def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> NDArray[np.uint8]:
     """Classes uint8 [H, W] of what `decode_label` returned.
 
     Raises DataError for values and colors that are not classes.

@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def warn_renamed(former: str, new: str) -> None:
 class FormerMethods:
     """Methods that `Network` had in version 0.2."""
 
-    def predict(self: Network, image: np.ndarray, protocol: Protocol | None = None) -> Prediction:
+    def predict(self: Network, image: NDArray[np.uint8], protocol: Protocol | None = None) -> Prediction:
         """Deprecated: call `darseg.predict(network, image, protocol)`."""
         warn_renamed("Network.predict(image)", "darseg.predict(network, image)")
         # At call time: this module is imported by model.network, which model.predict imports.
@@ -50,8 +51,8 @@ class FormerMethods:
 
 
 def predict_classes(
-    network: Network, image: np.ndarray, protocol: Protocol, memory: Memory | None = None
-) -> np.ndarray:
+    network: Network, image: NDArray[np.uint8], protocol: Protocol, memory: Memory | None = None
+) -> NDArray[np.uint8]:
     """Deprecated: the classes of `darseg.predict`, uint8 [H, W]."""
     warn_renamed("darseg.predict_classes", "darseg.predict(network, image, protocol).classes")
     predict = importlib.import_module("darseg.model.predict").predict

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
@@ -138,7 +139,7 @@ class WindowSums:
 
 def predict(
     network: Network,
-    image: np.ndarray,
+    image: NDArray[np.uint8],
     protocol: Protocol | None = None,
     *,
     name: str = "image",
@@ -172,7 +173,7 @@ def predict(
 
 def predict_for_labeling(
     network: Network,
-    image: np.ndarray,
+    image: NDArray[np.uint8],
     protocol: Protocol,
     *,
     name: str = "image",
@@ -196,7 +197,7 @@ def predict_for_labeling(
 @torch.inference_mode()
 def predict_scores(
     network: Network,
-    image: np.ndarray,
+    image: NDArray[np.uint8],
     protocol: Protocol,
     *,
     average: Average,
@@ -230,7 +231,7 @@ def predict_scores(
     return all_scales
 
 
-def whole_image(network: Network, image: np.ndarray) -> Protocol:
+def whole_image(network: Network, image: NDArray[np.uint8]) -> Protocol:
     """The protocol of one window over the whole image [H, W, 3], padded to a legal size, and its mirror."""
     height, width = image.shape[:2]
     return Protocol((network.sides.up(height), network.sides.up(width)))

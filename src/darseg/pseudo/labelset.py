@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from darseg.data.encoding import PLAIN
 from darseg.data.files import storage_error, write_whole
@@ -41,9 +42,9 @@ class PseudoLabelSet:
     folder: Path
     histogram: ConfidenceHistogram
     thresholds: Thresholds
-    kept: np.ndarray
+    kept: NDArray[np.int64]
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Thresholds and counts, each a list of K."""
         return self.thresholds.to_json() | {"kept": self.kept.tolist()}
 
@@ -101,12 +102,12 @@ class ImageFacts:
         """Share of the pixels that are labeled."""
         return sum(self.kept) / max(1, self.pixels)
 
-    def to_json(self) -> dict:
+    def to_json(self) -> dict[str, Any]:
         """Confidence and counts as a JSON object."""
         return {"confidence": self.confidence, "predicted": self.predicted, "kept": self.kept}
 
     @classmethod
-    def from_json(cls, entry: dict, classes: int) -> ImageFacts:
+    def from_json(cls, entry: Mapping[str, Any], classes: int) -> ImageFacts:
         """What `to_json` made. Raises ValueError, KeyError or TypeError for anything else."""
         predicted, kept = (tuple(int(count) for count in entry[key]) for key in ("predicted", "kept"))
         if (len(predicted), len(kept)) != (classes, classes):

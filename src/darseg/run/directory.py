@@ -73,15 +73,41 @@ class RunDirectory:
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
 
-    recipe = property(lambda self: self.root / "recipe.yaml")
-    format = property(lambda self: self.root / "run.json")
-    environment = property(lambda self: self.root / "environment.json")
-    data = property(lambda self: self.root / "data.json")
-    journal = property(lambda self: self.root / "journal.jsonl")
-    tensorboard = property(lambda self: self.root / "tensorboard")
-    summary = property(lambda self: self.root / "summary.json")
-    bad_images = property(lambda self: self.root / "bad_images.json")
-    report = property(lambda self: self.root / "report.html")
+    @property
+    def recipe(self) -> Path:
+        return self.root / "recipe.yaml"
+
+    @property
+    def format(self) -> Path:
+        return self.root / "run.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.json"
+
+    @property
+    def journal(self) -> Path:
+        return self.root / "journal.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def bad_images(self) -> Path:
+        return self.root / "bad_images.json"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     def round(self, index: int) -> Path:
         return self.root / f"round_{index}"

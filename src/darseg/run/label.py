@@ -66,10 +66,21 @@ class FolderJob:
     inputs: Mapping[str, str]
     predict_twice: bool
 
-    result = property(lambda self: self.out / "redistribution.json")
-    marker = property(lambda self: self.out / ".begun.json")
-    histogram = property(lambda self: self.out / "histogram.npz")
-    waiting = property(lambda self: self.out / ".predictions")
+    @property
+    def result(self) -> Path:
+        return self.out / "redistribution.json"
+
+    @property
+    def marker(self) -> Path:
+        return self.out / ".begun.json"
+
+    @property
+    def histogram(self) -> Path:
+        return self.out / "histogram.npz"
+
+    @property
+    def waiting(self) -> Path:
+        return self.out / ".predictions"
 
     @cached_property
     def file_states(self) -> dict[str, list[int]]:

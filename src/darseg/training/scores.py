@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from darseg.data.classes import IGNORE
 
@@ -18,7 +20,7 @@ class Scores:
     A prediction of 255 ("no answer", as pseudo labels give) is left out too. Undefined figures are NaN.
     """
 
-    confusion: np.ndarray
+    confusion: NDArray[np.int64]
 
     def __post_init__(self) -> None:
         if self.confusion.ndim != 2 or self.confusion.shape[0] != self.confusion.shape[1]:
@@ -32,7 +34,7 @@ class Scores:
     def __add__(self, other: Scores) -> Scores:
         return Scores(self.confusion + other.confusion)
 
-    def plus(self, truth: np.ndarray, predicted: np.ndarray) -> Scores:
+    def plus(self, truth: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> Scores:
         """These scores with one more image: truth and predicted uint8 [H, W]."""
         classes = len(self.confusion)
         seen = (truth != IGNORE) & (predicted != IGNORE)
@@ -40,18 +42,18 @@ class Scores:
         return Scores(self.confusion + np.bincount(pairs, minlength=classes**2).reshape(classes, classes))
 
     @cached_property
-    def iou(self) -> np.ndarray:
+    def iou(self) -> NDArray[np.float64]:
         """float64 [K]: intersection over union; NaN for a class in neither truth nor prediction."""
         right = np.diag(self.confusion)
         return _share(right, self.confusion.sum(0) + self.confusion.sum(1) - right)
 
     @cached_property
-    def recall(self) -> np.ndarray:
+    def recall(self) -> NDArray[np.float64]:
         """float64 [K]: share of a class's true pixels that are predicted as it ("class accuracy")."""
         return _share(np.diag(self.confusion), self.confusion.sum(1))
 
     @cached_property
-    def precision(self) -> np.ndarray:
+    def precision(self) -> NDArray[np.float64]:
         """float64 [K]: share of the pixels predicted as a class that are it."""
         return _share(np.diag(self.confusion), self.confusion.sum(0))
 
@@ -71,7 +73,7 @@ class Scores:
         total = int(self.confusion.sum())
         return float(np.trace(self.confusion) / total) if total else float("nan")
 
-    def to_json(self, names: Sequence[str]) -> dict:
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         """Plain values; undefined figures are None."""
         return {
             "mean_iou": number(self.mean_iou),
@@ -84,7 +86,7 @@ class Scores:
         }
 
     @classmethod
-    def from_json(cls, data: dict) -> Scores:
+    def from_json(cls, data: Mapping[str, Any]) -> Scores:
         """The scores that `to_json` described."""
         return cls(np.array(data["confusion"], np.int64))
 
@@ -94,7 +96,7 @@ def number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _share(part: np.ndarray, whole: np.ndarray) -> NDArray[np.float64]:
     return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 
