@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 
@@ -63,7 +63,7 @@ def predict(
         Path, typer.Argument(metavar="OUT", help="Folder for index/, color/, overlay/ and confidence/.")
     ],
     kind: Annotated[
-        list[str] | None,
+        list[str] | None,  # Typer (as of 0.29) cannot read a list of a Literal
         typer.Option(
             metavar="|".join(get_args(PredictionKind)), help="Write only this kind; may be repeated."
         ),
@@ -78,7 +78,7 @@ def predict(
     from darseg.errors import DataError, faults
     from darseg.run.predict import KINDS, predict_folder
 
-    kinds = kind or KINDS
+    kinds = cast("list[PredictionKind]", kind) if kind else KINDS  # predict_folder checks them
     done = predict_folder(source, images, out, kinds=kinds, round_index=round_index, existing=existing)
     counts = [f"{done.images} image(s)"] if done.images or not done.videos else []
     counts += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []

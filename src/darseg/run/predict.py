@@ -28,8 +28,8 @@ from darseg.run.media import Medium, Outputs, find_media, still_to_do
 OVERLAY_OPACITY = 0.55
 """Share of the class colors in an overlay; the rest is the image."""
 
-KINDS = get_args(PredictionKind)
-EXISTING = get_args(Existing)
+KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
+EXISTING: tuple[Existing, ...] = get_args(Existing)
 CERTAIN = 65535
 """Value of probability 1 in confidence maps."""
 
@@ -55,7 +55,7 @@ def predict_folder(
     source: Path | str,
     images: Path | str | Sequence[Path | str],
     out: Path | str,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[PredictionKind] = KINDS,
     round_index: int | None = None,
     existing: Existing = "fault",
     console: Console | None = None,
