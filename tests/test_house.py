@@ -24,6 +24,8 @@ SOURCE = REPOSITORY / "src" / "darseg"
 FRONT_ROOMS = ("report", "view", "init", "annotate", "demo")
 ROOMS = (("data",), ("model",), ("pseudo", "training"), ("methods",), ("run",), FRONT_ROOMS, ("cli",))
 """Each room imports only rooms before it; rooms that stand together do not know each other."""
+FIRST_LINE = 100
+"""Characters that the first line of a docstring must stay below."""
 FRONT = {"__init__.py", "__main__.py"}  # the package itself: names things, does nothing
 MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
@@ -205,3 +207,16 @@ def test_the_limits_would_notice(tmp_path: Path) -> None:
     assert list(functions(tmp_path)) == [(71, "room/long.py:1 f")]
     assert list(files(tmp_path)) == [(474, "room/long.py")]
     assert list(positional_calls(tmp_path)) == [(4, "room/long.py:74 f")]
+
+
+def test_first_lines_of_docstrings_fit() -> None:
+    """STYLE: a docstring's first line says what the function returns or does, in under 100 characters."""
+    long = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first = (ast.get_docstring(node) or "").split("\n")[0]
+                if len(first) >= FIRST_LINE:
+                    name = getattr(node, "name", "module")
+                    long.append(f"{path.relative_to(SOURCE)} {name}: {len(first)}")
+    assert len(long) < 500 and not long, "\n".join(long)

@@ -1,4 +1,4 @@
-"""What pseudo labels are made by: method, ratio, threshold, confidence scale and sampling as one checked value.
+"""How pseudo labels are made: method, ratio, threshold, scale and sampling as one checked value.
 
 The recipe, the command line, Python and the settings digests share it. It imports nothing slow, so the command line can
 show its choices at once.

@@ -1,4 +1,4 @@
-"""What a run folder says, as plain values: rounds, curves, remarks; and its data set, if that is still there."""
+"""What a run folder says, as plain values: rounds, curves, remarks, and its data if it is there."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Remark:
 
 
 def read_run(root: Path | str) -> RunFacts:
-    """Read a run folder, finished or in progress. Raises RunError if it is not a run folder, or is damaged."""
+    """Read a run folder, finished or in progress. Raises RunError if it is none or damaged."""
     run = RunDirectory(root)
     recipe = recipe_of(root)
     classes = classes_of(recipe)
@@ -262,7 +262,7 @@ def _read(path: Path) -> Any:
 
 
 def read_data(facts: RunFacts) -> DataFacts:
-    """Find the data of a run and count its labeled masks. A run folder may outlive its data: that is not an error."""
+    """Find a run's data and count its labeled masks. Data that are gone are not an error."""
     try:
         manifest = manifest_of(recipe_of(facts.root))
         counts = count_labels(masks(manifest.labeled), len(facts.classes))

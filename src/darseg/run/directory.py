@@ -56,7 +56,7 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class RecipeChanges:
-    """What differs between the recipe of a run folder and the one it is resumed with, as "key: old → new".
+    """How the recipe a run is resumed with differs from the folder's, as "key: old → new".
 
     Attributes:
         binding: keys that can change the result.
@@ -204,7 +204,7 @@ class RunDirectory:
         return self.round(index) / f"{step}.json"
 
     def read_record(self, index: int, step: str) -> StepRecord | None:
-        """The record of a step, or None if the step is not finished. Raises RunError if the record is damaged."""
+        """The record of a step, None if it is not finished. Raises RunError if the record is damaged."""
         path = self.record_path(index, step)
         try:
             return StepRecord(**json.loads(path.read_text()))
@@ -370,7 +370,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative paths and file digests; "missing" if the path does not exist."""
+    """SHA-256 of a file, or of a folder's paths and file digests; "missing" if there is neither."""
     if path.is_dir():
         lines = [
             f"{p.relative_to(path).as_posix()} {digest_path(p)}"
@@ -416,7 +416,7 @@ def _described(encoding: LabelEncoding) -> str:
 
 
 def written_since(manifest: Manifest, moment: float) -> list[Path]:
-    """Images and label maps written after `moment` (seconds since 1970); their content may differ at the same size."""
+    """Images and label maps written after `moment` (seconds since 1970), perhaps with other content."""
     paths = {
         path
         for samples in manifest.roles().values()

@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 class _CallableRoom(ModuleType):
-    """Calls of `darseg.view(…)`, once a function, still work for one version, with the parameters of version 0.2."""
+    """Calls of `darseg.view(…)`, once a function, still work for one version, with 0.2's parameters."""
 
     def __call__(
         self,
