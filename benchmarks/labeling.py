@@ -138,7 +138,7 @@ def released(images: list[WindowLogits], prior: np.ndarray, out: Path, clock: Cl
 
 
 def decided(image: WindowLogits, clock: Clock, memory: Memory) -> Prediction:
-    """From window logits to a prediction, by darseg."""
+    """Turn window logits into a prediction, with darseg."""
     with clock("accumulate"):
         sums = WindowSums((K, *image.size), torch.device("cpu"), memory)
         for top, left, plain, mirrored in image.parts:

@@ -123,7 +123,7 @@ class Visit:
 
     page: Any
     errors: list[str] = field(default_factory=list)
-    """Of the console, and of scripts."""
+    """Errors of the console and of scripts."""
     requests: list[str] = field(default_factory=list)
     """Addresses asked for, the page's own first."""
 

@@ -124,7 +124,7 @@ NO_RECIPES = {
 
 
 @pytest.mark.parametrize("text", NO_RECIPES)
-def test_texts_that_are_no_recipe(tmp_path: Path, text: str) -> None:
+def test_texts_that_are_not_recipes(tmp_path: Path, text: str) -> None:
     with refused(RecipeError, *NO_RECIPES[text]):
         load_recipe(write(tmp_path, text))
 
@@ -134,7 +134,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nowhere.yaml")
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     (tmp_path / "image.yaml").write_bytes(b"\xff\xd8\xff\xe0")
     with refused(RecipeError, f"{tmp_path}/image.yaml", "UTF-8"):
         load_recipe(tmp_path / "image.yaml")

@@ -221,7 +221,7 @@ def test_a_wrong_number_of_classes(psp_file: Path, tmp_path: Path, call: Callabl
     )
     arguments = ("convert", psp_file, tmp_path / "other.safetensors", "--architecture", "pspnet50")
     code, _, errors = call(*arguments, "--names", "voc")
-    assert code == 2 and "for 19 classes, this one has 21" in errors
+    assert code == 2 and "for 19 classes; this one has 21" in errors
     code, _, errors = call(*arguments, "--classes", 21, "--names", "cityscapes")
     says(errors, "21 classes", "19 names")
     assert code == 2
@@ -471,7 +471,7 @@ def recipe_of(tmp_path: Path, weights: Path, **network: Any):
 K = len(SCENE_CLASSES)
 
 
-def test_a_network_of_ours_as_initial_weights(tmp_path: Path) -> None:
+def test_a_network_of_darseg_as_initial_weights(tmp_path: Path) -> None:
     path = tmp_path / "ours.safetensors"
     spec = NetworkSpec("pspnet", "resnet18", K, 16, 16)
     torch.manual_seed(5)
@@ -543,7 +543,7 @@ def test_descriptions_must_be_of_the_network_that_is_saved(tmp_path: Path) -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_networks_of_ours_end_in_safetensors(psp_file: Path, tmp_path: Path) -> None:
+def test_networks_of_darseg_end_in_safetensors(psp_file: Path, tmp_path: Path) -> None:
     with refused(WeightsError, "n.pth", "n.safetensors"):
         convert(psp_file, tmp_path / "n.pth", "pspnet50")
 

@@ -115,7 +115,7 @@ def test_other_errors_pass_through_and_leave_no_file_either(tmp_path: Path, erro
 
 
 def test_a_system_error_is_recognized_in_a_message(tmp_path: Path):
-    """As safetensors raises it: its error is no OSError."""
+    """As safetensors raises it: its error is not an OSError."""
     message = "Error while serializing: I/O error: No space left on device (os error 28)"
     with refused(StorageError, str(tmp_path / "file"), "full"):
         write_whole_with(tmp_path / "file", half_then(RuntimeError(message)))

@@ -209,7 +209,7 @@ def test_an_unreadable_image_is_named_and_all_others_are_kept(
     assert outcome(tmp_path / "out") == outcome(tmp_path / "other")
 
 
-def test_with_too_little_disk_it_must_predict_twice(
+def test_too_little_disk_requires_predicting_twice(
     run: Path, images: Path, recipe_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """label and a round of training refuse before predicting; with predict_twice, both give the same labels."""

@@ -62,7 +62,7 @@ def test_damaged_files_are_data_errors(tmp_path: Path, suffix: str) -> None:
 
 
 def test_an_archive_of_something_else_is_a_data_error(source: Path, tmp_path: Path) -> None:
-    """numpy returns the bytes of a member that is no array."""
+    """numpy returns the bytes of a member that is not an array."""
     with zipfile.ZipFile(file_of(source, NAMES[1]), "w") as archive:
         archive.writestr("notes.txt", "no array")
     with refused(DataError, str(file_of(source, NAMES[1])), "numpy.save"):

@@ -258,7 +258,7 @@ def test_images_and_labels_of_voc_are_found(tmp_path: Path, sbd: str | None, aug
     assert_true(manifest, truth)
 
 
-def test_with_a_list_of_labeled_images_all_others_of_voc_are_unlabeled(tmp_path: Path):
+def test_voc_images_outside_the_labeled_list_are_unlabeled(tmp_path: Path):
     truth = draw_voc(tmp_path / "VOC2012", sbd=tmp_path / "SBD")
     (tmp_path / "VOC2012" / "mine.txt").write_text("2007_000039 \n2008_000007\n")
     manifest = manifest_of(recipe_of(tmp_path, "voc", tmp_path / "VOC2012", labeled="mine.txt"))
@@ -595,7 +595,7 @@ def test_images_of_a_city_without_labels_become_unlabeled(tmp_path: Path):
     )
 
 
-def test_for_validation_without_labels_the_archive_is_named(tmp_path: Path):
+def test_the_archive_is_named_if_validation_has_no_labels(tmp_path: Path):
     """And not data.labels, which a layout does not use."""
     draw_cityscapes(tmp_path)
     shutil.rmtree(tmp_path / "gtFine" / "val")

@@ -461,7 +461,7 @@ def role_ids(manifest: Manifest) -> dict[str, list[str]]:
     return {role: ids(samples) for role, samples in manifest.roles().items() if samples}
 
 
-def test_by_default_images_with_a_label_are_labeled_and_the_others_unlabeled(tmp_path: Path):
+def test_images_with_a_label_are_labeled_by_default_and_the_others_unlabeled(tmp_path: Path):
     manifest = build_manifest(CLASSES, Sources(populate(tmp_path, "a b c d", "b d")))
     assert role_ids(manifest) == {"labeled": ["b", "d"], "unlabeled": ["a", "c"]}
     assert manifest.classes is CLASSES

@@ -64,7 +64,7 @@ class Case:
         self.histogram = builder.build()
 
     def pixels(self) -> list[list[tuple[int, float]]]:
-        """Of each image, the class and confidence of each pixel, read from the logits."""
+        """The class and confidence of each pixel of each image, read from the logits."""
         images = []
         for logits in self.logits:
             # Classes first, as the method has it: torch's kernels for other layouts differ in last bits.
@@ -278,7 +278,7 @@ def test_large_finite_logits_saturate() -> None:
     assert prediction.codes.tolist() == [[FLOAT16.codes - 1]]
 
 
-def test_distribution_refuses_what_is_no_distribution() -> None:
+def test_what_is_not_a_distribution_is_refused() -> None:
     with refused(DataError, "3", "255"):
         ClassDistribution.from_counts([0, 0, 0])
     with refused(DataError, "class 1: -2"):

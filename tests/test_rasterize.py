@@ -271,7 +271,7 @@ def test_the_order_of_coco_annotations_does_not_matter(
     ]
     shuffled = random.sample(annotations, len(annotations))
     folder = tmp_path_factory.mktemp("c")
-    index = {"car": 0, "road": 1}  # the third category is no class
+    index = {"car": 0, "road": 1}  # the third category is not a class
     names = ("car", "road", "sky")
     label, again = (
         painted(write_json(folder / name, coco(*ordered, categories=names)), index)
@@ -622,7 +622,7 @@ RANGE = "-1048576 to 1048576"
         too_few_pixels=(rle([3, 4]), ["7 pixels", "80", "8 x 10"]),
         negative_run=(rle([-3, 83]), []),
         fraction_of_a_run=(rle([1.5, 78.5]), []),
-        too_few_compressed_pixels=(rle("01"), ["1 pixels", "80", "8 x 10"]),
+        too_few_compressed_pixels=(rle("01"), ["1 pixel,", "80", "8 x 10"]),
         foreign_character=(rle("é"), ["'é'"]),
         number_too_long=(rle("o" * 20), ["'o'"]),
         number_cut_off=(rle("0o"), []),

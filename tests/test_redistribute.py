@@ -49,7 +49,7 @@ def draw_counts(seed: int, classes: int) -> list[int]:
 
 
 def decided(arrays: Arrays) -> dict[str, list[list[tuple[int, float]]]]:
-    """Of each image, rows of (class, confidence), by torch's float16 softmax."""
+    """Rows of (class, confidence) for each image, by torch's float16 softmax."""
     images = {}
     for name, logits in arrays.items():
         probabilities = torch.softmax(torch.from_numpy(logits).half(), dim=0).numpy()

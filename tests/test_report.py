@@ -414,7 +414,7 @@ def test_images_whose_facts_are_lost_are_counted(run: Path) -> None:
     assert after == {name: fact for name, fact in before.items() if name != lost}
 
 
-def test_of_many_label_maps_only_some_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_some_of_many_label_maps_are_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gallery, "MAPS_READ", 2)
     (run / "round_2/images.json").unlink()
     facts = read_run(run)

@@ -382,7 +382,7 @@ def test_results_changed_by_hand_are_noticed(finished: Path, tmp_path: Path) -> 
         train(load_recipe(run / "recipe.yaml"), run)
 
 
-def test_a_folder_that_is_no_run_folder_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_folder_is_left_alone(recipe_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     folder.mkdir()
     (folder / "precious.jpg").write_bytes(b"x")

@@ -108,7 +108,7 @@ def test_the_sequence_is_the_first_group_or_the_whole_match():
 def test_ids_without_sequence_are_named():
     ids = ["a_1", *(f"image{index}" for index in range(7)), "_8"]
     with refused(DataError, "'^([a-z]*)_'", "8 of 9 ids", "'image0'", "'image4'", "… and 3 more") as caught:
-        sequences_of(ids, "^([a-z]*)_")  # the empty name of the last one is no sequence either
+        sequences_of(ids, "^([a-z]*)_")  # the empty name of the last one is not a sequence either
     assert "'image5'" not in str(caught.value)
 
 
@@ -117,7 +117,7 @@ def test_a_pattern_whose_group_took_no_part_finds_no_sequence():
         sequences_of(["a_1", "b1"], "([a-z])_|1")
 
 
-def test_a_pattern_that_is_no_regular_expression():
+def test_a_pattern_that_is_not_a_regular_expression():
     with refused(RecipeError, "'('", vary=[r"\(missing.* 0\)"]):
         sequences_of(["a_1"], "(")
 
@@ -239,7 +239,7 @@ def rare_pool() -> tuple[list[str], np.ndarray]:
     return [f"{index:03d}" for index in range(200)], present
 
 
-def test_rare_classes_appear_where_a_plain_draw_misses_them():
+def test_rare_classes_appear_even_if_a_plain_draw_misses_them():
     ids, present = rare_pool()
     runs, count = 400, 20
     plain = np.array([present[np.isin(ids, draw(ids, count, s))].sum(0) for s in range(runs)])
@@ -532,7 +532,7 @@ def test_all_bad_labels_are_named(data: Path, tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_ignored_pixels_are_of_no_class(data: Path, tmp_path: Path):
+def test_ignored_pixels_belong_to_no_class(data: Path, tmp_path: Path):
     for path in (data / "labels").rglob("*.png"):
         write_png(path, np.array([[0, 0, 255], [1, 255, 200]], np.uint8))
     pixels = draw_split(recipe_of(data, "data.ignore=200"), tmp_path / "out", count=3)["lists"]["labeled"][

@@ -253,7 +253,7 @@ def test_truncated_files(form: str, saved: Path, tmp_path: Path) -> None:
     assert same(network.state_dict(), before)
 
 
-def test_files_that_are_no_state_dict(tmp_path: Path) -> None:
+def test_files_that_are_not_state_dicts(tmp_path: Path) -> None:
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with refused(WeightsError, "list.pth", "holds a list", "model.state_dict()"):
         load_weights(small(), tmp_path / "list.pth")

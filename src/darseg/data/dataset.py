@@ -68,7 +68,7 @@ class Cache:
         self._lock = threading.Lock()
 
     def load(self, sample: Sample, classes: ClassSet) -> Example:
-        """As `load_example`; the arrays of an example that is kept are read-only."""
+        """Load an example like `load_example`; the arrays of an example that is kept are read-only."""
         key = sample.image, sample.label
         kept = self._kept.get(key)
         if kept is not None:

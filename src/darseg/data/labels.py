@@ -26,7 +26,7 @@ ONE_CHANNEL = ("1", "L", "P", "I;16", "I;16B", "I", "LA")
 """Pillow's modes of images with one channel of values; LA has transparency with it."""
 
 UNKNOWN = 256
-"""In lookup tables: neither a class nor 255."""
+"""Entry of lookup tables for a value that is neither a class nor 255."""
 
 TRANSPARENT = -1
 """Among values and colors: a pixel that is not labeled. As an index it is the last entry of the lookup tables."""

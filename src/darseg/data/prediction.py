@@ -50,7 +50,7 @@ most 1/2048, however small 1 - p is. Ties nearly vanish.
 """
 
 BYTES_PER_PIXEL = 3
-"""Of a prediction before compression: 1 for the class, 2 for the confidence code."""
+"""Size of a prediction before compression: 1 byte for the class, 2 for the confidence code."""
 
 SCALES = {scale.name: scale for scale in (FLOAT16, FINE)}
 

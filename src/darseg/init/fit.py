@@ -29,7 +29,7 @@ UNKNOWN_MEMORY = 4 << 30
 
 PAPER_CROP = 713
 SMALL_CROP = 257
-"""On CPUs, where a step with crops of 713 takes eight times as long."""
+"""Crop on CPUs: a step with crops of 713 takes eight times as long there."""
 
 LARGE_BATCH = 16
 """The paper's."""

@@ -19,7 +19,7 @@ NAME_FILES = (
 )  # fmt: skip
 NAME_SUFFIXES = (".txt", ".names", ".csv", ".json", ".yaml", ".yml")
 LARGEST_FILE = 1 << 20
-"""In bytes; larger files hold something else."""
+"""Limit in bytes; larger files hold something else."""
 
 RGB = tuple[int, int, int]
 Row = tuple[str, int | None, RGB | None]

@@ -111,7 +111,7 @@ class ResNetPlan(NamedTuple):
     width: int = 64
     """Channels of stage 1 (before a block's expansion); each stage has twice as many as the one before."""
     deeplab: bool = False
-    """As in DeepLabv2: max-pooling rounds sizes up, and BatchNorm's scale and shift are not trained."""
+    """Follow DeepLabv2: max-pooling rounds sizes up, and BatchNorm's scale and shift are not trained."""
 
 
 RESNETS = {

@@ -55,7 +55,7 @@ taken as fixed."""
 
 
 class Portable(nn.Module):
-    """As files hold it: uint8 [B, H, W, 3] → classes uint8 [B, H, W], logits float32 [B, K, H, W]."""
+    """The network as a file: uint8 [B, H, W, 3] → classes uint8 [B, H, W], logits float32 [B, K, H, W]."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()

@@ -254,7 +254,7 @@ def _problems(network: Network, source: Path, match: _Match) -> list[str]:
 def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> str:
     if not match.whole:
         return (
-            "Give weights of this backbone, or choose the backbone that these weights are of (plain and deep "
+            "Give weights of this backbone, or choose the backbone that these weights belong to (plain and deep "
             "stem, resnet50 and resnet50_deep, are two backbones)."
         )
     advice = []
@@ -266,7 +266,7 @@ def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> s
         )
     classes = _classes_in(tensors)
     if classes not in (None, network.classes):
-        advice.append(f"The file is of a network for {classes} classes, this one has {network.classes}.")
+        advice.append(f"The file holds a network for {classes} classes; this one has {network.classes}.")
     advice.append(
         "Build the network that the file was saved from. Or load only what fits: network.strict: false in a recipe, "
         "--no-strict with darseg convert."

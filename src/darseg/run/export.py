@@ -57,7 +57,7 @@ def export_network(
 
 
 def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[str, np.ndarray]:
-    """At most COMPARED images by name, of the folder or of the recipe. Raises DataError, RunError."""
+    """Read up to COMPARED images, by name, from the folder or the recipe. Raises DataError, RunError."""
     if images is not None:
         folder = Path(images)
         paths = {folder.stem: folder} if folder.is_file() else find_files(folder, IMAGE_SUFFIXES)

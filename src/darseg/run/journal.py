@@ -28,7 +28,7 @@ Advance = Callable[..., None]
 ABSENT = "No label map has pixels of these classes, so they are never pseudo-labeled"
 """Begins the warning of classes without pixels in the labeled masks; the report lists the same sentence."""
 NEVER = "never predicted, so not pseudo-labeled"
-"""In the warning of classes that a round's predictions lack; the report lists the same sentence."""
+"""Part of the warning of classes that a round never predicts; the report lists the same sentence."""
 _FORMER = {
     "absent from all labelled masks, so never pseudo-labelled": ABSENT,
     "never predicted, so not pseudo-labelled": NEVER,

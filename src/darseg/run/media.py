@@ -108,7 +108,7 @@ def still_to_do(
     if present:
         raise RunError(
             faults(
-                f"{outputs.folder}: {len(present)} file(s) exist already, perhaps of another network. Choose another "
+                f"{outputs.folder}: {len(present)} file(s) exist already, perhaps from another network. Choose another "
                 "folder, or use --existing replace, or --existing keep to predict only what is missing",
                 present,
                 limit=5,
