@@ -191,9 +191,9 @@ def threshold(run: darseg.RunDirectory, index: int, k: int, name: str) -> str:
     surplus = chosen.accepted[k] - chosen.wanted[k]
     for n, words in enumerate(
         (
-            f"{chosen.wanted[k]:,} are wanted; the {counts[accept]:,} pixels tied at t",
-            f"let {surplus:,} too many in. A share of {chosen.keep[k]:.4f} of",
-            "the accepted pixels, drawn at random, is kept.",
+            f"{chosen.wanted[k]:,} are wanted. {counts[accept]:,} pixels are tied at t,",
+            f"so {surplus:,} too many are accepted. A share of {chosen.keep[k]:.4f}",
+            "of the accepted pixels, drawn at random, is kept.",
         )
     ):
         parts.append(text(left, bottom + 42 + 17 * n, words, "small"))
