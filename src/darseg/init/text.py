@@ -68,9 +68,9 @@ def _entry(key: str, value: Any, comment: str) -> str:
 
 def _network_lines(fit: Fit) -> Iterator[str]:
     spec, gpu, stride = fit.spec, fit.device == "cuda", fit.spec.output_stride
-    other = "resnet101 is larger, as in the paper" if gpu else "with a GPU, use resnet50"
+    alternative = "resnet101 is larger, as in the paper" if gpu else "with a GPU, use resnet50"
     yield "network:"
-    yield f"  backbone: {spec.backbone}  # the main part of the network, for {fit.described}; {other}"
+    yield f"  backbone: {spec.backbone}  # the main part of the network, for {fit.described}; {alternative}"
     weights = (
         "ImageNet weights, as in the paper"
         if fit.weights != "none"

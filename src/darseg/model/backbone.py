@@ -264,10 +264,10 @@ def import_timm(wanted_by: str) -> ModuleType:
 
 
 def _refused(name: str, output_stride: int, reason: str) -> RecipeError:
-    other = 16 if output_stride == 8 else 8
+    other_stride = 16 if output_stride == 8 else 8
     return RecipeError(
-        f"{name} cannot be built with output stride {output_stride} ({reason}). Try output stride {other}, or a network "
-        "that timm can dilate, such as timm/resnet50, timm/mobilenetv3_large_100 or timm/tf_efficientnet_lite0."
+        f"{name} cannot be built with output stride {output_stride} ({reason}). Try output stride {other_stride}, or a "
+        "network that timm can dilate, such as timm/resnet50, timm/mobilenetv3_large_100 or timm/tf_efficientnet_lite0."
     )
 
 
