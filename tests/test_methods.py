@@ -351,6 +351,16 @@ def test_a_part_that_nobody_asks_for_is_refused(tmp_path: Path) -> None:
         run(everything(build(DEEPLAB)), begin=checkpoint)
 
 
+def test_a_checkpoint_with_a_changed_byte_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
+    save_checkpoint(run(everything(build(DEEPLAB)), Stage(steps=1)), path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(bytes(content))
+    with refused(RunError, str(path), "checksum"):
+        load_checkpoint(path)
+
+
 def test_a_checkpoint_of_a_later_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.safetensors"
     monkeypatch.setattr(sys.modules["darseg.training.checkpoint"], "FORMAT", 99)

@@ -87,6 +87,16 @@ def test_its_steps_can_be_reused(old: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other" / name).read_bytes() != (old / name).read_bytes()
 
 
+def test_what_is_reused_is_reported_and_a_wrong_folder_refused(old: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(old / "recipe.yaml", ["rounds=[{steps: 6}]"])
+    with refused(RunError, str(tmp_path / "nothing"), "recipe.yaml", "--reuse"):
+        train(recipe, tmp_path / "new", reuse=tmp_path / "nothing")
+    assert not (tmp_path / "new").exists()
+    train(recipe, tmp_path / "new", reuse=old)
+    copied = [(entry["round"], entry["step"]) for entry in events(tmp_path / "new", "copied")]
+    assert copied == [(0, "train"), (0, "evaluate")]
+
+
 def test_every_verb_opens_it(old: Path, tmp_path: Path, call: Callable) -> None:
     code, out, _ = call("evaluate", old)
     assert code == 0 and "mean iou" in out

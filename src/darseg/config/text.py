@@ -257,10 +257,16 @@ def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
     before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
     keys = sorted({*before, *after})
     return [
-        f"{key}: {before.get(key, 'not set')} → {after.get(key, 'not set')}"
+        f"{key}: {_shown(before, key)} → {_shown(after, key)}"
         for key in keys
         if before.get(key, ...) != after.get(key, ...)
     ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> Any:
+    """A value as a recipe has it."""
+    value = values.get(key, "not set")
+    return "null" if value is None else value
 
 
 def _leaves(value: Any, key: Key = ()) -> Iterator[tuple[str, Any]]:

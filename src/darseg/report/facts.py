@@ -127,7 +127,7 @@ class RunFacts:
 
     @property
     def seconds(self) -> float:
-        """Of all steps of all rounds."""
+        """Seconds of all steps of all rounds."""
         return sum(sum(round_.seconds.values()) for round_ in self.rounds)
 
 

@@ -246,9 +246,12 @@ class RunDirectory:
         if record is None:
             return None
         if changed := inputs.differences(record.inputs):
+            remedy = "Restore the data as it was"
+            if changed == ["network"]:  # that of an earlier step, which was repeated
+                remedy = f"To repeat it with this network, delete {step}.json here and all later rounds"
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "
-                "Restore the data as it was, or start another run with --out NEW_FOLDER."
+                f"{remedy}, or start another run with --out NEW_FOLDER."
             )
         damaged = [
             name for name, digest in record.outputs.items() if digest_path(self.round(index) / name) != digest

@@ -14,7 +14,7 @@ from rich.console import Console
 from darseg.config.recipe import Recipe
 from darseg.config.text import dump_recipe, load_recipe, recipe_differences
 from darseg.data.manifest import Manifest
-from darseg.errors import DataError, Interrupted, NumericsError, StorageError, faults
+from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
 from darseg.run.begin import FREE_KEYS, announce
@@ -61,6 +61,10 @@ def train(
 
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
+    if reuse and not RunDirectory(reuse).recipe.is_file():
+        raise RunError(
+            f"{reuse} is not a run folder: it has no recipe.yaml. Give --reuse a folder that train wrote."
+        )
     processes = Processes.here()
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
@@ -91,7 +95,7 @@ def train(
             data=data,
             counts=counts,
             rounds=rounds,
-            reuse=RunDirectory(reuse) if reuse else None,
+            reuse=reused,
             journal=stack.enter_context(_journal(run, processes, console)),
             processes=processes,
             stop=stop,
@@ -149,6 +153,17 @@ def run_rounds(course: Course, network: Network) -> dict[str, Any]:
         _say_finished(course)
     course.journal.event("finished")
     return summary
+
+
+def _reused(folder: Path | str | None) -> RunDirectory | None:
+    """The run folder whose steps may be copied. Raises RunError if there is none at that place."""
+    if folder is None:
+        return None
+    if not RunDirectory(folder).recipe.is_file():
+        raise RunError(
+            f"{folder} is not a run folder: it has no recipe.yaml. Give --reuse a folder that `darseg train` wrote to."
+        )
+    return RunDirectory(folder)
 
 
 def _check_data(manifest: Manifest, console: Console) -> None:

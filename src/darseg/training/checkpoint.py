@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Checkpoint:
         missing = [f"{name}: missing" for name in sorted(wanted) if name not in self.parts]
         if unknown or missing:
             raise RunError(
-                faults("The checkpoint is of another method", unknown + missing)
+                faults("The checkpoint belongs to another method", unknown + missing)
                 + "\nGo on with the recipe that wrote it, or delete the checkpoints of this round to start it again."
             )
         method.network.load_state_dict(self.parts[NETWORK])
@@ -105,12 +106,13 @@ def part_of(learner: Learner) -> str:
 def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
     """Write a checkpoint whole. Raises StorageError if the disk is full; an earlier file is then kept."""
     tensors = {
-        f"{part}{SEPARATOR}{name}": value.detach().contiguous()
+        f"{part}{SEPARATOR}{name}": value.detach().cpu().contiguous()
         for part, values in checkpoint.parts.items()
         for name, value in values.items()
     }
     # One entry: safetensors writes several in no fixed order.
     state = {"format": FORMAT, "step": checkpoint.step, "parts": sorted(checkpoint.parts)}
+    state["crc32"] = _checksum(tensors)
     metadata = {
         "checkpoint": json.dumps(
             state | ({"scaling": dict(checkpoint.scaling)} if checkpoint.scaling else {})
@@ -136,12 +138,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 part, name = key.split(SEPARATOR, 1)
                 parts[part][name] = file.get_tensor(key)
+            _check_sum(parts, state.get("crc32"))
             return Checkpoint(int(state["step"]), parts, state.get("scaling", {}))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
         raise RunError(
             f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; if no "
             "checkpoint is left, the stage starts from its beginning."
         ) from error
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 over the bytes of contiguous CPU tensors, in the order of their names."""
+    value = 0
+    for name in sorted(tensors):
+        flat = tensors[name].reshape(-1)
+        value = zlib.crc32(flat.view(torch.uint8).numpy(), value) if flat.numel() else value
+    return value
+
+
+def _check_sum(parts: Mapping[str, Part], recorded: int | None) -> None:
+    """Raise ValueError if tensors are not those that were written; early files have no checksum."""
+    tensors = {
+        f"{part}{SEPARATOR}{name}": value for part, values in parts.items() for name, value in values.items()
+    }
+    if recorded is not None and recorded != _checksum(tensors):
+        raise ValueError("its content is not what was written: the checksum differs")
 
 
 def _format_1(file: Any, metadata: Mapping[str, str]) -> Checkpoint:

@@ -123,7 +123,7 @@ def restore_optimizer(
     would go on with uninitialized memory. Raises RunError if the tensors are not those of this optimizer.
     """
     if lines := misfits(module, optimizer, tensors):
-        raise RunError(faults("The saved state is of another optimizer", lines, limit=10))
+        raise RunError(faults("The saved state belongs to another optimizer", lines, limit=10))
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

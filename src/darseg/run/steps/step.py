@@ -69,9 +69,13 @@ def complete(course: Course, step: Step) -> StepRecord:
     run, processes, index = course.run, course.processes, step.round_index
 
     def look() -> StepRecord | None:
+        was_done = run.record_path(index, step.name).exists()
         record = run.finished(index, step.name, step.inputs, reuse=course.reuse)
         if record is not None:
             step.tidy()
+        if course.reuse and record is not None and not was_done:
+            course.journal.event("copied", round=index, step=step.name, source=str(course.reuse.root))
+            course.journal.say(f"round {index}: {step.name}: copied from {course.reuse.root}")
         return record
 
     record = processes.from_first(look)
