@@ -61,11 +61,7 @@ def train(
 
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
-    if reuse and not RunDirectory(reuse).recipe.is_file():
-        raise RunError(
-            f"{reuse} is not a run folder: it has no recipe.yaml. Give --reuse a folder that train wrote."
-        )
-    processes = Processes.here()
+    processes, reused = Processes.here(), _reused(reuse)
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
