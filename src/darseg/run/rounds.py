@@ -66,11 +66,7 @@ def train(
     manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
     network, weights_from = processes.together(lambda: build_initial_network(recipe))
-    check_sizes(recipe, network)
-    labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)
-    rounds = plan_rounds(recipe, labeled=labeled, unlabeled=unlabeled, fill=network.fill)
-    check_shares(recipe, rounds, processes.count)
-    prepare_training(recipe, network, processes.count)
+    rounds = processes.together(lambda: _plan(recipe, manifest, network, processes=processes.count))
     console, run = console or Console(quiet=not processes.first), RunDirectory(out)
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
@@ -149,6 +145,16 @@ def run_rounds(course: Course, network: Network) -> dict[str, Any]:
         _say_finished(course)
     course.journal.event("finished")
     return summary
+
+
+def _plan(recipe: Recipe, manifest: Manifest, network: Network, *, processes: int) -> list[Round]:
+    """The rounds, and the network prepared for them. Raises RecipeError, SizeError."""
+    check_sizes(recipe, network)
+    labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)
+    rounds = plan_rounds(recipe, labeled=labeled, unlabeled=unlabeled, fill=network.fill)
+    check_shares(recipe, rounds, processes)
+    prepare_training(recipe, network, processes)
+    return rounds
 
 
 def _reused(folder: Path | str | None) -> RunDirectory | None:
