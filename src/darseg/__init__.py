@@ -51,11 +51,14 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.model.weights import convert as convert
     from darseg.model.weights import load_network as load_network
     from darseg.model.weights import load_weights as load_weights
+    from darseg.pseudo.align import Alignment as Alignment
+    from darseg.pseudo.align import align as align
     from darseg.pseudo.assign import assign as assign
     from darseg.pseudo.assign import image_generator as image_generator
     from darseg.pseudo.distribution import ClassDistribution as ClassDistribution
     from darseg.pseudo.histogram import ConfidenceHistogram as ConfidenceHistogram
     from darseg.pseudo.histogram import HistogramBuilder as HistogramBuilder
+    from darseg.pseudo.labeling import AlignSettings as AlignSettings
     from darseg.pseudo.labeling import Labeling as Labeling
     from darseg.pseudo.labelset import PseudoLabelSet as PseudoLabelSet
     from darseg.pseudo.redistribute import Redistribution as Redistribution
@@ -90,6 +93,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
 __version__ = "0.3.0"
 
 _HOMES = {
+    "align": "pseudo.align",
+    "Alignment": "pseudo.align",
+    "AlignSettings": "pseudo.labeling",
     "assign": "pseudo.assign",
     "Augmentation": "data.augment",
     "Batch": "data.batches",

@@ -9,7 +9,8 @@ import typer
 
 from darseg.cli.options import RoundIndex, Source
 from darseg.cli.tables import print_labels
-from darseg.pseudo.labeling import Confidence, LabelingMethod, Sampling
+from darseg.errors import RecipeError
+from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
 
 METHOD = "How thresholds are chosen."
 THRESHOLD = "Confidence threshold (method: global)."
@@ -85,6 +86,18 @@ def redistribute(
     threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
     confidence: Annotated[Confidence, typer.Option(help=CONFIDENCE)] = "float16",
     sampling: Annotated[Sampling, typer.Option(help=SAMPLING)] = "random",
+    align: Annotated[
+        bool,
+        typer.Option("--align", help="First give the decisions the class shares of the labeled pixels."),
+    ] = False,
+    bound: Annotated[
+        float | None,
+        typer.Option(help="Largest class weight and reciprocal of the smallest, with --align. Default: 5."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Power of the class weights, from 0 to 1, with --align. Default: 1."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help=SEED)] = 0,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="The files hold probabilities, after the softmax.")
@@ -103,8 +116,20 @@ def redistribute(
         threshold=threshold,
         confidence=confidence,
         sampling=sampling,
+        align=_align_settings(align, bound, strength),
         seed=seed,
         probabilities=probabilities,
         predict_twice=predict_twice,
     )
     print_labels(record, out)
+
+
+def _align_settings(align: bool, bound: float | None, strength: float | None) -> bool | AlignSettings:
+    """What `redistribute_folder` takes as `align`."""
+    settings = {
+        name: value for name, value in (("bound", bound), ("strength", strength)) if value is not None
+    }
+    if settings and not align:
+        options = " and ".join(f"--{name}" for name in settings)
+        raise RecipeError(f"{options} only matter with --align. Add --align, or omit them.")
+    return AlignSettings(**settings) if align else False

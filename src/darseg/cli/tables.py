@@ -129,5 +129,26 @@ def print_labels(record: dict, out: Path) -> None:
         threshold, *counts = (record[column][k] for column in columns)
         rows.append([name, "-" if threshold is None else threshold, *counts])
     print_table(rows)
+    if "alignment" in record:
+        _print_alignment(record["alignment"], names)
     share = sum(record["kept"]) / max(1, sum(record["predicted"]))
     print(f"{record['images']} images, {share:.2%} of their pixels labeled, in {out}")
+
+
+def _print_alignment(alignment: dict, names: Sequence[str]) -> None:
+    """Print the class weights and shares, a row for each class, and what could not be aligned."""
+    rows: Rows = [["class", "weight", "target share", "reached"]]
+    for k, name in enumerate(names):
+        rows.append([name, *(alignment[column][k] for column in ("weights", "target", "reached"))])
+    print_table(rows)
+    if not alignment["converged"]:
+        print(
+            "warning: the decisions could not be aligned, so all class weights are 1: fewer than two classes are within "
+            "reach, or many pixels have equal scores. Continue without --align, or with a better network"
+        )
+    elif not all(alignment["reachable"]):
+        unreachable = [name for name, flag in zip(names, alignment["reachable"], strict=True) if not flag]
+        print(
+            f"warning: out of reach, so not aligned: {', '.join(unreachable)}. These classes are never predicted, have "
+            f"no labeled pixels, or need a class weight outside [1/{alignment['bound']:g}, {alignment['bound']:g}]"
+        )

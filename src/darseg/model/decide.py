@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from darseg.data.prediction import FINE_LOWEST, FINE_STEPS, FLOAT16, ConfidenceScale, Prediction
@@ -27,7 +28,11 @@ PROBABILITY_TOLERANCE = 0.01
 
 
 def decide(
-    scores_KHW: Tensor, scale: ConfidenceScale = FLOAT16, probabilities: bool = False, name: str = "image"
+    scores_KHW: Tensor,
+    scale: ConfidenceScale = FLOAT16,
+    probabilities: bool = False,
+    name: str = "image",
+    weights: NDArray[np.float64] | None = None,
 ) -> Prediction:
     """The most probable class of each pixel and its probability (DARS, section 3).
 
@@ -38,13 +43,28 @@ def decide(
     Args:
         scores_KHW: float16 or float32 logits; with `probabilities` their softmax.
         name: of the image, for error messages.
+        weights: float64 [K], multiply the probabilities first, which are then normalized again (`align`): float32
+            logits plus log(weights), or float32 probabilities times weights, divided by their sum.
 
     Raises DataError naming the image if scores are not [K, H, W], K is not from 2 to 255, or scores are NaN, infinite,
     beyond float16 or not probabilities.
     """
     _check(scores_KHW, name)
+    factors = None if weights is None else weights if probabilities else np.log(weights)
+    factors_K = (
+        None if factors is None else torch.tensor(factors, dtype=torch.float32, device=scores_KHW.device)
+    )
+
+    def fill(top: int, bottom: int, out: Tensor) -> None:
+        out.copy_(scores_KHW[:, top:bottom])
+        if factors_K is not None and probabilities:
+            _check_probabilities(out, name)  # their sum is 1 afterwards
+            out.mul_(factors_K[:, None, None]).div_(out.sum(dim=0))
+        elif factors_K is not None:
+            out.add_(factors_K[:, None, None])
+
     return decide_strips(
-        lambda top, bottom, out: out.copy_(scores_KHW[:, top:bottom]),
+        fill,
         scores_KHW,
         scale=scale,
         probabilities=probabilities,

@@ -18,6 +18,27 @@ Confidence = Literal["float16", "fine"]
 """The scale that confidences are counted on; see `darseg.FLOAT16` and `darseg.FINE`."""
 Sampling = Literal["random", "none"]
 """Whether the surplus of pixels that tie at a threshold is dropped at random, or kept."""
+Align = Literal["none", "decisions"]
+"""Whether decisions are first moved to the class shares of the labeled pixels; see `align`."""
+
+BOUND = 5.0
+"""Default largest weight of a class that is aligned."""
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    """How far decisions are aligned: largest class weight, and the power of all weights; see `Labeling`."""
+
+    bound: float = BOUND
+    strength: float = 1.0
+
+    @staticmethod
+    def fields(align: bool | AlignSettings) -> dict[str, Any]:
+        """The fields of `Labeling` for what Python functions take as `align`; True has the default settings."""
+        if align is False:
+            return {}
+        settings = AlignSettings() if align is True else align
+        return {"align": "decisions", "bound": settings.bound, "strength": settings.strength}
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,10 @@ class Labeling:
         threshold: confidence from 0 to 1 with method "global"; None with the others.
         confidence: the scale that confidences are counted on.
         sampling: "random" drops the surplus that ties let in; "none" keeps it (method "dars" only).
+        align: "decisions" multiplies probabilities by class weights that give the decisions the class shares of the
+            labeled pixels, before thresholds are chosen; only `redistribute` and `redistribute_folder` do it.
+        bound: largest class weight and reciprocal of the smallest, above 1.
+        strength: power of the class weights, from 0 to 1.
 
     Raises RecipeError naming every setting that cannot work.
 
@@ -42,6 +67,9 @@ class Labeling:
     threshold: float | None = None
     confidence: Confidence = "float16"
     sampling: Sampling = "random"
+    align: Align = "none"
+    bound: float = BOUND
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         lines = [f"{name}: {message}" for name, message in labeling_faults(**vars(self))]
@@ -49,27 +77,46 @@ class Labeling:
             raise RecipeError(faults("These labeling settings cannot work", lines))
 
     def settings(self) -> dict[str, Any]:
-        """The fields by the names that users give them, as in `redistribution.json`."""
-        return {
+        """The fields by the names that users give them, as in `redistribution.json`; those of `align` if it is used."""
+        settings = {
             "method": self.method,
             "labeling_ratio": self.ratio,
             "threshold": self.threshold,
             "confidence": self.confidence,
             "sampling": self.sampling,
         }
+        if self.align == "none":
+            return settings  # as earlier versions wrote them
+        return settings | {"align": self.align, "bound": self.bound, "strength": self.strength}
 
 
 def labeling_faults(
-    *, method: str, ratio: float | None, threshold: float | None, confidence: str, sampling: str
+    *,
+    method: str,
+    ratio: float | None,
+    threshold: float | None,
+    confidence: str,
+    sampling: str,
+    align: str = "none",
+    bound: float = BOUND,
+    strength: float = 1.0,
 ) -> Iterator[tuple[str, str]]:
     """Every fault of labeling settings: the setting's name in a recipe, and what is wrong with it."""
     for name, value, choices in (
         ("method", method, get_args(LabelingMethod)),
         ("confidence", confidence, get_args(Confidence)),
         ("sampling", sampling, get_args(Sampling)),
+        ("align", align, get_args(Align)),
     ):
         if value not in choices:
             yield name, f"found {value!r}; should be one of {', '.join(choices)}"
+    for name, check, value, default in (
+        ("bound", check_bound, bound, BOUND),
+        ("strength", check_strength, strength, 1.0),
+    ):
+        yield from _bound_faults(name, check, value)
+        if align == "none" and value != default:
+            yield name, "has no effect without align; remove it, or align the decisions"
     if method not in get_args(LabelingMethod):
         return  # what else it needs is unknown
     if sampling == "none" and method != "dars":
@@ -102,6 +149,20 @@ def check_threshold(threshold: float) -> float:
     if not 0 <= threshold <= 1:
         raise ValueError("should be from 0 to 1")
     return threshold
+
+
+def check_bound(bound: float) -> float:
+    """The largest class weight itself. Raises ValueError if it is out of bounds."""
+    if not 1 < bound < float("inf"):
+        raise ValueError("should be above 1 and finite")
+    return bound
+
+
+def check_strength(strength: float) -> float:
+    """The power of class weights itself. Raises ValueError if it is out of bounds."""
+    if not 0 <= strength <= 1:
+        raise ValueError("should be from 0 to 1")
+    return strength
 
 
 def _bound_faults(name: str, check: Callable[[float], float], value: float) -> Iterator[tuple[str, str]]:

@@ -13,10 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from darseg.data.prediction import SCALES, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.model.decide import decide
+from darseg.pseudo.align import Alignment
+from darseg.pseudo.align import align as align_scores
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
-from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
+from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
+from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 
 
@@ -26,12 +29,14 @@ class Redistribution:
 
     Attributes:
         kept: int64 [K], labeled pixels per class over all maps.
+        alignment: the class weights that the decisions were made with; None without `align`.
     """
 
     labels: Mapping[str, NDArray[np.uint8]]
     histogram: ConfidenceHistogram
     thresholds: Thresholds
     kept: NDArray[np.int64]
+    alignment: Alignment | None = None
 
 
 def redistribute(
@@ -43,6 +48,7 @@ def redistribute(
     threshold: float | None = None,
     confidence: Confidence = "float16",
     sampling: Sampling = "random",
+    align: bool | AlignSettings = False,
     seed: int = 0,
     probabilities: bool = False,
 ) -> Redistribution:
@@ -50,14 +56,15 @@ def redistribute(
 
     Args:
         predictions: id → logits, float16 or float32 [K, H, W], sizes may differ; a mapping, or an iterable of pairs
-            that is read once. Three bytes per pixel are kept in memory until the end.
+            that is read once, with `align` twice. Three bytes per pixel are kept in memory until the end.
         class_counts: labeled pixels of each class, integers [K].
         labeling_ratio: share of all pixels to label, above 0, at most 1; None with method "global".
         method: "dars", "cbst" or "global", the last one with `threshold`.
         threshold: confidence from 0 to 1, for method "global".
         confidence: "float16", as in the paper, or "fine", with hardly any ties.
         sampling: "random" drops the surplus that ties let in; "none" keeps it (method "dars").
-        seed: of the random sampling, together with an image's id.
+        align: first give the decisions the class shares of the labeled pixels; see `darseg.align`.
+        seed: of the random sampling and of the sample that `align` looks at, together with an image's id.
         probabilities: `predictions` are probabilities, after softmax.
 
     Raises:
@@ -69,29 +76,82 @@ def redistribute(
     >>> redistribute({"a": scores}, [50, 50], 0.5).labels["a"]
     array([[  1, 255, 255,   0]], dtype=uint8)
     """
-    labeling = Labeling(method, labeling_ratio, threshold=threshold, confidence=confidence, sampling=sampling)
+    choices: Any = {"threshold": threshold, "confidence": confidence, "sampling": sampling}
+    labeling = Labeling(method, labeling_ratio, **choices, **AlignSettings.fields(align))
     distribution, scale = ClassDistribution.from_counts(class_counts), SCALES[labeling.confidence]
     classes = len(distribution)
     pairs: Any = predictions.items() if isinstance(predictions, Mapping) else predictions
+    alignment = _align_arrays(pairs, labeling, distribution, seed=seed, probabilities=probabilities)
+    weights = None if alignment is None else alignment.weights
     builder, decided = HistogramBuilder(classes, scale), {}
     for name, scores in pairs:
         if name in decided:
             raise DataError(f"The id {name!r} is given twice. Give every image an id of its own.")
         decided[name] = decide_array(
-            np.asarray(scores), classes, scale, probabilities=probabilities, name=name
+            np.asarray(scores), classes, scale, probabilities=probabilities, name=name, weights=weights
         )
         builder.add(decided[name])
     histogram = builder.build()
     rule = LabelRule(choose_thresholds(histogram, labeling, distribution), seed)
     labels = {name: rule.label_map(prediction, name) for name, prediction in decided.items()}
     kept = sum((kept_counts(label, classes) for label in labels.values()), np.zeros(classes, np.int64))
-    return Redistribution(labels, histogram=histogram, thresholds=rule.thresholds, kept=kept)
+    return Redistribution(
+        labels, histogram=histogram, thresholds=rule.thresholds, kept=kept, alignment=alignment
+    )
+
+
+def _align_arrays(
+    pairs: Iterable[tuple[str, ArrayLike]],
+    labeling: Labeling,
+    distribution: ClassDistribution,
+    *,
+    seed: int,
+    probabilities: bool,
+) -> Alignment | None:
+    """The alignment that the settings ask for, from a sample of all pixels."""
+    if labeling.align == "none":
+        return None
+    if iter(pairs) is pairs:
+        raise DataError(
+            "Aligning reads the predictions twice, and this iterator can be read only once. Give a mapping or a list of "
+            "(id, scores), or use redistribute_folder."
+        )
+    sample = PixelSample(len(distribution), seed)
+    for name, scores in pairs:
+        sample_array(sample, np.asarray(scores), probabilities=probabilities, name=name)
+    rows = sample.rows(sample.sizes())
+    return align_scores(rows, distribution.share, bound=labeling.bound, strength=labeling.strength)
+
+
+def sample_array(
+    sample: PixelSample, scores: NDArray, *, probabilities: bool, name: str, sample_id: str | None = None
+) -> None:
+    """Add a foreign array to a sample. Raises DataError that begins with `name` unless it is [K, H, W].
+
+    Scores of pixels that are not chosen are first looked at by `decide_array`.
+
+    Args:
+        sample_id: decides which pixels are chosen; None: `name` does.
+    """
+    tensor = _as_tensor(scores, sample.classes, name)
+    sample.add(sample_id or name, tensor.numpy(), probabilities=probabilities, name=name)
 
 
 def decide_array(
-    scores: NDArray, classes: int, scale: ConfidenceScale, *, probabilities: bool, name: str
+    scores: NDArray,
+    classes: int,
+    scale: ConfidenceScale,
+    *,
+    probabilities: bool,
+    name: str,
+    weights: NDArray[np.float64] | None = None,
 ) -> Prediction:
     """`decide` on a foreign array. Raises DataError that begins with `name` unless it is [K, H, W]."""
+    tensor = _as_tensor(scores, classes, name)
+    return decide(tensor, scale, probabilities=probabilities, name=name, weights=weights)
+
+
+def _as_tensor(scores: NDArray, classes: int, name: str) -> torch.Tensor:
     if scores.dtype not in (np.float16, np.float32):
         raise DataError(
             f"{name}: the array is {scores.dtype} {list(scores.shape)}; expected float16 or float32 [K, H, W]."
@@ -101,5 +161,4 @@ def decide_array(
             f"{name}: the array {list(scores.shape)} has {len(scores)} classes, but the class counts have {classes}. "
             "Expected [K, H, W], classes first."
         )
-    tensor = torch.from_numpy(np.ascontiguousarray(scores))
-    return decide(tensor, scale, probabilities=probabilities, name=name)
+    return torch.from_numpy(np.ascontiguousarray(scores))

@@ -22,6 +22,7 @@ from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor, prediction_path
+from darseg.run.align_samples import AddSample, align_samples
 from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path, write_json
 from darseg.run.evaluate import Trained, check_classes, load_trained
@@ -32,7 +33,10 @@ from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
 
 MakePredictor = Callable[..., Predictor]
-"""(confidence scale, folder=where predictions wait or None) → the predictor of a folder's files."""
+"""(confidence scale, folder=where predictions wait or None) → the predictor of a folder's files.
+
+If decisions are aligned, it also gets weights=float64 [K], which multiply the probabilities.
+"""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,10 @@ class FolderJob:
     @property
     def waiting(self) -> Path:
         return self.out / ".predictions"
+
+    @property
+    def alignment(self) -> Path:
+        return self.out / ".alignment.json"
 
     @cached_property
     def file_states(self) -> dict[str, list[int]]:
@@ -239,11 +247,13 @@ def label_into_folder(
     *,
     processes: Processes,
     console: Console | None,
+    add: AddSample | None = None,
 ) -> dict[str, Any]:
     """Label the files of a folder into another, or continue where an earlier call was stopped.
 
     Args:
         size_of: file → its height and width, for an estimate of the disk space that predictions need.
+        add: how the scores of a file are sampled, if the job aligns decisions.
 
     Returns:
         the content of `redistribution.json`.
@@ -254,16 +264,32 @@ def label_into_folder(
         )
     task = LabelTask(job.labeling, ClassDistribution.from_counts(job.classes.counts), job.seed)
     if not processes.from_first(lambda: _begin(job, size_of)):
+        progress = Journal(None, None, console or Console(quiet=not processes.first)).progress
+        make_predictor = partial(make_predictor, folder=None if job.predict_twice else job.waiting)
+        aligned = {}
+        if add is not None and job.labeling.align != "none":
+            read = make_predictor(task.scale).read
+            alignment = align_samples(
+                job.samples,
+                task,
+                read=read,
+                add=add,
+                file=job.alignment,
+                processes=processes,
+                progress=progress,
+            )
+            make_predictor = partial(make_predictor, weights=alignment.weights)
+            aligned = {"alignment": alignment.to_json()}
         labels = label_samples(
             job.samples,
             task,
-            make_predictor(task.scale, folder=None if job.predict_twice else job.waiting),
+            make_predictor(task.scale),
             files=LabelFiles(job.out, job.histogram),
             processes=processes,
-            progress=Journal(None, None, console or Console(quiet=not processes.first)).progress,
+            progress=progress,
         )
         names = list(job.classes.names) if job.classes.names else None
-        described = labels.to_json() | {"classes": names, "images": len(job.samples)}
+        described = labels.to_json() | aligned | {"classes": names, "images": len(job.samples)}
         processes.from_first(lambda: _finish(job, described))
     return json.loads(job.result.read_text())
 
@@ -275,7 +301,7 @@ def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
         return False
     if job.result.exists():
         _check_same(job, job.result, _changed(job, _read_record(job.result)))
-        shutil.rmtree(job.waiting, ignore_errors=True)  # left by a kill right after the result was written
+        _remove_waiting(job)  # left by a kill right after the result was written
         return True
     if job.out.exists() and not job.out.is_dir():
         raise RunError(f"{job.out} is a file. Choose a folder for the label maps.")
@@ -298,6 +324,8 @@ def _resume(job: FolderJob) -> None:
     if not only_files or job.histogram.exists():
         _check_same(job, job.marker, changed)
         return
+    if job.labeling.align != "none":
+        _remove_waiting(job)  # all of it follows from the class weights, and these from all files
     # Files were fixed, added or removed while counting: the waiting predictions of all others are still valid.
     for name, state in earlier["sizes"].items():
         if job.file_states.get(name) != state:
@@ -309,7 +337,13 @@ def _finish(job: FolderJob, described: Mapping[str, Any]) -> None:
     """Write the result; from then on an equal call has nothing to do."""
     write_json(job.result, {**described, **job.record})
     job.marker.unlink()
+    _remove_waiting(job)
+
+
+def _remove_waiting(job: FolderJob) -> None:
+    """Remove what is only kept while working."""
     shutil.rmtree(job.waiting, ignore_errors=True)
+    job.alignment.unlink(missing_ok=True)
 
 
 def _changed(job: FolderJob, earlier: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from rich.console import Console
 from darseg.data.manifest import Sample, find_files
 from darseg.data.prediction import ConfidenceScale, Prediction
 from darseg.errors import DataError
-from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
+from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
-from darseg.pseudo.redistribute import decide_array
+from darseg.pseudo.pixel_sample import PixelSample
+from darseg.pseudo.redistribute import decide_array, sample_array
 from darseg.run.label import FolderJob, check_class_counts, label_into_folder, read_class_counts
 from darseg.training.processes import Processes
 
@@ -32,6 +34,7 @@ def redistribute_folder(
     threshold: float | None = None,
     confidence: Confidence = "float16",
     sampling: Sampling = "random",
+    align: bool | AlignSettings = False,
     seed: int = 0,
     probabilities: bool = False,
     predict_twice: bool = False,
@@ -40,7 +43,8 @@ def redistribute_folder(
     """Label images from predictions of any framework: `predictions/ID.npy` (or .npz) → `out/ID.png`.
 
     Files hold logits, float16 or float32 [K, H, W]; sizes may differ. Memory does not grow with the number of files,
-    and a stopped call continues. For the arguments, and for arrays in memory, see `redistribute`.
+    and a stopped call continues. With `align` the files are read once more. For the arguments, and for arrays in memory,
+    see `redistribute`.
 
     Args:
         class_counts: labeled pixels per class, a list or name → count; or a JSON file of either.
@@ -53,6 +57,7 @@ def redistribute_folder(
         DataError: names every file that cannot be used, after all others are done.
     """
     processes = Processes.here()
+    choices: Any = {"threshold": threshold, "confidence": confidence, "sampling": sampling}
     from_file = isinstance(class_counts, (str, Path))
     classes = (
         read_class_counts(Path(class_counts))
@@ -64,24 +69,51 @@ def redistribute_folder(
         samples=_scores_in(Path(predictions)),
         out=Path(out),
         classes=classes,
-        labeling=Labeling(
-            method, ratio=labeling_ratio, threshold=threshold, confidence=confidence, sampling=sampling
-        ),
+        labeling=Labeling(method, labeling_ratio, **choices, **AlignSettings.fields(align)),
         seed=seed,
         inputs={"probabilities": str(probabilities)},
         predict_twice=predict_twice,
     )
 
-    def make_predictor(scale: ConfidenceScale, folder: Path | None) -> Predictor:
+    reader = _ScoreReader(len(classes.counts), probabilities)
+    return label_into_folder(
+        job, reader.predictor, reader.size, processes=processes, console=console, add=reader.add
+    )
+
+
+@dataclass(frozen=True)
+class _ScoreReader:
+    """What labeling does with a file of scores of so many classes."""
+
+    classes: int
+    probabilities: bool
+
+    def predictor(
+        self, scale: ConfidenceScale, *, folder: Path | None, weights: np.ndarray | None = None
+    ) -> Predictor:
+        """The predictor of files; see `MakePredictor`."""
+
         def run(sample: Sample, scores: np.ndarray) -> Prediction:
-            name = str(sample.image)
-            return decide_array(scores, len(classes.counts), scale, probabilities=probabilities, name=name)
+            return decide_array(
+                scores,
+                self.classes,
+                scale,
+                probabilities=self.probabilities,
+                name=str(sample.image),
+                weights=weights,
+            )
 
         return Predictor(lambda sample: read_scores(sample.image), run, folder)
 
-    return label_into_folder(
-        job, make_predictor, lambda path: read_scores(path).shape[-2:], processes=processes, console=console
-    )
+    def add(self, pixels: PixelSample, sample: Sample, scores: np.ndarray) -> None:
+        """Check the scores of a file and add them to a sample of pixels."""
+        sample_array(
+            pixels, scores, probabilities=self.probabilities, name=str(sample.image), sample_id=sample.id
+        )
+
+    def size(self, path: Path) -> tuple[int, ...]:
+        """Height and width of a file's scores."""
+        return read_scores(path).shape[-2:]
 
 
 def _scores_in(folder: Path) -> list[Sample]:

@@ -93,6 +93,14 @@ class Processes:
         dist.all_reduce(total)
         return total.numpy()
 
+    def to_first(self, rows: np.ndarray) -> np.ndarray:
+        """In the first process, the rows of all processes, one after the other; in the others their own."""
+        if self.count == 1:
+            return rows
+        parts: list[Any] | None = [None] * self.count if self.first else None
+        dist.gather_object(rows, parts)
+        return rows if parts is None else np.concatenate(parts)
+
     def wait(self) -> None:
         """Wait until all processes have come here."""
         if self.count > 1:
