@@ -86,7 +86,8 @@ class Decisions:
             anchored: a class that has a share from `low` to `high` with bias 0 gets bias 0.
         """
         bias, classes, shape = bias.copy(), len(bias), self.columns.shape
-        later = np.full(shape, -np.inf, np.float32)  # best score of all classes after k
+        later = np.empty(shape, np.float32)  # best score of all classes after k
+        later[-1] = -np.inf
         for k in range(classes - 2, -1, -1):
             np.add(self.columns[k + 1], np.float32(bias[k + 1]), out=later[k])
             np.maximum(later[k], later[k + 1], out=later[k])
