@@ -202,7 +202,7 @@ def align(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Wanted shares and their interval, float64 [K] each; without an interval, both ends are the share itself."""
+    """Wanted shares and their interval, float64 [K] each; `exact` if both ends are the share itself."""
 
     share: NDArray[np.float64]
     low: NDArray[np.float64]
@@ -252,7 +252,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Result:
-    """Where a search ended: the bias, float64 [K], and the classes that are at the bound and still off, bool [K]."""
+    """Where a search ended: the bias, float64 [K], and the classes that are at the bound, bool [K]."""
 
     bias: NDArray[np.float64]
     leaving: NDArray[np.bool_]
@@ -282,7 +282,7 @@ def _search(
     reachable: NDArray[np.bool_],
     bias: NDArray[np.float64],
 ) -> _Result:
-    """Move one class after the other to its share until all have theirs; `slack` pixels more or less are accepted.
+    """Move one class after the other to its share until all have theirs, up to `slack` pixels.
 
     A class that comes to the bound is held there, and the others share what it leaves; in the end it leaves.
 
@@ -325,7 +325,10 @@ def _search(
 
 
 def _centered(bias: NDArray[np.float64], wanted: _Wanted, free: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The bias with the mean 0 over free classes, by target; unchanged with an interval, whose scale is fixed."""
+    """The bias with mean 0 over free classes, weighted by target.
+
+    With an interval it is unchanged, because bias 0 has a meaning there.
+    """
     if not wanted.exact or not free.any():
         return bias
     return np.where(free, bias - np.average(bias[free], weights=wanted.share[free]), bias)

@@ -77,7 +77,7 @@ class Labeling:
             raise RecipeError(faults("These labeling settings cannot work", lines))
 
     def settings(self) -> dict[str, Any]:
-        """The fields by the names that users give them, as in `redistribution.json`; those of `align` if it is used."""
+        """The fields as users name them, as in `redistribution.json`; those of `align` only if it is used."""
         settings = {
             "method": self.method,
             "labeling_ratio": self.ratio,

@@ -140,7 +140,7 @@ def _is_kept(hashes: NDArray[np.uint64], level: int) -> NDArray[np.bool_]:
 
 
 def _relative(scores: NDArray[np.float32], probabilities: bool) -> NDArray[np.float16]:
-    """Logits, or logarithms of probabilities, relative to the largest of their pixel, [K, N] → float16 [N, K]."""
+    """Logits or log-probabilities, relative to the largest of their pixel, [K, N] → float16 [N, K]."""
     if probabilities:
         scores = np.log(scores.clip(1e-30, None))
     scores -= scores.max(axis=0)

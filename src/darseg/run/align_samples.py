@@ -1,4 +1,4 @@
-"""Align the decisions on a set of files by one process or many: sample their scores, find the class weights."""
+"""Align the decisions on a set of files by one process or many: sample scores, find class weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def align_samples(
     processes: Processes,
     progress: Progress,
 ) -> Alignment:
-    """The class weights for a set of files, kept in `file`: if that exists already, the files are not read.
+    """The class weights for a set of files, kept in `file`; if it exists, the files are not read.
 
     Args:
         read: called ahead, in threads.
