@@ -728,7 +728,7 @@ def test_keys_step_mark_and_switch(page: Callable[..., Visit], run: Path) -> Non
     press("]")
     assert over.evaluate("image => image.style.opacity") == "0.5"
     press("o")
-    assert text('.sheet img[alt=""][src]').count() == 0
+    text('.sheet img[alt=""][src]').wait_for(state="detached")
     press("o")
     text('.sheet img[alt=""][src]').wait_for()
     press("?")
