@@ -15,11 +15,12 @@ from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.data.encoding import LabelEncoding
 from darseg.model.predict import Protocol
+from darseg.run.build import spec_of
 from darseg.run.directory import _described
 from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage_format_1
-from darseg.run.plan import learner_settings, plan_rounds, stage_of
+from darseg.run.plan import plan_rounds
 from darseg.run.settings import Inputs, digest_settings
-from darseg.run.steps.train import TrainSettings
+from darseg.run.steps.train import TrainSettings, settings_of
 from darseg.training.optimize import SGD, Adam, AdamW, OptimizerKind
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage
@@ -29,21 +30,12 @@ OLD = REPOSITORY / "tests" / "assets" / "run_0.2" / "run"
 
 def train_settings(tmp_path: Path) -> TrainSettings:
     """Those of round 0 of the old run folder, as train_round makes them."""
-    from darseg.run.build import auxiliary_weight_of, spec_of
-
     path = tmp_path / "recipe.yaml"
     path.write_text((OLD / "recipe.yaml").read_text())
     recipe = load_recipe(path)
     network = spec_of(recipe).build()
     planned = plan_rounds(recipe, labeled=4, unlabeled=5, fill=network.fill)[0]
-    return TrainSettings(
-        stage=stage_of(recipe, planned),
-        learner=learner_settings(recipe, planned),
-        augmentation=planned.augmentation,
-        batch=(planned.batch, planned.pseudo_batch),
-        auxiliary_weight=auxiliary_weight_of(recipe),
-        network=spec_of(recipe),
-    )
+    return settings_of(recipe, planned, pseudo=False)
 
 
 def test_format_1_is_what_0_2_recorded(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ everything that came later has its default; otherwise there is none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -58,6 +58,14 @@ def as_format_1(value: Any, ignore: Sequence[str] = ()) -> dict[str, Any]:
 def digest_format_1(**settings: Any) -> str:
     """The digest of settings as format 1 computed it."""
     return digest_text(json.dumps(settings, sort_keys=True))
+
+
+def earlier_digests(digest: Callable[[], str]) -> list[str]:
+    """What earlier formats recorded for settings; nothing if `digest` meets one that they did not know."""
+    try:
+        return [digest()]
+    except LaterSetting:
+        return []
 
 
 def stage_format_1(stage: Stage, optimizer: OptimizerKind, **learner: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from darseg.run.align_samples import AddSample, align_samples
 from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path, write_json
 from darseg.run.evaluate import Trained, check_classes, load_trained
-from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
+from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import Journal
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.run.settings import digest_settings
@@ -225,11 +225,9 @@ def _digest_predictor(trained: Trained) -> dict[str, str]:
     A protocol that darseg 0.2 knew has the digest that 0.2 wrote, so that its folders go on working.
     """
     protocol = labeling_protocol(trained.recipe) if trained.recipe else None
-    try:
-        digest = digest_format_1(protocol=as_format_1(protocol) if protocol else None)
-    except LaterSetting:
-        digest = digest_settings(protocol=protocol)
-    return {"network": digest_path(trained.path), "protocol": digest}
+    digests = earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol) if protocol else None))
+    digests.append(digest_settings(protocol=protocol))
+    return {"network": digest_path(trained.path), "protocol": digests[0]}
 
 
 def _protocol_of(trained: Trained) -> Callable[[np.ndarray], Protocol]:

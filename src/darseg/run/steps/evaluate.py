@@ -10,7 +10,7 @@ from darseg.run.build import evaluation_protocol, load_to_predict
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
 from darseg.run.evaluate import evaluate_samples
-from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
+from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
@@ -30,20 +30,13 @@ def evaluate_round(course: Course, round_: Round) -> tuple[Scores, StepRecord]:
             "validation": course.data["validation"],
             "network": digest_path(course.run.network(round_.index)),
         },
-        _earlier_settings(protocol),
+        earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol))),
     )
     step = Step("evaluate", round_.index, inputs, work=lambda: _score(course, round_, protocol))
     record = complete(course, step)
     # The first process reads: on a network disk others may not see yet what it has just written.
     described = course.processes.from_first(lambda: json.loads(course.path(round_, SCORES).read_text()))
     return Scores.from_json(described), record
-
-
-def _earlier_settings(protocol: Protocol) -> list[str]:
-    try:
-        return [digest_format_1(protocol=as_format_1(protocol))]
-    except LaterSetting:
-        return []
 
 
 def _score(course: Course, round_: Round, protocol: Protocol) -> Work:

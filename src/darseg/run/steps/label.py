@@ -16,7 +16,7 @@ from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
 from darseg.run.build import labeling_protocol, load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
-from darseg.run.formats import LaterSetting, as_format_1, digest_format_1
+from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import NEVER
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
 from darseg.run.marks import fix_excluded, without
@@ -60,11 +60,6 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
 
 def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:
     protocol, labeling = labeling_protocol(course.recipe), task.labeling
-    try:
-        settings = as_format_1(labeling) | {"seed": task.seed}
-        earlier = [digest_format_1(protocol=as_format_1(protocol), **settings)]
-    except LaterSetting:
-        earlier = []
     digests = {
         "settings": digest_settings(protocol=protocol, labeling=labeling, seed=task.seed),
         "labeled": course.data["labeled"],
@@ -73,6 +68,9 @@ def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[
     }
     if excluded:
         digests["excluded"] = digest_settings(ids=list(excluded))
+    earlier = earlier_digests(
+        lambda: digest_format_1(protocol=as_format_1(protocol), **as_format_1(labeling), seed=task.seed)
+    )
     return Inputs(digests, earlier)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from darseg.config.recipe import Recipe
 from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, StreamPlace, stream_batches
 from darseg.data.dataset import Cache
@@ -18,7 +19,7 @@ from darseg.model.weights import load_network, save_network
 from darseg.run.build import auxiliary_weight_of, pick_device, spec_of
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path
-from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage_format_1
+from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
 from darseg.run.machine import cache_limit, workers_for
 from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
 from darseg.run.remedies import explain_memory, less_to_train
@@ -55,20 +56,31 @@ class TrainSettings:
         """What earlier formats of the run folder recorded for these settings."""
         learner = asdict(self.learner)
         del learner["optimizer"]
-        try:
-            return [
-                digest_format_1(
-                    stage=stage_format_1(self.stage, self.learner.optimizer, **learner),
-                    augmentation=as_format_1(self.augmentation),
-                    batch=self.batch,
-                    auxiliary_weight=self.auxiliary_weight,
-                    pseudo_weight=self.pseudo_weight,
-                    network=as_format_1(self.network),
-                    recompute=self.recompute,
-                )
-            ]
-        except LaterSetting:
-            return []
+        return earlier_digests(
+            lambda: digest_format_1(
+                stage=stage_format_1(self.stage, self.learner.optimizer, **learner),
+                augmentation=as_format_1(self.augmentation),
+                batch=self.batch,
+                auxiliary_weight=self.auxiliary_weight,
+                pseudo_weight=self.pseudo_weight,
+                network=as_format_1(self.network),
+                recompute=self.recompute,
+            )
+        )
+
+
+def settings_of(recipe: Recipe, round_: Round, *, pseudo: bool) -> TrainSettings:
+    """The settings of a round; `pseudo`: whether it has pseudo-labeled images."""
+    return TrainSettings(
+        stage=stage_of(recipe, round_),
+        learner=learner_settings(recipe, round_),
+        augmentation=round_.augmentation,
+        batch=(round_.batch, round_.pseudo_batch),
+        auxiliary_weight=auxiliary_weight_of(recipe),
+        network=spec_of(recipe),
+        pseudo_weight=recipe.training.pseudo_weight if pseudo else None,
+        recompute=recipe.training.recompute,
+    )
 
 
 def train_round(
@@ -81,17 +93,8 @@ def train_round(
         pseudo: the unlabeled samples with their pseudo labels; empty in round 0.
         network: trained in place, unless the step is finished already.
     """
-    run, recipe, index = course.run, course.recipe, round_.index
-    settings = TrainSettings(
-        stage=stage_of(recipe, round_),
-        learner=learner_settings(recipe, round_),
-        augmentation=round_.augmentation,
-        batch=(round_.batch, round_.pseudo_batch),
-        auxiliary_weight=auxiliary_weight_of(recipe),
-        network=spec_of(recipe),
-        pseudo_weight=recipe.training.pseudo_weight if pseudo else None,
-        recompute=recipe.training.recompute,
-    )
+    run, index = course.run, round_.index
+    settings = settings_of(course.recipe, round_, pseudo=bool(pseudo))
     digests = {
         "settings": settings.digest(),
         "labeled": course.data["labeled"],
