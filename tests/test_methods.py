@@ -265,6 +265,7 @@ def test_micro_batches_add_up(name: str, micro_batch: int) -> None:
 TWO = """
 import torch, torch.distributed as dist
 from darseg.training.checkpoint import load_checkpoint, save_checkpoint
+from darseg.training.processes import disconnect
 from pathlib import Path
 import test_methods as tests
 dist.init_process_group('gloo')
@@ -281,7 +282,7 @@ for name, make in tests.METHODS.items():
     dist.barrier()
     begin = load_checkpoint(Path(f'{name}_0_2'))  # the first process saves, all read its file
     save_checkpoint(tests.run(make_32(), stage, (rank, 2), begin=begin), Path(f'{name}_{rank}_resumed'))
-dist.destroy_process_group()
+disconnect()
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import time
 import warnings
@@ -58,8 +59,7 @@ class Processes:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
                 backend += ",cuda:nccl"
             dist.init_process_group(backend, timeout=PATIENCE)
-            # Otherwise its threads abort the interpreter as it ends.
-            atexit.register(dist.destroy_process_group)
+            atexit.register(disconnect)
         return cls(dist.get_rank(), count)
 
     @classmethod
@@ -234,3 +234,15 @@ class Processes:
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)
                 buffer /= self.count
+
+
+def disconnect() -> None:
+    """Leave the processes that torch.distributed connects; does nothing in a process that is alone.
+
+    The group's threads abort the interpreter as it ends (SIGABRT, "terminate called without an active exception") if
+    anything holds the group then: a wrapped network that waits for the garbage collector does.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
+        gc.collect()
