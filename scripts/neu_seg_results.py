@@ -23,9 +23,9 @@ REGIMES = {
         [
             "training.crop=[97, 97]",
             "labeling.base_size=100",
-            "labeling.window=[105, 105]",
+            "labeling.window=[113, 113]",
             "evaluation.base_size=100",
-            "evaluation.window=[105, 105]",
+            "evaluation.window=[113, 113]",
         ],
     ),
 }
