@@ -74,6 +74,11 @@ class PyramidPoolingHead(nn.Module):
             parts.append(upsample(branch(pool(features, bins)), (height, width)))
         return self.classifier(self.dropout(self.fuse(torch.cat(parts, dim=1))))
 
+    @property
+    def last(self) -> nn.Conv2d:
+        """The convolution whose bias is added to the logits once."""
+        return self.classifier
+
 
 class AuxiliaryHead(nn.Module):
     """A small classifier on stage 3 that helps training (PSPNet): [B, inputs, h, w] → [B, classes, h, w].
@@ -114,3 +119,8 @@ class AtrousHead(nn.Module):
         for branch in self.branches[1 : self.summed]:
             logits = logits + branch(features)
         return logits
+
+    @property
+    def last(self) -> nn.Module:
+        """A convolution whose bias is added to the logits once: that of the first branch, which is always summed."""
+        return self.branches[0]

@@ -6,7 +6,7 @@ Letters: B images, K classes, H x W pixels.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from darseg.model.heads import (
     upsample,
 )
 from darseg.model.sides import Sides
+
+if TYPE_CHECKING:  # it folds into networks
+    from darseg.model.aligned import AlignmentRecord
 
 ARCHITECTURES = get_args(Architecture)
 HEAD_CHANNELS = 512
@@ -48,10 +51,12 @@ class Network(FormerMethods, nn.Module):
         sides: the image sides it takes: stride * n + 1 pixels.
         mean, std: buffers of its normalization (RGB, 0..255), float32 [3].
         fill: the mean color, for padding.
+        alignment: the class weights that are folded into its classifier; None: it is as it was trained.
     """
 
     mean: Tensor
     std: Tensor
+    alignment: AlignmentRecord | None = None
 
     def __init__(
         self,

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
-from darseg.errors import RecipeError, WeightsError, faults
+from darseg.errors import DataError, RecipeError, WeightsError, faults
+from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
 from darseg.model.backbone import Backbone, TimmBackbone
 from darseg.model.heads import ATROUS_DILATIONS
 from darseg.model.network import Network, NetworkSpec
@@ -31,6 +32,9 @@ from darseg.model.torchfile import damaged, is_safetensors, read_bare, read_star
 METADATA = "darseg"
 """The only entry of a file's metadata: safetensors writes several in no fixed order, and equal networks should be equal
 files."""
+
+ALIGNMENT = "alignment"
+"""Entry of the description in a file: the class weights that are folded into the classifier."""
 
 NORMALIZATION = ("mean", "std")
 """Buffers of a network that files of other frameworks lack."""
@@ -44,6 +48,8 @@ COUNTER = "num_batches_tracked"
 
 def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
     """Write weights and `spec` to `path`, whole or not at all; equal networks give equal bytes.
+
+    Class weights that are folded in (`network.alignment`) are recorded, so that they can be taken away again.
 
     Raises WeightsError if `spec` describes another network, StorageError if the disk refuses.
     """
@@ -59,7 +65,10 @@ def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
             "built from."
         )
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    metadata = {METADATA: json.dumps(dataclasses.asdict(spec), sort_keys=True)}
+    described_in_file = dataclasses.asdict(spec)
+    if network.alignment is not None:
+        described_in_file[ALIGNMENT] = network.alignment.to_json()
+    metadata = {METADATA: json.dumps(described_in_file, sort_keys=True)}
     write_whole(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -78,6 +87,15 @@ def _identity(network: Network) -> dict[str, object]:
 
 def read_spec(path: Path) -> NetworkSpec:
     """The description of the network saved at `path`, with class names and colors. Raises WeightsError."""
+    return _read_description(path)[0]
+
+
+def read_alignment(path: Path) -> AlignmentRecord | None:
+    """The class weights in the network saved at `path`; None if there are none. Raises WeightsError."""
+    return _read_description(path)[1]
+
+
+def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
     metadata: dict[str, str] = {}
     start = read_start(path)
     try:
@@ -95,22 +113,28 @@ def read_spec(path: Path) -> NetworkSpec:
         fields = json.loads(metadata[METADATA])
         fields["class_names"] = tuple(fields["class_names"])
         fields["class_colors"] = tuple(tuple(color) for color in fields["class_colors"])
-        return NetworkSpec(**fields)
-    except (ValueError, TypeError, KeyError, RecipeError) as error:
+        record = fields.pop(ALIGNMENT, None)
+        alignment = None if record is None else AlignmentRecord.from_json(record)
+        return NetworkSpec(**fields), alignment
+    except (ValueError, TypeError, KeyError, RecipeError, DataError) as error:
         raise WeightsError(
             f"{path}: the description of the network cannot be read ({error}). If it comes from a newer darseg, upgrade "
             "with pip install --upgrade darseg; otherwise save the network again."
         ) from error
 
 
-def load_network(path: Path | str) -> Network:
-    """The network saved at `path`, on the CPU and in eval mode.
+def load_network(path: Path | str, plain: bool = False) -> Network:
+    """The network saved at `path`, on the CPU and in eval mode; `network.alignment` is its record, if it has one.
+
+    Args:
+        plain: take away the class weights that are folded into its classifier.
 
     Raises WeightsError for files that are missing, damaged or not networks of darseg, RecipeError if the backbone cannot
     be built here (timm is not installed).
     """
     path = Path(path)
-    network = read_spec(path).build()
+    spec, alignment = _read_description(path)
+    network = spec.build()
     tensors = read_tensors(path)
     expected = network.state_dict()
     problems = list(_misfits(expected, {key: key for key in expected}, tensors).values())
@@ -121,6 +145,14 @@ def load_network(path: Path | str) -> Network:
             + "\nIt may come from another version of darseg: save the network again with this one."
         )
     network.load_state_dict(tensors)
+    if alignment is not None:
+        try:
+            check_folded(network, alignment)
+        except WeightsError as error:
+            raise WeightsError(f"{path}: {error}\nRestore the file, or export the result again.") from None
+        network.alignment = alignment
+        if plain:
+            unfold_alignment(network)
     return network.eval()
 
 
@@ -138,6 +170,7 @@ class LoadReport:
         unfilled: a line for each part that stays as it was, though the file should fill it; empty if strict.
         whole: whether the file holds a whole network with heads, and not only a backbone.
         architecture: of the release, if the file has its layout.
+        unaligned: whether class weights in the file were left out, so that the network is as it was trained.
     """
 
     source: Path
@@ -147,6 +180,7 @@ class LoadReport:
     unfilled: tuple[str, ...] = ()
     whole: bool = False
     architecture: str | None = None
+    unaligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,6 +235,11 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
     with torch.no_grad():
         for key, name in match.fitting.items():
             state[key].copy_(tensors[name])  # tensors of a state dict share the memory of the network's own
+    network.alignment = _alignment_in(source) if match.whole and match.architecture is None else None
+    unaligned = network.alignment is not None and len(network.alignment.plain_bias) == network.classes
+    if unaligned:
+        unfold_alignment(network)
+    network.alignment = None
     return LoadReport(
         source,
         loaded=tuple(match.fitting),
@@ -209,7 +248,15 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
         unfilled=tuple(match.misfits.values()),
         whole=match.whole,
         architecture=match.architecture,
+        unaligned=unaligned,
     )
+
+
+def _alignment_in(source: Path) -> AlignmentRecord | None:
+    """The class weights in a file; None if it has none, or no description."""
+    with contextlib.suppress(WeightsError):
+        return read_alignment(source)
+    return None
 
 
 def _match(network: Network, tensors: Mapping[str, Tensor]) -> _Match:

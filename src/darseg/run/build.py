@@ -169,6 +169,8 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
         source += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
     if report.unused:
         source += f"; not needed: {', '.join(report.unused)}"
+    if report.unaligned:
+        source += "; its class weights are left out, since training goes on from the plain network"
     if report.architecture == "deeplabv2" and not recipe.release_quirks:
         source += (
             "; all four branches of its classifier are used here, but the release trained with two of them"
@@ -240,15 +242,18 @@ def bf16_is_emulated() -> bool:
     return pick_device().type == "cpu" and on_x86 and "AVX512" not in torch.backends.cpu.get_cpu_capability()
 
 
-def load_to_predict(path: Path) -> Network:
+def load_to_predict(path: Path, plain: bool = False) -> Network:
     """The network saved at `path`, on its device, in eval mode, BatchNorm folded: it can only predict.
+
+    Args:
+        plain: take away the class weights that are folded into its classifier.
 
     Everything that predicts loads networks here, so that one network gives the same bits everywhere (with equally many
     threads). Raises WeightsError.
     """
     # The caller may be in inference mode, and autograd does not record its tensors.
     with torch.inference_mode(False):
-        return place(fold_batchnorm(load_network(path)))
+        return place(fold_batchnorm(load_network(path, plain)))
 
 
 def place(network: Network) -> Network:

@@ -17,6 +17,7 @@ from darseg.data.dataset import Example, load_example
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RecipeError, RunError
+from darseg.model.aligned import AlignmentRecord
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Memory, Protocol, predict, whole_image
 from darseg.model.weights import read_spec
@@ -44,6 +45,11 @@ class Trained:
     spec: NetworkSpec
     recipe: Recipe | None
     path: Path
+
+    @property
+    def alignment(self) -> AlignmentRecord | None:
+        """The class weights that are part of the network; None: its decisions are plain."""
+        return self.network.alignment
 
     def classes(self) -> ClassSet:
         """Names and colors of the classes; numbers and generated colors if the file does not have them."""
