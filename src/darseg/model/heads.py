@@ -122,5 +122,5 @@ class AtrousHead(nn.Module):
 
     @property
     def last(self) -> nn.Module:
-        """A convolution whose bias is added to the logits once: that of the first branch, which is always summed."""
+        """A convolution whose bias is added to the logits once: the first branch, always summed."""
         return self.branches[0]
