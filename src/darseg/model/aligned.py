@@ -1,4 +1,4 @@
-"""Class weights as part of a network: a bias of its classifier, with a record that takes it away again.
+"""Class weights inside a network: a bias of its classifier, recorded so that it can be removed.
 
 softmax(z + log w) is p·w, renormalized, so that class weights w cost nothing at prediction and travel with any export.
 The upsampling behind the classifier keeps a constant. The auxiliary head does not predict and stays as it is.
@@ -96,7 +96,7 @@ class AlignmentRecord:
 
 
 def fold_alignment(network: Network, record: AlignmentRecord) -> Network:
-    """Multiply a network's probabilities by class weights, in place: log(weights) joins the classifier's bias.
+    """Multiply a network's probabilities by class weights, in place, as a bias of the classifier.
 
     A second folding adds to the first: the network then has the product of the weights and the facts of the second.
 
