@@ -124,7 +124,9 @@ def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
 
 
 def load_network(path: Path | str, plain: bool = False) -> Network:
-    """The network saved at `path`, on the CPU and in eval mode; `network.alignment` is its record, if it has one.
+    """The network saved at `path`, on the CPU and in eval mode.
+
+    If class weights are folded into its classifier, `network.alignment` is their record.
 
     Args:
         plain: take away the class weights that are folded into its classifier.
