@@ -8,8 +8,25 @@ it is first used, because importing torch takes seconds.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import os
+import signal
+import sys
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
+
+def _leave(*_: object) -> None:
+    """Answer Ctrl-C while the command imports modules, and after its work: end at once, without a traceback."""
+    os._exit(INTERRUPTED)
+
+
+_is_command = bool(sys.argv) and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "darseg")
+if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored
+    signal.signal(signal.SIGINT, _leave)
+
+import importlib  # noqa: E402 (modules take time to import)
+from typing import TYPE_CHECKING, Any  # noqa: E402
 
 if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.annotate.rasterize import Rasterized as Rasterized

@@ -10,15 +10,14 @@ from typing import Annotated
 
 import typer
 
-from darseg import __version__
+from darseg import INTERRUPTED, __version__
 from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import convert, evaluate, export, predict
 from darseg.cli.runs import demo, report, train, view
 from darseg.errors import DarsegError, Interrupted
+from darseg.run.console import enduring_streams
 from darseg.run.machine import keep_memory
-
-INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 
 COMPUTING = ("demo", "init", "train", "report", "evaluate", "predict", "view", "export", "label")
 """Commands that run networks, and so allocate the same tensors again and again."""
@@ -59,15 +58,37 @@ for command in (rasterize, check, plan, split):
 
 def main() -> None:
     """Run the command line: a DarsegError becomes a message and exit code 2, Ctrl-C exit code 130."""
+    with enduring_streams() as output:
+        code = _run()
+        output.flush()
+        if (
+            output.lost is not None and not code
+        ):  # a full disk; a closed pipe, as in `darseg plan … | head`, is none
+            print(
+                f"darseg: all is done, but the output could not be written: {output.lost}.", file=sys.stderr
+            )
+            code = 2
+        sys.exit(code)
+
+
+def _run() -> int | str | None:
+    """Run the command, and print the errors that it ends with.
+
+    Returns:
+        the exit code.
+    """
     try:
         app()
     except Interrupted as error:
         print(f"darseg: {error} Run the same command again to continue.", file=sys.stderr)
-        sys.exit(error.code)
+        return error.code
     except DarsegError as error:
         print(f"darseg: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    except KeyboardInterrupt:  # before typer listens
+        return INTERRUPTED
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer exits without a message
             print("darseg: interrupted. Finished work is kept.", file=sys.stderr)
-        raise
+        return end.code
+    return 0

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from darseg.data.files import storage_error
+from darseg.run.console import enduring
 
 QUIET_SECONDS = 30  # between progress lines if the console is not a terminal
 Advance = Callable[..., None]
@@ -54,6 +55,7 @@ class Journal:
     def __init__(self, path: Path | None, tensorboard: Path | None, console: Console) -> None:
         self.path = path
         self.console = console
+        console.file = enduring(console.file)
         self._tensorboard_folder = tensorboard
         self._writer = None
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run cleanly: after the present step in training, at once elsewhere."""
+"""SIGTERM, SIGINT and SIGHUP end a run cleanly: after the present step in training, at once elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from types import FrameType
 
 from darseg.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""SIGHUP comes when the terminal is closed, unless the run was started with nohup or in tmux."""
 
 TOGETHER = 1.0
 """Seconds in which signals count as one request: a terminal sends Ctrl-C to all processes, and torchrun repeats it."""
@@ -71,7 +72,10 @@ def catch_signals() -> Generator[Stop, None, None]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    handlers_before = {number: signal.signal(number, stop.handle) for number in SIGNALS}
+    # Under nohup SIGHUP is ignored, and stays so.
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in SIGNALS if not (number == signal.SIGHUP and ignored)]
+    handlers_before = {number: signal.signal(number, stop.handle) for number in heard}
     try:
         yield stop
     finally:
