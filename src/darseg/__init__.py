@@ -12,13 +12,10 @@ import os
 import signal
 import sys
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT."""
-
 
 def _leave(*_: object) -> None:
     """Answer Ctrl-C while the command imports modules, and after its work: end at once, without a traceback."""
-    os._exit(INTERRUPTED)
+    os._exit(130)  # 128 + SIGINT
 
 
 _is_command = bool(sys.argv) and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "darseg")

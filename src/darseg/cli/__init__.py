@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from darseg import INTERRUPTED, __version__
+from darseg import __version__
 from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import convert, evaluate, export, predict
@@ -18,6 +18,8 @@ from darseg.cli.runs import demo, report, train, view
 from darseg.errors import DarsegError, Interrupted
 from darseg.run.console import enduring_streams
 from darseg.run.machine import keep_memory
+
+INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 
 COMPUTING = ("demo", "init", "train", "report", "evaluate", "predict", "view", "export", "label")
 """Commands that run networks, and so allocate the same tensors again and again."""
