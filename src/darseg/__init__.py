@@ -14,7 +14,7 @@ import sys
 
 
 def _leave(*_: object) -> None:
-    """Answer Ctrl-C while the command imports modules, and after its work: end at once, without a traceback."""
+    """Answer Ctrl-C while modules are imported, and after the work: end without a traceback."""
     os._exit(130)  # 128 + SIGINT
 
 
