@@ -1,4 +1,4 @@
-"""Standard output and error that outlive their console: work goes on if nobody can read what it prints."""
+"""Standard output and error that outlive their console: work goes on if nobody reads its output."""
 
 from __future__ import annotations
 

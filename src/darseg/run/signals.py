@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP end a run cleanly: after the present step in training, at once elsewhere."""
+"""SIGTERM, SIGINT and SIGHUP end a run cleanly: after the step in training, at once elsewhere."""
 
 from __future__ import annotations
 
