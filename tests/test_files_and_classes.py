@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from darseg.data import files
 from darseg.data.classes import (
@@ -45,12 +49,93 @@ def test_a_file_is_written_and_its_folders_are_created(tmp_path: Path, data: byt
     assert names(tmp_path) == ["a", "a/b", "a/b/file.bin"]
 
 
-def test_an_earlier_file_is_replaced_even_next_to_a_leftover(tmp_path: Path):
-    path = tmp_path / "file"
+def test_an_earlier_file_is_replaced_and_no_name_aside_is_foreseen(tmp_path: Path):
+    """A link that waits under the name that earlier versions wrote aside is not followed, and stays."""
+    path, theirs = tmp_path / "file", tmp_path / "theirs"
     write_whole(path, b"earlier")
-    path.with_name("file" + ASIDE).write_bytes(b"half of something much longer")
+    theirs.write_bytes(b"precious")
+    path.with_name("file" + ASIDE).symlink_to(theirs)
     write_whole(path, b"later")
-    assert path.read_bytes() == b"later" and names(tmp_path) == ["file"]
+    assert path.read_bytes() == b"later" and theirs.read_bytes() == b"precious"
+    assert names(tmp_path) == ["file", "file.part", "theirs"]
+
+
+def test_a_link_is_replaced_by_the_file_and_not_written_through(tmp_path: Path):
+    theirs = tmp_path / "theirs"
+    theirs.write_bytes(b"precious")
+    for name in ("file", "log"):
+        (tmp_path / name).symlink_to(theirs)
+    write_whole(tmp_path / "file", b"mine")
+    with pytest.raises(OSError) as caught:
+        files.open_to_append(tmp_path / "log")
+    says(str(storage_error(caught.value, tmp_path / "log")), str(tmp_path / "log"), str(theirs), "link")
+    assert theirs.read_bytes() == b"precious" and not (tmp_path / "file").is_symlink()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o007])
+def test_files_have_the_mode_of_any_new_file_whoever_writes_them(tmp_path: Path, mask: int):
+    """safetensors writes files that only their owner can read."""
+    before = os.umask(mask)
+    try:
+        write_whole_with(tmp_path / "a", lambda aside: save_file({"a": np.zeros(3)}, aside))
+        write_whole(tmp_path / "b", b"b")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in "ab"} == {0o666 & ~mask}
+
+
+def test_only_what_a_kill_left_is_removed(tmp_path: Path):
+    """Not a file that is being written, nor a link, nor a file of the user that has almost such a name."""
+    for name in (
+        "a.0123456789abcdef.part",
+        "deep/b.png.00000000ffffffff.part",
+        "v.mp4.0123456789abcdef.part.mp4",
+    ):
+        write_whole(tmp_path / name, b"half")
+    kept = ["a.part", "thesis.0123.part", "x.0123456789ABCDEF.part", "0123456789abcdef.part.tar.gz"]
+    for name in kept:
+        write_whole(tmp_path / name, b"precious")
+    (tmp_path / "c.0123456789abcdef.part").symlink_to(tmp_path / "a.part")
+
+    def write(aside: Path) -> None:
+        aside.write_bytes(b"now")
+        files.remove_leftovers(tmp_path)
+
+    write_whole_with(tmp_path / "now", write)
+    assert names(tmp_path) == sorted([*kept, "c.0123456789abcdef.part", "deep", "now"])
+
+
+def test_a_name_of_any_length_that_the_system_takes_is_written(tmp_path: Path):
+    name = "ü" * 125 + ".png"  # 254 bytes
+    write_whole(tmp_path / name, b"data")
+    assert names(tmp_path) == [name]
+
+
+def special_files(folder: Path) -> dict[str, Path]:
+    """One of every kind of thing that is no file."""
+    os.mkfifo(folder / "pipe")
+    (folder / "folder").mkdir()
+    (folder / "link").symlink_to(folder / "pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+    return {name: folder / name for name in ("pipe", "folder", "link", "socket")} | {
+        "device": Path("/dev/zero")
+    }
+
+
+@pytest.mark.parametrize(
+    "opens",
+    [files.read_file, files.open_file, files.check_regular, files.read_json],
+    ids=lambda f: f.__name__,
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, opens: Callable[[Path], object]):
+    signal.alarm(20)  # a pipe would be waited on for ever
+    try:
+        for path in special_files(tmp_path).values():
+            with pytest.raises(OSError, match="not a file"):
+                opens(path)
+    finally:
+        signal.alarm(0)
 
 
 def test_readers_never_see_a_half_written_file(tmp_path: Path):

@@ -36,7 +36,7 @@ from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.pseudo.thresholds import Thresholds
 from darseg.run.build import layout_of, manifest_of
 from darseg.run.check import check
-from darseg.run.directory import digest_manifest, digest_samples
+from darseg.run.data_digest import digest_manifest, digest_samples
 from draw_layouts import (
     TRAIN_CITIES,
     VOC_BARE,

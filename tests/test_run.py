@@ -255,7 +255,7 @@ def test_what_a_kill_leaves_around_a_record_is_cleaned_up(
 
     begun = tmp_path / "begun"
     begun.mkdir()
-    (begun / "recipe.yaml.part").write_text("seed: 3")  # killed before the rename
+    (begun / "recipe.yaml.0123456789abcdef.part").write_text("seed: 3")  # killed before the rename
     train(load_recipe(finished / "recipe.yaml", ["rounds=[{steps: 1}]"]), begun)
     assert (begun / "summary.json").exists() and not list(begun.glob("*.part"))
 

@@ -16,7 +16,7 @@ from darseg.annotate.annotations import read_annotations
 from darseg.annotate.regions import AnnotatedImage, Annotations, paint
 from darseg.choices import AnnotationFormat
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
-from darseg.data.files import ASIDE, write_whole
+from darseg.data.files import ASIDE, read_text, remove_leftovers, write_whole
 from darseg.data.maps import label_path, write_map
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError, faults
@@ -239,11 +239,12 @@ def _choose(
 def _begin(out: Path, names: tuple[str, ...]) -> None:
     """Mark a new folder as ours. Raises RunError if it holds other files or maps of other classes."""
     marker = out / CLASSES
+    remove_leftovers(out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file. Choose another folder.")
     if marker.exists():
         try:
-            content = yaml.safe_load(marker.read_text(encoding="utf-8"))
+            content = yaml.safe_load(read_text(marker))
             earlier = content["classes"]
         except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
             raise RunError(f"{marker} was not written by this command. Choose another folder.") from None

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import UnionType
 from typing import Any, get_args
 
+from darseg.data import files
 from darseg.data.manifest import sample_id
 from darseg.errors import DataError
 
@@ -32,7 +33,7 @@ KINDS: dict[Any, str] = {
 def read_file(path: Path) -> bytes:
     """The bytes of an annotation file. Raises DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return files.read_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist. Give an annotation file, or a folder of them.") from None
     except OSError as error:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from darseg.config.recipe import Key, Recipe, resolved
+from darseg.data.files import read_text
 from darseg.errors import RecipeError, faults
 
 
@@ -102,7 +103,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = read_text(path, "utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: this recipe does not exist. Give the path of a YAML file.") from None
     except IsADirectoryError:

@@ -1,18 +1,91 @@
-"""Files appear whole: they are written aside in the same folder, flushed to the disk, then renamed."""
+"""Only files are opened as files, and what is written appears whole: written aside, then renamed.
+
+What is read may come from somebody else. A named pipe, socket or device would be waited on, or would never end, so it is
+refused before it is opened.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from darseg.errors import StorageError
 
 ASIDE = ".part"
-"""Suffix of files that are being written. A leftover is an unfinished file and is overwritten the next time."""
+"""Suffix of files that are being written."""
+
+_LEFTOVER = re.compile(r"\.[0-9a-f]{16}\.part(\.\w+)?$")
+"""Ends the names of files that are being written, or that a kill left."""
+
+LONGEST_NAME = 200
+"""Bytes of a file's name that its name aside keeps: file systems take 255."""
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+# --- reading
+
+
+def check_regular(path: Path | str) -> None:
+    """Raise OSError unless `path` is a file, or a link to one. For libraries that open files themselves."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", str(path))
+
+
+def open_file(path: Path | str) -> BinaryIO:
+    """A file, opened for reading bytes. Raises OSError; at once, too, if it is no regular file."""
+    check_regular(path)  # before it is opened, because opening a device can do something
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return file
+
+
+def read_file(path: Path | str) -> bytes:
+    """The content of a file. Raises OSError; at once, too, if it is no regular file."""
+    with open_file(path) as file:
+        return file.read()
+
+
+def read_text(path: Path | str, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text of a file. Raises OSError, or UnicodeDecodeError, which is a ValueError."""
+    text = read_file(path).decode(encoding, errors)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_json(path: Path | str, encoding: str = "utf-8") -> Any:
+    """The content of a JSON file. Raises OSError; ValueError if it is no JSON, or nested too deeply."""
+    return parse_json(read_text(path, encoding))
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError if it is no JSON, or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+
+
+# --- writing
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
@@ -22,9 +95,24 @@ def storage_error(error: OSError, path: Path) -> StorageError:
             f"The disk is full: {path} could not be written. No half-written file was left behind. "
             "Free some space and run the same command again; it goes on where it stopped."
         )
+    if error.errno == errno.ELOOP and path.is_symlink():
+        return StorageError(
+            f"{path} is a link to {os.readlink(path)}, and darseg does not write through links. Remove the link, or "
+            "put the file itself there."
+        )
     blocking = next((folder for folder in path.parents if folder.is_file()), None)
     reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
     return StorageError(f"Cannot write {path}: {reason}. Choose another folder, or change its permissions.")
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A file, opened for appending, and made if it is missing. Links are not followed. Raises OSError."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a file", str(path))
+    return os.fdopen(descriptor, "ab", buffering=0)
 
 
 def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
@@ -33,20 +121,104 @@ def write_whole_with(path: Path, write: Callable[[Path], object]) -> None:
     Raises StorageError if the disk is full or the folder cannot be written. After any error the half-written file is
     removed, and an earlier file at `path` is left as it was.
     """
-    aside = path.with_name(path.name + ASIDE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with aside_of(path) as aside:
+            write(aside)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
         cause = _os_error(error)
         if cause is None:
             raise
         raise storage_error(cause, path) from error
+
+
+@contextlib.contextmanager
+def aside_of(path: Path, suffix: str = "") -> Generator[Path, None, None]:
+    """A new, empty file next to `path`, which is renamed to `path` at the end, or removed after an error.
+
+    Nobody can know its name before, so no link can wait there. It has the mode of any new file, and is locked while it is
+    written, by which `remove_leftovers` knows it from one that a kill left.
+
+    Args:
+        suffix: ends the name, for libraries that choose a format by it.
+
+    Raises OSError.
+    """
+    aside, descriptor = _new_file(path, suffix)
+    try:
+        mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+        yield aside
+        finished = os.open(aside, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchmod(finished, mode)  # safetensors puts a file that only its owner can read in its place
+            os.fsync(finished)
+        finally:
+            os.close(finished)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def aside_name(path: Path, suffix: str = "") -> Path:
+    """A name next to `path` that no file has."""
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])
+    return path.with_name(f"{name}.{os.urandom(8).hex()}{ASIDE}{suffix}")
+
+
+def _new_file(path: Path, suffix: str) -> tuple[Path, int]:
+    """A new file next to `path`, locked, and its descriptor."""
+    while True:
+        aside = aside_name(path, suffix)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(aside, flags, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.suppress(FileNotFoundError):  # removed as a leftover before it was locked
+            if os.path.samestat(os.stat(aside, follow_symlinks=False), os.fstat(descriptor)):
+                return aside, descriptor
+        os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove half-written files that a kill left in a folder or below it.
+
+    These have a name that only `aside_of` gives, are files and not links, and no living process holds their lock. Folders
+    behind links are not entered. What cannot be removed stays.
+    """
+    for directory, _, names in os.walk(folder):
+        for name in filter(_LEFTOVER.search, names):
+            with contextlib.suppress(OSError):
+                _remove_unlocked(Path(directory, name))
+
+
+def _remove_unlocked(path: Path) -> None:
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def refuse_links_out_of(folder: Path) -> None:
+    """Raise StorageError if a writer would leave the folder through a link to a folder elsewhere.
+
+    Links to files do not matter: a file is replaced as a whole, and the link with it (see `open_to_append`).
+    """
+    root = folder.resolve()
+    for directory, folders, _ in os.walk(folder):
+        for path in (Path(directory, name) for name in folders):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise StorageError(
+                    f"{path} is a link to {os.readlink(path)}, and darseg writes nothing outside {folder}. Remove the "
+                    "link, or move the folder that it leads to here."
+                )
 
 
 def _os_error(error: BaseException) -> OSError | None:

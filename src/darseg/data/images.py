@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from darseg.data.files import read_file
 from darseg.errors import DataError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -19,6 +20,11 @@ PNG_COLORS = {0: "gray", 2: "RGB", 3: "palette", 4: "gray with alpha", 6: "RGB w
 
 JPEG_MARK = b"\xff\xd8"
 TIFF_MARKS = (b"II*\0", b"MM\0*")
+PICTURE_MARKS = (JPEG_MARK, b"\x89PNG", b"BM", *TIFF_MARKS, b"II+\0", b"MM\0+")
+"""Beginnings of the files that are decoded; WebP has its name after a length. OpenCV knows more formats."""
+
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+"""Those that files of IMAGE_SUFFIXES may hold. Pillow would also give PostScript to Ghostscript, which runs it."""
 
 BITS_PER_SAMPLE, ORIENTATION = 258, 274
 """TIFF tags."""
@@ -47,7 +53,11 @@ def read_image(path: Path | str) -> NDArray[np.uint8]:
     eight_bits = data[24] <= 8 if is_png(data) else data.startswith(JPEG_MARK)
     flags = cv2.IMREAD_COLOR if eight_bits else cv2.IMREAD_UNCHANGED
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = (
+            cv2.imdecode(np.frombuffer(data, np.uint8), flags | cv2.IMREAD_IGNORE_ORIENTATION)
+            if is_picture(data)
+            else None
+        )
     except cv2.error:  # an empty file, among others
         image = None
     if image is None:
@@ -88,7 +98,7 @@ def open_with_pillow(data: bytes) -> tuple[Image.Image, int]:
 
     Pillow may raise any error.
     """
-    image = Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     return image, max(
         getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8 if image.format != "TIFF" else 1,))
     )
@@ -103,7 +113,7 @@ def image_size(path: Path) -> tuple[int, int]:
 def read_bytes(path: Path) -> bytes:
     """The content of a file. Raises DataError if it cannot be read."""
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         raise DataError(
             f"{path}: this file does not exist. Check the list and the folders in the recipe."
@@ -135,6 +145,11 @@ def _unturned(tiff: bytes) -> bytes:
         if number(at, 2) == ORIENTATION:
             return tiff[: at + 8] + (1).to_bytes(2, order) + tiff[at + 10 :]
     return tiff
+
+
+def is_picture(data: bytes) -> bool:
+    """Whether a file begins as one of the formats of IMAGE_SUFFIXES; its own suffix does not matter."""
+    return data.startswith(PICTURE_MARKS) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP")
 
 
 def is_png(data: bytes) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from darseg.data.encoding import IDS_SUFFIX, TRAIN_IDS_SUFFIX
+from darseg.data.files import read_text
 from darseg.errors import DataError
 
 CITIES = (
@@ -271,6 +272,6 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 def _list(path: Path) -> list[str]:
     """Ids of one of VOC's lists; empty if the list is missing."""
     try:
-        return path.read_text(encoding="utf-8").split()
+        return read_text(path).split()
     except FileNotFoundError:
         return []

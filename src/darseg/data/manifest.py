@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from darseg.data.classes import ClassSet
 from darseg.data.encoding import PLAIN, LabelEncoding
+from darseg.data.files import read_text
 from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
@@ -240,7 +241,7 @@ def _sample(source: Source, name: str, *, image: Path, label: Path | None) -> Sa
 
 def _read_list(source: Source, list_file: Path) -> list[Sample]:
     try:
-        lines = list_file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(list_file, "utf-8-sig").splitlines()
     except FileNotFoundError:
         raise DataError(
             f"{list_file}: this list file does not exist. Check the data section of the recipe, or draw lists with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 import cv2
 import numpy as np
 
-from darseg.data.files import ASIDE, storage_error
+from darseg.data.files import aside_of, check_regular, storage_error
 from darseg.errors import DataError, StorageError
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -81,8 +82,14 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
 
 
 def _open(path: Path) -> cv2.VideoCapture:
-    if not path.is_file():
-        raise DataError(f"{path}: this video file does not exist. Check the path.")
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        raise DataError(f"{path}: this video file does not exist. Check the path.") from None
+    except OSError as error:
+        raise DataError(
+            f"{path}: this video cannot be read ({error.strerror}). Give a video file."
+        ) from error
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     if not capture.isOpened():
         raise DataError(
@@ -100,7 +107,8 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: float) -> None:
         self.path, self.rate = path, rate
-        self._aside = path.with_name(path.stem + ASIDE + path.suffix)  # the suffix tells FFmpeg the format
+        self._parts = contextlib.ExitStack()  # closes the file aside, and so lets it appear or removes it
+        self._aside = path
         self._writer: cv2.VideoWriter | None = None
         self._size = (0, 0)
         self._frames = 0
@@ -111,6 +119,8 @@ class VideoWriter:
         if self._writer is None:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
+                # The suffix tells FFmpeg the format.
+                self._aside = self._parts.enter_context(aside_of(self.path, self.path.suffix))
             except OSError as error:
                 raise storage_error(error, self.path) from error
             code = cv2.VideoWriter.fourcc(*CODEC)
@@ -142,22 +152,20 @@ class VideoWriter:
             # OpenCV reports no error if the disk is full; only the file itself shows it.
             if video_facts(self._aside).frames != self._frames:
                 raise DataError("frames are missing")
-            with open(self._aside, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(self._aside, self.path)
+            self._parts.close()
         except OSError as error:
             raise storage_error(error, self.path) from error
         except DataError as error:
+            self.abandon()
             raise StorageError(
                 f"{self.path} could not be written whole. The disk may be full. Free some space and predict this video "
                 "again."
             ) from error
-        finally:
-            self._aside.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Stop writing and leave no file behind."""
         if self._writer is not None:
             self._writer.release()
             self._writer = None
-        self._aside.unlink(missing_ok=True)
+        error = DataError("abandoned")
+        self._parts.__exit__(type(error), error, None)  # so the file aside is removed

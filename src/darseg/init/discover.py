@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from darseg.data.files import open_file
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES, decode_label
 from darseg.data.video import VIDEO_SUFFIXES
@@ -214,7 +215,7 @@ def _finder(images: Sequence[Picture]) -> Callable[[Picture], Picture | None]:
 def _annotation_kind(path: Path) -> str:
     """The annotation format of a file, by its beginning and end; empty for anything else."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             head = file.read(1 << 16)
             file.seek(max(0, path.stat().st_size - (1 << 12)))
             text = (head + file.read()).decode("utf-8", "replace")

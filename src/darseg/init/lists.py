@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from darseg.data.files import read_text
 from darseg.init.words import SPLITS
 
 LIST_FOLDERS = (".", "lists", "splits", "ImageSets/Segmentation", "ImageSets")
@@ -32,7 +33,7 @@ def read_lists(root: Path, images: Sequence[Path]) -> Lists:
             if path is None or split in lists.images:
                 continue
             try:
-                lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+                lines = [line.strip() for line in read_text(path, "utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError):
                 continue
             named = list(dict.fromkeys(image for line in lines if (image := image_for(line)) is not None))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from darseg.data.files import parse_json, read_text
 from darseg.data.images import IMAGE_SUFFIXES
 
 NAME_FILES = (
@@ -46,11 +46,11 @@ def find_names(folders: Iterable[Path]) -> list[NameList]:
                 if not path.is_file() or path.stat().st_size > LARGEST_FILE:
                     continue
                 try:
-                    text = path.read_text(encoding="utf-8-sig")
+                    text = read_text(path, "utf-8-sig")
                     if suffix in (".txt", ".names", ".csv"):
                         rows = _rows_of_text(text)
                     else:
-                        rows = _rows_of_data(json.loads(text) if suffix == ".json" else yaml.safe_load(text))
+                        rows = _rows_of_data(parse_json(text) if suffix == ".json" else yaml.safe_load(text))
                 except (OSError, ValueError, yaml.YAMLError, RecursionError):
                     continue
                 names = _name_list(path, rows)

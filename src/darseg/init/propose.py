@@ -11,7 +11,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
-from darseg.data.files import ASIDE, write_whole
+from darseg.data.files import aside_name, read_file, write_whole
 from darseg.data.images import image_size
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.init.data import draft_published, draft_unknown
@@ -84,7 +84,7 @@ def propose_recipe(
 
 def _count_images(draft: Draft, out: Path) -> None:
     """Numbers and sizes of a published set's images."""
-    aside = out.with_name(out.name + ASIDE)
+    aside = aside_name(out)
     lines = [*data_lines(draft, {}, out), "network: {weights: none}", "rounds: [{steps: 1}]"]
     try:
         write_whole(aside, "\n".join(lines) + "\n")
@@ -105,9 +105,9 @@ def _count_images(draft: Draft, out: Path) -> None:
 def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) -> Proposal:
     """Write recipe and lists; if anything fails, all files are as before."""
     before: dict[Path, bytes | None] = {}  # list → its earlier content
-    aside = out.with_name(out.name + ASIDE)
+    aside = aside_name(out)
     try:
-        text = _first_form_that_works(draft, fit, out, lists=lists, before=before)
+        text = _first_form_that_works(draft, fit, aside, lists=lists, before=before)
         findings = check(load_recipe(aside), console)
         draft.warnings += [*findings.faults, *findings.warnings]
         draft.notes += findings.notes
@@ -127,25 +127,24 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
 
 
 def _first_form_that_works(
-    draft: Draft, fit: Fit, out: Path, *, lists: Path, before: dict[Path, bytes | None]
+    draft: Draft, fit: Fit, aside: Path, *, lists: Path, before: dict[Path, bytes | None]
 ) -> str:
-    """The recipe's text with the simplest form that gives the intended roles; also written aside.
+    """The recipe's text with the simplest form that gives the intended roles; also written to `aside`.
 
     The last form needs list files: they are written, and what they replace goes to `before`.
     """
-    aside = out.with_name(out.name + ASIDE)
     *simple, last = draft.forms
     for form in simple:
-        text = recipe_text(draft, fit, form, out=out)
+        text = recipe_text(draft, fit, form, out=aside)
         write_whole(aside, text)
         if _gives_roles(load_recipe(aside), draft):
             return text
     for role, pairs in (draft.roles or {}).items():
         if pairs:
             path = lists / f"{role}.txt"
-            before[path] = path.read_bytes() if path.exists() else None
+            before[path] = read_file(path) if path.exists() else None
             write_whole(path, "".join(f"{_line(draft.root, pair)}\n" for pair in pairs))
-    text = recipe_text(draft, fit, last, out=out)
+    text = recipe_text(draft, fit, last, out=aside)
     write_whole(aside, text)
     return text
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from darseg.data.images import image_size
+from darseg.data.images import image_size, open_with_pillow, read_bytes
 from darseg.data.labels import decode_label
 from darseg.errors import DataError
 from darseg.init.discover import FoundImage
@@ -123,8 +122,8 @@ def read_label_content(path: Path) -> LabelContent:
     pixels = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value >= 0}
     palette: tuple[RGB, ...] = ()
     if not colors and path.suffix.lower() == ".png":
-        with Image.open(path) as image:
-            flat = image.getpalette("RGB") if image.mode == "P" else None
+        image, _ = open_with_pillow(read_bytes(path))
+        flat = image.getpalette("RGB") if image.mode == "P" else None
         if flat:
             palette = tuple((flat[at], flat[at + 1], flat[at + 2]) for at in range(0, len(flat), 3))
     height, width = raw.shape

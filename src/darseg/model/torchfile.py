@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from darseg.data.files import open_file
 from darseg.errors import WeightsError
 
 HARMLESS_PACKAGES = ("torch", "collections")
@@ -64,7 +65,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def read_start(path: Path) -> bytes:
     """The first bytes of `path`. Raises WeightsError unless it is a file that could hold weights."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(64)
     except OSError as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror

@@ -18,7 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darseg.data.encoding import PLAIN
-from darseg.data.files import storage_error, write_whole
+from darseg.data.files import (
+    open_to_append,
+    parse_json,
+    read_file,
+    read_json,
+    read_text,
+    storage_error,
+    write_whole,
+)
 from darseg.data.manifest import Sample
 from darseg.data.maps import label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
@@ -56,9 +64,9 @@ class PseudoLabelSet:
             histogram: file of `ConfidenceHistogram.to_bytes`.
             thresholds: JSON file of `to_json`.
         """
-        described = json.loads(thresholds.read_text())
+        described = read_json(thresholds)
         kept = np.array(described["kept"], np.int64)
-        counts = ConfidenceHistogram.from_bytes(histogram.read_bytes())
+        counts = ConfidenceHistogram.from_bytes(read_file(histogram))
         return cls(folder=folder, histogram=counts, thresholds=Thresholds.from_json(described), kept=kept)
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
@@ -76,7 +84,7 @@ def prediction_path(folder: Path, sample_id: str) -> Path:
 def read_prediction(folder: Path, sample_id: str) -> Prediction | None:
     """A waiting prediction; None if it is missing or damaged and has to be made again."""
     try:
-        return Prediction.from_bytes(prediction_path(folder, sample_id).read_bytes())
+        return Prediction.from_bytes(read_file(prediction_path(folder, sample_id)))
     except (OSError, DataError):
         return None
 
@@ -143,8 +151,8 @@ class FactsLog:
         # The line break comes first, so that a line cut off by a kill does not spoil the next one.
         line = "\n" + json.dumps({"id": sample_id, **facts.to_json()})
         try:
-            with self._lock, open(self.path, "a", encoding="utf-8") as file:
-                file.write(line)
+            with self._lock, open_to_append(self.path) as file:
+                file.write(line.encode())
         except OSError as error:
             raise storage_error(error, self.path) from error
 
@@ -156,9 +164,9 @@ def read_facts_logs(paths: Iterable[Path], classes: int) -> dict[str, ImageFacts
     """
     facts_by_id = {}
     for path in paths:
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_text(path, errors="replace").splitlines():
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 sample_id, facts = entry["id"], ImageFacts.from_json(entry, classes)
             except (ValueError, KeyError, TypeError):
                 continue
@@ -261,7 +269,7 @@ def assign_labels(
     missing = []
     for sample in samples:
         path = label_path(labels, sample.id)
-        existing = cv2.imread(str(path), cv2.IMREAD_UNCHANGED) if path.exists() else None
+        existing = _read_map(path)
         if existing is None:
             missing.append(sample)
         else:
@@ -269,3 +277,11 @@ def assign_labels(
             advance()
     predictor.run(missing, write, advance)
     return kept
+
+
+def _read_map(path: Path) -> np.ndarray | None:
+    """A label map that was written before; None if it is missing or damaged and has to be made again."""
+    try:
+        return cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_UNCHANGED)
+    except (OSError, cv2.error):
+        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from darseg.data.classes import ClassSet
+from darseg.data.files import read_json, read_text
 from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.pseudo.distribution import count_labels
@@ -169,7 +169,7 @@ def read_run(root: Path | str) -> RunFacts:
     started = [*journal.events("started"), {}][0]
     return RunFacts(
         root=Path(root),
-        recipe_text=run.recipe.read_text(encoding="utf-8"),
+        recipe_text=read_text(run.recipe),
         method=recipe.labeling.method,
         seed=recipe.seed,
         classes=classes,
@@ -251,7 +251,7 @@ def _curve(events: Sequence[dict]) -> Curve:
 def _read(path: Path) -> Any:
     """A JSON object; None if there is no such file. Raises RunError if it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 import darseg
-from darseg.data.files import write_whole
+from darseg.data.files import open_file, write_whole
 from darseg.errors import RunError
 from darseg.report.elements import Chart, direction, figure_of, signed
 
@@ -107,7 +107,7 @@ def _policy(*scripts: str) -> str:
 
 
 def _beginning(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(400)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from darseg.data.files import read_json
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
@@ -66,7 +66,7 @@ def _read_alignment(file: Path) -> Alignment | None:
     if not file.exists():
         return None
     try:
-        return Alignment.from_json(json.loads(file.read_text()))
+        return Alignment.from_json(read_json(file))
     except (OSError, ValueError, DataError) as error:
         raise RunError(
             f"{file} is damaged ({error}). Remove it, and the class weights are found again."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 
 import cv2
@@ -12,10 +11,11 @@ import torch
 import darseg
 from darseg.config.text import dump_recipe
 from darseg.data.examine import reading_notes
-from darseg.data.files import write_whole
+from darseg.data.files import read_json, write_whole
 from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
 from darseg.run.course import Course
-from darseg.run.directory import RecipeChanges, write_json, written_since
+from darseg.run.data_digest import written_since
+from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
 from darseg.run.plan import describe_shares
 
@@ -87,7 +87,7 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
         journal.event("recipe_changed", keys=list(changes.free))
         journal.say(f"Changed in the recipe: {'; '.join(changes.free)}")
         write_whole(run.recipe, dump_recipe(course.recipe))
-    first = json.loads(run.environment.read_text())
+    first = read_json(run.environment)
     changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]
     if changed:
         journal.warn(

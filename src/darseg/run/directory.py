@@ -19,25 +19,29 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from darseg.data.encoding import PLAIN, LabelEncoding
-from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
-from darseg.data.manifest import Manifest, Sample
-from darseg.errors import DataError, FormatError, RunError, faults
+from darseg.data.files import (
+    ASIDE,
+    open_file,
+    open_to_append,
+    read_json,
+    refuse_links_out_of,
+    remove_leftovers,
+    storage_error,
+    write_whole,
+    write_whole_with,
+)
+from darseg.errors import FormatError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
-from darseg.run.settings import Inputs, default_of, digest_text
-
-ENCODING_OF_FORMAT_1 = ("format", "values", "other", "ignore", "colors", "city_ids")
-"""Fields of a label encoding that digests of data have always named."""
+from darseg.run.settings import Inputs, digest_text
 
 FORMAT = 2
 """The format of the run folders that this version writes. It also reads format 1, darseg 0.2's (see formats.py)."""
@@ -129,7 +133,7 @@ class RunDirectory:
 
     def drop_checkpoints(self, index: int, keep: int = 0) -> None:
         """Remove all checkpoints but the latest `keep`, and the half-written one that a kill may have left."""
-        halves = self.round(index).glob(f"checkpoint_*.safetensors{ASIDE}")
+        halves = self.round(index).glob(f"checkpoint_*.safetensors*{ASIDE}")
         for path in (*self.checkpoints(index)[keep:], *halves):
             path.unlink(missing_ok=True)
 
@@ -138,17 +142,20 @@ class RunDirectory:
         """Hold an exclusive lock on the run folder; the system releases it when the process ends.
 
         The locked file is the journal, opened for writing: NFS then locks it for all machines, which it does not do for
-        a folder. Yields False if the file system has no locks. Raises RunError if another process holds the lock, and
-        StorageError if the journal cannot be written.
+        a folder. What a kill left half-written is removed.
+
+        Yields False if the file system has no locks. Raises RunError if another process holds the lock; StorageError if
+        the journal cannot be written, or if a link leads out of the folder.
         """
+        refuse_links_out_of(self.root)
         try:
-            descriptor = os.open(self.journal, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            journal = open_to_append(self.journal)
         except OSError as error:
             raise storage_error(error, self.journal) from error
         locked = True
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunError(
                     f"{self.root}: another process is working in this run folder. Wait for it, end it, or start another "
@@ -156,9 +163,10 @@ class RunDirectory:
                 ) from None
             except OSError:
                 locked = False
+            remove_leftovers(self.root)
             yield locked
         finally:
-            os.close(descriptor)
+            journal.close()
 
     def labels(self, index: int) -> Path:
         return self.round(index) / "labels"
@@ -190,7 +198,7 @@ class RunDirectory:
         """
         path = self.round(index) / "images.json"
         try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+            entries = read_json(path)
             return {name: ImageFacts.from_json(entry, classes) for name, entry in entries.items()}
         except FileNotFoundError:
             return {}
@@ -207,7 +215,7 @@ class RunDirectory:
         """The record of a step, None if it is not finished. Raises RunError if the record is damaged."""
         path = self.record_path(index, step)
         try:
-            return StepRecord(**json.loads(path.read_text()))
+            return StepRecord(**read_json(path))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -338,7 +346,7 @@ def _check_format(run: RunDirectory) -> None:
     if not run.format.exists():
         return
     try:
-        number = json.loads(run.format.read_text())["format"]
+        number = read_json(run.format)["format"]
         newer = number > FORMAT
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(
@@ -358,7 +366,7 @@ def _check_unchanged(run: RunDirectory, changes: RecipeChanges, data: Mapping[st
             faults(f"{run.root} was begun with another recipe", changes.binding)
             + "\nUndo these changes to go on with that run, or start another run with --out NEW_FOLDER."
         )
-    recorded = json.loads(run.data.read_text()) if run.data.exists() else dict(data)
+    recorded = read_json(run.data) if run.data.exists() else dict(data)
     roles = [role for role in sorted({*recorded, *data}) if recorded.get(role) != data.get(role)]
     if roles:
         raise RunError(
@@ -384,55 +392,10 @@ def digest_path(path: Path) -> str:
     if not path.exists():
         return "missing"
     sha = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(1 << 20):
             sha.update(block)
     return sha.hexdigest()
-
-
-def digest_samples(samples: Iterable[Sample]) -> str:
-    """SHA-256 over ids, file sizes and how labels are read.
-
-    It changes if files are added, removed or changed in size, and needs no reading of contents (see `written_since`).
-    """
-    lines, missing = [], []
-    for sample in samples:
-        try:
-            label = sample.label.stat().st_size if sample.label else "-"
-            encoding = "" if sample.encoding == PLAIN else f"\t{_described(sample.encoding)}"
-            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}")
-        except OSError as error:
-            missing.append(f"{error.filename}: {error.strerror}")
-    if missing:
-        raise DataError(faults("Files of the data set cannot be read", missing))
-    return digest_text("\n".join(lines))
-
-
-def _described(encoding: LabelEncoding) -> str:
-    """An encoding as text, as format 1 had it; a later field counts if it is not at its default."""
-    values = [
-        f"{item.name}={getattr(encoding, item.name)!r}"
-        for item in fields(encoding)
-        if item.name in ENCODING_OF_FORMAT_1 or getattr(encoding, item.name) != default_of(item)
-    ]
-    return f"LabelEncoding({', '.join(values)})"
-
-
-def written_since(manifest: Manifest, moment: float) -> list[Path]:
-    """Images and label maps written after `moment` (seconds since 1970), perhaps with other content."""
-    paths = {
-        path
-        for samples in manifest.roles().values()
-        for sample in samples
-        for path in (sample.image, sample.label)
-        if path is not None
-    }
-    return sorted(path for path in paths if path.stat().st_mtime > moment)
-
-
-def digest_manifest(manifest: Manifest) -> dict[str, str]:
-    """Role → digest of its samples."""
-    return {role: digest_samples(samples) for role, samples in manifest.roles().items()}
 
 
 def digest_state(state: Mapping[str, torch.Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from darseg.data.files import read_json
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
@@ -106,6 +106,6 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
     if record := run.read_record(index, "train"):
         training["steps"] = record.facts["steps"]
     if run.read_record(index, "evaluate"):
-        training["mean_iou"] = json.loads((run.round(index) / "scores.json").read_text())["mean_iou"]
+        training["mean_iou"] = read_json(run.round(index) / "scores.json")["mean_iou"]
         training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
     return facts | {"training": training}

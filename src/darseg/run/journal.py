@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from darseg.data.files import storage_error
+from darseg.data.files import open_file, open_to_append, read_text, storage_error
 from darseg.run.console import enduring
 
 QUIET_SECONDS = 30  # between progress lines if the console is not a terminal
@@ -67,8 +67,8 @@ class Journal:
         try:
             # If a kill cut off the last line, the new one must not continue it.
             torn = self.path.exists() and not _ends_with_newline(self.path)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(("\n" if torn else "") + line + "\n")
+            with open_to_append(self.path) as file:
+                file.write((("\n" if torn else "") + line + "\n").encode())
         except OSError as error:
             raise storage_error(error, self.path) from error
 
@@ -98,7 +98,7 @@ class Journal:
         if self.path is None or not self.path.exists():
             return []
         entries = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_text(self.path, errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except ValueError:
@@ -177,7 +177,7 @@ class Journal:
 
 
 def _ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(0, 2)
         if file.tell() == 0:
             return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from darseg.config.recipe import LabelingConfig, Recipe
-from darseg.data.files import ASIDE
+from darseg.data.files import ASIDE, read_json, refuse_links_out_of, remove_leftovers
 from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.manifest import Sample, count_pixels, find_files
-from darseg.errors import DataError, RunError
+from darseg.errors import DataError, RunError, faults
 from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import Confidence, Labeling, LabelingMethod, Sampling
@@ -93,8 +92,20 @@ class FolderJob:
     @cached_property
     def file_states(self) -> dict[str, list[int]]:
         """Id → size and time of the last change: arrays of equal shape make files of equal size."""
-        stats = {sample.id: sample.image.stat() for sample in self.samples}
-        return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        states, problems = {}, []
+        for sample in self.samples:
+            try:
+                stat = sample.image.stat()
+                states[sample.id] = [stat.st_size, stat.st_mtime_ns]
+            except OSError as error:
+                dangling = sample.image.is_symlink() and isinstance(error, FileNotFoundError)
+                reason = "it is a link to a file that does not exist" if dangling else error.strerror
+                problems.append(f"{sample.image}: {reason}")
+        if problems:
+            raise DataError(
+                faults(f"{self.source}: these files cannot be read. Restore or remove them", problems)
+            )
+        return states
 
     @cached_property
     def record(self) -> dict[str, Any]:
@@ -289,11 +300,13 @@ def label_into_folder(
         names = list(job.classes.names) if job.classes.names else None
         described = labels.to_json() | aligned | {"classes": names, "images": len(job.samples)}
         processes.from_first(lambda: _finish(job, described))
-    return json.loads(job.result.read_text())
+    return read_json(job.result)
 
 
 def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
     """Record what is begun, or check that an earlier call began the same. Returns if that finished."""
+    refuse_links_out_of(job.out)
+    remove_leftovers(job.out)
     if job.marker.exists():
         _resume(job)
         return False
@@ -360,7 +373,7 @@ def _check_same(job: FolderJob, path: Path, changed: Sequence[str]) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path)
     except (OSError, ValueError) as error:
         raise RunError(f"{path} is damaged ({error}). Choose another folder.") from error
     keys = ("settings", "inputs")
@@ -372,7 +385,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 def read_class_counts(path: Path) -> ClassCounts:
     """Labeled pixels per class from a JSON file: a list, or name → count. Raises DataError."""
     try:
-        return check_class_counts(json.loads(path.read_text(encoding="utf-8-sig")), str(path))
+        return check_class_counts(read_json(path, "utf-8-sig"), str(path))
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file. Give the labeled pixels per class as JSON; for example [9000, 120]."

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darseg.data.files import write_whole
+from darseg.data.files import read_file, write_whole
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
@@ -82,7 +82,7 @@ def label_samples(
     """
     own = processes.share(samples)
     if files.histogram.exists():
-        histogram = ConfidenceHistogram.from_bytes(files.histogram.read_bytes())
+        histogram = ConfidenceHistogram.from_bytes(read_file(files.histogram))
         processes.wait()
     else:
         with progress("predict", len(own)) as advance:

@@ -6,12 +6,12 @@ own `excluded.json` before it counts confidences, and then uses that copy. A rou
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from darseg.data.files import read_json
 from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
 from darseg.run.build import manifest_of, recipe_of
@@ -114,7 +114,7 @@ def without(samples: Sequence[Sample], ids: Collection[str]) -> tuple[Sample, ..
 def _read_list(path: Path, remedy: str) -> list[Any]:
     """A JSON list, empty if there is no such file. Raises RunError that ends with the remedy."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:

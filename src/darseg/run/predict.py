@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from darseg.choices import Existing, PredictionKind
+from darseg.data.files import remove_leftovers
 from darseg.data.images import read_image
 from darseg.data.maps import write_map
 from darseg.data.pipeline import ahead_of, overlapped
@@ -107,6 +108,8 @@ def _check_outputs(out: Path, kinds: Sequence[str], existing: str) -> Outputs:
         raise RunError(f"{out} is a file. Give a folder for the predictions, after the images.")
     if RunDirectory(out).recipe.exists():
         raise RunError(f"{out} is a run folder. Give another folder for the predictions, after the images.")
+    for kind in kinds:
+        remove_leftovers(out / kind)
     return Outputs(out, kinds)
 
 

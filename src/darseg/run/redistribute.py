@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from darseg.data.files import check_regular
 from darseg.data.manifest import Sample, find_files
 from darseg.data.prediction import ConfidenceScale, Prediction
 from darseg.errors import DataError
@@ -130,6 +131,7 @@ _PARSING = threading.Lock()
 
 def _load(path: Path) -> np.ndarray | list[str]:
     """The array of a file; the names of the arrays if a .npz does not have exactly one."""
+    check_regular(path)
     content = np.load(path, allow_pickle=False)
     if isinstance(content, np.ndarray):
         return content

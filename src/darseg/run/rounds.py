@@ -21,10 +21,10 @@ from darseg.run.begin import FREE_KEYS, announce
 from darseg.run.build import build_initial_network, check_sizes, manifest_of, masks, place, set_threads
 from darseg.run.check import read_all
 from darseg.run.course import Course
+from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import (
     RecipeChanges,
     RunDirectory,
-    digest_manifest,
     digest_path,
     digest_state,
     open_run,

@@ -18,7 +18,7 @@ from rich.console import Console
 from darseg.config.recipe import Recipe
 from darseg.data.advice import unknown_values
 from darseg.data.classes import ClassSet
-from darseg.data.files import write_whole
+from darseg.data.files import read_file, write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
@@ -226,7 +226,7 @@ def _write_new(folder: Path, texts: dict[str, str]) -> None:
     """Write the files that do not exist. Raises RunError before writing if one exists and differs."""
     for name, text in texts.items():
         path = folder / name
-        if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+        if path.exists() and (not path.is_file() or read_file(path) != text.encode()):
             raise RunError(
                 f"{path} exists and differs from this draw; nothing was written. Choose another folder, or remove the "
                 "file."

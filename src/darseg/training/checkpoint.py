@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darseg.data.files import write_whole_with
+from darseg.data.files import check_regular, write_whole_with
 from darseg.errors import FormatError, RunError, faults
 from darseg.training.method import Learner, Method
 from darseg.training.optimize import SEPARATOR, optimizer_state, restore_optimizer
@@ -124,6 +124,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises RunError if it is damaged, FormatError if a later version wrote it."""
     try:
+        check_regular(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if "checkpoint" not in metadata:

@@ -1,0 +1,60 @@
+"""What a run records of its data, so that it goes on with the same data only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+
+from darseg.data.encoding import PLAIN, LabelEncoding
+from darseg.data.manifest import Manifest, Sample
+from darseg.errors import DataError, faults
+from darseg.run.settings import default_of, digest_text
+
+ENCODING_OF_FORMAT_1 = ("format", "values", "other", "ignore", "colors", "city_ids")
+"""Fields of a label encoding that digests of data have always named."""
+
+
+def digest_samples(samples: Iterable[Sample]) -> str:
+    """SHA-256 over ids, file sizes and how labels are read.
+
+    It changes if files are added, removed or changed in size, and needs no reading of contents (see `written_since`).
+    """
+    lines, missing = [], []
+    for sample in samples:
+        try:
+            label = sample.label.stat().st_size if sample.label else "-"
+            encoding = "" if sample.encoding == PLAIN else f"\t{_described(sample.encoding)}"
+            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}")
+        except OSError as error:
+            missing.append(f"{error.filename}: {error.strerror}")
+    if missing:
+        raise DataError(faults("Files of the data set cannot be read", missing))
+    return digest_text("\n".join(lines))
+
+
+def _described(encoding: LabelEncoding) -> str:
+    """An encoding as text, as format 1 had it; a later field counts if it is not at its default."""
+    values = [
+        f"{item.name}={getattr(encoding, item.name)!r}"
+        for item in fields(encoding)
+        if item.name in ENCODING_OF_FORMAT_1 or getattr(encoding, item.name) != default_of(item)
+    ]
+    return f"LabelEncoding({', '.join(values)})"
+
+
+def written_since(manifest: Manifest, moment: float) -> list[Path]:
+    """Images and label maps written after `moment` (seconds since 1970), perhaps with other content."""
+    paths = {
+        path
+        for samples in manifest.roles().values()
+        for sample in samples
+        for path in (sample.image, sample.label)
+        if path is not None
+    }
+    return sorted(path for path in paths if path.stat().st_mtime > moment)
+
+
+def digest_manifest(manifest: Manifest) -> dict[str, str]:
+    """Role → digest of its samples."""
+    return {role: digest_samples(samples) for role, samples in manifest.roles().items()}
