@@ -49,6 +49,7 @@ class Source:
         layout: labels are where this data set keeps them, and `labels` is not used. If a label path in a list does not
             exist, the layout's label file is taken instead.
         ids: takes these images below `images` instead of all.
+        optional: `images` may be missing; then there are no images that no other source names.
     """
 
     root: Path
@@ -60,6 +61,7 @@ class Source:
     encoding: LabelEncoding = PLAIN
     layout: Layout | None = None
     ids: tuple[str, ...] | None = None
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -327,7 +329,9 @@ def build_manifest(classes: ClassSet, sources: Sources) -> Manifest:
     """
     default = sources.default
     roles = {role: find_samples(source) for role, source in sources.roles().items()}
-    if sources.labeled is None or sources.unlabeled is None:
+    if default.optional and sources.labeled is not None and not default.images.is_dir():
+        roles.setdefault("unlabeled", ())
+    if sources.labeled is None or "unlabeled" not in roles:
         taken = {sample.image for samples in roles.values() for sample in samples}
         rest = [sample for sample in find_samples(default) if sample.image not in taken]
         roles.setdefault("labeled", tuple(sample for sample in rest if sample.label is not None))

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from darseg.data.classes import BUILT_IN
-from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import sample_id
 from darseg.errors import DataError, faults
 from darseg.init.discover import Discovery, FoundImage, discover
@@ -25,32 +22,8 @@ from darseg.run.journal import Journal
 FIRST_TO_LABEL = 10, 50
 """How many images to label before anything can be learned: at least, at most."""
 
-LAYOUT_FOLDERS = {
-    "cityscapes": "leftImg8bit and gtFine",
-    "voc": "JPEGImages, SegmentationClass and lists",
-}
-
-
-def draft_published(folder: Path) -> Draft | None:
-    """Cityscapes or VOC as downloaded, up to two folders below `folder`; None if neither is there."""
-    for root in (folder, *(path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))):
-        if not root.is_dir():
-            continue
-        for layout in (Layout("cityscapes", root), Layout("voc", root)):
-            if layout.missing():
-                continue
-            if layout.name == "voc":
-                layout = replace(layout, sbd=find_sbd(root, None))
-            content = LAYOUT_FOLDERS[layout.name]
-            draft = Draft(root, layout.name, f"the {len(BUILT_IN[layout.name])} classes that scores count")
-            draft.keys["layout"] = layout.name, f"the folder holds {content}, so the official split is used"
-            draft.notes.append(f"{root} has the layout of {layout.name} ({content})")
-            return draft
-    return None
-
-
 def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
-    """Any other folder. Raises DataError if there is nothing to learn from.
+    """A folder that is no published data set. Raises DataError if there is nothing to learn from.
 
     Args:
         lists: the folder for list files, if the recipe needs them.

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from darseg.data.classes import BUILT_IN, IGNORE
-from darseg.data.encoding import IDS_SUFFIX, TRAIN_IDS_SUFFIX
+from darseg.data.classes import BUILT_IN, CITYSCAPES, IGNORE
+from darseg.data.encoding import CITYSCAPES_IDS, IDS_SUFFIX, TRAIN_IDS_SUFFIX
 from darseg.errors import DataError, faults
 from darseg.init.names import RGB, NameList
 from darseg.init.survey import MOST_COLORS, Survey
+from darseg.init.words import CITYSCAPES_NAME
 
 BLACK: RGB = (0, 0, 0)
 MAY_BE_VOID = {BLACK, (255, 255, 255), (224, 224, 192)}
@@ -131,12 +132,21 @@ def _known_colors(rgb: Mapping[RGB, int]) -> _Colors | None:
         (len(set(rgb) & set(known.colors)), name)
         for name, known in BUILT_IN.items()
         if set(rgb) - MAY_BE_VOID <= set(known.colors)
+        and not _may_be_others(name, len(set(rgb) & set(known.colors)))
     ]
     count, name = max(fitting, default=(0, ""))
     if count < 2:
         return None
     known = BUILT_IN[name]
     return name, dict(zip(known.names, known.colors, strict=True)), f"the colors are those of {name}"
+
+
+def _may_be_others(name: str, count: int) -> bool:
+    """Whether `count` of the colors of a built-in set may stand for other classes.
+
+    labelme, CVAT and other tools draw any classes in VOC's colors.
+    """
+    return name == "voc" and count * 2 < len(BUILT_IN[name])
 
 
 def _unnamed_colors(rgb: Mapping[RGB, int]) -> _Colors:
@@ -185,7 +195,7 @@ class _Meaning:
 
 
 def _guess_values(values: _Values, names: Sequence[NameList], labels: Sequence[Path]) -> Guess:
-    if any(path.name.endswith((IDS_SUFFIX, TRAIN_IDS_SUFFIX)) for path in labels):
+    if _are_cityscapes(values, labels):
         return Guess("cityscapes", {}, {"classes": "the label files are named as in Cityscapes"})
     for name_list in names:
         meaning = _named_values(values, name_list)
@@ -212,6 +222,14 @@ def _guess_values(values: _Values, names: Sequence[NameList], labels: Sequence[P
     )
 
 
+def _are_cityscapes(values: _Values, labels: Sequence[Path]) -> bool:
+    """Whether label files are named like Cityscapes' own, and hold no values that it does not have."""
+    named = [path.name for path in labels if path.name.endswith((IDS_SUFFIX, TRAIN_IDS_SUFFIX))]
+    only_train_ids = all(name.endswith(TRAIN_IDS_SUFFIX) for name in named)
+    most = len(CITYSCAPES) - 1 if only_train_ids else max(CITYSCAPES_IDS)
+    return any(CITYSCAPES_NAME.match(name) for name in named) and max(values.real, default=0) <= most
+
+
 def _are_stretched(present: Sequence[int]) -> bool:
     """Whether sorted values are classes stretched to grays, as 0, 127, 255 or 0, 85, 170, 255."""
     steps = np.diff(present)
@@ -221,7 +239,8 @@ def _are_stretched(present: Sequence[int]) -> bool:
 def _known_palette(values: _Values, real: Sequence[int], warnings: Sequence[str]) -> Guess | None:
     """The built-in set whose colors the palette has."""
     for name, known in BUILT_IN.items():
-        if list(values.palette[: len(known)]) == list(known.colors) and real[-1] < len(known):
+        is_its_palette = list(values.palette[: len(known)]) == list(known.colors) and real[-1] < len(known)
+        if is_its_palette and not _may_be_others(name, len(real)):
             shares = _shares(values.pixels, dict(enumerate(known.names)))
             why = {"classes": f"the palette is that of {name}"}
             return Guess(name, {}, why, notes=shares, warnings=tuple(warnings))

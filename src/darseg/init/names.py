@@ -16,6 +16,7 @@ from darseg.data.images import IMAGE_SUFFIXES
 NAME_FILES = (
     *("classes", "class_names", "classnames", "labels", "label_names", "names", "categories", "class_dict", "obj"),
     *("label_colors", "label_colours", "labelmap", "label_map", "id2label", "palette", "colormap", "data", "dataset"),
+    "_classes",
 )  # fmt: skip
 NAME_SUFFIXES = (".txt", ".names", ".csv", ".json", ".yaml", ".yml")
 LARGEST_FILE = 1 << 20

@@ -14,9 +14,10 @@ from darseg.config.text import load_recipe
 from darseg.data.files import aside_name, read_file, write_whole
 from darseg.data.images import image_size
 from darseg.errors import DarsegError, DataError, RunError
-from darseg.init.data import draft_published, draft_unknown
+from darseg.init.data import draft_unknown
 from darseg.init.draft import Draft
 from darseg.init.fit import Fit, fit_machine
+from darseg.init.published import LAYOUT_FOLDERS, draft_published, find_published
 from darseg.init.text import data_lines, header_text, recipe_text
 from darseg.run.build import manifest_of
 from darseg.run.check import check
@@ -75,11 +76,26 @@ def propose_recipe(
                 f"{path} exists already. Choose another name (--out), or replace it and your changes in it (--force)."
             )
     console = console or Console()
-    draft = draft_published(folder) or draft_unknown(folder, lists, console)
+    draft = _draft(folder, lists, console)
     if draft.roles is None:
         _count_images(draft, out)
     fit = fit_machine(draft, folder, out, weights=weights)
     return _write(draft, fit, out, lists=lists, console=console)
+
+
+def _draft(folder: Path, lists: Path, console: Console) -> Draft:
+    """The data section: of a published data set, or of any other folder."""
+    layout, other = find_published(folder) or (None, "")
+    if layout is not None and not other:
+        return draft_published(layout)
+    draft = draft_unknown(layout.root if layout else folder, lists, console)
+    if layout is not None:
+        draft.notes.insert(
+            0,
+            f"{layout.root} has the folders of {layout.name} ({LAYOUT_FOLDERS[layout.name]}), but other data: {other}. So "
+            "it is read as data of your own",
+        )
+    return draft
 
 
 def _count_images(draft: Draft, out: Path) -> None:

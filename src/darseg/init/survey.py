@@ -120,11 +120,14 @@ def read_label_content(path: Path) -> LabelContent:
             "instances, or has smoothed edges. Export it again, without smoothing and with one value per class"
         )
     pixels = {int(value): int(count) for value, count in zip(values, counts, strict=True) if value >= 0}
-    palette: tuple[RGB, ...] = ()
-    if not colors and path.suffix.lower() == ".png":
-        image, _ = open_with_pillow(read_bytes(path))
-        flat = image.getpalette("RGB") if image.mode == "P" else None
-        if flat:
-            palette = tuple((flat[at], flat[at + 1], flat[at + 2]) for at in range(0, len(flat), 3))
     height, width = raw.shape
-    return LabelContent((height, width), colors, pixels, palette=palette)
+    return LabelContent((height, width), colors, pixels, palette=() if colors else palette_of(path))
+
+
+def palette_of(path: Path) -> tuple[RGB, ...]:
+    """The palette of a PNG; empty for any other file."""
+    if path.suffix.lower() != ".png":
+        return ()
+    image, _ = open_with_pillow(read_bytes(path))
+    flat = image.getpalette("RGB") if image.mode == "P" else None
+    return tuple((flat[at], flat[at + 1], flat[at + 2]) for at in range(0, len(flat), 3)) if flat else ()

@@ -38,6 +38,9 @@ SPLITS = {
 """Part of the data set → words for it."""
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
+CITYSCAPES_NAME = re.compile(r"[a-z-]+_\d{6}_\d{6}_")
+"""Begins the names of Cityscapes' files: city, sequence and frame."""
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -106,7 +109,9 @@ def _read_folders(parts: Iterable[str]) -> _Folders:
             drop = LABEL_WORDS | COLOR_WORDS | OTHER_WORDS | FILLERS
         else:
             drop = IMAGE_WORDS | FILLERS if has_meaning else frozenset()
+        is_one_word = part.lower() in LABEL_WORDS | IMAGE_WORDS  # leftImg8bit, which looks like two
         kept = [word for word in words if word not in drop] if has_meaning else [part.lower()]
+        kept = [] if is_one_word else kept
         rest += ["_".join(kept)] if kept else []
         split = next((SPLIT_OF[word] for word in words if word in SPLIT_OF), split)
     return _Folders(rest, place, any_label, rank=rank, split=split)

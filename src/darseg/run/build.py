@@ -72,7 +72,9 @@ def manifest_of(recipe: Recipe) -> Manifest:
     images = layout.images if layout else root / (data.images or IMAGES)
     labels = root / (data.labels or LABELS)
 
-    whole = default = Source(root, images, labels, encoding=encoding, layout=layout)
+    # Nobody named the folder `images`: if labeled images are in other places, it need not be there.
+    optional = layout is None and data.images is None
+    whole = default = Source(root, images, labels, encoding=encoding, layout=layout, optional=optional)
     labeled, validation = data.labeled, data.validation
     if layout is not None and layout.name == "cityscapes":
         default = replace(default, images=images / "train")
