@@ -628,7 +628,11 @@ def test_sound_data_is_counted(tmp_path: Path):
         *labeled, unlabeled=labels_of(tmp_path / "b", 0), validation=labels_of(tmp_path / "c", 2)
     )
     findings = examine(manifest, lambda: next(calls))
-    assert findings.faults == () and findings.warnings == ()
+    assert findings.faults == ()
+    says(
+        findings.warnings[0], "field, road", "data.validation"
+    )  # the only validation label has no such pixel
+    assert len(findings.warnings) == 1
     assert findings.images == {"labeled": 2, "unlabeled": 1, "validation": 1, "test": 0}
     assert {role: counts.tolist() for role, counts in findings.pixels.items()} == {
         "labeled": [12, 6 + 48, 18, 12],

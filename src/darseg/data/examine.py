@@ -95,6 +95,8 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
             )
         elif absent:
             warnings.append(_absent(absent))
+        if manifest.validation and (unscored := _unscored(classes, pixels)):
+            warnings.append(unscored)
     return Findings(
         faults=tuple(faults),
         warnings=(*warnings, *_empty_roles(manifest)),
@@ -108,6 +110,21 @@ def _absent(names: list[str]) -> str:
     return (
         f"No labeled image has a pixel of: {', '.join(names)}. A class without labeled pixels is never pseudo-labeled. "
         "Label a few pixels of it, or remove it from data.classes."
+    )
+
+
+def _unscored(classes: ClassSet, pixels: Mapping[str, NDArray[np.int64]]) -> str:
+    """A line about classes that are learned but not measured; empty if there are none."""
+    names = [
+        name
+        for k, name in enumerate(classes.names)
+        if pixels["labeled"][k] > 0 and pixels["validation"][k] == 0
+    ]
+    if not names:
+        return ""
+    return (
+        f"No validation image has a pixel of: {', '.join(names)}. Scores will say nothing about a class without "
+        "validation pixels. Choose other validation images (data.validation)."
     )
 
 

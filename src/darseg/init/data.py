@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from darseg.init.guess import guess_classes
 from darseg.init.names import find_names
 from darseg.init.roles import choose_roles
 from darseg.init.survey import survey
+from darseg.init.words import SPLITS
 from darseg.run.journal import Journal
 
 FIRST_TO_LABEL = 10, 50
 """How many images to label before anything can be learned: at least, at most."""
+
 
 def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
     """A folder that is no published data set. Raises DataError if there is nothing to learn from.
@@ -74,13 +77,14 @@ def _no_labels(folder: Path, discovery: Discovery) -> str:
     """What to do with images that have no label maps."""
     count = len(discovery.images)
     if discovery.annotations:
-        first = discovery.annotations[0]
-        is_one_file = discovery.annotation_kind in ("coco", "cvat")
-        source = first if is_one_file else first.parent
+        first, kind = discovery.annotations[0], discovery.annotation_kind
+        commands = "\n".join(f"  {command}" for command in _rasterize_commands(folder, discovery))
+        fills = kind != "cityscapes"
         return (
-            f"{folder} holds {count} image(s) and no label maps, but annotation files ({discovery.annotation_kind}), for "
-            f"example {first}. Make label maps of them, then run this command again:\n"
-            f"  darseg rasterize {quoted(source)} {quoted(folder / 'labels')}"
+            f"{folder} holds {count} image(s) and no label maps, but {len(discovery.annotations)} annotation file(s) "
+            f"({kind}), for example {first}. Make label maps of them, then run this command again:\n{commands}"
+            + ("\n--background names the class of pixels that nobody annotated. " * fills)
+            + ("Omit it if these pixels may be of any class." * fills)
         )
     least, most = FIRST_TO_LABEL
     enough = min(count, max(least, min(most, count // 20)))
@@ -99,6 +103,28 @@ def _no_labels(folder: Path, discovery: Discovery) -> str:
         "\nIf there are labels already, they were taken for images: name their folder labels or masks, or name the files "
         "like a_mask.png next to a.jpg (docs/init.md lists all names)." + notes
     )
+
+
+def _rasterize_commands(folder: Path, discovery: Discovery) -> list[str]:
+    """The commands that draw all annotation files: training first, then validation and test."""
+    kind = discovery.annotation_kind
+    sources = sorted(
+        set(discovery.annotations if kind in ("coco", "cvat") else [discovery.annotations[0].parent]),
+        key=lambda path: (_place_of_part(path, folder), path),
+    )
+    apart = len({path.parent for path in sources}) == len(sources) > 1  # each in the folder of its images
+    background = "" if kind == "cityscapes" else " --background background"
+    return [
+        f"darseg rasterize {quoted(path)} {quoted((path.parent if apart else folder) / 'labels')}{background}"
+        for path in sources
+    ]
+
+
+def _place_of_part(path: Path, root: Path) -> int:
+    """Where the part of the data set that a path names stands in the usual order."""
+    words = {word for part in path.relative_to(root).parts for word in re.split(r"[^a-z]+", part.lower())}
+    named = (at for at, split in enumerate(SPLITS) if words & set(SPLITS[split]))
+    return next(named, len(SPLITS))
 
 
 def _between(root: Path, folders: Sequence[Path]) -> list[Path]:

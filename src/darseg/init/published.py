@@ -105,7 +105,9 @@ def _differs_from_voc(layout: Layout) -> str:
         if beyond:
             return f"{path} holds the value(s) {_listed(beyond)}, which VOC does not have"
         # A palette of grays says nothing about the classes.
-        named = [value for value in values if value < min(len(VOC), len(colors)) and len(set(colors[value])) > 1]
+        named = [
+            value for value in values if value < min(len(VOC), len(colors)) and len(set(colors[value])) > 1
+        ]
         other = [list(colors[value]) for value in named if colors[value] != VOC.colors[value]]
         if other:
             return f"the palette of {path} has the color(s) {_listed(other)}, which are not VOC's"
