@@ -73,8 +73,15 @@ CVAT_NAMES = "# label:color_rgb:parts:actions\n" + "".join(
 @pytest.mark.parametrize(
     ("palette", "names", "classes"),
     [
-        pytest.param(sum(map(list, LEAF), []), CVAT_NAMES, ("background", "leaf", "mildew"), id="names"),
-        pytest.param(sum(map(list, LEAF), []), "", ("class_0", "class_1", "class_2"), id="palette"),
+        pytest.param(
+            [part for color in LEAF for part in color],
+            CVAT_NAMES,
+            ("background", "leaf", "mildew"),
+            id="names",
+        ),
+        pytest.param(
+            [part for color in LEAF for part in color], "", ("class_0", "class_1", "class_2"), id="palette"
+        ),
         pytest.param(voc_palette(), "", ("class_0", "class_1", "class_2"), id="voc_colors"),
         pytest.param(None, "", ("class_0", "class_1", "class_2"), id="gray"),
     ],

@@ -92,8 +92,8 @@ def _draft(folder: Path, lists: Path, console: Console) -> Draft:
     if layout is not None:
         draft.notes.insert(
             0,
-            f"{layout.root} has the folders of {layout.name} ({LAYOUT_FOLDERS[layout.name]}), but other data: {other}. So "
-            "it is read as data of your own",
+            f"{layout.root} has the folders of {layout.name} ({LAYOUT_FOLDERS[layout.name]}), but other data: {other}. "
+            "So it is read as data of your own",
         )
     return draft
 

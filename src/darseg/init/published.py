@@ -98,8 +98,8 @@ def _differs_from_voc(layout: Layout) -> str:
     for path in _some(labels):
         values, colors = _values(path), palette_of(path)
         if isinstance(values, set):
-            if values - {*VOC.colors, VOC_BORDER}:
-                return f"{path} has the color(s) {_listed(sorted(map(list, values - {*VOC.colors})))}, which are not VOC's"
+            if foreign := values - {*VOC.colors, VOC_BORDER}:
+                return f"{path} has the color(s) {_listed(sorted(map(list, foreign)))}, which are not VOC's"
             continue
         beyond = [value for value in values if value >= len(VOC) and value != IGNORE]
         if beyond:
