@@ -65,7 +65,7 @@ def draft_published(layout: Layout) -> Draft:
 
 
 def _differs(layout: Layout) -> str:
-    """Why a folder with a published layout holds other data; empty if nothing speaks against the published data."""
+    """Why a folder with a published layout holds other data; empty if it may be the published data."""
     return _differs_from_cityscapes(layout) if layout.name == "cityscapes" else _differs_from_voc(layout)
 
 
