@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -361,3 +363,38 @@ def test_an_unknown_id_means_that_nothing_is_marked(
     with refused(StorageError, str(run / "bad_images.json")):
         darseg.mark_bad(run, ["u/09"])
     assert (run / "bad_images.json").read_bytes() == before
+
+
+MARKING = """
+import sys
+from darseg.run.build import manifest_of, recipe_of
+from darseg.run.directory import RunDirectory
+from darseg.run.marks import change_marks
+
+run, part = sys.argv[1], int(sys.argv[2])
+known = [sample.id for sample in manifest_of(recipe_of(run)).unlabeled]
+sys.stdin.readline()
+for turn in range(41):
+    for name in known[part::2]:
+        change_marks(RunDirectory(run), known, [name], bad=turn % 2 == 0)
+"""
+
+
+def test_marks_made_at_once_are_all_kept(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    command = [sys.executable, "-c", MARKING, str(run)]
+    marking = [subprocess.Popen([*command, part], stdin=subprocess.PIPE) for part in ("0", "1")]
+    for process in marking:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    assert [process.wait(60) for process in marking] == [0, 0]
+    assert [entry["id"] for entry in json.loads((run / "bad_images.json").read_text())] == IDS
+
+
+@pytest.mark.parametrize("ids", ["u/08", b"u/08", Path("u/08"), 8, [8]])
+def test_ids_that_are_no_list_of_strings_are_refused(finished: Path, ids: Any) -> None:
+    with refused(RunError, "list of ids", repr(ids) if not isinstance(ids, list) else "8"):
+        darseg.mark_bad(finished, ids)
+    assert not (finished / "bad_images.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -36,7 +37,8 @@ from darseg.run.browse import LabeledRound, open_round
 from darseg.run.build import labeling_protocol
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
-from darseg.view import app, pictures, viewer
+from darseg.view import app, connections, pictures, viewer
+from darseg.view.guard import Keys
 from wording import refused, says
 
 torch.set_num_threads(1)
@@ -53,6 +55,7 @@ HOSTILE = [
 CLASSES = ["<script>window.hit=1<!", 'road & "way"', "ü 🚗", "x" * 120]
 K = 11
 HERE = {"host": "127.0.0.1:8765", "origin": "http://127.0.0.1:8765"}
+TOKEN = "a-token"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +96,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def client_of(run: Path, index: int | None = None) -> TestClient:
-    return TestClient(app.viewer_app(open_round(run, index)), base_url="http://127.0.0.1:8765")
+    """A client that sends the token."""
+    application = app.viewer_app(open_round(run, index), Keys(TOKEN))
+    return TestClient(application, base_url=HERE["origin"], headers={"authorization": f"token {TOKEN}"})
 
 
 @pytest.fixture
@@ -313,7 +318,8 @@ def test_abandoned_requests_are_not_predicted(run: Path, monkeypatch: pytest.Mon
 
         def asking(index: int) -> socket.socket:
             sock = socket.create_connection(("127.0.0.1", port))
-            head = f"GET /images/{index}/prediction HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+            head = f"GET /images/{index}/prediction?token={TOKEN} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+            head += "Connection: close\r\n\r\n"
             sock.sendall(head.encode())
             return sock
 
@@ -428,7 +434,9 @@ def test_a_mark_that_cannot_be_written_is_reported(
 def test_only_images_of_the_run_can_be_requested(run: Path, path: str) -> None:
     """As raw bytes on a real socket, because a client library would normalize the path."""
     with serving(open_round(run)) as port, socket.create_connection(("127.0.0.1", port)) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+        sock.sendall(
+            f"GET {path}?token={TOKEN} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode()
+        )
         answer = b"".join(iter(lambda: sock.recv(65536), b""))
     assert answer.startswith(b"HTTP/1.1 404 ")
     assert b"root:" not in answer and b"seed:" not in answer
@@ -528,6 +536,132 @@ def test_requests_for_what_does_not_exist_are_explained(
     says(answer.text, *facts)
 
 
+def test_requests_without_the_token_are_refused(client: TestClient, run: Path) -> None:
+    """Every user of the machine reaches the server, so that it listens at 127.0.0.1 is not enough."""
+    del client.headers["authorization"]
+    for path in ("/", "/viewer.js", "/viewer.css", "/api/run", "/api/images", "/images/0/photo", "/nothing"):
+        for query in (
+            "",
+            "?token=",
+            "?token=b-token",
+            f"?token={TOKEN}x",
+            "?token=%C3%BC",
+            "?other=" + TOKEN,
+        ):
+            answer = client.get(path + query)
+            assert answer.status_code == 403, (path, query)
+            assert client.get(path, headers={"authorization": f"Basic {TOKEN}"}).status_code == 403
+        assert client.get(f"{path}?token={TOKEN}").status_code == (404 if path == "/nothing" else 200)
+    says(answer.text, "token", "darseg view")
+    assert client.post("/api/marks", json={"index": 0, "bad": True}, headers=HERE).status_code == 403
+    assert not (run / "bad_images.json").exists()
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_other_sites_request_nothing_but_links_to_the_page_work(client: TestClient, site: str) -> None:
+    """The servers of other users at other ports of 127.0.0.1 are of the same site."""
+    link = {"sec-fetch-site": site, "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+    assert client.get("/", headers=link).status_code == 200
+    assert client.get("/", headers=link | {"sec-fetch-dest": "iframe"}).status_code == 403
+    for path in ("/api/run", "/images/0/photo", "/viewer.js"):
+        answer = client.get(path, headers=link)
+        assert answer.status_code == 403
+        assert client.get(path, headers={"sec-fetch-site": "same-origin"}).status_code == 200
+    says(answer.text, "own page")
+    assert client.post("/api/marks", json={"index": 0, "bad": True}, headers=HERE | link).status_code == 403
+
+
+def test_the_browser_is_started_with_a_key_that_works_once(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All users of a machine can list the arguments of processes, so the browser's do not hold the token."""
+    opened: list[str] = []
+    monkeypatch.setattr(viewer.webbrowser, "open", opened.append)
+    monkeypatch.setattr(viewer._Server, "run", lambda self, sockets: None)
+    said: list[str] = []
+    viewer.view_run(run, port=0, open_browser=True, say=said.append)
+    (address,) = opened
+    assert address.split("token=")[1] not in said[0]
+    keys = Keys(TOKEN)
+    with TestClient(app.viewer_app(open_round(run), keys), base_url=HERE["origin"]) as browser:
+        once = keys.once
+        assert browser.get(f"/api/run?token={once}").status_code == 403
+        answer = browser.get(f"/?token={once}", follow_redirects=False)
+        assert (answer.status_code, answer.headers["location"]) == (303, f"/?token={TOKEN}")
+        assert browser.get(answer.headers["location"]).status_code == 200
+        assert browser.get(f"/?token={once}").status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/api/images/0/pixel?x=1e308&y=-1e308", 200),
+        ("/api/images/0/pixel?x=1e999&y=0", 400),
+        ("/api/images/" + "9" * 4400, 404),
+        ("/images/²/photo", 404),
+        ("/api/images?class=" + "9" * 4400, 400),
+        ("/api/images?offset=" + "9" * 4400, 400),
+        ("/api/images?offset=" + "9" * 30, 200),
+    ],
+)
+def test_numbers_of_any_size_are_answered(client: TestClient, path: str, code: int) -> None:
+    assert client.get(path).status_code == code
+
+
+def test_marks_that_are_nested_deeply_are_refused(client: TestClient) -> None:
+    assert client.post("/api/marks", content="[" * 9000, headers=HERE).status_code == 400
+
+
+def test_a_fault_of_the_viewer_is_one_line(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "read_image", lambda path: 1 // 0)
+    client = TestClient(client.app, HERE["origin"], headers=client.headers, raise_server_exceptions=False)
+    answer = client.get("/images/0/photo")
+    assert answer.status_code == 500
+    says(answer.text, "ZeroDivisionError")
+    assert "\n" not in answer.text
+    (record,) = [record for record in caplog.records if record.name == "uvicorn.error"]
+    assert record.exc_info is None and "\n" not in record.getMessage()
+    assert "GET /images/0/photo" in record.getMessage()
+
+
+def test_connections_without_a_request_are_closed_and_limited(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a request holds a connection for so long at most, even if more of it arrives now and then."""
+    monkeypatch.setattr(connections, "PATIENCE", 1.0)
+    monkeypatch.setattr(connections, "MOST", 4)
+    with serving(open_round(run)) as port:
+        head = f"GET /api/run?token={TOKEN} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n".encode()
+
+        def connect() -> socket.socket:
+            sock = socket.create_connection(("127.0.0.1", port), timeout=10)
+            sock.sendall(head)
+            return sock
+
+        slow = [connect() for _ in range(12)]
+        whole = connect()
+        whole.sendall(b"Connection: close\r\n\r\n")
+        assert b"".join(iter(lambda: whole.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+        whole.close()
+        began = time.monotonic()
+        while time.monotonic() - began < 0.8:
+            with contextlib.suppress(OSError):
+                slow[-1].sendall(b"X-a: b\r\n")
+            time.sleep(0.1)
+        for sock in slow:
+            sock.settimeout(5)
+            with contextlib.suppress(ConnectionError):
+                assert sock.recv(65536) == b""
+            sock.close()
+        assert time.monotonic() - began < 6
+        again = connect()
+        again.sendall(b"\r\n")
+        assert again.recv(65536).startswith(b"HTTP/1.1 200 ")
+        again.close()
+
+
 # The command.
 
 
@@ -535,7 +669,7 @@ class serving:
     """Runs the server on a thread, at a free port."""
 
     def __init__(self, round_: LabeledRound) -> None:
-        self.sock, self.server = viewer.listen(0), viewer.server_of(round_)
+        self.sock, self.server = viewer.listen(0), viewer.server_of(round_, Keys(TOKEN))
         self.thread = threading.Thread(target=self.server.run, args=([self.sock],))
 
     def __enter__(self) -> int:
@@ -601,7 +735,13 @@ def test_ctrl_c_ends_it_quietly(run: Path, after: float) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stdout.readline() if process.stdout else ""
     if not after:
-        says(line, "6 unlabeled images", "round 2", "http://127.0.0.1:", vary=[r"(?<=127\.0\.0\.1:)\d+"])
+        says(
+            line,
+            "6 unlabeled images",
+            "round 2",
+            "http://127.0.0.1:",
+            vary=[r"(?<=127\.0\.0\.1:)\d+", r"(?<=token=)\S+"],
+        )
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -645,7 +785,7 @@ def page(run: Path, visit: Callable[..., Visit]) -> Iterator[Callable[..., Visit
     with serving(open_round(run)) as port:
 
         def open_page(hash: str = "", **options: Any) -> Visit:
-            visited = visit(f"http://127.0.0.1:{port}/{hash}", **options)
+            visited = visit(f"http://127.0.0.1:{port}/?token={TOKEN}{hash}", **options)
             visited.page.wait_for_selector(".item[aria-selected=true]", state="attached")
             visited.page.wait_for_selector("#legend button")
             return visited
@@ -801,7 +941,7 @@ def test_many_images_need_no_long_page(run: Path, visit: Callable[..., Visit]) -
     many = tuple(replace(round_.samples[at % 6], id=f"{at:05d}") for at in range(5000))
     excluded = frozenset(sample.id for sample in many)
     with serving(replace(round_, samples=many, excluded=excluded)) as port:
-        visited = visit(f"http://127.0.0.1:{port}/")
+        visited = visit(f"http://127.0.0.1:{port}/?token={TOKEN}")
         visited.page.wait_for_selector("#row-0[aria-selected=true]")
         visited.page.keyboard.press("End")
         visited.page.wait_for_selector("#row-4999[aria-selected=true]")

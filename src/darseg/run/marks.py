@@ -6,12 +6,16 @@ own `excluded.json` before it counts confidences, and then uses that copy. A rou
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from darseg.data.files import read_json
+from darseg.data.files import read_json, storage_error
 from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
 from darseg.run.build import manifest_of, recipe_of
@@ -37,16 +41,52 @@ def change_marks(
     run: RunDirectory, known: Collection[str], ids: Iterable[str], *, bad: bool
 ) -> dict[str, float]:
     """`mark_bad` with the ids of all unlabeled images at hand. Returns all marks, id → time."""
-    ids = list(ids)
+    ids = _listed(ids)
     _check_known("Cannot mark", ids, known)
-    marks = read_marks(run, known)
-    changed = {name for name in ids if (name in marks) != bad}
-    if changed:
-        kept = {name: when for name, when in marks.items() if name not in changed}
-        added = dict.fromkeys(changed, round(time.time(), 3)) if bad else {}
-        marks = dict(sorted((kept | added).items()))
-        write_json(run.bad_images, [{"id": name, "time": when} for name, when in marks.items()])
+    with _marking(run):
+        marks = read_marks(run, known)
+        changed = {name for name in ids if (name in marks) != bad}
+        if changed:
+            kept = {name: when for name, when in marks.items() if name not in changed}
+            added = dict.fromkeys(changed, round(time.time(), 3)) if bad else {}
+            marks = dict(sorted((kept | added).items()))
+            write_json(run.bad_images, [{"id": name, "time": when} for name, when in marks.items()])
     return marks
+
+
+def _listed(ids: Iterable[str]) -> list[str]:
+    """The ids as a list. Raises RunError if they are a single string or not strings."""
+    if isinstance(ids, (str, bytes, os.PathLike)):
+        raise RunError(f"mark_bad takes a list of ids, and got {ids!r}. Give a list, as in [{os.fsdecode(ids)!r}].")
+    if not isinstance(ids, Iterable):
+        raise RunError(f"mark_bad takes a list of ids, and got {ids!r}. Give a list of strings.")
+    ids = list(ids)
+    if wrong := [repr(name) for name in ids if not isinstance(name, str)]:
+        raise RunError(faults("mark_bad takes a list of ids, which are strings, and got", wrong))
+    return ids
+
+
+@contextmanager
+def _marking(run: RunDirectory) -> Generator[None, None, None]:
+    """Hold the lock of the marks, so that several viewers and scripts change them one after the other.
+
+    A file of its own, because training holds the lock of the run for hours. Without locks (some network disks) the
+    marks are changed all the same. Raises StorageError if the file cannot be made.
+    """
+    path, flags = run.bad_images.with_suffix(".lock"), os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        try:
+            descriptor = os.open(path, os.O_RDWR | flags, 0o666)  # NFS locks only what is open for writing
+        except PermissionError:
+            descriptor = os.open(path, os.O_RDONLY | flags, 0o666)  # another user of the folder made it
+    except OSError as error:
+        raise storage_error(error, path) from error
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_marks(run: RunDirectory, known: Collection[str]) -> dict[str, float]:

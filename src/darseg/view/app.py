@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import importlib.resources
 import json
-import secrets
 import threading
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from darseg.data.prediction import Prediction
 from darseg.errors import DarsegError
 from darseg.run.browse import LabeledRound, Repredictor
 from darseg.run.marks import change_marks, read_marks
-from darseg.view.guard import Guard
+from darseg.view.guard import Guard, Keys, in_one_line
 from darseg.view.pictures import colormap, hex_color, indexed_png, jpeg, pixel_at
 from darseg.view.table import Filter, Table, number
 
@@ -43,6 +42,7 @@ QUALITY = {LARGEST: 90, THUMBNAIL: 75}  # of JPEGs
 PAGE = 200  # most images in one answer
 AT_ONCE = 4  # pictures drawn at the same time: decoding needs memory
 LARGEST_POST = 10_000  # bytes
+DIGITS = 12  # of an image's number
 RECENT = 8  # maps kept in memory for the pixel under the pointer
 
 FILES = {
@@ -50,6 +50,7 @@ FILES = {
     "/viewer.css": ("viewer.css", "text/css; charset=utf-8"),
     "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
 }
+TOKEN = "{{token}}"  # in the page's addresses of its style and script
 KINDS = ("photo", "label", "prediction", "confidence", "truth")  # of pictures
 
 
@@ -60,7 +61,7 @@ class Viewer:
     Attributes:
         label_at: position of an image → its label map, None if the round left it out; the last few stay in memory.
         truth_at: position of an image → its truth.
-        token: in addresses of pictures: a browser caches them, but not for the next run at the same port.
+        token: in all addresses; a browser caches pictures, but not for the next run at the same port.
         drawing: limits how many pictures are drawn at the same time.
         predicting: held during a prediction.
         marking: held while marks change.
@@ -77,7 +78,7 @@ class Viewer:
     marking: threading.Lock
 
     @classmethod
-    def of_round(cls, round_: LabeledRound) -> Viewer:
+    def of_round(cls, round_: LabeledRound, token: str) -> Viewer:
         """The state of a viewer that has just started."""
         return cls(
             round=round_,
@@ -85,7 +86,7 @@ class Viewer:
             repredictor=Repredictor(round_),
             label_at=lru_cache(RECENT)(lambda at: round_.label_map(round_.samples[at])),
             truth_at=lru_cache(RECENT)(lambda at: _truth(round_.samples[at])),
-            token=secrets.token_hex(8),
+            token=token,
             drawing=anyio.CapacityLimiter(AT_ONCE),
             predicting=asyncio.Lock(),
             marking=threading.Lock(),
@@ -96,9 +97,9 @@ class Viewer:
         return read_marks(self.round.run, self.table.position)
 
 
-def viewer_app(round_: LabeledRound) -> ASGIApp:
-    """The page of a round and all it asks for, as an ASGI application."""
-    viewer, stop = Viewer.of_round(round_), threading.Event()
+def viewer_app(round_: LabeledRound, keys: Keys) -> ASGIApp:
+    """The page of a round and all it asks for, as an ASGI application. keys: what requests need."""
+    viewer, stop = Viewer.of_round(round_, keys.token), threading.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
@@ -108,22 +109,27 @@ def viewer_app(round_: LabeledRound) -> ASGIApp:
         stop.set()
 
     routes = [
-        *(Route(path, send_file) for path in FILES),
+        *(Route(path, partial(send_file, viewer)) for path in FILES),
         Route("/api/run", partial(send_run, viewer)),
         Route("/api/images", partial(send_images, viewer)),
-        Route("/api/images/{index:int}", partial(send_image, viewer)),
-        Route("/api/images/{index:int}/pixel", partial(send_pixel, viewer)),
+        Route("/api/images/{index}", partial(send_image, viewer)),
+        Route("/api/images/{index}/pixel", partial(send_pixel, viewer)),
         Route("/api/marks", partial(mark, viewer), methods=["POST"]),
-        Route("/images/{index:int}/{kind}", partial(send_picture, viewer)),
+        Route("/images/{index}/{kind}", partial(send_picture, viewer)),
     ]
-    handlers: Any = {DarsegError: send_error, HTTPException: send_refusal}
-    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan))
+    handlers: Any = {
+        DarsegError: send_error,
+        HTTPException: send_refusal,
+        Exception: send_fault,
+    }
+    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), keys)
 
 
-async def send_file(request: Request) -> Response:
+async def send_file(viewer: Viewer, request: Request) -> Response:
     """The page, its style, or its script."""
     name, media_type = FILES[request.url.path]
-    content = importlib.resources.files("darseg.view").joinpath(name).read_bytes()
+    content = importlib.resources.files("darseg.view").joinpath(name).read_text(encoding="utf-8")
+    content = content.replace(TOKEN, viewer.token)
     return Response(content, media_type=media_type, headers={"cache-control": "no-cache"})
 
 
@@ -306,16 +312,18 @@ def _wanted_mark(content: bytes, images: int) -> tuple[int, bool]:
         index, bad = wanted["index"], wanted["bad"]
         if type(index) is not int or type(bad) is not bool or not 0 <= index < images:
             raise ValueError
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = f'This is not a mark. Send {{"index": 0 to {images - 1}, "bad": true or false}}.'
         raise HTTPException(400, message) from None
     return index, bad
 
 
 def _image_of(viewer: Viewer, request: Request) -> tuple[int, Sample]:
-    index, samples = request.path_params["index"], viewer.round.samples
+    text, samples = request.path_params["index"], viewer.round.samples
+    index = int(text) if text.isascii() and text.isdecimal() and len(text) <= DIGITS else len(samples)
     if index >= len(samples):
-        raise HTTPException(404, f"There is no image {index}. Images are numbered 0 to {len(samples) - 1}.")
+        shown = f"{text[:DIGITS]}…" if len(text) > DIGITS else text
+        raise HTTPException(404, f"There is no image {shown}. Images are numbered 0 to {len(samples) - 1}.")
     return index, samples[index]
 
 
@@ -328,3 +336,9 @@ async def send_refusal(request: Request, error: Exception) -> Response:
     """Why a request cannot be answered."""
     assert isinstance(error, HTTPException)
     return PlainTextResponse(str(error.detail), error.status_code, headers=error.headers)
+
+
+async def send_fault(request: Request, error: Exception) -> Response:
+    """What to do about a fault of the viewer itself."""
+    reason = f"The viewer failed to answer ({in_one_line(error)})."
+    return PlainTextResponse(f"{reason} Reload the page, or start darseg view again.", 500)

@@ -52,4 +52,5 @@ def hex_color(color: tuple[int, int, int] | NDArray[np.uint8]) -> str:
 def pixel_at(values: NDArray, x: float, y: float) -> tuple[int, int]:
     """Row and column of the pixel at fractions x, y of width and height."""
     height, width = values.shape
-    return min(height - 1, max(0, int(y * height))), min(width - 1, max(0, int(x * width)))
+    x, y = (min(1.0, max(0.0, part)) for part in (x, y))
+    return min(height - 1, int(y * height)), min(width - 1, int(x * width))

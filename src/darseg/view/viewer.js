@@ -28,6 +28,8 @@ function percent(value) {
   return `${value >= 10 || value === 0 ? value.toFixed(0) : value.toFixed(1)} %`;
 }
 
+const TOKEN = new URLSearchParams(location.search).get("token"); // every request needs it
+
 let info = null;
 let list = { total: 0, pages: new Map(), generation: 0 };
 let current = null; // the visible image: its entry in the list
@@ -44,7 +46,7 @@ const stages = new Map(); // kind → its elements
 async function ask(path, options) {
   let answer;
   try {
-    answer = await fetch(path, options);
+    answer = await fetch(path, { ...options, headers: { ...options?.headers, authorization: `token ${TOKEN}` } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server does not answer. Start `darseg view` again if it has ended.");
@@ -62,7 +64,7 @@ function report(error) {
   layout();
 }
 
-const address = (index, kind, small) => `/images/${index}/${kind}?v=${info.token}${small ? "&small=1" : ""}`;
+const address = (index, kind, small) => `/images/${index}/${kind}?token=${TOKEN}${small ? "&small=1" : ""}`;
 
 // The list.
 

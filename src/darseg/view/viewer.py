@@ -5,6 +5,7 @@ The server listens only at 127.0.0.1 and writes one file, the run's `bad_images.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import signal
 import socket
@@ -18,7 +19,8 @@ import uvicorn
 from darseg.errors import RunError
 from darseg.run.browse import LabeledRound, open_round
 from darseg.view.app import viewer_app
-from darseg.view.guard import ADDRESS
+from darseg.view.connections import WAITING, BoundedProtocol, log_in_one_line
+from darseg.view.guard import ADDRESS, Keys
 
 PORT = 8765
 PORTS_TRIED = 20  # from PORT on, if the user asks for no port
@@ -45,13 +47,16 @@ def view_run(
         RunError: there are no pseudo labels, or the port is in use.
     """
     round_ = open_round(run, round_index)
-    server = server_of(round_)
+    keys = Keys()
+    server = server_of(round_, keys)
     with _ctrl_c(lambda: setattr(server, "should_exit", True)), listen(port) as sock:
-        url = f"http://{ADDRESS}:{sock.getsockname()[1]}/"
+        url = f"http://{ADDRESS}:{sock.getsockname()[1]}/?token="
         count = len(round_.samples)
-        say(f"{count} unlabeled images, pseudo labels of round {round_.index}: {url}  (Ctrl-C to stop)")
+        say(
+            f"{count} unlabeled images, pseudo labels of round {round_.index}: {url}{keys.token}  (Ctrl-C to stop)"
+        )
         if open_browser:
-            webbrowser.open(url)  # the socket already listens, so the browser waits
+            webbrowser.open(f"{url}{keys.once}")  # the socket already listens, so the browser waits
         server.run([sock])
 
 
@@ -68,18 +73,27 @@ def _ctrl_c(end: Callable[[], object]) -> Generator[None, None, None]:
         signal.signal(signal.SIGINT, before)
 
 
-def server_of(round_: LabeledRound) -> uvicorn.Server:
-    """The server of a round's page, to be run with a socket."""
+class _Server(uvicorn.Server):
+    """A server whose event loop reports errors in one line."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(log_in_one_line)
+        await super().startup(sockets)
+
+
+def server_of(round_: LabeledRound, keys: Keys) -> uvicorn.Server:
+    """The server of a round's page, to be run with a socket. keys: what requests need."""
     config = uvicorn.Config(
-        viewer_app(round_),
+        viewer_app(round_, keys),
         log_level="error",
         access_log=False,
         server_header=False,
         ws="none",
-        http="h11",
+        http=BoundedProtocol,
+        backlog=WAITING,
         timeout_graceful_shutdown=1,
     )
-    return uvicorn.Server(config)
+    return _Server(config)
 
 
 def listen(port: int | None) -> socket.socket:
@@ -90,7 +104,7 @@ def listen(port: int | None) -> socket.socket:
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((ADDRESS, number))
-            sock.listen(128)
+            sock.listen(WAITING)
         except OSError as error:
             sock.close()
             if port is not None:
