@@ -57,7 +57,9 @@ def change_marks(
 def _listed(ids: Iterable[str]) -> list[str]:
     """The ids as a list. Raises RunError if they are a single string or not strings."""
     if isinstance(ids, (str, bytes, os.PathLike)):
-        raise RunError(f"mark_bad takes a list of ids, and got {ids!r}. Give a list, as in [{os.fsdecode(ids)!r}].")
+        raise RunError(
+            f"mark_bad takes a list of ids, and got {ids!r}. Give a list, as in [{os.fsdecode(ids)!r}]."
+        )
     if not isinstance(ids, Iterable):
         raise RunError(f"mark_bad takes a list of ids, and got {ids!r}. Give a list of strings.")
     ids = list(ids)
