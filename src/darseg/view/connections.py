@@ -16,7 +16,7 @@ _log = logging.getLogger("uvicorn.error")
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol, which alone waits for the end of a request forever and accepts any number of connections."""
+    """uvicorn's protocol with limits: alone it waits forever, for any number of connections."""
 
     _timer: asyncio.TimerHandle | None = None
 
