@@ -37,7 +37,7 @@ from darseg.model.weights import load_network
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import prediction_path
 from darseg.pseudo.thresholds import choose_global
-from darseg.report import charts, gallery, page
+from darseg.report import charts, gallery, overview, page
 from darseg.report.comparison import compare_runs, spread
 from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
 from darseg.report.overview import page_of, write_report
@@ -323,6 +323,9 @@ def test_bins_lose_no_pixel_and_the_threshold_is_one_of_their_edges(data, scale,
         edges
     ) - 1 <= charts.BINS + charts.DETAIL_BINS + 1
     assert binned.sum() == len(codes)
+    place, _ = charts.places(scale, classes)
+    inner = np.digitize(place[codes], edges[1:-1] - 1e-9)  # bin by bin, as the definition says
+    assert np.array_equal(binned, np.bincount(inner, minlength=len(binned)))
     if accept == scale.codes:
         assert threshold is None
     else:
@@ -338,8 +341,8 @@ def test_the_middle_is_on_the_axis_of_confidences(run: Path, classes: int) -> No
     counts[:, FLOAT16.at_least(0.7)] = 9
     histogram = ConfidenceHistogram(counts, FLOAT16)
     few = replace(labels, histogram=histogram, thresholds=choose_global(histogram, 0.6))
-    axis = charts.confidence_chart(few, 0, (1, 2, 3)).layout.xaxis
-    assert axis.range[0] <= axis.tickvals[axis.ticktext.index("0.5")] == 0
+    axis = charts.confidence_base(few)["layout"]["xaxis"]
+    assert axis["range"][0] <= axis["tickvals"][axis["ticktext"].index("0.5")] == 0
 
 
 @pytest.mark.parametrize("method", ["dars", "cbst"])
@@ -561,6 +564,64 @@ def test_the_page_in_a_browser(hostile: Path, visit, width: int, scheme: str) ->
     images.first.click()
     assert page.locator("dialog[open] img").count() == 1
     assert visited.errors == [] and visited.leaving_the_machine() == []
+
+
+def test_figures_that_the_page_makes_show_the_numbers_of_the_files(hostile: Path, visit) -> None:
+    """Of confidences and confusion matrices the page holds only numbers, and draws them when they come into view."""
+    visited = visit((hostile / "run" / "report.html").as_uri())
+    scroll_through(visited.page)
+
+    def figure(about: str) -> dict:
+        drawn = visited.page.evaluate(
+            "(about) => { const box = [...document.querySelectorAll('.chart')].find(e => e.ariaLabel === about);"
+            " return {data: box.data[0], layout: box.layout}; }",
+            about,
+        )
+        return drawn["data"] | {"shapes": drawn["layout"].get("shapes", [])}
+
+    facts = read_run(hostile / "run")
+    last = facts.rounds[-1]
+    assert last.labels is not None and last.scores is not None
+    drawn = figure("confusion matrix of round 2")
+    confusion = last.scores.confusion
+    total = confusion.sum(1, keepdims=True)
+    shares = np.where(total > 0, confusion / np.maximum(1, total), np.nan)
+    assert np.allclose(np.array(drawn["z"], float), shares, equal_nan=True)
+    assert [cell[2] for cell in drawn["customdata"][0]] == confusion[0].tolist()
+    assert drawn["text"][0] == [f"{share:.0%}" if share >= 0.005 else "" for share in shares[0]]
+    scale, compared = last.labels.histogram.scale, 0
+    for k in np.flatnonzero(last.labels.thresholds.predicted):
+        drawn = figure(f"confidences of {NAMES[k]} in round 2")
+        counts, accept = last.labels.histogram.counts[k], int(last.labels.thresholds.accept[k])
+        edges, binned, threshold = charts.bin_confidences(counts, accept, scale, classes=K)
+        assert [count or 0 for count in drawn["y"]] == binned.tolist()
+        assert np.allclose(np.array(drawn["x"]) + np.array(drawn["width"]) / 2, edges[1:])
+        assert [shape["x0"] for shape in drawn["shapes"]] == [threshold] * (threshold is not None)
+        colored = [not color.startswith("rgba") for color in drawn["marker"]["color"]]
+        assert colored == (edges[:-1] >= (np.inf if threshold is None else threshold)).tolist()
+        lowest = f"{last.labels.thresholds.threshold[k]:.4g} – "
+        assert threshold is None or drawn["customdata"][colored.index(True)].startswith(lowest)
+        compared += 1
+    assert compared > 1 and visited.errors == []
+
+
+def test_sections_of_many_rounds_show_the_first_and_the_newest(
+    hostile: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = [scored(index, [1], [0]) for index in range(9)]
+    for most, expected, facts in (
+        (9, range(9), ""),
+        (8, (0, *range(2, 9)), "Round 1 is"),
+        (4, (0, 6, 7, 8), "Rounds 1 to 5 are"),
+        (0, (0, 8), "Rounds 1 to 7 are"),
+    ):
+        kept, omitted = overview.shown(rounds, most)
+        assert [round_.index for round_ in kept] == list(expected)
+        assert omitted.startswith(facts) and bool(omitted) == (len(kept) < 9)
+    monkeypatch.setattr(overview, "MOST_CELLS", 0)
+    text = write_report(hostile / "run", tmp_path / "small.html").read_text()
+    says(re.search(r"adds up to 100%. (.*?)</p>", text)[1], "Round 1 is")  # ty: ignore[not-subscriptable]
+    assert "confusion matrix of round 0" in text and "confusion matrix of round 1" not in text
 
 
 def test_the_verdict_comes_first(hostile: Path) -> None:

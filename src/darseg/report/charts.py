@@ -1,7 +1,12 @@
-"""The charts of a report, as plotly figures. The page's theme colors text, grid and paper."""
+"""The charts of a report. The page's theme colors text, grid and paper.
+
+Most are plotly figures. Of those that a page holds many of, in every round one for each class or pair of classes, there
+are only the numbers here, and `page.js` makes figures of them when they come into view.
+"""
 
 from __future__ import annotations
 
+import functools
 import html
 import itertools
 from collections.abc import Sequence
@@ -25,6 +30,7 @@ ROW = 24  # pixels per class in charts with a row for each class
 POINTS = 1000  # of a curve; more are averaged
 
 BINS = 60  # of confidences up to DETAIL
+CONFIDENCE_HEIGHT = 150  # pixels of the chart of a class
 DETAIL_BINS = 5  # of confidences above DETAIL
 DETAIL = {"float16": 0.998, "fine": 0.999999}  # scale → above it, codes are spaced evenly, not by log-odds
 TICKS = (0.1, 0.5, 0.9, 0.99)
@@ -102,8 +108,8 @@ def shares_chart(
     edge = low / 2  # where shares of 0 are drawn
     figure = _figure(_rows_height(len(names)))
     assert raw is not None and kept is not None
-    for k in range(len(names)):  # a line from raw to kept: in which direction labeling moved the class
-        _row_line(figure, k, max(raw[k], edge), end=max(kept[k], edge))
+    # A line from raw to kept: in which direction labeling moved the class.
+    _row_lines(figure, np.maximum(raw, edge), np.maximum(kept, edge))
     for title, shares, color, symbol in series:
         if shares is None:
             continue
@@ -131,20 +137,24 @@ def _shares(counts: NDArray | None) -> NDArray[np.float64] | None:
     return None if counts is None else counts / max(1, counts.sum())
 
 
-def _row_line(figure: go.Figure, row: int, start: float, *, end: float) -> None:
-    """Draw a line behind the dots of a row."""
-    line = {"color": NEUTRAL, "width": 2}
-    figure.add_shape(type="line", x0=start, x1=end, y0=row, y1=row, line=line, layer="below")
+def _row_lines(figure: go.Figure, starts: NDArray[np.float64], ends: NDArray[np.float64]) -> None:
+    """Draw a line in each row, behind its dots; none where an end is NaN."""
+    known = [k for k in range(len(starts)) if not np.isnan(starts[k] + ends[k])]
+    figure.add_scatter(
+        x=[value for k in known for value in (float(starts[k]), float(ends[k]), None)],
+        y=[value for k in known for value in (k, k, None)],
+        mode="lines",
+        line={"color": NEUTRAL, "width": 2},
+        hoverinfo="skip",
+        showlegend=False,
+    )
 
 
 def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
     """IoU of every class, with a dot for each scored round; undefined values are left out."""
     values = np.array([round_.iou for round_ in rounds])
     figure = _figure(_rows_height(len(names)))
-    for k in range(len(names)):
-        known = values[:, k][~np.isnan(values[:, k])]
-        if len(known):
-            _row_line(figure, k, known.min(), end=known.max())
+    _row_lines(figure, np.fmin.reduce(values), np.fmax.reduce(values))
     for round_, row, color in zip(rounds, values, ramp(len(rounds)), strict=True):
         figure.add_scatter(
             x=[None if np.isnan(value) else float(value) for value in row],
@@ -248,31 +258,10 @@ def thin(steps: NDArray, values: NDArray, points: int = POINTS) -> tuple[NDArray
     return np.array([steps[group].mean() for group in groups]), means
 
 
-def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
-    """A confusion matrix. Rows: truth; columns: prediction; cells show their share of the row."""
-    total = confusion.sum(1, keepdims=True)
-    share = np.divide(confusion, total, out=np.zeros(confusion.shape), where=total > 0)
+def confusion_base(names: Sequence[str]) -> dict[str, Any]:
+    """What the confusion matrices of all rounds share: names, and the layout of the figure."""
     count = len(names)
-    occurs = (total > 0)[:, 0]
     figure = _figure(150 + max(ROW, 18) * count)
-    few = count <= 30  # otherwise numbers do not fit into the cells
-    figure.add_heatmap(
-        z=[row.tolist() if known else [None] * count for row, known in zip(share, occurs, strict=True)],
-        zmin=0,
-        zmax=1,
-        colorscale=[[0, "rgba(59,130,246,0.04)"], [1, "rgba(59,130,246,1)"]],
-        showscale=False,
-        xgap=1,
-        ygap=1,
-        text=[[f"{value:.0%}" if value >= 0.005 else "" for value in row] for row in share] if few else None,
-        texttemplate="%{text}" if few else None,
-        textfont={"size": 10},
-        customdata=[
-            [[text_of(names[i]), text_of(names[j]), int(confusion[i, j])] for j in range(count)]
-            for i in range(count)
-        ],
-        hovertemplate="%{customdata[0]} predicted as %{customdata[1]}: %{z:.2%}, %{customdata[2]:,} px<extra></extra>",
-    )
     _class_rows(figure, names)
     figure.update_xaxes(
         tickvals=list(range(count)),
@@ -284,9 +273,19 @@ def confusion_chart(names: Sequence[str], confusion: NDArray) -> go.Figure:
         range=[-0.5, count - 0.5],
     )
     figure.update_yaxes(showgrid=False)
-    return figure
+    return {"names": [text_of(name) for name in names], "layout": _layout(figure)}
 
 
+def _layout(figure: go.Figure) -> dict[str, Any]:
+    return figure.to_plotly_json()["layout"]
+
+
+def confusion_chart(confusion: NDArray) -> dict[str, Any]:
+    """A confusion matrix, drawn by the page. Rows: truth; columns: prediction."""
+    return {"kind": "confusion", "counts": confusion.tolist()}
+
+
+@functools.lru_cache(maxsize=8)
 def places(scale: ConfidenceScale, classes: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Where the codes of a confidence scale are drawn, and the edges of the bins.
 
@@ -326,36 +325,42 @@ def bin_confidences(
     threshold = float(place[accept]) if accept < scale.codes else None
     if threshold is not None:
         edges = np.sort(np.append(edges[abs(edges - threshold) > 1e-6], threshold))
-    bins = np.clip(np.searchsorted(edges, place + 1e-9, "right") - 1, 0, len(edges) - 2)
-    return edges, np.bincount(bins, counts, len(edges) - 1).astype(np.int64), threshold
+    first = np.searchsorted(place, edges - 1e-9)  # code of each bin
+    first[0], first[-1] = 0, len(counts)  # the outer bins hold what lies beyond them, too
+    return edges, np.diff(np.concatenate([[0], np.cumsum(counts)])[first]), threshold
 
 
-def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]) -> go.Figure:
-    """Pixels of class k by confidence, on a logarithmic axis; those below the threshold are gray."""
+def confidence_base(labels: PseudoLabelSet) -> dict[str, Any]:
+    """What the charts of all classes of a round share: edges of the bins, their texts, and the layout."""
     scale, classes = labels.histogram.scale, len(labels.histogram.counts)
-    accept = int(labels.thresholds.accept[k])
-    edges, counts, threshold = bin_confidences(labels.histogram.counts[k], accept, scale, classes=classes)
-    accepted = edges[:-1] >= (np.inf if threshold is None else threshold)
-    figure = _figure(150, bargap=0, showlegend=False)
-    place, _ = places(scale, classes)
-    confidence = scale.confidence(np.arange(scale.codes))
-    ends = confidence[np.clip(np.searchsorted(place, edges - 1e-9), 0, scale.codes - 1)]
-    figure.add_bar(
-        x=((edges[:-1] + edges[1:]) / 2).tolist(),
-        y=[int(count) or None for count in counts],
-        width=np.diff(edges).tolist(),
-        marker={
-            "color": [f"rgb{tuple(color)}" if above else "rgba(148,163,184,0.55)" for above in accepted],
-            "line": {"width": 0.5, "color": NEUTRAL},
-        },
-        customdata=[f"{low:.4g} – {high:.4g}" for low, high in itertools.pairwise(ends)],
-        hovertemplate="confidence %{customdata}: %{y:,} pixels<extra></extra>",
-    )
-    if threshold is not None:
-        figure.add_vline(x=threshold, line={"color": "#e5484d", "width": 2})
+    _, edges = places(scale, classes)
+    figure = _figure(CONFIDENCE_HEIGHT, bargap=0, showlegend=False)
     _confidence_axes(figure, labels, edges)
     figure.update_layout(margin={"l": 4, "r": 8, "t": 4, "b": 4}, font={"size": 10})
-    return figure
+    ends = [_end(scale, edge, classes=classes) for edge in edges]
+    return {"edges": edges.tolist(), "ends": ends, "layout": _layout(figure)}
+
+
+def _end(scale: ConfidenceScale, edge: float, *, classes: int) -> str:
+    """The confidence at the edge of a bin."""
+    place, _ = places(scale, classes)
+    code = min(int(np.searchsorted(place, edge - 1e-9)), scale.codes - 1)
+    return f"{float(scale.confidence(code)):.4g}"
+
+
+def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]) -> dict[str, Any]:
+    """Pixels of class k by confidence, drawn by the page; those below the threshold are gray."""
+    scale, classes = labels.histogram.scale, len(labels.histogram.counts)
+    accept = int(labels.thresholds.accept[k])
+    _, counts, threshold = bin_confidences(labels.histogram.counts[k], accept, scale, classes=classes)
+    end = None if threshold is None else _end(scale, threshold, classes=classes)
+    return {
+        "kind": "confidence",
+        "counts": counts.tolist(),
+        "threshold": threshold,
+        "end": end,
+        "color": f"rgb{tuple(color)}",
+    }
 
 
 def _confidence_axes(figure: go.Figure, labels: PseudoLabelSet, edges: NDArray[np.float64]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from darseg.report.verdict import mean_iou, verdict
 from darseg.run.build import labeling_protocol, recipe_of
 from darseg.run.directory import RunDirectory
 
+MOST_ROWS = 3000  # rows for a class and round in one section
+MOST_CELLS = 400_000  # of confusion matrices
 FULL_BAR = 0.05  # change of IoU that fills half a bar, unless a class changed more
 STEPS = ("label", "train", "evaluate")
 
@@ -91,6 +94,20 @@ def _tab(round_: RoundFacts, content: object) -> Tab:
     return Tab(f"Round {round_.index}", content)
 
 
+def shown(rounds: Sequence[RoundFacts], most: int) -> tuple[tuple[RoundFacts, ...], str]:
+    """The rounds that a section shows, so that the page stays small, and a sentence about the others.
+
+    These are the first and the newest, at least two and at most `most` in all. Without others the sentence is empty.
+    """
+    most = max(2, most)
+    if len(rounds) <= most:
+        return tuple(rounds), ""
+    kept = (rounds[0], *rounds[len(rounds) - most + 1 :])
+    first, last = (rounds[at].index for at in (1, len(rounds) - most))
+    left = f"Round {first} is" if first == last else f"Rounds {first} to {last} are"
+    return kept, f"{left} not shown here, to keep the page small; their figures are in the run folder."
+
+
 def _about(facts: RunFacts, data: DataFacts) -> str:
     done = sum("evaluate" in round_.seconds for round_ in facts.rounds)
     parts = [
@@ -141,7 +158,8 @@ def _classes(page: Page, facts: RunFacts) -> Markup:
 
 def _shares(page: Page, facts: RunFacts, data: DataFacts) -> Markup:
     tabs, aligned = [], facts.method == "dars"
-    for round_ in facts.labeled:
+    rounds, omitted = shown(facts.labeled, MOST_ROWS // len(facts.classes))
+    for round_ in rounds:
         assert round_.labels is not None
         figure = charts.shares_chart(
             facts.classes.names, data.counts, round_.labels, truth=round_.truth, aligned=aligned
@@ -152,7 +170,12 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> Markup:
         }
         tabs.append(_tab(round_, content))
     return render(
-        "shares", rounds=tabs, aligned=aligned, method=facts.method, counted=data.counts is not None
+        "shares",
+        rounds=tabs,
+        omitted=omitted,
+        aligned=aligned,
+        method=facts.method,
+        counted=data.counts is not None,
     )
 
 
@@ -173,9 +196,10 @@ def _shares_table(classes: ClassSet, data: DataFacts, round_: RoundFacts) -> Tab
 
 
 def _thresholds(facts: RunFacts) -> Markup:
-    tabs = [_tab(round_, _thresholds_table(facts.classes, round_)) for round_ in facts.labeled]
+    rounds, omitted = shown(facts.labeled, MOST_ROWS // len(facts.classes))
+    tabs = [_tab(round_, _thresholds_table(facts.classes, round_)) for round_ in rounds]
     measured = any(round_.pseudo is not None for round_ in facts.labeled)
-    return render("thresholds", rounds=tabs, measured=measured)
+    return render("thresholds", rounds=tabs, omitted=omitted, measured=measured)
 
 
 def _thresholds_table(classes: ClassSet, round_: RoundFacts) -> Table:
@@ -214,19 +238,20 @@ class ConfidenceCell:
 
 def _confidences(page: Page, facts: RunFacts) -> Markup:
     tabs, classes = [], facts.classes
-    for round_ in facts.labeled:
+    rounds, omitted = shown(facts.labeled, MOST_ROWS // len(classes))
+    for round_ in rounds:
         assert round_.labels is not None
-        chosen, cells = round_.labels.thresholds, []
+        chosen, cells, base = round_.labels.thresholds, [], page.base(charts.confidence_base(round_.labels))
         for k, entry in enumerate(_entries(classes)):
             if not chosen.predicted[k]:
                 cells.append(ConfidenceCell(entry, None))
                 continue
-            figure = charts.confidence_chart(round_.labels, k, classes.colors[k])
-            place = page.chart(figure, f"confidences of {entry.name} in round {round_.index}")
+            numbers = charts.confidence_chart(round_.labels, k, classes.colors[k])
+            place = page.chart_on(base, numbers, f"confidences of {entry.name} in round {round_.index}")
             kept = round_.labels.kept[k] / chosen.predicted[k]
             cells.append(ConfidenceCell(entry, place, float(chosen.threshold[k]), kept=float(kept)))
         tabs.append(_tab(round_, cells))
-    return render("confidences", rounds=tabs)
+    return render("confidences", rounds=tabs, omitted=omitted)
 
 
 def _training(page: Page, facts: RunFacts) -> Markup:
@@ -238,12 +263,16 @@ def _training(page: Page, facts: RunFacts) -> Markup:
 
 
 def _confusion(page: Page, facts: RunFacts) -> Markup:
-    tabs = []
-    for round_ in facts.scored:
+    tabs, base = [], page.base(charts.confusion_base(facts.classes.names))
+    rounds, omitted = shown(facts.scored, MOST_CELLS // len(facts.classes) ** 2)
+    for round_ in rounds:
         assert round_.scores is not None
-        figure = charts.confusion_chart(facts.classes.names, round_.scores.confusion)
-        tabs.append(_tab(round_, page.chart(figure, f"confusion matrix of round {round_.index}", wide=True)))
-    return render("confusion", rounds=tabs)
+        numbers, about = (
+            charts.confusion_chart(round_.scores.confusion),
+            f"confusion matrix of round {round_.index}",
+        )
+        tabs.append(_tab(round_, page.chart_on(base, numbers, about, wide=True)))
+    return render("confusion", rounds=tabs, omitted=omitted)
 
 
 def _run(facts: RunFacts, data: DataFacts, seconds: float) -> Markup:

@@ -6,7 +6,7 @@
   const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
   // Pale cells show the page's background. plotly does not know it, so its own choice of text color may be unreadable.
-  const numbers = () => ({ "textfont.color": color("--text") });
+  const inks = () => ({ "textfont.color": color("--text") });
 
   function themed() {
     const axis = { gridcolor: color("--grid"), linecolor: color("--line"), tickcolor: color("--line") };
@@ -65,11 +65,75 @@
   script.textContent = await new Response(stream).text();
   document.head.append(script);
 
+  // Figures of charts that a page holds many of: what they share is in charts[numbers.base].
+  const figures = {
+    confidence({ edges, ends, layout }, { counts, threshold, end, color: accepted }) {
+      let marks = edges.map((edge, at) => [edge, ends[at]]);
+      if (threshold !== null) {
+        marks = marks.filter(([edge]) => Math.abs(edge - threshold) > 1e-6);
+        marks = [...marks, [threshold, end]].sort((a, b) => a[0] - b[0]);
+      }
+      const bars = counts.map((_, at) => [marks[at], marks[at + 1]]);
+      const line = { color: "#e5484d", width: 2 };
+      const shape = { type: "line", x0: threshold, x1: threshold, y0: 0, y1: 1, yref: "y domain", line };
+      return {
+        data: [
+          {
+            type: "bar",
+            x: bars.map(([[low], [high]]) => (low + high) / 2),
+            y: counts.map((count) => count || null),
+            width: bars.map(([[low], [high]]) => high - low),
+            marker: {
+              color: bars.map(([[low]]) => (threshold !== null && low >= threshold ? accepted : "rgba(148,163,184,0.55)")),
+              line: { width: 0.5, color: "#94a3b8" },
+            },
+            customdata: bars.map(([[, low], [, high]]) => `${low} – ${high}`),
+            hovertemplate: "confidence %{customdata}: %{y:,} pixels<extra></extra>",
+          },
+        ],
+        layout: { ...structuredClone(layout), shapes: threshold === null ? [] : [shape] },
+      };
+    },
+    confusion({ names, layout }, { counts }) {
+      const totals = counts.map((row) => row.reduce((sum, count) => sum + count, 0));
+      const share = counts.map((row, at) => row.map((count) => (totals[at] ? count / totals[at] : null)));
+      const few = names.length <= 30; // otherwise numbers do not fit into the cells
+      const numbers = {
+        text: share.map((row) => row.map((part) => (part >= 0.005 ? `${Math.round(100 * part)}%` : ""))),
+        texttemplate: "%{text}",
+        textfont: { size: 10 },
+      };
+      return {
+        data: [
+          {
+            type: "heatmap",
+            z: share,
+            zmin: 0,
+            zmax: 1,
+            colorscale: [
+              [0, "rgba(59,130,246,0.04)"],
+              [1, "rgba(59,130,246,1)"],
+            ],
+            showscale: false,
+            xgap: 1,
+            ygap: 1,
+            ...(few ? numbers : {}),
+            customdata: counts.map((row, i) => row.map((count, j) => [names[i], names[j], count])),
+            hovertemplate:
+              "%{customdata[0]} predicted as %{customdata[1]}: %{z:.2%}, %{customdata[2]:,} px<extra></extra>",
+          },
+        ],
+        layout: structuredClone(layout),
+      };
+    },
+  };
+
   function draw(box) {
     if (box.dataset.drawn) return;
     box.dataset.drawn = "yes";
-    const figure = charts[box.dataset.chart];
-    for (const trace of figure.data) if (trace.type === "heatmap") assign(trace, numbers());
+    const numbers = charts[box.dataset.chart];
+    const figure = numbers.kind ? figures[numbers.kind](charts[numbers.base], numbers) : numbers;
+    for (const trace of figure.data) if (trace.type === "heatmap") assign(trace, inks());
     Plotly.newPlot(box, figure.data, assign(figure.layout, themed()), { responsive: true, displayModeBar: false });
   }
 
@@ -87,7 +151,7 @@
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     for (const box of boxes.filter((chart) => chart.dataset.drawn)) {
       const cells = box.data.flatMap((trace, index) => (trace.type === "heatmap" ? [index] : []));
-      Plotly.update(box, cells.length ? numbers() : {}, themed(), cells.length ? cells : undefined);
+      Plotly.update(box, cells.length ? inks() : {}, themed(), cells.length ? cells : undefined);
     }
   });
 })();

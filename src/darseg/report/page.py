@@ -11,6 +11,9 @@ import functools
 import gzip
 import hashlib
 import importlib.resources
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
+from plotly.utils import PlotlyJSONEncoder
 
 import darseg
 from darseg.data.files import open_file, write_whole
@@ -42,6 +46,14 @@ def render(template: str, **values: Any) -> Markup:
     return Markup(TEMPLATES.get_template(f"{template}.html.j2").render(**values))
 
 
+@dataclass(frozen=True)
+class Base:
+    """The place of what several charts share. number: its position among the charts; height: theirs, in pixels."""
+
+    number: int
+    height: int
+
+
 class Page:
     """Collects the sections and charts of a page. about: a line of text below the title."""
 
@@ -56,8 +68,21 @@ class Page:
 
     def chart(self, figure: go.Figure, description: str, wide: bool = False) -> Chart:
         """Add a chart, and return its place for a template. Arguments as in `Chart`."""
-        self._charts.append(figure.to_json())
-        return Chart(len(self._charts) - 1, int(figure.layout.height), description, wide=wide)
+        height = int(figure.layout.height)
+        return Chart(self._add(figure.to_json()), height, description, wide=wide)
+
+    def base(self, shared: Mapping[str, Any]) -> Base:
+        """Add what several charts share: their layout, and what `page.js` needs to draw each."""
+        return Base(self._add(_json(shared)), int(shared["layout"]["height"]))
+
+    def chart_on(self, base: Base, numbers: Mapping[str, Any], description: str, wide: bool = False) -> Chart:
+        """Add a chart of which only the numbers differ from others on this base."""
+        return Chart(self._add(_json({**numbers, "base": base.number})), base.height, description, wide=wide)
+
+    def _add(self, text: str) -> int:
+        """Add a JSON text to the charts. Returns its position."""
+        self._charts.append(text)
+        return len(self._charts) - 1
 
     def html(self) -> str:
         """The whole document."""
@@ -94,6 +119,10 @@ class Page:
             )
         write_whole(out, self.html())
         return out
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, cls=PlotlyJSONEncoder, separators=(",", ":"))
 
 
 def _policy(*scripts: str) -> str:

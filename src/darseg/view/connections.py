@@ -16,7 +16,7 @@ _log = logging.getLogger("uvicorn.error")
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with limits: alone it waits forever, for any number of connections."""
+    """uvicorn's protocol with limits on time and number; on its own it has none of either."""
 
     _timer: asyncio.TimerHandle | None = None
 

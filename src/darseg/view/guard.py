@@ -60,7 +60,7 @@ class Keys:
 
 
 class Guard:
-    """ASGI middleware that refuses requests without the token, under another host name, and by other pages.
+    """ASGI middleware that refuses requests without token, under other host names, and by other pages.
 
     A foreign page could make its own name resolve to 127.0.0.1 (DNS rebinding). Then the browser sends that name as Host.
     """
