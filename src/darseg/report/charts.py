@@ -345,7 +345,7 @@ def _end(scale: ConfidenceScale, edge: float, *, classes: int) -> str:
     """The confidence at the edge of a bin."""
     place, _ = places(scale, classes)
     code = min(int(np.searchsorted(place, edge - 1e-9)), scale.codes - 1)
-    return f"{float(scale.confidence(code)):.4g}"
+    return f"{float(scale.confidence(np.array(code))):.4g}"
 
 
 def confidence_chart(labels: PseudoLabelSet, k: int, color: tuple[int, int, int]) -> dict[str, Any]:
