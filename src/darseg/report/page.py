@@ -48,7 +48,7 @@ def render(template: str, **values: Any) -> Markup:
 
 @dataclass(frozen=True)
 class Base:
-    """The place of what several charts share. number: its position among the charts; height: theirs, in pixels."""
+    """The place of what several charts share: its number among the charts, and their height."""
 
     number: int
     height: int
