@@ -9,7 +9,7 @@
     ├── NumericsError    a loss or gradient that is not finite
     ├── RunError         run folders: of another recipe, damaged, missing
     │   └── FormatError  run folders and checkpoints that a later version wrote
-    ├── MemoryLimit      a GPU with less memory than a step needs
+    ├── MemoryLimit      a GPU or machine with less memory than a step needs
     └── StorageError     the disk: full, read-only
 
 Interrupted is separate: a signal is not an Exception, so code that handles damaged files does not catch it.
@@ -52,7 +52,7 @@ class NumericsError(DarsegError):
 
 
 class MemoryLimit(DarsegError):
-    """A GPU has less memory than a step needs."""
+    """The GPU or the machine has less memory than a step needs."""
 
 
 class Interrupted(BaseException):

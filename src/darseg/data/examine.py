@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ class Findings:
         images: role → number of images.
         pixels: role → int64 [K + 1], pixels of each class; the last entry counts pixels that are not labeled.
         notes: lines about how files are read, if that may surprise a reader.
+        largest: role → the readable image with most pixels.
     """
 
     faults: tuple[str, ...]
@@ -36,6 +38,7 @@ class Findings:
     images: Mapping[str, int]
     pixels: Mapping[str, NDArray[np.int64]]
     notes: tuple[str, ...] = ()
+    largest: Mapping[str, Sample] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,13 @@ class _SampleFindings:
         counts: int64 [256], pixels of each class and of 255.
         values: values of an index label file before they are mapped; empty for colors; None if the file is unreadable.
         faults: a line each.
+        size: height and width of the image; 0 if it is unreadable.
     """
 
     counts: NDArray[np.int64]
     values: tuple[int, ...] | None
     faults: tuple[str, ...]
+    size: tuple[int, int] = (0, 0)
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
@@ -64,15 +69,17 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     classes = manifest.classes
     faults: list[str] = []
     pixels: dict[str, NDArray[np.int64]] = {}
+    sizes: dict[str, list[int]] = {}
     values_of: dict[LabelEncoding, set[int]] = {}
     unreadable: set[LabelEncoding] = set()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
         for role, samples in manifest.roles().items():
-            counts = np.zeros(256, np.int64)
+            counts, sizes[role] = np.zeros(256, np.int64), []
             results = pool.map(lambda sample: _examine_sample(sample, classes), samples)
             for sample, result in zip(samples, results, strict=True):
                 counts += result.counts
                 faults += result.faults
+                sizes[role].append(math.prod(result.size))
                 if sample.label:
                     encoding = sample.encoding.for_file(sample.label)
                     values_of.setdefault(encoding, set()).update(result.values or ())
@@ -103,6 +110,11 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         images={role: len(samples) for role, samples in manifest.roles().items()},
         pixels=pixels,
         notes=tuple(reading_notes(manifest)),
+        largest={
+            role: samples[int(np.argmax(sizes[role]))]
+            for role, samples in manifest.roles().items()
+            if any(sizes[role])
+        },
     )
 
 
@@ -152,25 +164,25 @@ def reading_notes(manifest: Manifest) -> list[str]:
 
 def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
     faults: list[str] = []
-    size = None
+    size = (0, 0)
     try:
         size = image_size(sample.image)
     except DataError as error:
         faults.append(str(error))
     counts, values = np.zeros(256, np.int64), None
     if sample.label is None:
-        return _SampleFindings(counts, values, tuple(faults))
+        return _SampleFindings(counts, values, tuple(faults), size)
     try:
         encoding = sample.encoding.for_file(sample.label)
         raw = decode_label(sample.label, encoding.format)
         values = () if raw.dtype == np.int32 else tuple(np.flatnonzero(np.bincount(raw[raw >= 0])).tolist())
         label = to_classes(raw, encoding, sample.label)
     except DataError as error:
-        return _SampleFindings(counts, values, (*faults, str(error)))
-    if size is not None and label.shape != size:
+        return _SampleFindings(counts, values, (*faults, str(error)), size)
+    if all(size) and label.shape != size:
         faults.append(size_fault(sample, label.shape, size))
     counts = np.bincount(label.reshape(-1), minlength=256)
     unknown = unknown_values(counts, len(classes))
     if unknown:
         faults.append(f"{sample.label}: {unknown}")
-    return _SampleFindings(counts, values, tuple(faults))
+    return _SampleFindings(counts, values, tuple(faults), size)

@@ -25,12 +25,15 @@ from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import Medium, Outputs, find_media, still_to_do
+from darseg.run.remedies import memory_reason
 
 OVERLAY_OPACITY = 0.55
 """Share of the class colors in an overlay; the rest is the image."""
 
 KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
 EXISTING: tuple[Existing, ...] = get_args(Existing)
+SMALLER = "Make the image smaller or cut it into pieces."
+"""What to do about an image that needs more memory than there is."""
 CERTAIN = 65535
 """Value of probability 1 in confidence maps."""
 
@@ -199,6 +202,8 @@ class _Work:
             return read_image(shot.medium.path)
         except DataError as error:
             return str(error)
+        except MemoryError as error:
+            return f"{shot.medium.path}: {memory_reason(error)}. {SMALLER}"
 
     def _predict(self, shot: _Shot, image: np.ndarray | str) -> tuple[np.ndarray, Prediction] | None:
         if self._movie is not None and shot.movie is not self._movie:
@@ -207,8 +212,14 @@ class _Work:
         if isinstance(image, str):
             self.failed.append(image)
             return None
-        protocol = self._trained.protocol(image)
-        prediction = predict(self._trained.network, image, protocol, name=str(shot), memory=self._memory)
+        try:
+            prediction = self._predicted(shot, image)
+        except Exception as error:
+            if (reason := memory_reason(error)) is None or shot.number:
+                raise
+            self.failed.append(f"{shot}: {reason}. {SMALLER}")
+            self._memory = Memory()  # a part of it may be what the others need
+            return None
         if shot.movie is not None:
             self._movie = shot.movie
             self._movie.add(lambda: _overlay(image, self._palette[prediction.classes]))
@@ -217,6 +228,10 @@ class _Work:
         else:
             self.images += 1
         return image, prediction
+
+    def _predicted(self, shot: _Shot, image: np.ndarray) -> Prediction:
+        protocol = self._trained.protocol(image)
+        return predict(self._trained.network, image, protocol, name=str(shot), memory=self._memory)
 
     def _write(self, shot: _Shot, result: tuple[np.ndarray, Prediction] | None) -> None:
         if result is None:

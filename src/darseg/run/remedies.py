@@ -1,8 +1,9 @@
-"""What to change in a recipe if a GPU has too little memory."""
+"""What to change in a recipe if the GPU or the machine has too little memory."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Generator, Sequence
 
 import torch
@@ -15,16 +16,33 @@ from darseg.model.sides import Sides
 from darseg.run.build import spec_of
 from darseg.run.plan import Round
 
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|[Oo]ut of memory"
+)
+"""How PyTorch says that the CPU has no memory left: a plain RuntimeError."""
+
 
 @contextlib.contextmanager
 def explain_memory(remedy: str) -> Generator[None]:
-    """Raise MemoryLimit, with what to change, if the GPU runs out of memory inside the block."""
+    """Raise MemoryLimit, with what to change, if memory runs out inside the block, on the GPU or the CPU."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise MemoryLimit(
-            f"The GPU has too little memory ({str(error).splitlines()[0]}). {remedy}"
-        ) from error
+    except Exception as error:
+        if (reason := memory_reason(error)) is None:
+            raise
+        raise MemoryLimit(f"{reason}. {remedy}") from error
+
+
+def memory_reason(error: BaseException) -> str | None:
+    """What has too little memory, as a sentence; None if the error is another one."""
+    text = (str(error).splitlines() or [""])[0]
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"The GPU has too little memory ({text})"
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        wanted = re.search(r"tried to allocate (\d+) bytes", str(error))
+        asked = f"{int(wanted[1]) / 1e9:,.1f} GB were asked for at once" if wanted else text or "MemoryError"
+        return f"This machine has too little memory ({asked})"
+    return None
 
 
 def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
@@ -44,9 +62,18 @@ def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
     return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` estimates the memory of a step."
 
 
-def less_to_predict(recipe: Recipe, section: str, protocol: Protocol) -> str:
-    """The advice for labeling or evaluation with less memory; `section` is the recipe's section."""
-    remedies = _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: bool = True) -> str:
+    """The advice for labeling or evaluation with less memory.
+
+    Args:
+        section: the recipe's section.
+        begun: the run has a folder, with steps that can be copied.
+    """
+    smaller = [scale for scale in protocol.scales if scale <= 1] or [1.0]
+    remedies = [f"{section}.scales={smaller}"] if max(protocol.scales) > 1 else []
+    remedies += _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+    if not begun:
+        return f"Change the recipe: {_either(remedies)}."
     return (
         f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. --reuse THIS_FOLDER copies the finished steps "
         "that do not depend on it."

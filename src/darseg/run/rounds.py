@@ -13,6 +13,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import dump_recipe, load_recipe, recipe_differences
+from darseg.data.examine import Findings
 from darseg.data.manifest import Manifest
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
 from darseg.model.network import Network
@@ -33,6 +34,7 @@ from darseg.run.directory import (
 from darseg.run.journal import Journal
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
+from darseg.run.rehearse import rehearse
 from darseg.run.signals import catch_signals
 from darseg.run.steps.evaluate import evaluate_round
 from darseg.run.steps.label import label_round
@@ -70,9 +72,11 @@ def train(
     console, run = console or Console(quiet=not processes.first), RunDirectory(out)
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
-        if not run.recipe.exists():  # before hours of work, not after them
-            _check_data(manifest, console)
+        new = not run.recipe.exists()
+        findings = _check_data(manifest, console) if new else None  # before hours of work, not after them
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
+        if findings is not None:
+            rehearse(recipe, network, manifest, run, counts=counts.tolist(), largest=findings.largest)
         text = dump_recipe(recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=partial(_compare, recipe))
         return counts.tolist(), stack.enter_context(run.held()), changes
@@ -168,13 +172,14 @@ def _reused(folder: Path | str | None) -> RunDirectory | None:
     return RunDirectory(folder)
 
 
-def _check_data(manifest: Manifest, console: Console) -> None:
+def _check_data(manifest: Manifest, console: Console) -> Findings:
     """Read every image and label map. Raises DataError with all faults."""
     findings = read_all(manifest, console)
     if findings.faults:
         raise DataError(
             faults(f"The data have {len(findings.faults)} fault(s), so nothing was begun", findings.faults)
         )
+    return findings
 
 
 def _compare(recipe: Recipe, saved: Path) -> RecipeChanges:

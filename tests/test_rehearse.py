@@ -1,0 +1,119 @@
+"""What can be known to fail in a later step fails before round 0, and memory that runs out is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from conftest import write_png
+from darseg.config.text import load_recipe
+from darseg.errors import DataError, MemoryLimit, StorageError
+from darseg.model.weights import save_network
+from darseg.run import predict as predict_module
+from darseg.run import rounds
+from darseg.run.build import build_initial_network, manifest_of, spec_of
+from darseg.run.check import read_all
+from darseg.run.directory import RunDirectory, digest_state
+from darseg.run.predict import predict_folder
+from darseg.run.rehearse import rehearse
+from darseg.run.remedies import memory_reason
+from wording import refused, says
+
+QUIET = Console(quiet=True)
+HUGE = "[1.0, 90000.0]"  # hundreds of terabytes: no allocator gives them
+
+
+@pytest.mark.parametrize("section", ["evaluation", "labeling"])
+def test_a_protocol_without_memory_fails_before_round_0(
+    section: str, recipe_file: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_file, [f"{section}.scales={HUGE}"])
+    with refused(MemoryLimit, f"{section}.scales=[1.0]", "GB were asked for", vary=[r"[\d,.]+ GB"]):
+        rounds.train(recipe, tmp_path / "run", console=QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_round_needs_no_labeling(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file, [f"labeling.scales={HUGE}", "rounds=[{steps: 1}]"])
+    manifest, (network, _) = manifest_of(recipe), build_initial_network(recipe)
+    largest = {"unlabeled": manifest.unlabeled[0]}
+    rehearse(recipe, network, manifest, RunDirectory(tmp_path), counts=[9] * 6, largest=largest)
+
+
+def test_a_rehearsal_changes_neither_network_nor_random_numbers(recipe_file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(recipe_file)
+    manifest, (network, _) = manifest_of(recipe), build_initial_network(recipe)
+    findings = read_all(manifest, QUIET)
+    before, state = digest_state(network.state_dict()), torch.get_rng_state()
+    rehearse(
+        recipe, network, manifest, RunDirectory(tmp_path / "run"), counts=[9] * 6, largest=findings.largest
+    )
+    assert digest_state(network.state_dict()) == before and network.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_image_of_each_role_is_found(recipe_file: Path, tiny_data: Path, tmp_path: Path) -> None:
+    manifest = manifest_of(load_recipe(recipe_file))
+    largest = read_all(manifest, QUIET).largest
+    assert set(largest) == {role for role, samples in manifest.roles().items() if samples}
+    write_png(tmp_path / "images" / "a.png", np.zeros((9, 9, 3), np.uint8))
+    write_png(tmp_path / "images" / "b.png", np.zeros((8, 30, 3), np.uint8))
+    write_png(tmp_path / "images" / "c.png", np.zeros((9, 10, 3), np.uint8))
+    write_png(tmp_path / "labels" / "a.png", np.zeros((9, 9), np.uint8))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: {root: ., classes: [a, b]}\nnetwork: {weights: none}\nrounds: [{steps: 1}]\n")
+    assert read_all(manifest_of(load_recipe(recipe)), QUIET).largest["unlabeled"].id == "b"
+
+
+def test_class_counts_and_disk_are_looked_at_too(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(recipe_file)
+    manifest, (network, _) = manifest_of(recipe), build_initial_network(recipe)
+    with pytest.raises(DataError):
+        rehearse(recipe, network, manifest, RunDirectory(tmp_path), counts=[0] * 6, largest={})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}))
+    with refused(StorageError, "labeling.predict_twice=true"):
+        rounds.train(recipe, tmp_path / "run", console=QUIET)
+
+
+def test_memory_of_the_machine_and_of_the_gpu_are_told_from_other_errors() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 48)
+    says(memory_reason(error.value) or "", "1,125,899.9 GB")
+    with pytest.raises(MemoryError) as error:
+        np.empty(1 << 48, np.float32)
+    assert memory_reason(error.value)
+    assert memory_reason(torch.cuda.OutOfMemoryError("CUDA out of memory.")) == (
+        "The GPU has too little memory (CUDA out of memory.)"
+    )
+    assert memory_reason(RuntimeError("shapes differ")) is None
+
+
+def test_one_huge_picture_does_not_end_predict_for_the_others(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, network = load_recipe(recipe_file), tmp_path / "network.safetensors"
+    save_network(build_initial_network(recipe)[0], network, spec_of(recipe))
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    for name, image in {"a": pixels, "huge": np.zeros((21, 30, 3), np.uint8), "z": pixels}.items():
+        write_png(tmp_path / "in" / f"{name}.png", image)
+    whole = predict_module.predict
+
+    def predict(network, image, *rest, **options):
+        if len(image) == 21:
+            torch.empty(1 << 48)
+        return whole(network, image, *rest, **options)
+
+    monkeypatch.setattr(predict_module, "predict", predict)
+    done = predict_folder(network, tmp_path / "in", tmp_path / "out", ["index"], console=QUIET)
+    assert done.images == 2 and sorted(path.name for path in (tmp_path / "out/index").iterdir()) == [
+        "a.png",
+        "z.png",
+    ]
+    says("\n".join(done.failed), "huge.png", "1,125,899.9 GB")
