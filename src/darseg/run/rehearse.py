@@ -23,9 +23,9 @@ from darseg.run.remedies import explain_memory, less_to_predict
 def rehearse(
     recipe: Recipe,
     network: Network,
+    *,
     manifest: Manifest,
     run: RunDirectory,
-    *,
     counts: list[int],
     largest: Mapping[str, Sample],
 ) -> None:

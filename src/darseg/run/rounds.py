@@ -76,7 +76,9 @@ def train(
         findings = _check_data(manifest, console) if new else None  # before hours of work, not after them
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         if findings is not None:
-            rehearse(recipe, network, manifest, run, counts=counts.tolist(), largest=findings.largest)
+            rehearse(
+                recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=findings.largest
+            )
         text = dump_recipe(recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=partial(_compare, recipe))
         return counts.tolist(), stack.enter_context(run.held()), changes
