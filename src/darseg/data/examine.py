@@ -171,18 +171,18 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
         faults.append(str(error))
     counts, values = np.zeros(256, np.int64), None
     if sample.label is None:
-        return _SampleFindings(counts, values, tuple(faults), size)
+        return _SampleFindings(counts, values, tuple(faults), size=size)
     try:
         encoding = sample.encoding.for_file(sample.label)
         raw = decode_label(sample.label, encoding.format)
         values = () if raw.dtype == np.int32 else tuple(np.flatnonzero(np.bincount(raw[raw >= 0])).tolist())
         label = to_classes(raw, encoding, sample.label)
     except DataError as error:
-        return _SampleFindings(counts, values, (*faults, str(error)), size)
+        return _SampleFindings(counts, values, (*faults, str(error)), size=size)
     if all(size) and label.shape != size:
         faults.append(size_fault(sample, label.shape, size))
     counts = np.bincount(label.reshape(-1), minlength=256)
     unknown = unknown_values(counts, len(classes))
     if unknown:
         faults.append(f"{sample.label}: {unknown}")
-    return _SampleFindings(counts, values, tuple(faults), size)
+    return _SampleFindings(counts, values, tuple(faults), size=size)
