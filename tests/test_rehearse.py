@@ -1,4 +1,4 @@
-"""What can be known to fail in a later step fails before round 0, and memory that runs out is explained."""
+"""What can be known to fail later fails before round 0; memory that runs out is explained."""
 
 from __future__ import annotations
 

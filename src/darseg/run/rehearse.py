@@ -1,4 +1,4 @@
-"""A rehearsal before round 0: whatever can be known to fail in a later step fails before hours of training."""
+"""A rehearsal before round 0: what can be known to fail later fails before hours of training."""
 
 from __future__ import annotations
 
