@@ -29,10 +29,10 @@ def rehearse(
     counts: list[int],
     largest: Mapping[str, Sample],
 ) -> None:
-    """Predict one image by each protocol of the recipe, as evaluation and labeling will; nothing is written.
+    """Predict one image by each protocol of the recipe, as evaluation and labeling will.
 
     Args:
-        network: the initial one; it stays as it is, and no random numbers are drawn.
+        network: the initial one; it stays as it is. Nothing is written, and no random numbers are drawn.
         counts: labeled pixels per class.
         largest: role → its largest image, which needs most memory.
 
