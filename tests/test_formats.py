@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,9 +27,10 @@ from darseg.data.advice import usual_mistakes
 from darseg.data.classes import CITYSCAPES, IGNORE, VOC, class_set
 from darseg.data.encoding import PLAIN, LabelEncoding, label_encoding
 from darseg.data.examine import examine
-from darseg.data.images import image_size, read_image
+from darseg.data.images import IMAGE_SUFFIXES, Reading, image_size, read_image, read_picture
 from darseg.data.labels import decode_label, read_label
-from darseg.data.manifest import Manifest, Sample
+from darseg.data.manifest import Manifest, Sample, find_files
+from darseg.data.scaling import Scaling
 from darseg.errors import DataError, RecipeError
 from darseg.run.check import check
 from draw_layouts import VOC_FURTHER, draw_voc, voc_palette, write_mat
@@ -235,21 +237,186 @@ def test_16_bit_images_are_rounded_to_8_bits(tmp_path_factory, values: list[int]
     assert read_image(path)[0, :, 1].tolist() == nearest
 
 
-def test_images_of_other_depths_are_refused(tmp_path: Path):
-    for depth, kind, name in ((16, 2, "int16"), (32, 1, "uint32"), (32, 2, "int32"), (32, 3, "float32")):
-        path = put(tmp_path / "a.tif", tiff(random_values(8), depth, kind=kind))
-        with refused(DataError, str(path), "1 channel", name, "8 or 16 bits"):
-            read_image(path)
-
-
-@pytest.mark.parametrize("turned", range(1, 9))
-@pytest.mark.parametrize("depth", [8, 16])
-def test_tiffs_are_not_turned(tmp_path: Path, turned: int, depth: int):
+@pytest.mark.parametrize(
+    "depth, kind, name", [(16, 2, "int16"), (32, 1, "uint32"), (32, 2, "int32"), (32, 3, "float32")]
+)
+def test_images_of_other_depths_need_a_white(tmp_path: Path, depth: int, kind: int, name: str):
     values = random_values(8)
-    path = put(tmp_path / "a.tif", tiff(values * (257 if depth == 16 else 1), depth, turned=turned))
-    assert np.array_equal(read_image(path), gray(values))
+    path = put(tmp_path / "a.tif", tiff(values, depth, kind=kind))
+    with refused(DataError, str(path), name, "data.white", vary=[r"from .*?\."]):
+        read_image(path)
+    lighter = np.rint(np.clip((values - 10) * 255 / 190, 0, 255))
+    assert np.array_equal(read_image(path, Reading(scaling=Scaling(black=10, white=200))), gray(lighter))
+
+
+def test_white_is_the_brightest_value_of_16_bits(tmp_path: Path):
+    values = random_values(12)
+    expected = gray(np.rint(values * 255 / 4095))
+    for format, data in {"png": png(values, 16), "tif": tiff(values, 16)}.items():
+        path = put(tmp_path / f"a.{format}", data)
+        assert np.array_equal(read_image(path, Reading(scaling=Scaling(white=4095))), expected)
+        picture = read_picture(path)
+        assert picture.peak == values.max() and picture.pixels.max() <= 16
+
+
+def test_what_is_no_number_or_holds_nothing_is_black(tmp_path: Path):
+    values = random_values(8).astype(np.float32) / 255
+    values[0, :3] = np.nan, np.inf, -9999
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, values, extratags=[(42113, 2, 0, "-9999", True)])
+    image = read_image(path, Reading(scaling=Scaling(white=1.0)))
+    assert image[0, :3, 0].tolist() == [0, 255, 0]
+    assert np.array_equal(image[1:, :, 1], np.rint(values[1:] * 255))
+    bright = RANDOM.integers(0, 256, (H, W, 3), dtype=np.uint8)
+    bright[:2], bright[3, 0] = 255, (255, 255, 7)
+    tifffile.imwrite(path, bright, photometric="rgb", extratags=[(42113, 2, 0, "255", True)])
+    expected = np.where((bright == 255).all(2, keepdims=True), 0, bright)
+    assert np.array_equal(read_image(path), expected)
+
+
+@pytest.mark.parametrize("bands", [2, 4, 5, 8])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("photometric", ["minisblack", "rgb"])
+def test_bands_are_chosen(tmp_path: Path, bands: int, planar: str, photometric: str):
+    """BigTIFF, tiles, strips and compression do not matter; neither does how GDAL describes further bands."""
+    if photometric == "rgb" and bands == 2:
+        pytest.skip("RGB has three bands")
+    values = RANDOM.integers(0, 256, (bands, 40, 50), dtype=np.uint8)
+    path = tmp_path / "a.tif"
+    options: dict = {"bigtiff": bands == 5, "compression": "lzw" if bands > 4 else None}
+    options |= {"tile": (16, 32)} if bands == 8 else {}
+    stored = values if planar == "separate" else np.ascontiguousarray(np.moveaxis(values, 0, 2))
+    further = bands - (3 if photometric == "rgb" else 1)
+    tifffile.imwrite(
+        path, stored, photometric=photometric, planarconfig=planar, extrasamples=[0] * further, **options
+    )
+    picture = read_picture(path)
+    first = values[:3] if bands > 2 else values[[0, 0, 0]]
+    assert np.array_equal(picture.pixels, np.moveaxis(first, 0, 2))
+    assert f"{bands} bands" in picture.notes[0] and "data.bands" in picture.notes[0]
+    chosen = (bands, 1, 2)
+    picture = read_picture(path, Reading(bands=chosen))
+    assert np.array_equal(picture.pixels, np.moveaxis(values[[bands - 1, 0, 1]], 0, 2))
+    assert picture.notes == ()
+    assert np.array_equal(read_image(path, Reading(bands=(2,))), gray(values[1]))
+    with refused(DataError, str(path), "data.bands", str(bands)):
+        read_image(path, Reading(bands=(1, 2, bands + 1)))
+
+
+def test_alpha_is_no_band_and_is_not_multiplied_into_colors(tmp_path: Path):
+    values = RANDOM.integers(0, 256, (H, W, 4), dtype=np.uint8)
+    values[..., 3] //= 4
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, values, photometric="rgb", extrasamples=["unassalpha"], compression="deflate")
+    assert np.array_equal(read_image(path), values[..., :3]) and read_picture(path).notes == ()
+
+
+def test_one_limit_of_pixels_holds_for_all_formats(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own would be another
+    rgb, values = random_values(8, 3).astype(np.uint8), random_values(1)
+    picture = Image.fromarray(rgb)
+    images = {
+        f"a.{name.lower()}": with_pillow(picture, name)
+        for name in ("PNG", "BMP", "TIFF", "WEBP", "JPEG", "GIF")
+    }
+    palette = RANDOM.integers(0, 256, (2, 3))
+    colors = (palette.T.reshape(-1) * 257).tolist()
+    labels = {
+        "b.png": png(values, 1),
+        "c.png": png(values, 1, 3, chunk(b"PLTE", bytes(palette.astype(np.uint8)))),
+        "b.tif": tiff(values, 8),
+        "c.tif": tiff(values, 8, 3, palette=colors * 128),
+        "b.bmp": bmp(values, 1, palette),
+    }
+    for name, data in images.items():
+        path = put(tmp_path / name, data)
+        assert read_image(path, Reading(max_pixels=H * W)).shape == (H, W, 3)
+        with refused(DataError, str(path), f"{H}x{W}", f"{H * W - 1}", "data.max_pixels"):
+            read_image(path, Reading(max_pixels=H * W - 1))
+    for name, data in labels.items():
+        path = put(tmp_path / name, data)
+        assert np.array_equal(read_label(path, max_pixels=H * W), values), name
+        with refused(DataError, str(path), f"{H}x{W}", f"{H * W - 1}", "data.max_pixels"):
+            read_label(path, max_pixels=H * W - 1)
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF", ".gif", ".GIF"])
+def test_other_suffixes_are_read(tmp_path: Path, suffix: str):
+    soft = np.full((16, 24, 3), (200, 100, 50), np.uint8)
+    format = "GIF" if suffix.lower() == ".gif" else "JPEG"
+    put(tmp_path / f"a{suffix}", with_pillow(Image.fromarray(soft), format))
+    (path,) = find_files(tmp_path, IMAGE_SUFFIXES).values()
+    assert np.abs(read_image(path).astype(int) - soft).max() < 8
+
+
+def test_of_several_frames_the_first_is_read(tmp_path: Path):
+    first, second = Image.new("RGB", (W, H), (200, 0, 0)), Image.new("RGB", (W, H), (0, 0, 200))
+    for format in ("GIF", "WEBP", "TIFF"):
+        options = {"lossless": True} if format == "WEBP" else {}
+        path = put(
+            tmp_path / f"a.{format}",
+            with_pillow(first, format, save_all=True, append_images=[second], **options),
+        )
+        picture = read_picture(path)
+        assert (picture.pixels == (200, 0, 0)).all() and "first" in picture.notes[0]
+
+
+def test_gif_masks_are_indices(tmp_path: Path):
+    values = random_values(4).astype(np.uint8)
+    picture = Image.fromarray(values, "P")
+    picture.putpalette(RANDOM.integers(0, 256, 768, dtype=np.uint8).tobytes())
+    later = Image.new("P", (W, H))
+    data = with_pillow(picture, "GIF", save_all=True, append_images=[later])
+    assert np.array_equal(read_label(put(tmp_path / "a.gif", data)), values)
+
+
+def turned(values: np.ndarray, mark: int) -> np.ndarray:
+    """The picture that a viewer shows (EXIF 2.32, section 4.6.4), pixel by pixel."""
+    rows, columns = values.shape[:2]
+    upright = np.zeros((columns, rows) if mark > 4 else (rows, columns), values.dtype)
+    for row in range(rows):
+        for column in range(columns):
+            down, right = rows - 1 - row, columns - 1 - column
+            place = {
+                1: (row, column), 2: (row, right), 3: (down, right), 4: (down, column),
+                5: (column, row), 6: (column, down), 7: (right, down), 8: (right, row),
+            }[mark]  # fmt: skip
+            upright[place] = values[row, column]
+    return upright
+
+
+@pytest.mark.parametrize("mark", range(1, 9))
+@pytest.mark.parametrize("depth", [8, 16])
+def test_tiffs_are_turned_upright(tmp_path: Path, mark: int, depth: int):
+    values = random_values(8)
+    path = put(tmp_path / "a.tif", tiff(values * (257 if depth == 16 else 1), depth, turned=mark))
+    assert np.array_equal(read_image(path), gray(turned(values, mark)))
+    assert np.array_equal(read_image(path, Reading(upright=False)), gray(values))
     if depth == 8:
         assert np.array_equal(read_label(path), values)
+
+
+@pytest.mark.parametrize("mark", range(1, 9))
+def test_pictures_of_all_formats_are_turned_upright(tmp_path: Path, mark: int):
+    values = np.kron(random_values(8, 3).astype(np.uint8)[:2, :3], np.ones((8, 8, 1), np.uint8))
+    exif = Image.Exif()
+    exif[274] = mark
+    for format, options in {
+        "PNG": {},
+        "WEBP": {"lossless": True},
+        "JPEG": {"quality": 98, "subsampling": 0},
+    }.items():
+        path = put(
+            tmp_path / f"a.{format}", with_pillow(Image.fromarray(values), format, exif=exif, **options)
+        )
+        for upright in (True, False):
+            image = read_image(path, Reading(upright=upright))
+            expected = np.stack([turned(values[..., c], mark if upright else 1) for c in range(3)], 2)
+            assert image.shape == expected.shape and image.flags.c_contiguous
+            assert np.abs(image.astype(int) - expected).max() < 12, format
+    path = tmp_path / "big.tif"
+    tifffile.imwrite(path, values, photometric="rgb", bigtiff=True, extratags=[(274, 3, 1, mark, True)])
+    assert np.array_equal(read_image(path), np.stack([turned(values[..., c], mark) for c in range(3)], 2))
 
 
 # Labels
@@ -491,8 +658,8 @@ def test_files_that_cannot_be_labels_are_refused(tmp_path: Path):
     colors = put(tmp_path / "a.tif", tiff(random_values(16, 3), 16, 2))
     with refused(DataError, str(colors), "16 bits"):
         read_label(colors, label_encoding(COLORED))
-    floats = put(tmp_path / "b.tif", tiff(random_values(8), 32, kind=3))
-    with refused(DataError, str(floats), "mode F"):
+    floats = put(tmp_path / "b.tif", tiff(np.array([[0, 1.5], [2, 3]]), 32, kind=3))
+    with refused(DataError, str(floats), "1.5", "whole numbers"):
         read_label(floats)
     for value, kind in ((-1, 2), (65536, 1)):
         wide = put(tmp_path / "c.tif", tiff(np.array([[0, value]]), 32, kind=kind))
@@ -500,6 +667,12 @@ def test_files_that_cannot_be_labels_are_refused(tmp_path: Path):
             read_label(wide)
     wide = put(tmp_path / "c.tif", tiff(np.array([[0, 7]]), 32, kind=2))
     assert read_label(wide).tolist() == [[0, 7]]
+    soft = put(
+        tmp_path / "d.tif",
+        with_pillow(Image.fromarray(np.zeros((9, 9), np.uint8)), "TIFF", compression="jpeg"),
+    )
+    with refused(DataError, str(soft), "JPEG", "LZW"):
+        read_label(soft)
     lossy = put(tmp_path / "d.jpg", with_pillow(Image.fromarray(np.zeros((9, 9), np.uint8)), "JPEG"))
     with refused(DataError, str(lossy), "JPEG", "PNG"):
         read_label(lossy)
@@ -509,11 +682,19 @@ def test_files_that_cannot_be_labels_are_refused(tmp_path: Path):
             read_label(put(tmp_path / name, data))
 
 
-def test_labels_beyond_the_size_limit_of_pillow_are_refused(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    path = put(tmp_path / "a.png", png(random_values(8, 3), 8, 2))
-    with refused(DataError, str(path), vary=[r"\(Image size.*\)"]):
-        read_label(path, label_encoding(COLORED))
+def test_whole_numbers_of_any_type_are_labels(tmp_path: Path):
+    values = random_values(8)
+    values[0, 0] = -9999
+    expected = np.where(values == -9999, IGNORE, values)
+    for type in (np.int16, np.int32, np.float32, np.float64):
+        tifffile.imwrite(tmp_path / "a.tif", values.astype(type), extratags=[(42113, 2, 0, "-9999", True)])
+        assert np.array_equal(read_label(tmp_path / "a.tif"), expected), type
+    numbers = np.where(values == -9999, np.nan, values).astype(np.float32)
+    tifffile.imwrite(tmp_path / "a.tif", numbers, compression="deflate")
+    assert np.array_equal(read_label(tmp_path / "a.tif"), expected)
+    # A value that may be a class is one, whatever GDAL says about it.
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((H, W), np.uint8), extratags=[(42113, 2, 0, "0", True)])
+    assert (read_label(tmp_path / "a.tif") == 0).all()
 
 
 # SBD

@@ -19,7 +19,7 @@ from darseg.data.advice import unknown_values
 from darseg.data.classes import IGNORE, class_set
 from darseg.data.encoding import LabelEncoding
 from darseg.data.examine import examine
-from darseg.data.images import IMAGE_SUFFIXES, image_size, read_image
+from darseg.data.images import IMAGE_SUFFIXES, Reading, image_size, read_image
 from darseg.data.labels import read_label
 from darseg.data.manifest import (
     Manifest,
@@ -110,8 +110,7 @@ def test_jpegs_and_gray_images_are_read_as_rgb(tmp_path: Path):
     assert np.array_equal(gray, np.repeat(LABEL[..., None], 3, 2))
 
 
-def test_orientation_marks_do_not_turn_the_image(tmp_path: Path):
-    """EXIF orientation would turn the image away from its label map."""
+def test_orientation_marks_turn_the_image_unless_it_is_to_stay_as_stored(tmp_path: Path):
     tag = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # orientation: a quarter turn
     exif = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<I", 0)
     image = np.zeros((16, 40, 3), np.uint8)
@@ -119,10 +118,10 @@ def test_orientation_marks_do_not_turn_the_image(tmp_path: Path):
     path = tmp_path / "turned.jpg"
     path.write_bytes(with_segment(jpeg(image), exif))
     assert cv2.imread(str(path)).shape == (40, 16, 3)  # OpenCV follows this tag by default
-    assert image_size(path) == (16, 40)
-    assert read_image(path)[:, 22:].min() > 200 and read_image(path)[:, :18].max() < 50
-    label = np.zeros((16, 40), np.uint8)
-    assert examine(manifest_of(Sample("a", path, save(tmp_path / "a.png", label)))).faults == ()
+    stored = Reading(upright=False)
+    assert image_size(path) == (40, 16) and image_size(path, stored) == (16, 40)
+    image = read_image(path, stored)
+    assert image[:, 22:].min() > 200 and image[:, :18].max() < 50
 
 
 def test_files_that_are_not_images_are_refused(tmp_path: Path):
@@ -207,7 +206,7 @@ def test_a_png_written_by_hand_is_valid(tmp_path: Path):
 def test_files_are_found_in_nested_folders_in_order_of_their_ids(tmp_path: Path):
     for name in ("b/2.png", "b/10.JPG", "a.jpeg", "b.c.png", "deep/er/x y.png"):
         save(tmp_path / name, IMAGE)
-    for name in ("notes.txt", ".hidden.png", ".checkpoints/a.png", "deep/.cache/z.png", "b/2.gif"):
+    for name in ("notes.txt", ".hidden.png", ".checkpoints/a.png", "deep/.cache/z.png", "b/2.heic"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     files = find_files(tmp_path, IMAGE_SUFFIXES)

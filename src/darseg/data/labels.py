@@ -11,16 +11,26 @@ from typing import Any, Literal
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from darseg.choices import LabelFormat
 from darseg.data.advice import MOST_LISTED, color_advice, list_counts, pixel_count
 from darseg.data.classes import IGNORE
 from darseg.data.encoding import PLAIN, RGB, LabelEncoding
-from darseg.data.images import JPEG_MARK, PNG_COLORS, is_png, open_with_pillow, read_bytes, read_whole
+from darseg.data.images import (
+    JPEG_MARK,
+    MOST_PIXELS,
+    PNG_COLORS,
+    check_pixels,
+    is_png,
+    open_with_pillow,
+    read_bytes,
+    read_whole,
+)
+from darseg.data.tiff import TIFF_MARKS, Raster, read_tiff
 from darseg.errors import DataError
 
-LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".mat")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".mat")
 
 ONE_CHANNEL = ("1", "L", "P", "I;16", "I;16B", "I", "LA")
 """Pillow's modes of images with one channel of values; LA has transparency with it."""
@@ -38,21 +48,23 @@ MAT_COMPRESSED = 15
 """Kind of a compressed part of a .mat file (miCOMPRESSED)."""
 
 
-def read_label(path: Path | str, encoding: LabelEncoding = PLAIN) -> NDArray[np.uint8]:
+def read_label(
+    path: Path | str, encoding: LabelEncoding = PLAIN, max_pixels: int = MOST_PIXELS
+) -> NDArray[np.uint8]:
     """A label file as uint8 [H, W] of classes, 255 = not labeled.
 
-    Reads PNG, BMP and TIFF (one channel of up to 16 bits, palette or color) and SBD's .mat files. A pixel whose alpha
-    is 0 is not labeled. If the values are the classes (`encoding.values` is None), they are not compared with the
-    number of classes; `unknown_values` does that.
+    Reads PNG, BMP, GIF and TIFF (one channel of values from 0 to 65535, palette or color) and SBD's .mat files. A pixel
+    whose alpha is 0 is not labeled. An orientation mark of the label file itself is not followed. If the values are the
+    classes (`encoding.values` is None), they are not compared with the number of classes; `unknown_values` does that.
 
     Raises DataError if the file is missing, cannot be decoded, or holds values or colors that are not classes.
     """
     path = Path(path)
     encoding = encoding.for_file(path)
-    return to_classes(decode_label(path, encoding.format), encoding, path)
+    return to_classes(decode_label(path, encoding.format, max_pixels), encoding, path)
 
 
-def decode_label(path: Path, format: LabelFormat) -> np.ndarray:
+def decode_label(path: Path, format: LabelFormat, max_pixels: int = MOST_PIXELS) -> np.ndarray:
     """What a label file holds, before values or colors become classes.
 
     Values are uint8 or uint16 [H, W], colors are int32 [H, W] (R·65536 + G·256 + B). The values of a file with an
@@ -60,6 +72,7 @@ def decode_label(path: Path, format: LabelFormat) -> np.ndarray:
 
     Args:
         format: as in `LabelEncoding`.
+        max_pixels: larger maps are refused.
     """
     if path.suffix.lower() == ".mat":
         return _sbd(path, read_bytes(path))
@@ -69,6 +82,9 @@ def decode_label(path: Path, format: LabelFormat) -> np.ndarray:
             f"{path}: this file is a JPEG, whose compression changes label values. Use the original label map, saved as "
             "PNG."
         )
+    if data.startswith(TIFF_MARKS):
+        return _tiff(path, read_tiff(path, data, max_pixels), format)
+    check_pixels(path, data, max_pixels)
     if is_png(data):
         depth, kind = data[24], PNG_COLORS.get(data[25], "unknown")
         if kind == "gray" and format != "color":
@@ -78,22 +94,84 @@ def decode_label(path: Path, format: LabelFormat) -> np.ndarray:
                 f"{path}: this file is a 16-bit {kind} PNG. A 16-bit label map must have a single channel of values."
             )
     try:
-        image, bits = open_with_pillow(data)
+        image = open_with_pillow(data)
         image.load()
     except Exception as error:  # Pillow's readers fail in many ways on damaged files
-        reason = "unknown file type" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(
-            f"{path}: this file cannot be decoded as a label map ({reason}). Give a PNG, BMP or TIFF file, or one of "
+            f"{path}: this file cannot be decoded as a label map ({error}). Give a PNG, BMP, GIF or TIFF file, or one of "
             "SBD's .mat files."
         ) from None
+    return _of_picture(path, image, format)
+
+
+def _of_picture(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
+    """The values or colors of an image that Pillow has decoded."""
     if image.mode == "P" and format == "color":
         image.info.pop("transparency", None)
         image = image.convert("RGB")
-    return (
-        _one_channel(image, bits, format, path=path)
-        if image.mode in ONE_CHANNEL
-        else _colors(image, bits, format, path=path)
-    )
+    return _one_channel(path, image, format) if image.mode in ONE_CHANNEL else _colors(path, image, format)
+
+
+def _tiff(path: Path, raster: Raster, format: LabelFormat) -> np.ndarray:
+    """The values or colors of a TIFF."""
+    if raster.lossy:
+        raise DataError(
+            f"{path}: the pixels of this TIFF are compressed as {raster.lossy}, which changes label values. Use the "
+            "original label map, saved without loss (for example with LZW or Deflate)."
+        )
+    if raster.color in ("RGB", "palette") and raster.bits > 8:
+        raise DataError(
+            f"{path}: the label map has colors of {raster.bits} bits. Only a label map with a single channel may have 16 "
+            "bits."
+        )
+    if raster.color == "RGB" and raster.values.shape[2] in (3, 4):
+        return _colors(path, Image.fromarray(raster.values), format)
+    if raster.bands != 1 or raster.color not in ("gray", "white is zero", "palette"):
+        raise DataError(
+            f"{path}: this TIFF has {raster.bands} bands of the kind {raster.color}. A label map has one band of values, "
+            "palette indices, or RGB colors."
+        )
+    values = raster.values[..., 0]
+    if raster.palette is not None and format == "color":
+        padded = np.zeros((2**raster.bits, 3), np.uint8)
+        padded[: len(raster.palette)] = raster.palette
+        return _colors(path, Image.fromarray(padded[values]), format)
+    if format == "color":
+        raise DataError(ONE_CHANNEL_FOR_COLORS.format(path=path))
+    transparent = None if raster.alpha is None else raster.values[..., raster.alpha] == 0
+    if raster.color == "white is zero":
+        values = 2**raster.bits - 1 - values
+    return _whole_numbers(path, values, raster.nodata, transparent=transparent)
+
+
+def _whole_numbers(
+    path: Path, values: np.ndarray, nodata: float | None, *, transparent: np.ndarray | None
+) -> np.ndarray:
+    """Values of any type as uint8 or uint16; as int16 or int64 with TRANSPARENT if any are not labeled.
+
+    Not labeled are transparent pixels, what is not a number, and `nodata` if it cannot be the value of a class.
+    """
+    if values.dtype == np.uint8 and transparent is None:
+        return np.ascontiguousarray(values)
+    empty = np.zeros(values.shape, bool) if transparent is None else transparent
+    if values.dtype.kind == "f":
+        empty = empty | np.isnan(values)
+    if nodata is not None and not (0 <= nodata <= LARGEST):
+        empty = empty | (values == values.dtype.type(nodata))
+    kept = values[~empty] if empty.any() else values
+    if kept.size and (kept.min() < 0 or kept.max() > LARGEST):
+        raise DataError(
+            f"{path}: the values are {kept.min():g} to {kept.max():g}. Label values must be between 0 and {LARGEST}."
+        )
+    if values.dtype.kind == "f" and kept.size and not (kept == np.floor(kept)).all():
+        raise DataError(
+            f"{path}: the values are no whole numbers, for example {kept[kept != np.floor(kept)][0]:g}. This looks like "
+            "scores or heights, not a label map."
+        )
+    if not empty.any():
+        return values.astype(np.uint8 if values.dtype == np.uint8 else np.uint16, copy=False)
+    numbers = np.where(empty, 0, values).astype(np.int64)
+    return np.where(empty, TRANSPARENT, numbers).astype(np.int16 if numbers.max() < 2**15 else np.int64)
 
 
 def _unstretched(values: np.ndarray, bits: int) -> np.ndarray:
@@ -112,19 +190,21 @@ def _decode_gray(path: Path, data: bytes) -> np.ndarray:
     return values
 
 
-def _one_channel(image: Image.Image, bits: int, format: LabelFormat, *, path: Path) -> np.ndarray:
+ONE_CHANNEL_FOR_COLORS = (
+    "{path}: the label map has one channel of values, but data.label_format is color. "
+    "Set it to index or auto."
+)
+
+
+def _one_channel(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
     """The values, or palette indices, of an image of one of the modes ONE_CHANNEL."""
     if format == "color":
-        raise DataError(
-            f"{path}: the label map has one channel of values, but data.label_format is color. Set it to index or auto."
-        )
+        raise DataError(ONE_CHANNEL_FOR_COLORS.format(path=path))
     if image.mode == "1":
         return np.asarray(image).astype(np.uint8)
     values = np.asarray(image)
-    if image.mode == "P":
+    if image.mode in ("P", "L"):
         return values
-    if image.mode == "L":
-        return _unstretched(values, bits)
     if image.mode == "LA":
         values, alpha = np.moveaxis(values, 2, 0)
         return np.where(alpha == 0, np.int16(TRANSPARENT), values)
@@ -135,12 +215,8 @@ def _one_channel(image: Image.Image, bits: int, format: LabelFormat, *, path: Pa
     return values.astype(np.uint16)
 
 
-def _colors(image: Image.Image, bits: int, format: LabelFormat, *, path: Path) -> np.ndarray:
+def _colors(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
     """The colors of an RGB or RGBA image, int32 [H, W]; for the format "index" its three equal channels."""
-    if image.mode in ("RGB", "RGBA") and bits > 8:
-        raise DataError(
-            f"{path}: the label map has colors of {bits} bits. Only a label map with a single channel may have 16 bits."
-        )
     if image.mode not in ("RGB", "RGBA"):
         raise DataError(
             f"{path}: the pixels have Pillow's mode {image.mode}. A label map has values, palette indices or RGB colors."

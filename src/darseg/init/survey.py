@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from darseg.data.images import image_size, open_with_pillow, read_bytes
+from darseg.data.images import GIF_MARKS, image_size, is_png, open_with_pillow, read_bytes
 from darseg.data.labels import decode_label
 from darseg.errors import DataError
 from darseg.init.discover import FoundImage
@@ -125,9 +125,10 @@ def read_label_content(path: Path) -> LabelContent:
 
 
 def palette_of(path: Path) -> tuple[RGB, ...]:
-    """The palette of a PNG; empty for any other file."""
-    if path.suffix.lower() != ".png":
+    """The palette of a PNG or GIF; empty for any other file."""
+    data = read_bytes(path)
+    if not is_png(data) and not data.startswith(GIF_MARKS):
         return ()
-    image, _ = open_with_pillow(read_bytes(path))
+    image = open_with_pillow(data)
     flat = image.getpalette("RGB") if image.mode == "P" else None
     return tuple((flat[at], flat[at + 1], flat[at + 2]) for at in range(0, len(flat), 3)) if flat else ()
