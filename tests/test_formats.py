@@ -243,8 +243,11 @@ def test_16_bit_images_are_rounded_to_8_bits(tmp_path_factory, values: list[int]
 def test_images_of_other_depths_need_a_white(tmp_path: Path, depth: int, kind: int, name: str):
     values = random_values(8)
     path = put(tmp_path / "a.tif", tiff(values, depth, kind=kind))
-    with refused(DataError, str(path), name, "data.white", vary=[r"from .*?\."]):
+    with pytest.raises(DataError) as caught:
         read_image(path)
+    if name == "float32":
+        says(str(caught.value), str(path), name, "data.white", vary=[r"from .*?\."])
+    assert name in str(caught.value)
     lighter = np.rint(np.clip((values - 10) * 255 / 190, 0, 255))
     assert np.array_equal(read_image(path, Reading(scaling=Scaling(black=10, white=200))), gray(lighter))
 
@@ -299,8 +302,14 @@ def test_bands_are_chosen(tmp_path: Path, bands: int, planar: str, photometric: 
     assert np.array_equal(picture.pixels, np.moveaxis(values[[bands - 1, 0, 1]], 0, 2))
     assert picture.notes == ()
     assert np.array_equal(read_image(path, Reading(bands=(2,))), gray(values[1]))
-    with refused(DataError, str(path), "data.bands", str(bands)):
+    with pytest.raises(DataError):
         read_image(path, Reading(bands=(1, 2, bands + 1)))
+
+
+def test_bands_that_are_not_there_are_named(tmp_path: Path):
+    path = put(tmp_path / "a.tif", tiff(random_values(8, 3), 8, 2))
+    with refused(DataError, str(path), "data.bands", "[1, 2, 4]", "3 band(s)"):
+        read_image(path, Reading(bands=(1, 2, 4)))
 
 
 def test_alpha_is_no_band_and_is_not_multiplied_into_colors(tmp_path: Path):
@@ -314,6 +323,7 @@ def test_alpha_is_no_band_and_is_not_multiplied_into_colors(tmp_path: Path):
 def test_one_limit_of_pixels_holds_for_all_formats(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # Pillow's own would be another
     rgb, values = random_values(8, 3).astype(np.uint8), random_values(1)
+    messages: set[str] = set()
     picture = Image.fromarray(rgb)
     images = {
         f"a.{name.lower()}": with_pillow(picture, name)
@@ -331,13 +341,17 @@ def test_one_limit_of_pixels_holds_for_all_formats(tmp_path: Path, monkeypatch):
     for name, data in images.items():
         path = put(tmp_path / name, data)
         assert read_image(path, Reading(max_pixels=H * W)).shape == (H, W, 3)
-        with refused(DataError, str(path), f"{H}x{W}", f"{H * W - 1}", "data.max_pixels"):
+        with pytest.raises(DataError) as caught:
             read_image(path, Reading(max_pixels=H * W - 1))
+        messages.add(str(caught.value).replace(name, "a"))
     for name, data in labels.items():
         path = put(tmp_path / name, data)
         assert np.array_equal(read_label(path, max_pixels=H * W), values), name
-        with refused(DataError, str(path), f"{H}x{W}", f"{H * W - 1}", "data.max_pixels"):
+        with pytest.raises(DataError) as caught:
             read_label(path, max_pixels=H * W - 1)
+        messages.add(str(caught.value).replace(name, "a"))
+    (message,) = messages
+    says(message, f"{H}x{W}", f"{H * W - 1}", "data.max_pixels")
 
 
 @pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF", ".gif", ".GIF"])

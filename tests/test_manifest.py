@@ -129,7 +129,7 @@ def test_files_that_are_not_images_are_refused(tmp_path: Path):
         read_image(tmp_path / "gone.jpg")
     for name, content in {"text.jpg": b"not an image", "empty.png": b""}.items():
         (tmp_path / name).write_bytes(content)
-        with refused(DataError, str(tmp_path / name), ".jpg, .jpeg, .png"):
+        with refused(DataError, str(tmp_path / name), ".jpg, .jpeg, .jpe, .jfif, .png"):
             read_image(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
     with refused(DataError, str(tmp_path / "folder.png"), "Is a directory"):
@@ -226,7 +226,7 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path):
         find_files(tmp_path / "gone", IMAGE_SUFFIXES)
     source = populate(tmp_path)
     assert find_files(source.images, IMAGE_SUFFIXES) == {}
-    with refused(DataError, str(source.images), ".jpg, .jpeg, .png"):
+    with refused(DataError, str(source.images), ".jpg, .jpeg, .jpe, .jfif, .png"):
         find_samples(source)
     with refused(DataError, str(source.images)):
         build_manifest(CLASSES, Sources(source))
@@ -413,7 +413,7 @@ def test_lists_that_cannot_be_read_are_refused(tmp_path: Path):
         find_samples(listed(source, "größe".encode("latin-1")))
     with refused(DataError, str(source.images), "Is a directory"):
         find_samples(replace(source, list_file=source.images))
-    with refused(DataError, str(tmp_path / "list.txt"), ".jpg, .jpeg, .png"):
+    with refused(DataError, str(tmp_path / "list.txt"), ".jpg, .jpeg, .jpe, .jfif, .png"):
         find_samples(listed(source, "\n  \n"))
 
 

@@ -14,7 +14,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ class _Aside:
         self._passed_on = 0
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[Callable[[], bool]]:
+    def together(self) -> Generator[Callable[[], bool], None, None]:
         """Decode while others may decode, too; call the value afterwards: whether anything was printed."""
         with self._condition:
             while self._alone:
@@ -57,7 +57,7 @@ class _Aside:
                 self._leave()
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[Callable[[], list[str]]]:
+    def alone(self) -> Generator[Callable[[], list[str]], None, None]:
         """Decode while nobody else does; call the value afterwards: the decoder's lines."""
         with self._condition:
             while self._alone or self._decoding:
@@ -145,7 +145,7 @@ def decode_quietly(decode: Callable[[], Result]) -> tuple[Result, list[str]]:
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Callable[[], list[str]]]:
+def listening() -> Generator[Callable[[], list[str]], None, None]:
     """Lead standard error aside; the value's result are the lines printed so far by any decoder."""
     with _aside.together():
         begin = os.fstat(_aside._file).st_size
@@ -153,7 +153,7 @@ def listening() -> Iterator[Callable[[], list[str]]]:
 
 
 def _after_fork() -> None:
-    """A child process that was made while a thread decoded has no such thread: give standard error back to it."""
+    """Give standard error back to a child process that was made while a thread decoded."""
     global _aside
     if _aside._decoding and _aside._original >= 0:
         os.dup2(_aside._original, STANDARD_ERROR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -69,7 +69,7 @@ class Picture:
     """
 
     pixels: NDArray[np.uint8]
-    mark: int
+    mark: int = UPRIGHT
     peak: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -101,7 +101,7 @@ def read_picture(path: Path, reading: Reading = USUAL) -> Picture:
     else:
         picture = _of_picture(path, data, reading)
     pixels = turn_upright(picture.pixels, mark) if reading.upright and mark != UPRIGHT else picture.pixels
-    return Picture(pixels, mark, picture.peak, picture.notes)
+    return replace(picture, pixels=pixels, mark=mark)
 
 
 def _of_picture(path: Path, data: bytes, reading: Reading) -> Picture:
@@ -109,6 +109,10 @@ def _of_picture(path: Path, data: bytes, reading: Reading) -> Picture:
     if reading.max_pixels != MOST_PIXELS or data.startswith(GIF_MARKS):
         check_pixels(path, data, reading.max_pixels)
     values, notes = _decode(path, data, reading.max_pixels)
+    if (
+        values.shape[0] * values.shape[1] > reading.max_pixels
+    ):  # Pillow does not open the header of a large WebP
+        raise too_large(path, values.shape[:2], reading.max_pixels)
     if values.ndim == 2:
         values = values[..., None]
     peak = int(values.max()) if values.dtype == np.uint16 and reading.scaling.white is None else None
@@ -126,7 +130,7 @@ def _of_picture(path: Path, data: bytes, reading: Reading) -> Picture:
         _check_bands(path, 3, reading.bands)
         pixels = np.ascontiguousarray(pixels[..., [band - 1 for band in reading.bands]])
         pixels = np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
-    return Picture(pixels, UPRIGHT, peak, notes)
+    return Picture(pixels, peak=peak, notes=notes)
 
 
 def _decode(path: Path, data: bytes, limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -202,7 +206,7 @@ def _of_raster(path: Path, raster: Raster, reading: Reading) -> Picture:
     if raster.pages > 1:
         notes.append("This TIFF has several pages; only the first is read.")
     if raster.palette is not None or raster.color in ("CMYK", "YCbCr"):
-        return Picture(_colored(path, raster), UPRIGHT, None, tuple(notes))
+        return Picture(_colored(path, raster), notes=tuple(notes))
     bands = reading.bands or ((1, 2, 3) if raster.bands >= 3 else (1,))
     _check_bands(path, values.shape[2], bands)
     if reading.bands is None and raster.bands > 3:
@@ -224,7 +228,7 @@ def _of_raster(path: Path, raster: Raster, reading: Reading) -> Picture:
     if empty is not None:
         pixels[empty] = 0
     pixels = np.repeat(pixels, 3, axis=2) if len(bands) == 1 else pixels
-    return Picture(pixels, UPRIGHT, peak, tuple(notes))
+    return Picture(pixels, peak=peak, notes=tuple(notes))
 
 
 def _colored(path: Path, raster: Raster) -> NDArray[np.uint8]:
@@ -295,7 +299,7 @@ def check_pixels(path: Path, data: bytes, limit: int) -> int:
     except Exception:
         return 0
     if width * height > limit:
-        raise too_large(path, height, width, limit)
+        raise too_large(path, (height, width), limit)
     return width * height
 
 

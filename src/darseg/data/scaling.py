@@ -19,7 +19,9 @@ ROWS = 1024
 
 @dataclass(frozen=True)
 class Scaling:
-    """Which values become 0 and 255, for files of other than 8 bits; values beyond them become 0 and 255, too.
+    """Which values become 0 and 255, for files of other than 8 bits.
+
+    Values beyond them become 0 and 255, too.
 
     Attributes:
         white: None: the largest value of 16 bits; for other types it must be given.

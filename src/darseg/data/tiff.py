@@ -120,7 +120,7 @@ def tiff_size(data: bytes) -> tuple[int, int]:
 def _check_kind(path: Path, page: Any, limit: int) -> None:
     pixels = page.imagelength * page.imagewidth
     if pixels > limit:
-        raise too_large(path, page.imagelength, page.imagewidth, limit)
+        raise too_large(path, (page.imagelength, page.imagewidth), limit)
     if int(page.photometric) not in COLORS:
         raise DataError(
             f"{path}: this TIFF has colors of the kind {page.photometric.name}. Convert it to gray or RGB."
@@ -135,11 +135,11 @@ def _check_kind(path: Path, page: Any, limit: int) -> None:
         )
 
 
-def too_large(path: Path, height: int, width: int, limit: int) -> DataError:
+def too_large(path: Path, size: tuple[int, ...], limit: int) -> DataError:
     """The error about a picture with more pixels than the limit."""
     return DataError(
-        f"{path}: this picture has {height}x{width} pixels, and the limit is {limit:,}. If the file is right, set "
-        f"data.max_pixels to {height * width:,} or more, or cut it into tiles."
+        f"{path}: this picture has {size[0]}x{size[1]} pixels, and the limit is {limit:,}. If the file is right, set "
+        f"data.max_pixels to {size[0] * size[1]:,} or more, or cut it into tiles."
     )
 
 
