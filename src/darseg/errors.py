@@ -20,6 +20,7 @@ code 2. Anything that is not a DarsegError is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -75,6 +76,20 @@ class FormatError(RunError):
 
 class StorageError(DarsegError):
     """The disk is full or a folder cannot be written."""
+
+
+# C0 but tab and newline, DEL, C1, marks and overrides of direction, separators of lines, and lone surrogates.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def printable(text: str) -> str:
+    """A text whose control characters, which names of files and classes may hold, are written as escapes.
+
+    Otherwise a name could move the cursor, color or hide other lines, or be shown backwards.
+    """
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def faults(what: str, lines: Sequence[str], limit: int = 50) -> str:

@@ -15,7 +15,7 @@ from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import convert, evaluate, export, predict
 from darseg.cli.runs import demo, report, train, view
-from darseg.errors import DarsegError, Interrupted
+from darseg.errors import DarsegError, Interrupted, printable
 from darseg.run.console import enduring_streams
 from darseg.run.machine import keep_memory
 
@@ -82,10 +82,10 @@ def _run() -> int | str | None:
     try:
         app()
     except Interrupted as error:
-        print(f"darseg: {error} Run the same command again to continue.", file=sys.stderr)
+        print(f"darseg: {printable(str(error))} Run the same command again to continue.", file=sys.stderr)
         return error.code
     except DarsegError as error:
-        print(f"darseg: {error}", file=sys.stderr)
+        print(f"darseg: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before typer listens
         return INTERRUPTED

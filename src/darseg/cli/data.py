@@ -19,6 +19,7 @@ from darseg.cli.tables import (
     share_ignored,
     share_of_labeled,
 )
+from darseg.errors import printable
 
 
 def init(
@@ -46,9 +47,9 @@ def init(
 
     proposal = propose_recipe(folder, out, weights=weights, overwrite=force)
     for note in proposal.notes:
-        print(f"found: {note}")
+        print(printable(f"found: {note}"))
     for warning in proposal.warnings:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
     print(f"Written: {', '.join(map(str, (proposal.recipe, *proposal.lists)))}. Read it, then:")
     name, run = shlex.quote(str(proposal.recipe)), shlex.quote(str(Path("runs") / proposal.recipe.stem))
     commands = [f"check {name}", f"plan {name}", f"train {name}", f"report {run}"]
@@ -137,9 +138,9 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
     print_table(rows)
     print("images: " + counts_by_role(findings.images.items()))
     for note in findings.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
     for warning in findings.warnings:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
     if findings.faults:
         raise DataError(faults(f"{len(findings.faults)} fault(s)", findings.faults))
     print("No faults.")
@@ -167,7 +168,7 @@ def plan(
         "workspace"
     )
     for note in planned.notes:
-        print(f"note: {note}")
+        print(printable(f"note: {note}"))
 
 
 def split(

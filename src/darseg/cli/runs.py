@@ -9,6 +9,7 @@ import typer
 
 from darseg.cli.options import Overrides, RecipeFile
 from darseg.cli.tables import print_table, rounds_table
+from darseg.errors import printable
 
 
 def demo(
@@ -69,7 +70,7 @@ def report(
     compared = compare_runs(runs, out or Path(NAME))
     print_table(compared.rows)
     for warning in compared.warnings:
-        print(f"warning: {warning}")
+        print(printable(f"warning: {warning}"))
     print(f"Written to {compared.out}")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from darseg.errors import printable
+
 if TYPE_CHECKING:
     from darseg.run.check import Plan
     from darseg.run.plan import Round
@@ -16,7 +18,7 @@ Rows = list[list[Any]]
 
 def print_table(rows: Sequence[Sequence[Any]]) -> None:
     """Print rows with aligned columns, the first column to the left and the others to the right."""
-    cells = [[text_of(value) for value in row] for row in rows]
+    cells = [[printable(text_of(value)) for value in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for first, *others in cells:
         aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]

@@ -135,7 +135,7 @@ class Prediction:
             steps <<= 8
             steps |= parts[2]
             return cls(parts[0], np.cumsum(steps, axis=1, dtype=np.uint16), SCALES[about["scale"]])
-        except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+        except (zstandard.ZstdError, ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
             raise DataError(
                 f"These {len(data)} bytes are not a stored prediction ({type(error).__name__}: {error}). Predict the "
                 "image again."

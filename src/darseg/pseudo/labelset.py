@@ -37,6 +37,9 @@ from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
 from darseg.pseudo.thresholds import Thresholds
 
+LARGEST_COUNT = 1 << 53
+"""Counts of pixels are below this: floats hold them exactly, and sums of many fit into int64."""
+
 
 @dataclass(frozen=True)
 class PseudoLabelSet:
@@ -64,10 +67,21 @@ class PseudoLabelSet:
             histogram: file of `ConfidenceHistogram.to_bytes`.
             thresholds: JSON file of `to_json`.
         """
-        described = read_json(thresholds)
-        kept = np.array(described["kept"], np.int64)
-        counts = ConfidenceHistogram.from_bytes(read_file(histogram))
-        return cls(folder=folder, histogram=counts, thresholds=Thresholds.from_json(described), kept=kept)
+        path = thresholds
+        try:
+            described = read_json(thresholds)
+            kept, read = np.array(described["kept"]), Thresholds.from_json(described)
+            if kept.dtype != np.int64 or kept.shape != read.accept.shape or kept.min(initial=0) < 0:
+                raise ValueError("'kept' must be a count for each class")
+            path = histogram
+            counts = ConfidenceHistogram.from_bytes(read_file(histogram))
+            if len(counts.counts) != len(kept):
+                raise ValueError(f"it counts {len(counts.counts)} classes instead of {len(kept)}")
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
+            raise DataError(
+                f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or label again."
+            ) from error
+        return cls(folder=folder, histogram=counts, thresholds=read, kept=kept)
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""
@@ -117,10 +131,15 @@ class ImageFacts:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any], classes: int) -> ImageFacts:
         """What `to_json` made. Raises ValueError, KeyError or TypeError for anything else."""
-        predicted, kept = (tuple(int(count) for count in entry[key]) for key in ("predicted", "kept"))
+        predicted, kept = (tuple(entry[key]) for key in ("predicted", "kept"))
         if (len(predicted), len(kept)) != (classes, classes):
             raise ValueError(f"counts of {len(predicted)} and {len(kept)} classes instead of {classes}")
-        return cls(sum(predicted), kept, predicted, confidence=float(entry["confidence"]))
+        if not all(type(count) is int and 0 <= count < LARGEST_COUNT for count in (*predicted, *kept)):
+            raise ValueError("counts must be whole numbers of pixels")
+        confidence = float(entry["confidence"])
+        if not 0 <= confidence <= 1:
+            raise ValueError(f"the confidence is {confidence}, expected a number from 0 to 1")
+        return cls(sum(predicted), kept, predicted, confidence=confidence)
 
     @classmethod
     def of_map(cls, label_map: np.ndarray, classes: int) -> ImageFacts:
@@ -168,7 +187,7 @@ def read_facts_logs(paths: Iterable[Path], classes: int) -> dict[str, ImageFacts
             try:
                 entry = parse_json(line)
                 sample_id, facts = entry["id"], ImageFacts.from_json(entry, classes)
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             facts_by_id[sample_id] = facts
     return facts_by_id

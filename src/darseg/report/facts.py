@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from darseg.data.classes import ClassSet
-from darseg.data.files import read_json, read_text
+from darseg.data.files import read_text
 from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.pseudo.distribution import count_labels
@@ -21,9 +21,12 @@ from darseg.run.build import classes_of, manifest_of, masks, recipe_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.marks import read_excluded
+from darseg.run.records import is_number, read_object, read_plain, read_texts
 from darseg.training.scores import Scores
 
 WORSE = 0.02  # IoU that a class may lose from one round to the next without a remark
+
+LONGEST_PROTOCOL = 300  # characters
 
 LOSS = "loss_"  # begins the names of losses in the journal's step events
 
@@ -163,7 +166,9 @@ def read_run(root: Path | str) -> RunFacts:
     steps = journal.events("step")
     precision = "bf16" if recipe.training.precision == "bf16" else "fp32"
     rounds = [
-        _read_round(run, index, round_.labeling_ratio, events=steps, precision=precision)
+        _read_round(
+            run, index, round_.labeling_ratio, events=steps, precision=precision, classes=len(classes)
+        )
         for index, round_ in enumerate(recipe.rounds)
     ]
     started = [*journal.events("started"), {}][0]
@@ -175,10 +180,10 @@ def read_run(root: Path | str) -> RunFacts:
         classes=classes,
         rounds=tuple(round_ for round_ in rounds if round_.seconds or len(round_.curve.steps)),
         planned=len(rounds),
-        environment=_read(run.environment) or {},
-        data=_read(run.data) or {},
+        environment=_texts(run.environment, read_plain),
+        data=_texts(run.data, read_texts),
         started=started.get("time"),
-        weights=started.get("weights"),
+        weights=str(started["weights"]) if "weights" in started else None,
         finished="evaluate" in rounds[-1].seconds,
         warnings=tuple(
             dict.fromkeys(in_current_words(str(event.get("text"))) for event in journal.events("warning"))
@@ -187,7 +192,13 @@ def read_run(root: Path | str) -> RunFacts:
 
 
 def _read_round(
-    run: RunDirectory, index: int, labeling_ratio: float | None, *, events: Sequence[dict], precision: str
+    run: RunDirectory,
+    index: int,
+    labeling_ratio: float | None,
+    *,
+    events: Sequence[dict],
+    precision: str,
+    classes: int,
 ) -> RoundFacts:
     folder = run.round(index)
     records = {step: run.read_record(index, step) for step in ("label", "train", "evaluate")}
@@ -196,15 +207,21 @@ def _read_round(
     try:
         if "label" in done:
             labels = run.label_set(index)
+            if len(labels.kept) != classes:
+                raise ValueError(f"thresholds of {len(labels.kept)} classes instead of {classes}")
             measured = _read(folder / "pseudo_scores.json")
             if measured is not None:
-                pseudo, truth = Scores.from_json(measured), np.array(measured["truth"], np.int64)
+                pseudo, truth = run.scores(index, classes, "pseudo_scores.json"), np.array(measured["truth"])
+                if truth.shape != (classes,) or truth.dtype != np.int64:
+                    raise ValueError(f"'truth' in pseudo_scores.json must be {classes} counts of pixels")
         if "evaluate" in done:
-            measured = _read(folder / "scores.json") or {}
-            scores, protocol = Scores.from_json(measured), measured.get("protocol")
+            scores = run.scores(index, classes)
+            protocol = (
+                str((_read(folder / "scores.json") or {}).get("protocol") or "")[:LONGEST_PROTOCOL] or None
+            )
             if protocol and not protocol.endswith(("fp32", "bf16")):
                 protocol += f", {precision}"  # version 0.2 did not name it
-    except (OSError, ValueError, TypeError, KeyError, DataError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
         raise RunError(
             f"{folder}: results of a finished step are damaged or missing ({type(error).__name__}: {error}). "
             "Restore them; or delete the step's record (label.json, train.json, evaluate.json) and all later rounds, "
@@ -217,7 +234,7 @@ def _read_round(
         pseudo=pseudo,
         truth=truth,
         left_out=len(read_excluded(run, index)),
-        steps=done["train"].facts.get("steps") if "train" in done else None,
+        steps=done["train"].steps if "train" in done else None,
         scores=scores,
         protocol=protocol,
         seconds={step: record.seconds for step, record in done.items()},
@@ -233,17 +250,16 @@ def _curve(events: Sequence[dict]) -> Curve:
     """
     noted: dict[int, dict] = {}  # step → its event
     for event in events:
-        step = event.get("step")
-        if isinstance(step, int):
-            if noted and step <= next(reversed(noted)):
-                noted = {earlier: figures for earlier, figures in noted.items() if earlier < step}
-            noted[step] = event
+        step = event["step"]
+        if noted and step <= next(reversed(noted)):
+            noted = {earlier: figures for earlier, figures in noted.items() if earlier < step}
+        noted[step] = event
     present = dict.fromkeys(name for event in noted.values() for name in event)
     names = [name for name in present if name == "learning_rate" or name.startswith(LOSS)]
 
     def figure(name: str) -> NDArray[np.float64]:
         values = [event.get(name) for event in noted.values()]
-        return np.array([np.nan if value is None else value for value in values], np.float64)
+        return np.array([value if is_number(value) else np.nan for value in values], np.float64)
 
     return Curve(np.array(list(noted), np.int64), {name: figure(name) for name in names})
 
@@ -251,14 +267,17 @@ def _curve(events: Sequence[dict]) -> Curve:
 def _read(path: Path) -> Any:
     """A JSON object; None if there is no such file. Raises RunError if it is damaged."""
     try:
-        value = read_json(path)
+        return read_object(path, "Restore it from a copy.")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is not readable as JSON ({error}). Restore it from a copy.") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path} holds a {type(value).__name__}, not a JSON object. Restore it from a copy.")
-    return value
+
+
+def _texts(path: Path, read: Callable[[Path, str], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Texts and numbers in a file of a run; empty if there is none. Raises RunError if it is damaged."""
+    try:
+        return read(path, "Restore it from a copy.")
+    except FileNotFoundError:
+        return {}
 
 
 def read_data(facts: RunFacts) -> DataFacts:

@@ -67,7 +67,7 @@ def _read_alignment(file: Path) -> Alignment | None:
         return None
     try:
         return Alignment.from_json(read_json(file))
-    except (OSError, ValueError, DataError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
         raise RunError(
             f"{file} is damaged ({error}). Remove it, and the class weights are found again."
         ) from error

@@ -11,13 +11,14 @@ import torch
 import darseg
 from darseg.config.text import dump_recipe
 from darseg.data.examine import reading_notes
-from darseg.data.files import read_json, write_whole
+from darseg.data.files import write_whole
 from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
 from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
 from darseg.run.plan import describe_shares
+from darseg.run.records import read_plain
 
 FREE_KEYS = (
     "threads",
@@ -87,7 +88,7 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
         journal.event("recipe_changed", keys=list(changes.free))
         journal.say(f"Changed in the recipe: {'; '.join(changes.free)}")
         write_whole(run.recipe, dump_recipe(course.recipe))
-    first = read_json(run.environment)
+    first = read_plain(run.environment, "Delete it, and run the same command again; it is written anew.")
     changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]
     if changed:
         journal.warn(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ from darseg.data.files import (
     ASIDE,
     open_file,
     open_to_append,
-    read_json,
     refuse_links_out_of,
     remove_leftovers,
     storage_error,
@@ -41,21 +41,14 @@ from darseg.data.files import (
 )
 from darseg.errors import FormatError, RunError, faults
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
+from darseg.run.records import StepRecord, damaged, read_object, read_texts, shortened
 from darseg.run.settings import Inputs, digest_text
+from darseg.training.scores import Scores
+
+ROUND_FOLDER = re.compile(r"round_(0|[1-9][0-9]{0,5})")
 
 FORMAT = 2
 """The format of the run folders that this version writes. It also reads format 1, darseg 0.2's (see formats.py)."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a finished step leaves: digests of its inputs and outputs, seconds, and facts worth keeping."""
-
-    step: str
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-    seconds: float
-    facts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -197,16 +190,31 @@ class RunDirectory:
         Raises RunError if the file is damaged.
         """
         path = self.round(index) / "images.json"
+        remedy = (
+            "Restore it from a copy, or delete label.json next to it and all later rounds, and run the same command "
+            "again."
+        )
         try:
-            entries = read_json(path)
+            entries = read_object(path, remedy)
             return {name: ImageFacts.from_json(entry, classes) for name, entry in entries.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RunError(
-                f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or delete label.json next "
-                "to it and all later rounds, and run the same command again."
-            ) from error
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+
+    def scores(self, index: int, classes: int | None = None, name: str = "scores.json") -> Scores:
+        """The scores of a round that is evaluated. Raises RunError if they are damaged, or of other classes."""
+        path = self.round(index) / name
+        remedy = "Restore it from a copy, or delete evaluate.json next to it, and run the same command again."
+        try:
+            scores = Scores.from_json(read_object(path, remedy))
+            if classes is not None and len(scores.confusion) != classes:
+                raise ValueError(f"scores of {len(scores.confusion)} classes instead of {classes}")
+            return scores
+        except FileNotFoundError:
+            raise damaged(path, "it is missing", remedy) from None
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise damaged(path, f"{type(error).__name__}: {error}", remedy) from error
 
     def record_path(self, index: int, step: str) -> Path:
         return self.round(index) / f"{step}.json"
@@ -214,18 +222,18 @@ class RunDirectory:
     def read_record(self, index: int, step: str) -> StepRecord | None:
         """The record of a step, None if it is not finished. Raises RunError if the record is damaged."""
         path = self.record_path(index, step)
+        remedy = "Delete this record and run the same command again; the step is redone."
         try:
-            return StepRecord(**read_json(path))
+            return StepRecord.from_json(read_object(path, remedy), step)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
-            raise RunError(
-                f"{path}: this record is damaged ({error}). Delete it and run the same command again; the step is redone."
-            ) from error
+        except ValueError as error:
+            raise damaged(path, error, remedy) from error
 
     def rounds_with(self, step: str) -> list[int]:
         """The rounds in which that step is finished, in order."""
-        return sorted(int(path.parent.name.split("_")[1]) for path in self.root.glob(f"round_*/{step}.json"))
+        folders = (path.parent.name for path in self.root.glob(f"round_*/{step}.json"))
+        return sorted(int(number[1]) for folder in folders if (number := ROUND_FOLDER.fullmatch(folder)))
 
     def last_network(self) -> Path:
         """Weights of the latest finished round. Raises RunError if no round is finished."""
@@ -261,31 +269,39 @@ class RunDirectory:
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "
                 f"{remedy}, or start another run with --out NEW_FOLDER."
             )
-        damaged = [
-            name for name, digest in record.outputs.items() if digest_path(self.round(index) / name) != digest
-        ]
-        if damaged:
-            raise RunError(
-                faults(
-                    f"{self.round(index)}: results of step '{step}' were changed or removed after it finished. "
-                    f"Restore them, or delete {self.record_path(index, step).name} and all later rounds to repeat the "
-                    "step. Changed or missing",
-                    damaged,
-                )
-            )
+        self._check_outputs(
+            index,
+            record,
+            f"Restore them, or delete {self.record_path(index, step).name} and all later rounds to repeat the step",
+        )
         return record
 
+    def _check_outputs(self, index: int, record: StepRecord, remedy: str) -> None:
+        """Raise RunError if results of a step are not those of its record."""
+        folder = self.round(index)
+        changed = [name for name, digest in record.outputs.items() if digest_path(folder / name) != digest]
+        if changed:
+            raise RunError(
+                faults(
+                    f"{folder}: results of step '{record.step}' were changed or removed after it finished. {remedy}. "
+                    "Changed or missing",
+                    changed,
+                )
+            )
+
     def _copy(self, source_run: RunDirectory, index: int, step: str, *, record: StepRecord) -> None:
+        """Take over the results of a step that are what its record says; links out of it are refused."""
+        source_run._check_outputs(
+            index, record, "Restore them, or train without --reuse. They belong to the run to reuse"
+        )
         for name in record.outputs:
             source, target = source_run.round(index) / name, self.round(index) / name
             if source.is_dir():
+                refuse_links_out_of(source)
                 shutil.copytree(source, target, dirs_exist_ok=True)
             else:
                 write_whole_with(target, lambda aside, source=source: shutil.copyfile(source, aside))
-        write_whole_with(
-            self.record_path(index, step),
-            lambda aside: shutil.copyfile(source_run.record_path(index, step), aside),
-        )
+        write_json(self.record_path(index, step), vars(record))
 
     def finish(
         self,
@@ -345,14 +361,11 @@ def _check_format(run: RunDirectory) -> None:
     """Raise RunError for a run folder of a later format than this version knows."""
     if not run.format.exists():
         return
-    try:
-        number = read_json(run.format)["format"]
-        newer = number > FORMAT
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(
-            f'{run.format} is damaged ({error}). Write {{"format": {FORMAT}}} into it, or restore it from a copy.'
-        ) from error
-    if newer:
+    remedy = f'Write {{"format": {FORMAT}}} into it, or restore it from a copy.'
+    number = read_object(run.format, remedy).get("format")
+    if type(number) is not int or number < 1:
+        raise damaged(run.format, f'expected {{"format": number}}, found {shortened(number)}', remedy)
+    if number > FORMAT:
         raise FormatError(
             f"{run.root} has format {number}, and this version of darseg works in run folders up to format {FORMAT}. "
             "Upgrade darseg (pip install --upgrade darseg), or start another run with --out NEW_FOLDER."
@@ -366,7 +379,13 @@ def _check_unchanged(run: RunDirectory, changes: RecipeChanges, data: Mapping[st
             faults(f"{run.root} was begun with another recipe", changes.binding)
             + "\nUndo these changes to go on with that run, or start another run with --out NEW_FOLDER."
         )
-    recorded = read_json(run.data) if run.data.exists() else dict(data)
+    recorded = dict(data)
+    if run.data.exists():
+        recorded = read_texts(
+            run.data,
+            "Restore it from a copy; or delete it if the images and labels are those the run began with, and run the "
+            "same command again.",
+        )
     roles = [role for role in sorted({*recorded, *data}) if recorded.get(role) != data.get(role)]
     if roles:
         raise RunError(
@@ -381,7 +400,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def digest_path(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's paths and file digests; "missing" if there is neither."""
+    """SHA-256 of a file, or of a folder's paths and file digests; "missing" if there is neither (a pipe)."""
     if path.is_dir():
         lines = [
             f"{p.relative_to(path).as_posix()} {digest_path(p)}"
@@ -389,7 +408,7 @@ def digest_path(path: Path) -> str:
             if p.is_file()
         ]
         return digest_text("\n".join(lines))
-    if not path.exists():
+    if not path.is_file():
         return "missing"
     sha = hashlib.sha256()
     with open_file(path) as file:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from darseg.data.files import read_json
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
@@ -19,6 +18,7 @@ from darseg.model.parity import Parity
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.evaluate import Trained, load_trained
+from darseg.training.scores import number
 
 COMPARED = 8
 """Most images to compare on, spread evenly over all; each is predicted twice."""
@@ -104,8 +104,8 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
         "labeling_ratio": trained.recipe.rounds[index].labeling_ratio,
     }
     if record := run.read_record(index, "train"):
-        training["steps"] = record.facts["steps"]
+        training["steps"] = record.steps
     if run.read_record(index, "evaluate"):
-        training["mean_iou"] = read_json(run.round(index) / "scores.json")["mean_iou"]
+        training["mean_iou"] = number(run.scores(index, len(trained.classes())).mean_iou)
         training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
     return facts | {"training": training}

@@ -20,8 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from darseg.data.files import open_file, open_to_append, read_text, storage_error
+from darseg.data.files import open_file, open_to_append, parse_json, read_text, storage_error
+from darseg.errors import RunError, printable
 from darseg.run.console import enduring
+from darseg.run.records import is_number
 
 QUIET_SECONDS = 30  # between progress lines if the console is not a terminal
 Advance = Callable[..., None]
@@ -94,26 +96,34 @@ class Journal:
             raise storage_error(error, self._tensorboard_folder) from error
 
     def events(self, name: str) -> list[dict]:
-        """All events with that name so far. Lines cut off by a kill are skipped."""
+        """All events with that name so far. Lines that are not whole events are skipped (a kill)."""
         if self.path is None or not self.path.exists():
             return []
+        try:
+            lines = read_text(self.path, errors="replace").splitlines()
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be read: {error.strerror or error}. Check its permissions, or restore it."
+            ) from error
         entries = []
-        for line in read_text(self.path, errors="replace").splitlines():
+        for line in lines:
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and entry.get("event") == name:
+            if isinstance(entry, dict) and entry.get("event") == name and _is_whole(entry):
                 entries.append(entry)
         return entries
 
     def say(self, text: str) -> None:
         """Print a line on the console."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Print a warning on the console and add it to the journal."""
-        self.console.print(f"[yellow]warning[/yellow]: {escape(text)}", highlight=False, soft_wrap=True)
+        self.console.print(
+            f"[yellow]warning[/yellow]: {escape(printable(text))}", highlight=False, soft_wrap=True
+        )
         self.event("warning", text=text)
 
     @contextmanager
@@ -174,6 +184,28 @@ class Journal:
             self._writer.close()
         except OSError as error:
             raise storage_error(error, self._tensorboard_folder) from error
+
+
+EVENT_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "time": lambda value: is_number(value) and 0 <= value < LATEST,
+    "round": lambda value: type(value) is int and 0 <= value < 1 << 31,
+    "step": lambda value: type(value) is int and 0 <= value < 1 << 53,
+    "seconds": lambda value: is_number(value) and value >= 0,
+}
+"""Fields of events that are computed with. Others are only shown."""
+
+NEEDED = {"step": {"round", "step"}, "checkpoint": {"round", "step", "seconds"}}
+"""Event → its fields that are always there."""
+
+LATEST = 253_402_300_800
+"""Seconds from 1970 to the year 10000, which no calendar here knows."""
+
+
+def _is_whole(entry: dict[str, Any]) -> bool:
+    """Whether an event has the fields it needs, and those of EVENT_FIELDS are of their type."""
+    return NEEDED.get(entry["event"], set()) <= entry.keys() and all(
+        holds(entry[name]) for name, holds in EVENT_FIELDS.items() if name in entry
+    )
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -28,6 +28,7 @@ from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import Journal
 from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
+from darseg.run.records import read_object
 from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
 
@@ -300,7 +301,7 @@ def label_into_folder(
         names = list(job.classes.names) if job.classes.names else None
         described = labels.to_json() | aligned | {"classes": names, "images": len(job.samples)}
         processes.from_first(lambda: _finish(job, described))
-    return read_json(job.result)
+    return read_object(job.result, "Choose another folder.")
 
 
 def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
@@ -338,7 +339,7 @@ def _resume(job: FolderJob) -> None:
     if job.labeling.align != "none":
         _remove_waiting(job)  # all of it follows from the class weights, and these from all files
     # Files were fixed, added or removed while counting: the waiting predictions of all others are still valid.
-    for name, state in earlier["sizes"].items():
+    for name, state in earlier.get("sizes", {}).items():
         if job.file_states.get(name) != state:
             prediction_path(job.waiting, name).unlink(missing_ok=True)
     write_json(job.marker, {**job.record, "sizes": job.file_states})
@@ -372,12 +373,10 @@ def _check_same(job: FolderJob, path: Path, changed: Sequence[str]) -> None:
 
 
 def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = read_json(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is damaged ({error}). Choose another folder.") from error
+    record = read_object(path, "Choose another folder.")
     keys = ("settings", "inputs")
-    if not isinstance(record, dict) or not all(isinstance(record.get(key), dict) for key in keys):
+    sizes = record.get("sizes", {})
+    if not isinstance(sizes, dict) or not all(isinstance(record.get(key), dict) for key in keys):
         raise RunError(f"{path} is not a file that darseg wrote. Choose another folder.")
     return record
 

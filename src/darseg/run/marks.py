@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from darseg.data.files import read_json, storage_error
+from darseg.data.files import storage_error
 from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
 from darseg.run.build import manifest_of, recipe_of
 from darseg.run.directory import RunDirectory, write_json
+from darseg.run.records import is_number, read_object
 
 
 def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]:
@@ -156,22 +157,13 @@ def without(samples: Sequence[Sample], ids: Collection[str]) -> tuple[Sample, ..
 def _read_list(path: Path, remedy: str) -> list[Any]:
     """A JSON list, empty if there is no such file. Raises RunError that ends with the remedy."""
     try:
-        content = read_json(path)
+        return read_object(path, remedy, list)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}). {remedy}") from error
-    if not isinstance(content, list):
-        raise RunError(f"{path}: expected a list, found {type(content).__name__}. {remedy}")
-    return content
 
 
 def _is_mark(entry: Any) -> bool:
-    return (
-        isinstance(entry, dict)
-        and isinstance(entry.get("id"), str)
-        and isinstance(entry.get("time"), (int, float))
-    )
+    return isinstance(entry, dict) and isinstance(entry.get("id"), str) and is_number(entry.get("time"))
 
 
 def _check_known(subject: str, ids: Iterable[str], known: Collection[str]) -> None:

@@ -87,8 +87,11 @@ class Scores:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Scores:
-        """The scores that `to_json` described."""
-        return cls(np.array(data["confusion"], np.int64))
+        """The scores that `to_json` described. Raises ValueError, TypeError or KeyError for others."""
+        confusion = np.array(data["confusion"])
+        if confusion.dtype != np.int64 or confusion.min(initial=0) < 0:
+            raise ValueError("a confusion matrix holds counts of pixels")
+        return cls(confusion)
 
 
 def number(value: float) -> float | None:

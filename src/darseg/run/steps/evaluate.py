@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from darseg.data.files import read_json
 from darseg.model.predict import Protocol
 from darseg.run.build import evaluation_protocol, load_to_predict
 from darseg.run.course import Course
@@ -35,8 +34,8 @@ def evaluate_round(course: Course, round_: Round) -> tuple[Scores, StepRecord]:
     step = Step("evaluate", round_.index, inputs, work=lambda: _score(course, round_, protocol))
     record = complete(course, step)
     # The first process reads: on a network disk others may not see yet what it has just written.
-    described = course.processes.from_first(lambda: read_json(course.path(round_, SCORES)))
-    return Scores.from_json(described), record
+    scores = course.processes.from_first(lambda: course.run.scores(round_.index))
+    return scores, record
 
 
 def _score(course: Course, round_: Round, protocol: Protocol) -> Work:

@@ -1,0 +1,136 @@
+"""The JSON files of a run, checked when they are read: the folder may come from somebody else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from darseg.data.files import read_json
+from darseg.errors import RunError
+
+OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "label": (
+        frozenset({"labels", "histogram.npz", "thresholds.json"}),
+        frozenset({"images.json", "pseudo_scores.json", "alignment.json"}),
+    ),
+    "train": (
+        frozenset({"network.safetensors"}),
+        frozenset({"optimizer.safetensors", "momentum.safetensors"}),
+    ),
+    "evaluate": (frozenset({"scores.json"}), frozenset()),
+}
+"""Step → the outputs that its record always names, and those that it may name besides: nothing else is copied or read."""
+
+DIGEST = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a finished step leaves: digests of its inputs and outputs, seconds, and facts worth keeping."""
+
+    step: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    seconds: float
+    facts: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, value: Any, step: str) -> StepRecord:
+        """The record of this step. Raises ValueError for anything else."""
+        checks: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+            "step": (lambda name: name == step, f'"{step}"'),
+            "inputs": (_is_texts, "names and digests"),
+            "outputs": (_is_digests, "names and SHA-256 digests"),
+            "seconds": (lambda number: is_number(number) and number >= 0, "a number of seconds"),
+            "facts": (lambda facts: isinstance(facts, dict), "an object"),
+        }
+        if not isinstance(value, dict) or {*value} != {item.name for item in fields(cls)}:
+            raise ValueError(f"expected an object with {', '.join(checks)}")
+        for name, (holds, expected) in checks.items():
+            if not holds(value[name]):
+                raise ValueError(f"{name!r} is {shortened(value[name])}, expected {expected}")
+        always, sometimes = OUTPUTS[step]
+        names = {*value["outputs"]}
+        if foreign := sorted(names - always - sometimes):
+            raise ValueError(f"{shortened(foreign[0])} is not an output of this step")
+        if missing := sorted(always - names):
+            raise ValueError(f"its outputs lack {missing[0]}")
+        return cls(**value)
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps a training had; None if the record does not say."""
+        count = self.facts.get("steps")
+        return count if type(count) is int and 0 <= count < 1 << 53 else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number that a float can hold."""
+    if type(value) is int:
+        return abs(value) < 1 << 63
+    return type(value) is float and math.isfinite(value)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _is_digests(value: Any) -> bool:
+    return _is_texts(value) and all(
+        text == "missing" or (len(text) == 64 and DIGEST.issuperset(text)) for text in value.values()
+    )
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def read_object(path: Path, remedy: str, kind: type = dict) -> Any:
+    """The object (or list) in a JSON file of a run.
+
+    Raises FileNotFoundError, or RunError that ends with the remedy.
+    """
+    try:
+        value = read_json(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+    except ValueError as error:
+        raise damaged(path, error, remedy) from error
+    if not isinstance(value, kind):
+        names = {dict: "an object", list: "a list"}
+        expected, found = names.get(kind), names.get(type(value), shortened(value))
+        raise damaged(path, f"expected {expected}, found {found}", remedy)
+    return value
+
+
+def read_texts(path: Path, remedy: str) -> dict[str, str]:
+    """An object of texts in a JSON file of a run. Raises as `read_object`."""
+    value = read_object(path, remedy)
+    if not _is_texts(value):
+        raise damaged(path, "expected only texts as values", remedy)
+    return value
+
+
+def read_plain(path: Path, remedy: str) -> dict[str, str | int | float | bool | None]:
+    """An object of texts and numbers in a JSON file of a run. Raises as `read_object`."""
+    value = read_object(path, remedy)
+    nested = [
+        name for name, item in value.items() if not (isinstance(item, str | bool | None) or is_number(item))
+    ]
+    if nested:
+        raise damaged(
+            path, f"{nested[0]!r} is {shortened(value[nested[0]])}, expected a text or a number", remedy
+        )
+    return value
+
+
+def damaged(path: Path, reason: object, remedy: str) -> RunError:
+    """The error to raise if a file of a run does not hold what darseg wrote."""
+    return RunError(f"{path} is damaged ({reason}). {remedy}")

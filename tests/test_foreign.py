@@ -1,0 +1,321 @@
+"""Run folders of somebody else: their links are not followed, and their records are checked when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from conftest import recipe_dict
+from darseg.cli import main
+from darseg.config.text import load_recipe
+from darseg.errors import DarsegError, RunError, StorageError, printable
+from darseg.report.facts import read_data, read_run, remarks
+from darseg.report.overview import write_report
+from darseg.run.directory import RunDirectory
+from darseg.run.journal import Journal
+from darseg.run.records import StepRecord
+from darseg.run.rounds import train
+from wording import refused
+
+DEEP = "[" * 100_000
+
+JUNK = [
+    "",
+    '{"a',
+    "[]",
+    "{}",
+    "null",
+    "7",
+    '"text"',
+    DEEP,
+    '{"a": NaN}',
+    "\ufeff{}",
+    "\x00",
+    '{"time": 1e999}',
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two rounds."""
+    folder = tmp_path_factory.mktemp("foreign")
+    rounds = [{"steps": 2}, {"steps": 2, "labeling_ratio": 0.5}]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe_dict(tiny_data) | {"rounds": rounds}))
+    train(load_recipe(folder / "tiny.yaml"), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(autouse=True)
+def never_waits() -> Iterator[None]:
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+
+
+def go_on(run: Path) -> None:
+    train(load_recipe(run / "recipe.yaml"), run, console=Console(quiet=True))
+
+
+def look(run: Path) -> None:
+    """What a report does before it draws."""
+    facts = read_run(run)
+    remarks(facts, read_data(facts))
+
+
+# --- links
+
+
+@pytest.mark.parametrize("name", ["round_1/labels", "round_1", "tensorboard", "round_1/predictions"])
+def test_nothing_is_written_through_a_link_to_a_folder(run: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    if (run / name).exists():
+        shutil.move(run / name, theirs)
+    else:
+        theirs.mkdir()
+    (run / name).symlink_to(theirs)
+    before = sorted(theirs.rglob("*"))
+    with refused(StorageError, str(run / name), str(theirs), "link"):
+        go_on(run)
+    assert sorted(theirs.rglob("*")) == before
+
+
+def test_a_link_inside_the_run_is_followed(run: Path) -> None:
+    (run / "round_1").rename(run / "elsewhere")
+    (run / "round_1").symlink_to("elsewhere")
+    go_on(run)
+
+
+def test_a_run_folder_may_be_a_link_itself(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run)
+    go_on(tmp_path / "link")
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "report.html"])
+def test_a_link_to_a_file_is_not_written_through(run: Path, tmp_path: Path, name: str) -> None:
+    theirs = tmp_path / "theirs"
+    content = (
+        (run / name).read_bytes() if (run / name).exists() else b'<meta name="generator" content="darseg 9">'
+    )
+    theirs.write_bytes(content)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(theirs)
+    if name == "journal.jsonl":
+        with refused(StorageError, str(run / name), str(theirs), "link"):
+            go_on(run)
+    else:
+        write_report(run)
+        assert not (run / name).is_symlink()
+    assert theirs.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("recipe.yaml", "journal.jsonl", "data.json", "environment.json", "run.json", "bad_images.json"),
+        *(
+            "round_1/label.json",
+            "round_1/thresholds.json",
+            "round_1/labels/pipe.png",
+            "round_0/network.safetensors",
+        ),
+    ],
+)
+def test_a_pipe_instead_of_a_file_is_never_waited_on(run: Path, name: str) -> None:
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    for use in (go_on, look):
+        try:
+            use(run)
+        except DarsegError as error:
+            assert str(run) in str(error)
+        else:
+            assert use is look or name == "round_1/labels/pipe.png"
+
+
+def test_reused_results_are_checked_before_they_are_copied(run: Path, tmp_path: Path) -> None:
+    labels = run / "round_1" / "labels"
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key.png").write_bytes(b"secret")
+    (labels / "more").symlink_to(secret)
+    out = tmp_path / "out"
+    with refused(StorageError, str(labels / "more"), str(secret), "link"):
+        train(load_recipe(run / "recipe.yaml"), out, reuse=run)
+    assert not list(out.rglob("key.png"))
+    (labels / "more").unlink()
+    (run / "round_0" / "network.safetensors").write_bytes(b"other")
+    with refused(RunError, str(run / "round_0"), "network.safetensors", "--reuse"):
+        train(load_recipe(run / "recipe.yaml"), tmp_path / "again", reuse=run)
+    assert not list((tmp_path / "again").rglob("network.safetensors"))
+
+
+# --- records
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"outputs": {"../../../victim": "0" * 64}},
+        {"outputs": {"/etc/passwd": "0" * 64}},
+        {"outputs": {"network.safetensors": "0" * 64, "..": "0" * 64}},
+        {"outputs": {"network.safetensors": "0" * 64, "labels": "0" * 64}},
+        {"outputs": {}},
+        {"outputs": {"network.safetensors": 7}},
+        {"outputs": {"network.safetensors": "ABC"}},
+        {"outputs": ["network.safetensors"]},
+        {"inputs": {"settings": None}},
+        {"inputs": "x"},
+        {"seconds": "1"},
+        {"seconds": -1},
+        {"seconds": True},
+        {"seconds": 10**400},
+        {"facts": []},
+        {"step": "label"},
+        {"more": 1},
+    ],
+    ids=lambda change: json.dumps(change)[:60],
+)
+def test_a_record_that_is_none_is_refused(run: Path, change: dict[str, Any]) -> None:
+    path = run / "round_0" / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with refused(RunError, str(path), "damaged", "Delete"):
+        RunDirectory(run).read_record(0, "train")
+
+
+def test_the_records_of_a_run_are_read_as_they_were_written(run: Path) -> None:
+    for index, step in ((0, "train"), (0, "evaluate"), (1, "label"), (1, "train"), (1, "evaluate")):
+        record = RunDirectory(run).read_record(index, step)
+        assert isinstance(record, StepRecord) and record.step == step
+        assert json.loads((run / f"round_{index}" / f"{step}.json").read_text()) == vars(record)
+
+
+@pytest.mark.parametrize("name", ["data.json", "environment.json", "run.json", "round_1/label.json"])
+@pytest.mark.parametrize("content", ["", "[]", DEEP])
+def test_a_run_does_not_go_on_with_damaged_files(run: Path, name: str, content: str) -> None:
+    (run / name).write_text(content)
+    with pytest.raises(RunError, match=name):
+        go_on(run)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data.json", "environment.json", "bad_images.json", "round_1/excluded.json", "round_1/label.json"),
+        *(
+            "round_1/thresholds.json",
+            "round_1/pseudo_scores.json",
+            "round_0/train.json",
+            "round_0/scores.json",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named_by_the_report_and_never_a_traceback(run: Path, name: str) -> None:
+    path = run / name
+    contents = [*JUNK, *(cut(path.read_bytes()) if path.exists() else ())]
+    errors = 0
+    for content in contents:
+        path.write_text(content)
+        try:
+            read_run(run)
+        except DarsegError as error:
+            errors += 1
+            assert path.name in str(error), content[:40]
+    assert errors > 5 or name == "bad_images.json"  # which a report does not read
+
+
+def cut(content: bytes) -> Iterator[str]:
+    """The text with one of its values replaced by one of another type."""
+    value = json.loads(content)
+    for key in list(value)[:3]:
+        for other in ([[["x"]]], {"a": {}}, 10**400, "text", None, -1.5):
+            yield json.dumps(value | {key: other})
+
+
+def test_damaged_facts_of_images_are_named(run: Path) -> None:
+    path = run / "round_1" / "images.json"
+    whole = json.loads(path.read_text())
+    name, facts = next(iter(whole.items()))
+    changes = [{"kept": [10**30, 0, 0]}, {"confidence": 10**400}, {"confidence": "x"}, {"predicted": None}]
+    for content in (*JUNK, *(json.dumps(whole | {name: facts | change}) for change in changes)):
+        path.write_text(content)
+        try:
+            RunDirectory(run).image_facts(1, len(facts["kept"]))
+        except RunError as error:
+            assert str(path) in str(error)
+        else:
+            assert content == "{}"
+
+
+EVENTS = [
+    {"event": "started", "time": "abc"},
+    {"event": "started", "time": 1e300, "weights": ["x"]},
+    {"event": "started", "time": -1e18},
+    {"event": "step", "round": 0, "step": 3, "learning_rate": "abc"},
+    {"event": "step", "round": 0, "step": 10**30, "learning_rate": 1},
+    {"event": "step", "round": 0, "step": True},
+    {"event": "step", "round": [0], "step": 2},
+    {"event": "step"},
+    {"event": "step", "round": 0, "step": 4, "loss_main": {"a": 1}},
+    {"event": "warning", "text": {"a": 1}},
+    {"event": ["step"], "round": 0},
+    {"event": "checkpoint"},
+]
+
+
+def test_lines_of_a_journal_that_are_no_events_are_skipped(run: Path) -> None:
+    with open(run / "journal.jsonl", "a") as file:
+        for event in EVENTS:
+            file.write(json.dumps(event) + "\n")
+        file.write(f"{DEEP}\n{{\n\x00\n")
+    write_report(run)
+    go_on(run)
+    (run / "journal.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    assert read_run(run).started is None
+    write_report(run)
+
+
+def test_folders_that_only_look_like_rounds_are_none(run: Path) -> None:
+    for name in ("round_x", "round_", "round_01", "round_99999999999"):
+        (run / name).mkdir()
+        shutil.copy(run / "round_0" / "train.json", run / name)
+    assert RunDirectory(run).rounds_with("train") == [0, 1]
+
+
+# --- names
+
+
+def test_control_characters_are_written_as_escapes() -> None:
+    text = "a\x1b[31mred\x07 \u202egnp.exe \u2066x\x9b \ud800 tab\tline\n größe 猫"
+    assert printable(text) == ("a\\x1b[31mred\\x07 \\u202egnp.exe \\u2066x\\x9b \\ud800 tab\tline\n größe 猫")
+
+
+def test_console_and_journal_show_no_control_characters(tmp_path: Path) -> None:
+    with open(tmp_path / "out", "w") as file:
+        journal = Journal(tmp_path / "journal.jsonl", None, Console(file=file, force_terminal=False))
+        journal.say("\x1b]0;title\x07cat")
+        journal.warn("\u202ecat\x1b[2K")
+    assert (tmp_path / "out").read_text() == "\\x1b]0;title\\x07cat\nwarning: \\u202ecat\\x1b[2K\n"
+    assert "\x1b" not in (tmp_path / "journal.jsonl").read_text()
+
+
+def test_errors_on_the_console_hold_no_control_characters(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["darseg", "check", str(tmp_path / "a\x1b[2Jb.yaml")])
+    with pytest.raises(SystemExit):
+        main()
+    error = capsys.readouterr().err
+    assert "\x1b" not in error and "a\\x1b[2Jb.yaml" in error
