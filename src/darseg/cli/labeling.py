@@ -17,6 +17,9 @@ THRESHOLD = "Confidence threshold (method: global)."
 CONFIDENCE = "Scale that confidences are counted on."
 SAMPLING = "Drop the surplus of ties at random, or keep it."
 SEED = "Seed of the random sampling."
+ALIGN = "First give the decisions the class shares of the labeled pixels."
+BOUND = "Largest class weight and reciprocal of the smallest, with --align."
+STRENGTH = "Power of the class weights, from 0 to 1, with --align."
 TWICE = "Predict again instead of keeping predictions on the disk while labeling."
 
 
@@ -41,6 +44,11 @@ def label(
         Confidence | None, typer.Option(help=f"{CONFIDENCE} Default: the recipe's.")
     ] = None,
     sampling: Annotated[Sampling | None, typer.Option(help=f"{SAMPLING} Default: the recipe's.")] = None,
+    align: Annotated[
+        bool | None, typer.Option("--align/--no-align", help=f"{ALIGN} Default: the recipe's.")
+    ] = None,
+    bound: Annotated[float | None, typer.Option(help=f"{BOUND} Default: the recipe's.")] = None,
+    strength: Annotated[float | None, typer.Option(help=f"{STRENGTH} Default: the recipe's.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help=f"{SEED} Default: the recipe's.")] = None,
     predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
     threads: Annotated[
@@ -63,6 +71,7 @@ def label(
         threshold=threshold,
         confidence=confidence,
         sampling=sampling,
+        align=_align_settings(align, bound, strength),
         seed=seed,
         predict_twice=predict_twice,
         threads=threads,
@@ -86,18 +95,9 @@ def redistribute(
     threshold: Annotated[float | None, typer.Option(help=THRESHOLD)] = None,
     confidence: Annotated[Confidence, typer.Option(help=CONFIDENCE)] = "float16",
     sampling: Annotated[Sampling, typer.Option(help=SAMPLING)] = "random",
-    align: Annotated[
-        bool,
-        typer.Option("--align", help="First give the decisions the class shares of the labeled pixels."),
-    ] = False,
-    bound: Annotated[
-        float | None,
-        typer.Option(help="Largest class weight and reciprocal of the smallest, with --align. Default: 5."),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(help="Power of the class weights, from 0 to 1, with --align. Default: 1."),
-    ] = None,
+    align: Annotated[bool, typer.Option("--align", help=ALIGN)] = False,
+    bound: Annotated[float | None, typer.Option(help=f"{BOUND} Default: 5.")] = None,
+    strength: Annotated[float | None, typer.Option(help=f"{STRENGTH} Default: 1.")] = None,
     seed: Annotated[int, typer.Option(min=0, help=SEED)] = 0,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="The files hold probabilities, after the softmax.")
@@ -116,7 +116,7 @@ def redistribute(
         threshold=threshold,
         confidence=confidence,
         sampling=sampling,
-        align=_align_settings(align, bound, strength),
+        align=_align_settings(align, bound, strength) or False,
         seed=seed,
         probabilities=probabilities,
         predict_twice=predict_twice,
@@ -124,12 +124,11 @@ def redistribute(
     print_labels(record, out)
 
 
-def _align_settings(align: bool, bound: float | None, strength: float | None) -> bool | AlignSettings:
-    """What `redistribute_folder` takes as `align`."""
-    settings = {
-        name: value for name, value in (("bound", bound), ("strength", strength)) if value is not None
-    }
-    if settings and not align:
-        options = " and ".join(f"--{name}" for name in settings)
-        raise RecipeError(f"{options} only matter with --align. Add --align, or omit them.")
-    return AlignSettings(**settings) if align else False
+def _align_settings(
+    align: bool | None, bound: float | None, strength: float | None
+) -> bool | AlignSettings | None:
+    """What `label_folder` takes as `align`."""
+    given = [f"--{name}" for name, value in (("bound", bound), ("strength", strength)) if value is not None]
+    if given and not align:
+        raise RecipeError(f"{' and '.join(given)} only matter with --align. Add --align, or omit them.")
+    return AlignSettings(bound, strength) if align else align

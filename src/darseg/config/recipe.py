@@ -23,11 +23,15 @@ from pydantic import (
 
 from darseg.choices import Architecture, LabelFormat, NamedValues, Precision
 from darseg.pseudo.labeling import (
+    BOUND,
+    Align,
     Confidence,
     Labeling,
     LabelingMethod,
     Sampling,
+    check_bound,
     check_ratio,
+    check_strength,
     check_threshold,
     labeling_faults,
 )
@@ -298,6 +302,9 @@ class LabelingConfig(ProtocolConfig):
     threshold: Annotated[StrictFloat, AfterValidator(check_threshold)] | None = None
     confidence: Confidence = "float16"
     sampling: Sampling = "random"
+    align: Align = "none"
+    bound: Annotated[StrictFloat, AfterValidator(check_bound)] = BOUND
+    strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
     keep_predictions: StrictBool = False
     predict_twice: StrictBool = False
 
@@ -320,7 +327,8 @@ class LabelingConfig(ProtocolConfig):
         return labeling_faults(**self._settings(), ratio=ratio)
 
     def _settings(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("method", "threshold", "confidence", "sampling")}
+        names = ("method", "threshold", "confidence", "sampling", "align", "bound", "strength")
+        return {name: getattr(self, name) for name in names}
 
 
 class RoundConfig(_Section):

@@ -134,7 +134,7 @@ def _float16(scores: Tensor, buffers: _Buffers, probabilities: bool, *, name: st
     codes = best >> 8
     low, high = torch.aminmax(codes)
     if not 0 <= int(low) <= int(high) < FLOAT16.codes:
-        raise DataError(_overflow(scores, name))
+        raise DataError(overflow_message(scores, name))
     return (last - (best & 255)).to(torch.uint8), codes
 
 
@@ -152,7 +152,7 @@ def _fine(scores: Tensor, buffers: _Buffers, probabilities: bool, *, name: str) 
     rest += (best.sum(dim=0) - 1) * (top if probabilities else 1)
     log_odds = (top.log() if probabilities else 0) - rest.log()
     if bool(torch.isnan(log_odds).any()):
-        raise DataError(_overflow(scores, name))
+        raise DataError(overflow_message(scores, name))
     codes = ((log_odds - FINE_LOWEST) * FINE_STEPS).round().clamp(0, 65535).int()
     return classes.to(torch.uint8), codes
 
@@ -187,7 +187,7 @@ def _check_probabilities(scores: Tensor, name: str) -> None:
         )
 
 
-def _overflow(scores: Tensor, name: str) -> str:
+def overflow_message(scores: Tensor, name: str) -> str:
     largest = float(scores.float().abs().nan_to_num(float("inf")).max())
     return (
         f"{name}: confidences are not numbers (largest score {largest:g}). Scores above 65504 are infinite in float16: "

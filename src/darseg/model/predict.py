@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
-from darseg.model.decide import decide_strips
+from darseg.model.decide import STRIP, decide_strips, overflow_message
 from darseg.model.network import Network
 
 WINDOWS_AT_ONCE = 4
@@ -192,6 +192,37 @@ def predict_for_labeling(
     with _eval_mode(network):
         sums = predict_scores(network, image, protocol, average="logits", memory=memory)
         return _decide(sums, scale=scale, probabilities=False, name=name)
+
+
+def scores_for_labeling(
+    network: Network,
+    image: NDArray[np.uint8],
+    protocol: Protocol,
+    *,
+    dtype: np.dtype,
+    name: str = "image",
+    memory: Memory | None = None,
+) -> NDArray:
+    """The averaged logits that `predict_for_labeling` decides by, float16 or float32 [K, H, W].
+
+    Logits below the lowest number of the type become that number: their probability is 0 in any case.
+
+    Raises the errors of `predict_for_labeling`; NumericsError if the type cannot hold the largest logit of a pixel.
+    """
+    image = _checked(image, name)
+    with _eval_mode(network), torch.inference_mode():
+        sums = predict_scores(network, image, protocol, average="logits", memory=memory)
+        (classes, height, width), device = sums.total_KHW.shape, sums.total_KHW.device
+        scores_KHW = np.empty((classes, height, width), dtype)
+        rows = max(1, STRIP // (classes * width)) if device.type == "cpu" else height
+        for top in range(0, height, rows):
+            mean = sums.mean(top, min(top + rows, height))
+            strip = torch.from_numpy(scores_KHW[:, top : top + rows])
+            strip.copy_(mean)
+            if not bool(strip.amax(dim=0).isfinite().all()):
+                raise NumericsError(overflow_message(mean, name))
+            strip.clamp_(min=float(np.finfo(dtype).min))
+        return scores_KHW
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ Source: prior correction (Saerens et al. 2002), logit adjustment (Menon et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,7 @@ class Alignment:
         strength: power of the weights: 0 leaves the decisions alone, 1 aligns them.
         bound: largest weight and reciprocal of the smallest.
         pixels: size of the sample.
+        plain: float64 [K], shares of the decisions without weights, in the sample; None if not recorded.
 
     Raises DataError if the fields contradict each other.
     """
@@ -71,10 +72,13 @@ class Alignment:
     strength: float
     bound: float
     pixels: int
+    plain: NDArray[np.float64] | None = None
 
     def __post_init__(self) -> None:
-        lines = []
-        for name, dtype in (("weights", float), ("reachable", bool), ("target", float), ("reached", float)):
+        lines, arrays = [], {"weights": float, "reachable": bool, "target": float, "reached": float}
+        if self.plain is not None:
+            arrays["plain"] = float
+        for name, dtype in arrays.items():
             array = np.array(getattr(self, name))
             if array.dtype != dtype or array.shape != (np.size(self.weights),):
                 expected = f"{np.dtype(dtype)} [{np.size(self.weights)}]"
@@ -93,6 +97,10 @@ class Alignment:
                 ("weights must be 1 without convergence", self.converged or (self.weights == 1).all()),
                 ("target shares must be from 0 to 1 and add up to 1", _are_shares(self.target)),
                 ("reached shares must be from 0 to 1 and add up to 1", _are_shares(self.reached)),
+                (
+                    "plain shares must be from 0 to 1 and add up to 1",
+                    self.plain is None or _are_shares(self.plain),
+                ),
                 ("strength must be from 0 to 1", 0 <= self.strength <= 1),
                 ("there must be pixels", self.pixels > 0),
             )
@@ -106,6 +114,25 @@ class Alignment:
         """float64 [K]: of each reached share, due to the sample; at most 0.5 divided by the root of its size."""
         return np.sqrt(self.reached * (1 - self.reached) / self.pixels)
 
+    def warnings(self, names: Sequence[str]) -> list[str]:
+        """What a user should know: that nothing was aligned, or which classes were not.
+
+        Args:
+            names: of the classes, K.
+        """
+        out = [name for name, reachable in zip(names, self.reachable, strict=True) if not reachable]
+        limits = f"[1/{self.bound:g}, {self.bound:g}]"
+        if self.converged:
+            reasons = f"never predicted, have no labeled pixels, or need a class weight outside {limits}"
+            return [f"not aligned, because out of reach: {', '.join(out)}. They are {reasons}"] if out else []
+        plain = "decisions could not be aligned, so the network's own are used"
+        if _is_weak(self.reachable, self.target):
+            return [
+                f"{plain}: {len(out)} of {len(names)} classes are out of reach ({', '.join(out)}), because they are "
+                f"never predicted, or need a class weight outside {limits}. Train longer first, or do not align"
+            ]
+        return [f"{plain}: many pixels have equal scores, so that the class shares cannot be reached"]
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object; lists are in the order of the classes."""
         return {
@@ -113,6 +140,7 @@ class Alignment:
             "reachable": self.reachable.tolist(),
             "target": self.target.tolist(),
             "reached": self.reached.tolist(),
+            **({} if self.plain is None else {"plain": self.plain.tolist()}),
             "strength": self.strength,
             "bound": self.bound,
             "converged": self.converged,
@@ -134,6 +162,7 @@ class Alignment:
                 strength=float(columns["strength"]),
                 bound=float(columns["bound"]),
                 pixels=int(columns["pixels"]),
+                plain=np.array(columns["plain"], np.float64) if "plain" in columns else None,
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -167,8 +196,8 @@ def align(
             keeps its weight of 1, and the others move only to the ends of their intervals. Weights are not rescaled.
 
     Returns:
-        the alignment; with `converged` False and weights of 1 if fewer than two classes are within reach, or if so many
-        pixels have equal scores that the shares cannot be reached.
+        the alignment; with `converged` False and weights of 1 if fewer than two or less than half of the wanted classes
+        are within reach, or if so many pixels have equal scores that the shares cannot be reached.
 
     Raises:
         DataError: scores or shares cannot be used.
@@ -181,6 +210,8 @@ def align(
     wanted = _Wanted.checked(target, interval)
     decisions = Decisions.of(_checked_scores(scores_NK, len(wanted.share)), math.log(bound))
     result, reachable = _search_reachable(decisions, wanted, int(tolerance * decisions.pixels))
+    if _is_weak(reachable, wanted.share):
+        result = replace(result, converged=False)
     bias = result.bias if result.converged else np.zeros(len(wanted.share))
     full = decisions.count(bias) / decisions.pixels
     aim = wanted.share
@@ -194,6 +225,7 @@ def align(
         reached=decisions.count(strength * bias) / decisions.pixels,
         iterations=result.sweeps,
         converged=result.converged,
+        plain=decisions.count(np.zeros(len(wanted.share))) / decisions.pixels,
         strength=float(strength),
         bound=float(bound),
         pixels=decisions.pixels,
@@ -366,6 +398,11 @@ def _checked_shares(shares: ArrayLike, name: str) -> NDArray[np.float64]:
         lines = [f"class {k}: {values[k]}" for k in unusable]
         raise DataError(faults(f"The {name} shares must be finite and not negative", lines))
     return values
+
+
+def _is_weak(reachable: NDArray[np.bool_], share: NDArray[np.float64]) -> bool:
+    """Whether fewer than two or less than half of the wanted classes are within reach."""
+    return reachable.sum() < max(2, np.count_nonzero(share) / 2)
 
 
 def _check_settings(bound: float, strength: float, tolerance: float) -> None:

@@ -27,18 +27,29 @@ BOUND = 5.0
 
 @dataclass(frozen=True)
 class AlignSettings:
-    """How far decisions are aligned: largest class weight, and the power of all weights; see `Labeling`."""
+    """How far decisions are aligned: largest class weight, and the power of all weights; see `Labeling`.
 
-    bound: float = BOUND
-    strength: float = 1.0
+    None is the recipe's value, where there is a recipe, or the default: 5 and 1.
+    """
+
+    bound: float | None = None
+    strength: float | None = None
 
     @staticmethod
-    def fields(align: bool | AlignSettings) -> dict[str, Any]:
-        """The fields of `Labeling` for what Python functions take as `align`; True has the default settings."""
+    def fields(align: bool | AlignSettings, bound: float = BOUND, strength: float = 1.0) -> dict[str, Any]:
+        """The fields of `Labeling` for what Python functions take as `align`; True is `AlignSettings()`.
+
+        Args:
+            bound, strength: what None stands for.
+        """
         if align is False:
             return {}
         settings = AlignSettings() if align is True else align
-        return {"align": "decisions", "bound": settings.bound, "strength": settings.strength}
+        return {
+            "align": "decisions",
+            "bound": bound if settings.bound is None else settings.bound,
+            "strength": strength if settings.strength is None else settings.strength,
+        }
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Labeling:
         confidence: the scale that confidences are counted on.
         sampling: "random" drops the surplus that ties let in; "none" keeps it (method "dars" only).
         align: "decisions" multiplies probabilities by class weights that give the decisions the class shares of the
-            labeled pixels, before thresholds are chosen; only `redistribute` and `redistribute_folder` do it.
+            labeled pixels, before thresholds are chosen.
         bound: largest class weight and reciprocal of the smallest, above 1.
         strength: power of the class weights, from 0 to 1.
 

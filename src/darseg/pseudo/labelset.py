@@ -1,7 +1,7 @@
 """Label maps of the unlabeled images on the disk: predicted, counted, assigned, written.
 
-The only module of this room that touches the disk. Memory does not grow with the number of images: between
-counting and assigning, predictions wait in files (3 bytes per pixel before compression), or are made again.
+Next to `scores`, the only module of this room that touches the disk. Memory does not grow with the number of images:
+between counting and assigning, predictions wait in files (3 bytes per pixel before compression), or are made again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from darseg.data.maps import label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
+from darseg.pseudo.align import Alignment
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
@@ -48,16 +49,19 @@ class PseudoLabelSet:
     Attributes:
         folder: holds the label maps.
         kept: int64 [K], labeled pixels per class over all maps.
+        alignment: the class weights that the decisions were made with; None if they were not aligned.
     """
 
     folder: Path
     histogram: ConfidenceHistogram
     thresholds: Thresholds
     kept: NDArray[np.int64]
+    alignment: Alignment | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Thresholds and counts, each a list of K."""
-        return self.thresholds.to_json() | {"kept": self.kept.tolist()}
+        """Thresholds and counts, each a list of K; with the alignment, if there is one."""
+        described = self.thresholds.to_json() | {"kept": self.kept.tolist()}
+        return described if self.alignment is None else described | {"alignment": self.alignment.to_json()}
 
     @classmethod
     def load(cls, folder: Path, histogram: Path, thresholds: Path) -> PseudoLabelSet:
@@ -67,12 +71,14 @@ class PseudoLabelSet:
             histogram: file of `ConfidenceHistogram.to_bytes`.
             thresholds: JSON file of `to_json`.
         """
-        path = thresholds
+        path, alignment = thresholds, None
         try:
             described = read_json(thresholds)
             kept, read = np.array(described["kept"]), Thresholds.from_json(described)
             if kept.dtype != np.int64 or kept.shape != read.accept.shape or kept.min(initial=0) < 0:
                 raise ValueError("'kept' must be a count for each class")
+            if "alignment" in described:
+                alignment = Alignment.from_json(described["alignment"])
             path = histogram
             counts = ConfidenceHistogram.from_bytes(read_file(histogram))
             if len(counts.counts) != len(kept):
@@ -81,7 +87,7 @@ class PseudoLabelSet:
             raise DataError(
                 f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or label again."
             ) from error
-        return cls(folder=folder, histogram=counts, thresholds=read, kept=kept)
+        return cls(folder=folder, histogram=counts, thresholds=read, kept=kept, alignment=alignment)
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""
@@ -201,11 +207,13 @@ class Predictor:
         read: Sample → what `predict` needs of it; called ahead, in threads.
         predict: (Sample, what was read) → Prediction; called for one image at a time.
         folder: where predictions wait for the second pass; None: every image is predicted twice.
+        written: called when a new prediction is in `folder`.
     """
 
     read: Callable[[Sample], Any]
     predict: Callable[[Sample, Any], Prediction]
     folder: Path | None
+    written: Callable[[Sample], object] = lambda _: None
 
     def run(
         self,
@@ -228,6 +236,7 @@ class Predictor:
             new, prediction = result
             if new and self.folder is not None:
                 write_whole(prediction_path(self.folder, sample.id), prediction.to_bytes())
+                self.written(sample)
             use(sample, prediction)
 
         overlapped(samples, read=read, work=work, write=write, advance=advance)

@@ -118,23 +118,11 @@ def _align_arrays(
         )
     sample = PixelSample(len(distribution), seed)
     for name, scores in pairs:
-        sample_array(sample, np.asarray(scores), probabilities=probabilities, name=name)
+        # Scores of pixels that are not chosen are first looked at by `decide_array`.
+        array = check_array(np.asarray(scores), sample.classes, name).numpy()
+        sample.add(name, array, probabilities=probabilities)
     rows = sample.rows(sample.sizes())
     return align_scores(rows, distribution.share, bound=labeling.bound, strength=labeling.strength)
-
-
-def sample_array(
-    sample: PixelSample, scores: NDArray, *, probabilities: bool, name: str, sample_id: str | None = None
-) -> None:
-    """Add a foreign array to a sample. Raises DataError that begins with `name` unless it is [K, H, W].
-
-    Scores of pixels that are not chosen are first looked at by `decide_array`.
-
-    Args:
-        sample_id: decides which pixels are chosen; None: `name` does.
-    """
-    tensor = _as_tensor(scores, sample.classes, name)
-    sample.add(sample_id or name, tensor.numpy(), probabilities=probabilities, name=name)
 
 
 def decide_array(
@@ -147,11 +135,15 @@ def decide_array(
     weights: NDArray[np.float64] | None = None,
 ) -> Prediction:
     """`decide` on a foreign array. Raises DataError that begins with `name` unless it is [K, H, W]."""
-    tensor = _as_tensor(scores, classes, name)
+    tensor = check_array(scores, classes, name)
     return decide(tensor, scale, probabilities=probabilities, name=name, weights=weights)
 
 
-def _as_tensor(scores: NDArray, classes: int, name: str) -> torch.Tensor:
+def check_array(scores: NDArray, classes: int, name: str) -> torch.Tensor:
+    """A foreign array as a tensor.
+
+    Raises DataError that begins with `name` for another type or number of classes.
+    """
     if scores.dtype not in (np.float16, np.float32):
         raise DataError(
             f"{name}: the array is {scores.dtype} {list(scores.shape)}; expected float16 or float32 [K, H, W]."

@@ -2,54 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from darseg.data.files import read_json
 from darseg.data.manifest import Sample
-from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
 from darseg.pseudo.align import Alignment, align
 from darseg.pseudo.pixel_sample import PixelSample
+from darseg.pseudo.scores import ScoreSource
 from darseg.run.directory import write_json
-from darseg.run.label_samples import LabelTask, Progress
+from darseg.run.label_task import LabelTask, Progress
 from darseg.training.processes import Processes
-
-AddSample = Callable[[PixelSample, Sample, Any], None]
-"""(sample of pixels, file, what was read of it) → checks the scores and adds them to the sample of pixels."""
 
 
 def align_samples(
     samples: Sequence[Sample],
     task: LabelTask,
+    source: ScoreSource,
     *,
-    read: Callable[[Sample], Any],
-    add: AddSample,
     file: Path,
     processes: Processes,
     progress: Progress,
 ) -> Alignment:
-    """The class weights for a set of files, kept in `file`; if it exists, the files are not read.
+    """The class weights of a set of files, from a sample of their pixels or by an earlier call.
+
+    Predictions that wait without a file of weights were made with others, and are removed.
 
     Args:
-        read: called ahead, in threads.
-
-    Raises DataError that names all files that cannot be used, after all others were read.
+        file: JSON file of the alignment; later calls read it.
     """
-    alignment = processes.from_first(lambda: _read_alignment(file))
+
+    def look() -> Alignment | None:
+        alignment = _read_alignment(file)
+        if alignment is None and source.predictions is not None:
+            shutil.rmtree(source.predictions, ignore_errors=True)
+        return alignment
+
+    alignment = processes.from_first(look)
     if alignment is not None:
         return alignment
     own = processes.share(samples)
     pixels = PixelSample(len(task.distribution), task.seed)
     with progress("sample", len(own)) as advance:
-
-        def work(sample: Sample, content: Any) -> None:
-            add(pixels, sample, content)
-
-        processes.together(
-            lambda: overlapped(own, read=read, work=work, write=lambda *_: None, advance=advance)
-        )
+        processes.together(lambda: source.collect(own, pixels, advance))
     rows = processes.to_first(pixels.rows(processes.add_up(pixels.sizes())))
 
     def make() -> Alignment:

@@ -21,7 +21,7 @@ from darseg.errors import DataError, RunError
 from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.directory import RunDirectory
-from darseg.run.label_samples import network_predictor
+from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.marks import read_excluded, read_marks
 
 REMEMBERED = 16  # predictions kept in memory: 6 MB each at 1024×2048 pixels
@@ -155,5 +155,10 @@ class Repredictor:
             set_threads(recipe.threads)
             network = load_to_predict(self.round.run.network(before))
             protocol, scale = labeling_protocol(recipe), SCALES[recipe.labeling.confidence]
-            self._predictor = network_predictor(network, lambda image: protocol, scale)
+            alignment = self.round.run.label_set(self.round.index).alignment
+            if alignment is None:
+                self._predictor = network_predictor(network, lambda image: protocol, scale)
+            else:
+                scores = network_scores(network, lambda image: protocol, scale)
+                self._predictor = scores.predictor(alignment.weights)
         return self._predictor.predict(sample, read_image(sample.image))

@@ -13,7 +13,6 @@ from darseg.data.examine import Findings, examine
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels, find_files
-from darseg.data.prediction import BYTES_PER_PIXEL
 from darseg.errors import DarsegError
 from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
@@ -29,6 +28,7 @@ from darseg.run.build import (
     spec_of,
 )
 from darseg.run.journal import Journal
+from darseg.run.label_samples import waiting_bytes
 from darseg.run.plan import Round, check_shares, describe_shares, plan_rounds, stage_of
 
 
@@ -130,12 +130,21 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         )
         for planned, schedule in zip(rounds, schedules, strict=True)
     )
-    keeps_predictions = len(rounds) > 1 and not recipe.labeling.predict_twice
+    per_pixel = [
+        waiting_bytes(
+            recipe.labeling.at(planned.labeling_ratio),
+            len(manifest.classes),
+            predict_twice=recipe.labeling.predict_twice,
+        )
+        for planned in rounds[1:]
+    ]
+    waiting = max(per_pixel, default=0)
     # Both halves of a step are kept until the backward pass.
     images_in_memory = max(
         (2 if planned.pseudo_batch else 1) * min(planned.micro_batch, planned.batch // processes)
         for planned in rounds
     )
+    aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
     height, width = recipe.training.crop
     state, activations = training_memory(
         spec_of(recipe), max(2, images_in_memory), height=height, width=width
@@ -147,9 +156,9 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         state_bytes=state,
         activation_bytes=activations,
-        temporary_bytes=BYTES_PER_PIXEL * count_pixels(manifest.unlabeled) if keeps_predictions else 0,
+        temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
         network=_describe_network(recipe),
-        labeling=f"{recipe.labeling.method}, {labeling_protocol(recipe).describe('logits')}",
+        labeling=f"{recipe.labeling.method}{aligned}, {labeling_protocol(recipe).describe('logits')}",
         evaluation=evaluation_protocol(recipe).describe(),
         notes=_notes(recipe, rounds, processes),
     )

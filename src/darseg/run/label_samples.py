@@ -4,72 +4,35 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from darseg.data.files import read_file, write_whole
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
 from darseg.errors import StorageError
+from darseg.model.decide import decide
 from darseg.model.network import Network
-from darseg.model.predict import Memory, Protocol, predict_for_labeling
+from darseg.model.predict import Memory, Protocol, predict_for_labeling, scores_for_labeling
 from darseg.pseudo.assign import LabelRule
-from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.labelset import FactsLog, Predictor, PseudoLabelSet, assign_labels, count_predictions
+from darseg.pseudo.scores import ScoreSource, scores_bytes_per_pixel, scores_dtype
 from darseg.pseudo.thresholds import choose_thresholds
-from darseg.run.journal import Advance
+from darseg.run.align_samples import align_samples
+from darseg.run.label_task import LabelFiles, LabelTask, Progress
 from darseg.training.processes import Processes
-
-Progress = Callable[[str, int], AbstractContextManager[Advance]]
-"""Opens a progress bar: what is done, how many steps it takes → a function that advances it."""
-
-
-@dataclass(frozen=True)
-class LabelTask:
-    """What decides the label maps of a set of images besides their predictions.
-
-    Attributes:
-        distribution: shares of the classes among all labeled pixels.
-        seed, round_index: of the random sampling, with an image's id.
-    """
-
-    labeling: Labeling
-    distribution: ClassDistribution
-    seed: int
-    round_index: int = 0
-
-    @property
-    def scale(self) -> ConfidenceScale:
-        """The scale that confidences are counted on."""
-        return SCALES[self.labeling.confidence]
-
-
-@dataclass(frozen=True)
-class LabelFiles:
-    """Where labeling writes.
-
-    Attributes:
-        labels: folder of the label maps, `ID.png`.
-        histogram: file of the confidences of all images, written between counting and assigning.
-        logs: folder for the facts of images, one file per process; None: they are not kept.
-    """
-
-    labels: Path
-    histogram: Path
-    logs: Path | None = None
 
 
 def label_samples(
     samples: Sequence[Sample],
     task: LabelTask,
-    predictor: Predictor,
+    predictor: Predictor | ScoreSource,
     *,
     files: LabelFiles,
     processes: Processes,
@@ -79,7 +42,17 @@ def label_samples(
 
     If it is killed and called again with the same arguments, it continues: waiting predictions, a complete histogram
     and label maps are not made again.
+
+    Args:
+        predictor: for aligned decisions the source of scores; their class weights are found first.
     """
+    alignment = None
+    assert isinstance(predictor, ScoreSource) == (task.labeling.align != "none")
+    if isinstance(predictor, ScoreSource):
+        alignment = align_samples(
+            samples, task, predictor, file=files.alignment, processes=processes, progress=progress
+        )
+        predictor = predictor.predictor(alignment.weights)
     own = processes.share(samples)
     if files.histogram.exists():
         histogram = ConfidenceHistogram.from_bytes(read_file(files.histogram))
@@ -97,7 +70,11 @@ def label_samples(
         assign = partial(assign_labels, own, rule, predictor, labels=files.labels)
         kept = processes.together(lambda: assign(log=log, advance=advance))
     return PseudoLabelSet(
-        folder=files.labels, histogram=histogram, thresholds=thresholds, kept=processes.add_up(kept)
+        folder=files.labels,
+        histogram=histogram,
+        thresholds=thresholds,
+        kept=processes.add_up(kept),
+        alignment=alignment,
     )
 
 
@@ -124,20 +101,73 @@ def network_predictor(
     return Predictor(lambda sample: read_image(sample.image), run, folder)
 
 
-def check_disk(folder: Path, pixels: int, remedy: str) -> None:
-    """Raise StorageError if waiting predictions of so many pixels may not fit on the disk of `folder`.
+def network_scores(
+    network: Network,
+    protocol: Callable[[np.ndarray], Protocol],
+    scale: ConfidenceScale,
+    *,
+    scores: Path | None = None,
+    predictions: Path | None = None,
+) -> ScoreSource:
+    """The scores of images by a network in eval mode, for aligned decisions.
 
     Args:
-        remedy: what makes labeling do without waiting predictions, as in "use --predict-twice".
+        protocol: image, uint8 [H, W, 3] → how it is predicted.
+        scores, predictions: where they wait; see `ScoreSource`.
+    """
+    memory = Memory()
+
+    def score(sample: Sample, image: np.ndarray) -> np.ndarray:
+        return scores_for_labeling(
+            network,
+            image,
+            protocol(image),
+            dtype=scores_dtype(scale),
+            name=str(sample.image),
+            memory=memory,
+        )
+
+    def decide_scores(sample: Sample, scores: np.ndarray, weights: np.ndarray | None) -> Prediction:
+        return decide(torch.from_numpy(scores), scale, name=str(sample.image), weights=weights)
+
+    return ScoreSource(
+        lambda sample: read_image(sample.image), score, decide_scores, scores=scores, predictions=predictions
+    )
+
+
+def waiting_bytes(labeling: Labeling, classes: int, *, predict_twice: bool, from_files: bool = False) -> int:
+    """Bytes per pixel, before compression, that wait on the disk between the passes of labeling.
+
+    Args:
+        from_files: scores are read from files, so they need not wait.
+    """
+    if labeling.align == "none" or from_files:
+        return 0 if predict_twice else BYTES_PER_PIXEL
+    # Scores make way for predictions, image by image.
+    scores = 0 if predict_twice else scores_bytes_per_pixel(classes, SCALES[labeling.confidence])
+    return max(scores, BYTES_PER_PIXEL)
+
+
+def check_disk(folder: Path, pixels: int, per_pixel: int, *, twice: str, per_pixel_twice: int) -> None:
+    """Raise StorageError if what waits for so many pixels may not fit on the disk of `folder`.
+
+    Args:
+        per_pixel: `waiting_bytes`; and with `predict_twice`.
+        twice: what makes labeling predict twice, as in "use --predict-twice".
     """
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    free, needed = shutil.disk_usage(there).free, BYTES_PER_PIXEL * pixels
-    if free < needed:
-        raise StorageError(
-            f"{folder}: {_size(free)} are free, but labeling may need {_size(needed)} for predictions that wait "
-            f"between counting and assigning ({BYTES_PER_PIXEL} bytes per pixel). Free some space, or {remedy}: then "
-            "each image is predicted twice and nothing waits."
-        )
+    free, needed = shutil.disk_usage(there).free, per_pixel * pixels
+    if free >= needed:
+        return
+    less = f"only {per_pixel_twice} bytes per pixel wait" if per_pixel_twice else "nothing waits"
+    predict_twice = f", or {twice}: then each image is predicted twice and {less}"
+    what = "predictions that wait between counting and assigning"
+    if per_pixel > BYTES_PER_PIXEL:
+        what = "scores of all classes that wait until the class weights are known"
+    raise StorageError(
+        f"{folder}: {_size(free)} are free, but labeling may need {_size(needed)} for {what} "
+        f"({per_pixel} bytes per pixel). Free some space{predict_twice if per_pixel_twice < per_pixel else ''}."
+    )
 
 
 def _size(count: int) -> str:

@@ -1,7 +1,8 @@
 """Images marked as bad: the run folder keeps the list, and rounds that begin later omit them.
 
 `bad_images.json` holds the current marks, [{"id": …, "time": seconds since 1970}, …]. A round copies their ids into its
-own `excluded.json` before it counts confidences, and then uses that copy. A round without the file left nothing out.
+own `excluded.json` before it counts confidences or finds class weights, and then uses that copy. A round without the
+file left nothing out.
 """
 
 from __future__ import annotations
@@ -122,14 +123,15 @@ def read_excluded(run: RunDirectory, index: int) -> tuple[str, ...]:
 def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> tuple[str, ...]:
     """The ids that a round leaves out: those it began with, or the current marks, which are recorded.
 
-    Without marks nothing is recorded. So if a round has counted its confidences and has no `excluded.json`, it began
-    without marks; before it counts, nothing in it depends on which images are left out.
+    Without marks nothing is recorded. So if a round has counted its confidences, or has class weights, and has no
+    `excluded.json`, it began without marks; before, nothing in it depends on which images are left out.
 
     Raises RunError for damaged files, for unknown ids, and if no image would be left.
     """
     path, known = run.excluded(index), {sample.id for sample in unlabeled}
     counted = (
         run.record_path(index, "label"),
+        run.round(index) / "alignment.json",
         run.round(index) / "histogram.npz",
         run.round(index) / "thresholds.json",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from rich.console import Console
 
 from darseg.data.files import check_regular
 from darseg.data.manifest import Sample, find_files
-from darseg.data.prediction import ConfidenceScale, Prediction
+from darseg.data.prediction import Prediction
 from darseg.errors import DataError
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
-from darseg.pseudo.pixel_sample import PixelSample
-from darseg.pseudo.redistribute import decide_array, sample_array
-from darseg.run.label import FolderJob, check_class_counts, label_into_folder, read_class_counts
+from darseg.pseudo.redistribute import check_array, decide_array
+from darseg.pseudo.scores import ScoreSource
+from darseg.run.label_files import FolderJob, check_class_counts, label_into_folder, read_class_counts
 from darseg.training.processes import Processes
 
 SCORE_SUFFIXES = (".npy", ".npz")
@@ -74,47 +73,35 @@ def redistribute_folder(
         seed=seed,
         inputs={"probabilities": str(probabilities)},
         predict_twice=predict_twice,
+        from_files=True,
     )
-
-    reader = _ScoreReader(len(classes.counts), probabilities)
+    source = _source_of(job, len(classes.counts), probabilities)
     return label_into_folder(
-        job, reader.predictor, reader.size, processes=processes, console=console, add=reader.add
+        job, source, lambda path: read_scores(path).shape[-2:], processes=processes, console=console
     )
 
 
-@dataclass(frozen=True)
-class _ScoreReader:
-    """What labeling does with a file of scores of so many classes."""
+def _source_of(job: FolderJob, classes: int, probabilities: bool) -> Predictor | ScoreSource:
+    """The predictions in the job's files, or their scores if decisions are aligned."""
+    folder = None if job.predict_twice else job.waiting
 
-    classes: int
-    probabilities: bool
+    def read(sample: Sample) -> np.ndarray:
+        return read_scores(sample.image)
 
-    def predictor(
-        self, scale: ConfidenceScale, *, folder: Path | None, weights: np.ndarray | None = None
-    ) -> Predictor:
-        """The predictor of files; see `MakePredictor`."""
-
-        def run(sample: Sample, scores: np.ndarray) -> Prediction:
-            return decide_array(
-                scores,
-                self.classes,
-                scale,
-                probabilities=self.probabilities,
-                name=str(sample.image),
-                weights=weights,
-            )
-
-        return Predictor(lambda sample: read_scores(sample.image), run, folder)
-
-    def add(self, pixels: PixelSample, sample: Sample, scores: np.ndarray) -> None:
-        """Check the scores of a file and add them to a sample of pixels."""
-        sample_array(
-            pixels, scores, probabilities=self.probabilities, name=str(sample.image), sample_id=sample.id
+    def decide(sample: Sample, scores: np.ndarray, weights: np.ndarray | None = None) -> Prediction:
+        return decide_array(
+            scores, classes, job.scale, probabilities=probabilities, name=str(sample.image), weights=weights
         )
 
-    def size(self, path: Path) -> tuple[int, ...]:
-        """Height and width of a file's scores."""
-        return read_scores(path).shape[-2:]
+    if job.labeling.align == "none":
+        return Predictor(read, decide, folder)
+    return ScoreSource(
+        read,
+        lambda sample, scores: check_array(scores, classes, str(sample.image)).numpy(),
+        decide,
+        predictions=folder,
+        probabilities=probabilities,
+    )
 
 
 def _scores_in(folder: Path) -> list[Sample]:

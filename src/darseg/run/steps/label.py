@@ -11,14 +11,25 @@ from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, count_pixels
+from darseg.data.prediction import SCALES
+from darseg.model.network import Network
+from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.labelset import PseudoLabelSet, read_facts_logs
+from darseg.pseudo.labelset import Predictor, PseudoLabelSet, read_facts_logs
+from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import labeling_protocol, load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import NEVER
-from darseg.run.label_samples import LabelFiles, LabelTask, check_disk, label_samples, network_predictor
+from darseg.run.label_samples import (
+    check_disk,
+    label_samples,
+    network_predictor,
+    network_scores,
+    waiting_bytes,
+)
+from darseg.run.label_task import LabelFiles, LabelTask
 from darseg.run.marks import fix_excluded, without
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
@@ -27,6 +38,7 @@ from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.scores import Scores
 
 HISTOGRAM, THRESHOLDS, FACTS, SCORES = "histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json"
+ALIGNMENT, WAITING_SCORES = "alignment.json", "waiting_scores"  # only until the step is done
 
 
 def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], StepRecord]:
@@ -51,7 +63,7 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
         index,
         _inputs(course, task, before, excluded=excluded),
         work=lambda: _label(course, round_, task, unlabeled=unlabeled),
-        tidy=lambda: _tidy(course, index),
+        tidy=lambda: _tidy(course, round_),
     )
     record = complete(course, step)
     # The first process looks: on a network disk others may not see yet what it has just written.
@@ -78,15 +90,19 @@ def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequenc
     """The work of all processes: predict, count, choose thresholds, assign."""
     run, journal, index = course.run, course.journal, round_.index
     protocol = labeling_protocol(course.recipe)
-    waiting = None if course.recipe.labeling.predict_twice else run.predictions(index)
     course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
     network = load_to_predict(run.network(index - 1))
     with explain_memory(less_to_predict(course.recipe, "labeling", protocol)):
         labels = label_samples(
             unlabeled,
             task,
-            network_predictor(network, lambda image: protocol, task.scale, folder=waiting),
-            files=LabelFiles(run.labels(index), course.path(round_, HISTOGRAM), logs=run.round(index)),
+            _predictor(course, round_, network=network, protocol=protocol),
+            files=LabelFiles(
+                run.labels(index),
+                histogram=course.path(round_, HISTOGRAM),
+                alignment=course.path(round_, ALIGNMENT),
+                logs=run.round(index),
+            ),
             processes=course.processes,
             progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
         )
@@ -94,6 +110,24 @@ def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequenc
     if any(sample.label for sample in unlabeled):
         outputs.append(SCORES)
     return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled))
+
+
+def _predictor(
+    course: Course, round_: Round, *, network: Network, protocol: Protocol
+) -> Predictor | ScoreSource:
+    """The network's predictions, or its scores if decisions are aligned, and where they wait."""
+    config, predictions = course.recipe.labeling, course.run.predictions(round_.index)
+    scale, waits = SCALES[config.confidence], not config.predict_twice
+    if config.align == "none":
+        folder = predictions if waits else None
+        return network_predictor(network, lambda image: protocol, scale, folder=folder)
+    return network_scores(
+        network,
+        lambda image: protocol,
+        scale,
+        scores=course.path(round_, WAITING_SCORES) if waits else None,
+        predictions=predictions,
+    )
 
 
 def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None:
@@ -104,18 +138,30 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         # All maps were written but not recorded; or the record was deleted, to label again.
         shutil.rmtree(run.labels(index), ignore_errors=True)
         histogram.unlink(missing_ok=True)
+        course.path(round_, ALIGNMENT).unlink(missing_ok=True)
         thresholds.unlink()
         run.drop_facts_logs(index)
-    if not course.recipe.labeling.predict_twice and not histogram.exists():
-        check_disk(run.root, count_pixels(unlabeled), "set labeling.predict_twice=true")
+    if not histogram.exists():
+        config, classes = course.recipe.labeling, len(course.manifest.classes)
+        labeling = config.at(round_.labeling_ratio)
+        check_disk(
+            run.root,
+            count_pixels(unlabeled),
+            waiting_bytes(labeling, classes, predict_twice=config.predict_twice),
+            twice="set labeling.predict_twice=true",
+            per_pixel_twice=waiting_bytes(labeling, classes, predict_twice=True),
+        )
     total = len(course.manifest.unlabeled)
     if excluded := total - len(unlabeled):
         journal.event("excluded", round=index, images=excluded, of=total)
         journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
 
 
-def _tidy(course: Course, index: int) -> None:
+def _tidy(course: Course, round_: Round) -> None:
+    index = round_.index
     course.run.drop_facts_logs(index)
+    course.path(round_, ALIGNMENT).unlink(missing_ok=True)
+    shutil.rmtree(course.path(round_, WAITING_SCORES), ignore_errors=True)
     if not course.recipe.labeling.keep_predictions:
         shutil.rmtree(course.run.predictions(index), ignore_errors=True)
 
@@ -145,8 +191,12 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
     write_whole(course.path(round_, FACTS), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, THRESHOLDS), labels.to_json())
     right = f"; {facts['pixel_accuracy']:.3f} of them are right" if facts.get("pixel_accuracy") else ""
-    method = course.recipe.labeling.method
-    return Result(facts, f"{method} labeled {facts['share']:.3f} of the unlabeled pixels{right}")
+    method, aligned = course.recipe.labeling.method, ""
+    if labels.alignment is not None:
+        facts["aligned"], aligned = labels.alignment.converged, " aligned decisions and"
+        for warning in labels.alignment.warnings(classes.names):
+            journal.warn(f"round {index}: {warning}")
+    return Result(facts, f"{method}{aligned} labeled {facts['share']:.3f} of the unlabeled pixels{right}")
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:

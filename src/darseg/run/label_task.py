@@ -1,0 +1,53 @@
+"""What labeling is asked for: settings, files and progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from darseg.data.prediction import SCALES, ConfidenceScale
+from darseg.pseudo.distribution import ClassDistribution
+from darseg.pseudo.labeling import Labeling
+from darseg.run.journal import Advance
+
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Opens a progress bar: what is done, how many steps it takes → a function that advances it."""
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """What decides the label maps of a set of images besides their predictions.
+
+    Attributes:
+        distribution: shares of the classes among all labeled pixels.
+        seed, round_index: of the random sampling, with an image's id.
+    """
+
+    labeling: Labeling
+    distribution: ClassDistribution
+    seed: int
+    round_index: int = 0
+
+    @property
+    def scale(self) -> ConfidenceScale:
+        """The scale that confidences are counted on."""
+        return SCALES[self.labeling.confidence]
+
+
+@dataclass(frozen=True)
+class LabelFiles:
+    """Where labeling writes.
+
+    Attributes:
+        labels: folder of the label maps, `ID.png`.
+        histogram: file of the confidences of all images, written between counting and assigning.
+        alignment: file of the class weights, written before counting, if decisions are aligned.
+        logs: folder for the facts of images, one file per process; None: they are not kept.
+    """
+
+    labels: Path
+    histogram: Path
+    alignment: Path
+    logs: Path | None = None
