@@ -153,7 +153,7 @@ class Repredictor:
         recipe, before = self.round.recipe, self.round.index - 1
         if self._predictor is None:
             set_threads(recipe.threads)
-            network = load_to_predict(self.round.run.network(before))
+            network = load_to_predict(self.round.run.network(before), plain=True)
             protocol, scale = labeling_protocol(recipe), SCALES[recipe.labeling.confidence]
             alignment = self.round.run.label_set(self.round.index).alignment
             if alignment is None:

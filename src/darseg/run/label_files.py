@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +173,14 @@ def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
         raise RunError(
             f"{job.out} is not empty, and no earlier call of this command began it. Choose another folder."
         )
-    bytes_of = partial(waiting_bytes, job.labeling, len(job.classes.counts), from_files=job.from_files)
-    if per_pixel := bytes_of(predict_twice=job.predict_twice):
+    what_waits = {
+        "classes": len(job.classes.counts),
+        "predict_twice": job.predict_twice,
+        "from_files": job.from_files,
+    }
+    if waiting_bytes(job.labeling, **what_waits):
         pixels = count_pixels(job.samples, size_of)
-        less = bytes_of(predict_twice=True)
-        check_disk(job.out, pixels, per_pixel, twice="use --predict-twice", per_pixel_twice=less)
+        check_disk(job.out, pixels, job.labeling, twice="use --predict-twice", **what_waits)
     write_json(job.marker, {**job.record, "sizes": job.file_states})
     return False
 

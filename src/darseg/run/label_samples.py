@@ -148,25 +148,38 @@ def waiting_bytes(labeling: Labeling, classes: int, *, predict_twice: bool, from
     return max(scores, BYTES_PER_PIXEL)
 
 
-def check_disk(folder: Path, pixels: int, per_pixel: int, *, twice: str, per_pixel_twice: int) -> None:
+def check_disk(
+    folder: Path,
+    pixels: int,
+    labeling: Labeling,
+    *,
+    classes: int,
+    predict_twice: bool,
+    twice: str,
+    from_files: bool = False,
+) -> None:
     """Raise StorageError if what waits for so many pixels may not fit on the disk of `folder`.
 
     Args:
-        per_pixel: `waiting_bytes`; and with `predict_twice`.
         twice: what makes labeling predict twice, as in "use --predict-twice".
+        from_files: see `waiting_bytes`.
     """
+    per_pixel, per_pixel_twice = (
+        waiting_bytes(labeling, classes, predict_twice=choice, from_files=from_files)
+        for choice in (predict_twice, True)
+    )
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     free, needed = shutil.disk_usage(there).free, per_pixel * pixels
     if free >= needed:
         return
     less = f"only {per_pixel_twice} bytes per pixel wait" if per_pixel_twice else "nothing waits"
-    predict_twice = f", or {twice}: then each image is predicted twice and {less}"
+    otherwise = f", or {twice}: then each image is predicted twice and {less}"
     what = "predictions that wait between counting and assigning"
     if per_pixel > BYTES_PER_PIXEL:
         what = "scores of all classes that wait until the class weights are known"
     raise StorageError(
         f"{folder}: {_size(free)} are free, but labeling may need {_size(needed)} for {what} "
-        f"({per_pixel} bytes per pixel). Free some space{predict_twice if per_pixel_twice < per_pixel else ''}."
+        f"({per_pixel} bytes per pixel). Free some space{otherwise if per_pixel_twice < per_pixel else ''}."
     )
 
 

@@ -41,8 +41,14 @@ def rehearse(
     labels = len(recipe.rounds) > 1
     if labels:
         ClassDistribution.from_counts(counts)
-        if not recipe.labeling.predict_twice:
-            check_disk(run.root, count_pixels(manifest.unlabeled), "set labeling.predict_twice=true")
+        check_disk(
+            run.root,
+            count_pixels(manifest.unlabeled),
+            recipe.labeling.at(recipe.rounds[1].labeling_ratio),
+            classes=network.classes,
+            predict_twice=recipe.labeling.predict_twice,
+            twice="set labeling.predict_twice=true",
+        )
     with torch.inference_mode(False):
         trial = place(fold_batchnorm(copy.deepcopy(network).eval()))
     if sample := largest.get("validation"):

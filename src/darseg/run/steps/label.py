@@ -27,7 +27,6 @@ from darseg.run.label_samples import (
     label_samples,
     network_predictor,
     network_scores,
-    waiting_bytes,
 )
 from darseg.run.label_task import LabelFiles, LabelTask
 from darseg.run.marks import fix_excluded, without
@@ -91,7 +90,7 @@ def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequenc
     run, journal, index = course.run, course.journal, round_.index
     protocol = labeling_protocol(course.recipe)
     course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
-    network = load_to_predict(run.network(index - 1))
+    network = load_to_predict(run.network(index - 1), plain=True)
     with explain_memory(less_to_predict(course.recipe, "labeling", protocol)):
         labels = label_samples(
             unlabeled,
@@ -143,13 +142,13 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         run.drop_facts_logs(index)
     if not histogram.exists():
         config, classes = course.recipe.labeling, len(course.manifest.classes)
-        labeling = config.at(round_.labeling_ratio)
         check_disk(
             run.root,
             count_pixels(unlabeled),
-            waiting_bytes(labeling, classes, predict_twice=config.predict_twice),
+            config.at(round_.labeling_ratio),
+            classes=classes,
+            predict_twice=config.predict_twice,
             twice="set labeling.predict_twice=true",
-            per_pixel_twice=waiting_bytes(labeling, classes, predict_twice=True),
         )
     total = len(course.manifest.unlabeled)
     if excluded := total - len(unlabeled):
