@@ -32,7 +32,10 @@ def evaluate(
     from darseg.run.build import classes_of
     from darseg.run.directory import RunDirectory, write_json
     from darseg.run.evaluate import evaluate as run_evaluate
+    from darseg.run.outputs import check_scores_file
 
+    if out:
+        check_scores_file(out)
     changes = overrides or []
     loaded = load_recipe(recipe, changes) if recipe else None
     scores, protocol = run_evaluate(

@@ -122,19 +122,18 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         text.faults.append(
             f"{path.name}:1: found {kind}; a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}"
         )
-    if not text.faults:
-        for override in overrides:
-            _override(values, override, text)
     if text.faults:
         raise RecipeError(faults(f"{path} cannot be used", text.faults))
+    for override in overrides:
+        _override(values, override, text)
+    recipe, lines = None, list(text.faults)
     try:
         recipe = Recipe.model_validate(values)
+        lines += [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in recipe.conflicts()]
     except ValidationError as error:
-        lines = [_describe(detail, text) for detail in error.errors()]
+        lines += [_describe(detail, text) for detail in error.errors()]
+    if lines or recipe is None:
         raise RecipeError(faults(f"{path} cannot be used", lines)) from None
-    lines = [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in recipe.conflicts()]
-    if lines:
-        raise RecipeError(faults(f"{path} cannot be used", lines))
     return resolved(recipe, path.resolve().parent)
 
 
@@ -147,7 +146,10 @@ def _override(values: dict, override: str, text: _Text) -> None:
     key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
     # The override replaces everything below this key.
     text.places = {other: at for other, at in text.places.items() if other[: len(key)] != key}
+    known = len(text.faults)
     new = text.read(value, key, place)
+    if len(text.faults) > known:
+        return
     text.places[key] = place
     into: Any = values
     for depth, part in enumerate(key[:-1]):

@@ -87,6 +87,18 @@ def parse_json(text: str) -> Any:
 
 # --- writing
 
+_REMEDIES = {
+    errno.EACCES: "Choose another folder, or change its permissions.",
+    errno.EPERM: "Choose another folder, or change its permissions.",
+    errno.EFBIG: "The file system, or a limit (`ulimit -f`), takes no file of this size. Raise the limit, or choose a "
+    "folder on another disk.",
+    errno.ENAMETOOLONG: "File systems take names of up to 255 bytes. Give a shorter name.",
+    errno.ENOENT: "A folder of this path was removed meanwhile. Put it back, or choose another folder.",
+    errno.EIO: "The disk or the network that it is reached by has failed. Check it, and run the same command again.",
+    errno.ESTALE: "The network that the disk is reached by has failed. Check it, and run the same command again.",
+}
+"""What to do if a file cannot be written, by the number of the error."""
+
 
 def storage_error(error: OSError, path: Path) -> StorageError:
     """The error to raise when writing `path` failed with this OSError."""
@@ -102,7 +114,8 @@ def storage_error(error: OSError, path: Path) -> StorageError:
         )
     blocking = next((folder for folder in path.parents if folder.is_file()), None)
     reason = f"{blocking} is a file, not a folder" if blocking else error.strerror or str(error)
-    return StorageError(f"Cannot write {path}: {reason}. Choose another folder, or change its permissions.")
+    number = errno.EISDIR if blocking else error.errno or 0
+    return StorageError(f"Cannot write {path}: {reason}. {_REMEDIES.get(number, 'Choose another folder.')}")
 
 
 def open_to_append(path: Path) -> BinaryIO:

@@ -21,13 +21,15 @@ from darseg.run.plan import describe_shares
 from darseg.run.records import read_plain
 
 FREE_KEYS = (
+    "data.root",
     "threads",
     "training.cache",
     "training.checkpoint_every",
     "training.keep_checkpoints",
     "training.workers",
 )
-"""Keys of the recipe that may change when a run is resumed: they cannot change the result (threads: its last bits)."""
+"""Keys of the recipe that may change when a run is resumed: they cannot change the result (threads: its last bits;
+data.root: a run goes on only with the same images and labels)."""
 
 
 def environment(processes: int) -> dict:

@@ -18,7 +18,7 @@ from darseg.data.encoding import label_encoding
 from darseg.data.labels import read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, Sources, build_manifest
-from darseg.errors import DataError, RunError, SizeError, faults
+from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
 from darseg.model.download import fetch
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
@@ -26,6 +26,7 @@ from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, load_weights
 from darseg.run.directory import RunDirectory
 from darseg.run.machine import default_threads
+from darseg.run.moved import with_moved_data
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
@@ -35,14 +36,32 @@ IMAGES, LABELS = "images", "labels"
 CACHE = Path(os.environ.get("DARSEG_CACHE", "~/.cache/darseg"))
 
 
-def recipe_of(run: Path | str) -> Recipe:
-    """The recipe of a run folder. Raises RunError if there is none, RecipeError if it is damaged."""
+def recipe_of(run: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a run folder; if its data moved since, with their new place.
+
+    Raises RunError if there is none, RecipeError if it is damaged.
+    """
     path = RunDirectory(run).recipe
     if not path.is_file():
         raise RunError(
             f"{run} is not a run folder: it has no recipe.yaml. Give the folder that `darseg train` wrote to."
         )
-    return load_recipe(path)
+    recipe = load_recipe(path, overrides)
+    if any(override.startswith("data.root=") for override in overrides):
+        return recipe
+    return with_moved_data(recipe, RunDirectory(run), manifest_of)
+
+
+def as_recipe(recipe: Recipe | Path | str) -> Recipe:
+    """A recipe, or the one in a file. Raises RecipeError for anything else."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, (str, Path)):
+        return load_recipe(recipe)
+    raise RecipeError(
+        f"Found a {type(recipe).__name__} instead of a recipe. Give the path of a YAML file, or what "
+        "darseg.load_recipe(path) returns."
+    )
 
 
 def differences(first: Recipe, second: Recipe, ignore: Collection[str] = ()) -> list[str]:
@@ -56,8 +75,9 @@ def classes_of(recipe: Recipe) -> ClassSet:
     return class_set(recipe.data.classes)
 
 
-def manifest_of(recipe: Recipe) -> Manifest:
+def manifest_of(recipe: Recipe | Path | str) -> Manifest:
     """Find the images of every role. Raises DataError, RecipeError."""
+    recipe = as_recipe(recipe)
     data, classes = recipe.data, classes_of(recipe)
     root = Path(data.root)
     encoding = label_encoding(

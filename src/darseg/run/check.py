@@ -19,6 +19,7 @@ from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
 from darseg.run.build import (
     IMAGES,
     LABELS,
+    as_recipe,
     build_initial_network,
     check_sizes,
     evaluation_protocol,
@@ -32,11 +33,12 @@ from darseg.run.label_samples import waiting_bytes
 from darseg.run.plan import Round, check_shares, describe_shares, plan_rounds, stage_of
 
 
-def check(recipe: Recipe, console: Console | None = None) -> Findings:
+def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findings:
     """Every fault of a recipe's data, network sizes and weights, in one go. Reads every image and label.
 
     Raises DataError only if the images cannot even be listed.
     """
+    recipe = as_recipe(recipe)
     manifest = manifest_of(recipe)
     findings = read_all(manifest, console or Console())
     faults, warnings = list(findings.faults), list(findings.warnings)
@@ -106,7 +108,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan(recipe: Recipe, processes: int = 1) -> Plan:
+def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     """What a recipe will do. Trains nothing, and reads only the size of the first unlabeled image.
 
     Args:
@@ -114,6 +116,7 @@ def plan(recipe: Recipe, processes: int = 1) -> Plan:
 
     Raises RecipeError, DataError or SizeError for a recipe that cannot run.
     """
+    recipe = as_recipe(recipe)
     manifest = manifest_of(recipe)
     network = spec_of(recipe).build()
     check_sizes(recipe, network)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 from rich.console import Console
@@ -16,20 +18,22 @@ from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.dataset import Example, load_example
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
-from darseg.errors import DataError, RecipeError, RunError
+from darseg.errors import DarsegError, DataError, RecipeError, RunError
 from darseg.model.aligned import AlignmentRecord
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Memory, Protocol, predict, whole_image
 from darseg.model.weights import read_spec
 from darseg.run.build import (
+    as_recipe,
     check_sizes,
     classes_of,
     evaluation_protocol,
     load_to_predict,
     manifest_of,
+    recipe_of,
     set_threads,
 )
-from darseg.run.directory import RunDirectory
+from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.journal import Journal
 from darseg.training.scores import Scores
 
@@ -92,11 +96,29 @@ def load_trained(
                 f"{source}: round {round_index} is not finished ({path} does not exist). Choose an earlier round, or "
                 "continue the run."
             )
-        recipe = recipe or load_recipe(run.recipe, overrides)
+        recipe = recipe or recipe_of(source, overrides)
     elif not source.exists():
         raise RunError(f"{source}: there is no such run folder or checkpoint. Check the path.")
+    _warn_if_changed(path)
     set_threads(threads or (recipe.threads if recipe else None))
     return Trained(load_to_predict(path), read_spec(path), recipe, path=path)
+
+
+def _warn_if_changed(network: Path) -> None:
+    """Warn if a network of a run folder is not the one that its round recorded."""
+    numbered = re.fullmatch(r"round_(\d+)", network.parent.name)
+    if not numbered:
+        return
+    try:
+        record = RunDirectory(network.parent.parent).read_record(int(numbered[1]), "train")
+    except DarsegError:
+        return
+    recorded = record.outputs.get(network.name) if record else None
+    if recorded is not None and recorded != digest_path(network):
+        Journal(None, None, Console(stderr=True)).warn(
+            f"{network} was changed after round {numbered[1]} finished (train.json has another digest). Its scores are "
+            "not those of the run. Restore the file, if this was not intended."
+        )
 
 
 def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> None:
@@ -110,7 +132,7 @@ def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> No
 
 def evaluate(
     source: Path | str,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Path | str | None = None,
     role: Role = "validation",
     round_index: int | None = None,
     overrides: Sequence[str] = (),
@@ -129,17 +151,15 @@ def evaluate(
 
     Raises RunError, WeightsError, RecipeError, DataError.
     """
+    if role not in get_args(Role):
+        raise RunError(f"There is no role {role!r}. Choose from {', '.join(get_args(Role))}.")
+    recipe = None if recipe is None else as_recipe(recipe)
     if recipe is not None and overrides:
         raise RunError(
             f"The overrides {', '.join(overrides)} are for a run folder's own recipe, but another recipe is given. Give "
             "them to load_recipe."
         )
-    without_effect = [override for override in overrides if not override.startswith(EVALUATION_KEYS)]
-    if without_effect:
-        raise RecipeError(
-            f"{', '.join(without_effect)}: this does not change an evaluation. Remove it; keys that do begin with "
-            f"{', '.join(EVALUATION_KEYS)}."
-        )
+    _check_overrides(source, overrides)
     trained = load_trained(source, round_index, overrides, recipe=recipe)
     recipe = trained.recipe
     if recipe is None:
@@ -164,6 +184,23 @@ def evaluate(
         return evaluate_samples(
             trained.network, samples, classes, protocol=protocol, advance=advance
         ), protocol
+
+
+def _check_overrides(source: Path | str, overrides: Sequence[str]) -> None:
+    """Raise RecipeError with all that is wrong with changes of a run folder's recipe."""
+    without_effect = [override for override in overrides if not override.startswith(EVALUATION_KEYS)]
+    if not without_effect:
+        return
+    message = (
+        f"{', '.join(without_effect)}: this does not change an evaluation. Remove it; keys that do begin with "
+        f"{', '.join(EVALUATION_KEYS)}."
+    )
+    if (recipe := RunDirectory(source).recipe).is_file():
+        try:
+            load_recipe(recipe, overrides)
+        except RecipeError as error:
+            message = f"{message}\n{error}"
+    raise RecipeError(message)
 
 
 def evaluate_samples(

@@ -19,7 +19,15 @@ from darseg.errors import DataError, Interrupted, NumericsError, RunError, Stora
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
 from darseg.run.begin import FREE_KEYS, announce
-from darseg.run.build import build_initial_network, check_sizes, manifest_of, masks, place, set_threads
+from darseg.run.build import (
+    as_recipe,
+    build_initial_network,
+    check_sizes,
+    manifest_of,
+    masks,
+    place,
+    set_threads,
+)
 from darseg.run.check import read_all
 from darseg.run.course import Course
 from darseg.run.data_digest import digest_manifest
@@ -43,7 +51,7 @@ from darseg.training.processes import Processes
 
 
 def train(
-    recipe: Recipe,
+    recipe: Recipe | Path | str,
     out: Path | str,
     reuse: Path | str | None = None,
     console: Console | None = None,
@@ -63,7 +71,7 @@ def train(
 
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
-    processes, reused = Processes.here(), _reused(reuse)
+    processes, reused, recipe = Processes.here(), _reused(reuse), as_recipe(recipe)
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
@@ -186,9 +194,20 @@ def _check_data(manifest: Manifest, console: Console) -> Findings:
 
 def _compare(recipe: Recipe, saved: Path) -> RecipeChanges:
     """What differs between the recipe of a run folder and the one given now."""
-    lines = recipe_differences(load_recipe(saved), recipe)
-    free = tuple(line for line in lines if line.split(":")[0] in FREE_KEYS)
+    before = load_recipe(saved)
+    lines = recipe_differences(before, recipe)
+    keys = (*FREE_KEYS, *(["network.weights"] if _moved_weights(before, recipe) else []))
+    free = tuple(line for line in lines if line.split(":")[0] in keys)
     return RecipeChanges(tuple(line for line in lines if line not in free), free)
+
+
+def _moved_weights(before: Recipe, now: Recipe) -> bool:
+    """Whether the initial weights are a file that moved; round 0 records what was in it."""
+    paths = before.network.weights, now.network.weights
+    if not all(isinstance(path, str) and path != "none" for path in paths):
+        return False
+    old, new = (Path(str(path)) for path in paths)
+    return old.name == new.name and not old.exists()
 
 
 @contextlib.contextmanager

@@ -23,13 +23,13 @@ from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
 from darseg.errors import DataError, RecipeError, RunError, faults
-from darseg.run.build import manifest_of
+from darseg.run.build import as_recipe, manifest_of
 from darseg.run.directory import digest_text
 from darseg.run.journal import Journal
 
 
 def draw_split(
-    recipe: Recipe,
+    recipe: Recipe | Path | str,
     out: Path | str,
     *,
     fraction: str | float | Fraction | None = None,
@@ -62,7 +62,7 @@ def draw_split(
     if (fraction is None) == (count is None):
         raise RecipeError("Give either a fraction or a count of images to be labeled, not both.")
     share = None if fraction is None else _fraction(fraction)
-    manifest = manifest_of(recipe)
+    recipe, manifest = as_recipe(recipe), manifest_of(recipe)
     pool = _pool(recipe, (*manifest.labeled, *manifest.unlabeled))
     if balanced:
         _check_all_labeled(pool)

@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from darseg.data.batches import Batch
-from darseg.errors import DarsegError
+from darseg.errors import DarsegError, RunError
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others: the first may train for days while they wait to label."""
+
+TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets besides WORLD_SIZE; without them processes cannot meet."""
 
 REPORTING = 2.0
 """Seconds that the first process has to report an error before the others end: torchrun then ends all."""
@@ -50,7 +53,7 @@ class Processes:
     @classmethod
     def here(cls) -> Processes:
         """Join the processes that torchrun started: through gloo, and for tensors on GPUs through NCCL."""
-        count = int(os.environ.get("WORLD_SIZE", "1"))
+        count = _world_size()
         if count == 1:
             return cls()
         if not dist.is_initialized():
@@ -234,6 +237,20 @@ class Processes:
             if name.endswith(("running_mean", "running_var")):
                 dist.all_reduce(buffer)
                 buffer /= self.count
+
+
+def _world_size() -> int:
+    """How many processes torchrun started. Raises RunError if only some of its variables are set."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise RunError(f"The environment variable WORLD_SIZE is {text!r}. Unset it, or start with torchrun.")
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
+    if int(text) > 1 and missing:
+        raise RunError(
+            f"The environment variable WORLD_SIZE is {text}, but {', '.join(missing)} are not set. torchrun sets them "
+            "all: start with torchrun, or unset WORLD_SIZE to work with one process."
+        )
+    return int(text)
 
 
 def disconnect() -> None:

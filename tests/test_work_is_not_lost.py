@@ -1,0 +1,172 @@
+"""Nothing that a user made is overwritten, and copies, moves and typing errors end no work."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import darseg
+from darseg.config.text import load_recipe
+from darseg.data.files import storage_error
+from darseg.errors import RecipeError, RunError, StorageError
+from darseg.model.weights import save_network
+from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
+from darseg.run.data_digest import digest_manifest
+from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
+from darseg.run.evaluate import load_trained
+from darseg.run.outputs import check_scores_file, held_folder
+from darseg.training.processes import Processes
+from wording import refused, says
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def project(tiny_data: Path, recipe_file: Path, tmp_path: Path) -> Path:
+    """A project folder: data/, tiny.yaml, and runs/tiny with a network of round 0."""
+    folder = tmp_path / "project"
+    shutil.copytree(tiny_data, folder / "data")
+    text = recipe_file.read_text().replace(str(tiny_data), "data")
+    recipe_file.unlink()
+    (folder / "tiny.yaml").write_text(text)
+    recipe, run = load_recipe(folder / "tiny.yaml"), RunDirectory(folder / "runs" / "tiny")
+    data = digest_manifest(manifest_of(recipe))
+    open_run(run, recipe_text=darseg.config.text.dump_recipe(recipe), data=data, compare=lambda _: None)
+    save_network(build_initial_network(recipe)[0], run.network(0), spec_of(recipe))
+    outputs = {"network.safetensors": digest_path(run.network(0))}
+    record = {"step": "train", "inputs": {}, "outputs": outputs, "seconds": 1.0, "facts": {}}
+    write_json(run.record_path(0, "train"), record)
+    return folder
+
+
+def test_copies_of_a_round_are_not_rounds(project: Path) -> None:
+    run = RunDirectory(project / "runs" / "tiny")
+    for name in ("round_0.bak", "round_old", "round_00", "round_1_of_2", "round_٣"):
+        shutil.copytree(run.round(0), run.root / name)
+    assert run.rounds_with("train") == [0]
+    assert run.last_network() == run.network(0)
+
+
+def test_a_moved_project_finds_its_data(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    moved = tmp_path / "elsewhere" / "p"
+    shutil.move(project, moved)
+    recipe = recipe_of(moved / "runs" / "tiny")
+    assert recipe.data.root == str(moved / "data")
+    says(capfd.readouterr().err, str(project / "data"), str(moved / "data"))
+
+
+def test_data_that_moved_alone_are_found_by_the_recipe_beside(project: Path, tmp_path: Path) -> None:
+    shutil.move(project / "data", tmp_path / "new_name")
+    recipe = project / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("root: data", f"root: {tmp_path / 'new_name'}"))
+    assert recipe_of(project / "runs" / "tiny").data.root == str(tmp_path / "new_name")
+
+
+def test_other_data_at_the_likely_place_are_not_taken(project: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "p"
+    shutil.move(project, moved)
+    next((moved / "data" / "images").rglob("*.png")).write_bytes(b"of another size")
+    assert recipe_of(moved / "runs" / "tiny").data.root == str(project / "data")
+
+
+def test_a_network_that_was_changed_is_noticed(project: Path, capfd: pytest.CaptureFixture) -> None:
+    run = RunDirectory(project / "runs" / "tiny")
+    load_trained(run.root)
+    assert not capfd.readouterr().err
+    recipe = load_recipe(project / "tiny.yaml", ["seed=1"])
+    save_network(build_initial_network(recipe)[0], run.network(0), spec_of(recipe))
+    load_trained(run.root)
+    says(capfd.readouterr().err, str(run.network(0)), "train.json")
+
+
+@pytest.mark.parametrize("content", [b"mine", b"[]", b'{"mean_iou": 1}', b"\xff"])
+def test_evaluate_replaces_only_its_own_files(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_bytes(content)
+    with refused(RunError, str(path), "darseg evaluate", "--out"):
+        check_scores_file(path)
+    assert path.read_bytes() == content
+    path.write_text(json.dumps({"mean_iou": 1, "iou": {}, "protocol": "", "role": "test"}))
+    check_scores_file(path)
+    check_scores_file(tmp_path / "new" / "scores.json")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with refused(StorageError, str(tmp_path / "file" / "scores.json"), "is a file"):
+        check_scores_file(tmp_path / "file" / "scores.json")
+    with refused(RunError, str(tmp_path), "folder"):
+        check_scores_file(tmp_path)
+
+
+def test_one_command_writes_into_a_folder_at_a_time(tmp_path: Path) -> None:
+    with (
+        held_folder(tmp_path / "out"),
+        refused(RunError, str(tmp_path / "out")),
+        held_folder(tmp_path / "out"),
+    ):
+        pass
+    with held_folder(tmp_path / "out"):
+        assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_path_does_for_a_recipe(project: Path) -> None:
+    assert darseg.plan(str(project / "tiny.yaml")).images["validation"] == 3
+    assert len(darseg.manifest_of(project / "tiny.yaml").labeled) == 4
+    with refused(RecipeError, "int", "load_recipe"):
+        darseg.plan(3)  # ty: ignore[invalid-argument-type]
+
+
+def test_a_mistyped_role_is_named(project: Path) -> None:
+    with refused(RunError, "'tset'", "validation, test, labeled, unlabeled"):
+        darseg.evaluate(project / "runs" / "tiny", role="tset")  # ty: ignore[invalid-argument-type]
+
+
+def test_faults_of_overrides_are_reported_together(project: Path) -> None:
+    overrides = [
+        "seed",
+        "training.batch=x",
+        "network.bakbone=3",
+        "rounds.9.steps=1",
+        "data.root=[",
+        "threads=2",
+    ]
+    with refused(RecipeError, *(f"override {override}:" for override in overrides[:-1])):
+        load_recipe(project / "tiny.yaml", overrides)
+    with refused(RecipeError, "training.batch=4", "evaluation.nonsense"):
+        darseg.evaluate(project / "runs" / "tiny", overrides=["training.batch=4", "evaluation.nonsense=1"])
+
+
+@pytest.mark.parametrize("size", ["2", "two", "0", "-1"])
+def test_a_world_size_alone_is_explained(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with refused(RunError, "WORLD_SIZE", size, "torchrun"):
+        Processes.here()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Processes.here().count == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EFBIG, "ulimit -f"),
+        (errno.EACCES, "permissions"),
+        (errno.ENAMETOOLONG, "255 bytes"),
+        (errno.ENOENT, "removed"),
+        (errno.EROFS, "another folder"),
+        (errno.EIO, "disk"),
+    ],
+)
+def test_what_cannot_be_written_gets_fitting_advice(number: int, remedy: str, tmp_path: Path) -> None:
+    error = storage_error(OSError(number, os.strerror(number)), tmp_path / "file")
+    says(str(error), str(tmp_path / "file"), os.strerror(number), remedy)
+    assert ("permissions" in str(error)) == (number == errno.EACCES)
