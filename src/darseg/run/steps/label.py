@@ -137,7 +137,6 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         # All maps were written but not recorded; or the record was deleted, to label again.
         shutil.rmtree(run.labels(index), ignore_errors=True)
         histogram.unlink(missing_ok=True)
-        course.path(round_, ALIGNMENT).unlink(missing_ok=True)
         thresholds.unlink()
         run.drop_facts_logs(index)
     if not histogram.exists():
