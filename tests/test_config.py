@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,75 @@ NO_RECIPES = {
 @pytest.mark.parametrize("text", NO_RECIPES)
 def test_texts_that_are_not_recipes(tmp_path: Path, text: str) -> None:
     with refused(RecipeError, *NO_RECIPES[text]):
+        load_recipe(write(tmp_path, text))
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n"
+    for before, name in itertools.pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    ("start", "facts"),
+    [
+        (LAUGHS, ["100000 values", "alias"]),
+        ("z: &z [*z]\n", ["recipe.yaml:1", "50 deep"]),
+        ("z: " + "[" * 3000 + "]" * 3000 + "\n", ["recipe.yaml", "50 deep"]),
+        ("z: " + "[" * 100 + "]" * 100 + "\n", ["recipe.yaml:1", "50 deep"]),
+        ("# \a\n", ["character 3", "U+0007"]),
+        ("seed: " + "9" * 5000 + "\n", ["recipe.yaml:1", "5000 characters"]),
+        ("seed: " + "1:" * 3000 + "1\n", ["recipe.yaml"]),
+        ("seed: 0b" + "2" * 50 + "\n", ["recipe.yaml"]),
+        ("z: !!binary x\n", ["recipe.yaml:1"]),
+        ("z: !!python/object/apply:os.getcwd []\n", ["recipe.yaml:1"]),
+        ("#" * (1 << 20) + "\n", ["bytes", "1,048,576"]),
+    ],
+    ids=[
+        "laughs",
+        "circle",
+        "3000",
+        "100",
+        "control",
+        "digits",
+        "base_60",
+        "binary",
+        "base64",
+        "python",
+        "large",
+    ],
+)
+def test_texts_that_ask_for_too_much_are_refused(tmp_path: Path, start: str, facts: list[str]) -> None:
+    """At once, and by a message: an alias of an alias stands for billions of values in a few lines."""
+    began = time.monotonic()
+    with refused(RecipeError, *facts, vary=[r"1,048,\d+ bytes"]):
+        load_recipe(write(tmp_path, start + SMALL))
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=18446744073709551616",
+        'data.root="a\\0b"',
+        "data.root=" + "a" * 5000,
+        "data.root=~no_such_user_here/x",
+        "network.weights=" + "a" * 300,
+        'network.weights={url: "http://[::1", sha256: "0000000000000000"}',
+        "network.weights={url: 'http://example.org/n.pth', sha256: '000000000000000'}",
+        "data.labeled=" + "ü" * 200,
+    ],
+    ids=["seed", "nul", "long", "user", "weights", "url", "http", "list"],
+)
+def test_overrides_that_no_system_takes_are_refused(tmp_path: Path, override: str) -> None:
+    with refused(RecipeError, override.partition("=")[0].rpartition(".")[2]) as caught:
+        load_recipe(write(tmp_path), [override])
+    assert len(str(caught.value)) < 6000
+
+
+def test_aliases_in_a_recipe_work(tmp_path: Path) -> None:
+    text = SMALL.replace("{steps: 10}", "&r {steps: 7}").replace("{steps: 10, labeling_ratio: 0.4}", "*r")
+    with refused(RecipeError, "rounds.1"):  # the second round lacks its labeling ratio
         load_recipe(write(tmp_path, text))
 
 

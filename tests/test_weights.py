@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -11,6 +12,8 @@ import pickle
 import socket
 import tarfile
 import threading
+import time
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -142,6 +145,76 @@ def test_a_description_from_the_future(saved: Path, tmp_path: Path) -> None:
     safetensors.torch.save_file(tensors, path, {"darseg": "{"})
     with refused(WeightsError, "n.safetensors", vary=[r"\(.*\)"]):
         load_network(path)
+
+
+def described(saved: Path, path: Path, change: Any) -> Path:
+    """A copy of a saved network with another description: with these fields, or this text."""
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    text = head["__metadata__"]["darseg"]
+    head["__metadata__"]["darseg"] = (
+        json.dumps(json.loads(text) | change) if isinstance(change, dict) else change
+    )
+    new = json.dumps(head).encode()
+    path.write_bytes(len(new).to_bytes(8, "little") + new + content[8 + length :])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        ({"head_channels": 10**9}, ["1000000000", "8192"]),
+        ({"head_channels": 8.0}, ["head_channels", "8.0"]),
+        ({"classes": True}, ["classes", "True"]),
+        ({"classes": 10**400}, ["classes", "255"]),
+        ({"backbone": ["resnet18"]}, ["backbone", "resnet18"]),
+        ({"backbone": None}, ["backbone", "None"]),
+        ({"backbone": "timm/" + "a*" * 1000}, ["backbone", "2005", "200"]),
+        ({"output_stride": 16.0}, ["output_stride", "16.0"]),
+        ({"auxiliary": "no"}, ["auxiliary", "no"]),
+        ({"class_names": [1, 2]}, ["class names"]),
+        ({"class_names": "ab" * 10**6}, ["description"]),
+        ({"class_colors": ["abc", "def"]}, ["class colors"]),
+        ({"class_colors": [[0, 0, 256], [0, 0, 0]]}, ["class colors", "256"]),
+        ({"class_colors": 7}, ["description"]),
+        ("[" * 100_000, ["description", "deep"]),
+        ("[]", ["description"]),
+        ("1" * 5000, ["description"]),
+    ],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict | str) else "",
+)
+def test_hostile_descriptions_are_refused(change: Any, facts: list[str], saved: Path, tmp_path: Path) -> None:
+    path = described(saved, tmp_path / "n.safetensors", change)
+    with refused(WeightsError, str(path), *facts):
+        load_network(path)
+
+
+def test_a_described_network_is_compared_before_it_is_built(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The description of a small file may name a network of gigabytes."""
+    path = described(saved, tmp_path / "n.safetensors", {"backbone": "resnet101", "head_channels": 8192})
+    built: list[str] = []
+    build = NetworkSpec.build
+
+    def spy(spec: NetworkSpec) -> Network:
+        network = build(spec)
+        built.append(next(network.parameters()).device.type)
+        return network
+
+    monkeypatch.setattr(NetworkSpec, "build", spy)
+    with pytest.raises(WeightsError, match="does not fit"):
+        load_network(path)
+    assert built == ["meta"]
+
+
+def test_archives_that_expand_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(10**7))
+    with refused(WeightsError, str(path), "10,000,000", vary=[r"[\d,]+(?= bytes and)"]):
+        load_weights(small(), path)
 
 
 def test_tensors_that_do_not_fit_their_description(saved: Path, tmp_path: Path) -> None:
@@ -410,8 +483,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        if not self.path.startswith("/unstated"):
+            self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()
+        if self.path.startswith("/slow"):
+            with contextlib.suppress(ConnectionError):
+                for at in range(40):
+                    self.wfile.write(CONTENT[at : at + 1])
+                    time.sleep(0.02)
+            return
         self.wfile.write(CONTENT[: 1 << 18] if self.path.startswith("/short") else CONTENT)
 
     def log_message(self, format: str, *args: object) -> None:
@@ -476,16 +556,46 @@ def test_a_server_that_stays_silent_is_given_up(tmp_path: Path, monkeypatch: pyt
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/net.pth"
         with refused(WeightsError, url, "timed out", vary=[PORT]):
             fetch(url, DIGEST, tmp_path)
-    assert socket.getdefaulttimeout() is None and not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_while_downloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download_url_to_file(*_: object, **__: object) -> None:
+def test_a_full_disk_while_downloading(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download_url_to_file)
+    monkeypatch.setattr(os, "fsync", full)
     with refused(StorageError, "full", "net.pth"):
-        fetch("https://example.org/net.pth", DIGEST, tmp_path)
+        fetch(f"{server}/net.pth", DIGEST, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_downloads_without_https_need_many_digits(server: str, tmp_path: Path) -> None:
+    for url in (f"{server}/net.pth", "file:///n.pth"):
+        with refused(WeightsError, url, "15", "16", "https", vary=[PORT]):
+            fetch(url, DIGEST[:15], tmp_path)
+    assert Handler.requests == 0
+    assert fetch(f"{server}/net.pth", DIGEST[:16], tmp_path).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("name", ["net.pth", "unstated.pth"])
+def test_downloads_are_limited_in_size(
+    name: str, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "LARGEST", len(CONTENT) - 1)
+    with refused(WeightsError, f"{server}/{name}", f"{len(CONTENT) - 1:,}", "path", vary=[PORT]):
+        fetch(f"{server}/{name}", DIGEST, tmp_path)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(download, "LARGEST", len(CONTENT))
+    assert fetch(f"{server}/{name}", DIGEST, tmp_path).read_bytes() == CONTENT
+
+
+def test_downloads_are_limited_in_time(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the server never pauses for long."""
+    monkeypatch.setattr(download, "LONGEST", 0.3)
+    vary = [PORT, r"[\d,]+(?= bytes in)"]
+    with refused(WeightsError, f"{server}/slow.pth", "bytes in", "path", vary=vary):
+        fetch(f"{server}/slow.pth", DIGEST, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def read_file(path: Path) -> bytes:
 def parse_json(path: Path, data: bytes) -> Any:
     """The content of a JSON file. Raises DataError if it is damaged."""
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return files.parse_json(data.decode(json.detect_encoding(data), "surrogatepass"))
+    except ValueError as error:
         raise DataError(f"{path}: the JSON is damaged ({error}). Export or copy the file again.") from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -19,6 +20,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    model_validator,
 )
 
 from darseg.choices import Architecture, LabelFormat, NamedValues, Precision
@@ -48,12 +50,22 @@ def _pair(value: Any) -> Any:
     return (value, value) if type(value) is int else value
 
 
-Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]
-"""Height and width; a single number means both."""
+Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]  # height and width; a single number means both
 
 
 NAMED_VALUES: tuple[str, ...] = get_args(NamedValues)
 """Values of data.label_values that have a name; `data/encoding.py` gives them their meaning."""
+
+
+def _path(value: str) -> str:
+    if (longest := max(len(part.encode("utf-8", "surrogatepass")) for part in value.split("/"))) > 255:
+        raise ValueError(f"has a name of {longest} bytes; file systems allow 255")
+    if "\0" in value:
+        raise ValueError("has the character NUL, which no path may have")
+    return value
+
+
+FilePath = Annotated[StrictStr, AfterValidator(_path)]
 
 
 class _Section(BaseModel):
@@ -74,9 +86,9 @@ def _falling(bounds: tuple[float, float] | None) -> str | None:
 class SourceConfig(_Section):
     """Where the images of one role come from; a plain string is the list file."""
 
-    list: StrictStr | None = None  # file below data.root: an id, or image-path [label-path], per line
-    images: StrictStr | None = None  # folder below data.root; None: data.images
-    labels: StrictStr | None = None
+    list: FilePath | None = None  # file below data.root: an id, or image-path [label-path], per line
+    images: FilePath | None = None  # folder below data.root; None: data.images
+    labels: FilePath | None = None
     every: Annotated[StrictInt, Field(ge=2)] | None = None  # keep entries 0, n, 2n, …
     except_every: Annotated[StrictInt, Field(ge=2)] | None = None  # keep the others
 
@@ -147,16 +159,16 @@ def _label_colors(value: Any) -> Any:
 
 
 class DataConfig(_Section):
-    root: StrictStr  # in the file: relative to its folder; once loaded: absolute
+    root: FilePath  # in the file: relative to its folder; once loaded: absolute
     layout: Literal["folders", "cityscapes", "voc"] = "folders"
     classes: Annotated[Any, PlainValidator(_classes)]  # cityscapes | voc | camvid | names | {name: [r, g, b]}
     ignore: Annotated[StrictInt, Field(ge=0, le=255)] = 255
     label_values: Annotated[Any, PlainValidator(_values)] = "index"
     label_format: LabelFormat = "auto"
     label_colors: Annotated[Any, PlainValidator(_label_colors)] | None = None
-    images: StrictStr | None = None  # None: images, or the layout's
-    labels: StrictStr | None = None  # None: labels, or the layout's
-    sbd: StrictStr | None = None  # voc: SBD's folder, absolute or below root
+    images: FilePath | None = None  # None: images, or the layout's
+    labels: FilePath | None = None  # None: labels, or the layout's
+    sbd: FilePath | None = None  # voc: SBD's folder, absolute or below root
     labeled: Source | None = None
     unlabeled: Source | None = None
     validation: Source | None = None
@@ -196,16 +208,26 @@ class DataConfig(_Section):
                 yield (role, *key), message
 
 
+SHORTEST_DIGEST = 16  # hex digits, unless over https: a file with 8 given digits can be made in minutes
+
+
 class WeightsFile(_Section):
     """Weights to download; the digest is checked before the file is read."""
 
     url: Annotated[StrictStr, Field(pattern=r"^(https?|file)://")]
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{8,64}$")]  # all of it or its first digits
 
+    @model_validator(mode="after")
+    def _check(self) -> WeightsFile:
+        urlsplit(self.url)  # raises ValueError
+        if len(self.sha256) < SHORTEST_DIGEST and not self.url.startswith("https:"):
+            raise ValueError("too few digits")
+        return self
+
 
 def _weights(value: Any) -> Any:
     if isinstance(value, str) and value:
-        return value
+        return _path(value)
     if isinstance(value, WeightsFile):
         return value
     if isinstance(value, Mapping):
@@ -213,7 +235,8 @@ def _weights(value: Any) -> Any:
             return WeightsFile(**value)
         except (ValidationError, TypeError):
             raise ValueError(
-                "should have exactly two keys: url (https://…) and sha256 (its first 8 to 64 hex digits)"
+                f"should have exactly two keys: url (https://…) and sha256 (its first 8 to 64 hex digits; at least "
+                f"{SHORTEST_DIGEST} unless the url is https://…)"
             ) from None
     raise ValueError('should be "none", the path of a weight file, or {url: …, sha256: …}')
 
@@ -354,7 +377,7 @@ class RoundConfig(_Section):
 class Recipe(_Section):
     """All settings of a run."""
 
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] = 0
     threads: Count | None = None
     release_quirks: StrictBool = False
     data: DataConfig

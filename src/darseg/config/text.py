@@ -30,6 +30,26 @@ _Loader.add_implicit_resolver(
 )
 
 
+LARGEST = 1 << 20
+"""Bytes of a recipe: reading a MiB of YAML takes some 10 s."""
+MOST_VALUES = 100_000
+"""Values of a recipe, those that an alias repeats counted each time. A few lines of aliases can stand for billions."""
+MOST_BITS = 1024
+"""Of a number."""
+LONGEST = 300
+"""Characters of a value in a message."""
+DEEPEST = 50
+"""Lists and mappings in each other."""
+
+
+class _TooMuchError(Exception):
+    """A text asks for more than a recipe may. `mark`: where."""
+
+    def __init__(self, problem: str, mark: yaml.Mark | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.problem_mark = problem, mark
+
+
 class _Text:
     """The plain values of a YAML text, the place of each key, and the faults of the text itself."""
 
@@ -37,24 +57,37 @@ class _Text:
         self.name = name
         self.places: dict[Key, str] = {}
         self.faults: list[str] = []
+        self.values = 0  # read so far
 
     def read(self, text: str, key: Key = (), override: str | None = None) -> Any:
         """The values of `text`, which becomes the value of `key`."""
-        loader = _Loader(text)
+        loader = None
         try:
+            loader = _Loader(text)  # raises an error for control characters
             node = loader.get_single_node()
             return None if node is None else self._value(loader, node, key, override=override)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, _TooMuchError) as error:
             mark = getattr(error, "problem_mark", None)
             place = override or (f"{self.name}:{mark.line + 1}" if mark else self.name)
-            self.faults.append(f"{place}: not valid YAML: {getattr(error, 'problem', None) or error}")
-            return None
+            reason = getattr(error, "problem", None) or _reason(error)
+            kind = "" if isinstance(error, _TooMuchError) else "not valid YAML: "
+            self.faults.append(f"{place}: {kind}{reason}")
+        except RecursionError:  # raised by the parser itself
+            self.faults.append(f"{override or self.name}: {_TOO_DEEP}")
         finally:
-            loader.dispose()
+            if loader is not None:
+                loader.dispose()
+        return None
 
     def _value(self, loader: _Loader, node: yaml.Node, key: Key, *, override: str | None) -> Any:
         place = override or f"{self.name}:{node.start_mark.line + 1}"
         self.places.setdefault(key, place)
+        self.values += 1
+        if self.values > MOST_VALUES:
+            problem = f"there are more than {MOST_VALUES} values with those that aliases (*name) repeat. Write fewer"
+            raise _TooMuchError(problem, node.start_mark)
+        if len(key) > DEEPEST:  # also of an alias that contains itself
+            raise _TooMuchError(_TOO_DEEP, node.start_mark)
         if isinstance(node, yaml.SequenceNode):
             return [
                 self._value(loader, item, (*key, index), override=override)
@@ -63,7 +96,7 @@ class _Text:
         if isinstance(node, yaml.MappingNode):
             values: dict[Any, Any] = {}
             for name_node, value_node in node.value:
-                name = loader.construct_object(name_node)
+                name = _scalar(loader, name_node)
                 name_place = override or f"{self.name}:{name_node.start_mark.line + 1}"
                 if not isinstance(name, (str, int, float, bool, type(None))):
                     self.faults.append(f"{name_place}: a key should be a string")
@@ -76,13 +109,44 @@ class _Text:
                 self.places[inner] = name_place
                 values[name] = self._value(loader, value_node, inner, override=override)
             return values
-        return loader.construct_object(node)
+        return _scalar(loader, node)
 
     def place(self, key: Key) -> str:
         """The place of a key, or of the nearest key that contains it."""
         while key and key not in self.places:
             key = key[:-1]
         return self.places.get(key, f"{self.name}:1")
+
+
+_TOO_DEEP = f"lists and mappings lie in each other more than {DEEPEST} deep. A recipe needs 5; flatten it"
+
+
+def _reason(error: Exception) -> str:
+    """Why a text is no YAML, on one line; a control character's position counts characters."""
+    if isinstance(error, yaml.reader.ReaderError) and isinstance(error.character, int):
+        return (
+            f"character {error.position + 1} is U+{error.character:04X}, which YAML does not allow; remove it"
+        )
+    return " ".join(str(error).split())
+
+
+def _scalar(loader: _Loader, node: yaml.Node) -> Any:
+    """The value of a node that is no list or mapping. Raises YAMLError, _TooMuchError."""
+    try:
+        value = loader.construct_object(node)
+    except (ValueError, OverflowError, AttributeError, TypeError, KeyError, IndexError) as error:
+        # A number of thousands of digits, among others.
+        text = str(node.value)
+        shown = text if len(text) <= 40 else f"{text[:37]}… ({len(text)} characters)"
+        problem = f"{shown} cannot be read as a value. Shorten it, or quote it if it is text"
+        raise _TooMuchError(problem, node.start_mark) from error
+    if (
+        isinstance(value, int) and value.bit_length() > MOST_BITS
+    ):  # in base 2, 16 or 60; too long to be written out
+        raise _TooMuchError(
+            f"{str(node.value)[:37]}… is a number of more than {MOST_BITS} bits", node.start_mark
+        )
+    return value
 
 
 def dotted(key: Sequence[str | int]) -> str:
@@ -103,6 +167,11 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise RecipeError(
+                f"{path} has {size:,} bytes, and a recipe may have {LARGEST:,}. Name images in list files, not in the "
+                "recipe."
+            )
         content = read_text(path, "utf-8-sig")
     except FileNotFoundError:
         raise RecipeError(f"{path}: this recipe does not exist. Give the path of a YAML file.") from None
@@ -134,11 +203,20 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         lines += [_describe(detail, text) for detail in error.errors()]
     if lines or recipe is None:
         raise RecipeError(faults(f"{path} cannot be used", lines)) from None
-    return resolved(recipe, path.resolve().parent)
+    try:
+        return resolved(recipe, path.resolve().parent)
+    except (
+        RuntimeError,
+        OSError,
+        ValueError,
+    ) as error:  # a user after ~ who does not exist; an endless circle of links
+        raise RecipeError(
+            f"{path} cannot be used: data.root or network.weights is no usable path ({error}). Correct it."
+        ) from error
 
 
 def _override(values: dict, override: str, text: _Text) -> None:
-    place = f"override {override}"
+    place = f"override {override if len(override) <= LONGEST else override[: LONGEST - 1] + '…'}"
     name, equals, value = override.partition("=")
     if not equals or not name:
         text.faults.append(f"{place}: should be section.key=value, as in training.batch=8")
@@ -196,7 +274,9 @@ def _describe(detail: ErrorDetails, text: _Text) -> str:
     )
     if detail["type"] == "too_short":
         message = "should have at least one entry"
-    return f"{place}: {key}: found {detail['input']!r}; {message}"
+    found = repr(detail["input"])
+    found = found if len(found) <= LONGEST else f"{found[: LONGEST - 1]}…"
+    return f"{place}: {key}: found {found}; {message}"
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:

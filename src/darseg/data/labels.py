@@ -44,6 +44,7 @@ TRANSPARENT = -1
 LARGEST = 65535
 """Largest 16-bit label value."""
 
+LARGEST_MAT = 1 << 28  # bytes of a part unpacked
 MAT_COMPRESSED = 15
 """Kind of a compressed part of a .mat file (miCOMPRESSED)."""
 
@@ -275,7 +276,10 @@ def _check_mat(data: bytes) -> None:
         if len(part) < size:
             raise ValueError("the file is truncated")
         if kind == MAT_COMPRESSED:
-            zlib.decompress(part)  # compares its checksum
+            unpacking = zlib.decompressobj()
+            size = len(unpacking.decompress(part, LARGEST_MAT))  # compares its checksum
+            if unpacking.unconsumed_tail or not unpacking.eof:
+                raise ValueError(f"a part of it has more than {size:,} bytes unpacked, or is cut off")
         at += 8 + size
 
 

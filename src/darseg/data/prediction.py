@@ -9,7 +9,11 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from darseg.data.files import parse_json
 from darseg.errors import DataError
+
+LARGEST = 3 << 30
+"""Bytes of a stored prediction unpacked: three for each pixel of the largest picture that is read."""
 
 FINE_LOWEST = -8.0
 """Log-odds of code 0 of the fine scale. The largest of K <= 255 probabilities is at least 1/255: log-odds -5.5."""
@@ -128,8 +132,10 @@ class Prediction:
     def from_bytes(cls, data: bytes) -> Prediction:
         """The prediction that `to_bytes` wrote. Raises DataError if the bytes are damaged or something else."""
         try:
+            if not 0 <= (size := zstandard.frame_content_size(data)) <= LARGEST:
+                raise ValueError(f"it would have {size:,} bytes unpacked, of {LARGEST:,} at most")
             head, body = zstandard.ZstdDecompressor().decompress(data).split(b"\n", 1)
-            about = json.loads(head)
+            about = parse_json(head.decode())
             parts = np.frombuffer(body, np.uint8).reshape(3, about["height"], about["width"])
             steps = parts[1].astype(np.uint16)
             steps <<= 8

@@ -5,8 +5,10 @@ Letters: B images, K classes, H x W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,12 @@ from darseg.model.sides import Sides
 
 if TYPE_CHECKING:  # it folds into networks
     from darseg.model.aligned import AlignmentRecord
+
+KINDS: dict[type, str] = {str: "text", int: "an integer", bool: "true or false"}
+MOST_CHANNELS = 8192
+"""Width of a head at most: with 2048 features of a ResNet, its convolution then has 0.3 billion weights."""
+LONGEST_NAME = 200
+"""Characters of a backbone's name."""
 
 ARCHITECTURES = get_args(Architecture)
 HEAD_CHANNELS = 512
@@ -114,6 +122,21 @@ class Network(FormerMethods, nn.Module):
         return Output(main, auxiliary)
 
 
+def _is_tuple_of(values: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(values, tuple) and all(map(fits, values))
+
+
+def _is_color(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else ()
+    return len(parts) == 3 and all(isinstance(part, Integral) and 0 <= part <= 255 for part in parts)
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
 @dataclass(frozen=True)
 class NetworkSpec:
     """All that is needed to build a network again; saved with its weights.
@@ -138,26 +161,51 @@ class NetworkSpec:
     release_classifier: bool = False
 
     def __post_init__(self) -> None:
-        problems = []
+        if problems := self._of_wrong_type():  # a description in a foreign file may hold anything
+            raise RecipeError(faults("This network cannot be built", problems))
         if self.architecture not in ARCHITECTURES:
             problems.append(f"architecture {self.architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
         if self.output_stride not in OUTPUT_STRIDES:
             problems.append(f"output stride {self.output_stride}: choose 8 (finer) or 16 (faster)")
         if not 2 <= self.classes <= 255:
-            problems.append(f"the number of classes is {self.classes}; expected 2 to 255")
-        if self.head_channels < 1:
-            problems.append(f"{self.head_channels} head channels: at least 1 is needed (the paper has 512)")
+            problems.append(f"the number of classes is {shortened(self.classes)}; expected 2 to 255")
+        if not 1 <= self.head_channels <= MOST_CHANNELS:
+            problems.append(
+                f"{shortened(self.head_channels)} head channels: 1 to {MOST_CHANNELS} are possible (the paper has 512)"
+            )
         if self.architecture == "deeplabv2" and self.auxiliary:
             problems.append("auxiliary: deeplabv2 has no auxiliary head")
         if self.architecture != "deeplabv2" and self.release_classifier:
             problems.append("release_classifier: only deeplabv2's classifier differs in the release")
         for kind, values in (("names", self.class_names), ("colors", self.class_colors)):
-            if values and len(values) != self.classes:
+            if values and 2 <= self.classes <= 255 and len(values) != self.classes:
                 problems.append(
                     f"the number of class {kind} is {len(values)}; expected {self.classes}, one for each class, or none"
                 )
         if problems:
             raise RecipeError(faults("This network cannot be built", problems))
+
+    def _of_wrong_type(self) -> list[str]:
+        """A line for each value that is of another type than its field, or of no sensible size."""
+        types = {"architecture": str, "backbone": str, "classes": int, "output_stride": int}
+        types |= {"head_channels": int, "auxiliary": bool, "release_classifier": bool}
+        lines = [
+            f"{name} is {shortened(getattr(self, name))}; expected {KINDS[kind]}"
+            for name, kind in types.items()
+            if not isinstance(getattr(self, name), Integral if kind is int else kind)
+            or (kind is int and isinstance(getattr(self, name), bool))
+        ]
+        if type(self.backbone) is str and len(self.backbone) > LONGEST_NAME:
+            lines.append(
+                f"the name of the backbone has {len(self.backbone)} characters; expected at most {LONGEST_NAME}"
+            )
+        if not _is_tuple_of(self.class_names, lambda name: type(name) is str):
+            lines.append(f"the class names are {shortened(self.class_names)}; expected strings")
+        if not _is_tuple_of(self.class_colors, _is_color):
+            lines.append(
+                f"the class colors are {shortened(self.class_colors)}; expected (red, green, blue) from 0 to 255"
+            )
+        return lines
 
     @property
     def sides(self) -> Sides:

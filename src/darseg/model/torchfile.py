@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import pickle
 import pickletools
 import re
@@ -22,6 +23,15 @@ from darseg.errors import WeightsError
 
 HARMLESS_PACKAGES = ("torch", "collections")
 """Packages whose names occur in every torch file."""
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0")
+"""Beginnings of files of gzip, bzip2 and xz."""
+
+EXPANSION = 20
+"""How many times as large as the file its unpacked content may be."""
+
+MEMBERS_READ = 1000
+"""Names of a tar archive that are looked at."""
 
 OLD_TAR_MEMBERS = {"storages", "tensors", "pickle"}
 """Files in the tar archives that torch.save wrote until early 2017."""
@@ -56,10 +66,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise WeightsError(
-            f"{path} holds no tensors; its keys begin with {sorted(map(str, content))[:5]}. Give a file with a state "
+            f"{path} holds no tensors; its keys begin with {_some_keys(content)}. Give a file with a state "
             'dict, bare or under "state_dict".'
         )
     return tensors
+
+
+def _some_keys(content: dict[Any, Any]) -> list[str]:
+    """The first keys that are strings, shortened; writing out others could take forever."""
+    return [key[:60] for key in sorted(key for key in content if isinstance(key, str))[:5]]
 
 
 def read_start(path: Path) -> bytes:
@@ -101,8 +116,14 @@ def damaged(path: Path, error: Exception) -> WeightsError:
 def _load_guarded(path: Path) -> Any:
     """What torch.load gives with its guard against code. Raises WeightsError."""
     try:
-        if tarfile.is_tarfile(path):
-            raise _tar_archive(path)
+        if read_start(path).startswith(COMPRESSED):
+            raise WeightsError(
+                f"{path} is a compressed file. Unpack it (tar -xf, or gunzip, bunzip2, unxz) and give the weight file "
+                "inside."
+            )
+        if (members := _tar_members(path)) is not None:
+            raise _tar_archive(path, members)
+        _check_expansion(path)
         if _is_torchscript(path):  # torch before 2.6 loads these even with weights_only
             raise _unsafe(path, "it is a TorchScript archive, a program and not only weights")
         with warnings.catch_warnings():
@@ -116,9 +137,31 @@ def _load_guarded(path: Path) -> Any:
         raise damaged(path, error) from error
 
 
-def _tar_archive(path: Path) -> WeightsError:
-    with tarfile.open(path) as archive:
-        old_torch = set(archive.getnames()) >= OLD_TAR_MEMBERS
+def _tar_members(path: Path) -> set[str] | None:
+    """The first names in a tar archive; None for other files."""
+    try:
+        with tarfile.open(path, "r:") as archive:  # never a compressed one, which could expand without bound
+            return {member.name for member in itertools.islice(archive, MEMBERS_READ)}
+    except tarfile.TarError:
+        return None
+
+
+def _check_expansion(path: Path) -> None:
+    """Raise WeightsError if a zip archive would be much larger unpacked; torch stores weights uncompressed."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > EXPANSION * path.stat().st_size:
+        raise WeightsError(
+            f"{path} has {path.stat().st_size:,} bytes and would have {unpacked:,} unpacked, more than {EXPANSION} "
+            "times as many. Weights hardly get smaller by compression. If you trust the file, unpack it and save its "
+            "state dict again with torch.save(state_dict, path)."
+        )
+
+
+def _tar_archive(path: Path, members: set[str]) -> WeightsError:
+    old_torch = members >= OLD_TAR_MEMBERS
     if old_torch:
         return WeightsError(
             f"{path} is a tar archive, as torch.save wrote them until early 2017. darseg does not read these. If you "

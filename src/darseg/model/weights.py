@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from darseg.data.classes import ClassSet
-from darseg.data.files import write_whole
+from darseg.data.files import parse_json, write_whole
 from darseg.errors import DataError, RecipeError, WeightsError, faults
 from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
 from darseg.model.backbone import Backbone, TimmBackbone
@@ -35,6 +35,9 @@ files."""
 
 ALIGNMENT = "alignment"
 """Entry of the description in a file: the class weights that are folded into the classifier."""
+
+LONGEST_DESCRIPTION = 1_000_000
+"""Characters of that entry; 255 long class names need a tenth."""
 
 NORMALIZATION = ("mean", "std")
 """Buffers of a network that files of other frameworks lack."""
@@ -110,13 +113,17 @@ def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
             "checkpoint of the release with darseg convert; backbone-only weights go into the recipe (network.weights)."
         )
     try:
-        fields = json.loads(metadata[METADATA])
+        if len(metadata[METADATA]) > LONGEST_DESCRIPTION:
+            raise ValueError(
+                f"it has {len(metadata[METADATA]):,} characters, of {LONGEST_DESCRIPTION:,} at most"
+            )
+        fields = parse_json(metadata[METADATA])
         fields["class_names"] = tuple(fields["class_names"])
         fields["class_colors"] = tuple(tuple(color) for color in fields["class_colors"])
         record = fields.pop(ALIGNMENT, None)
         alignment = None if record is None else AlignmentRecord.from_json(record)
         return NetworkSpec(**fields), alignment
-    except (ValueError, TypeError, KeyError, RecipeError, DataError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecipeError, DataError) as error:
         raise WeightsError(
             f"{path}: the description of the network cannot be read ({error}). If it comes from a newer darseg, upgrade "
             "with pip install --upgrade darseg; otherwise save the network again."
@@ -136,9 +143,9 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
     """
     path = Path(path)
     spec, alignment = _read_description(path)
-    network = spec.build()
     tensors = read_tensors(path)
-    expected = network.state_dict()
+    with torch.device("meta"):  # a small file may describe a network that fills the memory
+        expected = spec.build().state_dict()
     problems = list(_misfits(expected, {key: key for key in expected}, tensors).values())
     problems += [f"{key}: not part of this network" for key in tensors if key not in expected]
     if problems:
@@ -146,6 +153,7 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
             faults(f"{path} does not fit the network it describes", problems, limit=10)
             + "\nIt may come from another version of darseg: save the network again with this one."
         )
+    network = spec.build()
     network.load_state_dict(tensors)
     if alignment is not None:
         try:

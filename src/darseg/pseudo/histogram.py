@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import threading
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,9 @@ from numpy.typing import NDArray
 from darseg.data.prediction import FLOAT16, SCALES, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.pseudo.distribution import check_class_count
+
+LARGEST = 1 << 28
+"""Bytes of counts in a file: 255 classes on the fine scale need half of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,9 @@ class ConfidenceHistogram:
     def from_bytes(cls, data: bytes) -> ConfidenceHistogram:
         """The histogram that `to_bytes` wrote. Raises DataError for other bytes. Never unpickles."""
         try:
+            with zipfile.ZipFile(io.BytesIO(data)) as members:
+                if (size := sum(member.file_size for member in members.infolist())) > LARGEST:
+                    raise ValueError(f"it would have {size:,} bytes unpacked, of {LARGEST:,} at most")
             with np.load(io.BytesIO(data), allow_pickle=False) as archive:
                 name = archive.files[0].removesuffix("_counts")
                 counts, scale = archive[archive.files[0]], SCALES[name]

@@ -114,6 +114,8 @@ def _scores_in(folder: Path) -> list[Sample]:
 
 
 _PARSING = threading.Lock()
+LARGEST = 4 << 30
+"""Bytes of a .npz file unpacked, whose size does not show what it asks for."""
 
 
 def _load(path: Path) -> np.ndarray | list[str]:
@@ -123,6 +125,10 @@ def _load(path: Path) -> np.ndarray | list[str]:
     if isinstance(content, np.ndarray):
         return content
     with content:
+        if (size := sum(member.file_size for member in content.zip.infolist())) > LARGEST:
+            raise ValueError(
+                f"it would have {size:,} bytes unpacked, of {LARGEST:,} at most; a .npy file has no limit"
+            )
         names = content.files
         return content[names[0]] if len(names) == 1 else names
 
