@@ -39,7 +39,6 @@ from darseg.pseudo.labeling import (
 )
 
 Key = tuple[str | int, ...]  # ("rounds", 0, "steps")
-
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
 Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]

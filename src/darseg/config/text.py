@@ -209,7 +209,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RuntimeError,
         OSError,
         ValueError,
-    ) as error:  # a user after ~ who does not exist; an endless circle of links
+    ) as error:  # a user after ~ who does not exist; a circle of links
         raise RecipeError(
             f"{path} cannot be used: data.root or network.weights is no usable path ({error}). Correct it."
         ) from error
