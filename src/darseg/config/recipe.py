@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     PlainValidator,
@@ -19,11 +16,10 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
-    ValidationError,
-    model_validator,
 )
 
 from darseg.choices import Architecture, LabelFormat, NamedValues, Precision
+from darseg.config.values import FilePath, Key, Section, WeightsFile, check_weights
 from darseg.pseudo.labeling import (
     BOUND,
     Align,
@@ -38,7 +34,6 @@ from darseg.pseudo.labeling import (
     labeling_faults,
 )
 
-Key = tuple[str | int, ...]  # ("rounds", 0, "steps")
 Count = Annotated[StrictInt, Field(ge=1)]
 Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
 Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
@@ -56,25 +51,6 @@ NAMED_VALUES: tuple[str, ...] = get_args(NamedValues)
 """Values of data.label_values that have a name; `data/encoding.py` gives them their meaning."""
 
 
-def _path(value: str) -> str:
-    if (longest := max(len(part.encode("utf-8", "surrogatepass")) for part in value.split("/"))) > 255:
-        raise ValueError(f"has a name of {longest} bytes; file systems allow 255")
-    if "\0" in value:
-        raise ValueError("has the character NUL, which no path may have")
-    return value
-
-
-FilePath = Annotated[StrictStr, AfterValidator(_path)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    def conflicts(self) -> Iterator[tuple[Key, str]]:
-        """Keys, relative to this section, whose values do not work together, each with what to do about it."""
-        yield from ()
-
-
 def _falling(bounds: tuple[float, float] | None) -> str | None:
     """What is wrong with two bounds that are in the wrong order; otherwise None."""
     if bounds is None or bounds[0] <= bounds[1]:
@@ -82,7 +58,7 @@ def _falling(bounds: tuple[float, float] | None) -> str | None:
     return f"found {list(bounds)}; the first number should be the smaller one"
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """Where the images of one role come from; a plain string is the list file."""
 
     list: FilePath | None = None  # file below data.root: an id, or image-path [label-path], per line
@@ -157,7 +133,7 @@ def _label_colors(value: Any) -> Any:
     return {name: tuple(tuple(color) for color in colors) for name, colors in value.items()}
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     root: FilePath  # in the file: relative to its folder; once loaded: absolute
     layout: Literal["folders", "cityscapes", "voc"] = "folders"
     classes: Annotated[Any, PlainValidator(_classes)]  # cityscapes | voc | camvid | names | {name: [r, g, b]}
@@ -207,46 +183,13 @@ class DataConfig(_Section):
                 yield (role, *key), message
 
 
-SHORTEST_DIGEST = 16  # hex digits, unless over https: a file with 8 given digits can be made in minutes
-
-
-class WeightsFile(_Section):
-    """Weights to download; the digest is checked before the file is read."""
-
-    url: Annotated[StrictStr, Field(pattern=r"^(https?|file)://")]
-    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{8,64}$")]  # all of it or its first digits
-
-    @model_validator(mode="after")
-    def _check(self) -> WeightsFile:
-        urlsplit(self.url)  # raises ValueError
-        if len(self.sha256) < SHORTEST_DIGEST and not self.url.startswith("https:"):
-            raise ValueError("too few digits")
-        return self
-
-
-def _weights(value: Any) -> Any:
-    if isinstance(value, str) and value:
-        return _path(value)
-    if isinstance(value, WeightsFile):
-        return value
-    if isinstance(value, Mapping):
-        try:
-            return WeightsFile(**value)
-        except (ValidationError, TypeError):
-            raise ValueError(
-                f"should have exactly two keys: url (https://…) and sha256 (its first 8 to 64 hex digits; at least "
-                f"{SHORTEST_DIGEST} unless the url is https://…)"
-            ) from None
-    raise ValueError('should be "none", the path of a weight file, or {url: …, sha256: …}')
-
-
-class NetworkConfig(_Section):
+class NetworkConfig(Section):
     architecture: Architecture = "pspnet"
     backbone: StrictStr = "resnet50"  # resnet18|34|50|101, …_half, …_deep, resnet101_caffe, timm/NAME
     output_stride: Literal[8, 16] = 8
     weights: Annotated[
         Any,
-        PlainValidator(_weights),
+        PlainValidator(check_weights),
         PlainSerializer(lambda value: value.model_dump() if isinstance(value, WeightsFile) else value),
     ]
     strict: StrictBool = True
@@ -259,7 +202,7 @@ class NetworkConfig(_Section):
                 yield (name,), "is for pspnet; deeplabv2 has no such head. Remove it"
 
 
-class AugmentationConfig(_Section):
+class AugmentationConfig(Section):
     scale: tuple[Positive, Positive] = (0.5, 2.0)
     rotate: Annotated[StrictFloat, Field(ge=0, le=180)] = 10.0
     blur: StrictBool = True
@@ -274,7 +217,7 @@ class AugmentationConfig(_Section):
 BatchSize = Annotated[StrictInt, Field(ge=2)]
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     crop: Size = (713, 713)
     batch: BatchSize = 16
     half_batch: BatchSize | None = None  # None: half of batch
@@ -312,7 +255,7 @@ class TrainingConfig(_Section):
             yield ("micro_batch",), f"found {micro}; should divide training.{name}, which is {size}"
 
 
-class ProtocolConfig(_Section):
+class ProtocolConfig(Section):
     base_size: Count | None = None
     window: Size | None = None
     mirror: StrictBool = True
@@ -353,7 +296,7 @@ class LabelingConfig(ProtocolConfig):
         return {name: getattr(self, name) for name in names}
 
 
-class RoundConfig(_Section):
+class RoundConfig(Section):
     epochs: Count | None = None
     steps: Count | None = None
     epoch_over: Literal["labeled", "unlabeled"] | None = None  # None: labeled in round 0, then unlabeled
@@ -373,7 +316,7 @@ class RoundConfig(_Section):
             yield ("span",), f"found {list(self.span)}; the first number should be the smaller one"
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All settings of a run."""
 
     seed: Annotated[StrictInt, Field(ge=0, lt=1 << 63)] = 0
@@ -402,8 +345,8 @@ class Recipe(_Section):
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         """Keys whose values do not work together: those of each section, then those of several sections."""
-        sections: list[tuple[Key, _Section]] = [
-            ((name,), section) for name, section in self if isinstance(section, _Section)
+        sections: list[tuple[Key, Section]] = [
+            ((name,), section) for name, section in self if isinstance(section, Section)
         ]
         sections += [(("rounds", index), config) for index, config in enumerate(self.rounds)]
         for above, section in sections:

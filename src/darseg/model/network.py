@@ -187,7 +187,7 @@ class NetworkSpec:
 
     def _of_wrong_type(self) -> list[str]:
         """A line for each value that is of another type than its field, or of no sensible size."""
-        types = {"architecture": str, "backbone": str, "classes": int, "output_stride": int}
+        types: dict[str, type] = {"architecture": str, "backbone": str, "classes": int, "output_stride": int}
         types |= {"head_channels": int, "auxiliary": bool, "release_classifier": bool}
         lines = [
             f"{name} is {shortened(getattr(self, name))}; expected {KINDS[kind]}"

@@ -1,0 +1,72 @@
+"""Parts of a recipe that its sections share: sections as such, paths, and weights to download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
+
+Key = tuple[str | int, ...]  # ("rounds", 0, "steps")
+
+
+def _path(value: str) -> str:
+    if (longest := max(len(part.encode("utf-8", "surrogatepass")) for part in value.split("/"))) > 255:
+        raise ValueError(f"has a name of {longest} bytes; file systems allow 255")
+    if "\0" in value:
+        raise ValueError("has the character NUL, which no path may have")
+    return value
+
+
+FilePath = Annotated[StrictStr, AfterValidator(_path)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        """Keys, relative to this section, whose values do not work together, each with what to do about it."""
+        yield from ()
+
+
+SHORTEST_DIGEST = 16  # hex digits, unless over https: a file with 8 given digits can be made in minutes
+
+
+class WeightsFile(Section):
+    """Weights to download; the digest is checked before the file is read."""
+
+    url: Annotated[StrictStr, Field(pattern=r"^(https?|file)://")]
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-fA-F]{8,64}$")]  # all of it or its first digits
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsFile:
+        urlsplit(self.url)  # raises ValueError
+        if len(self.sha256) < SHORTEST_DIGEST and not self.url.startswith("https:"):
+            raise ValueError("too few digits")
+        return self
+
+
+def check_weights(value: Any) -> Any:
+    """A value of network.weights: "none", a path, or a `WeightsFile`. Raises ValueError."""
+    if isinstance(value, str) and value:
+        return _path(value)
+    if isinstance(value, WeightsFile):
+        return value
+    if isinstance(value, Mapping):
+        try:
+            return WeightsFile(**value)
+        except (ValidationError, TypeError):
+            raise ValueError(
+                "should have exactly two keys: url (https://…) and sha256 (its first 8 to 64 hex digits; at least "
+                f"{SHORTEST_DIGEST} unless the url is https://…)"
+            ) from None
+    raise ValueError('should be "none", the path of a weight file, or {url: …, sha256: …}')
