@@ -147,7 +147,7 @@ def _tar_members(path: Path) -> set[str] | None:
 
 
 def _check_expansion(path: Path) -> None:
-    """Raise WeightsError if a zip archive would be much larger unpacked; torch stores weights uncompressed."""
+    """Raise WeightsError if a zip archive grows much when unpacked; torch does not compress weights."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
