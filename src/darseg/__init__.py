@@ -77,6 +77,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.pseudo.labelset import PseudoLabelSet as PseudoLabelSet
     from darseg.pseudo.redistribute import Redistribution as Redistribution
     from darseg.pseudo.redistribute import redistribute as redistribute
+    from darseg.pseudo.shift import Shift as Shift
+    from darseg.pseudo.shift import estimate_shift as estimate_shift
     from darseg.pseudo.thresholds import Thresholds as Thresholds
     from darseg.pseudo.thresholds import choose_cbst as choose_cbst
     from darseg.pseudo.thresholds import choose_dars as choose_dars
@@ -130,6 +132,7 @@ _HOMES = {
     "DarsegError": "errors",
     "decide": "model.decide",
     "draw_split": "run.split",
+    "estimate_shift": "pseudo.shift",
     "evaluate": "run.evaluate",
     "Example": "data.dataset",
     "export_network": "run.export",
@@ -178,6 +181,7 @@ _HOMES = {
     "RunDirectory": "run.directory",
     "Sample": "data.manifest",
     "Scores": "training.scores",
+    "Shift": "pseudo.shift",
     "Stage": "training.stage",
     "Thresholds": "pseudo.thresholds",
     "train": "run.rounds",

@@ -208,7 +208,7 @@ def align(
     """
     _check_settings(bound, strength, tolerance)
     wanted = _Wanted.checked(target, interval)
-    decisions = Decisions.of(_checked_scores(scores_NK, len(wanted.share)), math.log(bound))
+    decisions = Decisions.of(checked_scores(scores_NK, len(wanted.share)), math.log(bound))
     result, reachable = _search_reachable(decisions, wanted, int(tolerance * decisions.pixels))
     if _is_weak(reachable, wanted.share):
         result = replace(result, converged=False)
@@ -376,7 +376,7 @@ def _whole(counts: NDArray[np.float64], *, whole: bool) -> NDArray[np.float64]:
     return floor
 
 
-def _checked_scores(scores_NK: ArrayLike, classes: int) -> NDArray[np.floating]:
+def checked_scores(scores_NK: ArrayLike, classes: int) -> NDArray[np.floating]:
     """The scores as an array, [N, K]. Raises DataError for another shape or type."""
     scores = np.asarray(scores_NK)
     if scores.dtype.kind != "f" or scores.ndim != 2 or scores.shape[1] != classes:
