@@ -206,7 +206,7 @@ def align(
     >>> align(np.array([[2.0, 0], [1, 0], [0.5, 0], [0, 1]]), [0.5, 0.5]).weights.round(2).tolist()
     [0.69, 1.45]
     """
-    _check_settings(bound, strength, tolerance)
+    check_settings(bound, strength, tolerance)
     wanted = _Wanted.checked(target, interval)
     decisions = Decisions.of(checked_scores(scores_NK, len(wanted.share)), math.log(bound))
     result, reachable = _search_reachable(decisions, wanted, int(tolerance * decisions.pixels))
@@ -405,7 +405,8 @@ def _is_weak(reachable: NDArray[np.bool_], share: NDArray[np.float64]) -> bool:
     return reachable.sum() < max(2, np.count_nonzero(share) / 2)
 
 
-def _check_settings(bound: float, strength: float, tolerance: float) -> None:
+def check_settings(bound: float, strength: float, tolerance: float = TOLERANCE) -> None:
+    """Raise RecipeError, naming all that are out of range."""
     lines = []
     for name, check, value in (("bound", check_bound, bound), ("strength", check_strength, strength)):
         try:

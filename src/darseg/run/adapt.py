@@ -1,0 +1,323 @@
+"""Align a trained network with the images of another place, without labels and without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+
+from darseg.config.recipe import Recipe
+from darseg.data.pipeline import overlapped
+from darseg.errors import DataError, NumericsError, RunError, faults
+from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignment
+from darseg.model.predict import Memory, predict_scores
+from darseg.model.weights import load_network, save_network
+from darseg.pseudo.align import TOLERANCE, Alignment, align, check_settings
+from darseg.pseudo.decisions import BLOCK
+from darseg.pseudo.distribution import ClassDistribution, count_labels
+from darseg.pseudo.labeling import BOUND
+from darseg.pseudo.pixel_sample import PixelSample
+from darseg.pseudo.shift import Shift, estimate_shift
+from darseg.run.build import classes_of, manifest_of, masks
+from darseg.run.evaluate import Trained, check_classes, load_trained
+from darseg.run.journal import Journal
+from darseg.run.media import find_media
+from darseg.run.prior import class_shares
+from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
+
+IMAGES = 500
+"""Most images (and frames) that class weights are found on, unless told otherwise."""
+
+SUFFIX = ".safetensors"
+
+SEED = 0
+"""Of the choice of images and pixels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Adapted:
+    """What `align_network` found and wrote.
+
+    Attributes:
+        names: of the classes.
+        before: float64 [K], shares of the plain decisions on the images.
+        wanted: float64 [K], shares that were asked for.
+        alignment: the class weights, and the shares with them (`reached`).
+        shift: how the wanted shares were estimated; None if they were given or counted.
+        images: images and frames that were predicted.
+        available: how many there were.
+        failed: a line for each file that could not be read.
+        doubts: reasons why the weights should not be trusted.
+        path: the network that was written; None: nothing was.
+    """
+
+    names: tuple[str, ...]
+    before: NDArray[np.float64]
+    wanted: NDArray[np.float64]
+    alignment: Alignment
+    shift: Shift | None
+    images: int
+    available: int
+    failed: tuple[str, ...]
+    doubts: tuple[str, ...]
+    path: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; lists are in the order of the classes."""
+        return {
+            "classes": list(self.names),
+            "before": self.before.tolist(),
+            "wanted": self.wanted.tolist(),
+            "alignment": self.alignment.to_json(),
+            "shift": self.shift.to_json() if self.shift else None,
+            "images": self.images,
+            "available": self.available,
+            "failed": list(self.failed),
+            "doubts": list(self.doubts),
+            "path": str(self.path) if self.path else None,
+        }
+
+
+def align_network(
+    source: Path | str,
+    images: Path | str | Sequence[Path | str],
+    out: Path | str | None = None,
+    *,
+    prior: Path | str | Mapping[str, float] | Sequence[float] | None = None,
+    shift: bool = False,
+    recipe: Recipe | None = None,
+    round_index: int | None = None,
+    bound: float = BOUND,
+    strength: float = 1.0,
+    limit: int = IMAGES,
+    overwrite: bool = False,
+    despite_doubts: bool = False,
+    console: Console | None = None,
+) -> Adapted:
+    """Give a network's decisions on unlabeled images the wanted class shares, and write the adapted network.
+
+    The network is not trained: class weights become a bias of its classifier (`darseg.align`). The shares are those of
+    the recipe's labeled masks, or `prior`, or estimated from the images (`shift`, see `estimate_shift`).
+
+    Args:
+        source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint. Class weights that it
+            has already are taken away first.
+        images: an image, a video, a folder, a pattern such as "photos/**/*.jpg", or several of these.
+        out: the .safetensors file to write; None: NAME_aligned.safetensors next to the source.
+        prior: shares or counts of pixels by class name, or a JSON or YAML file of them; see `class_shares`.
+        recipe: for a checkpoint: the recipe it was trained with, for its protocol and labeled masks.
+        bound: largest class weight and reciprocal of the smallest.
+        strength: power of the class weights, from 0 to 1.
+        limit: most images and frames to predict; a seeded choice if there are more.
+        overwrite: replace `out` if it exists.
+        despite_doubts: write the network even if there are doubts (`Adapted.doubts`).
+
+    Returns:
+        shares and weights. `path` is None, and nothing was written, if there are doubts. Without convergence there are no
+        weights to write.
+
+    Raises RunError, RecipeError, WeightsError, StorageError, NumericsError; DataError for a prior that is not one of
+    these classes, or with 0 for a class that is predicted, and if no image can be read.
+    """
+    if prior is not None and shift:
+        raise RunError(
+            "Both a prior and --shift are given. Choose one: --prior gives the class shares, --shift estimates them."
+        )
+    if limit < 1:
+        raise RunError(f"The number of images is {limit}; expected at least 1.")
+    check_settings(bound, strength)
+    path = _check_out(Path(source), Path(out) if out is not None else None, round_index, overwrite=overwrite)
+    trained = load_trained(source, round_index, recipe=recipe)
+    unfold_alignment(trained.network)
+    names = trained.classes().names
+    wanted = class_shares(prior, names) if prior is not None else _labeled_shares(source, trained, shift=shift)
+    patterns = [images] if isinstance(images, (str, Path)) else images
+    sampled = _sample(trained, patterns, limit, console or Console())
+    before = _decided_shares(sampled.rows)
+    estimate = estimate_shift(sampled.rows, wanted) if shift else None
+    wanted = estimate.share if estimate else wanted
+    if prior is not None:
+        _check_zeros(wanted, before, names)
+    alignment = align(sampled.rows, wanted, bound=bound, strength=strength)
+    doubts = _doubts(alignment, estimate, before, wanted, images=sampled.images)
+    write = alignment.converged and (despite_doubts or not doubts)
+    if write:
+        how = "estimated" if shift else "given" if prior is not None else "labeled"
+        network = load_network(trained.path, plain=True)
+        note = f"{sampled.images} of {sampled.available} images, {how} class shares"
+        save_network(fold_alignment(network, AlignmentRecord.of(alignment, note)), path, trained.spec)
+    return Adapted(
+        names=names,
+        before=before,
+        wanted=wanted,
+        alignment=alignment,
+        shift=estimate,
+        images=sampled.images,
+        available=sampled.available,
+        failed=sampled.failed,
+        doubts=doubts,
+        path=path if write else None,
+    )
+
+
+def _check_out(source: Path, out: Path | None, round_index: int | None, *, overwrite: bool) -> Path:
+    """The file to write. Raises RunError if it must not be written."""
+    if out is None:
+        stem = source.resolve().stem if source.suffix == SUFFIX else source.resolve().name
+        stem += "" if round_index is None else f"_round_{round_index}"
+        out = source.resolve().with_name(f"{stem}_aligned{SUFFIX}")
+        remedy = f"Give another name with --out OUT{SUFFIX}"
+    else:
+        remedy = "Give another name"
+    if out.suffix != SUFFIX:
+        raise RunError(
+            f"{out}: networks of darseg are safetensors files. Name it {out.with_suffix(SUFFIX).name}."
+        )
+    if out.is_dir():
+        raise RunError(f"{out} is a folder. Give the name of a file to write.")
+    if out.exists() and source.exists() and out.samefile(source):
+        raise RunError(f"{out} is the network to align. {remedy}.")
+    if out.exists() and not overwrite:
+        raise RunError(f"{out} exists already and was left as it is. {remedy}, or replace it with --force.")
+    return out
+
+
+def _labeled_shares(source: Path | str, trained: Trained, *, shift: bool) -> NDArray[np.float64]:
+    """The class shares of the recipe's labeled masks, float64 [K]. Raises RunError without a recipe."""
+    if trained.recipe is None:
+        needed = (
+            "the shares it was trained with are not known, and --shift compares with them. Give"
+            if shift
+            else "its labeled masks are not known. Give the class shares with --prior SHARES.json, or"
+        )
+        raise RunError(
+            f"{source} is a checkpoint outside a run folder, so {needed} its recipe with --recipe RECIPE.yaml."
+        )
+    check_classes(source, trained, classes_of(trained.recipe))
+    known, expected = classes_of(trained.recipe).names, trained.spec.class_names
+    if expected and known != expected:
+        lines = [f"class {k}: {a} / {b}" for k, (a, b) in enumerate(zip(expected, known, strict=True)) if a != b]
+        raise DataError(
+            faults("The network's classes are not the recipe's. Give the recipe that it was trained with", lines)
+        )
+    try:
+        labeled = manifest_of(trained.recipe).labeled
+        counts = count_labels(masks(labeled), trained.network.classes)
+    except DataError as error:
+        remedy = "" if shift else "\nOr give the class shares with --prior SHARES.json."
+        raise DataError(f"{error}{remedy}") from None
+    return ClassDistribution.from_counts(counts).share
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """Scores of a sample of pixels, float16 [N, K], and what they are of."""
+
+    rows: NDArray[np.float16]
+    images: int
+    available: int
+    failed: tuple[str, ...]
+
+
+def _sample(trained: Trained, patterns: Sequence[Path | str], limit: int, console: Console) -> _Sampled:
+    """Predict a choice of images and sample their pixels; files that cannot be read are left out and named."""
+    shots = choose_shots(find_media(patterns, _NOWHERE), limit, SEED)
+    failed, memory = list(shots.failed), Memory()
+    pixels, images = PixelSample(trained.network.classes, SEED), 0
+
+    def work(shot: Shot, image: np.ndarray | str) -> None:
+        nonlocal images
+        if isinstance(image, str):
+            failed.append(image)
+            return
+        sums = predict_scores(
+            trained.network, image, trained.protocol(image), average="probabilities", memory=memory
+        )
+        scores = sums.mean(0, image.shape[0]).cpu().numpy()
+        try:
+            pixels.add(shot.id, scores, probabilities=True, name=str(shot))
+        except DataError as error:  # of one image, it would be of all
+            raise NumericsError(str(error)) from None
+        images += 1
+
+    with Journal(None, None, console).progress("predict", len(shots.chosen)) as advance:
+        overlapped(
+            with_frames(shots.chosen, failed),
+            read=read_shot,
+            work=work,
+            write=lambda *_: None,
+            advance=advance,
+        )
+    if not images:
+        raise DataError(faults("None of these files can be read", sorted(failed)))
+    return _Sampled(pixels.rows(pixels.sizes()), images, shots.available, tuple(sorted(failed)))
+
+
+_NOWHERE = Path("/dev/null/nothing is written while images are predicted")
+
+
+def _decided_shares(rows: NDArray[np.float16]) -> NDArray[np.float64]:
+    """Shares of the decisions, float64 [K]."""
+    counts = np.zeros(rows.shape[1], np.int64)
+    for start in range(0, len(rows), BLOCK):
+        counts += np.bincount(rows[start : start + BLOCK].argmax(axis=1), minlength=len(counts))
+    return counts / counts.sum()
+
+
+def _check_zeros(
+    wanted: NDArray[np.float64], before: NDArray[np.float64], names: Sequence[str]
+) -> None:
+    """Raise DataError if the prior excludes a class that is predicted: no class weight is 0."""
+    lines = [
+        f"{name}: {share:.2%} of the pixels"
+        for name, share, target in zip(names, before, wanted, strict=True)
+        if target == 0 and share > TOLERANCE
+    ]
+    if lines:
+        raise DataError(
+            faults(
+                "The prior has the share 0 for classes that the network predicts. Class weights cannot be 0: give them "
+                "the share that you would accept, such as 0.0001. They are",
+                lines,
+            )
+        )
+
+
+def _doubts(
+    alignment: Alignment,
+    shift: Shift | None,
+    before: NDArray[np.float64],
+    wanted: NDArray[np.float64],
+    *,
+    images: int,
+) -> tuple[str, ...]:
+    """Why the class weights should not be trusted."""
+    doubts = []
+    if images == 1:
+        doubts.append("there is only one image, and its class mix says little about others; give more images")
+    if shift is not None and not shift.converged:
+        doubts.append(
+            "the class shares of these images could not be estimated: several classes look alike to the network. Give "
+            "them with --prior"
+        )
+    occurring = wanted > 0
+    unreachable = int((occurring & ~alignment.reachable).sum())
+    if (before > 0).sum() == 1:
+        doubts.append("the network predicts one class only, so there is nothing to align; it needs more training")
+    elif not alignment.converged:
+        doubts.append(
+            "no class weights give these shares: fewer than two classes are within reach, or many pixels have equal "
+            "scores"
+        )
+    elif 2 * unreachable > occurring.sum():
+        doubts.append(
+            f"{unreachable} of {occurring.sum()} classes are out of reach, more than half: they are never predicted, or "
+            f"need a weight outside [1/{alignment.bound:g}, {alignment.bound:g}]. The network is too weak, or the "
+            "shares are not those of these images"
+        )
+    return tuple(doubts)
