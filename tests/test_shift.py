@@ -80,7 +80,9 @@ def test_two_classes_have_the_likelihood_of_the_best_of_a_grid() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32), st.integers(2, 6))
-def test_neither_the_order_of_pixels_and_classes_nor_a_constant_has_an_effect(seed: int, classes: int) -> None:
+def test_neither_the_order_of_pixels_and_classes_nor_a_constant_has_an_effect(
+    seed: int, classes: int
+) -> None:
     trained = shares(seed, classes)
     scores = calibrated(seed, classes, 500, trained=trained, true=shares(seed + 1, classes))
     shift = estimate_shift(scores, trained)

@@ -1,9 +1,9 @@
 """Semi-supervised semantic segmentation by re-distributed pseudo labels (DARS).
 
-This package offers the functions behind the commands – `train`, `evaluate`, `predict_folder`, `label_folder`,
-`redistribute_folder`, `rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`, `draw_split`, `view_run`,
-`mark_bad`, `write_report`, `compare_runs`, `run_demo` – and the values that they take and return. A name is loaded when
-it is first used, because importing torch takes seconds.
+This package offers the functions behind the commands – `train`, `evaluate`, `predict_folder`, `align_network`,
+`label_folder`, `redistribute_folder`, `rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`,
+`draw_split`, `view_run`, `mark_bad`, `write_report`, `compare_runs`, `run_demo` – and the values that they take and
+return. A name is loaded when it is first used, because importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.report.comparison import Comparison as Comparison
     from darseg.report.comparison import compare_runs as compare_runs
     from darseg.report.overview import write_report as write_report
+    from darseg.run.adapt import Adapted as Adapted
+    from darseg.run.adapt import align_network as align_network
     from darseg.run.build import manifest_of as manifest_of
     from darseg.run.check import Plan as Plan
     from darseg.run.check import check as check
@@ -109,7 +111,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
 __version__ = "0.3.0"
 
 _HOMES = {
+    "Adapted": "run.adapt",
     "align": "pseudo.align",
+    "align_network": "run.adapt",
     "Alignment": "pseudo.align",
     "AlignSettings": "pseudo.labeling",
     "assign": "pseudo.assign",

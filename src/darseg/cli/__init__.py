@@ -13,7 +13,7 @@ import typer
 from darseg import __version__
 from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
-from darseg.cli.networks import convert, evaluate, export, predict
+from darseg.cli.networks import align, convert, evaluate, export, predict
 from darseg.cli.runs import demo, report, train, view
 from darseg.errors import DarsegError, Interrupted, printable
 from darseg.run.console import enduring_streams
@@ -21,7 +21,7 @@ from darseg.run.machine import keep_memory
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 
-COMPUTING = ("demo", "init", "train", "report", "evaluate", "predict", "view", "export", "label")
+COMPUTING = ("demo", "init", "train", "report", "evaluate", "predict", "align", "view", "export", "label")
 """Commands that run networks, and so allocate the same tensors again and again."""
 
 app = typer.Typer(
@@ -52,7 +52,20 @@ def _options(
 
 
 # In the order of --help.
-for command in (demo, init, train, report, evaluate, predict, view, export, convert, label, redistribute):
+for command in (
+    demo,
+    init,
+    train,
+    report,
+    evaluate,
+    predict,
+    align,
+    view,
+    export,
+    convert,
+    label,
+    redistribute,
+):
     app.command()(command)
 for command in (rasterize, check, plan, split):
     app.command()(command)

@@ -10,7 +10,8 @@ import typer
 
 from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
 from darseg.cli.options import RoundIndex, Source
-from darseg.cli.tables import print_table, text_of
+from darseg.cli.tables import print_adapted, print_table, text_of
+from darseg.pseudo.labeling import BOUND
 
 
 def evaluate(
@@ -93,6 +94,79 @@ def predict(
                 f"{len(done.failed)} file(s) could not be read completely; all others are done",
                 done.failed,
             )
+        )
+
+
+def align(
+    source: Source,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGES",
+            help='Unlabeled images or videos of the place, folders, or quoted patterns such as "b/**/*.jpg".',
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .safetensors file to write. Default: NAME_aligned.safetensors next to the source."
+        ),
+    ] = None,
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON or YAML: class name → share, or → pixels. Default: the labeled masks' shares."
+        ),
+    ] = None,
+    shift: Annotated[
+        bool, typer.Option("--shift", help="Estimate the class shares of these images from the predictions.")
+    ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="For a checkpoint: the recipe it was trained with.")
+    ] = None,
+    round_index: RoundIndex = None,
+    bound: Annotated[
+        float, typer.Option(help="Largest class weight and reciprocal of the smallest.")
+    ] = BOUND,
+    strength: Annotated[float, typer.Option(help="Power of the class weights, from 0 to 1.")] = 1.0,
+    limit: Annotated[
+        int, typer.Option("--images", min=1, help="Predict at most so many images and frames.")
+    ] = 500,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    despite_doubts: Annotated[
+        bool, typer.Option("--despite-doubts", help="Write the network even if the weights are doubtful.")
+    ] = False,
+) -> None:
+    """Fit a trained network to another place's class mix, from unlabeled images and without training."""
+    from darseg.config.text import load_recipe
+    from darseg.errors import DataError, faults
+    from darseg.run.adapt import align_network
+
+    adapted = align_network(
+        source,
+        images,
+        out,
+        prior=prior,
+        shift=shift,
+        recipe=load_recipe(recipe) if recipe else None,
+        round_index=round_index,
+        bound=bound,
+        strength=strength,
+        limit=limit,
+        overwrite=force,
+        despite_doubts=despite_doubts,
+    )
+    print_adapted(adapted)
+    if adapted.path is None:
+        raise DataError(
+            faults("No network was written, and the plain one is as it was", adapted.doubts)
+            + ("\nTo write it anyway, add --despite-doubts." if adapted.alignment.converged else "")
+        )
+    print(f"Written to {adapted.path}")
+    if recipe or source.is_dir():
+        path = recipe or source / "recipe.yaml"
+        print(
+            f"Use it with the protocol it was aligned with: darseg predict {adapted.path} … --recipe {path}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from darseg.errors import printable
 
 if TYPE_CHECKING:
+    from darseg.run.adapt import Adapted
     from darseg.run.check import Plan
     from darseg.run.plan import Round
 
@@ -154,3 +155,29 @@ def _print_alignment(alignment: dict, names: Sequence[str]) -> None:
             f"warning: out of reach, so not aligned: {', '.join(unreachable)}. These classes are never predicted, have "
             f"no labeled pixels, or need a class weight outside [1/{alignment['bound']:g}, {alignment['bound']:g}]"
         )
+
+
+def print_adapted(adapted: Adapted) -> None:
+    """Print what `align` found, a row for each class, and what should be known about it."""
+    alignment = adapted.alignment
+    rows: Rows = [["class", "before", "after", "wanted", "weight"]]
+    for k, name in enumerate(adapted.names):
+        shares = (f"{column[k]:.2%}" for column in (adapted.before, alignment.reached, adapted.wanted))
+        weight = f"{alignment.weights[k]:.2f}"
+        rows.append([name, *shares, weight if alignment.reachable[k] else f"{weight} (out of reach)"])
+    print_table(rows)
+    print(
+        f"Shares of {alignment.pixels:,} pixels of {adapted.images} image(s), of {adapted.available} there."
+    )
+    if adapted.failed:
+        print(f"warning: {len(adapted.failed)} file(s) could not be read and were left out:")
+        print("\n".join(f"  - {line}" for line in adapted.failed))
+    if alignment.converged and not alignment.reachable.all():
+        names = [name for name, flag in zip(adapted.names, alignment.reachable, strict=True) if not flag]
+        print(
+            f"warning: out of reach, so left alone: {', '.join(names)}. These classes are never predicted, have the "
+            f"share 0, or need a weight outside [1/{alignment.bound:g}, {alignment.bound:g}]"
+        )
+    if adapted.path is not None and adapted.doubts:
+        print("warning: written despite doubts:")
+        print("\n".join(f"  - {line}" for line in adapted.doubts))

@@ -87,8 +87,8 @@ def estimate_shift(scores_NK: ArrayLike, trained: ArrayLike) -> Shift:
     prior = ClassDistribution(np.array(trained, np.float64)).share
     scores = checked_scores(scores_NK, len(prior))
     ratios_nK = _ratios(scores, prior)
-    share = prior.copy()
-    for step in range(1, STEPS + 1):
+    share, steps, converged = prior.copy(), 0, False
+    while not converged and steps < STEPS:
         total = np.zeros(len(share))
         for block in _blocks(ratios_nK):
             total += block.T @ (1 / (block @ share.astype(np.float32)))
@@ -97,9 +97,8 @@ def estimate_shift(scores_NK: ArrayLike, trained: ArrayLike) -> Shift:
         converged = bool(factor.max() - 1 <= GAP)
         share = share * factor
         share /= share.sum()  # 1 except for rounding
-        if converged:
-            break
-    return Shift(share, trained=prior, steps=step, converged=converged, pixels=len(scores))
+        steps += 1
+    return Shift(share, trained=prior, steps=steps, converged=converged, pixels=len(scores))
 
 
 def _ratios(scores: NDArray[np.floating], prior: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -26,7 +26,7 @@ from darseg.pseudo.shift import Shift, estimate_shift
 from darseg.run.build import classes_of, manifest_of, masks
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.journal import Journal
-from darseg.run.media import find_media
+from darseg.run.media import list_media
 from darseg.run.prior import class_shares
 from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
 
@@ -135,7 +135,9 @@ def align_network(
     trained = load_trained(source, round_index, recipe=recipe)
     unfold_alignment(trained.network)
     names = trained.classes().names
-    wanted = class_shares(prior, names) if prior is not None else _labeled_shares(source, trained, shift=shift)
+    wanted = (
+        class_shares(prior, names) if prior is not None else _labeled_shares(source, trained, shift=shift)
+    )
     patterns = [images] if isinstance(images, (str, Path)) else images
     sampled = _sample(trained, patterns, limit, console or Console())
     before = _decided_shares(sampled.rows)
@@ -201,9 +203,13 @@ def _labeled_shares(source: Path | str, trained: Trained, *, shift: bool) -> NDA
     check_classes(source, trained, classes_of(trained.recipe))
     known, expected = classes_of(trained.recipe).names, trained.spec.class_names
     if expected and known != expected:
-        lines = [f"class {k}: {a} / {b}" for k, (a, b) in enumerate(zip(expected, known, strict=True)) if a != b]
+        lines = [
+            f"class {k}: {a} / {b}" for k, (a, b) in enumerate(zip(expected, known, strict=True)) if a != b
+        ]
         raise DataError(
-            faults("The network's classes are not the recipe's. Give the recipe that it was trained with", lines)
+            faults(
+                "The network's classes are not the recipe's. Give the recipe that it was trained with", lines
+            )
         )
     try:
         labeled = manifest_of(trained.recipe).labeled
@@ -226,7 +232,7 @@ class _Sampled:
 
 def _sample(trained: Trained, patterns: Sequence[Path | str], limit: int, console: Console) -> _Sampled:
     """Predict a choice of images and sample their pixels; files that cannot be read are left out and named."""
-    shots = choose_shots(find_media(patterns, _NOWHERE), limit, SEED)
+    shots = choose_shots(list_media(patterns), limit, SEED)
     failed, memory = list(shots.failed), Memory()
     pixels, images = PixelSample(trained.network.classes, SEED), 0
 
@@ -258,9 +264,6 @@ def _sample(trained: Trained, patterns: Sequence[Path | str], limit: int, consol
     return _Sampled(pixels.rows(pixels.sizes()), images, shots.available, tuple(sorted(failed)))
 
 
-_NOWHERE = Path("/dev/null/nothing is written while images are predicted")
-
-
 def _decided_shares(rows: NDArray[np.float16]) -> NDArray[np.float64]:
     """Shares of the decisions, float64 [K]."""
     counts = np.zeros(rows.shape[1], np.int64)
@@ -269,9 +272,7 @@ def _decided_shares(rows: NDArray[np.float16]) -> NDArray[np.float64]:
     return counts / counts.sum()
 
 
-def _check_zeros(
-    wanted: NDArray[np.float64], before: NDArray[np.float64], names: Sequence[str]
-) -> None:
+def _check_zeros(wanted: NDArray[np.float64], before: NDArray[np.float64], names: Sequence[str]) -> None:
     """Raise DataError if the prior excludes a class that is predicted: no class weight is 0."""
     lines = [
         f"{name}: {share:.2%} of the pixels"
@@ -308,7 +309,9 @@ def _doubts(
     occurring = wanted > 0
     unreachable = int((occurring & ~alignment.reachable).sum())
     if (before > 0).sum() == 1:
-        doubts.append("the network predicts one class only, so there is nothing to align; it needs more training")
+        doubts.append(
+            "the network predicts one class only, so there is nothing to align; it needs more training"
+        )
     elif not alignment.converged:
         doubts.append(
             "no class weights give these shares: fewer than two classes are within reach, or many pixels have equal "

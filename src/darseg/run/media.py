@@ -65,6 +65,21 @@ def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
 
     Raises DataError if one of them names nothing, or if two results would get the same name.
     """
+    ordered = list_media(patterns, out)
+    clashes = _clashes(ordered)
+    if clashes:
+        raise DataError(
+            faults(
+                "Results would get the same name. Rename one file of each pair. Or give the folder above them, or a "
+                "quoted pattern, so that names keep their folders",
+                clashes,
+            )
+        )
+    return ordered
+
+
+def list_media(patterns: Sequence[Path | str], out: Path | None = None) -> list[Medium]:
+    """As `find_media`, for predictions that are not written: several may have the same name."""
     media: dict[tuple[str, Path], Medium] = {}
     for pattern in patterns:
         path, text = Path(pattern), str(pattern)
@@ -82,17 +97,7 @@ def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
                 f"({', '.join(VIDEO_SUFFIXES)}). Give another folder or pattern."
             )
         media.update({(medium.name, medium.path.absolute()): medium for medium in matches})
-    ordered = sorted(media.values(), key=lambda medium: (medium.name, medium.path))
-    clashes = _clashes(ordered)
-    if clashes:
-        raise DataError(
-            faults(
-                "Results would get the same name. Rename one file of each pair. Or give the folder above them, or a "
-                "quoted pattern, so that names keep their folders",
-                clashes,
-            )
-        )
-    return ordered
+    return sorted(media.values(), key=lambda medium: (medium.name, medium.path))
 
 
 def still_to_do(
@@ -117,7 +122,7 @@ def still_to_do(
     return list(media)
 
 
-def _below(folder: Path, *, root: Path, out: Path) -> list[Medium]:
+def _below(folder: Path, *, root: Path, out: Path | None) -> list[Medium]:
     """All images and videos below `folder`, named by their paths below `root`."""
     paths = [
         path
@@ -127,7 +132,7 @@ def _below(folder: Path, *, root: Path, out: Path) -> list[Medium]:
     return [Medium.of(sample_id(path.relative_to(root)), path) for path in paths if not _is_below(path, out)]
 
 
-def _matching(pattern: str, out: Path) -> list[Medium]:
+def _matching(pattern: str, out: Path | None) -> list[Medium]:
     """Images and videos that match a pattern, and those in folders that match."""
     parts = Path(pattern).parts
     root = Path(*parts[: next(index for index, part in enumerate(parts) if glob.has_magic(part))])
@@ -141,8 +146,8 @@ def _matching(pattern: str, out: Path) -> list[Medium]:
     return list(media.values())
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    return folder.resolve() in path.resolve().parents
+def _is_below(path: Path, folder: Path | None) -> bool:
+    return folder is not None and folder.resolve() in path.resolve().parents
 
 
 def _clashes(media: Sequence[Medium]) -> list[str]:

@@ -163,4 +163,6 @@ def _written(node: yaml.Node) -> Any:
 
 
 def _other_content(path: Path) -> DataError:
-    return DataError(f"{path}: expected the share of each class by its name, or a list of K numbers; {EXAMPLE}.")
+    return DataError(
+        f"{path}: expected the share of each class by its name, or a list of K numbers; {EXAMPLE}."
+    )

@@ -24,8 +24,9 @@ class Shot:
 
     @property
     def id(self) -> str:
-        """What the choice, and that of pixels, depends on: the name of the result that `predict` would write."""
-        return f"{self.medium.name}/{self.number:06d}" if self.number else self.medium.name
+        """What the choice of images and pixels depends on: the path below the folder, and the frame."""
+        name = self.medium.name + self.medium.path.suffix
+        return f"{name}/{self.number:06d}" if self.number else name
 
     def __str__(self) -> str:
         return f"{self.medium.path}, frame {self.number}" if self.number else str(self.medium.path)
