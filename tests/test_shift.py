@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from darseg.errors import DataError
-from darseg.pseudo.shift import Shift, estimate_shift
+from darseg.pseudo.shift import LARGEST_BIAS, Shift, estimate_shift
 from wording import refused
 
 
@@ -65,6 +65,34 @@ def test_it_takes_the_steps_of_the_textbook() -> None:
     shift = estimate_shift(scores, trained)
     assert shift.converged and shift.steps > 10
     assert np.allclose(shift.share, textbook(scores, trained, shift.steps), atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_with_a_reference_a_bias_of_the_network_has_no_effect(classes: int) -> None:
+    """A network that favors frequent classes: exact posteriors times factors, normalized by softmax."""
+    trained, true = shares(12, classes), shares(13, classes)
+    favor = np.linspace(2, -2, classes)
+    reference = calibrated(15, classes, 100_000, trained=trained, true=trained) + favor
+    # The same seed gives the same look of the classes.
+    scores = calibrated(15, classes, 100_000, trained=trained, true=true) + favor
+    shift = estimate_shift(scores, trained, reference)
+    assert shift.corrected and shift.converged
+    assert np.abs(shift.share - true).max() < 0.008
+    assert np.abs(estimate_shift(scores, trained).share - true).max() > 0.05
+    # On the reference itself there is no shift.
+    assert np.abs(estimate_shift(reference, trained, reference).share / trained - 1).max() < 0.03
+    biased = np.exp(reference + shift.bias)
+    mean = (biased / biased.sum(axis=1, keepdims=True)).mean(axis=0)
+    assert (np.abs(mean - trained) <= 0.02 * trained).all()
+
+
+def test_a_class_that_is_hardly_known_is_not_corrected_without_limit() -> None:
+    trained = np.array([0.5, 0.3, 0.2])
+    scores = np.log(np.array([[0.7, 0.3, 1e-12]] * 60 + [[0.2, 0.8, 1e-12]] * 40))
+    shift = estimate_shift(scores, trained, scores)
+    assert not shift.corrected and np.abs(shift.bias).max() <= LARGEST_BIAS + 1e-9
+    never = np.where(np.arange(3) == 2, -1000, scores)
+    assert not estimate_shift(never, trained, never).corrected
 
 
 def test_two_classes_have_the_likelihood_of_the_best_of_a_grid() -> None:
@@ -128,4 +156,12 @@ def test_scores_and_shares_that_cannot_be_used_are_refused() -> None:
     with refused(DataError, "no pixels"):
         estimate_shift(scores[:0], [0.5, 0.5])
     with refused(DataError, "2 estimated", "3"):
-        Shift(np.array([0.5, 0.5]), np.array([0.2, 0.3, 0.5]), steps=1, converged=True, pixels=1)
+        Shift(
+            np.array([0.5, 0.5]),
+            np.array([0.2, 0.3, 0.5]),
+            bias=np.zeros(2),
+            corrected=False,
+            steps=1,
+            converged=True,
+            pixels=1,
+        )

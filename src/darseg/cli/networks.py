@@ -11,7 +11,6 @@ import typer
 from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
 from darseg.cli.options import RoundIndex, Source
 from darseg.cli.tables import print_adapted, print_table, text_of
-from darseg.pseudo.labeling import BOUND
 
 
 def evaluate(
@@ -126,8 +125,11 @@ def align(
     ] = None,
     round_index: RoundIndex = None,
     bound: Annotated[
-        float, typer.Option(help="Largest class weight and reciprocal of the smallest.")
-    ] = BOUND,
+        float | None,
+        typer.Option(
+            help="Largest class weight and reciprocal of the smallest. Default: 5; 20 with --prior or --shift."
+        ),
+    ] = None,
     strength: Annotated[float, typer.Option(help="Power of the class weights, from 0 to 1.")] = 1.0,
     limit: Annotated[
         int, typer.Option("--images", min=1, help="Predict at most so many images and frames.")

@@ -26,9 +26,12 @@ from darseg.pseudo.shift import Shift, estimate_shift
 from darseg.run.build import classes_of, manifest_of, masks
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.journal import Journal
-from darseg.run.media import list_media
+from darseg.run.media import Medium, list_media
 from darseg.run.prior import class_shares
 from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
+
+OTHER_BOUND = 20.0
+"""Default largest class weight for given and estimated shares: the class mixes of two places may differ several times."""
 
 IMAGES = 500
 """Most images (and frames) that class weights are found on, unless told otherwise."""
@@ -92,7 +95,7 @@ def align_network(
     shift: bool = False,
     recipe: Recipe | None = None,
     round_index: int | None = None,
-    bound: float = BOUND,
+    bound: float | None = None,
     strength: float = 1.0,
     limit: int = IMAGES,
     overwrite: bool = False,
@@ -111,7 +114,7 @@ def align_network(
         out: the .safetensors file to write; None: NAME_aligned.safetensors next to the source.
         prior: shares or counts of pixels by class name, or a JSON or YAML file of them; see `class_shares`.
         recipe: for a checkpoint: the recipe it was trained with, for its protocol and labeled masks.
-        bound: largest class weight and reciprocal of the smallest.
+        bound: largest class weight and reciprocal of the smallest; None: 5, and 20 for a prior or shift.
         strength: power of the class weights, from 0 to 1.
         limit: most images and frames to predict; a seeded choice if there are more.
         overwrite: replace `out` if it exists.
@@ -130,6 +133,7 @@ def align_network(
         )
     if limit < 1:
         raise RunError(f"The number of images is {limit}; expected at least 1.")
+    bound = bound or (BOUND if prior is None and not shift else OTHER_BOUND)
     check_settings(bound, strength)
     path = _check_out(Path(source), Path(out) if out is not None else None, round_index, overwrite=overwrite)
     trained = load_trained(source, round_index, recipe=recipe)
@@ -138,10 +142,13 @@ def align_network(
     wanted = (
         class_shares(prior, names) if prior is not None else _labeled_shares(source, trained, shift=shift)
     )
-    patterns = [images] if isinstance(images, (str, Path)) else images
-    sampled = _sample(trained, patterns, limit, console or Console())
+    media = list_media([images] if isinstance(images, (str, Path)) else images)
+    sampled = _sample(trained, media, limit, title="predict", console=console)
     before = _decided_shares(sampled.rows)
-    estimate = estimate_shift(sampled.rows, wanted) if shift else None
+    estimate = None
+    if shift:
+        reference = _sample_reference(trained, limit, console)
+        estimate = estimate_shift(sampled.rows, wanted, reference)
     wanted = estimate.share if estimate else wanted
     if prior is not None:
         _check_zeros(wanted, before, names)
@@ -230,9 +237,11 @@ class _Sampled:
     failed: tuple[str, ...]
 
 
-def _sample(trained: Trained, patterns: Sequence[Path | str], limit: int, console: Console) -> _Sampled:
+def _sample(
+    trained: Trained, media: Sequence[Medium], limit: int, *, title: str, console: Console | None
+) -> _Sampled:
     """Predict a choice of images and sample their pixels; files that cannot be read are left out and named."""
-    shots = choose_shots(list_media(patterns), limit, SEED)
+    shots = choose_shots(media, limit, SEED)
     failed, memory = list(shots.failed), Memory()
     pixels, images = PixelSample(trained.network.classes, SEED), 0
 
@@ -251,7 +260,7 @@ def _sample(trained: Trained, patterns: Sequence[Path | str], limit: int, consol
             raise NumericsError(str(error)) from None
         images += 1
 
-    with Journal(None, None, console).progress("predict", len(shots.chosen)) as advance:
+    with Journal(None, None, console or Console()).progress(title, len(shots.chosen)) as advance:
         overlapped(
             with_frames(shots.chosen, failed),
             read=read_shot,
@@ -262,6 +271,20 @@ def _sample(trained: Trained, patterns: Sequence[Path | str], limit: int, consol
     if not images:
         raise DataError(faults("None of these files can be read", sorted(failed)))
     return _Sampled(pixels.rows(pixels.sizes()), images, shots.available, tuple(sorted(failed)))
+
+
+def _sample_reference(trained: Trained, limit: int, console: Console | None) -> NDArray[np.float16] | None:
+    """Scores of the recipe's unlabeled images, or validation images; None if it has neither.
+
+    The labeled images would not do: the network was trained on them.
+    """
+    assert trained.recipe is not None
+    roles = manifest_of(trained.recipe).roles()
+    samples = roles["unlabeled"] or roles["validation"]
+    media = [Medium.of(sample.id, sample.image) for sample in samples]
+    if not media:
+        return None
+    return _sample(trained, media, limit, title="predict the recipe's own images", console=console).rows
 
 
 def _decided_shares(rows: NDArray[np.float16]) -> NDArray[np.float64]:
@@ -305,6 +328,11 @@ def _doubts(
         doubts.append(
             "the class shares of these images could not be estimated: several classes look alike to the network. Give "
             "them with --prior"
+        )
+    elif shift is not None and not shift.corrected:
+        doubts.append(
+            "the network's bias could not be corrected before the shares were estimated: the recipe has no unlabeled "
+            "and no validation images, or the network hardly knows one of the classes. Give the shares with --prior"
         )
     occurring = wanted > 0
     unreachable = int((occurring & ~alignment.reachable).sum())
