@@ -78,7 +78,7 @@ def test_with_a_reference_a_bias_of_the_network_has_no_effect(classes: int) -> N
     shift = estimate_shift(scores, trained, reference)
     assert shift.corrected and shift.converged
     assert np.abs(shift.share - true).max() < 0.008
-    assert np.abs(estimate_shift(scores, trained).share - true).max() > 0.05
+    assert np.abs(estimate_shift(scores, trained).share - true).max() > 0.03
     # On the reference itself there is no shift.
     assert np.abs(estimate_shift(reference, trained, reference).share / trained - 1).max() < 0.03
     biased = np.exp(reference + shift.bias)

@@ -103,7 +103,7 @@ def estimate_shift(scores_NK: ArrayLike, trained: ArrayLike, reference_NK: Array
         trained: shares of the classes among the labeled pixels of training; [K], sum 1. A class with the share 0 gets
             the share 0.
         reference_NK: scores of unlabeled pixels from where the labeled images are from. A bias per class is added to all
-            scores that makes their mean probabilities the trained shares, so that no shift is found where none is; to 2 % of a share.
+            scores that makes their mean probabilities the trained shares, to 2 %: no shift is found where none is.
 
     Returns:
         the shares of highest likelihood. The likelihood has one maximum, and `converged` says whether it was reached.
