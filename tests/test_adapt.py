@@ -163,9 +163,15 @@ def test_videos_and_files_of_one_name_are_taken_together(network: Path, images: 
 
 @pytest.fixture(scope="module")
 def run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with one short round."""
+    """A run folder with one short round, whose network then names all classes."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    train(Recipe.model_validate(recipe_dict(tiny_data) | {"rounds": [{"steps": 12}]}), folder)
+    train(Recipe.model_validate(recipe_dict(tiny_data) | {"rounds": [{"steps": 1}]}), folder)
+    path = folder / "round_0" / "network.safetensors"
+    spec, zeros = read_spec(path), (0.0,) * 11
+    save(path, spec=spec, bias=zeros)
+    files = sorted((tiny_data / "images").rglob("*.png"))
+    scores = [scores_of(path, file) for file in files]
+    save(path, spec=spec, bias=tuple((-np.median(scores, axis=(0, 2, 3))).tolist()))
     return folder
 
 
@@ -175,7 +181,7 @@ def test_a_run_has_the_shares_of_its_labeled_masks(
     counts = np.zeros(11)
     for name in (tiny_data / "labeled.txt").read_text().split():
         counts += np.bincount(read_label(tiny_data / "labels" / f"{name}.png").ravel(), minlength=256)[:11]
-    code, out, error = call("align", run, tiny_data / "images", "--despite-doubts")
+    code, out, error = call("align", run, tiny_data / "images", "--bound", 1000)
     assert code == 0, error
     path = run.with_name("tiny_aligned.safetensors")
     assert path.is_file() and str(path) in out
@@ -189,7 +195,7 @@ def test_a_run_has_the_shares_of_its_labeled_masks(
     code, _, error = call("align", run, tiny_data / "images")
     assert code == 2
     says(error.replace(str(run.parent), "RUNS"), "tiny_aligned.safetensors", "--out", "--force")
-    assert call("align", run, tiny_data / "images", "--despite-doubts", "--force")[0] == 0
+    assert call("align", run, tiny_data / "images", "--bound", 1000, "--force")[0] == 0
     code, _, error = call("align", path, tiny_data / "images", "--out", path, "--force", "--prior", path)
     assert code == 2
     says(error.replace(str(run.parent), "RUNS"), "tiny_aligned.safetensors")
@@ -359,9 +365,9 @@ def test_a_network_that_hardly_knows_most_classes_is_not_written(images: Path, t
     medians = np.median([scores_of(path, file).reshape(6, -1) for file in files_of(images)], axis=(0, 2))
     save(path, spec=spec, bias=(-medians[0], -medians[1], -100, -100, -100, -100))
     adapted = align_network(path, images, tmp_path / "b.safetensors", prior=[30, 30, 10, 10, 10, 10])
-    assert adapted.alignment.converged and adapted.alignment.reachable.sum() == 2 and adapted.path is None
+    assert adapted.alignment.reachable.sum() == 2 and adapted.path is None
     says("\n".join(adapted.doubts), "4 of 6", "[1/20, 20]")
     asked = align_network(
         path, images, tmp_path / "b.safetensors", prior=[30, 30, 10, 10, 10, 10], despite_doubts=True
     )
-    assert asked.path is not None and asked.doubts == adapted.doubts
+    assert asked.path is None and asked.doubts == adapted.doubts  # there are no weights to write

@@ -9,8 +9,11 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
-from darseg.cli.options import RoundIndex, Source
+from darseg.cli.options import RoundIndex, Source, TrainedWith
 from darseg.cli.tables import print_adapted, print_table, text_of
+
+BOUND = "Largest class weight and reciprocal of the smallest."
+DOUBTS = "Write the network even if the weights are doubtful."
 
 
 def evaluate(
@@ -120,28 +123,18 @@ def align(
     shift: Annotated[
         bool, typer.Option("--shift", help="Estimate the class shares of these images from the predictions.")
     ] = False,
-    recipe: Annotated[
-        Path | None, typer.Option(help="For a checkpoint: the recipe it was trained with.")
-    ] = None,
+    recipe: TrainedWith = None,
     round_index: RoundIndex = None,
     bound: Annotated[
-        float | None,
-        typer.Option(
-            help="Largest class weight and reciprocal of the smallest. Default: 5; 20 with --prior or --shift."
-        ),
+        float | None, typer.Option(help=f"{BOUND} Default: 5; 20 with --prior or --shift.")
     ] = None,
     strength: Annotated[float, typer.Option(help="Power of the class weights, from 0 to 1.")] = 1.0,
-    limit: Annotated[
-        int, typer.Option("--images", min=1, help="Predict at most so many images and frames.")
-    ] = 500,
+    limit: Annotated[int, typer.Option("--images", min=1, help="Most images and frames to predict.")] = 500,
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
-    despite_doubts: Annotated[
-        bool, typer.Option("--despite-doubts", help="Write the network even if the weights are doubtful.")
-    ] = False,
+    despite_doubts: Annotated[bool, typer.Option("--despite-doubts", help=DOUBTS)] = False,
 ) -> None:
     """Fit a trained network to another place's class mix, from unlabeled images and without training."""
     from darseg.config.text import load_recipe
-    from darseg.errors import DataError, faults
     from darseg.run.adapt import align_network
 
     adapted = align_network(
@@ -159,17 +152,8 @@ def align(
         despite_doubts=despite_doubts,
     )
     print_adapted(adapted)
-    if adapted.path is None:
-        raise DataError(
-            faults("No network was written, and the plain one is as it was", adapted.doubts)
-            + ("\nTo write it anyway, add --despite-doubts." if adapted.alignment.converged else "")
-        )
-    print(f"Written to {adapted.path}")
     if recipe or source.is_dir():
-        path = recipe or source / "recipe.yaml"
-        print(
-            f"Use it with the protocol it was aligned with: darseg predict {adapted.path} … --recipe {path}"
-        )
+        print(f"Predict with the same protocol: --recipe {recipe or source / 'recipe.yaml'}")
 
 
 def export(

@@ -20,3 +20,6 @@ Source = Annotated[
 RoundIndex = Annotated[
     int | None, typer.Option("--round", min=0, help="Round of the run. Default: the last finished one.")
 ]
+TrainedWith = Annotated[
+    Path | None, typer.Option("--recipe", help="For a checkpoint: the recipe it was trained with.")
+]

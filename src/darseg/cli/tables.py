@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from darseg.errors import printable
+from darseg.errors import DataError, faults, printable
 
 if TYPE_CHECKING:
     from darseg.run.adapt import Adapted
@@ -158,26 +158,30 @@ def _print_alignment(alignment: dict, names: Sequence[str]) -> None:
 
 
 def print_adapted(adapted: Adapted) -> None:
-    """Print what `align` found, a row for each class, and what should be known about it."""
+    """Print what `align` found, a row for each class, what should be known about it, and where it is.
+
+    Raises DataError if no network was written.
+    """
     alignment = adapted.alignment
     rows: Rows = [["class", "before", "after", "wanted", "weight"]]
     for k, name in enumerate(adapted.names):
         shares = (f"{column[k]:.2%}" for column in (adapted.before, alignment.reached, adapted.wanted))
-        weight = f"{alignment.weights[k]:.2f}"
-        rows.append([name, *shares, weight if alignment.reachable[k] else f"{weight} (out of reach)"])
+        rows.append(
+            [name, *shares, f"{alignment.weights[k]:.2f}" if alignment.reachable[k] else "out of reach"]
+        )
     print_table(rows)
     print(
         f"Shares of {alignment.pixels:,} pixels of {adapted.images} image(s), of {adapted.available} there."
     )
     if adapted.failed:
-        print(f"warning: {len(adapted.failed)} file(s) could not be read and were left out:")
-        print("\n".join(f"  - {line}" for line in adapted.failed))
-    if alignment.converged and not alignment.reachable.all():
-        names = [name for name, flag in zip(adapted.names, alignment.reachable, strict=True) if not flag]
-        print(
-            f"warning: out of reach, so left alone: {', '.join(names)}. These classes are never predicted, have the "
-            f"share 0, or need a weight outside [1/{alignment.bound:g}, {alignment.bound:g}]"
+        print("warning: " + faults("these files could not be read and were left out", adapted.failed))
+    if alignment.converged:
+        print("".join(f"warning: {line}\n" for line in alignment.warnings(adapted.names)), end="")
+    if adapted.path is None:
+        remedy = "\nTo write it anyway, add --despite-doubts." if alignment.converged else ""
+        raise DataError(
+            faults("No network was written, and the plain one is as it was", adapted.doubts) + remedy
         )
-    if adapted.path is not None and adapted.doubts:
-        print("warning: written despite doubts:")
-        print("\n".join(f"  - {line}" for line in adapted.doubts))
+    if adapted.doubts:
+        print("warning: " + faults("written despite doubts", adapted.doubts))
+    print(f"Written to {adapted.path}")

@@ -145,9 +145,9 @@ def estimate_shift(scores_NK: ArrayLike, trained: ArrayLike, reference_NK: Array
 def _matching_bias(
     scores: NDArray[np.floating], share: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], bool]:
-    """The bias with which the mean probabilities are the shares, and whether it was found; by Newton's method.
+    """The bias with which the mean probabilities are the shares, and whether it was found.
 
-    It is where the concave function sum(share · bias) - mean(log sum exp(scores + bias)) is largest.
+    Newton's method: it is where the concave function sum(share · bias) - mean(log sum exp(scores + bias)) is largest.
     """
     bias, occurring = np.zeros(len(share)), share > 0
     exponentials_NK = _exponentials(scores[:, occurring], np.zeros(occurring.sum()))
@@ -171,7 +171,7 @@ def _matching_bias(
 def _moments(
     exponentials_NK: NDArray[np.float32], weights: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean of the probabilities with these weights, float64 [K], and how it moves with their logarithms, [K, K]."""
+    """Mean probabilities with these weights, [K], and their derivatives by log(weights), [K, K]."""
     mean = np.zeros(len(weights))
     products = np.zeros((len(weights), len(weights)))
     for start in range(0, len(exponentials_NK), BLOCK):

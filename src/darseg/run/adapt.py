@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignme
 from darseg.model.predict import Memory, predict_scores
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.align import TOLERANCE, Alignment, align, check_settings
-from darseg.pseudo.decisions import BLOCK
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import BOUND
 from darseg.pseudo.pixel_sample import PixelSample
@@ -27,7 +26,7 @@ from darseg.run.build import classes_of, manifest_of, masks
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import Medium, list_media
-from darseg.run.prior import class_shares
+from darseg.run.prior import Prior, class_shares
 from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
 
 OTHER_BOUND = 20.0
@@ -91,7 +90,7 @@ def align_network(
     images: Path | str | Sequence[Path | str],
     out: Path | str | None = None,
     *,
-    prior: Path | str | Mapping[str, float] | Sequence[float] | None = None,
+    prior: Prior | None = None,
     shift: bool = False,
     recipe: Recipe | None = None,
     round_index: int | None = None,
@@ -102,7 +101,7 @@ def align_network(
     despite_doubts: bool = False,
     console: Console | None = None,
 ) -> Adapted:
-    """Give a network's decisions on unlabeled images the wanted class shares, and write the adapted network.
+    """Give a network's decisions on unlabeled images the wanted class shares, and write it.
 
     The network is not trained: class weights become a bias of its classifier (`darseg.align`). The shares are those of
     the recipe's labeled masks, or `prior`, or estimated from the images (`shift`, see `estimate_shift`).
@@ -112,7 +111,7 @@ def align_network(
             has already are taken away first.
         images: an image, a video, a folder, a pattern such as "photos/**/*.jpg", or several of these.
         out: the .safetensors file to write; None: NAME_aligned.safetensors next to the source.
-        prior: shares or counts of pixels by class name, or a JSON or YAML file of them; see `class_shares`.
+        prior: shares or counts of pixels by class name, or a JSON or YAML file of them.
         recipe: for a checkpoint: the recipe it was trained with, for its protocol and labeled masks.
         bound: largest class weight and reciprocal of the smallest; None: 5, and 20 for a prior or shift.
         strength: power of the class weights, from 0 to 1.
@@ -121,56 +120,90 @@ def align_network(
         despite_doubts: write the network even if there are doubts (`Adapted.doubts`).
 
     Returns:
-        shares and weights. `path` is None, and nothing was written, if there are doubts. Without convergence there are no
-        weights to write.
+        shares and weights. `path` is None, and nothing was written, if there are doubts, or no weights.
 
     Raises RunError, RecipeError, WeightsError, StorageError, NumericsError; DataError for a prior that is not one of
     these classes, or with 0 for a class that is predicted, and if no image can be read.
     """
-    if prior is not None and shift:
-        raise RunError(
-            "Both a prior and --shift are given. Choose one: --prior gives the class shares, --shift estimates them."
-        )
-    if limit < 1:
-        raise RunError(f"The number of images is {limit}; expected at least 1.")
-    bound = bound or (BOUND if prior is None and not shift else OTHER_BOUND)
-    check_settings(bound, strength)
+    task = _Task(prior, shift, bound=bound, strength=strength, limit=limit)
     path = _check_out(Path(source), Path(out) if out is not None else None, round_index, overwrite=overwrite)
     trained = load_trained(source, round_index, recipe=recipe)
     unfold_alignment(trained.network)
-    names = trained.classes().names
-    wanted = (
-        class_shares(prior, names) if prior is not None else _labeled_shares(source, trained, shift=shift)
-    )
     media = list_media([images] if isinstance(images, (str, Path)) else images)
-    sampled = _sample(trained, media, limit, title="predict", console=console)
-    before = _decided_shares(sampled.rows)
+    adapted = _find_weights(source, trained, media, task=task, console=console)
+    if not adapted.alignment.converged or (adapted.doubts and not despite_doubts):
+        return adapted
+    note = f"{adapted.images} of {adapted.available} images, {task.origin} class shares"
+    network = load_network(trained.path, plain=True)
+    save_network(fold_alignment(network, AlignmentRecord.of(adapted.alignment, note)), path, trained.spec)
+    return replace(adapted, path=path)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is asked for. Raises RunError and RecipeError for what cannot work; see `align_network`."""
+
+    prior: Prior | None
+    shift: bool
+    bound: float | None
+    strength: float
+    limit: int
+
+    def __post_init__(self) -> None:
+        if self.prior is not None and self.shift:
+            raise RunError(
+                "Both a prior and --shift are given. Choose one: --prior gives the class shares, --shift estimates them."
+            )
+        if self.limit < 1:
+            raise RunError(f"The number of images is {self.limit}; expected at least 1.")
+        check_settings(self.largest, self.strength)
+
+    @property
+    def origin(self) -> str:
+        """Where the wanted shares are from."""
+        return "estimated" if self.shift else "given" if self.prior is not None else "labeled"
+
+    @property
+    def largest(self) -> float:
+        """The largest class weight."""
+        return self.bound if self.bound is not None else BOUND if self.origin == "labeled" else OTHER_BOUND
+
+
+def _find_weights(
+    source: Path | str,
+    trained: Trained,
+    media: Sequence[Medium],
+    *,
+    task: _Task,
+    console: Console | None,
+) -> Adapted:
+    """Predict the images, and find the class weights that give their decisions the wanted shares."""
+    names = trained.classes().names
+    if task.prior is not None:
+        wanted = class_shares(task.prior, names)
+    else:
+        wanted = _labeled_shares(source, trained, shift=task.shift)
+    sampled = _sample(trained, media, task.limit, title="predict", console=console)
     estimate = None
-    if shift:
-        reference = _sample_reference(trained, limit, console)
+    if task.shift:
+        reference = _sample_reference(trained, task.limit, console)
         estimate = estimate_shift(sampled.rows, wanted, reference)
-    wanted = estimate.share if estimate else wanted
-    if prior is not None:
-        _check_zeros(wanted, before, names)
-    alignment = align(sampled.rows, wanted, bound=bound, strength=strength)
-    doubts = _doubts(alignment, estimate, before, wanted, images=sampled.images)
-    write = alignment.converged and (despite_doubts or not doubts)
-    if write:
-        how = "estimated" if shift else "given" if prior is not None else "labeled"
-        network = load_network(trained.path, plain=True)
-        note = f"{sampled.images} of {sampled.available} images, {how} class shares"
-        save_network(fold_alignment(network, AlignmentRecord.of(alignment, note)), path, trained.spec)
+        wanted = estimate.share
+    alignment = align(sampled.rows, wanted, bound=task.largest, strength=task.strength)
+    assert alignment.plain is not None
+    if task.prior is not None:
+        _check_zeros(wanted, alignment.plain, names)
     return Adapted(
         names=names,
-        before=before,
+        before=alignment.plain,
         wanted=wanted,
         alignment=alignment,
         shift=estimate,
         images=sampled.images,
         available=sampled.available,
         failed=sampled.failed,
-        doubts=doubts,
-        path=path if write else None,
+        doubts=_doubts(alignment, estimate, names, images=sampled.images),
+        path=None,
     )
 
 
@@ -240,7 +273,10 @@ class _Sampled:
 def _sample(
     trained: Trained, media: Sequence[Medium], limit: int, *, title: str, console: Console | None
 ) -> _Sampled:
-    """Predict a choice of images and sample their pixels; files that cannot be read are left out and named."""
+    """Predict a choice of images and sample their pixels; unreadable files are left out.
+
+    Raises DataError if no file can be read, NumericsError if the network has diverged.
+    """
     shots = choose_shots(media, limit, SEED)
     failed, memory = list(shots.failed), Memory()
     pixels, images = PixelSample(trained.network.classes, SEED), 0
@@ -270,7 +306,9 @@ def _sample(
         )
     if not images:
         raise DataError(faults("None of these files can be read", sorted(failed)))
-    return _Sampled(pixels.rows(pixels.sizes()), images, shots.available, tuple(sorted(failed)))
+    return _Sampled(
+        pixels.rows(pixels.sizes()), images, available=shots.available, failed=tuple(sorted(failed))
+    )
 
 
 def _sample_reference(trained: Trained, limit: int, console: Console | None) -> NDArray[np.float16] | None:
@@ -285,14 +323,6 @@ def _sample_reference(trained: Trained, limit: int, console: Console | None) -> 
     if not media:
         return None
     return _sample(trained, media, limit, title="predict the recipe's own images", console=console).rows
-
-
-def _decided_shares(rows: NDArray[np.float16]) -> NDArray[np.float64]:
-    """Shares of the decisions, float64 [K]."""
-    counts = np.zeros(rows.shape[1], np.int64)
-    for start in range(0, len(rows), BLOCK):
-        counts += np.bincount(rows[start : start + BLOCK].argmax(axis=1), minlength=len(counts))
-    return counts / counts.sum()
 
 
 def _check_zeros(wanted: NDArray[np.float64], before: NDArray[np.float64], names: Sequence[str]) -> None:
@@ -313,12 +343,7 @@ def _check_zeros(wanted: NDArray[np.float64], before: NDArray[np.float64], names
 
 
 def _doubts(
-    alignment: Alignment,
-    shift: Shift | None,
-    before: NDArray[np.float64],
-    wanted: NDArray[np.float64],
-    *,
-    images: int,
+    alignment: Alignment, shift: Shift | None, names: Sequence[str], *, images: int
 ) -> tuple[str, ...]:
     """Why the class weights should not be trusted."""
     doubts = []
@@ -334,21 +359,10 @@ def _doubts(
             "the network's bias could not be corrected before the shares were estimated: the recipe has no unlabeled "
             "and no validation images, or the network hardly knows one of the classes. Give the shares with --prior"
         )
-    occurring = wanted > 0
-    unreachable = int((occurring & ~alignment.reachable).sum())
-    if (before > 0).sum() == 1:
+    if (alignment.reached == 1).any():
         doubts.append(
             "the network predicts one class only, so there is nothing to align; it needs more training"
         )
     elif not alignment.converged:
-        doubts.append(
-            "no class weights give these shares: fewer than two classes are within reach, or many pixels have equal "
-            "scores"
-        )
-    elif 2 * unreachable > occurring.sum():
-        doubts.append(
-            f"{unreachable} of {occurring.sum()} classes are out of reach, more than half: they are never predicted, or "
-            f"need a weight outside [1/{alignment.bound:g}, {alignment.bound:g}]. The network is too weak, or the "
-            "shares are not those of these images"
-        )
+        doubts += alignment.warnings(names)
     return tuple(doubts)

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 
 from darseg.errors import DataError, faults
 
+Prior = Path | str | Mapping[str, float] | Sequence[float]
+"""The shares of the classes as a user gives them; see `class_shares`."""
+
 ROUNDING = 0.01
 """How far given shares may add up from 1: they are rounded, and divided by their sum."""
 
@@ -30,9 +33,7 @@ class _Entry:
     place: str
 
 
-def class_shares(
-    prior: Path | str | Mapping[str, float] | Sequence[float], names: Sequence[str]
-) -> NDArray[np.float64]:
+def class_shares(prior: Prior, names: Sequence[str]) -> NDArray[np.float64]:
     """The share of each class, float64 [K], sum 1.
 
     Args:

@@ -16,7 +16,11 @@ from darseg.run.media import Medium
 
 @dataclass(frozen=True)
 class Shot:
-    """An image, or a frame of a video with its number, from 1 on; `frame` is uint8 [H, W, 3] once it is read."""
+    """An image, or a frame of a video with its number, from 1 on.
+
+    Attributes:
+        frame: uint8 [H, W, 3], once the video is read.
+    """
 
     medium: Medium
     number: int = 0
@@ -34,7 +38,13 @@ class Shot:
 
 @dataclass(frozen=True)
 class Shots:
-    """The chosen ones in the order of the media, of how many, and a line for each video that cannot be opened."""
+    """Images and frames that were chosen.
+
+    Attributes:
+        chosen: in the order of the media.
+        available: of how many.
+        failed: a line for each video that cannot be opened.
+    """
 
     chosen: Sequence[Shot]
     available: int
