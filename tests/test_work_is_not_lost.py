@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 import darseg
 from darseg.config.text import load_recipe
 from darseg.data.files import storage_error
-from darseg.errors import RecipeError, RunError, StorageError
+from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.model.weights import save_network
 from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
 from darseg.run.data_digest import digest_manifest
@@ -170,3 +172,42 @@ def test_what_cannot_be_written_gets_fitting_advice(number: int, remedy: str, tm
     error = storage_error(OSError(number, os.strerror(number)), tmp_path / "file")
     says(str(error), str(tmp_path / "file"), os.strerror(number), remedy)
     assert ("permissions" in str(error)) == (number == errno.EACCES)
+
+
+@pytest.fixture
+def scores(tmp_path: Path) -> Path:
+    """A folder of scores of three classes, for two images."""
+    folder = tmp_path / "scores"
+    folder.mkdir()
+    for seed, name in enumerate(("a", "b")):
+        values = np.random.default_rng(seed).normal(size=(3, 4, 5)).astype(np.float32)
+        np.save(folder / f"{name}.npy", values)
+    return folder
+
+
+def test_mistyped_class_counts_leave_nothing_behind(scores: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        darseg.redistribute_folder(scores, tmp_path / "out", [1, 2, 3, 4], 0.5, console=QUIET)
+    assert not (tmp_path / "out").exists()
+    assert darseg.redistribute_folder(scores, tmp_path / "out", [1, 2, 3], 0.5, console=QUIET)["images"] == 2
+
+
+def test_a_missing_label_map_is_made_again_and_said(scores: Path, tmp_path: Path) -> None:
+    out, console = tmp_path / "out", Console(file=io.StringIO())
+    record = darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=QUIET)
+    before = (out / "a.png").read_bytes()
+    (out / "a.png").unlink()
+    assert darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=console) == record
+    assert (out / "a.png").read_bytes() == before
+    assert not (out / ".begun.json").exists()
+    text = console.file.getvalue()  # ty: ignore[unresolved-attribute]
+    says(text.splitlines()[0], "1 of 2", str(out))
+
+
+def test_a_second_call_into_the_same_folder_is_refused(scores: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held_folder(out), refused(RunError, str(out), "another process"):
+        darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=QUIET)
+    assert not list(out.iterdir())
+    darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=QUIET)
+    assert (out / "redistribution.json").exists()

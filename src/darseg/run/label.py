@@ -18,7 +18,7 @@ from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.scores import ScoreSource
-from darseg.run.build import labeling_protocol, manifest_of, masks
+from darseg.run.build import as_recipe, labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path
 from darseg.run.evaluate import Trained, check_classes, load_trained
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
@@ -33,7 +33,7 @@ def label_folder(
     images: Path | str,
     out: Path | str,
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Path | str | None = None,
     class_counts: Path | str | None = None,
     round_index: int | None = None,
     labeling_ratio: float | None = None,
@@ -62,7 +62,8 @@ def label_folder(
         the content of `redistribution.json`.
     """
     processes = Processes.here()
-    trained = load_trained(source, round_index, recipe=recipe, threads=threads)
+    given = None if recipe is None else as_recipe(recipe)
+    trained = load_trained(source, round_index, recipe=given, threads=threads)
     recipe = trained.recipe
     job = FolderJob(
         source=Path(images),

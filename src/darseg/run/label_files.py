@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from rich.console import Console
 
 from darseg.data.files import ASIDE, read_json, refuse_links_out_of, remove_leftovers
 from darseg.data.manifest import Sample, count_pixels
+from darseg.data.maps import label_path
 from darseg.data.prediction import SCALES, ConfidenceScale
-from darseg.errors import DataError, RunError, faults
+from darseg.errors import DarsegError, DataError, RunError, faults
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.labelset import Predictor, prediction_path
@@ -23,6 +25,7 @@ from darseg.run.directory import write_json
 from darseg.run.journal import Journal
 from darseg.run.label_samples import check_disk, label_samples, waiting_bytes
 from darseg.run.label_task import LabelFiles, LabelTask
+from darseg.run.outputs import held_folder
 from darseg.run.records import read_object
 from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
@@ -140,24 +143,44 @@ def label_into_folder(
             f"{job.out} lies in {job.source}, whose files are to be labeled. Choose a folder elsewhere."
         )
     task = LabelTask(job.labeling, ClassDistribution.from_counts(job.classes.counts), job.seed)
-    if not processes.from_first(lambda: _begin(job, size_of)):
-        progress = Journal(None, None, console or Console(quiet=not processes.first)).progress
-        labels = label_samples(
-            job.samples,
-            task,
-            source,
-            files=LabelFiles(job.out, job.histogram, job.alignment),
-            processes=processes,
-            progress=progress,
-        )
+    journal = Journal(None, None, console or Console(quiet=not processes.first))
+    with contextlib.ExitStack() as stack:
+        if processes.from_first(lambda: _begin(job, size_of, stack, say=journal.say)):
+            return read_object(job.result, "Choose another folder.")
+        try:
+            labels = label_samples(
+                job.samples,
+                task,
+                source,
+                files=LabelFiles(job.out, job.histogram, job.alignment),
+                processes=processes,
+                progress=journal.progress,
+            )
+        except DarsegError:
+            if processes.first:
+                _forget(job)
+            raise
         names = list(job.classes.names) if job.classes.names else None
         described = labels.to_json() | {"classes": names, "images": len(job.samples)}
         processes.from_first(lambda: _finish(job, described))
     return read_object(job.result, "Choose another folder.")
 
 
-def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
-    """Record what is begun, or check that an earlier call began the same. Returns if that finished."""
+def _begin(
+    job: FolderJob,
+    size_of: Callable[[Path], tuple[int, ...]],
+    stack: contextlib.ExitStack,
+    *,
+    say: Callable[[str], None],
+) -> bool:
+    """Record what is begun, or check that an earlier call began the same. Returns if that finished.
+
+    Args:
+        stack: gets the lock of the folder, so that no second call works in it.
+        say: prints a line.
+    """
+    if locked := job.out.is_dir():
+        stack.enter_context(held_folder(job.out))
     refuse_links_out_of(job.out)
     remove_leftovers(job.out)
     if job.marker.exists():
@@ -165,8 +188,13 @@ def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
         return False
     if job.result.exists():
         _check_same(job, job.result, _changed(job, _read_record(job.result)))
-        _remove_waiting(job)  # left by a kill right after the result was written
-        return True
+        missing = sum(not label_path(job.out, sample.id).exists() for sample in job.samples)
+        if not missing:
+            _remove_waiting(job)  # left by a kill right after the result was written
+            return True
+        say(f"{missing} of {len(job.samples)} label maps in {job.out} are missing; they are made again")
+        write_json(job.marker, {**job.record, "sizes": job.file_states})
+        return False
     if job.out.exists() and not job.out.is_dir():
         raise RunError(f"{job.out} is a file. Choose a folder for the label maps.")
     if job.out.exists() and any(path.suffix != ASIDE for path in job.out.iterdir()):
@@ -181,14 +209,38 @@ def _begin(job: FolderJob, size_of: Callable[[Path], tuple[int, ...]]) -> bool:
     if waiting_bytes(job.labeling, **what_waits):
         pixels = count_pixels(job.samples, size_of)
         check_disk(job.out, pixels, job.labeling, twice="use --predict-twice", **what_waits)
+    if not locked:  # from here on the folder is there
+        stack.enter_context(held_folder(job.out))
+        if any(path.suffix != ASIDE for path in job.out.iterdir()):
+            raise RunError(f"{job.out}: another call has just begun there. Choose another folder.")
     write_json(job.marker, {**job.record, "sizes": job.file_states})
     return False
+
+
+def _has_results(job: FolderJob) -> bool:
+    """Whether anything that a call worked for is in the folder."""
+    if job.histogram.exists() or job.result.exists():
+        return True
+    return any(path.is_file() for folder in (job.waiting, job.scores) for path in folder.rglob("*"))
+
+
+def _forget(job: FolderJob) -> None:
+    """Leave nothing behind of a call that could use none of the files, as with mistyped class counts."""
+    if _has_results(job):
+        return
+    _remove_waiting(job)
+    job.marker.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        job.out.rmdir()
 
 
 def _resume(job: FolderJob) -> None:
     """Prepare to continue what an earlier call began. Raises RunError if it was something else."""
     earlier = _read_record(job.marker)
     changed = _changed(job, earlier)
+    if changed and not _has_results(job):
+        write_json(job.marker, {**job.record, "sizes": job.file_states})
+        return
     inputs = job.record["inputs"]
     only_files = changed == ["inputs"] and earlier["inputs"] | {"files": inputs["files"]} == inputs
     if not only_files or job.histogram.exists():
