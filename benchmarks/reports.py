@@ -31,6 +31,7 @@ from darseg.pseudo.thresholds import choose_cbst
 from darseg.report.overview import write_report
 from darseg.run.browse import open_round
 from darseg.run.directory import FORMAT, RunDirectory, write_json
+from darseg.run.records import OUTPUTS
 from darseg.training.scores import Scores
 from darseg.view.app import viewer_app
 from darseg.view.guard import Keys
@@ -112,7 +113,8 @@ def draw_round(
         write_json(folder / "pseudo_scores.json", scores | {"truth": confusion.sum(1).tolist()})
         draw_facts(run, index, ids=ids, classes=classes, rng=rng)
     for step in ("label", "train", "evaluate")[not index :]:
-        record = {"step": step, "inputs": {}, "outputs": {}, "seconds": 1.0, "facts": {"steps": 1000}}
+        outputs = dict.fromkeys(OUTPUTS[step][0], "0" * 64)
+        record = {"step": step, "inputs": {}, "outputs": outputs, "seconds": 1.0, "facts": {"steps": 1000}}
         write_json(run.record_path(index, step), record)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 import re
@@ -133,10 +134,12 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     files: list[tuple[str, Path]] = []
     for directory, subfolders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        base = Path(directory)
+        start = "" if base == folder else f"{base.relative_to(folder).as_posix()}/"
         for name in names:
-            path = Path(directory, name)
-            if not name.startswith(".") and path.suffix.lower() in suffixes:
-                files.append((sample_id(path.relative_to(folder)), path))
+            stem, suffix = os.path.splitext(name)  # of 100,000 files paths would take most of the time
+            if suffix.lower() in suffixes and not name.startswith("."):
+                files.append((start + stem, base / name))
     files.sort()
     clashes = _clashes(files)
     if clashes:
@@ -148,6 +151,10 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
             )
         )
     return dict(files)
+
+
+FindFiles = Callable[[Path, tuple[str, ...]], dict[str, Path]]
+"""`find_files`, or a version of it that remembers what it has found."""
 
 
 def _raise_unreadable(error: OSError) -> None:
@@ -169,13 +176,13 @@ def _clashes(files: Iterable[tuple[str, Path]]) -> list[str]:
     return [" and ".join(map(str, paths)) for paths in by_key.values() if len(paths) > 1]
 
 
-def find_samples(source: Source) -> tuple[Sample, ...]:
+def find_samples(source: Source, find: FindFiles = find_files) -> tuple[Sample, ...]:
     """All samples of one role, in the order of the list; without a list, sorted by id.
 
     Raises DataError naming every line of the list that cannot be used, and every name that is not UTF-8.
     """
     if source.list_file is None:
-        images, label_of = _find_both(source)
+        images, label_of = _find_both(source, find)
         if source.ids is not None:
             images = {name: images[name] for name in source.ids if name in images}
         samples = [
@@ -191,7 +198,7 @@ def find_samples(source: Source) -> tuple[Sample, ...]:
                     "its image, but ends in .png."
                 )
     else:
-        samples = _read_list(source, source.list_file)
+        samples = _read_list(source, source.list_file, find)
         where = source.list_file
     if source.every is not None:
         samples = samples[:: source.every]
@@ -221,17 +228,15 @@ LabelOf = Callable[[str, Path], Path | None]
 """(id below the images, image) → its label file."""
 
 
-def _find_both(source: Source) -> tuple[dict[str, Path], LabelOf]:
-    """Images by id, and where their labels are.
+def _find_both(source: Source, find: FindFiles) -> tuple[dict[str, Path], LabelOf]:
+    """Images by id, and where their labels are. find: `find_files`, or a version that remembers.
 
     Label maps in a folder below the images' folder are not images.
     """
-    images = (
-        find_files(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
-    )
+    images = find(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
     if (layout := source.layout) is not None:
         return images, lambda _, image: layout.label_of(image)
-    labels = find_files(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
+    labels = find(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
     if source.images in source.labels.parents:
         images = {name: path for name, path in images.items() if source.labels not in path.parents}
     return images, lambda name, _: labels.get(name)
@@ -241,7 +246,7 @@ def _sample(source: Source, name: str, *, image: Path, label: Path | None) -> Sa
     return Sample(name, image, label, encoding=source.encoding if label else PLAIN)
 
 
-def _read_list(source: Source, list_file: Path) -> list[Sample]:
+def _read_list(source: Source, list_file: Path, find: FindFiles) -> list[Sample]:
     try:
         lines = read_text(list_file, "utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -253,7 +258,7 @@ def _read_list(source: Source, list_file: Path) -> list[Sample]:
         raise DataError(
             f"{list_file}: this list cannot be read ({error}). Save it as UTF-8 text, one line per image."
         ) from error
-    images, label_of = _find_both(source)
+    images, label_of = _find_both(source, find)
     samples, problems = [], []
     for number, line in enumerate(lines, 1):
         entry = line.strip()
@@ -328,12 +333,13 @@ def build_manifest(classes: ClassSet, sources: Sources) -> Manifest:
     has no label.
     """
     default = sources.default
-    roles = {role: find_samples(source) for role, source in sources.roles().items()}
+    find = functools.cache(find_files)  # roles often share their folders
+    roles = {role: find_samples(source, find) for role, source in sources.roles().items()}
     if default.optional and sources.labeled is not None and not default.images.is_dir():
         roles.setdefault("unlabeled", ())
     if sources.labeled is None or "unlabeled" not in roles:
         taken = {sample.image for samples in roles.values() for sample in samples}
-        rest = [sample for sample in find_samples(default) if sample.image not in taken]
+        rest = [sample for sample in find_samples(default, find) if sample.image not in taken]
         roles.setdefault("labeled", tuple(sample for sample in rest if sample.label is not None))
         labeled = {sample.image for sample in roles["labeled"]}
         roles.setdefault("unlabeled", tuple(sample for sample in rest if sample.image not in labeled))
