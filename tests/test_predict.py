@@ -21,7 +21,7 @@ from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict, predict_for_labeling, predict_scores, whole_image
 from darseg.model.weights import load_network, save_network
 from darseg.run.evaluate import load_trained
-from darseg.run.predict import KINDS, predict_folder
+from darseg.run.predict import KINDS, RECORD, predict_folder
 from wording import refused, says
 
 SPEC = NetworkSpec(backbone="resnet18_half", classes=4, output_stride=16, head_channels=8)
@@ -66,7 +66,9 @@ def film(
 
 
 def written(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    """The results in a folder; not the record of what made them."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix() for path in files}
 
 
 def averaged(network: Network, image: np.ndarray) -> torch.Tensor:

@@ -14,8 +14,10 @@ import pytest
 from rich.console import Console
 
 import darseg
+from conftest import write_png
 from darseg.config.text import load_recipe
 from darseg.data.files import storage_error
+from darseg.data.video import VideoWriter
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.model.weights import save_network
 from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
@@ -211,3 +213,69 @@ def test_a_second_call_into_the_same_folder_is_refused(scores: Path, tmp_path: P
     assert not list(out.iterdir())
     darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=QUIET)
     assert (out / "redistribution.json").exists()
+
+
+@pytest.fixture
+def networks(project: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """Two networks of one recipe, with other weights."""
+    paths = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    for seed, path in enumerate(paths):
+        recipe = load_recipe(project / "tiny.yaml", [f"seed={seed}"])
+        save_network(build_initial_network(recipe)[0], path, spec_of(recipe))
+    return paths
+
+
+def test_predictions_are_kept_only_among_those_of_the_same_network(
+    networks: tuple[Path, Path], tmp_path: Path
+) -> None:
+    images, out, options = tmp_path / "in", tmp_path / "out", {"kinds": ["index"], "console": QUIET}
+    for name in ("a", "b"):
+        write_png(images / f"{name}.png", np.zeros((20, 30, 3), np.uint8))
+    first, second = networks
+    darseg.predict_folder(first, images, out, **options)
+    (out / "index" / "b.png").unlink()
+    with refused(RunError, str(out), "network", "--existing replace"):
+        darseg.predict_folder(second, images, out, existing="keep", **options)
+    assert not (out / "index" / "b.png").exists()
+    done = darseg.predict_folder(first, images, out, existing="keep", **options)
+    assert (done.images, done.kept) == (1, 1)
+    darseg.predict_folder(second, images, out, existing="replace", **options)  # all of it
+    assert darseg.predict_folder(second, images, out, existing="keep", **options).kept == 2
+    write_png(images / "c.png", np.zeros((20, 30, 3), np.uint8))
+    darseg.predict_folder(first, images / "c.png", out, **options)  # two networks in one folder, as asked
+    with refused(RunError, str(out), "network", "--existing replace"):
+        darseg.predict_folder(first, images, out, existing="keep", **options)
+
+
+def test_an_earlier_versions_predictions_are_kept_with_a_warning(
+    networks: tuple[Path, Path], tmp_path: Path
+) -> None:
+    images, out, console = tmp_path / "in", tmp_path / "out", Console(file=io.StringIO())
+    write_png(images / "a.png", np.zeros((20, 30, 3), np.uint8))
+    darseg.predict_folder(networks[0], images, out, kinds=["index"], console=QUIET)
+    (out / ".predicted.json").unlink()
+    with held_folder(out), refused(RunError, str(out)):
+        darseg.predict_folder(networks[0], images, out, ["index"], existing="keep", console=QUIET)
+    darseg.predict_folder(networks[0], images, out, ["index"], existing="keep", console=console)
+    says(console.file.getvalue().splitlines()[0], ".predicted.json", "1 kept")  # ty: ignore[unresolved-attribute]
+
+
+def test_files_of_a_user_where_frames_go_stay(networks: tuple[Path, Path], tmp_path: Path) -> None:
+    frames, out = np.zeros((3, 32, 48, 3), np.uint8), tmp_path / "out"
+    writer = VideoWriter(tmp_path / "film.mp4", 5)
+    for frame in frames:
+        writer.add(frame)
+    writer.close()
+    mine = out / "index" / "film" / "000007.png"
+    write_png(mine, np.zeros((3, 3), np.uint8))
+    with refused(RunError, str(mine), "--existing"):
+        darseg.predict_folder(networks[0], tmp_path / "film.mp4", out, ["index"], console=QUIET)
+    kept = darseg.predict_folder(
+        networks[0], tmp_path / "film.mp4", out, ["index"], existing="keep", console=QUIET
+    )
+    assert kept.frames == 3 and mine.exists()
+    (mine.parent / "000002.png").unlink()  # not the last one
+    again = darseg.predict_folder(
+        networks[0], tmp_path / "film.mp4", out, ["index"], existing="keep", console=QUIET
+    )
+    assert again.frames == 3 and (mine.parent / "000002.png").exists()

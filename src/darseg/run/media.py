@@ -6,11 +6,15 @@ import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from darseg.choices import PredictionKind
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.manifest import find_files, sample_id
 from darseg.data.video import VIDEO_SUFFIXES, VideoFacts
 from darseg.errors import DataError, RunError, faults
+
+KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,33 @@ class Outputs:
         return self.folder / kind / f"{name}.png"
 
     def is_complete(self, medium: Medium, facts: VideoFacts | None) -> bool:
-        """Whether all files of a medium exist; the last frame of a video is written after all others."""
-        last = facts.frames if facts else 0
-        return all(self.path(medium, kind, last).exists() for kind in self.kinds)
+        """Whether all files of a medium exist."""
+        numbers = range(1, facts.frames + 1) if facts else (0,)
+        return all(self.path(medium, kind, number).exists() for kind in self.kinds for number in numbers)
+
+    def present(self, medium: Medium) -> list[Path]:
+        """The files that stand where those of a medium go; of a video, one of its folder."""
+        files = []
+        for kind in self.kinds:
+            path = self.path(medium, kind, 1)
+            if medium.is_video and kind != "overlay" and path.parent.is_dir():
+                files += sorted(path.parent.iterdir())[:1]
+            elif path.exists() or path.is_symlink():
+                files.append(path)
+        return files
+
+    def others(self, media: Sequence[Medium]) -> bool:
+        """Whether there are results of other media than these."""
+        names = {medium.name for medium in media}
+        videos = tuple(f"{medium.name}/" for medium in media if medium.is_video)
+        for kind in KINDS:
+            for path in (self.folder / kind).rglob("*.*"):
+                if path.suffix not in (".png", ".mp4"):
+                    continue
+                name = path.relative_to(self.folder / kind).with_suffix("").as_posix()
+                if name not in names and not name.startswith(videos):
+                    return True
+        return False
 
     def remove_frames_after(self, video: Medium, last: int) -> None:
         """Remove later frames, which an earlier call wrote for a longer video of that name."""
@@ -108,8 +136,7 @@ def still_to_do(
         return list(media)
     if existing == "keep":
         return [medium for medium in media if not outputs.is_complete(medium, facts.get(medium))]
-    files = [outputs.path(medium, kind, 1) for medium in media for kind in outputs.kinds]
-    present = [str(path) for path in files if path.exists()]
+    present = [str(path) for medium in media for path in outputs.present(medium)]
     if present:
         raise RunError(
             faults(

@@ -21,17 +21,20 @@ from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Memory, predict
-from darseg.run.directory import RunDirectory
+from darseg.run.build import evaluation_protocol
+from darseg.run.directory import RunDirectory, digest_path, write_json
 from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
-from darseg.run.media import Medium, Outputs, find_media, still_to_do
+from darseg.run.media import KINDS, Medium, Outputs, find_media, still_to_do
+from darseg.run.outputs import held_folder, read_settings
 from darseg.run.remedies import memory_reason
 
 OVERLAY_OPACITY = 0.55
 """Share of the class colors in an overlay; the rest is the image."""
 
-KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
 EXISTING: tuple[Existing, ...] = get_args(Existing)
+RECORD = ".predicted.json"
+"""In the output folder: the networks and protocols that its files were made by."""
 SMALLER = "Make the image smaller or cut it into pieces."
 """What to do about an image that needs more memory than there is."""
 CERTAIN = 65535
@@ -88,10 +91,15 @@ def predict_folder(
     facts, failed = _read_video_facts(media)
     readable = [medium for medium in media if not medium.is_video or medium in facts]
     todo = still_to_do(readable, facts, outputs, existing=existing)
-    work = _Work(trained, outputs, facts, failed=failed)
+    work = _Work(trained, outputs, facts, failed=failed, drop_later=existing == "replace")
     total = sum(max(1, facts[medium].frames) if medium.is_video else 1 for medium in todo)
-    with Journal(None, None, console or Console()).progress("predict", total) as advance:
-        work.predict_all(todo, advance)
+    journal = Journal(None, None, console or Console())
+    with held_folder(outputs.folder):
+        kept = len(readable) - len(todo)
+        others = outputs.others(todo if existing == "replace" else ())
+        _record(outputs, trained, journal, kept=kept, others=others)
+        with journal.progress("predict", total) as advance:
+            work.predict_all(todo, advance)
     return Predicted(
         images=work.images,
         videos=sum(medium.is_video for medium in todo),
@@ -114,6 +122,31 @@ def _check_outputs(out: Path, kinds: Sequence[str], existing: str) -> Outputs:
     for kind in kinds:
         remove_leftovers(out / kind)
     return Outputs(out, kinds)
+
+
+def _record(outputs: Outputs, trained: Trained, journal: Journal, *, kept: int, others: bool) -> None:
+    """Record by what the files of the folder are made. Raises RunError if those that are kept are not.
+
+    Args:
+        kept: how many images and videos are left as they are.
+        others: the folder may hold files of earlier calls, which stay.
+    """
+    path = outputs.folder / RECORD
+    protocol = evaluation_protocol(trained.recipe).describe() if trained.recipe else "whole images"
+    present = {"network": digest_path(trained.path), "protocol": protocol}
+    earlier = read_settings(path) if others else []
+    differing = [key for key in present if any(entry.get(key) != present[key] for entry in earlier)]
+    if kept and differing:
+        raise RunError(
+            f"{outputs.folder} holds results of another {' and '.join(differing)} (see {path.name}), so they cannot be "
+            "kept among those of this one. Choose another folder, or use --existing replace."
+        )
+    if kept and not earlier:
+        journal.warn(
+            f"{path} is not there, so nobody knows by which network the {kept} kept result(s) were made."
+        )
+    if present not in earlier:
+        write_json(path, {"made_by": [*earlier, present]})
 
 
 def _read_video_facts(media: Sequence[Medium]) -> tuple[dict[Medium, VideoFacts], list[str]]:
@@ -157,8 +190,10 @@ class _Work:
         facts: Mapping[Medium, VideoFacts],
         *,
         failed: list[str],
+        drop_later: bool,
     ) -> None:
         self.images = self.frames = 0
+        self._drop_later = drop_later  # frames of a longer video that had the same name
         self.failed = failed
         self._trained, self._outputs, self._facts = trained, outputs, facts
         self._palette, self._memory = trained.classes().palette(), Memory()
@@ -192,7 +227,8 @@ class _Work:
                     yield _Shot(medium, frame, number, movie=movie)
             except DataError as error:
                 self.failed.append(str(error))
-            self._outputs.remove_frames_after(medium, number)
+            if self._drop_later:
+                self._outputs.remove_frames_after(medium, number)
 
     def _read(self, shot: _Shot) -> np.ndarray | str:
         """The image, or why it cannot be read."""
