@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from darseg.pseudo.labeling import AlignSettings
 from darseg.pseudo.labelset import read_prediction
 from darseg.pseudo.redistribute import redistribute
 from darseg.pseudo.scores import scores_from_bytes, scores_to_bytes
+from darseg.report.overview import write_report
 from darseg.run import align_samples, label_samples
 from darseg.run.browse import Repredictor, open_round
 from darseg.run.build import labeling_protocol, place
@@ -358,6 +360,25 @@ def test_the_viewer_sees_the_aligned_predictions(run: Path, path: Path, tmp_path
         again = Repredictor(open_round(run)).prediction(sample)
         assert kept is not None and np.array_equal(kept.classes, again.classes)
         assert np.array_equal(kept.codes, again.codes)
+
+
+def test_the_report_and_the_command_show_it(run: Path, images: Path, tmp_path: Path, call) -> None:
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    section = re.sub(
+        r"<[^>]*>|\s+", " ", page[page.rindex(">Aligned decisions<") : page.rindex(">Thresholds<")]
+    )
+    alignment, counts = described(run)["alignment"], [5190, 10591, 4129, 1381]
+    code, printed, _ = call("label", run, images / "u", tmp_path / "out", "--round", 0)
+    assert code == 0
+    lines = [line.split() for line in printed.splitlines()]
+    for k, name in enumerate(CLASSES):
+        reached, plain = alignment["reached"][k], alignment["plain"][k]
+        weight = f"{alignment['weights'][k]:.3g}" if alignment["reachable"][k] else "out of reach"
+        for cell in (name, f"{plain:.3%}", f"{counts[k] / sum(counts):.3%}", f"{reached:.3%}", weight):
+            assert cell in section, cell
+        _, row = [line for line in lines if line[:1] == [name]]
+        assert row[1:4] == [f"{share:.2%}" for share in (plain, reached, counts[k] / sum(counts))]
 
 
 # What does not work.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from darseg.errors import DataError, faults, printable
 
 if TYPE_CHECKING:
+    from darseg.pseudo.align import Alignment
     from darseg.run.adapt import Adapted
     from darseg.run.check import Plan
     from darseg.run.plan import Round
@@ -133,28 +134,39 @@ def print_labels(record: dict, out: Path) -> None:
         rows.append([name, "-" if threshold is None else threshold, *counts])
     print_table(rows)
     if "alignment" in record:
-        _print_alignment(record["alignment"], names)
+        from darseg.pseudo.align import Alignment
+
+        alignment = Alignment.from_json(record["alignment"])
+        _print_alignment(alignment, names, record["settings"]["class_counts"])
     share = sum(record["kept"]) / max(1, sum(record["predicted"]))
     print(f"{record['images']} images, {share:.2%} of their pixels labeled, in {out}")
 
 
-def _print_alignment(alignment: dict, names: Sequence[str]) -> None:
-    """Print the class weights and shares, a row for each class, and what could not be aligned."""
-    rows: Rows = [["class", "weight", "target share", "reached"]]
+def _print_alignment(alignment: Alignment, names: Sequence[str], counts: Sequence[int]) -> None:
+    """Print the class weights and shares, and what could not be aligned.
+
+    Args:
+        counts: labeled pixels per class.
+    """
+    wanted = [count / max(1, sum(counts)) for count in counts]
+    plain = [None] * len(names) if alignment.plain is None else alignment.plain
+    _print_shares(names, plain, wanted=wanted, alignment=alignment)
+    for warning in alignment.warnings(names):
+        print(f"warning: {warning}")
+
+
+def _print_shares(names: Sequence[str], before: Any, *, wanted: Any, alignment: Alignment) -> None:
+    """Print a row for each class: shares of the decisions before and after, the wanted ones, and the weight."""
+    rows: Rows = [["class", "before", "after", "wanted", "weight"]]
     for k, name in enumerate(names):
-        rows.append([name, *(alignment[column][k] for column in ("weights", "target", "reached"))])
+        shares = [
+            None if column[k] is None else f"{column[k]:.2%}"
+            for column in (before, alignment.reached, wanted)
+        ]
+        rows.append(
+            [name, *shares, f"{alignment.weights[k]:.2f}" if alignment.reachable[k] else "out of reach"]
+        )
     print_table(rows)
-    if not alignment["converged"]:
-        print(
-            "warning: the decisions could not be aligned, so all class weights are 1: fewer than two classes are within "
-            "reach, or many pixels have equal scores. Continue without --align, or with a better network"
-        )
-    elif not all(alignment["reachable"]):
-        unreachable = [name for name, flag in zip(names, alignment["reachable"], strict=True) if not flag]
-        print(
-            f"warning: out of reach, so not aligned: {', '.join(unreachable)}. These classes are never predicted, have "
-            f"no labeled pixels, or need a class weight outside [1/{alignment['bound']:g}, {alignment['bound']:g}]"
-        )
 
 
 def print_adapted(adapted: Adapted) -> None:
@@ -163,13 +175,7 @@ def print_adapted(adapted: Adapted) -> None:
     Raises DataError if no network was written.
     """
     alignment = adapted.alignment
-    rows: Rows = [["class", "before", "after", "wanted", "weight"]]
-    for k, name in enumerate(adapted.names):
-        shares = (f"{column[k]:.2%}" for column in (adapted.before, alignment.reached, adapted.wanted))
-        rows.append(
-            [name, *shares, f"{alignment.weights[k]:.2f}" if alignment.reachable[k] else "out of reach"]
-        )
-    print_table(rows)
+    _print_shares(adapted.names, adapted.before, wanted=adapted.wanted, alignment=alignment)
     print(
         f"Shares of {alignment.pixels:,} pixels of {adapted.images} image(s), of {adapted.available} there."
     )

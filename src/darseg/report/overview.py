@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
+from darseg.pseudo.align import Alignment
 from darseg.report import charts
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, css_color, figure_of
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, read_data, read_run
@@ -75,6 +76,8 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
         page.section("Classes", _classes(page, facts))
     if facts.labeled:
         page.section("Class shares", _shares(page, facts, data))
+        if any(round_.labels and round_.labels.alignment for round_ in facts.labeled):
+            page.section("Aligned decisions", _alignments(facts, data))
         page.section("Thresholds", _thresholds(facts))
         page.section("Confidences", _confidences(page, facts))
     if any(len(round_.curve.steps) for round_ in facts.rounds):
@@ -193,6 +196,32 @@ def _shares_table(classes: ClassSet, data: DataFacts, round_: RoundFacts) -> Tab
         for k, entry in enumerate(_entries(classes))
     ]
     return Table(["share of pixels", *shares], rows)
+
+
+def _alignments(facts: RunFacts, data: DataFacts) -> Markup:
+    aligned = [round_ for round_ in facts.labeled if round_.labels and round_.labels.alignment]
+    rounds, omitted = shown(aligned, MOST_ROWS // len(facts.classes))
+    tabs = []
+    for round_ in rounds:
+        assert round_.labels is not None and round_.labels.alignment is not None
+        alignment = round_.labels.alignment
+        table = _alignment_table(facts.classes, data, alignment)
+        tabs.append(_tab(round_, {"table": table, "failed": not alignment.converged}))
+    return render("alignment", rounds=tabs, omitted=omitted)
+
+
+def _alignment_table(classes: ClassSet, data: DataFacts, alignment: Alignment) -> Table:
+    wanted = None if data.counts is None else data.counts / max(1, data.counts.sum())
+    rows = []
+    for k, entry in enumerate(_entries(classes)):
+        cells = [
+            UNDEFINED if shares is None else f"{shares[k]:.3%}"
+            for shares in (alignment.plain, wanted, alignment.reached)
+        ]
+        reachable = bool(alignment.reachable[k])
+        cells.append(f"{alignment.weights[k]:.3g}" if reachable else "out of reach")
+        rows.append(Row(entry, cells, "" if reachable else "worst"))
+    return Table(["share of pixels", "without weights", "labeled images", "with weights", "weight"], rows)
 
 
 def _thresholds(facts: RunFacts) -> Markup:
