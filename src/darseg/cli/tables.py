@@ -156,7 +156,7 @@ def _print_alignment(alignment: Alignment, names: Sequence[str], counts: Sequenc
 
 
 def _print_shares(names: Sequence[str], before: Any, *, wanted: Any, alignment: Alignment) -> None:
-    """Print a row for each class: shares of the decisions before and after, the wanted ones, and the weight."""
+    """Print a row for each class: shares before and after, the wanted ones, and the weight."""
     rows: Rows = [["class", "before", "after", "wanted", "weight"]]
     for k, name in enumerate(names):
         shares = [
