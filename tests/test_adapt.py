@@ -14,6 +14,7 @@ import torch
 
 from conftest import recipe_dict, write_png
 from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.video import VideoWriter
@@ -23,6 +24,7 @@ from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol, predict
 from darseg.model.weights import load_network, read_alignment, read_spec, save_network
 from darseg.run.adapt import align_network
+from darseg.run.build import evaluation_protocol
 from darseg.run.media import list_media
 from darseg.run.prior import class_shares
 from darseg.run.rounds import train
@@ -192,6 +194,14 @@ def test_a_run_has_the_shares_of_its_labeled_masks(
         "RUNS/tiny_aligned.safetensors",
         "--recipe RUNS/tiny",
     )
+    # With the run's recipe the file is predicted by the run's protocol: here all windows of an image, not the whole.
+    recipe = ("--recipe", run / "recipe.yaml")
+    assert call("predict", path, tiny_data / "images", tmp_path / "p", "--kind", "index", *recipe)[0] == 0
+    classes = [read_label(file) for file in sorted((tmp_path / "p" / "index").rglob("*.png"))]
+    images = [read_image(file) for file in sorted((tiny_data / "images").rglob("*.png"))]
+    protocol = evaluation_protocol(load_recipe(run / "recipe.yaml"))
+    for predicted, image in zip(classes, images, strict=True):
+        assert np.array_equal(predicted, predict(load_network(path), image, protocol).classes)
     code, _, error = call("align", run, tiny_data / "images")
     assert code == 2
     says(error.replace(str(run.parent), "RUNS"), "tiny_aligned.safetensors", "--out", "--force")

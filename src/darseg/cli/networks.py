@@ -79,13 +79,25 @@ def predict(
         Existing,
         typer.Option(help="If files exist: report a fault, keep those that are whole, or replace them."),
     ] = "fault",
+    recipe: Annotated[
+        Path | None, typer.Option(help="For a checkpoint: the recipe with its evaluation protocol.")
+    ] = None,
 ) -> None:
     """Predict images and videos: class values, class colors, colors over the image, and confidences."""
+    from darseg.config.text import load_recipe
     from darseg.errors import DataError, faults
     from darseg.run.predict import KINDS, predict_folder
 
     kinds = cast("list[PredictionKind]", kind) if kind else KINDS  # predict_folder checks them
-    done = predict_folder(source, images, out, kinds=kinds, round_index=round_index, existing=existing)
+    done = predict_folder(
+        source,
+        images,
+        out,
+        kinds=kinds,
+        round_index=round_index,
+        existing=existing,
+        recipe=load_recipe(recipe) if recipe else None,
+    )
     counts = [f"{done.images} image(s)"] if done.images or not done.videos else []
     counts += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []
     counts += [f"{done.kept} that were done before"] if done.kept else []

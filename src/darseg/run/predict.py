@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from darseg.choices import Existing, PredictionKind
+from darseg.config.recipe import Recipe
 from darseg.data.files import remove_leftovers
 from darseg.data.images import read_image
 from darseg.data.maps import write_map
@@ -66,6 +67,8 @@ def predict_folder(
     round_index: int | None = None,
     existing: Existing = "fault",
     console: Console | None = None,
+    *,
+    recipe: Recipe | None = None,
 ) -> Predicted:
     """Predict images and videos, by the recipe's evaluation protocol, into `out/KIND/NAME.png`.
 
@@ -80,12 +83,13 @@ def predict_folder(
         round_index: of a run folder; None: the last finished round.
         existing: what to do if files exist already: "fault" refuses before anything is written; "keep" keeps those that
             are whole and predicts the others; "replace" replaces them.
+        recipe: for a checkpoint: the recipe whose evaluation protocol it predicts with.
 
     Files that cannot be read are skipped and named in the result. Raises RunError, WeightsError, RecipeError,
     StorageError, NumericsError, and DataError if nothing is found or two results would get the same name.
     """
     outputs = _check_outputs(Path(out), kinds, existing)
-    trained = load_trained(source, round_index)
+    trained = load_trained(source, round_index, recipe=recipe)
     patterns = [images] if isinstance(images, (str, Path)) else images
     media = find_media(patterns, outputs.folder)
     facts, failed = _read_video_facts(media)
