@@ -102,6 +102,8 @@ def predict(
     counts += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []
     counts += [f"{done.kept} that were done before"] if done.kept else []
     print(f"{', '.join(counts)}: {', '.join(str(out / name) for name in kinds)}")
+    for note in done.notes:
+        print(note)
     if done.failed:
         raise DataError(
             faults(

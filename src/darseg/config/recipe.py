@@ -133,6 +133,13 @@ def _label_colors(value: Any) -> Any:
     return {name: tuple(tuple(color) for color in colors) for name, colors in value.items()}
 
 
+def _bands(value: Any) -> Any:
+    value = [value] if type(value) is int else value
+    if isinstance(value, (list, tuple)) and len(value) not in (1, 3):
+        raise ValueError(f"should be three bands (red, green, blue) or one (gray), and has {len(value)}")
+    return tuple(value) if isinstance(value, list) else value
+
+
 class DataConfig(Section):
     root: FilePath  # in the file: relative to its folder; once loaded: absolute
     layout: Literal["folders", "cityscapes", "voc"] = "folders"
@@ -141,6 +148,11 @@ class DataConfig(Section):
     label_values: Annotated[Any, PlainValidator(_values)] = "index"
     label_format: LabelFormat = "auto"
     label_colors: Annotated[Any, PlainValidator(_label_colors)] | None = None
+    orientation: Literal["auto", "upright", "stored"] = "auto"
+    bands: Annotated[tuple[Count, ...], BeforeValidator(_bands)] | None = None  # None: the first three
+    white: StrictFloat | None = None  # for values of other than 8 bits; None: 65535
+    black: StrictFloat = 0.0
+    max_pixels: Count = 2**30
     images: FilePath | None = None  # None: images, or the layout's
     labels: FilePath | None = None  # None: labels, or the layout's
     sbd: FilePath | None = None  # voc: SBD's folder, absolute or below root
@@ -171,6 +183,8 @@ class DataConfig(Section):
             yield ("label_colors",), "has no effect with label_format index; remove one of them"
         if self.label_format == "color" and self.label_values != "index":
             yield ("label_values",), "has no effect with label_format color; remove one of them"
+        if self.black >= (65535 if self.white is None else self.white):
+            yield ("black",), f"found {self.black:g}; should be below data.white"
         if self.layout != "voc" and self.sbd:
             yield ("sbd",), f"is only for layout voc, and the layout is {self.layout}; remove it"
         if self.layout != "folders":

@@ -39,7 +39,10 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
     """
     if sample.label is None:
         raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
-    image, label = read_image(sample.image), read_label(sample.label, sample.encoding)
+    image, label = (
+        read_image(sample.image, sample.reading),
+        read_label(sample.label, sample.encoding, sample.reading.max_pixels),
+    )
     if image.shape[:2] != label.shape:
         raise DataError(
             f"{size_fault(sample, label.shape, image.shape[:2])} Run `darseg check` to find all such files."

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +14,15 @@ from numpy.typing import NDArray
 from darseg.data.advice import unknown_values, usual_mistakes
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.encoding import CITY_IDS, LabelEncoding
-from darseg.data.images import image_size
+from darseg.data.images import Picture, read_picture
 from darseg.data.labels import decode_label, to_classes
 from darseg.data.manifest import Manifest, Sample, size_fault
+from darseg.data.orientation import UPRIGHT, orientation_mark
+from darseg.data.pictures import PictureTally, orientation_lines
 from darseg.errors import DataError
+
+NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+"""In place of those of a picture that was looked at."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,7 @@ class Findings:
         pixels: role → int64 [K + 1], pixels of each class; the last entry counts pixels that are not labeled.
         notes: lines about how files are read, if that may surprise a reader.
         largest: role → the readable image with most pixels.
+        pictures: those of the notes and warnings that only reading the pictures shows.
     """
 
     faults: tuple[str, ...]
@@ -39,6 +45,7 @@ class Findings:
     pixels: Mapping[str, NDArray[np.int64]]
     notes: tuple[str, ...] = ()
     largest: Mapping[str, Sample] = field(default_factory=dict)
+    pictures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,17 @@ class _SampleFindings:
         counts: int64 [256], pixels of each class and of 255.
         values: values of an index label file before they are mapped; empty for colors; None if the file is unreadable.
         faults: a line each.
+        picture: the image without its pixels; None if it is unreadable.
         size: height and width of the image; 0 if it is unreadable.
+        turned_label: whether the label file itself has an orientation mark.
     """
 
     counts: NDArray[np.int64]
     values: tuple[int, ...] | None
     faults: tuple[str, ...]
+    picture: Picture | None = None
     size: tuple[int, int] = (0, 0)
+    turned_label: bool = False
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
@@ -70,6 +81,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     faults: list[str] = []
     pixels: dict[str, NDArray[np.int64]] = {}
     sizes: dict[str, list[int]] = {}
+    tally, turned_labels = PictureTally(), 0
     values_of: dict[LabelEncoding, set[int]] = {}
     unreadable: set[LabelEncoding] = set()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
@@ -80,13 +92,22 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                 counts += result.counts
                 faults += result.faults
                 sizes[role].append(math.prod(result.size))
+                turned_labels += result.turned_label
+                if result.picture is not None:
+                    tally.add(role, sample, result.picture)
                 if sample.label:
                     encoding = sample.encoding.for_file(sample.label)
                     values_of.setdefault(encoding, set()).update(result.values or ())
                     unreadable |= {encoding} if result.values is None else set()
                 advance()
             pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
-    warnings: list[str] = []
+    warnings = [*orientation_lines(manifest)[1], *tally.warnings()]
+    if turned_labels:
+        warnings.append(
+            f"{turned_labels:,} label map(s) have an orientation mark (EXIF) of their own, which is not followed. Save "
+            "them without it."
+        )
+    pictures = (*tally.notes(), *warnings)
     for encoding, values in values_of.items():
         unknown = {value for value in values if value >= len(classes)} - {encoding.ignore, IGNORE}
         # Values that seem to be absent may be in files that could not be read.
@@ -109,7 +130,8 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         warnings=(*warnings, *_empty_roles(manifest)),
         images={role: len(samples) for role, samples in manifest.roles().items()},
         pixels=pixels,
-        notes=tuple(reading_notes(manifest)),
+        notes=(*reading_notes(manifest), *tally.notes()),
+        pictures=pictures,
         largest={
             role: samples[int(np.argmax(sizes[role]))]
             for role, samples in manifest.roles().items()
@@ -152,37 +174,43 @@ def _empty_roles(manifest: Manifest) -> list[str]:
 
 
 def reading_notes(manifest: Manifest) -> list[str]:
-    """Lines about label files whose names decide how they are read."""
+    """Lines about files whose names or orientation marks decide how they are read."""
+    notes, _ = orientation_lines(manifest)
     samples = [sample for role in manifest.roles().values() for sample in role]
     count = sum(
         sample.label is not None and sample.encoding.for_file(sample.label) is CITY_IDS for sample in samples
     )
-    if not count:
-        return []
-    return [f"{count:,} label files hold Cityscapes' ids (labelIds); they are read as the 19 train ids."]
+    if count:
+        notes.append(
+            f"{count:,} label files hold Cityscapes' ids (labelIds); they are read as the 19 train ids."
+        )
+    return notes
 
 
 def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
     faults: list[str] = []
-    size = (0, 0)
+    picture, size = None, (0, 0)
     try:
-        size = image_size(sample.image)
+        picture = read_picture(sample.image, sample.reading)
+        size = picture.size
+        picture = replace(picture, pixels=NO_PIXELS)
     except DataError as error:
         faults.append(str(error))
     counts, values = np.zeros(256, np.int64), None
     if sample.label is None:
-        return _SampleFindings(counts, values, tuple(faults), size=size)
+        return _SampleFindings(counts, values, tuple(faults), picture=picture, size=size)
+    turned = orientation_mark(sample.label) != UPRIGHT
     try:
         encoding = sample.encoding.for_file(sample.label)
-        raw = decode_label(sample.label, encoding.format)
+        raw = decode_label(sample.label, encoding.format, sample.reading.max_pixels)
         values = () if raw.dtype == np.int32 else tuple(np.flatnonzero(np.bincount(raw[raw >= 0])).tolist())
         label = to_classes(raw, encoding, sample.label)
     except DataError as error:
-        return _SampleFindings(counts, values, (*faults, str(error)), size=size)
+        return _SampleFindings(counts, values, (*faults, str(error)), picture=picture, size=size)
     if all(size) and label.shape != size:
         faults.append(size_fault(sample, label.shape, size))
     counts = np.bincount(label.reshape(-1), minlength=256)
     unknown = unknown_values(counts, len(classes))
     if unknown:
         faults.append(f"{sample.label}: {unknown}")
-    return _SampleFindings(counts, values, tuple(faults), size=size)
+    return _SampleFindings(counts, values, tuple(faults), picture=picture, size=size, turned_label=turned)

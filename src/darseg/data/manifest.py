@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 from darseg.data.classes import ClassSet
 from darseg.data.encoding import PLAIN, LabelEncoding
 from darseg.data.files import read_text
-from darseg.data.images import IMAGE_SUFFIXES, image_size
+from darseg.data.images import IMAGE_SUFFIXES, USUAL, Reading, image_size, stored_size
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
+from darseg.data.orientation import TURNED_MARKS, TURNS, UPRIGHT, MarkedLabels, orientation_mark, upright_size
 from darseg.errors import DataError, faults
 
 
@@ -27,12 +28,14 @@ class Sample:
     Attributes:
         id: the image's path relative to its root, without suffix, with forward slashes.
         encoding: how the values of the label file become classes.
+        reading: how the pixels of the image file become RGB.
     """
 
     id: str
     image: Path
     label: Path | None = None
     encoding: LabelEncoding = PLAIN
+    reading: Reading = USUAL
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Source:
         every: keeps entries 0, n, 2n, …; without `list_file` only images that have a label count.
         except_every: keeps the entries that `every` would leave out.
         encoding: of the label files.
+        reading: of the image files.
         layout: labels are where this data set keeps them, and `labels` is not used. If a label path in a list does not
             exist, the layout's label file is taken instead.
         ids: takes these images below `images` instead of all.
@@ -60,6 +64,7 @@ class Source:
     every: int | None = None
     except_every: int | None = None
     encoding: LabelEncoding = PLAIN
+    reading: Reading = USUAL
     layout: Layout | None = None
     ids: tuple[str, ...] | None = None
     optional: bool = False
@@ -83,13 +88,19 @@ class Sources:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The samples of every role. `unlabeled` samples may have labels, which are for measuring only."""
+    """The samples of every role. `unlabeled` samples may have labels, which are for measuring only.
+
+    Attributes:
+        marks: what the labels of images with an orientation mark say about how these are to be read; None if it was not
+            looked at.
+    """
 
     classes: ClassSet
     labeled: tuple[Sample, ...]
     unlabeled: tuple[Sample, ...]
     validation: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
+    marks: MarkedLabels | None = None
 
     def roles(self) -> dict[str, tuple[Sample, ...]]:
         return {
@@ -100,15 +111,16 @@ class Manifest:
         }
 
 
-def count_pixels(samples: Sequence[Sample], size_of: Callable[[Path], tuple[int, ...]] = image_size) -> int:
+def count_pixels(samples: Sequence[Sample], size_of: Callable[[Path], tuple[int, ...]] | None = None) -> int:
     """Estimate the pixels of all images: as if each were as large as the first that can be read.
 
     Args:
-        size_of: image file → height and width.
+        size_of: image file → height and width; None: as the sample is read.
     """
     for sample in samples:
         with contextlib.suppress(DataError):
-            return math.prod(size_of(sample.image)) * len(samples)
+            size = image_size(sample.image, sample.reading) if size_of is None else size_of(sample.image)
+            return math.prod(size) * len(samples)
     return 0
 
 
@@ -117,7 +129,23 @@ def size_fault(sample: Sample, label_size: tuple[int, ...], image_size: tuple[in
     return (
         f"{sample.label}: the label map is {label_size[0]}x{label_size[1]} pixels (height x width), but its image "
         f"{sample.image} is {image_size[0]}x{image_size[1]}. Both must have the same size."
+        + _hint_of_mark(sample, label_size)
     )
+
+
+def _hint_of_mark(sample: Sample, label_size: tuple[int, ...]) -> str:
+    """What the orientation mark of an image has to do with a wrong size; empty if it has none."""
+    mark = orientation_mark(sample.image)
+    if mark not in TURNED_MARKS:
+        return ""
+    way, other = ("upright", "stored") if sample.reading.upright else ("as it is stored", "upright")
+    size = upright_size(stored_size(sample.image) or (0, 0), mark if other == "upright" else UPRIGHT)
+    remedy = (
+        f" The label map fits the {other} picture: if all do, set data.orientation: {other}."
+        if label_size == size
+        else ""
+    )
+    return f" The image has an orientation mark (EXIF {mark}: {TURNS[mark]}) and is read {way}.{remedy}"
 
 
 def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
@@ -243,7 +271,8 @@ def _find_both(source: Source, find: FindFiles) -> tuple[dict[str, Path], LabelO
 
 
 def _sample(source: Source, name: str, *, image: Path, label: Path | None) -> Sample:
-    return Sample(name, image, label, encoding=source.encoding if label else PLAIN)
+    encoding = source.encoding if label else PLAIN
+    return Sample(name, image, label, encoding=encoding, reading=source.reading)
 
 
 def _read_list(source: Source, list_file: Path, find: FindFiles) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -33,6 +34,25 @@ TURNS = {
 
 MOST_ENTRIES = 4096
 """Entries of a TIFF directory that are looked at; real ones have a few dozen."""
+
+
+@dataclass(frozen=True)
+class MarkedLabels:
+    """Labeled images with an orientation mark, by which picture their label maps have the size of.
+
+    Attributes:
+        upright, stored: only the upright picture's, or only the stored one's.
+        both: both have the same size: turned by 180 degrees, mirrored, or square.
+    """
+
+    upright: int = 0
+    stored: int = 0
+    both: int = 0
+
+    @property
+    def say_stored(self) -> bool:
+        """Whether more label maps fit the stored pictures."""
+        return self.stored > self.upright
 
 
 def orientation_mark(source: Path | bytes) -> int:

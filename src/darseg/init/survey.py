@@ -13,6 +13,7 @@ import numpy as np
 
 from darseg.data.images import GIF_MARKS, image_size, is_png, open_with_pillow, read_bytes
 from darseg.data.labels import decode_label
+from darseg.data.orientation import orientation_mark, upright_size
 from darseg.errors import DataError
 from darseg.init.discover import FoundImage
 from darseg.init.names import RGB
@@ -70,7 +71,12 @@ def survey(images: Sequence[FoundImage], advance: Callable[[], object] = lambda:
             if image.label is not None and isinstance(content, str):
                 faults[image.label] = content
             elif image.label is not None and isinstance(content, LabelContent):
-                if isinstance(size, tuple) and content.size != size:
+                fitting = (
+                    (size, upright_size(size, orientation_mark(image.image)))
+                    if isinstance(size, tuple)
+                    else ()
+                )
+                if isinstance(size, tuple) and content.size not in fitting:
                     faults[image.label] = (
                         f"{image.label}: the label has {content.size[0]}x{content.size[1]} pixels, but its image "
                         f"{image.image} has {size[0]}x{size[1]} (height x width)"

@@ -181,7 +181,7 @@ def _prediction(repredictor: Repredictor, sample: Sample) -> Prediction | None:
 def _picture(repredictor: Repredictor, sample: Sample, fact: ImageFacts, *, reasons: list[str]) -> Picture:
     classes, label = repredictor.round.classes, repredictor.round.label_map(sample)
     assert label is not None
-    truth = read_label(sample.label, sample.encoding) if sample.label else None
+    truth = read_label(sample.label, sample.encoding, sample.reading.max_pixels) if sample.label else None
     if truth is not None and truth.shape != label.shape:
         raise DataError(
             f"{sample.label}: the label map has {truth.shape[0]}x{truth.shape[1]} pixels (height x width), but the "
@@ -195,7 +195,7 @@ def _picture(repredictor: Repredictor, sample: Sample, fact: ImageFacts, *, reas
         reasons=tuple(reasons),
         confidence=fact.confidence if prediction is None else prediction.mean_confidence,
         share=fact.coverage,
-        image=jpeg_url(read_image(sample.image)),
+        image=jpeg_url(read_image(sample.image, sample.reading)),
         prediction=None if raw is None else map_url(raw, classes),
         label=map_url(label, classes),
         truth=None if truth is None else map_url(truth, classes),

@@ -161,4 +161,4 @@ class Repredictor:
             else:
                 scores = network_scores(network, lambda image: protocol, scale)
                 self._predictor = scores.predictor(alignment.weights)
-        return self._predictor.predict(sample, read_image(sample.image))
+        return self._predictor.predict(sample, read_image(sample.image, sample.reading))

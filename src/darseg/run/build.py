@@ -15,9 +15,12 @@ from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceC
 from darseg.config.text import load_recipe, recipe_differences
 from darseg.data.classes import CITYSCAPES, ClassSet, class_set
 from darseg.data.encoding import label_encoding
+from darseg.data.images import USUAL, Reading
 from darseg.data.labels import read_label
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, Sources, build_manifest
+from darseg.data.pictures import follow_marks
+from darseg.data.scaling import Scaling
 from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
 from darseg.model.download import fetch
 from darseg.model.fold import fold_batchnorm
@@ -94,7 +97,10 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
 
     # Nobody named the folder `images`: if labeled images are in other places, it need not be there.
     optional = layout is None and data.images is None
-    whole = default = Source(root, images, labels, encoding=encoding, layout=layout, optional=optional)
+    reading = reading_of(recipe)
+    whole = default = Source(
+        root, images, labels, encoding=encoding, reading=reading, layout=layout, optional=optional
+    )
     labeled, validation = data.labeled, data.validation
     if layout is not None and layout.name == "cityscapes":
         default = replace(default, images=images / "train")
@@ -120,11 +126,25 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
 
     roles = (labeled, data.unlabeled, validation, data.test)
     try:
-        return build_manifest(classes, Sources(default, *map(source, roles)))
+        manifest = build_manifest(classes, Sources(default, *map(source, roles)))
+        return follow_marks(manifest, data.orientation)
     except DataError as error:
         if layout and (hints := layout.warnings()):
             raise DataError(faults(f"{error}\nThe data set itself", hints)) from None
         raise
+
+
+def reading_of(recipe: Recipe | None) -> Reading:
+    """How the recipe has pictures read; their label maps may still say that they are to stay as they are stored."""
+    if recipe is None:
+        return USUAL
+    data = recipe.data
+    return Reading(
+        upright=data.orientation != "stored",
+        bands=data.bands,
+        scaling=Scaling(data.black, data.white),
+        max_pixels=data.max_pixels,
+    )
 
 
 def layout_of(recipe: Recipe) -> Layout | None:
@@ -142,7 +162,7 @@ def layout_of(recipe: Recipe) -> Layout | None:
 
 def masks(samples: Sequence[Sample]) -> Iterator[tuple[str, np.ndarray]]:
     """Path and label map, uint8 [H, W], of every sample that has one."""
-    return ((str(s.label), read_label(s.label, s.encoding)) for s in samples if s.label)
+    return ((str(s.label), read_label(s.label, s.encoding, s.reading.max_pixels)) for s in samples if s.label)
 
 
 def spec_of(recipe: Recipe) -> NetworkSpec:

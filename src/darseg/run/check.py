@@ -13,6 +13,7 @@ from darseg.data.examine import Findings, examine
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels, find_files
+from darseg.data.suffixes import unread_files, unread_line
 from darseg.errors import DarsegError
 from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
@@ -43,6 +44,8 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     findings = read_all(manifest, console or Console())
     faults, warnings = list(findings.faults), list(findings.warnings)
     layout = layout_of(recipe)
+    if not layout:
+        warnings += _unread(recipe)
     orphans = [] if layout else labels_without_image(recipe)
     if layout:
         warnings += layout.warnings()
@@ -61,6 +64,23 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     except DarsegError as error:
         faults.append(str(error))
     return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
+
+
+def _unread(recipe: Recipe) -> list[str]:
+    """A line for each folder of images or labels with files of kinds that are not read."""
+    data, root = recipe.data, Path(recipe.data.root)
+    sources = [source for _, source in data.sources()]
+    folders = {
+        IMAGE_SUFFIXES: {data.images or IMAGES, *(source.images for source in sources if source.images)},
+        LABEL_SUFFIXES: {data.labels or LABELS, *(source.labels for source in sources if source.labels)},
+    }
+    lines = []
+    for suffixes, names in folders.items():
+        for folder in sorted(root / name for name in names):
+            read = suffixes if folder.resolve() != root.resolve() else (*IMAGE_SUFFIXES, *LABEL_SUFFIXES)
+            if counts := unread_files(folder, read):
+                lines.append(unread_line(folder, counts))
+    return lines
 
 
 def read_all(manifest: Manifest, console: Console) -> Findings:

@@ -7,16 +7,17 @@ from dataclasses import fields
 from pathlib import Path
 
 from darseg.data.encoding import PLAIN, LabelEncoding
+from darseg.data.images import USUAL
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, faults
-from darseg.run.settings import default_of, digest_text
+from darseg.run.settings import default_of, digest_settings, digest_text
 
 ENCODING_OF_FORMAT_1 = ("format", "values", "other", "ignore", "colors", "city_ids")
 """Fields of a label encoding that digests of data have always named."""
 
 
 def digest_samples(samples: Iterable[Sample]) -> str:
-    """SHA-256 over ids, file sizes and how labels are read.
+    """SHA-256 over ids, file sizes and how images and labels are read.
 
     It changes if files are added, removed or changed in size, and needs no reading of contents (see `written_since`).
     """
@@ -25,7 +26,8 @@ def digest_samples(samples: Iterable[Sample]) -> str:
         try:
             label = sample.label.stat().st_size if sample.label else "-"
             encoding = "" if sample.encoding == PLAIN else f"\t{_described(sample.encoding)}"
-            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}")
+            reading = "" if sample.reading == USUAL else f"\t{digest_settings(reading=sample.reading)}"
+            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}{reading}")
         except OSError as error:
             missing.append(f"{error.filename}: {error.strerror}")
     if missing:

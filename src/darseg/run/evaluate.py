@@ -16,6 +16,7 @@ from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.dataset import Example, load_example
+from darseg.data.images import Reading
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DarsegError, DataError, RecipeError, RunError
@@ -30,6 +31,7 @@ from darseg.run.build import (
     evaluation_protocol,
     load_to_predict,
     manifest_of,
+    reading_of,
     recipe_of,
     set_threads,
 )
@@ -54,6 +56,10 @@ class Trained:
     def alignment(self) -> AlignmentRecord | None:
         """The class weights that are part of the network; None: its decisions are plain."""
         return self.network.alignment
+
+    def reading(self) -> Reading:
+        """How the recipe has pictures read."""
+        return reading_of(self.recipe)
 
     def classes(self) -> ClassSet:
         """Names and colors of the classes; numbers and generated colors if the file does not have them."""

@@ -84,7 +84,7 @@ def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[s
     pictures, unreadable = {}, []
     for name in (names[index] for index in chosen):
         try:
-            pictures[name] = read_image(paths[name])
+            pictures[name] = read_image(paths[name], trained.reading())
         except DataError as error:
             unreadable.append(str(error))
     if unreadable:

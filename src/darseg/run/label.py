@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from darseg.config.recipe import LabelingConfig, Recipe
-from darseg.data.images import IMAGE_SUFFIXES, image_size
+from darseg.data.images import IMAGE_SUFFIXES, Reading, image_size
 from darseg.data.manifest import Sample, find_files
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Protocol
@@ -67,7 +68,7 @@ def label_folder(
     recipe = trained.recipe
     job = FolderJob(
         source=Path(images),
-        samples=_images_in(Path(images)),
+        samples=_images_in(Path(images), trained.reading()),
         out=Path(out),
         classes=_count_classes(source, trained, class_counts),
         labeling=_complete_labeling(
@@ -83,7 +84,8 @@ def label_folder(
         inputs=_digest_predictor(trained),
         predict_twice=predict_twice,
     )
-    return label_into_folder(job, _source_of(job, trained), image_size, processes=processes, console=console)
+    size_of = partial(image_size, reading=trained.reading())
+    return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
 
 
 def _source_of(job: FolderJob, trained: Trained) -> Predictor | ScoreSource:
@@ -97,13 +99,13 @@ def _source_of(job: FolderJob, trained: Trained) -> Predictor | ScoreSource:
     return network_scores(network, protocol, job.scale, scores=scores, predictions=job.waiting)
 
 
-def _images_in(path: Path) -> list[Sample]:
+def _images_in(path: Path, reading: Reading) -> list[Sample]:
     """The images of a folder, or the one image."""
     if path.is_file():
-        return [Sample(path.stem, path)]
+        return [Sample(path.stem, path, reading=reading)]
     if not path.is_dir():
         raise DataError(f"{path}: no such folder. Give a folder of images, or one image.")
-    samples = [Sample(name, file) for name, file in find_files(path, IMAGE_SUFFIXES).items()]
+    samples = [Sample(name, file, reading=reading) for name, file in find_files(path, IMAGE_SUFFIXES).items()]
     if not samples:
         raise DataError(f"{path}: no images there. Give a folder of {', '.join(IMAGE_SUFFIXES)} files.")
     return samples

@@ -98,7 +98,7 @@ def network_predictor(
             network, image, protocol(image), name=str(sample.image), scale=scale, memory=memory
         )
 
-    return Predictor(lambda sample: read_image(sample.image), run, folder)
+    return Predictor(lambda sample: read_image(sample.image, sample.reading), run, folder)
 
 
 def network_scores(
@@ -131,7 +131,11 @@ def network_scores(
         return decide(torch.from_numpy(scores), scale, name=str(sample.image), weights=weights)
 
     return ScoreSource(
-        lambda sample: read_image(sample.image), score, decide_scores, scores=scores, predictions=predictions
+        lambda sample: read_image(sample.image, sample.reading),
+        score,
+        decide_scores,
+        scores=scores,
+        predictions=predictions,
     )
 
 

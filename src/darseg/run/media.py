@@ -11,6 +11,7 @@ from typing import get_args
 from darseg.choices import PredictionKind
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.manifest import find_files, sample_id
+from darseg.data.suffixes import unread_files, unread_line
 from darseg.data.video import VIDEO_SUFFIXES, VideoFacts
 from darseg.errors import DataError, RunError, faults
 
@@ -126,6 +127,13 @@ def list_media(patterns: Sequence[Path | str], out: Path | None = None) -> list[
             )
         media.update({(medium.name, medium.path.absolute()): medium for medium in matches})
     return sorted(media.values(), key=lambda medium: (medium.name, medium.path))
+
+
+def unread_lines(patterns: Sequence[Path | str]) -> list[str]:
+    """A line for each folder of the patterns with pictures or videos of kinds that are not read."""
+    folders = [Path(pattern) for pattern in patterns if Path(pattern).is_dir()]
+    counts = [(folder, unread_files(folder, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))) for folder in folders]
+    return [unread_line(folder, count) for folder, count in counts if count]
 
 
 def still_to_do(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ from rich.console import Console
 from darseg.choices import Existing, PredictionKind
 from darseg.config.recipe import Recipe
 from darseg.data.files import remove_leftovers
-from darseg.data.images import read_image
+from darseg.data.images import read_picture
+from darseg.data.manifest import Sample
 from darseg.data.maps import write_map
+from darseg.data.pictures import PictureTally
 from darseg.data.pipeline import ahead_of, overlapped
 from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts
@@ -26,7 +29,7 @@ from darseg.run.build import evaluation_protocol
 from darseg.run.directory import RunDirectory, digest_path, write_json
 from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
-from darseg.run.media import KINDS, Medium, Outputs, find_media, still_to_do
+from darseg.run.media import KINDS, Medium, Outputs, find_media, still_to_do, unread_lines
 from darseg.run.outputs import held_folder, read_settings
 from darseg.run.remedies import memory_reason
 
@@ -50,6 +53,7 @@ class Predicted:
         images, videos, frames: how many were predicted; frames are those of the videos.
         kept: images and videos that were left alone because all their files existed.
         failed: a line for each image or video that could not be read, or not to its end.
+        notes: lines about how files were read or written, if that may surprise.
     """
 
     images: int
@@ -57,6 +61,7 @@ class Predicted:
     frames: int
     kept: int
     failed: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def predict_folder(
@@ -110,6 +115,7 @@ def predict_folder(
         frames=work.frames,
         kept=len(readable) - len(todo),
         failed=tuple(sorted(work.failed)),
+        notes=(*unread_lines(patterns), *work.notes()),
     )
 
 
@@ -202,6 +208,11 @@ class _Work:
         self._trained, self._outputs, self._facts = trained, outputs, facts
         self._palette, self._memory = trained.classes().palette(), Memory()
         self._movie: _Movie | None = None
+        self._tally, self._lock = PictureTally(), threading.Lock()
+
+    def notes(self) -> list[str]:
+        """Lines about how pictures were read."""
+        return [*self._tally.notes(), *self._tally.warnings()]
 
     def predict_all(self, media: Sequence[Medium], advance: Callable[[], object]) -> None:
         """Predict and write all; after any error no half-written overlay stays."""
@@ -239,7 +250,11 @@ class _Work:
         if shot.frame is not None:
             return shot.frame
         try:
-            return read_image(shot.medium.path)
+            sample = Sample(shot.medium.name, shot.medium.path, reading=self._trained.reading())
+            picture = read_picture(sample.image, sample.reading)
+            with self._lock:
+                self._tally.add("predicted", sample, picture)
+            return picture.pixels
         except DataError as error:
             return str(error)
         except MemoryError as error:

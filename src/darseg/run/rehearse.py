@@ -54,8 +54,10 @@ def rehearse(
     if sample := largest.get("validation"):
         protocol = evaluation_protocol(recipe)
         with explain_memory(less_to_predict(recipe, "evaluation", protocol, begun=False)):
-            predict(trial, read_image(sample.image), protocol, name=str(sample.image))
+            predict(trial, read_image(sample.image, sample.reading), protocol, name=str(sample.image))
     if labels and (sample := largest.get("unlabeled")):
         protocol = labeling_protocol(recipe)
         with explain_memory(less_to_predict(recipe, "labeling", protocol, begun=False)):
-            predict_for_labeling(trial, read_image(sample.image), protocol, name=str(sample.image))
+            predict_for_labeling(
+                trial, read_image(sample.image, sample.reading), protocol, name=str(sample.image)
+            )

@@ -84,6 +84,8 @@ def train(
         findings = _check_data(manifest, console) if new else None  # before hours of work, not after them
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         if findings is not None:
+            for line in findings.pictures:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
             rehearse(
                 recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=findings.largest
             )

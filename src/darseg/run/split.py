@@ -204,7 +204,10 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
         if sample.label is None:
             return np.zeros(256, np.int64)
         try:
-            values = np.bincount(read_label(sample.label, sample.encoding).reshape(-1), minlength=256)
+            values = np.bincount(
+                read_label(sample.label, sample.encoding, sample.reading.max_pixels).reshape(-1),
+                minlength=256,
+            )
         except DataError as error:
             return str(error)
         line = unknown_values(values, len(classes))

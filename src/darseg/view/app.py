@@ -252,7 +252,7 @@ def _draw(
     round_: LabeledRound, sample: Sample, *, kind: str, size: int, prediction: Prediction | None
 ) -> bytes:
     if kind == "photo":
-        return jpeg(read_image(sample.image), size, QUALITY[size])
+        return jpeg(read_image(sample.image, sample.reading), size, QUALITY[size])
     if kind == "confidence":
         assert prediction is not None
         values = np.rint(prediction.confidence * 255).astype(np.uint8)
@@ -280,7 +280,7 @@ def _map_of(
 
 def _truth(sample: Sample) -> NDArray[np.uint8]:
     assert sample.label is not None
-    return read_label(sample.label, sample.encoding)
+    return read_label(sample.label, sample.encoding, sample.reading.max_pixels)
 
 
 async def mark(viewer: Viewer, request: Request) -> Response:
