@@ -181,14 +181,19 @@ def test_all_kinds_are_of_one_prediction(call, checkpoint: Path, network: Networ
     assert np.abs(confidence / 65535 - expected.confidence).max() < 1e-5
 
 
-def test_photographs_are_not_rotated(checkpoint: Path, tmp_path: Path) -> None:
+def test_photographs_are_turned_upright(call, checkpoint: Path, tmp_path: Path) -> None:
     from PIL import Image
 
     mark = Image.Exif()
     mark[274] = 6  # a quarter turn
     Image.fromarray(picture(1)).save(tmp_path / "turned.jpg", exif=mark, quality=95)
-    predict_folder(checkpoint, tmp_path / "turned.jpg", tmp_path / "out", ["index"])
-    assert read_image(tmp_path / "out" / "index" / "turned.png").shape[:2] == SIZE
+    Image.fromarray(picture(1)).save(tmp_path / "plain.png")
+    (tmp_path / "IMG_1.HEIC").write_bytes(b"")
+    status, printed, _ = call("predict", checkpoint, tmp_path, tmp_path / "out", "--kind", "index")
+    assert status == 0
+    assert read_image(tmp_path / "out" / "index" / "turned.png").shape[:2] == SIZE[::-1]
+    assert read_image(tmp_path / "out" / "index" / "plain.png").shape[:2] == SIZE
+    says(printed, "1 image(s) have an orientation mark", "upright", "1 .heic")
 
 
 def test_patterns_keep_the_folders_below_their_fixed_part(

@@ -22,6 +22,9 @@ Result = TypeVar("Result")
 STANDARD_ERROR = 2
 """The file descriptor."""
 
+LONGEST = 1 << 20
+"""Bytes of the file beyond which it is emptied."""
+
 DECODER_LINE = re.compile(
     r"Corrupt JPEG data|Premature end of JPEG|Invalid (SOS|progressive) parameters|Inconsistent progression|"
     r"Warning: unknown JFIF|Application transferred too (few|many) scanlines|Unsupported JPEG|Unsupported marker|"
@@ -37,6 +40,7 @@ class _Aside:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._decoding = 0
+        self._waiting = 0  # for being alone
         self._alone = False
         self._original = -1
         self._file = -1
@@ -46,7 +50,7 @@ class _Aside:
     def together(self) -> Generator[Callable[[], bool], None, None]:
         """Decode while others may decode, too; call the value afterwards: whether anything was printed."""
         with self._condition:
-            while self._alone:
+            while self._alone or self._waiting:
                 self._condition.wait()
             self._enter()
             before = os.fstat(self._file).st_size
@@ -60,8 +64,10 @@ class _Aside:
     def alone(self) -> Generator[Callable[[], list[str]], None, None]:
         """Decode while nobody else does; call the value afterwards: the decoder's lines."""
         with self._condition:
+            self._waiting += 1
             while self._alone or self._decoding:
                 self._condition.wait()
+            self._waiting -= 1
             self._alone = True
             self._enter()
             before = os.fstat(self._file).st_size
@@ -76,8 +82,10 @@ class _Aside:
         if self._decoding == 0:
             if self._file < 0:
                 self._file = _temporary_file()
-            os.ftruncate(self._file, 0)
-            self._passed_on = 0
+            # Not each time: another thread's line may be on its way into the file.
+            if os.fstat(self._file).st_size > LONGEST:
+                os.ftruncate(self._file, 0)
+                self._passed_on = 0
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 sys.stderr.flush()
             self._original = _duplicate(STANDARD_ERROR)
@@ -109,12 +117,14 @@ class _Aside:
 
 
 def _temporary_file() -> int:
-    """A file descriptor that always appends: once the file is cut, what follows begins at its start."""
+    """A file descriptor that always appends, so that no position has to be kept."""
     if hasattr(os, "memfd_create"):  # in memory, on Linux
-        copy = os.memfd_create("decoders")
+        first = os.memfd_create("decoders")
+        copy = _duplicate(first)
+        os.close(first)
     else:
         with tempfile.TemporaryFile() as file:
-            copy = os.dup(file.fileno())
+            copy = _duplicate(file.fileno())
     fcntl.fcntl(copy, fcntl.F_SETFL, fcntl.fcntl(copy, fcntl.F_GETFL) | os.O_APPEND)
     return copy
 
@@ -122,7 +132,8 @@ def _temporary_file() -> int:
 def _duplicate(descriptor: int) -> int:
     """A copy of a file descriptor; -1 if it is not open."""
     try:
-        return os.dup(descriptor)
+        # Standard error's own number, if it is closed, must not be taken.
+        return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, STANDARD_ERROR + 1)
     except OSError:
         return -1
 

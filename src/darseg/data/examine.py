@@ -81,7 +81,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     faults: list[str] = []
     pixels: dict[str, NDArray[np.int64]] = {}
     sizes: dict[str, list[int]] = {}
-    tally, turned_labels = PictureTally(), 0
+    tally = PictureTally(manifest)
     values_of: dict[LabelEncoding, set[int]] = {}
     unreadable: set[LabelEncoding] = set()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
@@ -92,22 +92,14 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                 counts += result.counts
                 faults += result.faults
                 sizes[role].append(math.prod(result.size))
-                turned_labels += result.turned_label
-                if result.picture is not None:
-                    tally.add(role, sample, result.picture)
+                tally.add(role, sample, result.picture, turned_label=result.turned_label)
                 if sample.label:
                     encoding = sample.encoding.for_file(sample.label)
                     values_of.setdefault(encoding, set()).update(result.values or ())
                     unreadable |= {encoding} if result.values is None else set()
                 advance()
             pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
-    warnings = [*orientation_lines(manifest)[1], *tally.warnings()]
-    if turned_labels:
-        warnings.append(
-            f"{turned_labels:,} label map(s) have an orientation mark (EXIF) of their own, which is not followed. Save "
-            "them without it."
-        )
-    pictures = (*tally.notes(), *warnings)
+    warnings = tally.warnings()
     for encoding, values in values_of.items():
         unknown = {value for value in values if value >= len(classes)} - {encoding.ignore, IGNORE}
         # Values that seem to be absent may be in files that could not be read.
@@ -131,13 +123,18 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         images={role: len(samples) for role, samples in manifest.roles().items()},
         pixels=pixels,
         notes=(*reading_notes(manifest), *tally.notes()),
-        pictures=pictures,
-        largest={
-            role: samples[int(np.argmax(sizes[role]))]
-            for role, samples in manifest.roles().items()
-            if any(sizes[role])
-        },
+        pictures=(*tally.notes(), *tally.warnings()),
+        largest=_largest(manifest, sizes),
     )
+
+
+def _largest(manifest: Manifest, pixels: Mapping[str, list[int]]) -> dict[str, Sample]:
+    """Role → its image with most pixels, for roles with readable images."""
+    return {
+        role: samples[int(np.argmax(pixels[role]))]
+        for role, samples in manifest.roles().items()
+        if any(pixels[role])
+    }
 
 
 def _absent(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""What is worth saying about the pictures of a data set: which way up they are read, and what of them is not."""
+"""What is worth saying about pictures: which way up they are read, and what of them is not."""
 
 from __future__ import annotations
 
@@ -77,15 +77,20 @@ def orientation_lines(manifest: Manifest) -> tuple[list[str], list[str]]:
 class PictureTally:
     """Counts what examined pictures have in common."""
 
-    def __init__(self) -> None:
+    def __init__(self, manifest: Manifest | None = None) -> None:
+        self._manifest = manifest
         self._marked: Counter[str] = Counter()
         self._first: dict[str, Path] = {}
         self._notes: Counter[str] = Counter()
         self._peaks: list[int] = []
         self._stored = False
+        self._turned_labels = 0
 
-    def add(self, role: str, sample: Sample, picture: Picture) -> None:
-        """Count a picture; its pixels are not looked at."""
+    def add(self, role: str, sample: Sample, picture: Picture | None, *, turned_label: bool = False) -> None:
+        """Count a picture, whose pixels are not looked at; None if it is unreadable."""
+        self._turned_labels += turned_label
+        if picture is None:
+            return
         self._marked[role] += picture.mark != UPRIGHT
         self._stored |= not sample.reading.upright
         for note in picture.notes:
@@ -113,12 +118,19 @@ class PictureTally:
         return lines
 
     def warnings(self) -> list[str]:
-        """A line if images of 16 bits use only 10, 12 or 14 of them."""
+        """Lines about marks that nothing decides on, turned label maps, and 16-bit images that are dark."""
+        lines = orientation_lines(self._manifest)[1] if self._manifest else []
+        if self._turned_labels:
+            lines.append(
+                f"{self._turned_labels:,} label map(s) have an orientation mark (EXIF) of their own, which is not "
+                "followed. Save them without it."
+            )
         bits = max(self._peaks, default=0).bit_length()
         depth = next((depth for depth in USUAL_DEPTHS if bits <= depth), None)
         if not self._peaks or depth is None:
-            return []
+            return lines
         return [
+            *lines,
             f"{len(self._peaks):,} image(s) have 16 bits, but no value above {max(self._peaks):,}, so they are nearly "
-            f"black. If their values have {depth} bits, set data.white: {2**depth - 1}."
+            f"black. If their values have {depth} bits, set data.white: {2**depth - 1}.",
         ]

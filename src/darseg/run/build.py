@@ -135,7 +135,7 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
 
 
 def reading_of(recipe: Recipe | None) -> Reading:
-    """How the recipe has pictures read; their label maps may still say that they are to stay as they are stored."""
+    """How the recipe has pictures read, before the sizes of label maps have their say (`follow_marks`)."""
     if recipe is None:
         return USUAL
     data = recipe.data

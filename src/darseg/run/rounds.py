@@ -84,8 +84,6 @@ def train(
         findings = _check_data(manifest, console) if new else None  # before hours of work, not after them
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         if findings is not None:
-            for line in findings.pictures:
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
             rehearse(
                 recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=findings.largest
             )
@@ -191,6 +189,8 @@ def _check_data(manifest: Manifest, console: Console) -> Findings:
         raise DataError(
             faults(f"The data have {len(findings.faults)} fault(s), so nothing was begun", findings.faults)
         )
+    for line in findings.pictures:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return findings
 
 
