@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -299,7 +300,7 @@ def _sample(
     with Journal(None, None, console or Console()).progress(title, len(shots.chosen)) as advance:
         overlapped(
             with_frames(shots.chosen, failed),
-            read=read_shot,
+            read=partial(read_shot, reading=trained.reading()),
             work=work,
             write=lambda *_: None,
             advance=advance,

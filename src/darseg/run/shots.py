@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from darseg.data.images import read_image
+from darseg.data.images import USUAL, Reading, read_image
 from darseg.data.video import read_frames, video_facts
 from darseg.errors import DataError
 from darseg.run.media import Medium
@@ -97,11 +97,11 @@ def with_frames(shots: Sequence[Shot], failed: list[str]) -> Iterator[Shot]:
             failed.append(str(error))
 
 
-def read_shot(shot: Shot) -> np.ndarray | str:
+def read_shot(shot: Shot, reading: Reading = USUAL) -> np.ndarray | str:
     """The image, uint8 [H, W, 3], or why it cannot be read."""
     if shot.frame is not None:
         return shot.frame
     try:
-        return read_image(shot.medium.path)
+        return read_image(shot.medium.path, reading)
     except DataError as error:
         return str(error)
