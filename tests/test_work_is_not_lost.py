@@ -8,9 +8,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import torch
 from rich.console import Console
 
 import darseg
@@ -19,12 +22,14 @@ from darseg.config.text import load_recipe
 from darseg.data.files import storage_error
 from darseg.data.video import VideoWriter
 from darseg.errors import DataError, RecipeError, RunError, StorageError
-from darseg.model.weights import save_network
+from darseg.model.weights import load_network, save_network
 from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
 from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
 from darseg.run.evaluate import load_trained
 from darseg.run.outputs import check_scores_file, held_folder
+from darseg.training import checkpoint
+from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.processes import Processes
 from wording import refused, says
 
@@ -279,3 +284,43 @@ def test_files_of_a_user_where_frames_go_stay(networks: tuple[Path, Path], tmp_p
         networks[0], tmp_path / "film.mp4", out, ["index"], existing="keep", console=QUIET
     )
     assert again.frames == 3 and (mine.parent / "000002.png").exists()
+
+
+def test_a_checkpoint_that_may_not_be_read_is_neither_called_damaged_nor_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "checkpoint_00000001.safetensors"
+    save_checkpoint(Checkpoint(1, {"network": {"a": torch.zeros(2)}}), path)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise safetensors.SafetensorError("Permission denied (os error 13)")
+
+    monkeypatch.setattr(checkpoint, "safe_open", forbidden)
+    with refused(StorageError, str(path), "Permission denied", "permissions") as caught:
+        load_checkpoint(path)
+    assert "elete" not in str(caught.value) and "damaged" not in str(caught.value)
+    assert path.exists()
+
+
+def test_files_that_may_not_be_read_are_not_called_damaged(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(project / "runs" / "tiny")
+    opened = os.open
+
+    def forbidden(path: Any, *rest: Any, **options: Any) -> int:
+        if Path(path).suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(os, "open", forbidden)
+    for read in (load_network, digest_path):
+        with refused(StorageError, "network.safetensors", "permissions"):
+            read(run.network(0))
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -39,6 +39,18 @@ _KINDS = {
 
 # --- reading
 
+_ACCESS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
+"""Errors that say nothing about a file's content: it may be whole, so nobody may be told to delete it."""
+
 
 def check_regular(path: Path | str) -> None:
     """Raise OSError unless `path` is a file, or a link to one. For libraries that open files themselves."""
@@ -73,6 +85,15 @@ def read_text(path: Path | str, encoding: str = "utf-8", errors: str = "strict")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def raise_if_unreadable(error: BaseException, path: Path) -> None:
+    """Raise StorageError if this error is about the access to a file, whose content may be whole."""
+    cause = _os_error(error)
+    if cause is not None and cause.errno in _ACCESS:
+        denied = cause.errno in (errno.EACCES, errno.EPERM)
+        remedy = "Change its permissions." if denied else _REMEDIES.get(cause.errno, "Try again.")
+        raise StorageError(f"Cannot read {path}: {os.strerror(cause.errno)}. {remedy}") from error
+
+
 def read_json(path: Path | str, encoding: str = "utf-8") -> Any:
     """The content of a JSON file. Raises OSError; ValueError if it is no JSON, or nested too deeply."""
     return parse_json(read_text(path, encoding))
@@ -98,6 +119,7 @@ _REMEDIES = {
     errno.EFBIG: "The file system, or a limit (`ulimit -f`), takes no file of this size. Raise the limit, or choose a "
     "folder on another disk.",
     errno.ENAMETOOLONG: "File systems take names of up to 255 bytes. Give a shorter name.",
+    errno.EMFILE: "Too many files are open at once. Raise the limit (`ulimit -n`), or lower training.workers.",
     errno.ENOENT: "A folder of this path was removed meanwhile. Put it back, or choose another folder.",
     errno.EIO: "The disk or the network that it is reached by has failed. Check it, and run the same command again.",
     errno.ESTALE: "The network that the disk is reached by has failed. Check it, and run the same command again.",

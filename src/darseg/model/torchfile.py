@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from darseg.data.files import open_file
+from darseg.data.files import open_file, raise_if_unreadable
 from darseg.errors import WeightsError
 
 HARMLESS_PACKAGES = ("torch", "collections")
@@ -83,6 +83,7 @@ def read_start(path: Path) -> bytes:
         with open_file(path) as file:
             start = file.read(64)
     except OSError as error:
+        raise_if_unreadable(error, path)
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise WeightsError(
             f"Cannot read weights from {path}: {reason}. Check the path, or download the file."
@@ -105,7 +106,11 @@ def is_safetensors(start: bytes) -> bool:
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:
-    """The error to raise if reading `path` failed with `error`."""
+    """The error to raise if reading `path` failed with `error`.
+
+    Raises StorageError if the file cannot be opened, but may be whole.
+    """
+    raise_if_unreadable(error, path)
     size = path.stat().st_size
     return WeightsError(
         f"{path} ({size:,} bytes) cannot be read as weights: {type(error).__name__}, {_first_line(str(error))}. The "

@@ -21,6 +21,7 @@ from darseg.data.encoding import PLAIN
 from darseg.data.files import (
     open_to_append,
     parse_json,
+    raise_if_unreadable,
     read_file,
     read_json,
     read_text,
@@ -84,6 +85,7 @@ class PseudoLabelSet:
             if len(counts.counts) != len(kept):
                 raise ValueError(f"it counts {len(counts.counts)} classes instead of {len(kept)}")
         except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
+            raise_if_unreadable(error, path)
             raise DataError(
                 f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or label again."
             ) from error

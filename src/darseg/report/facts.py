@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from darseg.data.classes import ClassSet
-from darseg.data.files import read_text
+from darseg.data.files import raise_if_unreadable, read_text
 from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.pseudo.distribution import count_labels
@@ -222,6 +222,7 @@ def _read_round(
             if protocol and not protocol.endswith(("fp32", "bf16")):
                 protocol += f", {precision}"  # version 0.2 did not name it
     except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
+        raise_if_unreadable(error, folder)
         raise RunError(
             f"{folder}: results of a finished step are damaged or missing ({type(error).__name__}: {error}). "
             "Restore them; or delete the step's record (label.json, train.json, evaluate.json) and all later rounds, "

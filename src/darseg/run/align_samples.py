@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from darseg.data.files import read_json
+from darseg.data.files import raise_if_unreadable, read_json
 from darseg.data.manifest import Sample
 from darseg.errors import DataError, RunError
 from darseg.pseudo.align import Alignment, align
@@ -65,6 +65,7 @@ def _read_alignment(file: Path) -> Alignment | None:
     try:
         return Alignment.from_json(read_json(file))
     except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
+        raise_if_unreadable(error, file)
         raise RunError(
             f"{file} is damaged ({error}). Remove it, and the class weights are found again."
         ) from error

@@ -33,6 +33,7 @@ from darseg.data.files import (
     ASIDE,
     open_file,
     open_to_append,
+    raise_if_unreadable,
     refuse_links_out_of,
     remove_leftovers,
     storage_error,
@@ -411,9 +412,13 @@ def digest_path(path: Path) -> str:
     if not path.is_file():
         return "missing"
     sha = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
+    try:
+        with open_file(path) as file:
+            while block := file.read(1 << 20):
+                sha.update(block)
+    except OSError as error:
+        raise_if_unreadable(error, path)
+        raise
     return sha.hexdigest()
 
 

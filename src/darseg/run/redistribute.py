@@ -144,6 +144,8 @@ def read_scores(path: Path) -> np.ndarray:
             with _PARSING:
                 content = _load(path)
     except Exception as error:  # zip, zlib, tokenizer and numpy raise a dozen kinds for damaged files
+        if isinstance(error, PermissionError):
+            raise DataError(f"{path}: cannot be read ({error.strerror}). Change its permissions.") from error
         raise DataError(
             f"{path}: cannot be read as an array of numbers ({type(error).__name__}: {error}). Write it again with "
             "numpy.save."

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darseg.data.files import check_regular, write_whole_with
+from darseg.data.files import check_regular, raise_if_unreadable, write_whole_with
 from darseg.errors import FormatError, RunError, faults
 from darseg.training.method import Learner, Method
 from darseg.training.optimize import SEPARATOR, optimizer_state, restore_optimizer
@@ -122,7 +122,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint. Raises RunError if it is damaged, FormatError if a later version wrote it."""
+    """Read a checkpoint. Raises RunError if it is damaged, FormatError if a later version wrote it.
+
+    Raises StorageError if it cannot be opened, but may be whole.
+    """
     try:
         check_regular(path)
         with safe_open(path, framework="pt") as file:
@@ -142,6 +145,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             _check_sum(parts, state.get("crc32"))
             return Checkpoint(int(state["step"]), parts, state.get("scaling", {}))
     except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise_if_unreadable(error, path)
         raise RunError(
             f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; if no "
             "checkpoint is left, the stage starts from its beginning."
