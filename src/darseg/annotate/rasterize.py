@@ -246,7 +246,7 @@ def _begin(out: Path, names: tuple[str, ...]) -> None:
         try:
             content = yaml.safe_load(read_text(marker))
             earlier = content["classes"]
-        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError):
+        except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError):
             raise RunError(f"{marker} was not written by this command. Choose another folder.") from None
         if earlier != list(names):
             raise RunError(

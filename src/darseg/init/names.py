@@ -109,7 +109,11 @@ def _rows_of_data(content: Any) -> list[Row]:
         if isinstance(entry, Mapping):
             number = entry.get("id")
             color = _color(entry.get("color"))
-            rows.append((str(entry.get("name", "")), number if type(number) is int else None, color))
+            name = entry.get(
+                "name", ""
+            )  # aliases of YAML may stand for a value that takes forever to write out
+            name = str(name) if isinstance(name, (str, int, float)) else ""
+            rows.append((name, number if type(number) is int else None, color))
         else:
             rows.append((entry if isinstance(entry, str) else "", None, None))
     return rows
