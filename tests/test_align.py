@@ -16,7 +16,7 @@ from darseg.errors import DataError, RecipeError
 from darseg.pseudo import pixel_sample
 from darseg.pseudo.align import TOLERANCE, Alignment, align
 from darseg.pseudo.pixel_sample import PixelSample, pixel_hashes, sample_limit
-from wording import refused
+from wording import refused, says
 
 seeds = st.integers(0, 2**32)
 some = settings(max_examples=40, deadline=None)
@@ -119,6 +119,88 @@ def test_aligned_decisions_need_no_second_alignment(seed: int, classes: int) -> 
     assert np.allclose(again.weights, 1, atol=0.02) and again.converged
     scaled = align(scores + np.log(alignment.weights * 3), share, bound=100)
     assert np.array_equal(scaled.reached, again.reached)
+
+
+@some
+@given(seeds, st.integers(2, 6), st.floats(0.1, 10))
+def test_decisions_do_not_depend_on_weights_that_were_there_before(
+    seed: int, classes: int, scale: float
+) -> None:
+    """Scores of p·v, for any v and any scale of it, lead to the same decisions; weights are w/v, at one scale."""
+    scores, share = draw(seed, classes, 3000)
+    alignment = align(scores, share, bound=1e4)
+    v = np.exp(np.random.default_rng(seed).normal(0, 0.5, classes))
+    again = align((scores + np.log(v * scale)).astype(np.float32), share, bound=1e4)
+    if not (alignment.converged and again.converged and (alignment.reachable & again.reachable).all()):
+        return
+    product = again.weights * v
+    decisions = [
+        (scores.astype(np.float64) + np.log(weights)).argmax(axis=1)
+        for weights in (alignment.weights, product, 7 * product)
+    ]
+    assert np.mean(decisions[0] != decisions[1]) < 0.01
+    assert np.array_equal(decisions[1], decisions[2])
+    ratio = product / alignment.weights
+    assert np.allclose(ratio / ratio[0], 1, atol=0.05)
+    assert abs(np.average(np.log(again.weights), weights=share)) < 1e-9
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seeds,
+    st.sampled_from([2, 3, 7, 40, 255]),
+    st.sampled_from([1, 2, 50, 700]),
+    st.sampled_from(["normal", "whole", "impossible", "huge", "equal", "one"]),
+    st.sampled_from([1.0000001, 1.5, 5.0, 1e30]),
+    st.sampled_from([0, 0.5, 1]),
+    st.booleans(),
+)
+def test_every_number_is_finite_whatever_the_scores(
+    seed: int, classes: int, pixels: int, kind: str, bound: float, strength: float, interval: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    scores = rng.normal(0, rng.choice([1e-4, 1, 30]), (pixels, classes))
+    match kind:
+        case "whole":
+            scores = np.round(scores)
+        case "impossible":
+            scores[rng.random(scores.shape) < 0.4] = -np.inf
+            scores[np.arange(pixels), rng.integers(0, classes, pixels)] = 1
+        case "huge":
+            scores = (scores * 1e5).clip(-65504, 65504).astype(np.float16)
+        case "equal":
+            scores[:] = 3
+        case "one":
+            scores[:, rng.integers(0, classes)] += 100
+    share = rng.dirichlet(np.full(classes, rng.choice([0.05, 1, 20])))
+    share /= share.sum()
+    wide = rng.random(classes) * 0.1
+    ends = (np.maximum(share - wide, 0), share + wide) if interval else None
+    alignment = align(scores, share, bound=bound, strength=strength, interval=ends)
+    for values in (alignment.weights, alignment.target, alignment.reached, alignment.standard_error):
+        assert np.isfinite(values).all()
+    assert alignment.plain is not None and np.allclose(alignment.plain, shares(scores, np.ones(classes)))
+    assert np.allclose(alignment.target.sum(), 1) and np.allclose(alignment.reached.sum(), 1)
+    assert Alignment.from_json(json.loads(json.dumps(alignment.to_json()))).to_json() == alignment.to_json()
+
+
+def test_a_network_that_reaches_less_than_half_of_the_classes_stays_plain() -> None:
+    """Two classes of five could be aligned; with a sixth one that is not wanted, three of five are out of reach too."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(0, 1, (4000, 6)) + np.array([1, 0, -40, -40, -40, -40])
+    weak = align(scores, [0.4, 0.3, 0.1, 0.1, 0.1, 0])
+    assert not weak.converged and weak.weights.tolist() == [1] * 6
+    assert np.array_equal(weak.reached, shares(scores, np.ones(6)))
+    [warning] = weak.warnings(["a", "b", "c", "d", "e", "f"])
+    says(warning, "of 5 classes, 3", "c, d, e)", "[1/5, 5]")
+    enough = align(scores, [0.4, 0.4, 0.1, 0.1, 0, 0])
+    assert enough.converged and enough.reachable.tolist() == [True, True] + [False] * 4
+    [warning] = enough.warnings(["a", "b", "c", "d", "e", "f"])
+    says(warning, "c, d, e, f", "[1/5, 5]")
+    assert align(*draw(1, 3, 5000), bound=50).warnings(["a", "b", "c"]) == []
+    equal = align(np.repeat([[1.0, 0.0], [0.0, 1.0]], 50, axis=0), [0.25, 0.75])
+    [warning] = equal.warnings(["a", "b"])
+    says(warning, "equal scores")
 
 
 def test_it_is_not_always_the_plain_result() -> None:
@@ -241,6 +323,7 @@ def test_an_alignment_is_stored_exactly_and_cannot_contradict_itself() -> None:
         ({"reached": -ones / 5}, ["reached"]),
         ({"strength": 2.0}, ["strength"]),
         ({"pixels": 0}, ["pixels"]),
+        ({"plain": ones}, ["plain"]),
         ({"target": np.ones(4) / 4}, ["target is float64 [4]", "float64 [5]"]),
     ):
         with refused(DataError, *facts):

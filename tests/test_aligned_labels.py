@@ -29,8 +29,9 @@ from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.errors import DataError, NumericsError, RecipeError, StorageError
 from darseg.model import predict as predict_module
+from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.predict import predict_scores
-from darseg.model.weights import load_network
+from darseg.model.weights import load_network, read_spec, save_network
 from darseg.pseudo.labeling import AlignSettings
 from darseg.pseudo.labelset import read_prediction
 from darseg.pseudo.redistribute import redistribute
@@ -184,6 +185,20 @@ def test_weights_of_one_are_the_plain_labels(run: Path, images: Path, tmp_path: 
     assert all(written[0][name] == written[1][name] for name in written[0] if not name.endswith(".json"))
     other = label_quietly(run, images / "u", tmp_path / "full", round_index=0)
     assert other["predicted"] != plain["predicted"]
+
+
+def test_weights_that_are_part_of_a_network_are_not_used_twice(
+    run: Path, recipe: Recipe, images: Path, tmp_path: Path
+) -> None:
+    path = run / "round_0" / "network.safetensors"
+    network, spec, shares = load_network(path), read_spec(path), [0.25] * 4
+    save_network(network, tmp_path / "plain.safetensors", spec)
+    record = AlignmentRecord([1, 2, 0.5, 3], [True] * 4, target=shares, reached=shares, strength=1, bound=5)
+    save_network(fold_alignment(network, record), tmp_path / "folded.safetensors", spec)
+    for name in ("plain", "folded"):
+        label_quietly(tmp_path / f"{name}.safetensors", images / "u", tmp_path / name, recipe=recipe)
+    written = [files_of(tmp_path / name) for name in ("plain", "folded")]
+    assert all(written[0][name] == written[1][name] for name in written[0] if not name.endswith(".json"))
 
 
 @given(
@@ -400,7 +415,7 @@ def test_a_network_too_weak_keeps_its_own_labels(tiny_data: Path, tmp_path: Path
     alignment = described(tmp_path / "decisions")["alignment"]
     assert not alignment["converged"] and set(alignment["weights"]) == {1}
     [warning] = [text for text in warnings_of(tmp_path / "decisions") if "align" in text]
-    says(warning, "round 1", "11 classes", "own")
+    says(warning, "round 1", "of 11 classes", "own")
 
 
 def test_one_image_and_one_class(run: Path, images: Path, tmp_path: Path) -> None:

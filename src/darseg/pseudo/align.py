@@ -127,8 +127,10 @@ class Alignment:
             return [f"not aligned, because out of reach: {', '.join(out)}. They are {reasons}"] if out else []
         plain = "decisions could not be aligned, so the network's own are used"
         if _is_weak(self.reachable, self.target):
+            wanted = [name for name, share in zip(names, self.target, strict=True) if share > 0]
+            out = [name for name in out if name in wanted]
             return [
-                f"{plain}: {len(out)} of {len(names)} classes are out of reach ({', '.join(out)}), because they are "
+                f"{plain}: of {len(wanted)} classes, {len(out)} are out of reach ({', '.join(out)}), because they are "
                 f"never predicted, or need a class weight outside {limits}. Train longer first, or do not align"
             ]
         return [f"{plain}: many pixels have equal scores, so that the class shares cannot be reached"]

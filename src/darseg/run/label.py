@@ -14,6 +14,7 @@ from darseg.config.recipe import LabelingConfig, Recipe
 from darseg.data.images import IMAGE_SUFFIXES, Reading, image_size
 from darseg.data.manifest import Sample, find_files
 from darseg.errors import DataError, RunError
+from darseg.model.aligned import unfold_alignment
 from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
@@ -96,7 +97,9 @@ def _source_of(job: FolderJob, trained: Trained) -> Predictor | ScoreSource:
             network, protocol, job.scale, folder=None if job.predict_twice else job.waiting
         )
     scores = None if job.predict_twice else job.scores
-    return network_scores(network, protocol, job.scale, scores=scores, predictions=job.waiting)
+    # Class weights that are part of the network would be multiplied by those of these images.
+    plain = unfold_alignment(network)
+    return network_scores(plain, protocol, job.scale, scores=scores, predictions=job.waiting)
 
 
 def _images_in(path: Path, reading: Reading) -> list[Sample]:
