@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Made again when a dependency or pin changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-avx2 check format docs clean
+.PHONY: setup demo test test-avx2 test-min check format docs clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,13 @@ test-avx2: setup
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 	  -m "not slow" $(NUMERIC)
 
+# Unit tests of the rooms with the lowest versions that pyproject.toml allows (constraints-min.txt).
+UNITS := $(addprefix tests/test_,files_and_classes.py config.py formats.py manifest.py labeling.py weights.py foreign.py)
+test-min: setup
+	scripts/setup_min .venv-min $(VENV)
+	PYTHONPATH=src OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 \
+	  --dist loadfile $(UNITS)
+
 check: setup
 	$(BIN)/ruff format --check src tests scripts benchmarks
 	$(BIN)/ruff check src tests scripts benchmarks
@@ -41,4 +48,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-min build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,11 +20,12 @@ from darseg.config.text import load_recipe
 from darseg.errors import DarsegError, RunError, StorageError, printable
 from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
+from darseg.report.share import without_places
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.run.records import StepRecord
 from darseg.run.rounds import train
-from wording import refused
+from wording import refused, says
 
 DEEP = "[" * 100_000
 
@@ -319,3 +320,65 @@ def test_errors_on_the_console_hold_no_control_characters(tmp_path: Path, monkey
         main()
     error = capsys.readouterr().err
     assert "\x1b" not in error and "a\\x1b[2Jb.yaml" in error
+
+
+# --- reports of others' runs, and for others
+
+
+def pictures_in(page: Path) -> int:
+    return page.read_text().count("data:image/")
+
+
+def test_a_report_shows_no_images_that_the_run_did_not_begin_with(
+    run: Path, tmp_path: Path, tiny_data: Path
+) -> None:
+    """A run folder may name any folder of this machine as its data; it cannot know the sizes of the files there."""
+    assert pictures_in(write_report(run)) > 0
+    private = tmp_path / "private"
+    shutil.copytree(tiny_data, private)
+    image = next(path for path in sorted(private.rglob("*.png")) if "label" not in str(path))
+    image.write_bytes(image.read_bytes() + b"one byte more")
+    recipe = run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tiny_data), str(private)))
+    page = write_report(run)
+    assert pictures_in(page) == 0 and "--pictures" in page.read_text()
+    assert pictures_in(write_report(run, pictures=True)) > 0
+    (run / "data.json").unlink()
+    assert pictures_in(write_report(run)) == 0
+
+
+def test_the_report_says_where_its_pictures_come_from(run: Path, tiny_data: Path, call) -> None:
+    code, out, _ = call("report", run, "--share")
+    assert code == 0
+    says(out, str(tiny_data), str(run / "report.html"))
+
+
+def test_a_page_to_be_shared_holds_no_places_and_names(run: Path, monkeypatch) -> None:
+    user, host = "ada.lovelace", "analytical-engine"
+    monkeypatch.setenv("LOGNAME", user)
+    monkeypatch.setattr("socket.gethostname", lambda: f"{host}.example.org")
+    places = [f"/home/{user}/my-photos/a.png", f"file:///srv/{host}/w.pth", f"~{user}/x", f"/mnt/{user}"]
+    with open(run / "journal.jsonl", "a") as file:
+        for number, place in enumerate([*places, f"by {user} on {host}"]):
+            file.write(
+                json.dumps({"time": 1.0, "event": "warning", "text": f"warned {number}: {place}"}) + "\n"
+            )
+    plain = write_report(run, run.parent / "plain.html").read_text()
+    assert str(run) in plain and user in plain
+    text = write_report(run, run.parent / "shared.html", share=True).read_text()
+    assert not [name for name in (str(run.parent), user, host, "/home/", "/srv/") if name in text]
+    assert "warned 0: …/a.png" in text and "warned 4: by … on …" in text and "root: …/" in text
+    assert pictures_in(run.parent / "shared.html") > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1/2 of a/b; see https://example.org/x/y", "1/2 of a/b; see https://example.org/x/y"),
+        ("weights: /data/nets/resnet.pth, then", "weights: …/resnet.pth, then"),
+        ("['/a/b.png', '/c/']", "['…/b.png', '…/c']"),
+        ("a -> /x/y/z.png: gone", "a -> …/z.png: gone"),
+    ],
+)
+def test_only_the_last_part_of_paths_is_left(text: str, expected: str) -> None:
+    assert without_places(text) == expected

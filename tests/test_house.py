@@ -220,3 +220,21 @@ def test_first_lines_of_docstrings_fit() -> None:
                     name = getattr(node, "name", "module")
                     long.append(f"{path.relative_to(SOURCE)} {name}: {len(first)}")
     assert len(long) < 500 and not long, "\n".join(long)
+
+
+def test_the_lowest_versions_that_ci_installs_are_those_of_the_package() -> None:
+    """constraints-min.txt has exactly the lower bounds; opencv's releases have a fourth number."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *(line for name in ("coco", "onnx", "sbd", "timm") for line in extras[name]),
+    ]
+    lines = (REPOSITORY / "constraints-min.txt").read_text().splitlines()
+    exact = dict(line.split("==") for line in lines if not line.startswith("#"))
+    bounds = dict(line.split(">=") for line in wanted)
+    assert bounds.keys() == exact.keys()
+    assert all(
+        version == exact[name] or exact[name].startswith(f"{version}.") for name, version in bounds.items()
+    )

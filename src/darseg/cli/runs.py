@@ -9,7 +9,7 @@ import typer
 
 from darseg.cli.options import Overrides, RecipeFile
 from darseg.cli.tables import print_table, rounds_table
-from darseg.errors import printable
+from darseg.errors import RunError, printable
 
 
 def demo(
@@ -56,17 +56,37 @@ def report(
             help="The page to write. Default: report.html in the run folder; comparison.html in the current folder."
         ),
     ] = None,
+    pictures: Annotated[
+        bool,
+        typer.Option("--pictures", help="Show images even if they are not those that the run began with."),
+    ] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Leave out absolute paths and the names of this machine and its user."),
+    ] = False,
 ) -> None:
     """Write a page about a run, finished or not, or one that compares runs. The page needs no internet."""
     from darseg.report.comparison import NAME, compare_runs
     from darseg.report.overview import write_report
+    from darseg.run.build import recipe_of
 
     last = runs[-1]
     if out is None and len(runs) > 1 and last.suffix.lower() in (".html", ".htm") and not last.is_dir():
         *runs, out = runs
     if len(runs) == 1:
-        print(f"Written to {write_report(runs[0], out)}")
+        root = recipe_of(runs[0]).data.root
+        print(printable(f"Pictures are read from {root}, the data.root of the run's recipe."))
+        print(f"Written to {write_report(runs[0], out, pictures=pictures, share=share)}")
+        if share:
+            print(
+                "The page holds no absolute paths and no names of this machine or its user. It shows images of the data "
+                "set with their ids, and the recipe."
+            )
         return
+    if pictures or share:
+        raise RunError(
+            "--pictures and --share are for the report of one run. Leave them out to compare runs."
+        )
     compared = compare_runs(runs, out or Path(NAME))
     print_table(compared.rows)
     for warning in compared.warnings:

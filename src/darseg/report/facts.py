@@ -18,6 +18,7 @@ from darseg.errors import DarsegError, DataError, RunError
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.run.build import classes_of, manifest_of, masks, recipe_of
+from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.marks import read_excluded
@@ -98,6 +99,7 @@ class RunFacts:
         started: seconds since 1970; None if the journal does not say.
         weights: where the initial weights came from.
         warnings: those in the journal, in this version's words, without repetitions, in order.
+        shared: whether the page is for others, and so names no places of this machine (see `shareable`).
     """
 
     root: Path
@@ -113,6 +115,7 @@ class RunFacts:
     weights: str | None
     finished: bool
     warnings: tuple[str, ...]
+    shared: bool = False
 
     @property
     def name(self) -> str:
@@ -142,11 +145,13 @@ class DataFacts:
         manifest: None if the data cannot be read.
         counts: int64 [K], pixels of each class in the labeled masks; None if the data cannot be read.
         fault: why the data cannot be read.
+        stranger: why nothing of it may be shown; empty if these are the images that the run began with.
     """
 
     manifest: Manifest | None
     counts: NDArray[np.int64] | None
     fault: str | None = None
+    stranger: str = ""
 
 
 @dataclass(frozen=True)
@@ -282,13 +287,28 @@ def _texts(path: Path, read: Callable[[Path, str], Mapping[str, Any]]) -> Mappin
 
 
 def read_data(facts: RunFacts) -> DataFacts:
-    """Find a run's data and count its labeled masks. Data that are gone are not an error."""
+    """Find a run's data and count its labeled masks. Data that are gone are not an error.
+
+    A run folder of somebody else may name any folder of this machine as its data. But it cannot know the names and sizes
+    of all files there, which a run records when it begins.
+    """
     try:
-        manifest = manifest_of(recipe_of(facts.root))
+        recipe = recipe_of(facts.root)
+        manifest = manifest_of(recipe)
         counts = count_labels(masks(manifest.labeled), len(facts.classes))
+        changed = [
+            role for role, digest in digest_manifest(manifest).items() if facts.data.get(role) != digest
+        ]
     except DarsegError as error:
         return DataFacts(None, None, str(error))
-    return DataFacts(manifest, counts)
+    if not changed:
+        return DataFacts(manifest, counts)
+    reason = (
+        f"No pictures are shown, because the images in {recipe.data.root} are not those that the run began with "
+        f"({', '.join(changed)}: other files or sizes). If you trust this run folder, show them with darseg report "
+        "--pictures."
+    )
+    return DataFacts(manifest, counts, stranger=reason)
 
 
 def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Ta
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, read_data, read_run
 from darseg.report.gallery import draw_gallery
 from darseg.report.page import Page, render
+from darseg.report.share import shareable, without_places
 from darseg.report.verdict import mean_iou, verdict
 from darseg.run.build import labeling_protocol, recipe_of
 from darseg.run.directory import RunDirectory
@@ -28,12 +29,16 @@ FULL_BAR = 0.05  # change of IoU that fills half a bar, unless a class changed m
 STEPS = ("label", "train", "evaluate")
 
 
-def write_report(run: Path | str, out: Path | str | None = None) -> Path:
+def write_report(
+    run: Path | str, out: Path | str | None = None, *, pictures: bool = False, share: bool = False
+) -> Path:
     """Write a page about a run folder, finished or in progress: one file that needs no network.
 
     Args:
         run: the run folder.
         out: the file to write; default: report.html in the run folder.
+        pictures: show images even if they are not those that the run began with.
+        share: leave out absolute paths, and the names of this machine and its user.
 
     Returns:
         The path of the page.
@@ -45,20 +50,28 @@ def write_report(run: Path | str, out: Path | str | None = None) -> Path:
     start = time.monotonic()
     facts = read_run(run)
     data = read_data(facts)
-    pictures = pictures_of(facts, data)
-    page = page_of(facts, data, pictures, seconds=time.monotonic() - start)
+    if pictures:
+        data = replace(data, stranger="")
+    if share:
+        data = replace(
+            data, fault=data.fault and without_places(data.fault), stranger=without_places(data.stranger)
+        )
+    gallery = pictures_of(facts, data, share=share)
+    if share:
+        facts = shareable(facts)
+    page = page_of(facts, data, gallery, seconds=time.monotonic() - start)
     return page.write(Path(out) if out else RunDirectory(run).report)
 
 
-def pictures_of(facts: RunFacts, data: DataFacts) -> Markup:
+def pictures_of(facts: RunFacts, data: DataFacts, share: bool = False) -> Markup:
     """The gallery of a run as HTML, or the reason why it cannot be drawn."""
-    fault, gallery = data.fault, None
+    fault, gallery = data.fault or data.stranger or None, None
     try:
-        gallery = draw_gallery(facts, data)
+        gallery = None if data.stranger else draw_gallery(facts, data)
     except (
         DarsegError
     ) as error:  # the figures are still worth a page if an image is missing or damaged by now
-        fault = str(error)
+        fault = without_places(str(error)) if share else str(error)
     return render(
         "gallery",
         gallery=gallery,
@@ -325,7 +338,10 @@ def _work(round_: RoundFacts) -> list[str]:
 
 def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
     """What the run was made with: name → text."""
-    texts = {"folder": str(facts.root.resolve()), "initial weights": facts.weights or UNDEFINED}
+    texts = {
+        "folder": facts.name if facts.shared else str(facts.root.resolve()),
+        "initial weights": facts.weights or UNDEFINED,
+    }
     texts |= {name: str(value) for name, value in facts.environment.items()}
     if data.manifest is not None:
         texts |= {f"{role} images": f"{len(samples):,}" for role, samples in data.manifest.roles().items()}
@@ -335,6 +351,7 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
         if round_.left_out
     }
     trained = [round_.index for round_ in facts.rounds if round_.steps is not None]
-    texts["checkpoint"] = str(RunDirectory(facts.root).network(trained[-1])) if trained else UNDEFINED
+    folder = Path(facts.name) if facts.shared else facts.root
+    texts["checkpoint"] = str(RunDirectory(folder).network(trained[-1])) if trained else UNDEFINED
     texts["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     return texts
