@@ -40,7 +40,7 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
 
 
 def change_marks(
-    run: RunDirectory, known: Collection[str], ids: Iterable[str], *, bad: bool
+    run: RunDirectory, known: Collection[str], ids: Iterable[str], bad: bool
 ) -> dict[str, float]:
     """`mark_bad` with the ids of all unlabeled images at hand. Returns all marks, id → time."""
     ids = _listed(ids)
