@@ -254,7 +254,7 @@ def network_and_images(
     keep_memory()  # as the command line does
     if run is not None:
         recipe = darseg.load_recipe(run / "recipe.yaml")
-        network = place(darseg.load_network(darseg.RunDirectory(run).last_network()))
+        network = place(darseg.load_network(run, plain=True))
         samples = manifest_of(recipe).unlabeled
         images = [read_image(sample.image) for sample in samples[:: max(1, len(samples) // count)][:count]]
         return f"{recipe.network.backbone} of {run.name}", network, labeling_protocol(recipe), images

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 
 from darseg.errors import DataError, WeightsError
-from darseg.model.aligned import AlignmentRecord, classifier_bias, fold_alignment, unfold_alignment
+from darseg.model.aligned import AlignmentRecord, Variants, classifier_bias, fold_alignment, unfold_alignment
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import ARCHITECTURES, Network, NetworkSpec
-from darseg.model.predict import Protocol, predict_scores
+from darseg.model.predict import Memory, Protocol, predict, predict_scores, predict_variants
 from darseg.model.weights import load_network, load_weights, read_alignment, read_spec, save_network
 from darseg.pseudo.align import align
 from wording import refused
@@ -176,3 +176,29 @@ def test_a_file_whose_weights_were_changed_after_aligning_is_refused(tmp_path: P
         path.write_bytes(safetensors.torch.save(tensors, metadata))
         with refused(WeightsError, str(path)):
             load_network(path)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("spec", SPECS[:2], ids=lambda spec: spec.architecture)
+def test_variants_are_bit_for_bit_the_folded_networks(spec: NetworkSpec, bf16: bool) -> None:
+    protocol = Protocol((33, 33), scales=(1.0, 1.5), bf16=bf16)
+    network = build(spec)
+    variants = Variants(network, [None, RECORD, replace(RECORD, weights=(9.0, 0.2, 1.0)), None])
+    found = predict_variants(variants, image(), protocol, memories=[Memory() for _ in range(len(variants))])
+    expected = [predict(network, image(), protocol)]
+    for record in (RECORD, replace(RECORD, weights=(9.0, 0.2, 1.0))):
+        expected.append(predict(fold_alignment(build(spec), record), image(), protocol))
+    expected.append(expected[0])
+    assert len({prediction.codes.tobytes() for prediction in expected}) == 3
+    for variant, folded in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(variant.classes, folded.classes)
+        np.testing.assert_array_equal(variant.codes, folded.codes)
+
+    # On an aligned network, too, None is the plain one; the network itself stays as it was.
+    fold_alignment(network, RECORD)
+    before = classifier_bias(network).clone()
+    variants = Variants(network, [None, RECORD])
+    plain, aligned = predict_variants(variants, image(), protocol, memories=[Memory(), Memory()])
+    np.testing.assert_array_equal(plain.codes, expected[0].codes)
+    np.testing.assert_array_equal(aligned.codes, expected[1].codes)
+    assert torch.equal(classifier_bias(network), before)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 
 from conftest import REPOSITORY
-from darseg.config.text import load_recipe
+from darseg.config.text import as_begun, load_recipe, load_saved_recipe
 from darseg.errors import FormatError, RunError
 from darseg.model.weights import load_network
 from darseg.report.facts import DataFacts, read_data, read_run, remarks
@@ -205,7 +205,8 @@ FREE = [
 
 
 def test_keys_that_cannot_change_the_result_may_be_changed(old: Path) -> None:
-    changed = load_recipe(old / "recipe.yaml", FREE)
+    changed, saved = load_recipe(old / "recipe.yaml", FREE), load_saved_recipe(old / "recipe.yaml")
+    assert saved.result.align == "off"
     threads = torch.get_num_threads()
     try:
         train(changed, old)
@@ -216,7 +217,7 @@ def test_keys_that_cannot_change_the_result_may_be_changed(old: Path) -> None:
     warnings = [entry["text"] for entry in events(old, "warning")]
     assert any("threads 1 → 2" in text for text in warnings)
     # The folder says how it goes on, and the next resume changes nothing.
-    assert load_recipe(old / "recipe.yaml") == changed
+    assert load_recipe(old / "recipe.yaml") == as_begun(changed, saved)
     train(changed, old)
     assert len(events(old, "recipe_changed")) == 1
 

@@ -747,7 +747,7 @@ def test_the_advice_if_the_recipe_cannot_save_more_memory() -> None:
     [
         (
             evaluate_step,
-            "evaluate_samples",
+            "score_variants",
             ["round_0/evaluate.json", "round_1"],
             "evaluation.window=[33, 33]",
         ),

@@ -63,7 +63,6 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.model.predict import predict_for_labeling as predict_for_labeling
     from darseg.model.weights import LoadReport as LoadReport
     from darseg.model.weights import convert as convert
-    from darseg.model.weights import load_network as load_network
     from darseg.model.weights import load_weights as load_weights
     from darseg.pseudo.align import Alignment as Alignment
     from darseg.pseudo.align import align as align
@@ -94,6 +93,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.run.check import plan as plan
     from darseg.run.directory import RunDirectory as RunDirectory
     from darseg.run.evaluate import evaluate as evaluate
+    from darseg.run.evaluate import load_network as load_network
     from darseg.run.export import export_network as export_network
     from darseg.run.label import label_folder as label_folder
     from darseg.run.marks import mark_bad as mark_bad
@@ -149,7 +149,7 @@ _HOMES = {
     "label_folder": "run.label",
     "LabelEncoding": "data.encoding",
     "Labeling": "pseudo.labeling",
-    "load_network": "model.weights",
+    "load_network": "run.evaluate",
     "load_recipe": "config.text",
     "load_weights": "model.weights",
     "LoadReport": "model.weights",

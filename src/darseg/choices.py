@@ -23,6 +23,8 @@ Architecture = Literal["pspnet", "deeplabv2"]
 """What follows the backbone of a network."""
 ReleasedNetwork = Literal["pspnet50", "deeplabv2_101"]
 """The networks of the original release."""
+ResultAlign = Literal["auto", "on", "off"]
+"""Whether a run's result is its aligned network: as held-out images say, always, or never."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The number format of a training step."""
 

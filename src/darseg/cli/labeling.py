@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from darseg.cli.options import RoundIndex, Source
+from darseg.cli.options import Plain, RoundIndex, Source
 from darseg.cli.tables import print_labels
 from darseg.errors import RecipeError
 from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
@@ -54,9 +54,11 @@ def label(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Number of CPU threads. Default: the recipe's.")
     ] = None,
+    plain: Plain = False,
 ) -> None:
     """Pseudo-label a folder of images with a trained network; torchrun shares the work among processes."""
     from darseg.config.text import load_recipe
+    from darseg.run.evaluate import describe_decisions
     from darseg.run.label import label_folder
 
     record = label_folder(
@@ -75,8 +77,10 @@ def label(
         seed=seed,
         predict_twice=predict_twice,
         threads=threads,
+        plain=plain,
     )
     print_labels(record, out)
+    print(describe_decisions(source, round_index, plain))
 
 
 def redistribute(

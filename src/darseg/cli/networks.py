@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
-from darseg.cli.options import RoundIndex, Source, TrainedWith
+from darseg.cli.options import Plain, RoundIndex, Source, TrainedWith
 from darseg.cli.tables import print_adapted, print_table, text_of
 
 BOUND = "Largest class weight and reciprocal of the smallest."
@@ -29,29 +29,37 @@ def evaluate(
     role: Annotated[Role, typer.Option(help="The images to score on.")] = "validation",
     round_index: RoundIndex = None,
     out: Annotated[Path | None, typer.Option(help="Also write the scores to this JSON file.")] = None,
+    plain: Plain = False,
 ) -> None:
     """Score a trained network on labeled images, by the recipe's protocol or a changed one."""
     from darseg.config.text import load_recipe
     from darseg.run.build import classes_of
     from darseg.run.directory import RunDirectory, write_json
-    from darseg.run.evaluate import evaluate as run_evaluate
+    from darseg.run.evaluate import describe_decisions, evaluate_result
     from darseg.run.outputs import check_scores_file
 
     if out:
         check_scores_file(out)
     changes = overrides or []
     loaded = load_recipe(recipe, changes) if recipe else None
-    scores, protocol = run_evaluate(
-        source, loaded, role=role, round_index=round_index, overrides=[] if loaded else changes
+    done = evaluate_result(
+        source, loaded, role=role, round_index=round_index, overrides=[] if loaded else changes, plain=plain
     )
     names = classes_of(loaded or load_recipe(RunDirectory(source).recipe, changes)).names
-    record: dict[str, Any] = scores.to_json(names) | {"protocol": protocol.describe(), "role": role}
-    rows = [["class", "IoU", "precision", "recall"]]
-    rows += [[name, *(record[key][name] for key in ("iou", "precision", "recall"))] for name in names]
-    print_table(rows)
-    print(f"Protocol: {protocol.describe()}")
+    record: dict[str, Any] = done.scores.to_json(names) | {"protocol": done.protocol.describe(), "role": role}
+    if done.plain is not None:
+        record["plain"] = done.plain.to_json(names)
+    columns = [(record, key) for key in ("iou", "precision", "recall")]
+    titles = ["class", "IoU", "precision", "recall"]
+    if done.plain is not None:
+        columns += [(record["plain"], key) for key in ("iou", "precision", "recall")]
+        titles += ["plain IoU", "precision", "recall"]
+    print_table([titles, *([name, *(scores[key][name] for scores, key in columns)] for name in names)])
+    print(f"Protocol: {done.protocol.describe()}")
+    print(describe_decisions(source, round_index, plain))
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
-        print(f"{key.replace('_', ' ')}: {text_of(record[key])}")
+        beside = f" (plain: {text_of(record['plain'][key])})" if done.plain is not None else ""
+        print(f"{key.replace('_', ' ')}: {text_of(record[key])}{beside}")
     if out:
         write_json(out, record)
 
@@ -82,10 +90,12 @@ def predict(
     recipe: Annotated[
         Path | None, typer.Option(help="For a checkpoint: the recipe with its evaluation protocol.")
     ] = None,
+    plain: Plain = False,
 ) -> None:
     """Predict images and videos: class values, class colors, colors over the image, and confidences."""
     from darseg.config.text import load_recipe
     from darseg.errors import DataError, faults
+    from darseg.run.evaluate import describe_decisions
     from darseg.run.predict import KINDS, predict_folder
 
     kinds = cast("list[PredictionKind]", kind) if kind else KINDS  # predict_folder checks them
@@ -97,7 +107,9 @@ def predict(
         round_index=round_index,
         existing=existing,
         recipe=load_recipe(recipe) if recipe else None,
+        plain=plain,
     )
+    print(describe_decisions(source, round_index, plain))
     counts = [f"{done.images} image(s)"] if done.images or not done.videos else []
     counts += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []
     counts += [f"{done.kept} that were done before"] if done.kept else []
@@ -180,13 +192,17 @@ def export(
         Path | None,
         typer.Option(help="Images to check the file with. Default: the run's validation images."),
     ] = None,
+    plain: Plain = False,
 ) -> None:
     """Export a trained network for programs without darseg, and check that it gives the same classes."""
+    from darseg.run.evaluate import describe_decisions
     from darseg.run.export import export_network
 
     print("Writing the file, then checking it on real images: half a minute or more.", file=sys.stderr)
-    for line in export_network(source, out, round_index=round_index, images=images).describe():
+    parity = export_network(source, out, round_index=round_index, images=images, plain=plain)
+    for line in parity.describe():
         print(line)
+    print(describe_decisions(source, round_index, plain))
     print(f"Written to {out}")
 
 

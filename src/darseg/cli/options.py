@@ -23,3 +23,6 @@ RoundIndex = Annotated[
 TrainedWith = Annotated[
     Path | None, typer.Option("--recipe", help="For a checkpoint: the recipe it was trained with.")
 ]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="Use the network as it was trained, without class weights.")
+]

@@ -18,7 +18,7 @@ from pydantic import (
     StrictStr,
 )
 
-from darseg.choices import Architecture, LabelFormat, NamedValues, Precision
+from darseg.choices import Architecture, LabelFormat, NamedValues, Precision, ResultAlign
 from darseg.config.values import FilePath, Key, Section, WeightsFile, check_weights
 from darseg.pseudo.labeling import (
     BOUND,
@@ -310,6 +310,24 @@ class LabelingConfig(ProtocolConfig):
         return {name: getattr(self, name) for name in names}
 
 
+def _on_or_off(value: Any) -> Any:
+    """YAML reads a bare on or off as a boolean."""
+    return ("on" if value else "off") if type(value) is bool else value
+
+
+class ResultConfig(Section):
+    align: Annotated[ResultAlign, BeforeValidator(_on_or_off)] = "auto"
+    strength: Annotated[StrictFloat, AfterValidator(check_strength)] | None = None  # None: 1; auto: 1/2 or 1
+    bound: Annotated[StrictFloat, AfterValidator(check_bound)] | None = None  # None: 5; auto: 2 or 5
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        for name in ("strength", "bound"):
+            if self.align == "off" and getattr(self, name) is not None:
+                yield (name,), "has no effect with result.align: off; remove it"
+        if self.strength == 0:
+            yield ("strength",), "found 0.0, which aligns nothing; set result.align: off instead"
+
+
 class RoundConfig(Section):
     epochs: Count | None = None
     steps: Count | None = None
@@ -342,6 +360,7 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     labeling: LabelingConfig = LabelingConfig()
     evaluation: ProtocolConfig = ProtocolConfig()
+    result: ResultConfig = ResultConfig()
     rounds: Annotated[tuple[RoundConfig, ...], Field(min_length=1)]
 
     def spans(self) -> list[tuple[float, float]]:

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from darseg.config.recipe import Key, Recipe, resolved
+from darseg.config.recipe import Recipe, ResultConfig, resolved
+from darseg.config.values import Key
 from darseg.data.files import read_text
 from darseg.errors import RecipeError, faults
 
@@ -213,6 +214,21 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path} cannot be used: data.root or network.weights is no usable path ({error}). Correct it."
         ) from error
+
+
+def load_saved_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """`load_recipe` for a run folder's recipe; `result.align` is off if it has no result section."""
+    recipe = load_recipe(path, overrides)
+    if "result" in recipe.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"result": ResultConfig(align="off")})
+
+
+def as_begun(recipe: Recipe, saved: Recipe) -> Recipe:
+    """The recipe that a run is resumed with: without a result section, it has that of the run folder."""
+    return (
+        recipe if "result" in recipe.model_fields_set else recipe.model_copy(update={"result": saved.result})
+    )
 
 
 def _override(values: dict, override: str, text: _Text) -> None:

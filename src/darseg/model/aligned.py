@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from darseg.errors import DataError, WeightsError, faults
+from darseg.model.heads import upsample
 from darseg.model.network import Network
 
 BIAS_TOLERANCE = 1e-5
@@ -124,6 +125,43 @@ def fold_alignment(network: Network, record: AlignmentRecord) -> Network:
     _set(bias, folded_bias(folded))
     network.alignment = folded
     return network
+
+
+class Variants:
+    """Several class weights in one network: logits of each, for little more than the work of one.
+
+    Only the classifier is run for each. The logits are bit for bit those of the network with these weights folded in.
+
+    Args:
+        records: one for each variant; None is the plain network. Their weights are the whole ones, also if the network
+            has others.
+    """
+
+    def __init__(self, network: Network, records: Sequence[AlignmentRecord | None]) -> None:
+        plain = network.alignment.plain_bias if network.alignment else classifier_bias(network).tolist()
+        self.network = network
+        self._biases = [
+            plain if record is None else folded_bias(dataclasses.replace(record, plain_bias=plain))
+            for record in records
+        ]
+
+    def __len__(self) -> int:
+        return len(self._biases)
+
+    def logits(self, images: Tensor) -> Iterator[Tensor]:
+        """The logits of each variant, one after the other, each as `network(images).main`."""
+        network, (height, width) = self.network, images.shape[-2:]
+        head: Any = network.head
+        network.sides.check(height, width)
+        prepared = head.prepare(network.backbone(network.normalize(images)).stage4)
+        bias = classifier_bias(network)
+        before = bias.clone()
+        try:
+            for values in self._biases:
+                _set(bias, values)
+                yield upsample(head.classify(prepared), (height, width))
+        finally:
+            bias.copy_(before)
 
 
 def unfold_alignment(network: Network) -> Network:

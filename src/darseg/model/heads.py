@@ -68,11 +68,21 @@ class PyramidPoolingHead(nn.Module):
         Args:
             pool: (features, bins) → means over a grid of bins x bins cells; exported networks have their own.
         """
+        return self.classify(self.prepare(features, pool))
+
+    def prepare(
+        self, features: Tensor, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
+    ) -> Tensor:
+        """What the classifier sees."""
         height, width = features.shape[-2:]
         parts = [features]
         for bins, branch in zip(BINS, self.branches, strict=True):
             parts.append(upsample(branch(pool(features, bins)), (height, width)))
-        return self.classifier(self.dropout(self.fuse(torch.cat(parts, dim=1))))
+        return self.dropout(self.fuse(torch.cat(parts, dim=1)))
+
+    def classify(self, prepared: Tensor) -> Tensor:
+        """Logits of what `prepare` returned."""
+        return self.classifier(prepared)
 
     @property
     def last(self) -> nn.Conv2d:
@@ -115,9 +125,17 @@ class AtrousHead(nn.Module):
             branch.requires_grad_(index < branches)
 
     def forward(self, features: Tensor) -> Tensor:
-        logits = self.branches[0](features)
+        return self.classify(self.prepare(features))
+
+    def prepare(self, features: Tensor) -> Tensor:
+        """What the classifier sees: the features themselves."""
+        return features
+
+    def classify(self, prepared: Tensor) -> Tensor:
+        """Logits of what `prepare` returned."""
+        logits = self.branches[0](prepared)
         for branch in self.branches[1 : self.summed]:
-            logits = logits + branch(features)
+            logits = logits + branch(prepared)
         return logits
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
+from darseg.model.aligned import Variants
 from darseg.model.decide import STRIP, decide_strips, overflow_message
 from darseg.model.network import Network
 
@@ -241,24 +242,63 @@ def predict_scores(
         image: uint8 [H, W, 3], RGB.
         memory: for the sums; the sums of the image before are overwritten.
     """
+    return _scores(network, image, protocol, average=average, memories=[memory])[0]
+
+
+@torch.inference_mode()
+def predict_variants(
+    variants: Variants,
+    image: NDArray[np.uint8],
+    protocol: Protocol,
+    *,
+    name: str = "image",
+    memories: Sequence[Memory],
+) -> list[Prediction]:
+    """The predictions of an image by each variant of a network, bit for bit those of `predict`.
+
+    Args:
+        variants: of a network in eval mode.
+        memories: one for each variant.
+    """
+    sums = _scores(
+        variants.network,
+        _checked(image, name),
+        protocol,
+        average="probabilities",
+        memories=memories,
+        variants=variants,
+    )
+    return [_decide(part, scale=FINE, probabilities=True, name=name) for part in sums]
+
+
+def _scores(
+    network: Network,
+    image: NDArray[np.uint8],
+    protocol: Protocol,
+    *,
+    average: Average,
+    memories: Sequence[Memory | None],
+    variants: Variants | None = None,
+) -> list[WindowSums]:
+    """`predict_scores` for each variant of a network; without variants, for the network itself."""
     device = network.mean.device
     image_1CHW = torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1)[None]
     normalized = network.normalize(image_1CHW)
     height, width = image.shape[:2]
-    all_scales: WindowSums | None = None
+    shape = (network.classes, height, width)
+    all_scales: list[WindowSums] = []
     for scale in protocol.scales:
         long_side = round(scale * (protocol.base_size or max(height, width)))
         size = _scaled(height, width, long_side)
         same = size == (height, width)
         scaled = normalized if same else _resize(normalized, size)
-        sums = _slide(network, scaled, protocol, average=average, memory=memory)
+        sums = _slide(network, scaled, protocol, average=average, memories=memories, variants=variants)
         if same and len(protocol.scales) == 1:
             return sums
-        if all_scales is None:
-            all_scales = WindowSums((network.classes, height, width), device)
-        scores = sums.mean(0, size[0])
-        all_scales.add(scores if same else _resize(scores[None], (height, width))[0], 0, 0)
-    assert all_scales is not None
+        all_scales = all_scales or [WindowSums(shape, device) for _ in memories]
+        for total, part in zip(all_scales, sums, strict=True):
+            scores = part.mean(0, size[0])
+            total.add(scores if same else _resize(scores[None], (height, width))[0], 0, 0)
     return all_scales
 
 
@@ -319,9 +359,15 @@ def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _slide(
-    network: Network, image: torch.Tensor, protocol: Protocol, *, average: Average, memory: Memory | None
-) -> WindowSums:
-    """Scores of all windows of an image [1, 3, H, W], summed where they overlap."""
+    network: Network,
+    image: torch.Tensor,
+    protocol: Protocol,
+    *,
+    average: Average,
+    memories: Sequence[Memory | None],
+    variants: Variants | None,
+) -> list[WindowSums]:
+    """Scores of all windows of an image [1, 3, H, W], summed where they overlap, for each variant."""
     height, width = image.shape[2:]
     window_h, window_w = protocol.window
     pad_h, pad_w = max(window_h - height, 0), max(window_w - width, 0)
@@ -333,7 +379,7 @@ def _slide(
         for left in window_starts(padded.shape[3], window_w)
     ]
     shape = (network.classes, padded.shape[2], padded.shape[3])
-    sums = WindowSums(shape, image.device, memory)
+    all_sums = [WindowSums(shape, image.device, memory) for memory in memories]
     for start in range(0, len(corners), WINDOWS_AT_ONCE):
         batch = corners[start : start + WINDOWS_AT_ONCE]
         windows = torch.cat(
@@ -341,12 +387,17 @@ def _slide(
         )
         if protocol.mirror:
             windows = torch.cat([windows, windows.flip(3)])
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=protocol.bf16):
-            scores = network(windows).main
-        if average == "probabilities":
-            scores = scores.float().softmax(dim=1)
-        for index, (top, left) in enumerate(batch):
-            mirrored = scores[len(batch) + index] if protocol.mirror else None
-            sums.add(scores[index], top, left, mirrored=mirrored)
-    sums.crop(pad_h // 2, pad_w // 2, height=height, width=width)
-    return sums
+        # Variants change the classifier's bias in between, which a cached cast of it would hide.
+        with torch.autocast(
+            windows.device.type, torch.bfloat16, enabled=protocol.bf16, cache_enabled=variants is None
+        ):
+            logits = variants.logits(windows) if variants else [network(windows).main]
+            for sums, scores in zip(all_sums, logits, strict=True):
+                if average == "probabilities":
+                    scores = scores.float().softmax(dim=1)
+                for index, (top, left) in enumerate(batch):
+                    mirrored = scores[len(batch) + index] if protocol.mirror else None
+                    sums.add(scores[index], top, left, mirrored=mirrored)
+    for sums in all_sums:
+        sums.crop(pad_h // 2, pad_w // 2, height=height, width=width)
+    return all_sums

@@ -19,6 +19,7 @@ from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
 from darseg.run.plan import describe_shares
 from darseg.run.records import read_plain
+from darseg.run.steps.align import why_off
 
 FREE_KEYS = (
     "data.root",
@@ -53,6 +54,7 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
     if not course.processes.first:
         return
     run, journal, now = course.run, course.journal, environment(course.processes.count)
+    reason = why_off(course.recipe, course.manifest, course.counts)
     counts = ", ".join(
         f"{len(samples)} {role}" for role, samples in course.manifest.roles().items() if samples
     )
@@ -62,7 +64,8 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
         _say_what_changed(course, now, changes)
     else:
         write_json(run.environment, now)
-        journal.event("started", environment=now, weights=weights_from)
+        unaligned = {"not_aligned": reason} if reason else {}
+        journal.event("started", environment=now, weights=weights_from, **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {weights_from}")
     _warn_of_machine(course)
@@ -81,6 +84,8 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
             "Start only one."
         )
     journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
+    if reason:
+        journal.say(f"Decisions are not aligned: {reason}. result.align: off says the same.")
 
 
 def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
-from darseg.config.text import load_recipe, recipe_differences
+from darseg.config.text import load_recipe, load_saved_recipe, recipe_differences
 from darseg.data.classes import CITYSCAPES, ClassSet, class_set
 from darseg.data.encoding import label_encoding
 from darseg.data.images import USUAL, Reading
@@ -49,7 +49,7 @@ def recipe_of(run: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RunError(
             f"{run} is not a run folder: it has no recipe.yaml. Give the folder that `darseg train` wrote to."
         )
-    recipe = load_recipe(path, overrides)
+    recipe = load_saved_recipe(path, overrides)
     if any(override.startswith("data.root=") for override in overrides):
         return recipe
     return with_moved_data(recipe, RunDirectory(run), manifest_of)

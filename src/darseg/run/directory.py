@@ -4,14 +4,15 @@
       recipe.yaml  run.json  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
       (bad_images.json)
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
+                   (alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
                    (excluded.json)  + as round_0
       …
     and, only during the work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and
     round_N/images_PROCESS.jsonl.
 
-A step of a round (label, train, evaluate) is finished when its record exists: label.json, train.json or evaluate.json,
-which is written last. The record holds the digests of the step's inputs and outputs.
+A step of a round (label, train, align, evaluate) is finished when its record exists: label.json, train.json, align.json
+or evaluate.json, which is written last. The record holds the digests of the step's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ from darseg.run.settings import Inputs, digest_text
 from darseg.training.scores import Scores
 
 ROUND_FOLDER = re.compile(r"round_(0|[1-9][0-9]{0,5})")
+
+RESULT = "result.safetensors"
 
 FORMAT = 2
 """The format of the run folders that this version writes. It also reads format 1, darseg 0.2's (see formats.py)."""
@@ -112,6 +115,10 @@ class RunDirectory:
 
     def network(self, index: int) -> Path:
         return self.round(index) / "network.safetensors"
+
+    def result(self, index: int) -> Path:
+        """The network with aligned decisions; the file exists only if these are the round's result."""
+        return self.round(index) / RESULT
 
     def optimizer(self, index: int) -> Path:
         """The state of the optimizers at the end of a round; in format 1 the file is called momentum."""
@@ -236,15 +243,19 @@ class RunDirectory:
         folders = (path.parent.name for path in self.root.glob(f"round_*/{step}.json"))
         return sorted(int(number[1]) for folder in folders if (number := ROUND_FOLDER.fullmatch(folder)))
 
-    def last_network(self) -> Path:
-        """Weights of the latest finished round. Raises RunError if no round is finished."""
+    def last_round(self) -> int:
+        """The latest finished round. Raises RunError if no round is finished."""
         rounds = self.rounds_with("train")
         if not rounds:
             raise RunError(
                 f"{self.root}: this folder has no finished round (no round_0/train.json). Give a run folder of "
                 "`darseg train` in which round 0 is trained, or a .safetensors checkpoint."
             )
-        return self.network(rounds[-1])
+        return rounds[-1]
+
+    def last_network(self) -> Path:
+        """The plain network of the latest finished round. Raises RunError if no round is finished."""
+        return self.network(self.last_round())
 
     def finished(
         self, index: int, step: str, inputs: Inputs, reuse: RunDirectory | None = None
@@ -264,7 +275,7 @@ class RunDirectory:
             return None
         if changed := inputs.differences(record.inputs):
             remedy = "Restore the data as it was"
-            if changed == ["network"]:  # that of an earlier step, which was repeated
+            if set(changed) <= {"network", "alignment"}:  # that of an earlier step, which was repeated
                 remedy = f"To repeat it with this network, delete {step}.json here and all later rounds"
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "
@@ -337,7 +348,7 @@ def open_run(
     """
     root, changes = run.root, RecipeChanges()
     if run.recipe.exists():
-        _check_format(run)
+        check_format(run)
         changes = compare(run.recipe)
         _check_unchanged(run, changes, data)
     elif root.exists() and not root.is_dir():
@@ -358,7 +369,7 @@ def open_run(
     return changes
 
 
-def _check_format(run: RunDirectory) -> None:
+def check_format(run: RunDirectory) -> None:
     """Raise RunError for a run folder of a later format than this version knows."""
     if not run.format.exists():
         return

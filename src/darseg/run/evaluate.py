@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,15 +15,13 @@ from darseg.choices import Role
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
-from darseg.data.dataset import Example, load_example
 from darseg.data.images import Reading
-from darseg.data.manifest import Sample
-from darseg.data.pipeline import overlapped
 from darseg.errors import DarsegError, DataError, RecipeError, RunError
 from darseg.model.aligned import AlignmentRecord
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Memory, Protocol, predict, whole_image
-from darseg.model.weights import read_spec
+from darseg.model.predict import Protocol, whole_image
+from darseg.model.weights import load_network as load_weights_file
+from darseg.model.weights import read_alignment, read_spec
 from darseg.run.build import (
     as_recipe,
     check_sizes,
@@ -35,8 +33,9 @@ from darseg.run.build import (
     recipe_of,
     set_threads,
 )
-from darseg.run.directory import RunDirectory, digest_path
+from darseg.run.directory import RESULT, RunDirectory, digest_path
 from darseg.run.journal import Journal
+from darseg.run.result import score_variants
 from darseg.training.scores import Scores
 
 EVALUATION_KEYS = ("data.", "evaluation.", "threads")
@@ -45,12 +44,18 @@ EVALUATION_KEYS = ("data.", "evaluation.", "threads")
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network with what is known about it. `recipe` is None for a checkpoint given without one."""
+    """A trained network with what is known about it.
+
+    Attributes:
+        recipe: None for a checkpoint given without one.
+        unaligned: whether class weights in the file were left out.
+    """
 
     network: Network
     spec: NetworkSpec
     recipe: Recipe | None
     path: Path
+    unaligned: bool = False
 
     @property
     def alignment(self) -> AlignmentRecord | None:
@@ -73,6 +78,59 @@ class Trained:
         return whole_image(self.network, image)
 
 
+def result_path(source: Path | str, round_index: int | None = None, plain: bool = False) -> Path:
+    """The weights of a run's result after its last finished round, or `round_index`; or `source`.
+
+    Args:
+        plain: the network as it was trained, also if the aligned one is the result.
+
+    Raises RunError if there are none.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        if not source.exists():
+            raise RunError(f"{source}: there is no such run folder or checkpoint. Check the path.")
+        return source
+    run = RunDirectory(source)
+    index = run.last_round() if round_index is None else round_index
+    path = run.network(index)
+    if not path.exists():
+        raise RunError(
+            f"{source}: round {round_index} is not finished ({path} does not exist). Choose an earlier round, or "
+            "continue the run."
+        )
+    aligned = run.result(index)
+    return aligned if aligned.exists() and not plain else path
+
+
+def load_network(source: Path | str, round_index: int | None = None, plain: bool = False) -> Network:
+    """The result of a run folder, or the network of a .safetensors file, on the CPU and in eval mode.
+
+    If class weights are folded into its classifier, `network.alignment` is their record.
+
+    Args:
+        round_index: of a run folder; None: the last finished round.
+        plain: take class weights away, so that the network is as it was trained.
+
+    Raises RunError, WeightsError, and RecipeError if the backbone cannot be built here (timm is not installed).
+    """
+    return load_weights_file(result_path(source, round_index, plain), plain)
+
+
+def describe_decisions(source: Path | str, round_index: int | None = None, plain: bool = False) -> str:
+    """A line that says whether a network's decisions are plain or aligned. Raises RunError, WeightsError."""
+    path = result_path(source, round_index)
+    record = read_alignment(path)
+    if record is None:
+        return "Decisions: plain"
+    if plain:
+        return f"Decisions: plain, as asked for; the class weights in {path} are left out"
+    return (
+        f"Decisions: aligned (strength {record.strength:g}, bound {record.bound:g}; from {record.source}); --plain "
+        "leaves the class weights out"
+    )
+
+
 def load_trained(
     source: Path | str,
     round_index: int | None = None,
@@ -80,34 +138,28 @@ def load_trained(
     *,
     recipe: Recipe | None = None,
     threads: int | None = None,
+    plain: bool = False,
 ) -> Trained:
-    """The network of a run folder (its last finished round, or `round_index`) or of a .safetensors file.
+    """The result of a run folder, or the network of a .safetensors file, ready to predict.
 
     From then on torch uses as many CPU threads as its recipe says.
 
     Args:
+        round_index: of a run folder; None: the last finished round.
         overrides: changes of the run folder's recipe.
         recipe: used instead of the run folder's own.
         threads: CPU threads, whatever the recipe says.
+        plain: the network as it was trained, without class weights.
 
     Raises RunError, WeightsError, RecipeError.
     """
-    source = Path(source)
-    path = source
-    if source.is_dir():
-        run = RunDirectory(source)
-        path = run.last_network() if round_index is None else run.network(round_index)
-        if not path.exists():
-            raise RunError(
-                f"{source}: round {round_index} is not finished ({path} does not exist). Choose an earlier round, or "
-                "continue the run."
-            )
+    path = result_path(source, round_index, plain)
+    if Path(source).is_dir():
         recipe = recipe or recipe_of(source, overrides)
-    elif not source.exists():
-        raise RunError(f"{source}: there is no such run folder or checkpoint. Check the path.")
     _warn_if_changed(path)
     set_threads(threads or (recipe.threads if recipe else None))
-    return Trained(load_to_predict(path), read_spec(path), recipe, path=path)
+    unaligned = plain and read_alignment(path) is not None
+    return Trained(load_to_predict(path, plain), read_spec(path), recipe, path=path, unaligned=unaligned)
 
 
 def _warn_if_changed(network: Path) -> None:
@@ -116,13 +168,14 @@ def _warn_if_changed(network: Path) -> None:
     if not numbered:
         return
     try:
-        record = RunDirectory(network.parent.parent).read_record(int(numbered[1]), "train")
+        step = "evaluate" if network.name == RESULT else "train"
+        record = RunDirectory(network.parent.parent).read_record(int(numbered[1]), step)
     except DarsegError:
         return
     recorded = record.outputs.get(network.name) if record else None
     if recorded is not None and recorded != digest_path(network):
         Journal(None, None, Console(stderr=True)).warn(
-            f"{network} was changed after round {numbered[1]} finished (train.json has another digest). Its scores are "
+            f"{network} was changed after round {numbered[1]} finished ({step}.json has another digest). Its scores are "
             "not those of the run. Restore the file, if this was not intended."
         )
 
@@ -136,6 +189,21 @@ def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> No
         )
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate_result` found.
+
+    Attributes:
+        scores: of the decisions that were asked for.
+        plain: of the same network without class weights; None if these are its decisions anyway.
+        protocol: how both were measured.
+    """
+
+    scores: Scores
+    plain: Scores | None
+    protocol: Protocol
+
+
 def evaluate(
     source: Path | str,
     recipe: Recipe | Path | str | None = None,
@@ -143,6 +211,7 @@ def evaluate(
     round_index: int | None = None,
     overrides: Sequence[str] = (),
     console: Console | None = None,
+    plain: bool = False,
 ) -> tuple[Scores, Protocol]:
     """Score a trained network on the images of one role.
 
@@ -151,12 +220,30 @@ def evaluate(
         role: "validation", "test", "labeled", or "unlabeled" if those images have labels.
         overrides: changes of the run folder's recipe, as in "evaluation.scales=[0.75, 1.0]". If `recipe` is given, give
             its changes to `load_recipe`.
+        plain: score the network as it was trained, also if its decisions are aligned.
 
     Returns:
         the scores, and the protocol that they were measured with.
 
     Raises RunError, WeightsError, RecipeError, DataError.
     """
+    done = evaluate_result(
+        source, recipe, role=role, round_index=round_index, overrides=overrides, console=console, plain=plain
+    )
+    return done.scores, done.protocol
+
+
+def evaluate_result(
+    source: Path | str,
+    recipe: Recipe | Path | str | None = None,
+    *,
+    role: Role = "validation",
+    round_index: int | None = None,
+    overrides: Sequence[str] = (),
+    console: Console | None = None,
+    plain: bool = False,
+) -> Evaluated:
+    """`evaluate`, with the plain scores next to those of a network whose decisions are aligned."""
     if role not in get_args(Role):
         raise RunError(f"There is no role {role!r}. Choose from {', '.join(get_args(Role))}.")
     recipe = None if recipe is None else as_recipe(recipe)
@@ -166,7 +253,7 @@ def evaluate(
             "them to load_recipe."
         )
     _check_overrides(source, overrides)
-    trained = load_trained(source, round_index, overrides, recipe=recipe)
+    trained = load_trained(source, round_index, overrides, recipe=recipe, plain=plain)
     recipe = trained.recipe
     if recipe is None:
         raise RunError(
@@ -185,11 +272,14 @@ def evaluate(
             f"{len(unlabeled)} of {len(samples)} {role} images have no label map, so they cannot be scored; the first is "
             f"{unlabeled[0]!r}. Add the label maps, or choose another --role."
         )
-    protocol = evaluation_protocol(recipe)
+    protocol, network = evaluation_protocol(recipe), trained.network
+    records = [network.alignment] if network.alignment is None else [network.alignment, None]
     with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:
-        return evaluate_samples(
-            trained.network, samples, classes, protocol=protocol, advance=advance
-        ), protocol
+        scored = score_variants(
+            network, records, samples, classes=classes, protocol=protocol, advance=advance
+        )
+    scores = [Scores(confusion) for confusion in scored.confusions]
+    return Evaluated(scores[0], scores[1] if len(scores) > 1 else None, protocol)
 
 
 def _check_overrides(source: Path | str, overrides: Sequence[str]) -> None:
@@ -207,29 +297,3 @@ def _check_overrides(source: Path | str, overrides: Sequence[str]) -> None:
         except RecipeError as error:
             message = f"{message}\n{error}"
     raise RecipeError(message)
-
-
-def evaluate_samples(
-    network: Network,
-    samples: Sequence[Sample],
-    classes: ClassSet,
-    *,
-    protocol: Protocol,
-    advance: Callable[[], None] = lambda: None,
-) -> Scores:
-    """Scores of a network (in eval mode) on labeled samples."""
-    scores, memory = Scores.empty(len(classes)), Memory()
-
-    def score(sample: Sample, example: Example) -> None:
-        nonlocal scores
-        prediction = predict(network, example.image, protocol, name=str(sample.image), memory=memory)
-        scores = scores.plus(example.label, prediction.classes)
-
-    overlapped(
-        samples,
-        read=lambda sample: load_example(sample, classes),
-        work=score,
-        write=lambda *_: None,
-        advance=advance,
-    )
-    return scores

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from darseg.data.files import read_json
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
@@ -28,7 +29,11 @@ ROLES = ("validation", "unlabeled", "labeled")
 
 
 def export_network(
-    source: Path | str, out: Path | str, round_index: int | None = None, images: Path | str | None = None
+    source: Path | str,
+    out: Path | str,
+    round_index: int | None = None,
+    images: Path | str | None = None,
+    plain: bool = False,
 ) -> Parity:
     """Write a network for programs without darseg, and check that the file gives the same classes.
 
@@ -41,6 +46,7 @@ def export_network(
         round_index: of a run folder; None: the last finished round.
         images: a folder (or file) of images to compare on, of which at most 8 are used; None: the recipe's validation
             images, or the unlabeled ones if there are none.
+        plain: export the network as it was trained, also if the result's decisions are aligned.
 
     Raises ExportError, leaving no file, if it cannot be written, or if fewer than 99.9 % of the pixels of any image have
     the same class; RunError, WeightsError, DataError, NumericsError, StorageError.
@@ -49,7 +55,7 @@ def export_network(
     check_suffix(out)
     if out.exists():
         raise ExportError(f"{out} exists already and was left as it is. Give another name, or remove it.")
-    trained = load_trained(source, round_index)
+    trained = load_trained(source, round_index, plain=plain)
     compared = _images(source, trained, images)
     network = trained.network.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
     metadata = metadata_of(trained.spec, trained.classes(), _facts(source, trained))
@@ -95,6 +101,8 @@ def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[s
 def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
     """Digest of the weights; for a run also how the network was trained and how it scored."""
     facts: dict[str, Any] = {"source_sha256": digest_path(trained.path)}
+    if trained.alignment is not None:
+        facts["alignment"] = trained.alignment.to_json()
     numbered = re.fullmatch(r"round_(\d+)", trained.path.parent.name)
     if trained.recipe is None or numbered is None:
         return facts
@@ -107,5 +115,7 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
         training["steps"] = record.steps
     if run.read_record(index, "evaluate"):
         training["mean_iou"] = number(run.scores(index, len(trained.classes())).mean_iou)
+        if trained.path == run.result(index):
+            training["mean_iou"] = read_json(run.round(index) / "scores.json")["aligned"].get("mean_iou")
         training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
     return facts | {"training": training}

@@ -48,6 +48,7 @@ def label_folder(
     predict_twice: bool = False,
     threads: int | None = None,
     console: Console | None = None,
+    plain: bool = False,
 ) -> dict[str, Any]:
     """Pseudo-label a folder of images with a trained network: `out/ID.png` and `out/redistribution.json`.
 
@@ -59,13 +60,14 @@ def label_folder(
         class_counts: JSON file of labeled pixels per class; None: they are counted in the recipe's labeled masks.
         align: first give the decisions the class shares of the labeled pixels; see `align`.
         predict_twice: predict again instead of keeping predictions, or with `align` scores of all classes, on the disk.
+        plain: label with the network as it was trained, also if the result's decisions are aligned.
 
     Returns:
         the content of `redistribution.json`.
     """
     processes = Processes.here()
     given = None if recipe is None else as_recipe(recipe)
-    trained = load_trained(source, round_index, recipe=given, threads=threads)
+    trained = load_trained(source, round_index, recipe=given, threads=threads, plain=plain)
     recipe = trained.recipe
     job = FolderJob(
         source=Path(images),
@@ -172,7 +174,8 @@ def _digest_predictor(trained: Trained) -> dict[str, str]:
     protocol = labeling_protocol(trained.recipe) if trained.recipe else None
     digests = earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol) if protocol else None))
     digests.append(digest_settings(protocol=protocol))
-    return {"network": digest_path(trained.path), "protocol": digests[0]}
+    decisions = {"decisions": "plain"} if trained.unaligned else {}
+    return {"network": digest_path(trained.path), "protocol": digests[0], **decisions}
 
 
 def _protocol_of(trained: Trained) -> Callable[[np.ndarray], Protocol]:

@@ -74,6 +74,7 @@ def predict_folder(
     console: Console | None = None,
     *,
     recipe: Recipe | None = None,
+    plain: bool = False,
 ) -> Predicted:
     """Predict images and videos, by the recipe's evaluation protocol, into `out/KIND/NAME.png`.
 
@@ -89,12 +90,13 @@ def predict_folder(
         existing: what to do if files exist already: "fault" refuses before anything is written; "keep" keeps those that
             are whole and predicts the others; "replace" replaces them.
         recipe: for a checkpoint: the recipe whose evaluation protocol it predicts with.
+        plain: predict with the network as it was trained, also if the result's decisions are aligned.
 
     Files that cannot be read are skipped and named in the result. Raises RunError, WeightsError, RecipeError,
     StorageError, NumericsError, and DataError if nothing is found or two results would get the same name.
     """
     outputs = _check_outputs(Path(out), kinds, existing)
-    trained = load_trained(source, round_index, recipe=recipe)
+    trained = load_trained(source, round_index, recipe=recipe, plain=plain)
     patterns = [images] if isinstance(images, (str, Path)) else images
     media = find_media(patterns, outputs.folder)
     facts, failed = _read_video_facts(media)

@@ -1,10 +1,10 @@
-"""The whole run, round by round: label, train, evaluate. Each step is skipped if it is done already."""
+"""The whole run, round by round: label, train, align, evaluate. What is done is skipped."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from darseg.config.recipe import Recipe
-from darseg.config.text import dump_recipe, load_recipe, recipe_differences
+from darseg.config.text import as_begun, dump_recipe, load_saved_recipe, recipe_differences
 from darseg.data.examine import Findings
 from darseg.data.manifest import Manifest
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
@@ -34,6 +34,7 @@ from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import (
     RecipeChanges,
     RunDirectory,
+    check_format,
     digest_path,
     digest_state,
     open_run,
@@ -44,10 +45,14 @@ from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
 from darseg.run.rehearse import rehearse
 from darseg.run.signals import catch_signals
+from darseg.run.steps.align import align_round
 from darseg.run.steps.evaluate import evaluate_round
 from darseg.run.steps.label import label_round
 from darseg.run.steps.train import train_round
 from darseg.training.processes import Processes
+
+SCORED = ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")
+"""Figures of the summary, among those of scores.json."""
 
 
 def train(
@@ -71,24 +76,24 @@ def train(
 
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
-    processes, reused, recipe = Processes.here(), _reused(reuse), as_recipe(recipe)
+    processes, reused, run = Processes.here(), _reused(reuse), RunDirectory(out)
+    console = console or Console(quiet=not processes.first)
+    recipe = processes.together(lambda: _as_begun(as_recipe(recipe), run))
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
     network, weights_from = processes.together(lambda: build_initial_network(recipe))
     rounds = processes.together(lambda: _plan(recipe, manifest, network, processes=processes.count))
-    console, run = console or Console(quiet=not processes.first), RunDirectory(out)
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
-        new = not run.recipe.exists()
-        findings = _check_data(manifest, console) if new else None  # before hours of work, not after them
+        findings = None if run.recipe.exists() else _check_data(manifest, console)  # not after hours of work
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         if findings is not None:
             rehearse(
                 recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=findings.largest
             )
-        text = dump_recipe(recipe)
-        changes = open_run(run, recipe_text=text, data=data, compare=partial(_compare, recipe))
+        compare = partial(_compare, recipe)
+        changes = open_run(run, recipe_text=dump_recipe(recipe), data=data, compare=compare)
         return counts.tolist(), stack.enter_context(run.held()), changes
 
     with contextlib.ExitStack() as stack:
@@ -139,14 +144,18 @@ def run_rounds(course: Course, network: Network) -> dict[str, Any]:
             records.append(record)
         records.append(train_round(course, round_, before, pseudo=pseudo, network=network))
         course.stop.check()  # a signal may have come in the last step
-        scores, record = evaluate_round(course, round_)
+        candidates, record = align_round(course, round_)
+        if record is not None:
+            records.append(record)
+            course.stop.check()
+        described, record = evaluate_round(course, round_, candidates)
         records.append(record)
-        described = scores.to_json(names)
         summary["rounds"].append(
             {
                 "round": round_.index,
                 "labeling_ratio": round_.labeling_ratio,
-                **{key: described[key] for key in ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")},
+                **{key: described[key] for key in SCORED},
+                **_summed_up(described),
                 "steps": round_.steps,
                 "seconds": round(sum(record.seconds for record in records), 1),
             }
@@ -159,6 +168,22 @@ def run_rounds(course: Course, network: Network) -> dict[str, Any]:
         _say_finished(course)
     course.journal.event("finished")
     return summary
+
+
+def _summed_up(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What the summary says about a round's aligned decisions; nothing if the recipe has them off."""
+    if "aligned" not in described:
+        return {}
+    aligned = described["aligned"]
+    return {"aligned": {key: aligned[key] for key in ("used", "why", *SCORED) if key in aligned}}
+
+
+def _as_begun(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """The recipe as the run was begun with, if it says nothing of the result; see `as_begun`."""
+    if not run.recipe.is_file():
+        return recipe
+    check_format(run)
+    return as_begun(recipe, load_saved_recipe(run.recipe))
 
 
 def _plan(recipe: Recipe, manifest: Manifest, network: Network, *, processes: int) -> list[Round]:
@@ -196,7 +221,7 @@ def _check_data(manifest: Manifest, console: Console) -> Findings:
 
 def _compare(recipe: Recipe, saved: Path) -> RecipeChanges:
     """What differs between the recipe of a run folder and the one given now."""
-    before = load_recipe(saved)
+    before = load_saved_recipe(saved)
     lines = recipe_differences(before, recipe)
     keys = (*FREE_KEYS, *(["network.weights"] if _moved_weights(before, recipe) else []))
     free = tuple(line for line in lines if line.split(":")[0] in keys)

@@ -1,1 +1,1 @@
-"""The steps of a round – label, train, evaluate – and the one way in which a step is done."""
+"""The steps of a round – label, train, align, evaluate – and the one way in which a step is done."""

@@ -1,18 +1,26 @@
-"""Evaluate: a round's network on the validation images."""
+"""Evaluate: a round's network on the validation images, plain and aligned; and what its result is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from darseg.data.files import read_json
+from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.predict import Protocol
+from darseg.model.weights import load_network, read_spec, save_network
 from darseg.run.build import evaluation_protocol, load_to_predict
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
-from darseg.run.evaluate import evaluate_samples
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
+from darseg.run.result import Decision, decide_result, describe_decision, score_variants
 from darseg.run.settings import Inputs, digest_settings
+from darseg.run.steps.align import Candidates
 from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.scores import Scores
 
@@ -20,50 +28,143 @@ SCORES = "scores.json"
 FIGURES = ("mean_iou", "mean_accuracy", "pixel_accuracy")
 
 
-def evaluate_round(course: Course, round_: Round) -> tuple[Scores, StepRecord]:
-    """Score the network of a round's last step on the validation images."""
-    protocol = evaluation_protocol(course.recipe)
-    inputs = Inputs(
-        {
-            "settings": digest_settings(protocol=protocol),
-            "validation": course.data["validation"],
-            "network": digest_path(course.run.network(round_.index)),
-        },
-        earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol))),
+def evaluate_round(
+    course: Course, round_: Round, candidates: Candidates | None
+) -> tuple[Mapping[str, Any], StepRecord]:
+    """Score the network of a round's last step on the validation images, and decide what the result is.
+
+    Args:
+        candidates: what the align step found; None if the run aligns nothing.
+
+    Returns:
+        the content of scores.json, and the step's record.
+    """
+    protocol, result = evaluation_protocol(course.recipe), course.recipe.result
+    aligning = None if candidates is None else {"align": result.align, "fault": candidates.fault}
+    digests = {
+        "settings": digest_settings(protocol=protocol, result=aligning),
+        "validation": course.data["validation"],
+        "network": digest_path(course.run.network(round_.index)),
+    }
+    if candidates is not None and candidates.usable:
+        digests["alignment"] = digest_settings(
+            candidates=[alignment.to_json() for alignment in candidates.usable]
+        )
+    earlier = [] if aligning else earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol)))
+    step = Step(
+        "evaluate",
+        round_.index,
+        Inputs(digests, earlier),
+        work=lambda: _Evaluation(course, round_, protocol, candidates=candidates).run(),
     )
-    step = Step("evaluate", round_.index, inputs, work=lambda: _score(course, round_, protocol))
     record = complete(course, step)
     # The first process reads: on a network disk others may not see yet what it has just written.
-    scores = course.processes.from_first(lambda: course.run.scores(round_.index))
-    return scores, record
+    return course.processes.from_first(lambda: _read_scores(course, round_)), record
 
 
-def _score(course: Course, round_: Round, protocol: Protocol) -> Work:
-    """The work of all processes: each scores its share of the images."""
-    samples, classes, processes = course.manifest.validation, course.manifest.classes, course.processes
-    network = load_to_predict(course.run.network(round_.index))
-    share = processes.share(samples)
-    with (
-        course.journal.progress(f"round {round_.index}: evaluate", len(share)) as advance,
-        explain_memory(less_to_predict(course.recipe, "evaluation", protocol)),
-    ):
-        own = processes.together(
-            lambda: evaluate_samples(network, share, classes, protocol=protocol, advance=advance)
-        )
-    described = Scores(processes.add_up(own.confusion)).to_json(classes.names)
+def _read_scores(course: Course, round_: Round) -> Mapping[str, Any]:
+    course.run.scores(round_.index)  # says what is damaged
+    return read_json(course.path(round_, SCORES))
 
-    figures = {name: described[name] for name in FIGURES}
-    last_step = sum(planned.steps for planned in course.rounds[: round_.index + 1]) - 1
 
-    def write() -> Result:
-        write_json(course.path(round_, SCORES), described | {"protocol": protocol.describe()})
+class _Evaluation:
+    """A round's evaluation at work."""
+
+    def __init__(
+        self, course: Course, round_: Round, protocol: Protocol, *, candidates: Candidates | None
+    ) -> None:
+        self.course, self.round, self.protocol = course, round_, protocol
+        self.aligns, self.candidates = candidates is not None, candidates or Candidates()
+        self.names = course.manifest.classes.names
+        source = f"round {round_.index}, {self.candidates.images} unlabeled images of the run"
+        self.records = [AlignmentRecord.of(alignment, source) for alignment in self.candidates.usable]
+
+    def run(self) -> Work:
+        """The work of all processes: each scores its share of the images; the first decides."""
+        confusions, counts = self._score()
+        described = Scores(confusions[0]).to_json(self.names) | {"protocol": self.protocol.describe()}
+        mode, decision = self.course.recipe.result.align, None
+        if self.aligns:
+            decision = self.course.processes.from_first(
+                lambda: decide_result(
+                    mode,
+                    self.candidates.usable,
+                    counts,
+                    fault=self.candidates.fault,
+                    seed=self.course.recipe.seed,
+                )
+            )
+            described["aligned"] = describe_decision(
+                decision,
+                self.candidates.usable,
+                confusions,
+                names=self.names,
+                predicted=self.candidates.predicted,
+                wanted=self.candidates.wanted,
+            )
+        outputs = [SCORES]
+        if decision is not None and decision.used:
+            outputs.append(self.course.run.result(self.round.index).name)
+        return Work(outputs, lambda: self._write(described, decision))
+
+    def _score(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Confusions of all images, int64 [1 + M, K, K]; counts of each, int64 [N, 1 + M, 3, K].
+
+        The counts are whole only in the first process.
+        """
+        course, round_ = self.course, self.round
+        samples, processes = course.manifest.validation, course.processes
+        network = load_to_predict(course.run.network(round_.index))
+        share = processes.share(samples)
+        with (
+            course.journal.progress(f"round {round_.index}: evaluate", len(share)) as advance,
+            explain_memory(less_to_predict(course.recipe, "evaluation", self.protocol)),
+        ):
+            own = processes.together(
+                lambda: score_variants(
+                    network,
+                    [None, *self.records],
+                    share,
+                    classes=course.manifest.classes,
+                    protocol=self.protocol,
+                    advance=advance,
+                )
+            )
+        confusions = processes.add_up(own.confusions)
+        if not self.records:
+            return confusions, own.counts
+        # In the order of the images, whatever the number of processes: the bootstrap draws by position.
+        places = processes.to_first(np.array(processes.share(range(len(samples))), np.int64))
+        return confusions, processes.to_first(own.counts)[np.argsort(places)]
+
+    def _write(self, described: Mapping[str, Any], decision: Decision | None) -> Result:
+        """Write the scores, and the aligned network if it is the result."""
+        course, index = self.course, self.round.index
+        write_json(course.path(self.round, SCORES), described)
+        result = course.run.result(index)
+        if decision is not None and decision.used and decision.chosen is not None:
+            plain = course.run.network(index)
+            network = fold_alignment(load_network(plain), self.records[decision.chosen])
+            save_network(network, result, read_spec(plain))
+        else:
+            result.unlink(missing_ok=True)  # of an evaluation that was deleted to be repeated
+        figures = {name: described[name] for name in FIGURES}
+        facts: dict[str, Any] = figures | {"iou": described["iou"]}
+        sentence = _sentence(figures, len(course.manifest.validation))
+        noted = dict(figures)
+        if decision is not None:
+            aligned = described["aligned"]
+            facts["aligned"] = {
+                key: aligned[key]
+                for key in ("used", "strength", "bound", "mean_iou", "difference", "interval")
+                if key in aligned
+            }
+            sentence += f". {decision.why.removesuffix('.')}"
+            noted |= {f"aligned_{name}": aligned[name] for name in FIGURES if name in aligned}
+        last_step = sum(planned.steps for planned in course.rounds[: index + 1]) - 1
         return Result(
-            figures | {"iou": described["iou"]},
-            _sentence(figures, len(samples)),
-            recorded=lambda: course.journal.scalars(last_step, "validation", figures),
+            facts, sentence, recorded=lambda: course.journal.scalars(last_step, "validation", noted)
         )
-
-    return Work([SCORES], write)
 
 
 def _sentence(figures: Mapping[str, float | None], images: int) -> str:

@@ -11,9 +11,14 @@ from darseg.run.course import Course
 from darseg.run.directory import StepRecord
 from darseg.run.settings import Inputs
 
-Name = Literal["label", "train", "evaluate"]
+Name = Literal["label", "train", "align", "evaluate"]
 
-EVENTS: Mapping[Name, str] = {"label": "labeled", "train": "trained", "evaluate": "evaluated"}
+EVENTS: Mapping[Name, str] = {
+    "label": "labeled",
+    "train": "trained",
+    "align": "aligned",
+    "evaluate": "evaluated",
+}
 
 
 @dataclass(frozen=True)

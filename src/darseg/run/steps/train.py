@@ -158,6 +158,7 @@ class _Training:
         assert isinstance(result, Network)
 
         def write() -> Result:
+            run.result(index).unlink(missing_ok=True)  # of a network that was trained here before
             save_network(result, run.network(index), spec_of(course.recipe))
             save_checkpoint(end.optimizers(), run.optimizer(index))
             return Result({"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]})
