@@ -259,7 +259,7 @@ def test_a_run_finds_the_weights_decides_and_leaves_these_files(run: Path) -> No
     )
     assert {entry["strength"] for entry in aligned["candidates"]} == {0.5, 1.0}
     assert aligned["interval"] == max(entry["interval"] for entry in aligned["candidates"])
-    full = json.loads((run / "round_1/alignment.json").read_text())["candidates"][-1]
+    full = json.loads((run / "round_1/result_alignment.json").read_text())["candidates"][-1]
     assert full["strength"] == 1 and full["reached"] == pytest.approx(full["target"], abs=0.01)
     moved, shares = np.log(list(aligned["weights"].values())), aligned["shares"]
     for k, name in enumerate(SPEC.class_names):
@@ -269,7 +269,7 @@ def test_a_run_finds_the_weights_decides_and_leaves_these_files(run: Path) -> No
     files = {path.name for path in (run / "round_0").iterdir()}
     trained = {"network.safetensors", "optimizer.safetensors", "train.json"}
     assert files == trained | {
-        "alignment.json",
+        "result_alignment.json",
         "align.json",
         "scores.json",
         "evaluate.json",
@@ -378,12 +378,12 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(
     run: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
     """What a kill can leave: records missing from some step on, with or without the files that the step wrote."""
-    names = ("network.safetensors", "alignment.json", "scores.json", "result.safetensors")
+    names = ("network.safetensors", "result_alignment.json", "scores.json", "result.safetensors")
     wanted = {name: (run / "round_1" / name).read_bytes() for name in names}
     for number, (gone, changed) in enumerate(
         [
             (["evaluate.json", "result.safetensors"], None),
-            (["evaluate.json", "scores.json", "align.json", "alignment.json"], "result.safetensors"),
+            (["evaluate.json", "scores.json", "align.json", "result_alignment.json"], "result.safetensors"),
         ]
     ):
         copy = tmp_path / str(number)
@@ -444,7 +444,7 @@ def test_a_run_begun_with_another_result_is_refused(run: Path, recipe_file: Path
 
 def test_a_damaged_alignment_is_named(run: Path, recipe_file: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
-    path = tmp_path / "run/round_1/alignment.json"
+    path = tmp_path / "run/round_1/result_alignment.json"
     path.write_text(path.read_text().replace('"weights"', '"weighs"'))
-    with refused(RunError, "alignment.json", "align.json"):
+    with refused(RunError, "result_alignment.json", "align.json"):
         darseg.train(load_recipe(recipe_file), tmp_path / "run")

@@ -61,7 +61,7 @@ class RoundFacts:
         steps: number of training steps.
         scores: on the validation images.
         protocol: how these were predicted.
-        seconds: step ("label", "train", "evaluate") → how long it took.
+        seconds: step ("label", "train", "align", "evaluate") → how long it took.
     """
 
     index: int
@@ -206,7 +206,7 @@ def _read_round(
     classes: int,
 ) -> RoundFacts:
     folder = run.round(index)
-    records = {step: run.read_record(index, step) for step in ("label", "train", "evaluate")}
+    records = {step: run.read_record(index, step) for step in ("label", "train", "align", "evaluate")}
     done = {step: record for step, record in records.items() if record is not None}
     labels = pseudo = truth = scores = protocol = None
     try:

@@ -4,7 +4,7 @@
       recipe.yaml  run.json  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
       (bad_images.json)
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
-                   (alignment.json  align.json  result.safetensors)
+                   (result_alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
                    (excluded.json)  + as round_0
       …

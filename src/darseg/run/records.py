@@ -20,7 +20,8 @@ OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"network.safetensors"}),
         frozenset({"optimizer.safetensors", "momentum.safetensors"}),
     ),
-    "evaluate": (frozenset({"scores.json"}), frozenset()),
+    "align": (frozenset({"result_alignment.json"}), frozenset()),
+    "evaluate": (frozenset({"scores.json"}), frozenset({"result.safetensors"})),
 }
 """Step → the outputs that its record always names, and those that it may name besides: nothing else is copied or read."""
 

@@ -35,7 +35,7 @@ from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.step import Result, Step, Work, complete
 
-ALIGNMENT = "alignment.json"
+ALIGNMENT = "result_alignment.json"
 
 STRENGTHS, BOUNDS = (0.5, 1.0), (2.0, 5.0)
 """Candidates of `auto`, from the gentlest to the strongest; `on` takes the last of each."""
@@ -220,7 +220,7 @@ def find_candidates(
     names: Sequence[str],
     unusable: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The content of alignment.json: usable class weights, or why there are none.
+    """The content of result_alignment.json: usable class weights, or why there are none.
 
     Args:
         rows_NK: sample of log-probabilities.
@@ -261,7 +261,7 @@ def _fault_of(alignment: Alignment, wanted: NDArray[np.float64], names: Sequence
 
 
 def read_candidates(path: Path) -> Candidates:
-    """The candidates in an alignment.json. Raises RunError if it is damaged."""
+    """The candidates in a result_alignment.json. Raises RunError if it is damaged."""
     try:
         content: Mapping[str, Any] = read_json(path)
         predicted = content["predicted"]
