@@ -34,6 +34,9 @@ DECODER_LINE = re.compile(
 """Matches lines of libjpeg, libpng, libtiff, OpenCV and FFmpeg."""
 
 
+FFMPEG_LINE = re.compile(r"\[\w+ @ 0x")
+
+
 class _Aside:
     """Standard error led into a temporary file while any thread decodes."""
 
@@ -156,11 +159,14 @@ def decode_quietly(decode: Callable[[], Result]) -> tuple[Result, list[str]]:
 
 
 @contextlib.contextmanager
-def listening() -> Generator[Callable[[], list[str]], None, None]:
-    """Lead standard error aside; the value's result are the lines printed so far by any decoder."""
-    with _aside.together():
+def together_quietly() -> Generator[Callable[[], list[str]], None, None]:
+    """For a decoder that cannot decode twice: call the value afterwards for FFmpeg's lines, which only it prints."""
+    lines: list[str] = []
+    with _aside.together() as printed:
         begin = os.fstat(_aside._file).st_size
-        yield lambda: [line for line in _aside._lines(begin) if DECODER_LINE.search(line)]
+        yield lambda: lines
+        if printed():
+            lines += [line for line in _aside._lines(begin) if FFMPEG_LINE.search(line)]
 
 
 def _after_fork() -> None:

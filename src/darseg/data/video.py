@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Our errors report broken files with path and remedy, so FFmpeg need not report them on standard error. OpenCV reads
-# this when it first uses FFmpeg.
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
 import cv2
 import numpy as np
 
+from darseg.data.decoders import together_quietly
 from darseg.data.files import aside_of, check_regular, storage_error
 from darseg.errors import DataError, StorageError
 
@@ -23,6 +20,17 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 USUAL_RATE = 25.0
 """Frames per second of files that do not state a rate."""
+
+LARGEST_TIMEBASE = 65535
+"""Largest denominator of a frame's duration in MPEG-4 part 2 (ISO 14496-2, vop_time_increment_resolution)."""
+
+LOWEST_RATE = 0.01
+
+DECIMALS = 3
+"""Digits after the point that OpenCV keeps of a rate."""
+
+HIGHEST_RATE = 240.0
+"""Frames per second above which a header is not believed: files of variable rate state the unit of their times."""
 
 CODEC = "mp4v"
 """MPEG-4 part 2: OpenCV from the package index can write it into .mp4 files on every system."""
@@ -41,12 +49,23 @@ class VideoFacts:
     rate: float
 
 
+def writable_rate(rate: float) -> float:
+    """The nearest frames per second that an .mp4 file of this codec can state."""
+    for decimals in range(DECIMALS, -1, -1):
+        nearest = round(rate, decimals)
+        if nearest * 10**decimals <= LARGEST_TIMEBASE:
+            return max(nearest, LOWEST_RATE)
+    return float(LARGEST_TIMEBASE)
+
+
 def video_facts(path: Path) -> VideoFacts:
     """Facts from the header of a video file. Raises DataError if it cannot be opened as a video."""
     capture = _open(path)
     try:
         rate = capture.get(cv2.CAP_PROP_FPS)
         frames = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        if rate > HIGHEST_RATE:
+            rate = _measured_rate(capture) or rate
     finally:
         capture.release()
     return VideoFacts(
@@ -54,26 +73,53 @@ def video_facts(path: Path) -> VideoFacts:
     )
 
 
-def read_frames(path: Path) -> Iterator[np.ndarray]:
+def _measured_rate(capture: cv2.VideoCapture) -> float:
+    """Frames per second by the times of all frames; 0 if they have none."""
+    count, end = 0, 0.0
+    while True:
+        with together_quietly():
+            if not capture.grab():
+                break
+        count, end = count + 1, capture.get(cv2.CAP_PROP_POS_MSEC)
+    return 1000 * (count - 1) / end if end > 0 else 0.0
+
+
+def read_frames(path: Path, notes: list[str] | None = None) -> Iterator[np.ndarray]:
     """The frames of a video in their order, uint8 [H, W, 3], RGB.
 
-    They are turned as the file's orientation mark says, as in players: a video has no labels that must not be turned.
+    They are turned as the file's orientation mark says, as in players.
+
+    Args:
+        notes: gets a line if the decoder reports damage in frames that it returns all the same.
 
     Raises DataError if the file cannot be opened; and, after the last good frame, if more frames are missing than 1 and
     1 % of the number in the header, which some kinds of files only estimate.
     """
     expected = video_facts(path).frames
     capture = _open(path)
-    count = 0
+    count, damaged, first = 0, 0, ""
     try:
         while True:
-            read, frame = capture.read()
+            with together_quietly() as lines:
+                read, frame = capture.read()
             if not read:
                 break
             count += 1
+            if reports := lines():
+                damaged += 1
+                first = first or f"frame {count}: {reports[0].partition('] ')[2]}"
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+    except cv2.error as error:
+        raise DataError(
+            f"{path}: frame {count} of this video cannot be decoded ({error.err}). Convert it."
+        ) from error
     finally:
         capture.release()
+    if damaged and notes is not None:
+        notes.append(
+            f"{path}: {damaged:,} of {count:,} frames are damaged according to the decoder and may show garbage "
+            f"({first}). Copy the video again."
+        )
     if count == 0 or expected - count > 1 + expected // 100:
         raise DataError(
             f"{path}: this video is cut off or damaged. Only {count} of its {expected} frames can be read. Copy or "
@@ -90,7 +136,10 @@ def _open(path: Path) -> cv2.VideoCapture:
         raise DataError(
             f"{path}: this video cannot be read ({error.strerror}). Give a video file."
         ) from error
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    # Without a colon in front of the first slash, which FFmpeg would take for a protocol. With one thread, what FFmpeg
+    # prints belongs to the frame that is read.
+    with together_quietly():
+        capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise DataError(
             f"{path}: this file cannot be opened as a video ({', '.join(VIDEO_SUFFIXES)}). It is cut off, damaged, or "
@@ -102,7 +151,8 @@ def _open(path: Path) -> cv2.VideoCapture:
 class VideoWriter:
     """Writes frames into an .mp4 file (MPEG-4), which appears, whole, when the writer is closed.
 
-    The sides of a video must be even, so the last row or column of an odd side is left out.
+    The sides of a video must be even, so the last row or column of an odd side is left out. The rate is the nearest one
+    that the file can state (`writable_rate`).
     """
 
     def __init__(self, path: Path, rate: float) -> None:
@@ -125,28 +175,35 @@ class VideoWriter:
                 raise storage_error(error, self.path) from error
             code = cv2.VideoWriter.fourcc(*CODEC)
             self._size = (width, height)
-            self._writer = cv2.VideoWriter(
-                str(self._aside), cv2.CAP_FFMPEG, code, self.rate, (width & ~1, height & ~1)
-            )
+            with together_quietly():
+                self._writer = cv2.VideoWriter(
+                    os.path.abspath(self._aside),
+                    cv2.CAP_FFMPEG,
+                    code,
+                    writable_rate(self.rate),
+                    (width & ~1, height & ~1),
+                )
             if not self._writer.isOpened():
                 self.abandon()
-                raise StorageError(
-                    f"Cannot write {self.path}: OpenCV cannot start a video of {width}x{height} pixels there. Choose "
-                    "another folder, or leave out the kind overlay."
+                raise DataError(
+                    f"{self.path}: OpenCV cannot write a video of {width}x{height} pixels. Leave out the kind overlay, "
+                    "or scale the video down."
                 )
         if (width, height) != self._size:
             raise DataError(
                 f"{self.path}: a frame is {width}x{height} pixels, but the first was {self._size[0]}x{self._size[1]}. "
                 "All frames of a video must have the same size."
             )
-        self._writer.write(cv2.cvtColor(frame[: height & ~1, : width & ~1], cv2.COLOR_RGB2BGR))
+        with together_quietly():
+            self._writer.write(cv2.cvtColor(frame[: height & ~1, : width & ~1], cv2.COLOR_RGB2BGR))
         self._frames += 1
 
     def close(self) -> None:
         """Let the file appear, if any frame was added. Raises StorageError if it could not be written whole."""
         if self._writer is None:
             return
-        self._writer.release()
+        with together_quietly():
+            self._writer.release()
         self._writer = None
         try:
             # OpenCV reports no error if the disk is full; only the file itself shows it.

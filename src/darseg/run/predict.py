@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from darseg.data.maps import write_map
 from darseg.data.pictures import PictureTally
 from darseg.data.pipeline import ahead_of, overlapped
 from darseg.data.prediction import FINE, Prediction
-from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts
+from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts, writable_rate
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Memory, predict
 from darseg.run.build import evaluation_protocol
@@ -210,11 +211,12 @@ class _Work:
         self._trained, self._outputs, self._facts = trained, outputs, facts
         self._palette, self._memory = trained.classes().palette(), Memory()
         self._movie: _Movie | None = None
+        self._notes: list[str] = []
         self._tally, self._lock = PictureTally(), threading.Lock()
 
     def notes(self) -> list[str]:
         """Lines about how pictures were read."""
-        return [*self._tally.notes(), *self._tally.warnings()]
+        return [*self._tally.notes(), *self._tally.warnings(), *self._notes]
 
     def predict_all(self, media: Sequence[Medium], advance: Callable[[], object]) -> None:
         """Predict and write all; after any error no half-written overlay stays."""
@@ -222,12 +224,17 @@ class _Work:
             overlapped(
                 self._shots(media), read=self._read, work=self._predict, write=self._write, advance=advance
             )
-            if self._movie is not None:
-                self._movie.close()
+            self._close_movie()
         except BaseException:
             if self._movie is not None:
                 self._movie.abandon()
             raise
+
+    def _close_movie(self) -> None:
+        if self._movie is not None:
+            if (failure := self._movie.close()) is not None:
+                self.failed.append(failure)
+            self._movie = None
 
     def _shots(self, media: Sequence[Medium]) -> Iterator[_Shot]:
         for medium in media:
@@ -237,10 +244,16 @@ class _Work:
             movie = None
             if "overlay" in self._outputs.kinds:
                 path = self._outputs.path(medium, "overlay")
-                movie = _Movie(VideoWriter(path, self._facts[medium].rate))
+                rate = self._facts[medium].rate
+                movie = _Movie(VideoWriter(path, rate))
+                if not math.isclose(rate, writable_rate(rate), abs_tol=0.001):
+                    self._notes.append(
+                        f"{path}: written with {writable_rate(rate):g} frames per second, the nearest to {rate:g} that "
+                        "the file can state."
+                    )
             number = 0
             try:
-                for number, frame in enumerate(ahead_of(read_frames(medium.path)), 1):
+                for number, frame in enumerate(ahead_of(read_frames(medium.path, self._notes)), 1):
                     yield _Shot(medium, frame, number, movie=movie)
             except DataError as error:
                 self.failed.append(str(error))
@@ -264,8 +277,7 @@ class _Work:
 
     def _predict(self, shot: _Shot, image: np.ndarray | str) -> tuple[np.ndarray, Prediction] | None:
         if self._movie is not None and shot.movie is not self._movie:
-            self._movie.close()
-            self._movie = None
+            self._close_movie()
         if isinstance(image, str):
             self.failed.append(image)
             return None
@@ -300,21 +312,29 @@ class _Work:
 
 
 class _Movie:
-    """Draws and writes the frames of a video one after the other, in a thread of its own."""
+    """Draws and writes the frames of a video one after the other, in a thread of its own.
+
+    If frames do not fit into a video file, the file is left out, and the other kinds of predictions go on.
+    """
 
     def __init__(self, writer: VideoWriter) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(1)
         self._behind: Future[None] | None = None
+        self._failure: str | None = None
 
     def add(self, draw: Callable[[], np.ndarray]) -> None:
         self._wait()
-        self._behind = self._pool.submit(lambda: self._writer.add(draw()))
+        if self._failure is None:
+            self._behind = self._pool.submit(lambda: self._writer.add(draw()))
 
-    def close(self) -> None:
+    def close(self) -> str | None:
+        """Let the file appear. Returns why there is none, if frames did not fit into it."""
         self._wait()
         self._pool.shutdown()
-        self._writer.close()
+        if self._failure is None:
+            self._writer.close()
+        return self._failure
 
     def abandon(self) -> None:
         self._pool.shutdown()
@@ -323,7 +343,11 @@ class _Movie:
     def _wait(self) -> None:
         behind, self._behind = self._behind, None
         if behind is not None:
-            behind.result()
+            try:
+                behind.result()
+            except DataError as error:
+                self._failure = str(error)
+                self._writer.abandon()
 
 
 CONFIDENCE_VALUES = np.round(CERTAIN * FINE.confidence(np.arange(FINE.codes))).astype(np.uint16)
