@@ -160,7 +160,7 @@ def decode_quietly(decode: Callable[[], Result]) -> tuple[Result, list[str]]:
 
 @contextlib.contextmanager
 def together_quietly() -> Generator[Callable[[], list[str]], None, None]:
-    """For a decoder that cannot decode twice: call the value afterwards for FFmpeg's lines, which only it prints."""
+    """Lead standard error aside once; call the value afterwards for FFmpeg's lines."""
     lines: list[str] = []
     with _aside.together() as printed:
         begin = os.fstat(_aside._file).st_size
