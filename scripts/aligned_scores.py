@@ -117,7 +117,8 @@ def score(folder: Path, index: int, others: Sequence[Path]) -> dict[str, Any]:
         "alignment": alignment.to_json(),
     }
     for role in ROLES:
-        record[role] = _score_role(trained, manifest.roles()[role], alignment.weights)
+        if samples := manifest.roles()[role]:
+            record[role] = _score_role(trained, samples, alignment.weights)
     return record
 
 

@@ -2,6 +2,8 @@
 
     darseg demo                                                        # writes demo/
     .venv/bin/python scripts/figures.py demo/seed_0/dars               # figures of how it works
+    darseg align demo/seed_0/control demo/data/images --out aligned.safetensors
+    .venv/bin/python scripts/figures.py demo/seed_0/control --aligned aligned.safetensors # what alignment changes
     .venv/bin/python scripts/figures.py runs/photos --tutorial predictions    # of the tutorial, run in its folder
 
 Charts are SVGs with their own background, light or dark as the reader's system prefers.
@@ -23,7 +25,8 @@ import darseg
 from darseg.data.files import write_whole
 from darseg.data.maps import label_path
 from darseg.demo.demo import sheet
-from darseg.run.build import labeling_protocol
+from darseg.model.weights import load_network
+from darseg.run.build import evaluation_protocol, labeling_protocol
 from darseg.run.evaluate import load_trained
 from darseg.training.schedule import Schedule
 
@@ -256,6 +259,24 @@ def steps_picture(run: darseg.RunDirectory, index: int, rows: int) -> np.ndarray
     return sheet(table, titles[: len(table[0])], legend)
 
 
+def aligned_picture(run: darseg.RunDirectory, aligned: Path, rows: int) -> np.ndarray:
+    """The validation scenes that gain most right pixels by alignment: image, truth, plain, aligned (BGR)."""
+    recipe = darseg.load_recipe(run.recipe)
+    manifest, protocol = darseg.manifest_of(recipe), evaluation_protocol(recipe)
+    palette = manifest.classes.palette()
+    networks = [load_network(run.last_network(), plain=True), load_network(aligned)]
+    gains = []
+    for sample in manifest.validation:
+        image = darseg.read_image(sample.image)
+        truth = darseg.read_label(sample.label, sample.encoding)
+        plain, moved = (darseg.predict(network, image, protocol).classes for network in networks)
+        pictures = [image, palette[truth], palette[plain], palette[moved]]
+        gains.append((int((moved == truth).sum()) - int((plain == truth).sum()), pictures))
+    table = [pictures for _, pictures in sorted(gains, key=lambda entry: -entry[0])[:rows]]
+    titles = ["image", "truth", "plain: the largest p", "aligned: the largest p w"]
+    return sheet(table, titles, list(zip(manifest.classes.names, manifest.classes.colors, strict=True)))
+
+
 def write_picture(path: Path, picture: np.ndarray) -> None:
     """A JPEG: photographs as PNG are several times larger."""
     done, data = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])
@@ -271,6 +292,7 @@ def main() -> None:
     parser.add_argument(
         "--tutorial", type=Path, help="Draw the tutorial's pictures; the folder that `darseg predict` wrote."
     )
+    parser.add_argument("--aligned", type=Path, help="Draw what this aligned network of the run changes.")
     parser.add_argument("--out", type=Path, default=IMAGES)
     arguments = parser.parse_args()
     run = darseg.RunDirectory(arguments.run)
@@ -279,6 +301,9 @@ def main() -> None:
         write_picture(arguments.out / "tutorial_photos.jpg", photos_picture(run))
         write_picture(arguments.out / "tutorial_labels.jpg", steps_picture(run, 2, 3))
         write_picture(arguments.out / "tutorial_overlay.jpg", overlay_picture(arguments.tutorial / "overlay"))
+        return
+    if arguments.aligned:
+        write_picture(arguments.out / "aligned.jpg", aligned_picture(run, arguments.aligned, 3))
         return
     charts = {
         "pipeline": pipeline(),

@@ -40,7 +40,8 @@ class AlignSettings:
         """The fields of `Labeling` for what Python functions take as `align`; True is `AlignSettings()`.
 
         Args:
-            bound, strength: what None stands for.
+            bound: what None stands for as a bound.
+            strength: what None stands for as a strength.
         """
         if align is False:
             return {}
