@@ -448,3 +448,19 @@ def test_a_damaged_alignment_is_named(run: Path, recipe_file: Path, tmp_path: Pa
     path.write_text(path.read_text().replace('"weights"', '"weighs"'))
     with refused(RunError, "result_alignment.json", "align.json"):
         darseg.train(load_recipe(recipe_file), tmp_path / "run")
+
+
+def test_the_report_shows_both_scores_the_shares_and_the_decision(run: Path, tmp_path: Path) -> None:
+    text = darseg.write_report(run, tmp_path / "report.html").read_text()
+    aligned = scores_of(run)["aligned"]
+    for fact in (
+        aligned["why"].replace("+", "&#43;") if aligned["why"] not in text else aligned["why"],
+        "IoU plain",
+        "recall aligned",
+        "share wanted",
+        f"{aligned['iou']['b']:.3f}",
+        f"{scores_of(run)['precision']['b']:.3f}",
+        f"{aligned['shares']['reached']['c']:.3%}",
+        f"{aligned['weights']['b']:.3g}",
+    ):
+        assert fact in text

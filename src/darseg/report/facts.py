@@ -17,6 +17,7 @@ from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labelset import PseudoLabelSet
+from darseg.report.result import AlignedFacts
 from darseg.run.build import classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import RunDirectory
@@ -60,6 +61,7 @@ class RoundFacts:
         left_out: number of unlabeled images that were marked as bad when the round started.
         steps: number of training steps.
         scores: on the validation images.
+        aligned: what is known of its aligned decisions; None if the run aligns nothing.
         protocol: how these were predicted.
         seconds: step ("label", "train", "align", "evaluate") → how long it took.
     """
@@ -72,6 +74,7 @@ class RoundFacts:
     left_out: int
     steps: int | None
     scores: Scores | None
+    aligned: AlignedFacts | None
     protocol: str | None
     seconds: Mapping[str, float]
     curve: Curve
@@ -171,9 +174,7 @@ def read_run(root: Path | str) -> RunFacts:
     steps = journal.events("step")
     precision = "bf16" if recipe.training.precision == "bf16" else "fp32"
     rounds = [
-        _read_round(
-            run, index, round_.labeling_ratio, events=steps, precision=precision, classes=len(classes)
-        )
+        _read_round(run, index, round_.labeling_ratio, events=steps, precision=precision, names=classes.names)
         for index, round_ in enumerate(recipe.rounds)
     ]
     started = [*journal.events("started"), {}][0]
@@ -203,27 +204,29 @@ def _read_round(
     *,
     events: Sequence[dict],
     precision: str,
-    classes: int,
+    names: Sequence[str],
 ) -> RoundFacts:
     folder = run.round(index)
     records = {step: run.read_record(index, step) for step in ("label", "train", "align", "evaluate")}
     done = {step: record for step, record in records.items() if record is not None}
-    labels = pseudo = truth = scores = protocol = None
+    labels = pseudo = truth = scores = aligned = protocol = None
     try:
         if "label" in done:
             labels = run.label_set(index)
-            if len(labels.kept) != classes:
-                raise ValueError(f"thresholds of {len(labels.kept)} classes instead of {classes}")
+            if len(labels.kept) != len(names):
+                raise ValueError(f"thresholds of {len(labels.kept)} classes instead of {len(names)}")
             measured = _read(folder / "pseudo_scores.json")
             if measured is not None:
-                pseudo, truth = run.scores(index, classes, "pseudo_scores.json"), np.array(measured["truth"])
-                if truth.shape != (classes,) or truth.dtype != np.int64:
-                    raise ValueError(f"'truth' in pseudo_scores.json must be {classes} counts of pixels")
+                pseudo, truth = (
+                    run.scores(index, len(names), "pseudo_scores.json"),
+                    np.array(measured["truth"]),
+                )
+                if truth.shape != (len(names),) or truth.dtype != np.int64:
+                    raise ValueError(f"'truth' in pseudo_scores.json must be {len(names)} counts of pixels")
         if "evaluate" in done:
-            scores = run.scores(index, classes)
-            protocol = (
-                str((_read(folder / "scores.json") or {}).get("protocol") or "")[:LONGEST_PROTOCOL] or None
-            )
+            scores, content = run.scores(index, len(names)), _read(folder / "scores.json") or {}
+            aligned = AlignedFacts.read(content, names)
+            protocol = str(content.get("protocol") or "")[:LONGEST_PROTOCOL] or None
             if protocol and not protocol.endswith(("fp32", "bf16")):
                 protocol += f", {precision}"  # version 0.2 did not name it
     except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
@@ -242,6 +245,7 @@ def _read_round(
         left_out=len(read_excluded(run, index)),
         steps=done["train"].steps if "train" in done else None,
         scores=scores,
+        aligned=aligned,
         protocol=protocol,
         seconds={step: record.seconds for step, record in done.items()},
         curve=_curve([event for event in events if event.get("round") == index]),

@@ -18,6 +18,7 @@ from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Ta
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, read_data, read_run
 from darseg.report.gallery import draw_gallery
 from darseg.report.page import Page, render
+from darseg.report.result import result_section
 from darseg.report.share import shareable, without_places
 from darseg.report.verdict import mean_iou, verdict
 from darseg.run.build import labeling_protocol, recipe_of
@@ -26,7 +27,7 @@ from darseg.run.directory import RunDirectory
 MOST_ROWS = 3000  # rows for a class and round in one section
 MOST_CELLS = 400_000  # of confusion matrices
 FULL_BAR = 0.05  # change of IoU that fills half a bar, unless a class changed more
-STEPS = ("label", "train", "evaluate")
+STEPS = ("label", "train", "align", "evaluate")
 
 
 def write_report(
@@ -87,6 +88,8 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
     page.section("Verdict", verdict(facts, data), heading=False)
     if facts.scored:
         page.section("Classes", _classes(page, facts))
+        if any(round_.aligned for round_ in facts.scored):
+            page.section("Result", _result(facts))
     if facts.labeled:
         page.section("Class shares", _shares(page, facts, data))
         if any(round_.labels and round_.labels.alignment for round_ in facts.labeled):
@@ -209,6 +212,15 @@ def _shares_table(classes: ClassSet, data: DataFacts, round_: RoundFacts) -> Tab
         for k, entry in enumerate(_entries(classes))
     ]
     return Table(["share of pixels", *shares], rows)
+
+
+def _result(facts: RunFacts) -> Markup:
+    with_result = [round_ for round_ in facts.scored if round_.aligned]
+    rounds, omitted = shown(with_result, MOST_ROWS // len(facts.classes))
+    entries = [
+        (r.index, r.scores, r.aligned) for r in rounds if r.scores is not None and r.aligned is not None
+    ]
+    return result_section(facts.classes, entries, omitted)
 
 
 def _alignments(facts: RunFacts, data: DataFacts) -> Markup:
