@@ -20,6 +20,7 @@ import darseg
 from conftest import write_png
 from darseg.config.text import load_recipe
 from darseg.data.files import storage_error
+from darseg.data.maps import path_of_id
 from darseg.data.video import VideoWriter
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.model.weights import load_network, save_network
@@ -28,6 +29,7 @@ from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
 from darseg.run.evaluate import load_trained
 from darseg.run.outputs import check_scores_file, held_folder
+from darseg.run.reuse import check_same_content
 from darseg.training import checkpoint
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.processes import Processes
@@ -324,3 +326,29 @@ def current_umask() -> int:
     umask = os.umask(0)
     os.umask(umask)
     return umask
+
+
+def test_steps_of_other_pictures_of_the_same_size_are_not_copied(project: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(project / "data", other / "data")
+    shutil.copy(project / "tiny.yaml", other)
+    manifest = manifest_of(load_recipe(other / "tiny.yaml"))
+    data, run = digest_manifest(manifest), RunDirectory(project / "runs" / "tiny")
+    check_same_content(run, manifest, data)
+    path = manifest.labeled[1].image
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    assert digest_manifest(manifest) == data
+    with refused(RunError, "--reuse", str(run.root), str(path)):
+        check_same_content(run, manifest, data)
+    (run.root / "data.json").write_text("{")
+    with refused(RunError, "--reuse", str(run.root)):
+        check_same_content(run, manifest, data)
+
+
+def test_the_longest_names_are_labeled_too(tmp_path: Path) -> None:
+    for name in ("a" * 251, "folder/" + "ä" * 125):
+        assert path_of_id(tmp_path, name, ".png").name == f"{Path(name).name}.png"
+        waiting = path_of_id(tmp_path, name, ".prediction")
+        assert len(os.fsencode(waiting.name)) <= 255
+        assert waiting != path_of_id(tmp_path, name + "b", ".prediction")
+    assert path_of_id(tmp_path, "a/b", ".prediction") == tmp_path / "a" / "b.prediction"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ class Layout:
         return f"{what} any folder, then set data.root to VOCdevkit/VOC2012 in that folder"
 
     def _lacking(self, root: Path) -> list[str]:
-        there = {folder for folder in (*NEEDED[self.name], AUGMENTED) if (root / folder).is_dir()}
+        there = {folder for folder in (*NEEDED[self.name], AUGMENTED) if os.path.isdir(root / folder)}
         if AUGMENTED in there:  # it also has the labels of SegmentationClass
             there.add("SegmentationClass")
         return [folder for folder in NEEDED[self.name] if folder not in there]

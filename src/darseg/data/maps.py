@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path, PurePosixPath
 
 import cv2
@@ -12,6 +14,9 @@ from darseg.errors import DataError
 
 WRITABLE = ((np.uint8, ()), (np.uint16, ()), (np.uint8, (3,)))
 """Types of values and channels that `write_map` takes."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name on all usual file systems."""
 
 
 def label_path(folder: Path, sample_id: str) -> Path:
@@ -26,6 +31,8 @@ def path_of_id(folder: Path, sample_id: str, suffix: str) -> Path:
         raise DataError(
             f"The id {sample_id!r} is not a path below {folder}. An id is a relative path without '..'."
         )
+    if suffix != ".png" and len(os.fsencode(parts[-1] + suffix)) > LONGEST_NAME:  # files that only wait
+        return folder / f"{hashlib.sha256(os.fsencode(sample_id)).hexdigest()}{suffix}"
     return folder / f"{sample_id}{suffix}"
 
 

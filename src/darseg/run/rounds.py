@@ -44,6 +44,7 @@ from darseg.run.journal import Journal
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
 from darseg.run.rehearse import rehearse
+from darseg.run.reuse import check_same_content
 from darseg.run.signals import catch_signals
 from darseg.run.steps.align import align_round
 from darseg.run.steps.evaluate import evaluate_round
@@ -71,9 +72,7 @@ def train(
             process; its time is not counted. Meant for `darseg.write_report`: if it fails, the run goes on with a
             warning.
 
-    Returns:
-        the content of `summary.json`.
-
+    Returns the content of `summary.json`.
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
     processes, reused, run = Processes.here(), _reused(reuse), RunDirectory(out)
@@ -86,6 +85,8 @@ def train(
     rounds = processes.together(lambda: _plan(recipe, manifest, network, processes=processes.count))
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
+        if reused is not None:
+            check_same_content(reused, manifest, data)
         findings = None if run.recipe.exists() else _check_data(manifest, console)  # not after hours of work
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         if findings is not None:
