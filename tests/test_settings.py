@@ -16,7 +16,7 @@ from darseg.config.text import load_recipe
 from darseg.data.encoding import LabelEncoding
 from darseg.model.predict import Protocol
 from darseg.run.build import spec_of
-from darseg.run.directory import _described
+from darseg.run.data_digest import _described
 from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage_format_1
 from darseg.run.plan import plan_rounds
 from darseg.run.settings import Inputs, digest_settings
