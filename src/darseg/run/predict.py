@@ -109,7 +109,7 @@ def predict_folder(
     with held_folder(outputs.folder):
         kept = len(readable) - len(todo)
         others = outputs.others(todo if existing == "replace" else ())
-        _record(outputs, trained, journal, kept=kept, others=others)
+        _record(outputs, trained, journal, kept=kept, others=others, plain=plain)
         with journal.progress("predict", total) as advance:
             work.predict_all(todo, advance)
     return Predicted(
@@ -137,7 +137,9 @@ def _check_outputs(out: Path, kinds: Sequence[str], existing: str) -> Outputs:
     return Outputs(out, kinds)
 
 
-def _record(outputs: Outputs, trained: Trained, journal: Journal, *, kept: int, others: bool) -> None:
+def _record(
+    outputs: Outputs, trained: Trained, journal: Journal, *, kept: int, others: bool, plain: bool
+) -> None:
     """Record by what the files of the folder are made. Raises RunError if those that are kept are not.
 
     Args:
@@ -146,7 +148,8 @@ def _record(outputs: Outputs, trained: Trained, journal: Journal, *, kept: int, 
     """
     path = outputs.folder / RECORD
     protocol = evaluation_protocol(trained.recipe).describe() if trained.recipe else "whole images"
-    present = {"network": digest_path(trained.path), "protocol": protocol}
+    network = digest_path(trained.path) + (", plain" if plain else "")
+    present = {"network": network, "protocol": protocol}
     earlier = read_settings(path) if others else []
     differing = [key for key in present if any(entry.get(key) != present[key] for entry in earlier)]
     if kept and differing:
