@@ -126,11 +126,18 @@ def _label_colors(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError("should be class: [[red, green, blue], …], as in {ignore: [[0, 0, 0]]}")
     for name, colors in value.items():
+        if name == "other" and isinstance(colors, str):
+            if colors != "ignore":
+                raise ValueError("other: should be ignore, or the colors of a class that is named other")
+            continue
         for color in colors if isinstance(colors, (list, tuple)) else [None]:
             parts = color if isinstance(color, (list, tuple)) else []
             if len(parts) != 3 or not all(type(part) is int and 0 <= part <= 255 for part in parts):
                 raise ValueError(f"{name}: should be a list of colors, as in [[0, 0, 0], [255, 255, 255]]")
-    return {name: tuple(tuple(color) for color in colors) for name, colors in value.items()}
+    return {
+        name: colors if isinstance(colors, str) else tuple(tuple(color) for color in colors)
+        for name, colors in value.items()
+    }
 
 
 def _bands(value: Any) -> Any:
@@ -148,6 +155,7 @@ class DataConfig(Section):
     label_values: Annotated[Any, PlainValidator(_values)] = "index"
     label_format: LabelFormat = "auto"
     label_colors: Annotated[Any, PlainValidator(_label_colors)] | None = None
+    label_transparent: StrictStr | StrictInt = "ignore"  # what alpha 0 is: ignore, a class, or as_drawn
     orientation: Literal["auto", "upright", "stored"] = "auto"
     bands: Annotated[tuple[Count, ...], BeforeValidator(_bands)] | None = None  # None: the first three
     white: StrictFloat | None = None  # for values of other than 8 bits; None: 65535

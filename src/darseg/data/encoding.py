@@ -18,6 +18,9 @@ IDS_SUFFIX = "_labelIds.png"
 
 TRAIN_IDS_SUFFIX = "_labelTrainIds.png"
 
+AS_DRAWN = -1
+"""`LabelEncoding.transparent` if alpha is left out: transparent pixels have the value or color that they hide."""
+
 NAMED_VALUES: tuple[str, ...] = get_args(NamedValues)
 
 # Cityscapes' id of each train id, from its published label table; all other ids are not evaluated.
@@ -35,6 +38,8 @@ class LabelEncoding:
         other: what values that are not listed become; None: they are a fault.
         ignore: if `values` is None, the value other than 255 that is not a class.
         colors: (color, class or 255) for color files.
+        other_color: what colors that are not listed become; None: they are a fault.
+        transparent: what pixels of alpha 0 become: a class, 255 (not labeled), or AS_DRAWN.
         city_ids: files named *_labelIds.png hold Cityscapes' ids, files named *_labelTrainIds.png do not.
     """
 
@@ -44,6 +49,8 @@ class LabelEncoding:
     ignore: int = IGNORE
     colors: tuple[tuple[RGB, int], ...] = ()
     city_ids: bool = False
+    other_color: int | None = None
+    transparent: int = IGNORE
 
     def for_file(self, path: Path) -> LabelEncoding:
         """This encoding, or the one that the file's name calls for: Cityscapes' ids, or train ids."""
@@ -65,8 +72,9 @@ def label_encoding(
     values: str | Mapping[int | str, int | str] = "index",
     *,
     format: LabelFormat = "auto",
-    colors: Mapping[str, Sequence[Sequence[int]]] | None = None,
+    colors: Mapping[str, Sequence[Sequence[int]] | str] | None = None,
     own_colors: bool = True,
+    transparent: str | int = "ignore",
 ) -> LabelEncoding:
     """The encoding that a recipe's label settings describe.
 
@@ -76,12 +84,15 @@ def label_encoding(
             a name: "index" (values are classes), "one_based" (0 is not labeled, classes are counted from 1), "binary"
             (0 and 255, or 0 and 1 in files of one bit), "cityscapes_ids".
         colors: class name or "ignore" → colors that stand for it, in addition to the classes' own.
+            `other: "ignore"` leaves the pixels of all other colors unlabeled.
         own_colors: the colors of `classes` are those of the label files.
+        transparent: the class (name or index) of pixels of alpha 0, or "ignore", or "as_drawn" (alpha is left out).
 
     Raises:
         RecipeError: settings contradict each other or the classes. The message lists every one.
     """
-    colors = colors or {}
+    listed = colors or {}
+    colors = {name: group for name, group in listed.items() if not isinstance(group, str)}
     pairs, other = _value_map(classes, values)
     meanings = _color_meanings(classes, colors, own_colors)
     # Where files of values are expected, a color of two classes may be meant for drawing only. It is not read.
@@ -96,6 +107,7 @@ def label_encoding(
             if _index(classes, name) is None
         ),
         *(_shared_color(classes, color, shared[color]) for color in shared if format == "color" or colors),
+        *_transparent_faults(classes, transparent),
     ]
     if problems:
         raise RecipeError(faults("The label settings of the recipe cannot be used", problems))
@@ -106,6 +118,8 @@ def label_encoding(
         ignore=ignore,
         colors=tuple(sorted(table.items())),
         city_ids=values in ("index", "cityscapes_ids") and classes.names == CITYSCAPES.names,
+        other_color=IGNORE if len(colors) < len(listed) else None,
+        transparent=AS_DRAWN if transparent == "as_drawn" else _index(classes, transparent) or 0,
     )
 
 
@@ -169,6 +183,12 @@ def _ignore_faults(classes: ClassSet, ignore: int, *, has_value_map: bool) -> li
             f"data.ignore: {ignore} is not between {len(classes)} and 255. The values below {len(classes)} are classes."
         ]
     return []
+
+
+def _transparent_faults(classes: ClassSet, name: str | int) -> list[str]:
+    if name == "as_drawn" or _index(classes, name) is not None:
+        return []
+    return [f"{_unknown_class(classes, name, 'data.label_transparent')} as_drawn leaves alpha out."]
 
 
 def _unknown_class(classes: ClassSet, name: int | str, key: str) -> str:

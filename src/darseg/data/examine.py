@@ -15,7 +15,8 @@ from darseg.data.advice import unknown_values, usual_mistakes
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.encoding import CITY_IDS, LabelEncoding
 from darseg.data.images import Picture, read_picture
-from darseg.data.labels import decode_label, to_classes
+from darseg.data.label_facts import FileFacts, file_facts, judge, open_fault
+from darseg.data.labels import raw_classes, read_raw
 from darseg.data.manifest import Manifest, Sample, size_fault
 from darseg.data.orientation import UPRIGHT, orientation_mark
 from darseg.data.pictures import PictureTally, orientation_lines
@@ -37,6 +38,7 @@ class Findings:
         notes: lines about how files are read, if that may surprise a reader.
         largest: role → the readable image with most pixels.
         pictures: those of the notes and warnings that only reading the pictures shows.
+        of_roles: those of the warnings that are about absent classes and roles, which a run reports itself.
     """
 
     faults: tuple[str, ...]
@@ -46,6 +48,7 @@ class Findings:
     notes: tuple[str, ...] = ()
     largest: Mapping[str, Sample] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
+    of_roles: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class _SampleFindings:
         picture: the image without its pixels; None if it is unreadable.
         size: height and width of the image; 0 if it is unreadable.
         turned_label: whether the label file itself has an orientation mark.
+        facts: what the label file holds beside classes; None if there is none that can be read.
     """
 
     counts: NDArray[np.int64]
@@ -67,6 +71,7 @@ class _SampleFindings:
     picture: Picture | None = None
     size: tuple[int, int] = (0, 0)
     turned_label: bool = False
+    facts: FileFacts | None = None
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
@@ -78,7 +83,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         advance: called once per sample.
     """
     classes = manifest.classes
-    faults: list[str] = []
+    entries: list[str | FileFacts] = []
     pixels: dict[str, NDArray[np.int64]] = {}
     sizes: dict[str, list[int]] = {}
     tally = PictureTally(manifest)
@@ -90,7 +95,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
             results = pool.map(lambda sample: _examine_sample(sample, classes), samples)
             for sample, result in zip(samples, results, strict=True):
                 counts += result.counts
-                faults += result.faults
+                entries += [*result.faults, *([result.facts] if result.facts else [])]
                 sizes[role].append(math.prod(result.size))
                 tally.add(role, sample, result.picture, turned_label=result.turned_label)
                 if sample.label:
@@ -99,30 +104,28 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                     unreadable |= {encoding} if result.values is None else set()
                 advance()
             pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
-    warnings = tally.warnings()
-    for encoding, values in values_of.items():
+    judgment = judge([entry for entry in entries if isinstance(entry, FileFacts)], classes)
+    by_file = [entry if isinstance(entry, str) else open_fault(entry, judgment.strays) for entry in entries]
+    faults = [*filter(None, by_file), *judgment.faults]
+    warnings: list[str] = [*tally.warnings(), *judgment.warnings]
+    for encoding, all_values in values_of.items():
+        values = all_values - judgment.strays
         unknown = {value for value in values if value >= len(classes)} - {encoding.ignore, IGNORE}
         # Values that seem to be absent may be in files that could not be read.
         if unknown or encoding not in unreadable:
             lines = usual_mistakes(values, classes, encoding)
             (faults if unknown or values == {0, IGNORE} else warnings).extend(lines)
+    of_roles: list[str] = []
     if manifest.labeled and not faults:
-        absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
-        if len(absent) == len(classes):
-            faults.append(
-                "labeled: no pixel is labeled, because every label map holds only the ignore value. Check data.ignore "
-                "and the label maps."
-            )
-        elif absent:
-            warnings.append(_absent(absent))
-        if manifest.validation and (unscored := _unscored(classes, pixels)):
-            warnings.append(unscored)
+        faults, of_roles, unscored = _coverage(manifest, pixels)
+        warnings += unscored
     return Findings(
         faults=tuple(faults),
-        warnings=(*warnings, *_empty_roles(manifest)),
+        warnings=(*warnings, *of_roles, *_empty_roles(manifest)),
+        of_roles=(*of_roles, *_empty_roles(manifest)),
         images={role: len(samples) for role, samples in manifest.roles().items()},
         pixels=pixels,
-        notes=(*reading_notes(manifest), *tally.notes()),
+        notes=(*reading_notes(manifest), *tally.notes(), *judgment.notes),
         pictures=(*tally.notes(), *tally.warnings()),
         largest=_largest(manifest, sizes),
     )
@@ -135,6 +138,25 @@ def _largest(manifest: Manifest, pixels: Mapping[str, list[int]]) -> dict[str, S
         for role, samples in manifest.roles().items()
         if any(pixels[role])
     }
+
+
+def _coverage(
+    manifest: Manifest, pixels: Mapping[str, NDArray[np.int64]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Which classes occur: faults, lines about absent classes, and about classes without scores."""
+    classes = manifest.classes
+    absent = [name for name, count in zip(classes.names, pixels["labeled"], strict=False) if count == 0]
+    unscored = _unscored(classes, pixels) if manifest.validation else ""
+    if len(absent) == len(classes):
+        return (
+            [
+                "labeled: no pixel is labeled, because every label map holds only the ignore value. Check data.ignore "
+                "and the label maps."
+            ],
+            [],
+            [],
+        )
+    return [], [_absent(absent)] if absent else [], [unscored] if unscored else []
 
 
 def _absent(names: list[str]) -> str:
@@ -196,18 +218,29 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
     counts, values = np.zeros(256, np.int64), None
     if sample.label is None:
         return _SampleFindings(counts, values, tuple(faults), picture=picture, size=size)
-    turned = orientation_mark(sample.label) != UPRIGHT
+    found = replace(
+        _SampleFindings(counts, values, tuple(faults), picture=picture, size=size),
+        turned_label=orientation_mark(sample.label) != UPRIGHT,
+    )
+    encoding = sample.encoding.for_file(sample.label)
     try:
-        encoding = sample.encoding.for_file(sample.label)
-        raw = decode_label(sample.label, encoding.format, sample.reading.max_pixels)
-        values = () if raw.dtype == np.int32 else tuple(np.flatnonzero(np.bincount(raw[raw >= 0])).tolist())
-        label = to_classes(raw, encoding, sample.label)
+        raw = read_raw(sample.label, encoding.format, sample.reading.max_pixels)
     except DataError as error:
-        return _SampleFindings(counts, values, (*faults, str(error)), picture=picture, size=size)
+        return replace(found, faults=(*faults, str(error)))
+    facts = file_facts(raw, encoding, sample.label, count=len(classes))
+    by_value = raw.values.dtype != np.int32 and not facts.by_color and not facts.contradicts
+    values = tuple(np.flatnonzero(np.bincount(raw.values[raw.values >= 0])).tolist()) if by_value else ()
+    found = replace(found, values=values, facts=facts)
+    if facts.contradicts:
+        return found
+    try:
+        label = raw_classes(raw, encoding, sample.label)
+    except DataError as error:
+        return replace(found, facts=replace(facts, fault=str(error)))
     if all(size) and label.shape != size:
         faults.append(size_fault(sample, label.shape, size))
     counts = np.bincount(label.reshape(-1), minlength=256)
     unknown = unknown_values(counts, len(classes))
     if unknown:
-        faults.append(f"{sample.label}: {unknown}")
-    return _SampleFindings(counts, values, tuple(faults), picture=picture, size=size, turned_label=turned)
+        facts = replace(facts, fault=f"{sample.label}: {unknown}")
+    return replace(found, counts=counts, faults=tuple(faults), facts=facts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import zlib
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from PIL import Image
 from darseg.choices import LabelFormat
 from darseg.data.advice import MOST_LISTED, color_advice, list_counts, pixel_count
 from darseg.data.classes import IGNORE
-from darseg.data.encoding import PLAIN, RGB, LabelEncoding
+from darseg.data.encoding import AS_DRAWN, PLAIN, RGB, LabelEncoding
 from darseg.data.images import (
     JPEG_MARK,
     MOST_PIXELS,
@@ -27,6 +27,15 @@ from darseg.data.images import (
     read_bytes,
     read_whole,
 )
+from darseg.data.tables import (
+    LARGEST,
+    TRANSPARENT,
+    UNKNOWN,
+    classes_by_color,
+    color_table,
+    of_transparent,
+    value_table,
+)
 from darseg.data.tiff import TIFF_MARKS, Raster, read_tiff
 from darseg.errors import DataError
 
@@ -34,15 +43,6 @@ LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".gif", ".mat")
 
 ONE_CHANNEL = ("1", "L", "P", "I;16", "I;16B", "I", "LA")
 """Pillow's modes of images with one channel of values; LA has transparency with it."""
-
-UNKNOWN = 256
-"""Entry of lookup tables for a value that is neither a class nor 255."""
-
-TRANSPARENT = -1
-"""Among values and colors: a pixel that is not labeled. As an index it is the last entry of the lookup tables."""
-
-LARGEST = 65535
-"""Largest 16-bit label value."""
 
 LARGEST_MAT = 1 << 28  # bytes of a part unpacked
 MAT_COMPRESSED = 15
@@ -62,21 +62,41 @@ def read_label(
     """
     path = Path(path)
     encoding = encoding.for_file(path)
-    return to_classes(decode_label(path, encoding.format, max_pixels), encoding, path)
+    return raw_classes(read_raw(path, encoding.format, max_pixels), encoding, path)
+
+
+@dataclass(frozen=True)
+class RawLabel:
+    """What a label file holds, before values or colors become classes.
+
+    Attributes:
+        values: uint8 or uint16 [H, W], or colors int32 [H, W] (R·65536 + G·256 + B). The values of a file with an alpha
+            channel are int16; transparent values and colors are TRANSPARENT.
+        palette: the colors of the values, if the file has a palette.
+        alpha: uint8 [H, W], if the file has an alpha channel.
+        drawn: with alpha, the values or colors as if nothing were transparent.
+    """
+
+    values: np.ndarray
+    palette: tuple[RGB, ...] = ()
+    alpha: NDArray[np.uint8] | None = None
+    drawn: np.ndarray | None = None
 
 
 def decode_label(path: Path, format: LabelFormat, max_pixels: int = MOST_PIXELS) -> np.ndarray:
-    """What a label file holds, before values or colors become classes.
+    """The values or colors of a label file (`RawLabel.values`); arguments as for `read_raw`."""
+    return read_raw(path, format, max_pixels).values
 
-    Values are uint8 or uint16 [H, W], colors are int32 [H, W] (R·65536 + G·256 + B). The values of a file with an
-    alpha channel are int16; transparent values and colors are TRANSPARENT.
+
+def read_raw(path: Path, format: LabelFormat, max_pixels: int = MOST_PIXELS) -> RawLabel:
+    """What a label file holds.
 
     Args:
         format: as in `LabelEncoding`.
         max_pixels: larger maps are refused.
     """
     if path.suffix.lower() == ".mat":
-        return _sbd(path, read_bytes(path))
+        return RawLabel(_sbd(path, read_bytes(path)))
     data = read_whole(path)
     if data.startswith(JPEG_MARK):
         raise DataError(
@@ -89,7 +109,7 @@ def decode_label(path: Path, format: LabelFormat, max_pixels: int = MOST_PIXELS)
     if is_png(data):
         depth, kind = data[24], PNG_COLORS.get(data[25], "unknown")
         if kind == "gray" and format != "color":
-            return _unstretched(_decode_gray(path, data), depth)
+            return RawLabel(_unstretched(_decode_gray(path, data), depth))
         if depth == 16 and kind != "gray":
             raise DataError(
                 f"{path}: this file is a 16-bit {kind} PNG. A 16-bit label map must have a single channel of values."
@@ -105,7 +125,7 @@ def decode_label(path: Path, format: LabelFormat, max_pixels: int = MOST_PIXELS)
     return _of_picture(path, image, format)
 
 
-def _of_picture(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
+def _of_picture(path: Path, image: Image.Image, format: LabelFormat) -> RawLabel:
     """The values or colors of an image that Pillow has decoded."""
     if image.mode == "P" and format == "color":
         image.info.pop("transparency", None)
@@ -113,7 +133,7 @@ def _of_picture(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarr
     return _one_channel(path, image, format) if image.mode in ONE_CHANNEL else _colors(path, image, format)
 
 
-def _tiff(path: Path, raster: Raster, format: LabelFormat) -> np.ndarray:
+def _tiff(path: Path, raster: Raster, format: LabelFormat) -> RawLabel:
     """The values or colors of a TIFF."""
     if raster.lossy:
         raise DataError(
@@ -139,10 +159,16 @@ def _tiff(path: Path, raster: Raster, format: LabelFormat) -> np.ndarray:
         return _colors(path, Image.fromarray(padded[values]), format)
     if format == "color":
         raise DataError(ONE_CHANNEL_FOR_COLORS.format(path=path))
-    transparent = None if raster.alpha is None else raster.values[..., raster.alpha] == 0
+    alpha = None if raster.alpha is None else raster.values[..., raster.alpha]
     if raster.color == "white is zero":
         values = 2**raster.bits - 1 - values
-    return _whole_numbers(path, values, raster.nodata, transparent=transparent)
+    if alpha is None:
+        palette = () if raster.palette is None else tuple(map(tuple, raster.palette.tolist()))
+        return RawLabel(_whole_numbers(path, values, raster.nodata, transparent=None), palette)
+    marked = _whole_numbers(path, values, raster.nodata, transparent=alpha == 0)
+    drawn = _whole_numbers(path, values, raster.nodata, transparent=None)
+    eight_bits = np.where(alpha == 0, 0, np.where(alpha == alpha.max(), 255, 128)).astype(np.uint8)
+    return RawLabel(marked, alpha=eight_bits, drawn=drawn)
 
 
 def _whole_numbers(
@@ -197,33 +223,42 @@ ONE_CHANNEL_FOR_COLORS = (
 )
 
 
-def _one_channel(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
+def _one_channel(path: Path, image: Image.Image, format: LabelFormat) -> RawLabel:
     """The values, or palette indices, of an image of one of the modes ONE_CHANNEL."""
     if format == "color":
         raise DataError(ONE_CHANNEL_FOR_COLORS.format(path=path))
     if image.mode == "1":
-        return np.asarray(image).astype(np.uint8)
+        return RawLabel(np.asarray(image).astype(np.uint8))
     values = np.asarray(image)
-    if image.mode in ("P", "L"):
-        return values
+    if image.mode == "P":
+        flat = image.getpalette("RGB") or []
+        return RawLabel(values, palette=tuple(zip(flat[::3], flat[1::3], flat[2::3], strict=False)))
+    if image.mode == "L":
+        return RawLabel(values)
     if image.mode == "LA":
         values, alpha = np.moveaxis(values, 2, 0)
-        return np.where(alpha == 0, np.int16(TRANSPARENT), values)
+        return _with_alpha(values, alpha)
     if values.min() < 0 or values.max() > LARGEST:
         raise DataError(
             f"{path}: the values are {values.min()} to {values.max()}. Label values must be between 0 and {LARGEST}."
         )
-    return values.astype(np.uint16)
+    return RawLabel(values.astype(np.uint16))
 
 
-def _colors(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
+def _with_alpha(drawn: np.ndarray, alpha: np.ndarray) -> RawLabel:
+    """A label of an alpha channel: transparent pixels become TRANSPARENT."""
+    marked = np.where(alpha == 0, np.array(TRANSPARENT, np.result_type(drawn, np.int16)), drawn)
+    return RawLabel(marked, alpha=np.ascontiguousarray(alpha), drawn=np.ascontiguousarray(drawn))
+
+
+def _colors(path: Path, image: Image.Image, format: LabelFormat) -> RawLabel:
     """The colors of an RGB or RGBA image, int32 [H, W]; for the format "index" its three equal channels."""
     if image.mode not in ("RGB", "RGBA"):
         raise DataError(
             f"{path}: the pixels have Pillow's mode {image.mode}. A label map has values, palette indices or RGB colors."
         )
     pixels = np.asarray(image)
-    transparent = pixels[..., 3] == 0 if image.mode == "RGBA" else None
+    alpha = pixels[..., 3] if image.mode == "RGBA" else None
     if format == "index":
         if not (pixels[..., 0] == pixels[..., 1]).all() or not (pixels[..., 0] == pixels[..., 2]).all():
             raise DataError(
@@ -231,14 +266,12 @@ def _colors(path: Path, image: Image.Image, format: LabelFormat) -> np.ndarray:
                 "classes their colors (data.classes: {name: [red, green, blue]})."
             )
         values = pixels[..., 0]
-        return values if transparent is None else np.where(transparent, np.int16(TRANSPARENT), values)
+        return RawLabel(values) if alpha is None else _with_alpha(values, alpha)
     keys = pixels[..., 0].astype(np.int32)
     for channel in (1, 2):
         keys <<= 8
         keys |= pixels[..., channel]
-    if transparent is not None:
-        keys[transparent] = TRANSPARENT
-    return keys
+    return RawLabel(keys) if alpha is None else _with_alpha(keys, alpha)
 
 
 def _sbd(path: Path, data: bytes) -> np.ndarray:
@@ -283,28 +316,17 @@ def _check_mat(data: bytes) -> None:
         at += 8 + size
 
 
-@lru_cache(maxsize=8)
-def _value_table(encoding: LabelEncoding) -> np.ndarray:
-    """uint16 [65537]: class, 255 or UNKNOWN of each value."""
-    table = np.full(LARGEST + 2, UNKNOWN if encoding.other is None else encoding.other, np.uint16)
-    table[TRANSPARENT] = IGNORE
-    if encoding.values is None:
-        table[:256] = np.arange(256)
-        table[encoding.ignore] = IGNORE
-    else:
-        for value, k in encoding.values:
-            table[value] = k
-    return table
+def raw_classes(raw: RawLabel, encoding: LabelEncoding, path: Path) -> NDArray[np.uint8]:
+    """Classes uint8 [H, W] of a label file.
 
+    A palette file whose colors number the classes differently than its values is read by color.
 
-@lru_cache(maxsize=2)
-def _color_table(colors: tuple[tuple[RGB, int], ...]) -> np.ndarray:
-    """uint16 [2^24 + 1]: class, 255 or UNKNOWN of each color."""
-    table = np.full(256**3 + 1, UNKNOWN, np.uint16)
-    table[TRANSPARENT] = IGNORE
-    for (red, green, blue), k in colors:
-        table[red << 16 | green << 8 | blue] = k
-    return table
+    Raises DataError for values and colors that are not classes.
+    """
+    values = raw.values if encoding.transparent != AS_DRAWN or raw.drawn is None else raw.drawn
+    if raw.palette and (table := classes_by_color(raw.palette, values, encoding)) is not None:
+        return table[values]
+    return to_classes(values, encoding, path)
 
 
 def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> NDArray[np.uint8]:
@@ -313,17 +335,17 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> NDArray[
     Raises DataError for values and colors that are not classes.
     """
     if raw.dtype == np.int32:
-        if not encoding.colors:
+        if not encoding.colors and encoding.other_color is None:
             raise DataError(
                 f"{path}: the label map has colors, but the classes have none. {color_advice(raw)}"
             )
-        classes = _color_table(encoding.colors)[raw]
+        classes = color_table(encoding.colors, encoding.other_color, of_transparent(encoding))[raw]
     elif raw.dtype == np.uint8 and encoding.values is None:
         if encoding.ignore == IGNORE:
             return raw
         return np.where(raw == encoding.ignore, np.uint8(IGNORE), raw)
     else:
-        classes = _value_table(encoding)[raw]
+        classes = value_table(encoding)[raw]
     unknown = classes == UNKNOWN
     if not unknown.any():
         return classes.astype(np.uint8)

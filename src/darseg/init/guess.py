@@ -11,8 +11,11 @@ import numpy as np
 
 from darseg.data.classes import BUILT_IN, CITYSCAPES, IGNORE
 from darseg.data.encoding import CITYSCAPES_IDS, IDS_SUFFIX, TRAIN_IDS_SUFFIX
+from darseg.data.label_facts import alpha_line
+from darseg.data.strays import describe
 from darseg.errors import DataError, faults
 from darseg.init.names import RGB, NameList
+from darseg.init.stray_keys import as_values, without_strays
 from darseg.init.survey import MOST_COLORS, Survey
 from darseg.init.words import CITYSCAPES_NAME
 
@@ -55,14 +58,18 @@ def guess_classes(survey: Survey, names: Sequence[NameList], labels: Sequence[Pa
         raise DataError(
             "All label files are completely transparent. Export them again with one value per class."
         )
-    colors = survey.colors
+    colors, strays = survey.colors, survey.strays
     keys: dict[str, Any] = {}
     why: dict[str, str] = {}
     pixels = dict(survey.pixels)
-    if colors and all(key >> 16 == key & 255 == key >> 8 & 255 for key in pixels):
+    if survey.by_color:
+        keys["label_format"] = "color"
+        why["label_format"] = "the palettes number colors differently, so colors count"
+    elif colors and all(key >> 16 == key & 255 == key >> 8 & 255 for key in (*pixels, *strays)):
         keys["label_format"] = "index"
         why["label_format"] = "the label files are RGB with three equal channels: values, not colors"
         pixels = {key & 255: count for key, count in pixels.items()}
+        strays = as_values(strays)
         colors = False
     if len(pixels) > MOST_COLORS:
         raise DataError(
@@ -70,9 +77,32 @@ def guess_classes(survey: Survey, names: Sequence[NameList], labels: Sequence[Pa
             "instances or have smoothed edges. Export them with one value per class."
         )
     values = _Values(pixels, survey.palette)
-    guess = _guess_colors(pixels, names) if colors else _guess_values(values, names, labels)
+    try:
+        guess = _guess_colors(pixels, names) if colors else _guess_values(values, names, labels)
+    except DataError as error:
+        raise DataError(f"{error}{_about_alpha(survey)}") from None
+    more, reasons, warnings = without_strays(guess.classes, guess.keys, strays, colors=colors)
+    if strays:
+        warnings = [f"{describe(strays.values(), colors, survey.all_pixels)}. {warnings[0]}"]
+    if survey.alpha_files:
+        warnings.append(alpha_line(survey.alpha, survey.alpha_files, survey.all_pixels))
     return Guess(
-        guess.classes, keys | guess.keys, why | guess.why, notes=guess.notes, warnings=guess.warnings
+        guess.classes,
+        keys | guess.keys | more,
+        why | guess.why | reasons,
+        notes=guess.notes,
+        warnings=(*guess.warnings, *warnings, *survey.warnings),
+    )
+
+
+def _about_alpha(survey: Survey) -> str:
+    """What transparent pixels have to do with label files of one class; empty if there are none."""
+    if not survey.alpha_files:
+        return ""
+    return (
+        f" {alpha_line(survey.alpha, survey.alpha_files, survey.all_pixels)} For masks on a transparent background, "
+        "write a recipe with data.classes: [background, NAME], label_transparent: background, and label_values (or "
+        "label_colors) for NAME."
     )
 
 

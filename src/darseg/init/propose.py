@@ -125,7 +125,9 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
     try:
         text = _first_form_that_works(draft, fit, aside, lists=lists, before=before)
         findings = check(load_recipe(aside), console)
-        draft.warnings += [*findings.faults, *findings.warnings]
+        draft.warnings += [
+            line for line in (*findings.faults, *findings.warnings) if line not in draft.warnings
+        ]
         draft.notes += findings.notes
         write_whole(out, header_text(draft, out) + text)
     except BaseException:

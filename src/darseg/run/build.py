@@ -90,6 +90,7 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
         format=data.label_format,
         colors=data.label_colors,
         own_colors=isinstance(data.classes, (str, Mapping)),
+        transparent=data.label_transparent,
     )
     layout = layout_of(recipe)
     images = layout.images if layout else root / (data.images or IMAGES)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import as_begun, dump_recipe, load_saved_recipe, recipe_differences
-from darseg.data.examine import Findings
+from darseg.data.examine import Findings, reading_notes
 from darseg.data.manifest import Manifest
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
 from darseg.model.network import Network
@@ -76,7 +76,7 @@ def train(
     Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
     """
     processes, reused, run = Processes.here(), _reused(reuse), RunDirectory(out)
-    console = console or Console(quiet=not processes.first)
+    console, warnings = console or Console(quiet=not processes.first), list[str]()
     recipe = processes.together(lambda: _as_begun(as_recipe(recipe), run))
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
@@ -87,12 +87,10 @@ def train(
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
         if reused is not None:
             check_same_content(reused, manifest, data)
-        findings = None if run.recipe.exists() else _check_data(manifest, console)  # not after hours of work
+        largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
-        if findings is not None:
-            rehearse(
-                recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=findings.largest
-            )
+        if largest is not None:
+            rehearse(recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=largest)
         compare = partial(_compare, recipe)
         changes = open_run(run, recipe_text=dump_recipe(recipe), data=data, compare=compare)
         return counts.tolist(), stack.enter_context(run.held()), changes
@@ -115,6 +113,7 @@ def train(
         )
         with _ending(course):
             announce(course, weights_from, locked=locked, changes=changes)
+            _warn(course.journal, warnings)
             return run_rounds(course, network)
 
 
@@ -208,15 +207,24 @@ def _reused(folder: Path | str | None) -> RunDirectory | None:
     return RunDirectory(folder)
 
 
-def _check_data(manifest: Manifest, console: Console) -> Findings:
-    """Read every image and label map. Raises DataError with all faults."""
+def _warn(journal: Journal, lines: list[str]) -> None:
+    for line in lines:
+        journal.warn(line)
+
+
+def _check_data(manifest: Manifest, console: Console, warnings: list[str]) -> Findings:
+    """Read every image and label map. Raises DataError with all faults.
+
+    Args:
+        warnings: gets the lines about the data that a run does not report by itself.
+    """
     findings = read_all(manifest, console)
     if findings.faults:
         raise DataError(
             faults(f"The data have {len(findings.faults)} fault(s), so nothing was begun", findings.faults)
         )
-    for line in findings.pictures:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    known = {*findings.of_roles, *findings.pictures, *reading_notes(manifest)}
+    warnings += [line for line in (*findings.warnings, *findings.notes) if line not in known]
     return findings
 
 

@@ -1,0 +1,261 @@
+"""Label values that are no classes, palettes that disagree, and transparent pixels: counted, explained, read right."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from darseg.config.text import load_recipe
+from darseg.data.examine import Findings
+from darseg.data.labels import read_label
+from darseg.init import fit
+from darseg.init.propose import propose_recipe
+from darseg.run.build import classes_of, manifest_of
+from darseg.run.check import check
+from darseg.run.rounds import train
+from wording import says
+
+SIZE = (80, 96)
+COLORS = np.array([[0, 0, 0], [200, 30, 30], [30, 30, 220]], np.uint8)
+GRAYS = np.array([0, 127, 255], np.uint8)
+FILES = 8
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step is timed."""
+    monkeypatch.setattr(fit, "step_seconds", lambda *_: 1.0)
+
+
+def scene(number: int, classes: int = 3) -> np.ndarray:
+    """A disk (1) and a rectangle (2) on ground (0)."""
+    label = np.zeros(SIZE, np.uint8)
+    cv2.circle(label, (30 + 3 * number, 35), 18, 1, -1)
+    if classes > 2:
+        cv2.rectangle(label, (55, 10 + 2 * number), (80, 40 + 2 * number), 2, -1)
+    return label
+
+
+def draw(root: Path, labels: list[np.ndarray | Image.Image]) -> None:
+    for number, label in enumerate(labels):
+        image = label if isinstance(label, Image.Image) else Image.fromarray(label)
+        for folder in ("images", "labels"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (*image.size[::-1], 3), np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"{number}.png")
+        image.save(root / "labels" / f"{number}.png")
+
+
+def check_with(root: Path, classes: object, **data: object) -> Findings:
+    """What `check` finds with a recipe of these classes."""
+    content = {
+        "data": {"root": str(root), "classes": classes, "validation": {"every": 4}, **data},
+        "network": {"backbone": "resnet18_half", "head_channels": 16, "weights": "none"},
+        "training": {"crop": 33, "batch": 4},
+        "rounds": [{"steps": 2}],
+        "threads": 1,
+    }
+    (root / "r.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return check(load_recipe(root / "r.yaml"))
+
+
+def jpeg(pixels: np.ndarray) -> np.ndarray:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "JPEG", quality=90)
+    return np.array(Image.open(data))
+
+
+def enlarged(pixels: np.ndarray) -> np.ndarray:
+    return cv2.resize(pixels, (150, 130), interpolation=cv2.INTER_LINEAR)
+
+
+def with_specks(number: int) -> np.ndarray:
+    label = scene(number)
+    if number == 2:
+        label[3, 4], label[60, 70] = 9, 77
+    return label
+
+
+FLAWED = {
+    "smoothed": ([cv2.GaussianBlur(scene(n, 2) * 255, (3, 3), 0) for n in range(FILES)], 2),
+    "smoothed colors": ([cv2.GaussianBlur(COLORS[scene(n)], (3, 3), 0) for n in range(FILES)], 3),
+    "resized": ([enlarged(GRAYS[scene(n)]) for n in range(FILES)], 3),
+    "one jpeg": (
+        [jpeg(scene(n, 2) * 255) if n == 3 else scene(n, 2) * 255 for n in range(FILES)],
+        2,
+    ),
+    "one jpeg of colors": ([jpeg(COLORS[scene(n)]) if n == 3 else COLORS[scene(n)] for n in range(FILES)], 3),
+    "all jpeg": ([jpeg(scene(n, 2) * 255) for n in range(FILES)], 2),
+    "specks": ([with_specks(n) for n in range(FILES)], 3),
+}
+
+
+@pytest.mark.parametrize("case", FLAWED)
+def test_init_proposes_the_real_classes(tmp_path: Path, case: str) -> None:
+    labels, count = FLAWED[case]
+    draw(tmp_path / "in", labels)
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(proposal.recipe)
+    assert len(classes_of(recipe)) == count
+    findings = check(recipe)
+    assert not findings.faults
+    # Pixels inside a region have its class: flaws are at the edges only, or next to their class.
+    for sample in (*manifest_of(recipe).labeled, *manifest_of(recipe).validation):
+        assert sample.label
+        label = read_label(sample.label, sample.encoding)
+        truth = scene(int(sample.id), count)
+        truth = cv2.resize(truth, label.shape[::-1], interpolation=cv2.INTER_NEAREST)
+        inside = cv2.erode(truth, np.ones((9, 9))) == cv2.dilate(truth, np.ones((9, 9)))
+        groups = [set(np.unique(label[inside & (truth == k)]).tolist()) - {255} for k in range(count)]
+        assert all(len(group) == 1 for group in groups) and len(set(map(tuple, groups))) == count
+    warning = next(line for line in proposal.warnings if "flaws" in line)
+    says(warning, "pixels")
+
+
+@pytest.mark.parametrize("kind", ["values", "colors"])
+def test_a_rare_class_stays_a_class(tmp_path: Path, kind: str) -> None:
+    """16 pixels in three of eight files, and a line one pixel wide."""
+    labels = [scene(number) for number in range(FILES)]
+    for number in (0, 4, 6):
+        labels[number][5:9, 5:9] = 3
+        labels[number][70, 5:60] = 4
+    table = np.vstack([COLORS, [[10, 200, 10], [200, 200, 0]]]).astype(np.uint8)
+    draw(tmp_path / "in", labels if kind == "values" else [table[label] for label in labels])
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(proposal.recipe)
+    assert len(classes_of(recipe)) == 5 and not any("flaws" in line for line in proposal.warnings)
+    counts = sum(check(recipe).pixels.values())
+    assert sorted(counts[:5])[:2] == [3 * 16, 3 * 55]
+
+
+def test_a_class_of_outlines_stays_a_class(tmp_path: Path) -> None:
+    labels = []
+    for number in range(FILES):
+        disk = scene(number, 2)
+        edge = cv2.morphologyEx(disk, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+        labels.append(np.where(edge, 128, disk * 255).astype(np.uint8))
+    draw(tmp_path / "in", labels)
+    recipe = load_recipe(propose_recipe(tmp_path / "in", tmp_path / "r.yaml").recipe)
+    assert len(classes_of(recipe)) == 3
+
+
+def test_nearly_equal_colors_become_the_class(tmp_path: Path) -> None:
+    labels = [COLORS[scene(number)] for number in range(FILES)]
+    labels[2][scene(2) == 1] = (202, 30, 30)
+    draw(tmp_path / "in", labels)
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    recipe = load_recipe(proposal.recipe)
+    assert len(classes_of(recipe)) == 3
+    assert recipe.data.label_colors == {"class_c81e1e": ((202, 30, 30),)}
+    says(next(line for line in proposal.warnings if "flaws" in line), "[202, 30, 30]", "1,009 pixels")
+
+
+def test_check_names_the_cause_and_a_key_that_works(tmp_path: Path) -> None:
+    draw(tmp_path, FLAWED["smoothed"][0])
+    findings = check_with(tmp_path, ["ground", "disk"], label_values="binary")
+    assert len(findings.faults) == 1
+    says(findings.faults[0], "8 of 8", "data.label_values: {0: ground, 1: disk, 255: disk, other: ignore}")
+    fixed = check_with(
+        tmp_path, ["ground", "disk"], label_values={0: "ground", 255: "disk", "other": "ignore"}
+    )
+    assert not fixed.faults
+    left_out = sum(np.count_nonzero((label > 0) & (label < 255)) for label in FLAWED["smoothed"][0])
+    says(fixed.notes[0], f"{left_out:,} pixels", "8 label files")
+
+
+def test_check_names_the_cause_for_colors(tmp_path: Path) -> None:
+    draw(tmp_path, FLAWED["smoothed colors"][0])
+    classes = {"ground": [0, 0, 0], "disk": [200, 30, 30], "box": [30, 30, 220]}
+    findings = check_with(tmp_path, classes)
+    assert len(findings.faults) == 1
+    says(findings.faults[0], "8 of 8", "data.label_colors: {", "other: ignore}")
+    assert not check_with(tmp_path, classes, label_colors={"other": "ignore"}).faults
+
+
+def palette_file(label: np.ndarray, order: list[int]) -> Image.Image:
+    """`label` with its classes renumbered: value v has the color of class order[v]."""
+    image = Image.fromarray(np.argsort(order).astype(np.uint8)[label])
+    image.putpalette([int(part) for k in order for part in COLORS[k]])
+    return image
+
+
+def test_palettes_that_number_colors_differently_are_read_by_color(tmp_path: Path) -> None:
+    labels = [palette_file(scene(n), [0, 1, 2] if n % 2 else [0, 2, 1]) for n in range(FILES)]
+    draw(tmp_path, labels)
+    classes = dict(zip(["ground", "disk", "box"], COLORS.tolist(), strict=True))
+    findings = check_with(tmp_path, classes)
+    assert not findings.faults
+    says(findings.notes[0], "4 of 8", "2.png", "data.label_format: index")
+    truth = sum(np.bincount(scene(n).reshape(-1), minlength=3) for n in range(FILES))
+    assert (sum(findings.pixels.values())[:3] == truth).all()
+    by_value = check_with(tmp_path, classes, label_format="index")
+    assert not by_value.faults and not by_value.notes
+    assert (sum(by_value.pixels.values())[:3] != truth).any()
+
+
+def test_palettes_that_disagree_without_known_colors_are_refused_with_both_tables(tmp_path: Path) -> None:
+    draw(tmp_path, [palette_file(scene(n), [0, 1, 2] if n % 2 else [0, 2, 1]) for n in range(FILES)])
+    findings = check_with(tmp_path, ["ground", "disk", "box"])
+    says(findings.faults[0], "1 is [30, 30, 220]", "1 is [200, 30, 30]", "data.label_format: index")
+    proposal = propose_recipe(tmp_path, tmp_path / "own.yaml")
+    recipe = load_recipe(proposal.recipe)
+    assert recipe.data.label_format == "color" and not check(recipe).faults
+    says(
+        next(line for line in proposal.warnings if "number" in line),
+        "1 is [30, 30, 220]",
+        "1 is [200, 30, 30]",
+    )
+
+
+@pytest.mark.parametrize(
+    "palette",
+    [
+        pytest.param([part for k in range(256) for part in (k, k, k)], id="gray"),
+        pytest.param([0] * 768, id="black"),
+        pytest.param(COLORS.reshape(-1).tolist(), id="same"),
+    ],
+)
+def test_palettes_that_say_nothing_else_change_nothing(tmp_path: Path, palette: list[int]) -> None:
+    images = [Image.fromarray(scene(number)) for number in range(FILES)]
+    for image in images:
+        image.putpalette(palette)
+    draw(tmp_path, images)
+    findings = check_with(tmp_path, dict(zip(["ground", "disk", "box"], COLORS.tolist(), strict=True)))
+    assert not findings.faults and not findings.warnings[1:] and not findings.notes
+    truth = sum(np.bincount(scene(n).reshape(-1), minlength=3) for n in range(FILES))
+    assert (sum(findings.pixels.values())[:3] == truth).all()
+
+
+def rgba(number: int) -> Image.Image:
+    label = scene(number)
+    return Image.fromarray(np.dstack([COLORS[label], np.where(label, 255, 0).astype(np.uint8)]))
+
+
+def test_transparent_pixels_are_counted_and_can_be_a_class(tmp_path: Path) -> None:
+    draw(tmp_path, [rgba(number) for number in range(FILES)])
+    share = np.mean([scene(number) == 0 for number in range(FILES)])
+    classes = {"disk": [200, 30, 30], "box": [30, 30, 220]}
+    line = next(text for text in check_with(tmp_path, classes).warnings if "alpha" in text)
+    says(line, f"{share:.0%}", "8 label files", "data.label_transparent")
+    proposal = propose_recipe(tmp_path, tmp_path / "own.yaml")
+    assert sum("alpha" in warning for warning in proposal.warnings) == 1
+    with_ground = {"ground": [9, 9, 9], **classes}
+    findings = check_with(tmp_path, with_ground, label_transparent="ground")
+    assert not any("alpha" in text for text in findings.warnings)
+    truth = sum(np.bincount(scene(n).reshape(-1), minlength=3) for n in range(FILES))
+    assert (sum(findings.pixels.values())[:3] == truth).all()
+    as_drawn = check_with(tmp_path, {"ground": [0, 0, 0], **classes}, label_transparent="as_drawn")
+    assert (sum(as_drawn.pixels.values())[:3] == truth).all()
+
+
+def test_train_says_what_check_says(tmp_path: Path) -> None:
+    draw(tmp_path, [rgba(number) for number in range(FILES)])
+    check_with(tmp_path, {"disk": [200, 30, 30], "box": [30, 30, 220]})
+    train(load_recipe(tmp_path / "r.yaml"), tmp_path / "run")
+    assert "alpha channel" in (tmp_path / "run" / "journal.jsonl").read_text()
