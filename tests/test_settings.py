@@ -138,7 +138,7 @@ def test_inputs_name_what_differs() -> None:
 
 def test_digests_of_data_name_what_format_1_named(tmp_path: Path) -> None:
     encoding = LabelEncoding("color", ignore=7, colors=(((1, 2, 3), 0),))
-    assert _described(encoding) == repr(encoding)
+    assert repr(encoding).startswith(_described(encoding)[:-1])  # fields of later versions are left out
     assert _described(encoding) == (
         "LabelEncoding(format='color', values=None, other=None, ignore=7, colors=(((1, 2, 3), 0),), city_ids=False)"
     )
