@@ -310,3 +310,13 @@ def test_check_lists_what_it_does_not_read(tmp_path: Path) -> None:
     assert len(lines) == 2
     assert str(tmp_path / "images") in lines[0] and "1 .heic" in lines[0]
     assert str(tmp_path / "labels") in lines[1] and "1 .npy" in lines[1] and "1 .jpg" in lines[1]
+
+
+def test_check_and_init_name_what_they_did_not_read_if_there_is_nothing_else(tmp_path: Path, call) -> None:
+    folder = tmp_path / "photos"
+    put(folder / "images" / "a.jpg", encoded())
+    put(folder / "labels" / "a.npy", b"")
+    recipe_of(folder)
+    for command in (("check", folder / "r.yaml"), ("init", folder, "--out", tmp_path / "new.yaml")):
+        status, _, errors = call(*command)
+        assert status == 2 and "1 .npy" in errors and "Convert them to PNG" in errors, command

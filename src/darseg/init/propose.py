@@ -12,7 +12,10 @@ from rich.console import Console
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.files import aside_name, read_file, write_whole
-from darseg.data.images import image_size
+from darseg.data.images import IMAGE_SUFFIXES, image_size
+from darseg.data.labels import LABEL_SUFFIXES
+from darseg.data.suffixes import unread_files, unread_line
+from darseg.data.video import VIDEO_SUFFIXES
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.init.data import draft_unknown
 from darseg.init.draft import Draft
@@ -76,7 +79,12 @@ def propose_recipe(
                 f"{path} exists already. Choose another name (--out), or replace it and your changes in it (--force)."
             )
     console = console or Console()
-    draft = _draft(folder, lists, console)
+    unread = unread_line(folder, unread_files(folder, (*IMAGE_SUFFIXES, *LABEL_SUFFIXES, *VIDEO_SUFFIXES)))
+    try:
+        draft = _draft(folder, lists, console)
+    except DataError as error:
+        raise DataError(f"{error}\n{unread}" if unread else str(error)) from None
+    draft.warnings += [unread] if unread else []
     if draft.roles is None:
         _count_images(draft, out)
     fit = fit_machine(draft, folder, out, weights=weights)

@@ -14,7 +14,7 @@ from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels, find_files
 from darseg.data.suffixes import unread_files, unread_line
-from darseg.errors import DarsegError
+from darseg.errors import DarsegError, DataError
 from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
 from darseg.run.build import (
@@ -40,7 +40,11 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     Raises DataError only if the images cannot even be listed.
     """
     recipe = as_recipe(recipe)
-    manifest = manifest_of(recipe)
+    try:
+        manifest = manifest_of(recipe)
+    except DataError as error:
+        unread = _unread(recipe) if recipe.data.layout == "folders" else []
+        raise DataError("\n".join([str(error), *unread])) from None
     findings = read_all(manifest, console or Console())
     faults, warnings = list(findings.faults), list(findings.warnings)
     layout = layout_of(recipe)
