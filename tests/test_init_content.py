@@ -213,3 +213,17 @@ def test_the_palette_of_voc_is_that_of_voc_if_most_classes_occur(tmp_path: Path)
         )
     recipe = load_recipe(propose_recipe(tmp_path / "in", tmp_path / "r.yaml").recipe)
     assert classes_of(recipe).names == VOC.names
+
+
+def test_a_second_label_file_of_an_image_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    for number in range(3):
+        photo(number).save(_made(tmp_path / "in/images") / f"{number}.jpg")
+        for name in ("cat", "dog"):
+            save(tmp_path / f"in/masks/{name}/{number}.png", three_classes(number))
+    notes = propose_recipe(tmp_path / "in", tmp_path / "r.yaml").notes
+    says(
+        next(note for note in notes if "left out" in note),
+        "3 label file(s)",
+        "masks/dog/0.png",
+        "masks/cat/0.png",
+    )

@@ -159,17 +159,26 @@ def _pair(images: Sequence[Picture], labels: Sequence[Picture]) -> tuple[dict[Pa
     image_for = _finder(images)
     pairs: dict[tuple[str, ...], dict[Path, Path]] = defaultdict(dict)
     lonely, jpegs, notes = [], [], []
+    several: list[tuple[Path, Path]] = []
     for label in labels:
         if label.path.suffix.lower() not in LABEL_SUFFIXES:
             jpegs.append(label.path)
         elif (image := image_for(label)) is None:
             lonely.append(label.path)
         else:
-            pairs[label.place].setdefault(image.path, label.path)
+            first = pairs[label.place].setdefault(image.path, label.path)
+            if first != label.path:
+                several.append((first, label.path))
     if jpegs:
         notes.append(
             f"{len(jpegs)} label file(s) cannot be used, for example {jpegs[0]}: JPEG and WebP change the values. Export "
             "them again as PNG"
+        )
+    if several:
+        first, second = several[0]
+        notes.append(
+            f"{len(several)} label file(s) are left out, because their image has another one already, for example "
+            f"{second} next to {first}. If each holds a part of the labels, join them into one label map per image first"
         )
     if lonely:
         notes.append(
