@@ -74,10 +74,10 @@ class RoundFacts:
     left_out: int
     steps: int | None
     scores: Scores | None
-    aligned: AlignedFacts | None
     protocol: str | None
     seconds: Mapping[str, float]
     curve: Curve
+    aligned: AlignedFacts | None = None
 
     @property
     def scored(self) -> bool:
