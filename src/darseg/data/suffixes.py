@@ -11,7 +11,7 @@ from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.video import VIDEO_SUFFIXES
 
-TO_PNG = "Convert them to PNG or JPEG"
+TO_PNG = "Convert them to PNG"
 TO_MP4 = "Convert them to MP4 (H.264)"
 TO_TIFF = "Export them as TIFF or PNG"
 
@@ -26,6 +26,10 @@ UNREAD = {
     **dict.fromkeys((".img", ".ecw", ".sid", ".grd", ".nc", ".zarr"), TO_TIFF),
     **dict.fromkeys((".m4v", ".wmv", ".flv", ".mpg", ".mpeg", ".3gp", ".mts", ".m2ts", ".ogv"), TO_MP4),
     ".zip": "Unpack them",
+    # Read as pictures, so these are among label maps.
+    **dict.fromkeys(
+        (".jpg", ".jpeg", ".jpe", ".jfif", ".webp"), "JPEG and WebP change label values: export them as PNG"
+    ),
 }
 """Suffix of pictures, label maps and videos that are not read → what to do."""
 
