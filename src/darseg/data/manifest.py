@@ -18,6 +18,7 @@ from darseg.data.images import IMAGE_SUFFIXES, USUAL, Reading, image_size, store
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
 from darseg.data.orientation import TURNED_MARKS, TURNS, UPRIGHT, MarkedLabels, orientation_mark, upright_size
+from darseg.data.walk import walk
 from darseg.errors import DataError, faults
 
 
@@ -148,10 +149,13 @@ def _hint_of_mark(sample: Sample, label_size: tuple[int, ...]) -> str:
     return f" The image has an orientation mark (EXIF {mark}: {TURNS[mark]}) and is read {way}.{remedy}"
 
 
-def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def find_files(folder: Path, suffixes: Sequence[str], *, labels: bool = False) -> dict[str, Path]:
     """Id → file, for all files below `folder` with one of the suffixes, sorted by id.
 
-    Hidden files and folders (.ipynb_checkpoints) are ignored.
+    Hidden files and folders (.ipynb_checkpoints) are ignored, and folders that darseg wrote; see `walk`.
+
+    Args:
+        labels: label maps are looked for, so that a folder counts for every link to it.
 
     Raises DataError if a folder is missing or unreadable, or if ids are equal or differ only in case.
     """
@@ -160,8 +164,7 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
             f"{folder}: this folder does not exist. Check data.root, data.images and data.labels in the recipe."
         )
     files: list[tuple[str, Path]] = []
-    for directory, subfolders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for directory, names in walk(folder, _raise_unreadable, labels=labels):
         base = Path(directory)
         start = "" if base == folder else f"{base.relative_to(folder).as_posix()}/"
         for name in names:
@@ -181,7 +184,7 @@ def find_files(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return dict(files)
 
 
-FindFiles = Callable[[Path, tuple[str, ...]], dict[str, Path]]
+FindFiles = Callable[..., dict[str, Path]]
 """`find_files`, or a version of it that remembers what it has found."""
 
 
@@ -264,7 +267,7 @@ def _find_both(source: Source, find: FindFiles) -> tuple[dict[str, Path], LabelO
     images = find(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
     if (layout := source.layout) is not None:
         return images, lambda _, image: layout.label_of(image)
-    labels = find(source.labels, LABEL_SUFFIXES) if source.labels.is_dir() else {}
+    labels = find(source.labels, LABEL_SUFFIXES, labels=True) if source.labels.is_dir() else {}
     if source.images in source.labels.parents:
         images = {name: path for name, path in images.items() if source.labels not in path.parents}
     return images, lambda name, _: labels.get(name)

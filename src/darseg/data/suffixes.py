@@ -10,6 +10,7 @@ from pathlib import Path
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.video import VIDEO_SUFFIXES
+from darseg.data.walk import walk
 
 TO_PNG = "Convert them to PNG"
 TO_MP4 = "Convert them to MP4 (H.264)"
@@ -47,8 +48,7 @@ def unread_files(folder: Path, read: Iterable[str]) -> Counter[str]:
     """
     counts: Counter[str] = Counter()
     known = set(read)
-    for _, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    for _, names in walk(folder):
         for name in names:
             suffix = ".nii.gz" if name.lower().endswith(".nii.gz") else os.path.splitext(name)[1].lower()
             if not name.startswith(".") and suffix in UNREAD.keys() | _READ and suffix not in known:

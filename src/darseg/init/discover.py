@@ -5,7 +5,6 @@ These are guesses by names; the caller lets `survey` read the files. Nothing is 
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from darseg.data.files import open_file
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES, decode_label
 from darseg.data.video import VIDEO_SUFFIXES
+from darseg.data.walk import walk
 from darseg.errors import DataError
 from darseg.init.lists import read_lists
 from darseg.init.words import Picture, take_apart
@@ -87,7 +87,7 @@ def discover(root: Path) -> Discovery:
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Pictures, JSON and XML files, and videos; hidden files and run folders are left out."""
+    """Pictures, JSON and XML files, and videos; hidden files and what darseg wrote are left out."""
 
     def fail(error: OSError) -> None:
         raise DataError(
@@ -95,11 +95,7 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
         ) from error
 
     pictures, texts, videos = [], [], []
-    for directory, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        if {"recipe.yaml", "journal.jsonl"} <= set(names):
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for directory, names in walk(root, fail):
         for name in sorted(names):
             path = Path(directory, name)
             suffix = path.suffix.lower()

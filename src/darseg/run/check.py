@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,8 +101,12 @@ def labels_without_image(recipe: Recipe) -> list[str]:
     folders = root / (recipe.data.images or IMAGES), root / (recipe.data.labels or LABELS)
     if not all(folder.is_dir() for folder in folders):
         return []
-    images, labels = find_files(folders[0], IMAGE_SUFFIXES), find_files(folders[1], LABEL_SUFFIXES)
-    return [name for name in labels if name not in images]
+    images = find_files(folders[0], IMAGE_SUFFIXES)
+    labels = find_files(folders[1], LABEL_SUFFIXES, labels=True)
+    if not (orphans := [name for name in labels if name not in images]):
+        return []
+    used = {os.path.realpath(path) for name, path in labels.items() if name in images}  # by another link
+    return [name for name in orphans if os.path.realpath(labels[name]) not in used]
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from darseg.data.pictures import PictureTally
 from darseg.data.pipeline import ahead_of, overlapped
 from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts, writable_rate
+from darseg.data.walk import PREDICTED
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Memory, predict
 from darseg.run.build import evaluation_protocol
@@ -38,7 +39,7 @@ OVERLAY_OPACITY = 0.55
 """Share of the class colors in an overlay; the rest is the image."""
 
 EXISTING: tuple[Existing, ...] = get_args(Existing)
-RECORD = ".predicted.json"
+RECORD = PREDICTED
 """In the output folder: the networks and protocols that its files were made by."""
 SMALLER = "Make the image smaller or cut it into pieces."
 """What to do about an image that needs more memory than there is."""
