@@ -33,6 +33,9 @@ EXPANSION = 20
 MEMBERS_READ = 1000
 """Names of a tar archive that are looked at."""
 
+LONGEST_HEAD = 1 << 22
+"""Bytes of a safetensors file's list of tensors: twenty times what large networks need. Reading more takes long."""
+
 OLD_TAR_MEMBERS = {"storages", "tensors", "pickle"}
 """Files in the tar archives that torch.save wrote until early 2017."""
 
@@ -50,6 +53,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     start = read_start(path)
     if is_safetensors(start):
         try:
+            check_head(path)
             return safetensors.torch.load_file(path)
         except Exception as error:  # safetensors raises its own errors, torch's and OSError
             raise damaged(path, error) from error
@@ -103,6 +107,19 @@ def read_start(path: Path) -> bytes:
 def is_safetensors(start: bytes) -> bool:
     """Whether a file with these first bytes is a safetensors file."""
     return start[8:9] == b"{"  # eight bytes of length, then JSON
+
+
+def check_head(path: Path) -> None:
+    """Raise ValueError if a safetensors file's list of tensors is longer than the file or LONGEST_HEAD."""
+    with open_file(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        size = file.seek(0, 2)
+    if length > size - 8:
+        raise ValueError(f"its list of tensors should have {length:,} bytes, and the file has {size:,}")
+    if length > LONGEST_HEAD:
+        raise ValueError(
+            f"its list of tensors has {length:,} bytes, and no network needs more than {LONGEST_HEAD:,}"
+        )
 
 
 def damaged(path: Path, error: Exception) -> WeightsError:

@@ -27,7 +27,7 @@ from darseg.model.backbone import Backbone, TimmBackbone
 from darseg.model.heads import ATROUS_DILATIONS
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import CLASSIFIERS, RELEASED, our_key, released_architecture
-from darseg.model.torchfile import damaged, is_safetensors, read_bare, read_start, read_tensors
+from darseg.model.torchfile import check_head, damaged, is_safetensors, read_bare, read_start, read_tensors
 
 METADATA = "darseg"
 """The only entry of a file's metadata: safetensors writes several in no fixed order, and equal networks should be equal
@@ -103,9 +103,10 @@ def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
     start = read_start(path)
     try:
         if is_safetensors(start):
+            check_head(path)
             with safetensors.safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise damaged(path, error) from error
     if METADATA not in metadata:
         raise WeightsError(

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from darseg.data.files import check_regular, raise_if_unreadable, write_whole_with
+from darseg.data.files import parse_json, raise_if_unreadable, write_whole_with
 from darseg.errors import FormatError, RunError, faults
+from darseg.model.torchfile import check_head
 from darseg.training.method import Learner, Method
 from darseg.training.optimize import SEPARATOR, optimizer_state, restore_optimizer
 
@@ -61,12 +62,18 @@ class Checkpoint:
                 faults("The checkpoint belongs to another method", unknown + missing)
                 + "\nGo on with the recipe that wrote it, or delete the checkpoints of this round to start it again."
             )
-        method.network.load_state_dict(self.parts[NETWORK])
-        method.state.load_state_dict(self.parts[METHOD])
-        for learner, optimizer in zip(method.learners, optimization.optimizers, strict=True):
-            restore_optimizer(learner.module, optimizer, self.parts[part_of(learner)])
-        if self.scaling:
-            optimization.scaler.load_state_dict(dict(self.scaling))
+        try:
+            method.network.load_state_dict(self.parts[NETWORK])
+            method.state.load_state_dict(self.parts[METHOD])
+            for learner, optimizer in zip(method.learners, optimization.optimizers, strict=True):
+                restore_optimizer(learner.module, optimizer, self.parts[part_of(learner)])
+            if self.scaling:
+                optimization.scaler.load_state_dict(dict(self.scaling))
+        except (RuntimeError, KeyError) as error:  # tensors or keys are missing, or of other shapes
+            raise RunError(
+                f"The checkpoint does not fit this network and its method: {error}\nGo on with the recipe that wrote it, "
+                "or delete the checkpoints of this round to start it again."
+            ) from error
 
     def optimizers(self) -> Checkpoint:
         """Only the states of the optimizers: what a round leaves for the next one besides its network."""
@@ -127,24 +134,25 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises StorageError if it cannot be opened, but may be whole.
     """
     try:
-        check_regular(path)
+        check_head(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             if "checkpoint" not in metadata:
                 return _format_1(file, metadata)
-            state = json.loads(metadata["checkpoint"])
+            state = parse_json(metadata["checkpoint"])
             if state["format"] > FORMAT:
                 raise FormatError(
                     f"{path}: this checkpoint is of format {state['format']}, and this version of darseg reads formats "
                     f"up to {FORMAT}. Go on with the version that wrote it, or upgrade darseg."
                 )
+            step, scaling = _checked(state["step"], state.get("scaling", {}))
             parts: dict[str, dict[str, Tensor]] = {name: {} for name in state["parts"]}
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 part, name = key.split(SEPARATOR, 1)
                 parts[part][name] = file.get_tensor(key)
             _check_sum(parts, state.get("crc32"))
-            return Checkpoint(int(state["step"]), parts, state.get("scaling", {}))
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            return Checkpoint(step, parts, scaling)
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError, OSError) as error:
         raise_if_unreadable(error, path)
         raise RunError(
             f"{path}: this checkpoint is damaged ({error}). Delete it and run the same command again; if no "
@@ -181,4 +189,14 @@ def _format_1(file: Any, metadata: Mapping[str, str]) -> Checkpoint:
             parts[OPTIMIZER][f"{name}{SEPARATOR}momentum_buffer"] = file.get_tensor(key)
         else:
             parts[part][name] = file.get_tensor(key)
-    return Checkpoint(int(metadata["step"]), parts, json.loads(metadata.get("scaling", "{}")))
+    step, scaling = _checked(int(metadata["step"]), parse_json(metadata.get("scaling", "{}")))
+    return Checkpoint(step, parts, scaling)
+
+
+def _checked(step: Any, scaling: Any) -> tuple[int, dict[str, float]]:
+    """The step and the loss scaling of a file. Raises ValueError for anything that no checkpoint holds."""
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        raise ValueError(f"its step is {str(step)[:60]}")
+    if not isinstance(scaling, dict) or not all(type(value) in (int, float) for value in scaling.values()):
+        raise ValueError("its loss scaling is no object of numbers")
+    return step, scaling
