@@ -194,7 +194,7 @@ def _empty_roles(manifest: Manifest) -> list[str]:
 
 def reading_notes(manifest: Manifest) -> list[str]:
     """Lines about files whose names or orientation marks decide how they are read."""
-    notes, _ = orientation_lines(manifest)
+    notes = [*manifest.notes, *orientation_lines(manifest)[0]]
     samples = [sample for role in manifest.roles().values() for sample in role]
     count = sum(
         sample.label is not None and sample.encoding.for_file(sample.label) is CITY_IDS for sample in samples

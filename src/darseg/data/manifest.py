@@ -7,8 +7,8 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from darseg.data.classes import ClassSet
@@ -18,6 +18,8 @@ from darseg.data.images import IMAGE_SUFFIXES, USUAL, Reading, image_size, store
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
 from darseg.data.orientation import TURNED_MARKS, TURNS, UPRIGHT, MarkedLabels, orientation_mark, upright_size
+from darseg.data.pairing import Pairs, pair, pairing_lines
+from darseg.data.suffixes import found_suffixes
 from darseg.data.walk import walk
 from darseg.errors import DataError, faults
 
@@ -94,6 +96,8 @@ class Manifest:
     Attributes:
         marks: what the labels of images with an orientation mark say about how these are to be read; None if it was not
             looked at.
+        notes: lines about label maps whose names differ from their images'.
+        warnings: lines about label maps that belong to no image.
     """
 
     classes: ClassSet
@@ -102,6 +106,8 @@ class Manifest:
     validation: tuple[Sample, ...]
     test: tuple[Sample, ...] = ()
     marks: MarkedLabels | None = None
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def roles(self) -> dict[str, tuple[Sample, ...]]:
         return {
@@ -247,6 +253,11 @@ def find_samples(source: Source, find: FindFiles = find_files) -> tuple[Sample, 
     return tuple(samples)
 
 
+def _pairs(source: Source) -> bool:
+    """Whether images and label maps of a source are paired by their names in two folders."""
+    return source.layout is None and source.labels.is_dir() and source.images.is_dir()
+
+
 def _is_utf8(name: str) -> bool:
     try:
         name.encode()
@@ -259,18 +270,22 @@ LabelOf = Callable[[str, Path], Path | None]
 """(id below the images, image) → its label file."""
 
 
-def _find_both(source: Source, find: FindFiles) -> tuple[dict[str, Path], LabelOf]:
-    """Images by id, and where their labels are. find: `find_files`, or a version that remembers.
-
-    Label maps in a folder below the images' folder are not images.
-    """
-    images = find(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
+def _find_both(source: Source, find: FindFiles) -> tuple[Mapping[str, Path], LabelOf]:
+    """Images by id, and where their labels are."""
     if (layout := source.layout) is not None:
+        images = find(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
         return images, lambda _, image: layout.label_of(image)
+    pairs = _folders(source, find)
+    return pairs.images, lambda name, _: pairs.label_file(name)
+
+
+def _folders(source: Source, find: FindFiles) -> Pairs:
+    """Images and label files of a source without layout. Label maps in a folder below the images are no images."""
+    images = find(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
     labels = find(source.labels, LABEL_SUFFIXES, labels=True) if source.labels.is_dir() else {}
     if source.images in source.labels.parents:
         images = {name: path for name, path in images.items() if source.labels not in path.parents}
-    return images, lambda name, _: labels.get(name)
+    return pair(images, labels)
 
 
 def _sample(source: Source, name: str, *, image: Path, label: Path | None) -> Sample:
@@ -387,10 +402,26 @@ def build_manifest(classes: ClassSet, sources: Sources) -> Manifest:
         if default.layout
         else "data.labels (with the path of its image, but ending in .png)"
     )
-    problems = _role_faults(manifest, where)
+    named = {
+        (each.images, each.labels): each for each in (default, *sources.roles().values()) if _pairs(each)
+    }
+    folders = [_folders(source, find) for source in named.values()]
+    label_of = {sample.image: sample.label for samples in manifest.roles().values() for sample in samples}
+    problems = [
+        *_role_faults(manifest, where),
+        *(line for pairs in folders for line in pairs.faults(label_of)),
+    ]
     if problems:
+        problems += [] if default.layout or manifest.labeled else _label_files(default)
         raise DataError(faults("The images cannot be given their roles", problems))
-    return manifest
+    notes, warnings = pairing_lines(folders, label_of)
+    return replace(manifest, notes=notes, warnings=warnings)
+
+
+def _label_files(source: Source) -> list[str]:
+    """What the folder of label maps holds instead."""
+    listed = found_suffixes(source.labels) if source.labels.is_dir() else "the folder does not exist"
+    return [f"{source.labels}: {listed}. Label maps are read from {', '.join(LABEL_SUFFIXES)}."]
 
 
 def _role_faults(manifest: Manifest, where: str) -> list[str]:

@@ -13,6 +13,7 @@ from darseg.config.text import dump_recipe
 from darseg.data.examine import reading_notes
 from darseg.data.files import write_whole
 from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
+from darseg.run.check import unread_data
 from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
@@ -72,6 +73,8 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
     for note in reading_notes(course.manifest):
         journal.event("note", text=note)
         journal.say(note)
+    for line in (*course.manifest.warnings, *unread_data(course.recipe)):
+        journal.warn(line)
     names = course.manifest.classes.names
     absent = [name for name, count in zip(names, course.counts, strict=True) if not count]
     if absent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from darseg.config.recipe import Recipe
 from darseg.data.examine import Findings, examine
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
-from darseg.data.manifest import Manifest, count_pixels, find_files
+from darseg.data.manifest import Manifest, count_pixels
 from darseg.data.suffixes import unread_files, unread_line
 from darseg.errors import DarsegError, DataError
 from darseg.model.footprint import training_memory
@@ -44,22 +43,15 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     try:
         manifest = manifest_of(recipe)
     except DataError as error:
-        unread = _unread(recipe) if recipe.data.layout == "folders" else []
-        raise DataError("\n".join([str(error), *unread])) from None
+        unread = unread_data(recipe) if recipe.data.layout == "folders" else []
+        fresh = [line for line in unread if f"{line.partition(': ')[0]}: " not in str(error)]
+        raise DataError("\n".join([str(error), *fresh])) from None
     findings = read_all(manifest, console or Console())
     faults, warnings = list(findings.faults), list(findings.warnings)
     layout = layout_of(recipe)
-    if not layout:
-        warnings += _unread(recipe)
-    orphans = [] if layout else labels_without_image(recipe)
     if layout:
         warnings += layout.warnings()
-    if orphans:
-        warnings.append(
-            f"{len(orphans)} label map(s) in {recipe.data.labels or LABELS} have no image in "
-            f"{recipe.data.images or IMAGES}, the first is {orphans[0]!r}: rename each to its image's path; the "
-            "suffix may differ"
-        )
+    warnings += [*manifest.warnings, *unread_data(recipe)]
     try:
         network, _ = build_initial_network(recipe)
         check_sizes(recipe, network)
@@ -71,21 +63,30 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
 
 
-def _unread(recipe: Recipe) -> list[str]:
+def unread_data(recipe: Recipe) -> list[str]:
     """A line for each folder of images or labels with files of kinds that are not read."""
     data, root = recipe.data, Path(recipe.data.root)
+    if layout_of(recipe):
+        return []
     sources = [source for _, source in data.sources()]
     folders = {
         IMAGE_SUFFIXES: {data.images or IMAGES, *(source.images for source in sources if source.images)},
         LABEL_SUFFIXES: {data.labels or LABELS, *(source.labels for source in sources if source.labels)},
     }
+    others = {IMAGE_SUFFIXES: folders[LABEL_SUFFIXES], LABEL_SUFFIXES: folders[IMAGE_SUFFIXES]}
     lines = []
     for suffixes, names in folders.items():
         for folder in sorted(root / name for name in names):
-            read = suffixes if folder.resolve() != root.resolve() else (*IMAGE_SUFFIXES, *LABEL_SUFFIXES)
+            mixed = any(_nested(folder, root / name) for name in others[suffixes])
+            read = (*IMAGE_SUFFIXES, *LABEL_SUFFIXES) if mixed else suffixes
             if counts := unread_files(folder, read):
                 lines.append(unread_line(folder, counts))
     return lines
+
+
+def _nested(outer: Path, inner: Path) -> bool:
+    """Whether a folder holds another, or is it."""
+    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def read_all(manifest: Manifest, console: Console) -> Findings:
@@ -93,20 +94,6 @@ def read_all(manifest: Manifest, console: Console) -> Findings:
     total = sum(len(samples) for samples in manifest.roles().values())
     with Journal(None, None, console).progress("check", total) as advance:
         return examine(manifest, advance)
-
-
-def labels_without_image(recipe: Recipe) -> list[str]:
-    """Ids of the label maps in `data.labels` without an image in `data.images`."""
-    root = Path(recipe.data.root)
-    folders = root / (recipe.data.images or IMAGES), root / (recipe.data.labels or LABELS)
-    if not all(folder.is_dir() for folder in folders):
-        return []
-    images = find_files(folders[0], IMAGE_SUFFIXES)
-    labels = find_files(folders[1], LABEL_SUFFIXES, labels=True)
-    if not (orphans := [name for name in labels if name not in images]):
-        return []
-    used = {os.path.realpath(path) for name, path in labels.items() if name in images}  # by another link
-    return [name for name in orphans if os.path.realpath(labels[name]) not in used]
 
 
 @dataclass(frozen=True)
