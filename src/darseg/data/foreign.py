@@ -55,7 +55,7 @@ FORMATS = (*(kind for _, kind in _JSON), *_OTHER.values())
 
 
 def foreign_format(path: Path, head: bytes | None = None) -> Foreign | None:
-    """The format of an annotation file that is not read; None for any other file, and for one that cannot be read.
+    """The format of an annotation file that is not read; None for any other file.
 
     Args:
         head: the beginning of the file, if it was read already.

@@ -280,7 +280,7 @@ def _find_both(source: Source, find: FindFiles) -> tuple[Mapping[str, Path], Lab
 
 
 def _folders(source: Source, find: FindFiles) -> Pairs:
-    """Images and label files of a source without layout. Label maps in a folder below the images are no images."""
+    """Images and label files of a source without layout; label maps below the images are no images."""
     images = find(source.images, IMAGE_SUFFIXES) if source.images.is_dir() or not source.list_file else {}
     labels = find(source.labels, LABEL_SUFFIXES, labels=True) if source.labels.is_dir() else {}
     if source.images in source.labels.parents:

@@ -53,7 +53,7 @@ class Pairs:
         return self.labels.get(self.label_of.get(name, name))
 
     def faults(self, label_of: Mapping[Path, Path | None]) -> list[str]:
-        """A line for each image that has no label map though several fit. label_of: image file → its label file."""
+        """A line for each image in `label_of` that has no label map, though several fit."""
         return [
             f"{image} has no label map of its own name, and it is not clear which of these it should have: "
             f"{' or '.join(str(self.labels[label]) for label in names[:MOST_NAMES])}. Give one the name of the image, or "
