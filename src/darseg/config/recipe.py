@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from darseg.choices import Architecture, LabelFormat, NamedValues, Precision, ResultAlign
-from darseg.config.values import FilePath, Key, Section, WeightsFile, check_weights
+from darseg.config.values import FilePath, Key, Section, WeightsFile, check_label_parts, check_weights
 from darseg.pseudo.labeling import (
     BOUND,
     Align,
@@ -155,6 +155,7 @@ class DataConfig(Section):
     label_values: Annotated[Any, PlainValidator(_values)] = "index"
     label_format: LabelFormat = "auto"
     label_colors: Annotated[Any, PlainValidator(_label_colors)] | None = None
+    label_parts: Annotated[Any, PlainValidator(check_label_parts)] | None = None
     label_transparent: StrictStr | StrictInt = "ignore"  # what alpha 0 is: ignore, a class, or as_drawn
     orientation: Literal["auto", "upright", "stored"] = "auto"
     bands: Annotated[tuple[Count, ...], BeforeValidator(_bands)] | None = None  # None: the first three
@@ -191,6 +192,13 @@ class DataConfig(Section):
             yield ("label_colors",), "has no effect with label_format index; remove one of them"
         if self.label_format == "color" and self.label_values != "index":
             yield ("label_values",), "has no effect with label_format color; remove one of them"
+        if self.label_parts is not None:
+            if self.layout != "folders":
+                yield ("label_parts",), f"does not work with layout {self.layout}; remove it"
+            named = {"label_values", "label_format", "label_colors", "label_transparent", "ignore"}
+            for name in sorted(named & self.model_fields_set):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield (name,), "has no effect with data.label_parts; remove it"
         if self.black >= (65535 if self.white is None else self.white):
             yield ("black",), f"found {self.black:g}; should be below data.white"
         if self.layout != "voc" and self.sbd:

@@ -55,6 +55,20 @@ class WeightsFile(Section):
         return self
 
 
+def check_label_parts(value: Any) -> Any:
+    """A value of data.label_parts: class → pattern, and "other". Raises ValueError."""
+    if not isinstance(value, Mapping) or not set(value) - {"other"}:
+        raise ValueError('should be class: pattern, as in {cat: "{id}_mask_1", other: background}')
+    for name, pattern in value.items():
+        if not isinstance(name, str) or not isinstance(pattern, str):
+            raise ValueError(f"{name}: {pattern!r} should be text")
+        if name != "other" and pattern.count("{id}") != 1:
+            raise ValueError(
+                f"{name}: {pattern!r} should hold {{id}} once, as in {name}/{{id}} or {{id}}_{name}"
+            )
+    return dict(value)
+
+
 def check_weights(value: Any) -> Any:
     """A value of network.weights: "none", a path, or a `WeightsFile`. Raises ValueError."""
     if isinstance(value, str) and value:

@@ -15,6 +15,7 @@ from darseg.data.advice import unknown_values
 from darseg.data.augment import Augmentation, augment
 from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
+from darseg.data.label_parts import join_parts
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, size_fault
 from darseg.errors import DataError
@@ -32,17 +33,24 @@ class Example:
     label: NDArray[np.uint8]
 
 
+def read_truth(sample: Sample) -> NDArray[np.uint8]:
+    """The label map of a sample that has one, uint8 [H, W], 255 = not labeled; the masks of several files are joined.
+
+    Raises DataError if a file cannot be read or holds values that are not classes.
+    """
+    if sample.parts is not None:
+        return join_parts(sample.parts, sample.reading.max_pixels).classes
+    if sample.label is None:
+        raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
+    return read_label(sample.label, sample.encoding, sample.reading.max_pixels)
+
+
 def load_example(sample: Sample, classes: ClassSet) -> Example:
     """Read a labeled sample.
 
     Raises DataError if a file cannot be read, or if the label is missing, has another size or unknown values.
     """
-    if sample.label is None:
-        raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
-    image, label = (
-        read_image(sample.image, sample.reading),
-        read_label(sample.label, sample.encoding, sample.reading.max_pixels),
-    )
+    image, label = read_image(sample.image, sample.reading), read_truth(sample)
     if image.shape[:2] != label.shape:
         raise DataError(
             f"{size_fault(sample, label.shape, image.shape[:2])} Run `darseg check` to find all such files."

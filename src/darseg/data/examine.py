@@ -16,6 +16,7 @@ from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.encoding import CITY_IDS, LabelEncoding
 from darseg.data.images import Picture, read_picture
 from darseg.data.label_facts import FileFacts, file_facts, judge, open_fault
+from darseg.data.label_parts import Parts, join_parts, part_lines
 from darseg.data.labels import raw_classes, read_raw
 from darseg.data.manifest import Manifest, Sample, size_fault
 from darseg.data.orientation import UPRIGHT, orientation_mark
@@ -63,6 +64,7 @@ class _SampleFindings:
         size: height and width of the image; 0 if it is unreadable.
         turned_label: whether the label file itself has an orientation mark.
         facts: what the label file holds beside classes; None if there is none that can be read.
+        overlapping: pixels that lie in masks of several classes, if the label map is several files.
     """
 
     counts: NDArray[np.int64]
@@ -72,6 +74,7 @@ class _SampleFindings:
     size: tuple[int, int] = (0, 0)
     turned_label: bool = False
     facts: FileFacts | None = None
+    overlapping: int = 0
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
@@ -89,6 +92,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     tally = PictureTally(manifest)
     values_of: dict[LabelEncoding, set[int]] = {}
     unreadable: set[LabelEncoding] = set()
+    joined: list[tuple[Parts, int]] = []
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
         for role, samples in manifest.roles().items():
             counts, sizes[role] = np.zeros(256, np.int64), []
@@ -98,7 +102,9 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                 entries += [*result.faults, *([result.facts] if result.facts else [])]
                 sizes[role].append(math.prod(result.size))
                 tally.add(role, sample, result.picture, turned_label=result.turned_label)
-                if sample.label:
+                if sample.parts:
+                    joined.append((sample.parts, result.overlapping))
+                elif sample.label:
                     encoding = sample.encoding.for_file(sample.label)
                     values_of.setdefault(encoding, set()).update(result.values or ())
                     unreadable |= {encoding} if result.values is None else set()
@@ -125,7 +131,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         of_roles=(*of_roles, *_empty_roles(manifest)),
         images={role: len(samples) for role, samples in manifest.roles().items()},
         pixels=pixels,
-        notes=(*reading_notes(manifest), *tally.notes(), *judgment.notes),
+        notes=(*reading_notes(manifest), *tally.notes(), *judgment.notes, *part_lines(joined)),
         pictures=(*tally.notes(), *tally.warnings()),
         largest=_largest(manifest, sizes),
     )
@@ -222,6 +228,8 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
         _SampleFindings(counts, values, tuple(faults), picture=picture, size=size),
         turned_label=orientation_mark(sample.label) != UPRIGHT,
     )
+    if sample.parts is not None:
+        return _with_masks(found, sample, sample.parts)
     encoding = sample.encoding.for_file(sample.label)
     try:
         raw = read_raw(sample.label, encoding.format, sample.reading.max_pixels)
@@ -244,3 +252,16 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
     if unknown:
         facts = replace(facts, fault=f"{sample.label}: {unknown}")
     return replace(found, counts=counts, faults=tuple(faults), facts=facts)
+
+
+def _with_masks(found: _SampleFindings, sample: Sample, parts: Parts) -> _SampleFindings:
+    """The findings of a sample whose label map is several masks."""
+    try:
+        joined = join_parts(parts, sample.reading.max_pixels)
+    except DataError as error:
+        return replace(found, faults=(*found.faults, str(error)))
+    counts = np.bincount(joined.classes.reshape(-1), minlength=256)
+    found = replace(found, counts=counts, values=(), overlapping=joined.overlapping)
+    if all(found.size) and joined.classes.shape != found.size:
+        return replace(found, faults=(*found.faults, size_fault(sample, joined.classes.shape, found.size)))
+    return found

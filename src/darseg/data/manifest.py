@@ -15,10 +15,11 @@ from darseg.data.classes import ClassSet
 from darseg.data.encoding import PLAIN, LabelEncoding
 from darseg.data.files import read_text
 from darseg.data.images import IMAGE_SUFFIXES, USUAL, Reading, image_size, stored_size
+from darseg.data.label_parts import PartRule, Parts
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
 from darseg.data.orientation import TURNED_MARKS, TURNS, UPRIGHT, MarkedLabels, orientation_mark, upright_size
-from darseg.data.pairing import Pairs, pair, pairing_lines
+from darseg.data.pairing import Pairs, join, pair, pairing_lines
 from darseg.data.suffixes import found_suffixes
 from darseg.data.walk import walk
 from darseg.errors import DataError, faults
@@ -32,6 +33,7 @@ class Sample:
         id: the image's path relative to its root, without suffix, with forward slashes.
         encoding: how the values of the label file become classes.
         reading: how the pixels of the image file become RGB.
+        parts: the masks that make up the label map, if there are several; `label` is the first of them.
     """
 
     id: str
@@ -39,6 +41,14 @@ class Sample:
     label: Path | None = None
     encoding: LabelEncoding = PLAIN
     reading: Reading = USUAL
+    parts: Parts | None = None
+
+    @property
+    def label_files(self) -> tuple[Path, ...]:
+        """All files that hold the label map."""
+        if self.parts is not None:
+            return tuple(path for path, _ in self.parts.files)
+        return () if self.label is None else (self.label,)
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Source:
             exist, the layout's label file is taken instead.
         ids: takes these images below `images` instead of all.
         optional: `images` may be missing; then there are no images that no other source names.
+        parts: which files below `labels` are masks of which class, if a label map is several files.
     """
 
     root: Path
@@ -71,6 +82,7 @@ class Source:
     layout: Layout | None = None
     ids: tuple[str, ...] | None = None
     optional: bool = False
+    parts: PartRule | None = None
 
 
 @dataclass(frozen=True)
@@ -266,8 +278,8 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-LabelOf = Callable[[str, Path], Path | None]
-"""(id below the images, image) → its label file."""
+LabelOf = Callable[[str, Path], Path | Parts | None]
+"""(id below the images, image) → its label file, or its masks."""
 
 
 def _find_both(source: Source, find: FindFiles) -> tuple[Mapping[str, Path], LabelOf]:
@@ -285,10 +297,14 @@ def _folders(source: Source, find: FindFiles) -> Pairs:
     labels = find(source.labels, LABEL_SUFFIXES, labels=True) if source.labels.is_dir() else {}
     if source.images in source.labels.parents:
         images = {name: path for name, path in images.items() if source.labels not in path.parents}
+    if source.parts is not None:
+        return join(images, labels, source.parts)
     return pair(images, labels)
 
 
-def _sample(source: Source, name: str, *, image: Path, label: Path | None) -> Sample:
+def _sample(source: Source, name: str, *, image: Path, label: Path | Parts | None) -> Sample:
+    if isinstance(label, Parts):
+        return Sample(name, image, label.files[0][0], reading=source.reading, parts=label)
     encoding = source.encoding if label else PLAIN
     return Sample(name, image, label, encoding=encoding, reading=source.reading)
 
@@ -335,6 +351,11 @@ def _sample_of_line(source: Source, entry: str, label_of: LabelOf) -> Sample:
             f"{entry!r} is neither the id of an image in {source.images} nor the path of one in {source.root}."
         )
     image, label = pair
+    if label is not None and source.parts is not None:
+        raise DataError(
+            f"the line has a label path ({label}), but data.label_parts says which masks belong to an image. Keep the "
+            "image's path alone."
+        )
     path = source.root / image
     stand_in = source.layout.stand_in(path) if source.layout else None
     if label is not None and not os.path.isfile(source.root / label) and stand_in is None:
@@ -400,6 +421,8 @@ def build_manifest(classes: ClassSet, sources: Sources) -> Manifest:
     where = (
         default.layout.where_labels_are()
         if default.layout
+        else "data.labels (with a name as in data.label_parts)"
+        if default.parts
         else "data.labels (with the path of its image, but ending in .png)"
     )
     named = {

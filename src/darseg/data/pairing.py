@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from darseg.data.images import IMAGE_SUFFIXES
+from darseg.data.label_parts import PartRule, Parts
 
 _LABEL = "masks?|labels?|gt|seg|segmentation|annotations?|annot|ground_?truth|labelmap|lbl"
 _IMAGE = "images?|img|rgb|photo|frame|sat"
@@ -39,6 +40,7 @@ class Pairs:
         ways: how the names of some pairs differ → these pairs.
         ambiguous: image → the label maps that may be its own, if that is not clear.
         lonely: label maps that belong to no image.
+        parts: image → its masks, if a label map is several files; then `label_of` is empty.
     """
 
     images: Mapping[str, Path]
@@ -47,9 +49,12 @@ class Pairs:
     ways: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     ambiguous: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     lonely: tuple[str, ...] = ()
+    parts: Mapping[str, Parts] | None = None
 
-    def label_file(self, name: str) -> Path | None:
-        """The label map of an id, which need not be that of an image in the folder."""
+    def label_file(self, name: str) -> Path | Parts | None:
+        """The label map, or the masks, of an id, which need not be that of an image in the folder."""
+        if self.parts is not None:
+            return self.parts.get(name)
         return self.labels.get(self.label_of.get(name, name))
 
     def faults(self, label_of: Mapping[Path, Path | None]) -> list[str]:
@@ -88,6 +93,16 @@ def pair(images: Mapping[str, Path], labels: Mapping[str, Path]) -> Pairs:
     return Pairs(images, labels, label_of, ways=ways, ambiguous=ambiguous, lonely=tuple(sorted(open_labels)))
 
 
+def join(images: Mapping[str, Path], labels: Mapping[str, Path], rule: PartRule) -> Pairs:
+    """Give every image its masks; masks in the folder of images are no images."""
+    parts = rule.group(labels, images)
+    masks = {path for group in parts.values() for path, _ in group.files}
+    images = {name: path for name, path in images.items() if path not in masks}
+    others = masks | set(images.values())
+    lonely = tuple(sorted(name for name, path in labels.items() if path not in others))
+    return Pairs(images, labels, {}, lonely=lonely, parts=parts)
+
+
 def pairing_lines(
     folders: Iterable[Pairs], label_of: Mapping[Path, Path | None]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -102,6 +117,7 @@ def pairing_lines(
     for pairs in folders:
         paired |= {pairs.labels[name] for name in pairs.label_of.values()}
         paired |= {pairs.labels[name] for names in pairs.ambiguous.values() for name in names}
+        paired |= {path for group in (pairs.parts or {}).values() for path, _ in group.files}
         lonely |= {pairs.labels[name] for name in pairs.lonely}
         for way, names in pairs.ways.items():
             files = [(pairs.images[image], pairs.labels[label]) for image, label in names]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from darseg.data.classes import IGNORE, ClassSet
+from darseg.data.dataset import read_truth
 from darseg.data.images import read_image, shrink
-from darseg.data.labels import read_label
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError
@@ -181,7 +181,7 @@ def _prediction(repredictor: Repredictor, sample: Sample) -> Prediction | None:
 def _picture(repredictor: Repredictor, sample: Sample, fact: ImageFacts, *, reasons: list[str]) -> Picture:
     classes, label = repredictor.round.classes, repredictor.round.label_map(sample)
     assert label is not None
-    truth = read_label(sample.label, sample.encoding, sample.reading.max_pixels) if sample.label else None
+    truth = read_truth(sample) if sample.label else None
     if truth is not None and truth.shape != label.shape:
         raise DataError(
             f"{sample.label}: the label map has {truth.shape[0]}x{truth.shape[1]} pixels (height x width), but the "

@@ -13,10 +13,11 @@ import torch
 
 from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
 from darseg.config.text import load_recipe, load_saved_recipe, recipe_differences
-from darseg.data.classes import CITYSCAPES, ClassSet, class_set
+from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet, class_set
+from darseg.data.dataset import read_truth
 from darseg.data.encoding import label_encoding
 from darseg.data.images import USUAL, Reading
-from darseg.data.labels import read_label
+from darseg.data.label_parts import PartRule
 from darseg.data.layouts import Layout, find_sbd
 from darseg.data.manifest import Manifest, Sample, Source, Sources, build_manifest
 from darseg.data.pictures import follow_marks
@@ -100,7 +101,14 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
     optional = layout is None and data.images is None
     reading = reading_of(recipe)
     whole = default = Source(
-        root, images, labels, encoding=encoding, reading=reading, layout=layout, optional=optional
+        root,
+        images,
+        labels,
+        encoding=encoding,
+        reading=reading,
+        layout=layout,
+        optional=optional,
+        parts=part_rule_of(recipe),
     )
     labeled, validation = data.labeled, data.validation
     if layout is not None and layout.name == "cityscapes":
@@ -135,6 +143,23 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
         raise
 
 
+def part_rule_of(recipe: Recipe) -> PartRule | None:
+    """Which files are masks of which class, if a label map is several files."""
+    parts, classes = recipe.data.label_parts, classes_of(recipe)
+    if parts is None:
+        return None
+    indices = {"ignore": IGNORE, **{name: k for k, name in enumerate(classes.names)}}
+    unknown = [
+        f"data.label_parts: {name!r} is neither a class nor ignore. The classes are {', '.join(classes.names)}."
+        for name in (*(name for name in parts if name != "other"), parts.get("other", "ignore"))
+        if name not in indices
+    ]
+    if unknown:
+        raise RecipeError(faults("The label settings of the recipe cannot be used", unknown))
+    patterns = tuple((pattern, indices[name]) for name, pattern in parts.items() if name != "other")
+    return PartRule(patterns, indices[parts.get("other", "ignore")])
+
+
 def reading_of(recipe: Recipe | None) -> Reading:
     """How the recipe has pictures read, before the sizes of label maps have their say (`follow_marks`)."""
     if recipe is None:
@@ -163,7 +188,7 @@ def layout_of(recipe: Recipe) -> Layout | None:
 
 def masks(samples: Sequence[Sample]) -> Iterator[tuple[str, np.ndarray]]:
     """Path and label map, uint8 [H, W], of every sample that has one."""
-    return ((str(s.label), read_label(s.label, s.encoding, s.reading.max_pixels)) for s in samples if s.label)
+    return ((str(s.label), read_truth(s)) for s in samples if s.label)
 
 
 def spec_of(recipe: Recipe) -> NetworkSpec:

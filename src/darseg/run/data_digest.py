@@ -8,6 +8,7 @@ from pathlib import Path
 
 from darseg.data.encoding import PLAIN, LabelEncoding
 from darseg.data.images import USUAL
+from darseg.data.label_parts import Parts
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import DataError, faults
 from darseg.run.settings import default_of, digest_settings, digest_text
@@ -24,15 +25,21 @@ def digest_samples(samples: Iterable[Sample]) -> str:
     lines, missing = [], []
     for sample in samples:
         try:
-            label = sample.label.stat().st_size if sample.label else "-"
+            label = "+".join(str(path.stat().st_size) for path in sample.label_files) or "-"
             encoding = "" if sample.encoding == PLAIN else f"\t{_described(sample.encoding)}"
             reading = "" if sample.reading == USUAL else f"\t{digest_settings(reading=sample.reading)}"
-            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}{reading}")
+            parts = "" if sample.parts is None else f"\t{_described_parts(sample.parts)}"
+            lines.append(f"{sample.id}\t{sample.image.stat().st_size}\t{label}{encoding}{reading}{parts}")
         except OSError as error:
             missing.append(f"{error.filename}: {error.strerror}")
     if missing:
         raise DataError(faults("Files of the data set cannot be read", missing))
     return digest_text("\n".join(lines))
+
+
+def _described_parts(parts: Parts) -> str:
+    """Masks of a picture as text: their names, in the order in which they are drawn, and their classes."""
+    return f"{[(path.name, k) for path, k in parts.files]}\t{parts.other}"
 
 
 def _described(encoding: LabelEncoding) -> str:
@@ -51,8 +58,7 @@ def written_since(manifest: Manifest, moment: float) -> list[Path]:
         path
         for samples in manifest.roles().values()
         for sample in samples
-        for path in (sample.image, sample.label)
-        if path is not None
+        for path in (sample.image, *sample.label_files)
     }
     return sorted(path for path in paths if path.stat().st_mtime > moment)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from darseg.data.files import read_json
@@ -28,10 +29,10 @@ def check_same_content(reuse: RunDirectory, manifest: Manifest, data: Mapping[st
     for role, samples in manifest.roles().items():
         if not isinstance(recorded, dict) or recorded.get(role) != data.get(role):
             continue
-        earlier = {sample.id: (sample.image, sample.label) for sample in roles[role]}
+        earlier = {sample.id: (sample.image, *sample.label_files) for sample in roles[role]}
         for sample in samples:
-            before = earlier.get(sample.id, (None, None))
-            for path, other in zip((sample.image, sample.label), before, strict=True):
+            before = earlier.get(sample.id, ())
+            for path, other in zip_longest((sample.image, *sample.label_files), before):
                 if path is not None and not _same(path, other):
                     raise RunError(
                         f"--reuse {reuse.root}: {path} is not the file that it was begun with, though of the same size. "

@@ -18,8 +18,8 @@ from rich.console import Console
 from darseg.config.recipe import Recipe
 from darseg.data.advice import unknown_values
 from darseg.data.classes import ClassSet
+from darseg.data.dataset import read_truth
 from darseg.data.files import read_file, write_whole
-from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
 from darseg.errors import DataError, RecipeError, RunError, faults
@@ -111,7 +111,10 @@ def _pool(recipe: Recipe, samples: Sequence[Sample]) -> list[_PoolImage]:
 
     If a layout knows the labels, which may be elsewhere (SBD's), lines name the images alone.
     """
-    root, with_labels = Path(recipe.data.root), recipe.data.layout == "folders"
+    root, with_labels = (
+        Path(recipe.data.root),
+        recipe.data.layout == "folders" and not recipe.data.label_parts,
+    )
     pool, problems = [], []
     for sample in samples:
         paths = [path for path in (sample.image, sample.label if with_labels else None) if path is not None]
@@ -205,7 +208,7 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
             return np.zeros(256, np.int64)
         try:
             values = np.bincount(
-                read_label(sample.label, sample.encoding, sample.reading.max_pixels).reshape(-1),
+                read_truth(sample).reshape(-1),
                 minlength=256,
             )
         except DataError as error:

@@ -26,8 +26,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from darseg.data.classes import IGNORE
+from darseg.data.dataset import read_truth
 from darseg.data.images import read_image
-from darseg.data.labels import read_label
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DarsegError
@@ -85,7 +85,7 @@ class Viewer:
             table=Table(round_),
             repredictor=Repredictor(round_),
             label_at=lru_cache(RECENT)(lambda at: round_.label_map(round_.samples[at])),
-            truth_at=lru_cache(RECENT)(lambda at: _truth(round_.samples[at])),
+            truth_at=lru_cache(RECENT)(lambda at: read_truth(round_.samples[at])),
             token=token,
             drawing=anyio.CapacityLimiter(AT_ONCE),
             predicting=asyncio.Lock(),
@@ -271,16 +271,11 @@ def _map_of(
     if kind == "truth":
         if sample.label is None:
             raise HTTPException(404, "The truth of this image is not known.")
-        return _truth(sample)
+        return read_truth(sample)
     label = round_.label_map(sample)
     if label is None:
         raise HTTPException(404, f"Round {round_.index} left this image out because it was marked as bad.")
     return label
-
-
-def _truth(sample: Sample) -> NDArray[np.uint8]:
-    assert sample.label is not None
-    return read_label(sample.label, sample.encoding, sample.reading.max_pixels)
 
 
 async def mark(viewer: Viewer, request: Request) -> Response:
