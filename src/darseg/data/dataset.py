@@ -17,7 +17,8 @@ from darseg.data.classes import ClassSet
 from darseg.data.images import read_image
 from darseg.data.label_parts import join_parts
 from darseg.data.labels import read_label
-from darseg.data.manifest import Sample, size_fault
+from darseg.data.manifest import Sample
+from darseg.data.pictures import size_fault
 from darseg.errors import DataError
 
 # Images are prepared in parallel, so threads inside OpenCV would only compete with each other.

@@ -18,9 +18,9 @@ from darseg.data.images import Picture, read_picture
 from darseg.data.label_facts import FileFacts, file_facts, judge, open_fault
 from darseg.data.label_parts import Parts, join_parts, part_lines
 from darseg.data.labels import raw_classes, read_raw
-from darseg.data.manifest import Manifest, Sample, size_fault
+from darseg.data.manifest import Manifest, Sample
 from darseg.data.orientation import UPRIGHT, orientation_mark
-from darseg.data.pictures import PictureTally, orientation_lines
+from darseg.data.pictures import PictureTally, orientation_lines, size_fault
 from darseg.errors import DataError
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)

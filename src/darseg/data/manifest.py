@@ -14,11 +14,11 @@ from pathlib import Path, PurePosixPath
 from darseg.data.classes import ClassSet
 from darseg.data.encoding import PLAIN, LabelEncoding
 from darseg.data.files import read_text
-from darseg.data.images import IMAGE_SUFFIXES, USUAL, Reading, image_size, stored_size
+from darseg.data.images import IMAGE_SUFFIXES, USUAL, Reading, image_size
 from darseg.data.label_parts import PartRule, Parts
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
-from darseg.data.orientation import TURNED_MARKS, TURNS, UPRIGHT, MarkedLabels, orientation_mark, upright_size
+from darseg.data.orientation import MarkedLabels
 from darseg.data.pairing import Pairs, join, pair, pairing_lines
 from darseg.data.suffixes import found_suffixes
 from darseg.data.walk import walk
@@ -141,30 +141,6 @@ def count_pixels(samples: Sequence[Sample], size_of: Callable[[Path], tuple[int,
             size = image_size(sample.image, sample.reading) if size_of is None else size_of(sample.image)
             return math.prod(size) * len(samples)
     return 0
-
-
-def size_fault(sample: Sample, label_size: tuple[int, ...], image_size: tuple[int, ...]) -> str:
-    """A line about a label map whose size is not that of its image."""
-    return (
-        f"{sample.label}: the label map is {label_size[0]}x{label_size[1]} pixels (height x width), but its image "
-        f"{sample.image} is {image_size[0]}x{image_size[1]}. Both must have the same size."
-        + _hint_of_mark(sample, label_size)
-    )
-
-
-def _hint_of_mark(sample: Sample, label_size: tuple[int, ...]) -> str:
-    """What the orientation mark of an image has to do with a wrong size; empty if it has none."""
-    mark = orientation_mark(sample.image)
-    if mark not in TURNED_MARKS:
-        return ""
-    way, other = ("upright", "stored") if sample.reading.upright else ("as it is stored", "upright")
-    size = upright_size(stored_size(sample.image) or (0, 0), mark if other == "upright" else UPRIGHT)
-    remedy = (
-        f" The label map fits the {other} picture: if all do, set data.orientation: {other}."
-        if label_size == size
-        else ""
-    )
-    return f" The image has an orientation mark (EXIF {mark}: {TURNS[mark]}) and is read {way}.{remedy}"
 
 
 def find_files(folder: Path, suffixes: Sequence[str], *, labels: bool = False) -> dict[str, Path]:

@@ -9,10 +9,34 @@ from pathlib import Path
 
 from darseg.data.images import Picture, stored_size
 from darseg.data.manifest import Manifest, Sample
-from darseg.data.orientation import UPRIGHT, MarkedLabels, orientation_mark, upright_size
+from darseg.data.orientation import TURNED_MARKS, TURNS, UPRIGHT, MarkedLabels, orientation_mark, upright_size
 
 USUAL_DEPTHS = (10, 12, 14)
 """Bits of cameras and satellites whose values are saved in 16 bits."""
+
+
+def size_fault(sample: Sample, label_size: tuple[int, ...], image_size: tuple[int, ...]) -> str:
+    """A line about a label map whose size is not that of its image."""
+    return (
+        f"{sample.label}: the label map is {label_size[0]}x{label_size[1]} pixels (height x width), but its image "
+        f"{sample.image} is {image_size[0]}x{image_size[1]}. Both must have the same size."
+        + _hint_of_mark(sample, label_size)
+    )
+
+
+def _hint_of_mark(sample: Sample, label_size: tuple[int, ...]) -> str:
+    """What the orientation mark of an image has to do with a wrong size; empty if it has none."""
+    mark = orientation_mark(sample.image)
+    if mark not in TURNED_MARKS:
+        return ""
+    way, other = ("upright", "stored") if sample.reading.upright else ("as it is stored", "upright")
+    size = upright_size(stored_size(sample.image) or (0, 0), mark if other == "upright" else UPRIGHT)
+    remedy = (
+        f" The label map fits the {other} picture: if all do, set data.orientation: {other}."
+        if label_size == size
+        else ""
+    )
+    return f" The image has an orientation mark (EXIF {mark}: {TURNS[mark]}) and is read {way}.{remedy}"
 
 
 def weigh_marks(samples: Iterable[Sample]) -> MarkedLabels:
