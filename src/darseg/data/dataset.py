@@ -35,7 +35,9 @@ class Example:
 
 
 def read_truth(sample: Sample) -> NDArray[np.uint8]:
-    """The label map of a sample that has one, uint8 [H, W], 255 = not labeled; the masks of several files are joined.
+    """The label map of a sample that has one, uint8 [H, W], 255 = not labeled.
+
+    Masks in several files are joined.
 
     Raises DataError if a file cannot be read or holds values that are not classes.
     """

@@ -1,4 +1,4 @@
-"""Several masks per picture → one label map: which file belongs to which class, and what wins where masks overlap."""
+"""Several masks per picture → one label map: which file is which class, and what wins."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Joined:
-    """The label map of a picture's masks: uint8 [H, W] of classes and 255, and how many pixels lie in several classes."""
+    """A picture's masks as classes uint8 [H, W]; `overlapping` pixels lie in several classes."""
 
     classes: NDArray[np.uint8]
     overlapping: int
@@ -122,7 +122,7 @@ def join_parts(parts: Parts, max_pixels: int = MOST_PIXELS) -> Joined:
 
 
 def part_lines(joined: Sequence[tuple[Parts, int]]) -> list[str]:
-    """Lines about the masks of all pictures, each with its number of overlapping pixels; empty if there are none."""
+    """Lines about the masks of all pictures; each comes with its number of overlapping pixels."""
     if not joined:
         return []
     classes = {k for parts, _ in joined for _, k in parts.files}

@@ -15,7 +15,7 @@ from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceC
 from darseg.config.text import load_recipe, load_saved_recipe, recipe_differences
 from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet, class_set
 from darseg.data.dataset import read_truth
-from darseg.data.encoding import label_encoding
+from darseg.data.encoding import LabelEncoding, label_encoding
 from darseg.data.images import USUAL, Reading
 from darseg.data.label_parts import PartRule
 from darseg.data.layouts import Layout, find_sbd
@@ -84,15 +84,7 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
     recipe = as_recipe(recipe)
     data, classes = recipe.data, classes_of(recipe)
     root = Path(data.root)
-    encoding = label_encoding(
-        classes,
-        data.ignore,
-        data.label_values,
-        format=data.label_format,
-        colors=data.label_colors,
-        own_colors=isinstance(data.classes, (str, Mapping)),
-        transparent=data.label_transparent,
-    )
+    encoding = _encoding_of(recipe)
     layout = layout_of(recipe)
     images = layout.images if layout else root / (data.images or IMAGES)
     labels = root / (data.labels or LABELS)
@@ -141,6 +133,20 @@ def manifest_of(recipe: Recipe | Path | str) -> Manifest:
         if layout and (hints := layout.warnings()):
             raise DataError(faults(f"{error}\nThe data set itself", hints)) from None
         raise
+
+
+def _encoding_of(recipe: Recipe) -> LabelEncoding:
+    """How the values and colors of label files become classes."""
+    data = recipe.data
+    return label_encoding(
+        classes_of(recipe),
+        data.ignore,
+        data.label_values,
+        format=data.label_format,
+        colors=data.label_colors,
+        own_colors=isinstance(data.classes, (str, Mapping)),
+        transparent=data.label_transparent,
+    )
 
 
 def part_rule_of(recipe: Recipe) -> PartRule | None:
