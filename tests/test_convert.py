@@ -25,8 +25,9 @@ from conftest import recipe_dict
 from darseg.config.text import load_recipe
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import RecipeError, WeightsError
+from darseg.model.convert import convert
 from darseg.model.network import Network, NetworkSpec, build_network
-from darseg.model.weights import convert, load_network, load_weights, read_spec, save_network
+from darseg.model.weights import load_network, load_weights, read_spec, save_network
 from darseg.run.build import build_initial_network
 from wording import refused, says
 

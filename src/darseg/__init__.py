@@ -52,6 +52,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.errors import DarsegError as DarsegError
     from darseg.init.propose import Proposal as Proposal
     from darseg.init.propose import propose_recipe as propose_recipe
+    from darseg.model.convert import convert as convert
     from darseg.model.decide import decide as decide
     from darseg.model.former import predict_classes as predict_classes
     from darseg.model.network import Network as Network
@@ -62,7 +63,6 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.model.predict import predict as predict
     from darseg.model.predict import predict_for_labeling as predict_for_labeling
     from darseg.model.weights import LoadReport as LoadReport
-    from darseg.model.weights import convert as convert
     from darseg.model.weights import load_weights as load_weights
     from darseg.pseudo.align import Alignment as Alignment
     from darseg.pseudo.align import align as align
@@ -132,7 +132,7 @@ _HOMES = {
     "compare_runs": "report.comparison",
     "Comparison": "report.comparison",
     "ConfidenceHistogram": "pseudo.histogram",
-    "convert": "model.weights",
+    "convert": "model.convert",
     "DarsegError": "errors",
     "decide": "model.decide",
     "draw_split": "run.split",

@@ -232,7 +232,7 @@ def convert(
 ) -> None:
     """Convert a checkpoint of the original release for evaluate, predict and label."""
     from darseg.data.classes import class_set
-    from darseg.model.weights import convert as run_convert
+    from darseg.model.convert import convert as run_convert
 
     report = run_convert(
         checkpoint,

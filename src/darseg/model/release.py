@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
 
 from darseg.model.network import NetworkSpec
 
@@ -54,3 +56,9 @@ def our_key(key: str, architecture: str) -> str:
         if match:
             return match.expand(ours) + key[match.end() :]
     return key
+
+
+def classes_in(tensors: Mapping[str, Tensor]) -> int | None:
+    """Number of classes of the whole network in a file, the release's or darseg's; None for a backbone."""
+    names = (*CLASSIFIERS.values(), "head.classifier.weight", "head.branches.0.weight")
+    return next((len(tensors[name]) for name in names if name in tensors and tensors[name].ndim), None)

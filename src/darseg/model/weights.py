@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +19,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from darseg.data.classes import ClassSet
 from darseg.data.files import parse_json, write_whole
 from darseg.errors import DataError, RecipeError, WeightsError, faults
 from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
 from darseg.model.backbone import Backbone, TimmBackbone
+from darseg.model.class_order import Order, class_order, classifier_keys, reorder_classes
 from darseg.model.heads import ATROUS_DILATIONS
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.release import CLASSIFIERS, RELEASED, our_key, released_architecture
+from darseg.model.release import RELEASED, classes_in, our_key, released_architecture
 from darseg.model.torchfile import check_head, damaged, is_safetensors, read_bare, read_start, read_tensors
 
 METADATA = "darseg"
@@ -182,6 +182,7 @@ class LoadReport:
         whole: whether the file holds a whole network with heads, and not only a backbone.
         architecture: of the release, if the file has its layout.
         unaligned: whether class weights in the file were left out, so that the network is as it was trained.
+        classes: a sentence that says how the classes were matched; empty for a backbone, and if there is nothing to say.
     """
 
     source: Path
@@ -192,6 +193,7 @@ class LoadReport:
     whole: bool = False
     architecture: str | None = None
     unaligned: bool = False
+    classes: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,9 @@ class _Match:
         return {key: name for key, name in self.origin.items() if key not in self.misfits}
 
 
-def load_weights(network: Network, source: Path, strict: bool = True) -> LoadReport:
+def load_weights(
+    network: Network, source: Path, strict: bool = True, class_names: Sequence[str] = ()
+) -> LoadReport:
     """Fill `network` with the weights of a file, on whatever device it is.
 
     Args:
@@ -226,11 +230,14 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
               heads stay as they are.
         strict: every part must be filled, and only ImageNet's classifier may be left over. Otherwise what fits is
             loaded, and the report lists the rest.
+        class_names: of the network; classes of a whole network are matched with them by name. Empty: by number.
 
     Raises WeightsError, leaving the network as it was, if `strict` is violated or nothing matches.
     """
     tensors = read_bare(source)
     match = _match(network, tensors)
+    matched = _match_classes(network, source, match, class_names)
+    match = matched.match
     problems = _problems(network, source, match)
     if problems and (strict or match.fitting.keys() <= set(NORMALIZATION)):
         target = "the network" if match.whole else f"the backbone {network.backbone.name}"
@@ -246,11 +253,14 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
     with torch.no_grad():
         for key, name in match.fitting.items():
             state[key].copy_(tensors[name])  # tensors of a state dict share the memory of the network's own
-    network.alignment = _alignment_in(source) if match.whole and match.architecture is None else None
+    ours = match.whole and match.architecture is None and match.fitting.keys() >= {*classifier_keys(network)}
+    network.alignment = _alignment_in(source) if ours else None
     unaligned = network.alignment is not None and len(network.alignment.plain_bias) == network.classes
     if unaligned:
         unfold_alignment(network)
     network.alignment = None
+    if matched.order is not None:
+        reorder_classes(network, matched.order)
     return LoadReport(
         source,
         loaded=tuple(match.fitting),
@@ -260,7 +270,39 @@ def load_weights(network: Network, source: Path, strict: bool = True) -> LoadRep
         whole=match.whole,
         architecture=match.architecture,
         unaligned=unaligned,
+        classes=matched.note,
     )
+
+
+@dataclass(frozen=True)
+class _MatchedClasses:
+    """A match whose classes were compared by name: the order that they still have to get, and what to say about it."""
+
+    match: _Match
+    order: Order | None = None
+    note: str = ""
+
+
+def _match_classes(network: Network, source: Path, match: _Match, wanted: Sequence[str]) -> _MatchedClasses:
+    """Compare the classes of a whole network with those wanted; a classifier for others does not fit."""
+    keys = [key for key in classifier_keys(network) if key in match.fitting]
+    if not match.whole or not wanted or not keys:
+        return _MatchedClasses(match)
+    names: tuple[str, ...] = ()
+    if match.architecture is None:
+        with contextlib.suppress(WeightsError):  # a file in darseg's layout, but without a description
+            names = read_spec(source).class_names
+    if not names:
+        note = f"it does not name its classes, so they are taken in the order {', '.join(wanted)}"
+        return _MatchedClasses(match, note=note)
+    try:
+        order = class_order(names, wanted)
+    except DataError as error:
+        misfits = dict(match.misfits) | {key: f"{key}: the same" for key in keys}
+        misfits[keys[0]] = f"{keys[0]}: {error} (if they are the same, call them so in the recipe)"
+        return _MatchedClasses(dataclasses.replace(match, misfits=misfits))
+    note = f"its classes are in another order and were matched by name: {', '.join(wanted)}" if order else ""
+    return _MatchedClasses(match, order, note)
 
 
 def _alignment_in(source: Path) -> AlignmentRecord | None:
@@ -322,7 +364,7 @@ def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> s
             f"It has the layout of the released {match.architecture}, which darseg convert reads "
             f"(--architecture {names[0]})."
         )
-    classes = _classes_in(tensors)
+    classes = classes_in(tensors)
     if classes not in (None, network.classes):
         advice.append(f"The file holds a network for {classes} classes; this one has {network.classes}.")
     advice.append(
@@ -330,12 +372,6 @@ def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> s
         "--no-strict with darseg convert."
     )
     return " ".join(advice)
-
-
-def _classes_in(tensors: Mapping[str, Tensor]) -> int | None:
-    """Number of classes of the whole network in a file, the release's or darseg's; None for a backbone."""
-    names = (*CLASSIFIERS.values(), "head.classifier.weight", "head.branches.0.weight")
-    return next((len(tensors[name]) for name in names if name in tensors and tensors[name].ndim), None)
 
 
 def _origin(key: str, backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
@@ -385,62 +421,3 @@ def _misfits(
 
 def _is_plain(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"
-
-
-def convert(
-    source: Path | str,
-    out: Path | str,
-    architecture: str,
-    classes: int | None = None,
-    release_classifier: bool = False,
-    class_set: ClassSet | None = None,
-    strict: bool = True,
-) -> LoadReport:
-    """Convert a checkpoint of the release or of semseg to a network that darseg can load.
-
-    Args:
-        source: as `load_weights` reads it; an optimizer in the file is left out.
-        architecture: "pspnet50" or "deeplabv2_101".
-        classes: K; None: as many as the file (or `class_set`) has.
-        release_classifier: DeepLabv2 sums two of its four branches, as the published checkpoints need it.
-        class_set: names and colors to keep in the file.
-        strict: see `load_weights`; if not strict, parts that are not filled are drawn from seed 0.
-
-    Raises WeightsError: a file that is missing, damaged, unsafe or of another network; `out` exists.
-    """
-    source, out = Path(source), Path(out)
-    if architecture not in RELEASED:
-        raise WeightsError(
-            f"There is no released network {architecture!r}. Choose one of {', '.join(RELEASED)}."
-        )
-    if out.exists():
-        raise WeightsError(f"{out} exists already and was left as it is. Give another name, or remove it.")
-    if out.suffix != ".safetensors":
-        raise WeightsError(
-            f"{out}: networks of darseg are safetensors files. Name it {out.with_suffix('.safetensors').name}."
-        )
-    released = RELEASED[architecture]
-    if classes is None:
-        classes = len(class_set) if class_set else _classes_in(read_bare(source)) or released.classes
-    if class_set and len(class_set) != classes:
-        raise WeightsError(
-            f"The network should have {classes} classes, but there are {len(class_set)} names. Give the names of these "
-            f"{classes} classes."
-        )
-    spec = dataclasses.replace(
-        released,
-        classes=classes,
-        release_classifier=release_classifier,
-        class_names=class_set.names if class_set else (),
-        class_colors=class_set.colors if class_set else (),
-    )
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)  # parts that are not filled are the same each time
-        network = spec.build()
-    report = load_weights(network, source, strict)
-    if not report.whole:
-        raise WeightsError(
-            f"{source} holds only a backbone, without a classifier. Name it in a recipe (network.weights) and train."
-        )
-    save_network(network, out, spec)
-    return report

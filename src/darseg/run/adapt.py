@@ -16,6 +16,7 @@ from darseg.config.recipe import Recipe
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, NumericsError, RunError, faults
 from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignment
+from darseg.model.class_order import reorder_classes
 from darseg.model.predict import Memory, predict_scores
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.align import TOLERANCE, Alignment, align, check_settings
@@ -23,8 +24,8 @@ from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import BOUND
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.shift import Shift, estimate_shift
-from darseg.run.build import classes_of, manifest_of, masks
-from darseg.run.evaluate import Trained, check_classes, load_trained
+from darseg.run.build import manifest_of, masks
+from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import Medium, list_media
 from darseg.run.prior import Prior, class_shares
@@ -136,6 +137,8 @@ def align_network(
         return adapted
     note = f"{adapted.images} of {adapted.available} images, {task.origin} class shares"
     network = load_network(trained.path, plain=True)
+    if trained.order is not None:
+        reorder_classes(network, trained.order)
     save_network(fold_alignment(network, AlignmentRecord.of(adapted.alignment, note)), path, trained.spec)
     return replace(adapted, path=path)
 
@@ -240,17 +243,6 @@ def _labeled_shares(source: Path | str, trained: Trained, *, shift: bool) -> NDA
         )
         raise RunError(
             f"{source} is a checkpoint outside a run folder, so {needed} its recipe with --recipe RECIPE.yaml."
-        )
-    check_classes(source, trained, classes_of(trained.recipe))
-    known, expected = classes_of(trained.recipe).names, trained.spec.class_names
-    if expected and known != expected:
-        lines = [
-            f"class {k}: {a} / {b}" for k, (a, b) in enumerate(zip(expected, known, strict=True)) if a != b
-        ]
-        raise DataError(
-            faults(
-                "The network's classes are not the recipe's. Give the recipe that it was trained with", lines
-            )
         )
     try:
         labeled = manifest_of(trained.recipe).labeled

@@ -236,13 +236,15 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
         return network, f"none; {recipe.network.backbone} starts from random numbers (network.weights: none)"
     fetched = isinstance(weights, WeightsFile)
     path = fetch(weights.url, weights.sha256, CACHE.expanduser()) if fetched else Path(weights)
-    report = load_weights(network, path, recipe.network.strict)
+    report = load_weights(network, path, recipe.network.strict, classes_of(recipe).names)
     what = "the whole network" if report.whole else recipe.network.backbone
     source = f"{len(report.loaded)} tensors of {what} from {path}"
     if report.unfilled:
         source += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
     if report.unused:
         source += f"; not needed: {', '.join(report.unused)}"
+    if report.classes:
+        source += f"; {report.classes}"
     if report.unaligned:
         source += "; its class weights are left out, since training goes on from the plain network"
     if report.architecture == "deeplabv2" and not recipe.release_quirks:

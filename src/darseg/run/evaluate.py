@@ -18,6 +18,7 @@ from darseg.data.classes import ClassSet, distinct_colors
 from darseg.data.images import Reading
 from darseg.errors import DarsegError, DataError, RecipeError, RunError
 from darseg.model.aligned import AlignmentRecord
+from darseg.model.class_order import Order, reorder_classes, reordered_spec
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, whole_image
 from darseg.model.weights import load_network as load_weights_file
@@ -33,6 +34,7 @@ from darseg.run.build import (
     recipe_of,
     set_threads,
 )
+from darseg.run.class_names import order_by_recipe
 from darseg.run.directory import RESULT, RunDirectory, digest_path
 from darseg.run.journal import Journal
 from darseg.run.result import score_variants
@@ -49,6 +51,7 @@ class Trained:
     Attributes:
         recipe: None for a checkpoint given without one.
         unaligned: whether class weights in the file were left out.
+        order: the recipe's order of the classes, if the file has another; network and spec have the recipe's.
     """
 
     network: Network
@@ -56,6 +59,7 @@ class Trained:
     recipe: Recipe | None
     path: Path
     unaligned: bool = False
+    order: Order | None = None
 
     @property
     def alignment(self) -> AlignmentRecord | None:
@@ -67,7 +71,9 @@ class Trained:
         return reading_of(self.recipe)
 
     def classes(self) -> ClassSet:
-        """Names and colors of the classes; numbers and generated colors if the file does not have them."""
+        """Names and colors of the classes, from the file or the recipe; otherwise numbers and generated colors."""
+        if self.recipe is not None and not self.spec.class_names:
+            return classes_of(self.recipe)
         names = self.spec.class_names or tuple(f"class {k}" for k in range(self.spec.classes))
         return ClassSet(names, self.spec.class_colors or distinct_colors(self.spec.classes))
 
@@ -142,7 +148,8 @@ def load_trained(
 ) -> Trained:
     """The result of a run folder, or the network of a .safetensors file, ready to predict.
 
-    From then on torch uses as many CPU threads as its recipe says.
+    From then on torch uses as many CPU threads as its recipe says. If the recipe has the network's classes in another
+    order, the network gets the recipe's order.
 
     Args:
         round_index: of a run folder; None: the last finished round.
@@ -151,7 +158,7 @@ def load_trained(
         threads: CPU threads, whatever the recipe says.
         plain: the network as it was trained, without class weights.
 
-    Raises RunError, WeightsError, RecipeError.
+    Raises RunError, WeightsError, RecipeError; DataError if the recipe has other classes.
     """
     path = result_path(source, round_index, plain)
     if Path(source).is_dir():
@@ -159,7 +166,12 @@ def load_trained(
     _warn_if_changed(path)
     set_threads(threads or (recipe.threads if recipe else None))
     unaligned = plain and read_alignment(path) is not None
-    return Trained(load_to_predict(path, plain), read_spec(path), recipe, path=path, unaligned=unaligned)
+    spec = read_spec(path)
+    order = None if recipe is None else order_by_recipe(source, spec, classes_of(recipe))
+    network = load_to_predict(path, plain)
+    if order is not None:
+        network, spec = reorder_classes(network, order), reordered_spec(spec, order)
+    return Trained(network, spec, recipe, path=path, unaligned=unaligned, order=order)
 
 
 def _warn_if_changed(network: Path) -> None:
@@ -177,15 +189,6 @@ def _warn_if_changed(network: Path) -> None:
         Journal(None, None, Console(stderr=True)).warn(
             f"{network} was changed after round {numbered[1]} finished ({step}.json has another digest). Its scores are "
             "not those of the run. Restore the file, if this was not intended."
-        )
-
-
-def check_classes(source: Path | str, trained: Trained, classes: ClassSet) -> None:
-    """Raise DataError if the network has another number of classes than the recipe."""
-    if len(classes) != trained.network.classes:
-        raise DataError(
-            f"{source} has {trained.network.classes} classes, but the recipe has {len(classes)}. Give the recipe that "
-            "the network was trained with."
         )
 
 
@@ -261,7 +264,6 @@ def evaluate_result(
             "RECIPE.yaml."
         )
     classes = classes_of(recipe)
-    check_classes(source, trained, classes)
     check_sizes(recipe, trained.network, "evaluation.window")
     samples = manifest_of(recipe).roles()[role]
     if not samples:

@@ -22,7 +22,7 @@ from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import as_recipe, labeling_protocol, manifest_of, masks
 from darseg.run.directory import digest_path
-from darseg.run.evaluate import Trained, check_classes, load_trained
+from darseg.run.evaluate import Trained, load_trained
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.label_files import ClassCounts, FolderJob, label_into_folder, read_class_counts
 from darseg.run.label_samples import network_predictor, network_scores
@@ -133,7 +133,6 @@ def _count_classes(source: Path | str, trained: Trained, class_counts: Path | st
             "pixels per class with --class-counts COUNTS.json, or its recipe with --recipe RECIPE.yaml."
         )
     manifest = manifest_of(trained.recipe)
-    check_classes(source, trained, manifest.classes)
     return ClassCounts(count_labels(masks(manifest.labeled), len(manifest.classes)).tolist(), names)
 
 
@@ -175,6 +174,8 @@ def _digest_predictor(trained: Trained) -> dict[str, str]:
     digests = earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol) if protocol else None))
     digests.append(digest_settings(protocol=protocol))
     decisions = {"decisions": "plain"} if trained.unaligned else {}
+    if trained.order is not None:
+        decisions["order"] = str(list(trained.order))
     return {"network": digest_path(trained.path), "protocol": digests[0], **decisions}
 
 

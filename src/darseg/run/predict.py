@@ -150,6 +150,7 @@ def _record(
     path = outputs.folder / RECORD
     protocol = evaluation_protocol(trained.recipe).describe() if trained.recipe else "whole images"
     network = digest_path(trained.path) + (", plain" if plain else "")
+    network += f", classes in order {list(trained.order)}" if trained.order is not None else ""
     present = {"network": network, "protocol": protocol}
     earlier = read_settings(path) if others else []
     differing = [key for key in present if any(entry.get(key) != present[key] for entry in earlier)]
