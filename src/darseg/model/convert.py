@@ -64,7 +64,7 @@ def convert(
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # parts that are not filled are the same each time
         network = spec.build()
-    report = load_weights(network, source, strict, spec.class_names)
+    report = load_weights(network, source, strict, class_names=spec.class_names)
     if not report.whole:
         raise WeightsError(
             f"{source} holds only a backbone, without a classifier. Name it in a recipe (network.weights) and train."

@@ -219,7 +219,7 @@ class _Match:
 
 
 def load_weights(
-    network: Network, source: Path, strict: bool = True, class_names: Sequence[str] = ()
+    network: Network, source: Path, strict: bool = True, *, class_names: Sequence[str] = ()
 ) -> LoadReport:
     """Fill `network` with the weights of a file, on whatever device it is.
 

@@ -236,7 +236,7 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
         return network, f"none; {recipe.network.backbone} starts from random numbers (network.weights: none)"
     fetched = isinstance(weights, WeightsFile)
     path = fetch(weights.url, weights.sha256, CACHE.expanduser()) if fetched else Path(weights)
-    report = load_weights(network, path, recipe.network.strict, classes_of(recipe).names)
+    report = load_weights(network, path, recipe.network.strict, class_names=classes_of(recipe).names)
     what = "the whole network" if report.whole else recipe.network.backbone
     source = f"{len(report.loaded)} tensors of {what} from {path}"
     if report.unfilled:
