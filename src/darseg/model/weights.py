@@ -236,7 +236,7 @@ def load_weights(
     """
     tensors = read_bare(source)
     match = _match(network, tensors)
-    matched = _match_classes(network, source, match, class_names)
+    matched = _match_classes(network, source, match, wanted=class_names)
     match = matched.match
     problems = _problems(network, source, match)
     if problems and (strict or match.fitting.keys() <= set(NORMALIZATION)):
@@ -283,7 +283,9 @@ class _MatchedClasses:
     note: str = ""
 
 
-def _match_classes(network: Network, source: Path, match: _Match, wanted: Sequence[str]) -> _MatchedClasses:
+def _match_classes(
+    network: Network, source: Path, match: _Match, *, wanted: Sequence[str]
+) -> _MatchedClasses:
     """Compare the classes of a whole network with those wanted; a classifier for others does not fit."""
     keys = [key for key in classifier_keys(network) if key in match.fitting]
     if not match.whole or not wanted or not keys:
