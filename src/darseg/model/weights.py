@@ -276,7 +276,7 @@ def load_weights(
 
 @dataclass(frozen=True)
 class _MatchedClasses:
-    """A match whose classes were compared by name: the order that they still have to get, and what to say about it."""
+    """A match whose classes were compared by name, the order to give them, and what to say about it."""
 
     match: _Match
     order: Order | None = None
