@@ -71,7 +71,7 @@ class Trained:
         return reading_of(self.recipe)
 
     def classes(self) -> ClassSet:
-        """Names and colors of the classes, from the file or the recipe; otherwise numbers and generated colors."""
+        """Names and colors of the classes: the file's, the recipe's, or numbers and generated colors."""
         if self.recipe is not None and not self.spec.class_names:
             return classes_of(self.recipe)
         names = self.spec.class_names or tuple(f"class {k}" for k in range(self.spec.classes))
