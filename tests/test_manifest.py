@@ -608,11 +608,15 @@ def manifest_of(*samples: Sample, **roles) -> Manifest:
     return Manifest(CLASSES, **{"labeled": samples, "unlabeled": (), "validation": ()} | roles)
 
 
+NUMBERS = itertools.count()
+"""So that no two images of `labels_of` are the same picture."""
+
+
 def labels_of(folder: Path, *labels: np.ndarray) -> tuple[Sample, ...]:
     return tuple(
         Sample(
             f"{index}",
-            save(folder / "i" / f"{index}.png", IMAGE),
+            save(folder / "i" / f"{index}.png", IMAGE ^ np.uint8(next(NUMBERS) % 256)),
             save(folder / "l" / f"{index}.png", np.broadcast_to(np.asarray(label, np.uint8), (6, 8)).copy()),
         )
         for index, label in enumerate(labels)

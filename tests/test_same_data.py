@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from darseg.data.classes import ClassSet
+from darseg.data.examine import examine
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
-from darseg.data.manifest import find_files
+from darseg.data.manifest import Manifest, Sample, find_files
 from darseg.data.suffixes import unread_files
+from wording import says
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
 
@@ -72,3 +75,58 @@ def test_a_recipe_alone_does_not_make_a_run_folder(tmp_path: Path) -> None:
     picture(tmp_path / "sub/a.png")
     (tmp_path / "sub/recipe.yaml").touch()
     assert list(find_files(tmp_path, IMAGE_SUFFIXES)) == ["sub/a"]
+
+
+def manifest(root: Path, roles: dict[str, list[tuple[str, int, int | None]]]) -> Manifest:
+    """Roles of (file name, number of the picture, number of the label map)."""
+    samples = {}
+    for role, entries in roles.items():
+        samples[role] = []
+        for name, number, label in entries:
+            image, mask = picture(root / role / name, number), None
+            if label is not None:
+                mask = root / role / f"{Path(name).stem}_mask.png"
+                Image.fromarray(np.arange(40 * 48, dtype=np.uint8).reshape(40, 48) // (2 + label) % 2).save(
+                    mask
+                )
+            samples[role].append(Sample(f"{role}/{Path(name).stem}", image, mask))
+    given = {role: tuple(samples.get(role, ())) for role in ("labeled", "unlabeled", "validation", "test")}
+    return Manifest(ClassSet(("ground", "box"), ((0, 0, 0), (255, 0, 0))), **given)
+
+
+def test_the_same_picture_in_two_roles_is_counted_with_a_pair(tmp_path: Path) -> None:
+    drawn = manifest(
+        tmp_path,
+        {
+            "labeled": [("a.png", 1, 0), ("b.png", 2, 0)],
+            "unlabeled": [("c.bmp", 2, None), ("d.png", 3, None)],
+            "validation": [("e.tif", 1, 0), ("f.png", 4, 0), ("g.png", 3, 0)],
+            "test": [("h.png", 4, 0), ("i.png", 5, 0)],
+        },
+    )
+    lines = [line for line in examine(drawn).warnings if "same picture" in line]
+    found = {
+        tuple(sorted(name for name in "abcdefghi" if f"/{name}." in line)): line.split()[:2] for line in lines
+    }
+    assert found == {
+        ("a", "e"): ["1", "validation"],  # other bytes, the same pixels
+        ("b", "c"): ["1", "unlabeled"],
+        ("d", "g"): ["1", "validation"],
+        ("f", "h"): ["1", "test"],
+    }
+    says("\n".join(lines), str(drawn.labeled[0].image), str(drawn.validation[0].image))
+
+
+def test_a_repeated_picture_and_contradicting_labels_are_counted(tmp_path: Path) -> None:
+    entries = [("a.png", 1, 0), ("b.png", 1, 0), ("c.png", 1, 1), ("d.png", 2, 0)]
+    drawn = manifest(tmp_path, {"labeled": entries, "unlabeled": [("e.png", 3, None)]})
+    lines = [line for line in examine(drawn).warnings if "picture" in line]
+    assert len(lines) == 2
+    says(lines[0], "2 labeled", "a.png", "b.png")
+    says(lines[1], "1 label", str(drawn.labeled[2].label), str(drawn.labeled[0].label))
+
+
+def test_pictures_of_equal_bytes_but_other_shape_are_not_the_same(tmp_path: Path) -> None:
+    drawn = manifest(tmp_path, {"labeled": [("a.png", 1, 0)], "unlabeled": [("b.png", 2, None)]})
+    Image.fromarray(np.roll(PIXELS, 1, axis=1).reshape(48, 40, 3)).save(drawn.unlabeled[0].image)
+    assert not [line for line in examine(drawn).warnings if "picture" in line]

@@ -21,6 +21,7 @@ from darseg.data.labels import raw_classes, read_raw
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.orientation import UPRIGHT, orientation_mark
 from darseg.data.pictures import PictureTally, orientation_lines, size_fault
+from darseg.data.sameness import SameTally, digest_pixels
 from darseg.errors import DataError
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
@@ -64,6 +65,7 @@ class _SampleFindings:
         size: height and width of the image; 0 if it is unreadable.
         turned_label: whether the label file itself has an orientation mark.
         facts: what the label file holds beside classes; None if there is none that can be read.
+        same, same_label: digests of the pixels and of their classes, if they can be read.
         overlapping: pixels that lie in masks of several classes, if the label map is several files.
     """
 
@@ -75,6 +77,8 @@ class _SampleFindings:
     turned_label: bool = False
     facts: FileFacts | None = None
     overlapping: int = 0
+    same: bytes | None = None
+    same_label: bytes | None = None
 
 
 def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) -> Findings:
@@ -89,7 +93,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     entries: list[str | FileFacts] = []
     pixels: dict[str, NDArray[np.int64]] = {}
     sizes: dict[str, list[int]] = {}
-    tally = PictureTally(manifest)
+    tally, same = PictureTally(manifest), SameTally()
     values_of: dict[LabelEncoding, set[int]] = {}
     unreadable: set[LabelEncoding] = set()
     joined: list[tuple[Parts, int]] = []
@@ -102,6 +106,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
                 entries += [*result.faults, *([result.facts] if result.facts else [])]
                 sizes[role].append(math.prod(result.size))
                 tally.add(role, sample, result.picture, turned_label=result.turned_label)
+                same.add(role, sample, image=result.same, label=result.same_label)
                 if sample.parts:
                     joined.append((sample.parts, result.overlapping))
                 elif sample.label:
@@ -113,7 +118,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     judgment = judge([entry for entry in entries if isinstance(entry, FileFacts)], classes)
     by_file = [entry if isinstance(entry, str) else open_fault(entry, judgment.strays) for entry in entries]
     faults = [*filter(None, by_file), *judgment.faults]
-    warnings: list[str] = [*tally.warnings(), *judgment.warnings]
+    warnings: list[str] = [*tally.warnings(), *same.warnings(), *judgment.warnings]
     for encoding, all_values in values_of.items():
         values = all_values - judgment.strays
         unknown = {value for value in values if value >= len(classes)} - {encoding.ignore, IGNORE}
@@ -214,18 +219,18 @@ def reading_notes(manifest: Manifest) -> list[str]:
 
 def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
     faults: list[str] = []
-    picture, size = None, (0, 0)
+    picture, size, same = None, (0, 0), None
     try:
         picture = read_picture(sample.image, sample.reading)
-        size = picture.size
+        size, same = picture.size, digest_pixels(picture.pixels)
         picture = replace(picture, pixels=NO_PIXELS)
     except DataError as error:
         faults.append(str(error))
     counts, values = np.zeros(256, np.int64), None
     if sample.label is None:
-        return _SampleFindings(counts, values, tuple(faults), picture=picture, size=size)
+        return _SampleFindings(counts, values, tuple(faults), picture=picture, size=size, same=same)
     found = replace(
-        _SampleFindings(counts, values, tuple(faults), picture=picture, size=size),
+        _SampleFindings(counts, values, tuple(faults), picture=picture, size=size, same=same),
         turned_label=orientation_mark(sample.label) != UPRIGHT,
     )
     if sample.parts is not None:
@@ -251,7 +256,7 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
     unknown = unknown_values(counts, len(classes))
     if unknown:
         facts = replace(facts, fault=f"{sample.label}: {unknown}")
-    return replace(found, counts=counts, faults=tuple(faults), facts=facts)
+    return replace(found, counts=counts, faults=tuple(faults), facts=facts, same_label=digest_pixels(label))
 
 
 def _with_masks(found: _SampleFindings, sample: Sample, parts: Parts) -> _SampleFindings:
