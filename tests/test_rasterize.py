@@ -663,16 +663,17 @@ def test_faults_of_coco_images(tmp_path: Path, change: dict, facts: list[str]) -
 def test_faults_of_a_coco_file_as_a_whole(tmp_path: Path) -> None:
     content = coco(drawn([1] * 6) | {"image_id": 9}, drawn([1] * 6) | {"image_id": [1]})
     content["images"] += [content["images"][0] | {"file_name": "y.jpg"}, "z.jpg"]
-    content["categories"] += [{"id": 10, "name": "bus"}, {"id": "x", "name": "y"}, {"id": 3}]
+    content["categories"] += [{"id": 10, "name": "bus"}, {"id": [7], "name": "y"}, {"id": 3}]
     lines = lines_of(write_json(tmp_path / "c.json", content))
     facts = [
         ("categories[2]", "10", "'car'", "'bus'"),
-        ("categories[3]", "'id'", '"x"'),
+        ("categories[3]", "'id'", "[7]"),
         ("categories[4]", "'name'"),
         ("images[1]", "1"),
         ("images[2]", '"z.jpg"', "'id'"),
         ("annotations[0]", "'image_id'", "9"),
         ("annotations[1]", "'image_id'", "[1]"),
+        ("images[0]", "no annotation", "2 annotation(s)"),
     ]
     for line, (where, *parts) in zip(lines, facts, strict=True):
         says(line, f"c.json: {where}: ", *parts)

@@ -16,7 +16,9 @@ from darseg.annotate.labelme import read_labelme
 from darseg.annotate.records import parse_json, read_file
 from darseg.annotate.regions import AnnotatedImage, Annotations
 from darseg.choices import AnnotationFormat
+from darseg.data.foreign import foreign_format
 from darseg.data.manifest import find_files
+from darseg.data.suffixes import unread_files, unread_line
 from darseg.errors import DataError
 
 FORMATS: tuple[AnnotationFormat, ...] = get_args(AnnotationFormat)
@@ -44,12 +46,14 @@ def read_annotations(
     data = read_file(path)
     is_markup = data[:64].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"<")
     content = None if format == "cvat" or (is_markup and format is None) else parse_json(path, data)
-    kind = format or ("cvat" if content is None else _recognize(path, content))
+    kind = format or ("cvat" if content is None else _recognize(path, content, data))
     if panoptic_folder is not None and kind != "panoptic":
         raise DataError(_not_panoptic(f"{path} is a {kind} file"))
     if kind in PER_IMAGE:
         return _per_image(path.parent, {path.stem: path}, kind)
     if kind == "cvat":
+        if foreign := foreign_format(path, data):
+            raise DataError(f"{path} is {foreign.name}, which is not read. {foreign.remedy}.")
         return read_cvat(path, data)
     return read_coco(path, content, (panoptic_folder or path.with_suffix("")) if kind == "panoptic" else None)
 
@@ -63,7 +67,7 @@ def _read_folder(path: Path, format: str | None) -> Annotations:
     if not files:
         raise DataError(
             f"{path} holds no JSON files. labelme and Cityscapes have one JSON file for each image; for COCO and CVAT, "
-            "give the JSON or XML file itself."
+            f"give the JSON or XML file itself. {unread_line(path, unread_files(path, ()))}".rstrip()
         )
     if format is not None and format not in PER_IMAGE:
         raise DataError(f"{path} is a folder, but {format} annotations are one file. Give that file.")
@@ -76,8 +80,9 @@ def _per_image(root: Path, files: Mapping[str, Path], format: str | None) -> Ann
     def images() -> Iterator[AnnotatedImage | str]:
         for relative, path in files.items():
             try:
-                content = parse_json(path, read_file(path))
-                kind = format or _recognize(path, content)
+                data = read_file(path)
+                content = parse_json(path, data)
+                kind = format or _recognize(path, content, data)
             except DataError as error:
                 yield str(error)
                 continue
@@ -93,7 +98,7 @@ def _per_image(root: Path, files: Mapping[str, Path], format: str | None) -> Ann
     return Annotations(images, len(files), None)
 
 
-def _recognize(path: Path, content: Any) -> str:
+def _recognize(path: Path, content: Any, data: bytes) -> str:
     """The format of a JSON file. Raises DataError if it is none of them."""
     keys = set(content) if isinstance(content, dict) else set()
     if "shapes" in keys:
@@ -104,6 +109,8 @@ def _recognize(path: Path, content: Any) -> str:
         annotations = content["annotations"] if isinstance(content["annotations"], list) else []
         is_panoptic = any(isinstance(entry, dict) and "segments_info" in entry for entry in annotations)
         return "panoptic" if is_panoptic else "coco"
+    if foreign := foreign_format(path, data):
+        raise DataError(f"{path} is {foreign.name}, which is not read. {foreign.remedy}.")
     finding = "not an object"
     if isinstance(content, dict):
         names = ", ".join(map(repr, sorted(keys)[:6]))

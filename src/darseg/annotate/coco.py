@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from darseg.annotate.beside import picture_size
 from darseg.annotate.records import Faults, check_coordinate, checked_size, field, image_id, shortened
 from darseg.annotate.regions import AnnotatedImage, Annotations, Draw, Entry, Patch, checked_image
-from darseg.annotate.shapes import run_mask
+from darseg.annotate.shapes import check_outline, run_mask
 from darseg.data.advice import pixel_count
 from darseg.data.images import read_image
 from darseg.errors import DarsegError, DataError
@@ -32,21 +33,27 @@ class _File:
         annotations_of: image id → indices of its annotations.
         names: category id → name.
         faults: lines about entries that cannot be used.
+        lost: number of annotations whose image is not known.
+
+    Ids are numbers, or their texts: some tools write "1" for 1.
     """
 
     path: Path
     entries: list[Any]
     annotations: list[Any]
-    images: list[tuple[int, int | str]]
-    annotations_of: dict[int | str, list[int]]
-    names: dict[int, str]
+    images: list[tuple[int, str]]
+    annotations_of: dict[str, list[int]]
+    names: dict[str, str]
     faults: list[str]
+    lost: int
 
     def category(self, record: Any) -> str:
         """The category's name of an annotation or a segment. Raises DataError."""
-        number = field(record, "category_id", int)
+        number = _id_of(record, "category_id")
         if number not in self.names:
-            raise DataError(f"'category_id' is {number}, but no category has this id")
+            raise DataError(
+                f"'category_id' is {shortened(record['category_id'])}, but no category has this id"
+            )
         return self.names[number]
 
 
@@ -62,8 +69,13 @@ def read_coco(path: Path, content: Any, panoptic_folder: Path | None) -> Annotat
         for k, number in file.images:
             where = f"{path}: images[{k}]"
             own = [(f"{path}: annotations[{i}]", file.annotations[i]) for i in file.annotations_of[number]]
-            header = functools.partial(_header, file.entries[k])
-            if panoptic_folder is None:
+            header = functools.partial(_header, file.entries[k], path.parent)
+            if panoptic_folder is None and not own and file.lost:
+                yield (
+                    f"{where}: the image has no annotation, but {file.lost} annotation(s) of the file find no image and "
+                    "may be its own. Fix their 'image_id'; then the image is drawn"
+                )
+            elif panoptic_folder is None:
                 yield from checked_image(Entry(where, header, own, region=region, ordered=False))
             elif len(own) != 1:
                 yield f"{where}: the image has {len(own)} annotations, expected one, with its PNG and segments"
@@ -72,7 +84,7 @@ def read_coco(path: Path, content: Any, panoptic_folder: Path | None) -> Annotat
                 entry = _panoptic_entry(file, k, annotation, at=at, folder=panoptic_folder)
                 yield from checked_image(entry)
 
-    categories = dict.fromkeys(file.names[number] for number in sorted(file.names))
+    categories = dict.fromkeys(file.names[number] for number in sorted(file.names, key=_order))
     return Annotations(images, len(file.entries), tuple(categories))
 
 
@@ -85,29 +97,33 @@ def _index(path: Path, content: Any) -> _File:
     except DataError as error:
         raise DataError(f"{path} is not a COCO file: {error}.") from error
     faults = Faults([])
-    names: dict[int, str] = {}
+    names: dict[str, str] = {}
     for k, category in enumerate(categories):
         with faults.at(f"{path}: categories[{k}]"):
-            number, name = field(category, "id", int), field(category, "name", str)
+            number, name = _id_of(category, "id"), field(category, "name", str)
             if names.setdefault(number, name) != name:
                 raise DataError(
                     f"the id {number} stands for {names[number]!r} and for {name!r}. Give each category its own id"
                 )
-    annotations_of: dict[int | str, list[int]] = {}
-    images: list[tuple[int, int | str]] = []
+    annotations_of: dict[str, list[int]] = {}
+    images: list[tuple[int, str]] = []
     for k, entry in enumerate(entries):
         with faults.at(f"{path}: images[{k}]"):
-            number = field(entry, "id", int | str)
+            number = _id_of(entry, "id")
             if number in annotations_of:
-                raise DataError(f"an earlier image has the id {number!r}, too. Give each image its own id")
+                raise DataError(f"an earlier image has the id {number}, too. Give each image its own id")
             annotations_of[number] = []
             images.append((k, number))
+    placed = 0
     for k, annotation in enumerate(annotations):
         with faults.at(f"{path}: annotations[{k}]"):
-            number = field(annotation, "image_id", int | str)
+            number = _id_of(annotation, "image_id")
             if number not in annotations_of:
-                raise DataError(f"'image_id' is {number!r}, but no image has this id")
+                raise DataError(
+                    f"'image_id' is {shortened(annotation['image_id'])}, but no image has this id"
+                )
             annotations_of[number].append(k)
+            placed += 1
     return _File(
         path=path,
         entries=entries,
@@ -116,14 +132,33 @@ def _index(path: Path, content: Any) -> _File:
         annotations_of=annotations_of,
         names=names,
         faults=faults.lines,
+        lost=len(annotations) - placed,
     )
 
 
-def _header(entry: Any) -> tuple[str, tuple[int, int]]:
-    return (
-        image_id(field(entry, "file_name", str)),
-        checked_size(field(entry, "height", int | float), field(entry, "width", int | float)),
-    )
+def _id_of(record: Any, key: str) -> str:
+    """An id as text, the same for 1 and "1". Raises DataError."""
+    return str(field(record, key, int | str)).strip()
+
+
+def _order(number: str) -> tuple[bool, int, str]:
+    """Numbers by their size, then other ids."""
+    is_number = number.lstrip("-").isdecimal()
+    return not is_number, int(number) if is_number else 0, number
+
+
+def _header(entry: Any, folder: Path) -> tuple[str, tuple[int, int]]:
+    """Id and size of an image; a missing size is that of the picture in `folder` or its folder images."""
+    name = field(entry, "file_name", str)
+    number = image_id(name)
+    if entry.get("height") is None and entry.get("width") is None:
+        sizes = (picture_size(place / name) for place in (folder, folder / "images"))
+        if (size := next(filter(None, sizes), None)) is None:
+            raise DataError(
+                f"'height' and 'width' are missing, and there is no picture {name} in {folder}. Put it there, or add both"
+            )
+        return number, checked_size(*size)
+    return number, checked_size(field(entry, "height", int | float), field(entry, "width", int | float))
 
 
 def _drawing(segmentation: Any, size: tuple[int, int]) -> Draw:
@@ -140,6 +175,7 @@ def _drawing(segmentation: Any, size: tuple[int, int]) -> Draw:
             raise DataError(f"polygon {k} {problem}, expected x and y of at least 3 points. Fix or remove it")
         for value in polygon:
             check_coordinate(value)
+        check_outline(np.array(polygon, np.float64).reshape(-1, 2))
     mask = _pycocotools()
 
     def draw() -> Patch:
@@ -206,11 +242,11 @@ def _panoptic_entry(file: _File, k: int, annotation: Any, *, at: str, folder: Pa
             raise DataError(
                 "'segments_info' is empty, so nothing is annotated. Remove the image and its annotation"
             )
-        return _header(entry)
+        return _header(entry, file.path.parent)
 
     @functools.cache
     def ids() -> np.ndarray:  # read once for all segments of the image, when the first is drawn
-        return _panoptic_ids(folder / annotation["file_name"], _header(entry)[1], listed)
+        return _panoptic_ids(folder / annotation["file_name"], _header(entry, file.path.parent)[1], listed)
 
     def region(segment: Any, _: tuple[int, int]) -> tuple[str, Draw]:
         number = field(segment, "id", int)

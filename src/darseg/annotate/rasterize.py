@@ -36,6 +36,7 @@ class Rasterized:
         images: how many maps were written.
         skipped: kind of shape that is not an area → how many were skipped.
         faults: a line each; the images they concern were not written.
+        warnings: lines about annotation files whose names were not taken as they are.
     """
 
     classes: tuple[str, ...]
@@ -43,6 +44,7 @@ class Rasterized:
     images: int
     skipped: Mapping[str, int]
     faults: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     def recipe(self) -> str:
         """The recipe's lines about the classes."""
@@ -63,6 +65,7 @@ class _Survey:
     where: Mapping[str, str]
     skipped: Counter[str]
     faults: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def rasterize_folder(
     source = read_annotations(Path(annotations), format, folder)
     survey = _look(source)
     names, problems = _choose(source, survey, classes, background=background, ignore_other=ignore_other)
-    if not problems and not survey.where:
+    if not survey.where:
         reason = "every image has faults" if survey.faults else "there are no images in it"
         problems = [f"{annotations}: nothing can be drawn, since {reason}"]
     if problems:
@@ -168,12 +171,20 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
         )
     pixels = np.append(counts[: len(target.names)], counts[IGNORE])
     skipped = dict(sorted(survey.skipped.items()))
-    return Rasterized(target.names, pixels, images=done, skipped=skipped, faults=tuple(fault_lines))
+    return Rasterized(
+        target.names,
+        pixels,
+        images=done,
+        skipped=skipped,
+        faults=tuple(fault_lines),
+        warnings=survey.warnings,
+    )
 
 
 def _look(source: Annotations) -> _Survey:
     """Check all images without drawing them."""
     fault_lines: list[str] = []
+    renamed: list[str] = []
     categories, skipped = Counter[str](), Counter[str]()
     same: dict[str, list[tuple[str, str]]] = {}  # id and place of images whose names differ at most in case
     for image in source.images():
@@ -182,6 +193,7 @@ def _look(source: Annotations) -> _Survey:
             continue
         categories.update(region.category for region in image.regions if region.category not in image.void)
         skipped.update(image.skipped)
+        renamed += [image.renamed] if image.renamed else []
         same.setdefault(image.id.casefold(), []).append((image.id, image.where))
     for alike in same.values():
         if len(alike) > 1:
@@ -190,7 +202,17 @@ def _look(source: Annotations) -> _Survey:
                 f"{len(alike)} images have names that differ only in suffix or case: {listed}. Rename all but one"
             )
     where = dict(alike[0] for alike in same.values() if len(alike) == 1)
-    return _Survey(categories, where, skipped=skipped, faults=tuple(fault_lines))
+    warnings = [_renamed_line(renamed)] if renamed else []
+    if unused := [name for name in source.categories or () if name not in categories]:
+        warnings.append(f"no annotation is of these categories of the file: {', '.join(unused)}")
+    return _Survey(categories, where, skipped=skipped, faults=tuple(fault_lines), warnings=tuple(warnings))
+
+
+def _renamed_line(renamed: Sequence[str]) -> str:
+    return (
+        f"{len(renamed)} file(s) name another picture in 'imagePath' than the one with their own name, which was taken, "
+        f"for example {renamed[0]}"
+    )
 
 
 def _choose(

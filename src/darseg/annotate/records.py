@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, get_args
 
 from darseg.data import files
+from darseg.data.foreign import foreign_format
 from darseg.data.manifest import sample_id
 from darseg.errors import DataError
 
@@ -42,9 +43,18 @@ def read_file(path: Path) -> bytes:
 
 def parse_json(path: Path, data: bytes) -> Any:
     """The content of a JSON file. Raises DataError if it is damaged."""
+    encoding = json.detect_encoding(data)
     try:
-        return files.parse_json(data.decode(json.detect_encoding(data), "surrogatepass"))
+        return files.parse_json(data.decode(encoding, "surrogatepass"))
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not {encoding.upper()}: byte {error.object[error.start]:#04x} at {error.start} is not valid. Old "
+            "versions of labelme write the encoding of their Windows. Convert the file, as with iconv -f GB18030 -t "
+            "UTF-8 (Chinese) or iconv -f CP1252 -t UTF-8 (western Europe)."
+        ) from error
     except ValueError as error:
+        if kind := foreign_format(path, data):
+            raise DataError(f"{path} is {kind.name}, which is not read. {kind.remedy}.") from None
         raise DataError(f"{path}: the JSON is damaged ({error}). Export or copy the file again.") from error
 
 

@@ -39,6 +39,7 @@ class AnnotatedImage:
         ordered: later regions lie on top; otherwise pixels of two categories are not labeled.
         void: categories that are not classes unless the user names them.
         skipped: kinds of the shapes that are not areas, one for each shape.
+        renamed: its file, and the picture that this names, if another one was taken; otherwise empty.
     """
 
     id: str
@@ -49,6 +50,7 @@ class AnnotatedImage:
     ordered: bool
     void: frozenset[str] = frozenset()
     skipped: tuple[str, ...] = ()
+    renamed: str = ""
 
 
 @dataclass(frozen=True)

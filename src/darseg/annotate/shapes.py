@@ -26,6 +26,9 @@ from darseg.errors import DataError
 
 XY = tuple[float, float]
 
+LONGEST_OUTLINE = 1 << 24
+"""Pixels along a polygon's edges: drawing takes time and memory for each (pycocotools some 50 bytes)."""
+
 
 def checked_points(pairs: Any, least: int, most: int | None = None) -> np.ndarray:
     """Points as float64 [N, 2]. Raises DataError unless they are `least` to `most` pairs of numbers."""
@@ -44,8 +47,19 @@ def checked_points(pairs: Any, least: int, most: int | None = None) -> np.ndarra
     return np.array(pairs, np.float64)
 
 
+def check_outline(points: np.ndarray) -> None:
+    """Raise DataError if the edges of a closed polygon of points [N, 2] are too long to be drawn."""
+    length = np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum()
+    if length + len(points) > LONGEST_OUTLINE:
+        raise DataError(
+            f"the outline of {len(points)} points is {length:.0f} pixels long, expected at most {LONGEST_OUTLINE}. "
+            "Fix or remove the shape"
+        )
+
+
 def polygon(points: np.ndarray) -> Draw:
     """Draws a closed polygon of points [N, 2]. Raises DataError if it is too large."""
+    check_outline(points)
     corners = np.floor(points + 0.5).astype(np.int32)
     (left, top), (right, bottom) = corners.min(axis=0).tolist(), corners.max(axis=0).tolist()
     width, height = right - left + 1, bottom - top + 1

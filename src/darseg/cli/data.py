@@ -112,6 +112,8 @@ def rasterize(
     print_table(rows)
     for shape, count in drawn.skipped.items():
         print(f"skipped, because they have no area: {count} {shape}")
+    for line in drawn.warnings:
+        print(f"warning: {line}")
     print(f"{drawn.images} label maps in {out}; in the recipe:\n{drawn.recipe()}")
     if drawn.faults:
         raise DataError(faults(f"{len(drawn.faults)} fault(s); all other images are done", drawn.faults))

@@ -306,7 +306,14 @@ def check_pixels(path: Path, data: bytes, limit: int) -> int:
 def stored_size(path: Path) -> tuple[int, int] | None:
     """Stored height and width of an image or label file, by its header; None if that cannot be read."""
     try:
-        data = read_bytes(path)
+        return size_in_header(read_bytes(path))
+    except DataError:
+        return None
+
+
+def size_in_header(data: bytes) -> tuple[int, int] | None:
+    """Stored height and width of a picture in memory; None if its header cannot be read."""
+    try:
         if data.startswith(TIFF_MARKS):
             return tiff_size(data)
         width, height = open_with_pillow(data).size
