@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,15 @@ def take_apart(path: Path, root: Path) -> Picture:
         label_name=not IMAGE_WORDS.issuperset(name_words),
         rank=max(folders.rank, _rank(name_words)),
         place=(*folders.place, *sorted({*name_words} - IMAGE_WORDS), path.suffix.lower()),
-        full=f"{head}/{below.stem.casefold()}",
-        bare=f"{head}/{name.casefold()}",
+        full=_folded(f"{head}/{below.stem}"),
+        bare=_folded(f"{head}/{name}"),
         split=folders.split,
     )
+
+
+def _folded(name: str) -> str:
+    """A name without regard to case and to how its letters are composed."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _read_folders(parts: Iterable[str]) -> _Folders:
