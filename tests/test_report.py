@@ -643,6 +643,13 @@ def test_a_last_round_as_good_as_the_first_neither_rose_nor_fell(run: Path) -> N
     assert f"Mean IoU stayed at <b>{mean:.3f}</b>." in text
 
 
+def test_names_of_classes_cannot_turn_text_around(tiny_data: Path, tmp_path: Path) -> None:
+    values = recipe_dict(tiny_data)
+    values["data"]["classes"][0] = "a\u202egnp"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    assert read_run(tmp_path).classes.names[0] == "a\\u202egnp"
+
+
 def test_every_template_escapes_what_it_is_given() -> None:
     """HTML may come only from templates and from `render`, never from a filter that marks a value as safe."""
     folder = REPOSITORY / "src" / "darseg" / "report" / "templates"
@@ -652,6 +659,8 @@ def test_every_template_escapes_what_it_is_given() -> None:
         assert not re.search(r"\|\s*safe|autoescape", path.read_text()), path.name
     text = page.render("unscored", text=f"{TRAP} & \"'")
     assert html.unescape(text) == f'<p class="said">{TRAP} & "\'</p>' and "<script" not in text
+    turned = page.render("unscored", text="a\u202egnp\x1b[2J")
+    assert turned == '<p class="said">a\\u202egnp\\x1b[2J</p>'
     with pytest.raises(UndefinedError):
         page.render("unscored")
 

@@ -39,6 +39,7 @@ from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.view import app, connections, pictures, viewer
 from darseg.view.guard import Keys
+from darseg.view.table import Filter, Table
 from wording import refused, says
 
 torch.set_num_threads(1)
@@ -259,6 +260,37 @@ def test_pictures_agree_with_the_files(client: TestClient, run: Path) -> None:
     answer = client.get(f"/images/{without}/truth")
     assert answer.status_code == 404
     says(answer.text, "truth")
+
+
+def test_images_that_the_run_did_not_begin_with_are_not_shown(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """A run folder of somebody else may name any folder of this machine as its data."""
+    root = Path(load_recipe(run / "recipe.yaml").data.root)
+    private = tmp_path / "private"
+    shutil.copytree(root, private)
+    image = open_round(run).samples[0].image
+    with open(private / image.relative_to(root), "ab") as file:
+        file.write(b"one byte more")
+    (run / "recipe.yaml").write_text((run / "recipe.yaml").read_text().replace(str(root), str(private)))
+    with client_of(run) as client:
+        for kind in ("photo", "truth", "prediction", "confidence"):
+            answer = client.get(f"/images/1/{kind}")
+            assert answer.status_code == 403
+        says(answer.text, str(private), "unlabeled", "darseg view --pictures")
+        assert client.get("/images/1/label").status_code == 200
+        assert "truth" not in client.get("/api/images/1/pixel?x=0.5&y=0.5").json()
+    said: list[str] = []
+    monkeypatch.setattr(viewer._Server, "run", lambda self, sockets: None)
+    viewer.view_run(run, port=0, say=said.append)
+    assert said[0] == f"warning: {answer.text}" and len(said) == 2
+    viewer.view_run(run, port=0, pictures=True, say=said.append)
+    assert len(said) == 3
+
+
+def test_control_characters_and_overrides_of_direction_in_names_are_escapes(run: Path) -> None:
+    table = Table(open_round(run))
+    table.ids[0] = "a\u202egnp\x1b[2J"
+    row = table.row(0, {}, Filter())
+    assert row["name"] == "a\\u202egnp\\x1b[2J" and row["id"] == table.ids[0]
 
 
 def test_large_pictures_are_scaled_and_stay_aligned() -> None:

@@ -109,6 +109,10 @@ def view(
         ),
     ] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Also open the page in the browser.")] = False,
+    pictures: Annotated[
+        bool,
+        typer.Option("--pictures", help="Show images even if they are not those that the run began with."),
+    ] = False,
 ) -> None:
     """Look through a run's unlabeled images in the browser and mark bad ones; all stays on this machine."""
     from darseg.view.viewer import view_run
@@ -118,5 +122,6 @@ def view(
         round_index,
         port,
         open_browser=open_browser,
+        pictures=pictures,
         say=lambda line: print(line, flush=True),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from rich.console import Console
 from darseg.data.classes import ClassSet
 from darseg.data.files import raise_if_unreadable, read_text
 from darseg.data.manifest import Manifest
-from darseg.errors import DarsegError, DataError, RunError
+from darseg.errors import DarsegError, DataError, RunError, printable
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.report.result import AlignedFacts
 from darseg.run.build import classes_of, manifest_of, masks, recipe_of
-from darseg.run.data_digest import digest_manifest
+from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.marks import read_excluded
@@ -183,7 +183,7 @@ def read_run(root: Path | str) -> RunFacts:
         recipe_text=read_text(run.recipe),
         method=recipe.labeling.method,
         seed=recipe.seed,
-        classes=classes,
+        classes=replace(classes, names=tuple(map(printable, classes.names))),  # charts take them as they are
         rounds=tuple(round_ for round_ in rounds if round_.seconds or len(round_.curve.steps)),
         planned=len(rounds),
         environment=_texts(run.environment, read_plain),
@@ -291,11 +291,7 @@ def _texts(path: Path, read: Callable[[Path, str], Mapping[str, Any]]) -> Mappin
 
 
 def read_data(facts: RunFacts) -> DataFacts:
-    """Find a run's data and count its labeled masks. Data that are gone are not an error.
-
-    A run folder of somebody else may name any folder of this machine as its data. But it cannot know the names and sizes
-    of all files there, which a run records when it begins.
-    """
+    """Find a run's data and count its labeled masks. Data that are gone are not an error."""
     try:
         recipe = recipe_of(facts.root)
         manifest = manifest_of(recipe)
@@ -305,14 +301,7 @@ def read_data(facts: RunFacts) -> DataFacts:
         ]
     except DarsegError as error:
         return DataFacts(None, None, str(error))
-    if not changed:
-        return DataFacts(manifest, counts)
-    reason = (
-        f"No pictures are shown, because the images in {recipe.data.root} are not those that the run began with "
-        f"({', '.join(changed)}: other files or sizes). If you trust this run folder, show them with darseg report "
-        "--pictures."
-    )
-    return DataFacts(manifest, counts, stranger=reason)
+    return DataFacts(manifest, counts, stranger=stranger(recipe.data.root, changed, "report"))
 
 
 def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:

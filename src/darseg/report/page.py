@@ -25,7 +25,7 @@ from plotly.utils import PlotlyJSONEncoder
 
 import darseg
 from darseg.data.files import open_file, write_whole
-from darseg.errors import RunError
+from darseg.errors import RunError, printable
 from darseg.report.elements import Chart, direction, figure_of, signed
 
 MARK = '<meta name="generator" content="darseg '
@@ -34,6 +34,7 @@ MARK = '<meta name="generator" content="darseg '
 TEMPLATES = Environment(
     loader=PackageLoader("darseg.report"),
     autoescape=True,
+    finalize=lambda value: printable(value) if type(value) is str else value,  # not HTML, which is Markup
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,11 @@ from darseg.data.prediction import SCALES, Prediction
 from darseg.errors import DataError, RunError
 from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
+from darseg.run.data_digest import digest_samples, stranger
 from darseg.run.directory import RunDirectory
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.marks import read_excluded, read_marks
+from darseg.run.records import read_texts
 
 REMEMBERED = 16  # predictions kept in memory: 6 MB each at 1024×2048 pixels
 
@@ -35,6 +37,7 @@ class LabeledRound:
         samples: the unlabeled images of the run, in their order; `label` is their truth, if it is known.
         excluded: ids of the images that the round left out; they have no label map.
         noted: id → facts that the round stored; empty for rounds that stored none.
+        stranger: why images, their truth and predictions are not shown; empty if they are those of the run's beginning.
     """
 
     run: RunDirectory
@@ -44,6 +47,7 @@ class LabeledRound:
     samples: tuple[Sample, ...]
     excluded: frozenset[str]
     noted: Mapping[str, ImageFacts]
+    stranger: str = ""
 
     def label_map(self, sample: Sample) -> np.ndarray | None:
         """uint8 [H, W], 255 = not labeled; None if the round left the image out. Raises DataError."""
@@ -65,7 +69,18 @@ def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
     index = done[-1] if index is None else index
     manifest = manifest_of(recipe)
     read_marks(run, {sample.id for sample in manifest.unlabeled})
-    return labeled_round(run, index, recipe=recipe, manifest=manifest)
+    round_ = labeled_round(run, index, recipe=recipe, manifest=manifest)
+    changed = [] if _as_begun(run, manifest) else ["unlabeled"]
+    return replace(round_, stranger=stranger(recipe.data.root, changed, "view"))
+
+
+def _as_begun(run: RunDirectory, manifest: Manifest) -> bool:
+    """Whether the unlabeled images have the names and sizes that the run recorded when it began."""
+    try:
+        recorded = read_texts(run.data, "Restore it from a copy.")
+    except FileNotFoundError:
+        return False
+    return recorded.get("unlabeled") == digest_samples(manifest.unlabeled)
 
 
 def _nothing_to_open(index: int | None, done: Sequence[int], *, rounds: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,6 +50,21 @@ def _described(encoding: LabelEncoding) -> str:
         if item.name in ENCODING_OF_FORMAT_1 or getattr(encoding, item.name) != default_of(item)
     ]
     return f"LabelEncoding({', '.join(values)})"
+
+
+def stranger(root: str, changed: Sequence[str], command: str) -> str:
+    """Why the images below `root` are not shown, if the digests of these roles differ; empty if none does.
+
+    A run folder of somebody else may name any folder of this machine as its data. But it cannot know the names and sizes
+    of all files there, which a run records when it begins.
+    """
+    if not changed:
+        return ""
+    return (
+        f"No pictures are shown, because the images in {root} are not those that the run began with "
+        f"({', '.join(changed)}: other files or sizes). If you trust this run folder, show them with darseg {command} "
+        "--pictures."
+    )
 
 
 def written_since(manifest: Manifest, moment: float) -> list[Path]:

@@ -30,7 +30,7 @@ from darseg.data.dataset import read_truth
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
-from darseg.errors import DarsegError
+from darseg.errors import DarsegError, printable
 from darseg.run.browse import LabeledRound, Repredictor
 from darseg.run.marks import change_marks, read_marks
 from darseg.view.guard import Guard, Keys, in_one_line
@@ -138,10 +138,10 @@ async def send_run(viewer: Viewer, request: Request) -> Response:
     round_, table = viewer.round, viewer.table
     return JSONResponse(
         {
-            "name": round_.run.root.resolve().name,
+            "name": printable(round_.run.root.resolve().name),
             "round": round_.index,
             "classes": [
-                {"name": name, "color": hex_color(color)}
+                {"name": printable(name), "color": hex_color(color)}
                 for name, color in zip(round_.classes.names, round_.classes.colors, strict=True)
             ],
             "images": len(round_.samples),
@@ -213,7 +213,7 @@ def _look(viewer: Viewer, at: int, *, x: float, y: float) -> dict[str, Any]:
     prediction = viewer.repredictor.known(sample)
     maps = {
         "label": viewer.label_at(at),
-        "truth": viewer.truth_at(at) if sample.label else None,
+        "truth": viewer.truth_at(at) if sample.label and not viewer.round.stranger else None,
         "prediction": None if prediction is None else prediction.classes,
     }
     facts: dict[str, Any] = {}
@@ -234,6 +234,8 @@ async def send_picture(viewer: Viewer, request: Request) -> Response:
     kind, prediction = request.path_params["kind"], None
     if kind not in KINDS:
         raise HTTPException(404, f"There is no picture of this kind. There are {', '.join(KINDS)}.")
+    if viewer.round.stranger and kind != "label":  # label maps are part of the run folder
+        raise HTTPException(403, viewer.round.stranger)
     size = THUMBNAIL if request.query_params.get("small") == "1" else LARGEST
     if kind in ("prediction", "confidence"):
         prediction = viewer.repredictor.known(sample)
@@ -324,7 +326,7 @@ def _image_of(viewer: Viewer, request: Request) -> tuple[int, Sample]:
 
 async def send_error(request: Request, error: Exception) -> Response:
     """The message of an error in the run folder or the data."""
-    return PlainTextResponse(str(error), 500)
+    return PlainTextResponse(printable(str(error)), 500)
 
 
 async def send_refusal(request: Request, error: Exception) -> Response:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from darseg.errors import printable
 from darseg.run.browse import LabeledRound, read_facts
 
 PERCENT, UNIT = (0.0, 100.0), (0.0, 1.0)  # ranges that pass every image
@@ -167,6 +168,7 @@ class Table:
         return {
             "index": at,
             "id": self.ids[at],
+            "name": printable(self.ids[at]),
             "coverage": _plain(100 * int(self.kept[at].sum()) / pixels if pixels else math.nan),
             "confidence": _plain(self.confidence[at]),
             "share": None if class_index is None else _plain(self.share(class_index, shares.of)[at]),

@@ -168,9 +168,9 @@ function row(image, position) {
   element.style.top = `${position * ROW}px`;
   element.append(make("span", "thumb"), make("span", "thumb hatch"), make("span", "words"));
   const title = make("b");
-  title.append(make("bdi", "", image.id));
+  title.append(make("bdi", "", image.name));
   element.lastChild.append(title, make("small"));
-  element.title = image.id;
+  element.title = image.name;
   element.addEventListener("click", () => go(position).then(() => side(false)).catch(report));
   return element;
 }
@@ -256,9 +256,9 @@ function show(image) {
 
 function name() {
   if (!current) return;
-  $("id").textContent = current.id;
-  $("id").title = current.id;
-  document.title = `${current.id} – ${info.name}`;
+  $("id").textContent = current.name;
+  $("id").title = current.name;
+  document.title = `${current.name} – ${info.name}`;
   const words = [place === null ? "not in the list" : `${place + 1} of ${list.total}`];
   if (current.coverage !== null && !current.left_out) words.push(`${percent(current.coverage)} labeled`);
   if (current.confidence !== null) words.push(`confidence ${current.confidence.toFixed(3)}`);

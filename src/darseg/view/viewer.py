@@ -12,11 +12,12 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 
-from darseg.errors import RunError
+from darseg.errors import RunError, printable
 from darseg.run.browse import LabeledRound, open_round
 from darseg.view.app import viewer_app
 from darseg.view.connections import WAITING, BoundedProtocol, log_in_one_line
@@ -32,6 +33,7 @@ def view_run(
     port: int | None = None,
     *,
     open_browser: bool = False,
+    pictures: bool = False,
     say: Callable[[str], object] = print,
 ) -> None:
     """Serve the page of a run at 127.0.0.1 until Ctrl-C.
@@ -41,17 +43,22 @@ def view_run(
         round_index: the round whose pseudo labels are shown; default: the last round that has some.
         port: 0 means any free port; default: 8765, or the next free one.
         open_browser: also open the page in the browser.
+        pictures: show images even if they are not those that the run began with.
         say: called with the line that contains the address.
 
     Raises:
         RunError: there are no pseudo labels, or the port is in use.
     """
     round_ = open_round(run, round_index)
+    if pictures:
+        round_ = replace(round_, stranger="")
     keys = Keys()
     server = server_of(round_, keys)
     with _ctrl_c(lambda: setattr(server, "should_exit", True)), listen(port) as sock:
         url = f"http://{ADDRESS}:{sock.getsockname()[1]}/?token="
         count = len(round_.samples)
+        if round_.stranger:
+            say(printable(f"warning: {round_.stranger}"))
         say(
             f"{count} unlabeled images, pseudo labels of round {round_.index}: {url}{keys.token}  (Ctrl-C to stop)"
         )
