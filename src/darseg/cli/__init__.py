@@ -15,6 +15,7 @@ from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import align, convert, evaluate, export, predict
 from darseg.cli.runs import demo, report, train, view
+from darseg.data.files import explained
 from darseg.errors import DarsegError, Interrupted, printable
 from darseg.run.console import enduring_streams
 from darseg.run.machine import keep_memory
@@ -99,6 +100,11 @@ def _run() -> int | str | None:
         return error.code
     except DarsegError as error:
         print(f"darseg: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if not (message := explained(error)):
+            raise
+        print(f"darseg: {printable(message)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before typer listens
         return INTERRUPTED

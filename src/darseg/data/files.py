@@ -52,6 +52,9 @@ _ACCESS = (
 """Errors that say nothing about a file's content: it may be whole, so nobody may be told to delete it."""
 
 
+_GONE = (errno.ENOENT, errno.ENOTDIR)
+
+
 def check_regular(path: Path | str) -> None:
     """Raise OSError unless `path` is a file, or a link to one. For libraries that open files themselves."""
     mode = os.stat(path).st_mode
@@ -92,6 +95,17 @@ def raise_if_unreadable(error: BaseException, path: Path) -> None:
         denied = cause.errno in (errno.EACCES, errno.EPERM)
         remedy = "Change its permissions." if denied else _REMEDIES.get(cause.errno, "Try again.")
         raise StorageError(f"Cannot read {path}: {os.strerror(cause.errno)}. {remedy}") from error
+
+
+def explained(error: OSError) -> str:
+    """A message about a file or folder that the system refuses, from an error that nothing foresaw; empty for others."""
+    if error.filename is None or error.errno not in (*_ACCESS, *_GONE):
+        return ""
+    if error.errno in _GONE:
+        return f"{error.filename}: {error.strerror}. Check the path. If it was there when the command began, put it back."
+    remedy = _REMEDIES.get(error.errno, "Try again.")
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    return f"{error.filename}: {error.strerror}. {'Change its permissions.' if denied else remedy}"
 
 
 def read_json(path: Path | str, encoding: str = "utf-8") -> Any:

@@ -84,7 +84,7 @@ class Layout:
         Cityscapes: `labelTrainIds` (only if `train_ids`), then `labelIds`. VOC: `SegmentationClass`, then
         `SegmentationClassAug`, then SBD's.
         """
-        return next((path for path in self._candidates(image) if path.is_file()), None)
+        return next((path for path in self._candidates(image) if os.path.isfile(path)), None)
 
     def stand_in(self, image: Path) -> Path | None:
         """The label file to take if a list names one that does not exist."""
@@ -127,7 +127,7 @@ class Layout:
 
     def missing(self) -> list[str]:
         """A line for each missing folder or list, with what to do about it."""
-        if not self.root.is_dir():
+        if not os.path.isdir(self.root):
             archives = dict.fromkeys(ARCHIVES[folder] for folder in NEEDED[self.name])
             return [
                 f"{self.root} does not exist. Set data.root to the folder that holds {self.images.name}, or "
@@ -142,7 +142,7 @@ class Layout:
         lines = []
         for folder in folders:
             path = self.root / folder
-            elsewhere = next((near / folder for near in self._near() if (near / folder).is_dir()), None)
+            elsewhere = next((near / folder for near in self._near() if os.path.isdir(near / folder)), None)
             if elsewhere:
                 lines.append(
                     f"{path} is missing, but {elsewhere} exists. Move it to {path}, or link it there."
@@ -151,7 +151,7 @@ class Layout:
                 lines.append(f"{path} is missing. {_sentence(self._get(ARCHIVES[folder]))}")
         if self.name == "voc" and not lines:
             for name in VOC_COUNTS:
-                if not (self.root / f"ImageSets/Segmentation/{name}.txt").is_file():
+                if not os.path.isfile(self.root / f"ImageSets/Segmentation/{name}.txt"):
                     lines.append(
                         f"{self.root}/ImageSets/Segmentation/{name}.txt is missing. Unpack "
                         f"{ARCHIVES['ImageSets/Segmentation']} again."
@@ -164,7 +164,9 @@ class Layout:
         VOC's and SBD's archives unpack into folders of their own.
         """
         name, _, site = archive.partition(" from ")
-        packed = next((near / name for near in (self.root, *self._near()) if (near / name).is_file()), None)
+        packed = next(
+            (near / name for near in (self.root, *self._near()) if os.path.isfile(near / name)), None
+        )
         what = f"unpack {packed} in" if packed else f"get {name} from {site} and unpack it in"
         if self.name == "cityscapes":
             return f"{what} {self.root}"
@@ -183,7 +185,7 @@ class Layout:
     def _near(self) -> list[Path]:
         """Folders that the user may have meant by `root`: inside it, later years first, and around it."""
         inside = [path for pattern in ("*", "*/*") for path in sorted(self.root.glob(pattern), reverse=True)]
-        return [*(path for path in inside if path.is_dir()), self.root.parent, self.root.parent.parent]
+        return [*(path for path in inside if os.path.isdir(path)), self.root.parent, self.root.parent.parent]
 
     def warnings(self) -> list[str]:
         """Lines about what an incomplete download lacks, compared with the published counts."""
@@ -194,7 +196,7 @@ class Layout:
         for split, cities in (("train", CITIES), ("val", VALIDATION_CITIES)):
             images = _files(self.images / split, f"*/*{IMAGE_ENDING}.*")
             if len(images) != CITYSCAPES_COUNTS[split]:
-                missing = [city for city in cities if not (self.images / split / city).is_dir()]
+                missing = [city for city in cities if not os.path.isdir(self.images / split / city)]
                 named = f" These cities have no folder: {', '.join(missing)}." if missing else ""
                 lines.append(
                     f"{self.images / split} has {len(images):,} images, but Cityscapes has "
@@ -221,7 +223,7 @@ class Layout:
                     f"{segmentation / name}.txt lists {listed:,} images, but VOC 2012's list has {count:,}. If it should "
                     f"be the official list, unpack {ARCHIVES['ImageSets/Segmentation']} again."
                 )
-        if not (self.root / "SegmentationClass").is_dir():
+        if not os.path.isdir(self.root / "SegmentationClass"):
             lines.append(
                 f"{self.root / 'SegmentationClass'} is missing, so the labels in {AUGMENTED} are used. For the official "
                 f"labels, {self._get(ARCHIVES['SegmentationClass'])}."
@@ -253,12 +255,12 @@ def find_sbd(root: Path, named: Path | None) -> Path | None:
     Raises DataError if the named one has no `cls`.
     """
     if named is not None:
-        if not (named / "cls").is_dir():
+        if not os.path.isdir(named / "cls"):
             raise DataError(
                 f"data.sbd: {named} has no folder cls. Give benchmark_RELEASE/dataset from SBD's benchmark.tgz."
             )
         return named
-    return next((root / place for place in SBD_PLACES if (root / place / "cls").is_dir()), None)
+    return next((root / place for place in SBD_PLACES if os.path.isdir(root / place / "cls")), None)
 
 
 def _sentence(text: str) -> str:

@@ -32,7 +32,13 @@ def walk(
         start, above = starts.pop(0)
         chains: dict[str, frozenset[tuple[int, int]]] = {}  # a folder, and those that it was reached through
         for directory, subfolders, names in os.walk(start, onerror=fail):
-            status = os.stat(directory)
+            try:
+                status = os.stat(directory)
+            except OSError as error:  # removed since it was listed
+                subfolders.clear()
+                if fail is not None:
+                    fail(error)
+                continue
             identity = status.st_dev, status.st_ino
             chain = chains.get(os.path.dirname(directory), above)
             written = directory != os.fspath(folder) and is_written(names, labels=labels)

@@ -56,7 +56,7 @@ class Discovery:
 
 def discover(root: Path) -> Discovery:
     """Look through a folder. Raises DataError if it cannot be read or holds labels without images."""
-    picture_paths, text_paths, video_paths = _walk(root)
+    picture_paths, text_paths, video_paths, unread = _walk(root)
     pictures = [take_apart(path, root) for path in picture_paths]
     images, labels = _tell_apart(pictures)
     if labels and not images:
@@ -68,6 +68,7 @@ def discover(root: Path) -> Discovery:
     found_images = tuple(
         FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images
     )
+    notes += unread
     if video_paths:
         notes.append(
             f"{len(video_paths)} video(s) are not used, for example {video_paths[0]}. To use them, extract their frames "
@@ -86,15 +87,20 @@ def discover(root: Path) -> Discovery:
     )
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Pictures, JSON and XML files, and videos; hidden files and what darseg wrote are left out."""
+def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path], list[str]]:
+    """Pictures, JSON and XML files, and videos; and a line about folders that cannot be read, if there are any.
+
+    Hidden files and what darseg wrote are left out.
+    """
+    pictures, texts, videos, unreadable = [], [], [], []
 
     def fail(error: OSError) -> None:
-        raise DataError(
-            f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions."
-        ) from error
+        if Path(error.filename) == root:
+            raise DataError(
+                f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions."
+            ) from error
+        unreadable.append(f"{error.filename} ({error.strerror})")
 
-    pictures, texts, videos = [], [], []
     for directory, names in walk(root, fail):
         for name in sorted(names):
             path = Path(directory, name)
@@ -107,7 +113,14 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
                 texts.append(path)
             elif suffix in VIDEO_SUFFIXES:
                 videos.append(path)
-    return pictures, texts, videos
+    lines = []
+    if unreadable:
+        lines.append(
+            f"{len(unreadable)} folder(s) cannot be read, so what is in them is not used: {', '.join(unreadable[:3])}"
+            f"{', …' if unreadable[3:] else ''}. Change their permissions, or move them away: training does not leave "
+            "them out"
+        )
+    return pictures, texts, videos, lines
 
 
 def _tell_apart(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:

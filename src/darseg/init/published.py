@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -45,7 +46,7 @@ def find_published(folder: Path) -> tuple[Layout, str] | None:
         the layout, and why the data in it are other data; empty if they are the published ones.
     """
     for root in (folder, *(path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)))):
-        if not root.is_dir():
+        if not os.path.isdir(root):
             continue
         for layout in (Layout("cityscapes", root), Layout("voc", root)):
             if not layout.missing():

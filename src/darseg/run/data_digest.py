@@ -68,14 +68,23 @@ def stranger(root: str, changed: Sequence[str], command: str) -> str:
 
 
 def written_since(manifest: Manifest, moment: float) -> list[Path]:
-    """Images and label maps written after `moment` (seconds since 1970), perhaps with other content."""
+    """Images and label maps written after `moment` (seconds since 1970), perhaps with other content.
+
+    Both times of a file must be later. A camera or another machine, whose clock may be wrong, sets the time of writing;
+    copies and renames set that of the last change.
+    """
     paths = {
         path
         for samples in manifest.roles().values()
         for sample in samples
         for path in (sample.image, *sample.label_files)
     }
-    return sorted(path for path in paths if path.stat().st_mtime > moment)
+
+    def written(path: Path) -> float:
+        status = path.stat()
+        return min(status.st_mtime, status.st_ctime)
+
+    return sorted(path for path in paths if written(path) > moment)
 
 
 def digest_manifest(manifest: Manifest) -> dict[str, str]:
