@@ -647,7 +647,7 @@ def test_marks_that_are_nested_deeply_are_refused(client: TestClient) -> None:
 def test_a_fault_of_the_viewer_is_one_line(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(app, "read_image", lambda path: 1 // 0)
+    monkeypatch.setattr(app, "read_image", lambda *_: 1 // 0)
     client = TestClient(client.app, HERE["origin"], headers=client.headers, raise_server_exceptions=False)
     answer = client.get("/images/0/photo")
     assert answer.status_code == 500

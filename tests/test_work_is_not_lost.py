@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ import darseg
 from conftest import write_png
 from darseg.config.text import load_recipe
 from darseg.data.files import storage_error
+from darseg.data.manifest import Manifest, Sample, find_files
 from darseg.data.maps import path_of_id
 from darseg.data.video import VideoWriter
+from darseg.data.walk import walk
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.model.weights import load_network, save_network
 from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
-from darseg.run.data_digest import digest_manifest
+from darseg.run.data_digest import digest_manifest, written_since
 from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
 from darseg.run.evaluate import load_trained
 from darseg.run.outputs import check_scores_file, held_folder
@@ -352,3 +356,84 @@ def test_the_longest_names_are_labeled_too(tmp_path: Path) -> None:
         assert len(os.fsencode(waiting.name)) <= 255
         assert waiting != path_of_id(tmp_path, name + "b", ".prediction")
     assert path_of_id(tmp_path, "a/b", ".prediction") == tmp_path / "a" / "b.prediction"
+
+
+# --- folders that cannot be read, and clocks
+
+
+@pytest.fixture
+def closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of images with a folder in it that cannot be read; root could read it whatever its mode is."""
+    folder = tmp_path / "images"
+    for name in ("a", "b", "private/c"):
+        write_png(folder / f"{name}.png", np.zeros((9, 9, 3), np.uint8))
+    scan = os.scandir
+
+    def scandir(path: Any = ".") -> Any:
+        if not isinstance(path, int) and Path(path).name == "private":
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    return folder
+
+
+def test_a_folder_that_cannot_be_read_is_left_out_and_named(closed: Path, tmp_path: Path, call) -> None:
+    assert [*find_files(closed, (".png",))] == ["a", "b"]
+    with refused(DataError, str(closed / "private"), "Permission denied"):
+        find_files(closed / "private", (".png",))
+    for number in range(8):
+        write_png(closed / f"{number}.png", np.full((9, 9, 3), number, np.uint8))
+        write_png(tmp_path / "labels" / f"{number}.png", np.full((9, 9), number % 2, np.uint8))
+    code, out, _ = call("init", tmp_path, "--out", tmp_path / "r.yaml")
+    assert code == 0 and (tmp_path / "r.yaml").exists()
+    (line,) = (line for line in out.splitlines() if line.startswith(f"warning: {tmp_path}:"))
+    says(line, str(closed / "private"), "Permission denied", "1 folder(s)")
+
+
+def test_a_folder_that_is_removed_while_it_is_listed_is_left_out(closed: Path, monkeypatch) -> None:
+    for name in ("x", "y"):
+        write_png(closed / name / "1.png", np.zeros((9, 9, 3), np.uint8))
+    folders = walk(closed)
+    assert next(folders)[0] == str(closed)
+    shutil.rmtree(closed / "y")
+    assert [directory for directory, _ in folders] == [str(closed / "x")]
+    status = os.stat
+
+    def stat(path: Any, **options: Any) -> os.stat_result:
+        if not isinstance(path, int) and Path(path) == closed / "x":
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", os.fspath(path))
+        return status(path, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    assert [*find_files(closed, (".png",))] == ["a", "b"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.EIO, errno.EMFILE])
+def test_what_the_system_refuses_is_one_line(number: int, call, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/data/images/7.png")
+
+    monkeypatch.setattr("darseg.config.text.load_recipe", fail)
+    code, _, err = call("plan", "r.yaml")
+    assert code == 2 and err.count("\n") == 1
+    says(err, "/data/images/7.png", os.strerror(number))
+
+
+def test_errors_that_name_no_file_keep_their_traceback(call, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("darseg.config.text.load_recipe", fail)
+    with pytest.raises(OSError):
+        call("plan", "r.yaml")
+
+
+def test_files_dated_in_the_future_are_not_taken_for_changed_ones(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    write_png(path, np.zeros((9, 9, 3), np.uint8))
+    manifest = Manifest(SCENE_CLASSES, (), (Sample("a", path, None),), (), ())
+    began = time.time() + 1
+    os.utime(path, (began + 3600, began + 3600))
+    assert written_since(manifest, began) == []
+    assert written_since(manifest, began - 3600) == [path]

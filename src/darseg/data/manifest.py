@@ -21,7 +21,7 @@ from darseg.data.layouts import Layout
 from darseg.data.orientation import MarkedLabels
 from darseg.data.pairing import Pairs, join, pair, pairing_lines
 from darseg.data.suffixes import found_suffixes
-from darseg.data.walk import walk
+from darseg.data.walk import refuse, walk
 from darseg.errors import DataError, faults
 
 
@@ -146,7 +146,8 @@ def count_pixels(samples: Sequence[Sample], size_of: Callable[[Path], tuple[int,
 def find_files(folder: Path, suffixes: Sequence[str], *, labels: bool = False) -> dict[str, Path]:
     """Id → file, for all files below `folder` with one of the suffixes, sorted by id.
 
-    Hidden files and folders (.ipynb_checkpoints) are ignored, and folders that darseg wrote; see `walk`.
+    Hidden files and folders (.ipynb_checkpoints) are ignored, folders that darseg wrote, and those below `folder` that
+    cannot be read; see `walk` and `unreadable`.
 
     Args:
         labels: label maps are looked for, so that a folder counts for every link to it.
@@ -158,7 +159,7 @@ def find_files(folder: Path, suffixes: Sequence[str], *, labels: bool = False) -
             f"{folder}: this folder does not exist. Check data.root, data.images and data.labels in the recipe."
         )
     files: list[tuple[str, Path]] = []
-    for directory, names in walk(folder, _raise_unreadable, labels=labels):
+    for directory, names in walk(folder, refuse(folder), labels=labels):
         base = Path(directory)
         start = "" if base == folder else f"{base.relative_to(folder).as_posix()}/"
         for name in names:
@@ -180,12 +181,6 @@ def find_files(folder: Path, suffixes: Sequence[str], *, labels: bool = False) -
 
 FindFiles = Callable[..., dict[str, Path]]
 """`find_files`, or a version of it that remembers what it has found."""
-
-
-def _raise_unreadable(error: OSError) -> None:
-    raise DataError(
-        f"{error.filename}: this folder cannot be read ({error.strerror}). Check its permissions."
-    ) from error
 
 
 def sample_id(relative: Path | PurePosixPath | str) -> str:

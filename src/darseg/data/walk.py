@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from darseg.errors import DataError
+
 RUN = ("run.json", "data.json", "journal.jsonl")
 """With recipe.yaml, each of these marks a run folder."""
 
@@ -52,6 +54,32 @@ def walk(
             starts += [(path, chains[directory]) for path in below if os.path.islink(path)]
             yield directory, names
         starts.sort(key=lambda entry: entry[0])
+
+
+def refuse(folder: Path) -> Callable[[OSError], None]:
+    """What `walk` calls to raise DataError if `folder` itself cannot be read; those below are left out (`unreadable`)."""
+
+    def fail(error: OSError) -> None:
+        if error.filename == os.fspath(folder):
+            raise DataError(
+                f"{folder}: this folder cannot be read ({error.strerror}). Check its permissions."
+            ) from error
+
+    return fail
+
+
+def unreadable(folder: Path) -> str:
+    """A sentence about the folders below `folder` that cannot be read, and so are left out; empty if there are none."""
+    errors: list[OSError] = []
+    for _ in walk(folder, errors.append):
+        pass
+    if not errors:
+        return ""
+    first = f"{errors[0].filename} ({errors[0].strerror})"
+    return (
+        f"{folder}: {len(errors):,} folder(s) in it cannot be read, so the files in them are left out; the first is "
+        f"{first}. Change their permissions if these files are needed."
+    )
 
 
 def is_written(names: Collection[str], *, labels: bool = False) -> bool:

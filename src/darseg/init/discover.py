@@ -16,7 +16,7 @@ from darseg.data.files import open_file
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES, decode_label
 from darseg.data.video import VIDEO_SUFFIXES
-from darseg.data.walk import walk
+from darseg.data.walk import refuse, walk
 from darseg.errors import DataError
 from darseg.init.lists import read_lists
 from darseg.init.words import Picture, take_apart
@@ -56,7 +56,7 @@ class Discovery:
 
 def discover(root: Path) -> Discovery:
     """Look through a folder. Raises DataError if it cannot be read or holds labels without images."""
-    picture_paths, text_paths, video_paths, unread = _walk(root)
+    picture_paths, text_paths, video_paths = _walk(root)
     pictures = [take_apart(path, root) for path in picture_paths]
     images, labels = _tell_apart(pictures)
     if labels and not images:
@@ -68,7 +68,6 @@ def discover(root: Path) -> Discovery:
     found_images = tuple(
         FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images
     )
-    notes += unread
     if video_paths:
         notes.append(
             f"{len(video_paths)} video(s) are not used, for example {video_paths[0]}. To use them, extract their frames "
@@ -87,21 +86,10 @@ def discover(root: Path) -> Discovery:
     )
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path], list[str]]:
-    """Pictures, JSON and XML files, and videos; and a line about folders that cannot be read, if there are any.
-
-    Hidden files and what darseg wrote are left out.
-    """
-    pictures, texts, videos, unreadable = [], [], [], []
-
-    def fail(error: OSError) -> None:
-        if Path(error.filename) == root:
-            raise DataError(
-                f"{error.filename}: the folder cannot be read ({error.strerror}). Check its permissions."
-            ) from error
-        unreadable.append(f"{error.filename} ({error.strerror})")
-
-    for directory, names in walk(root, fail):
+def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Pictures, JSON and XML files, and videos; hidden files and what darseg wrote are left out."""
+    pictures, texts, videos = [], [], []
+    for directory, names in walk(root, refuse(root)):
         for name in sorted(names):
             path = Path(directory, name)
             suffix = path.suffix.lower()
@@ -113,14 +101,7 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path], list[str]]:
                 texts.append(path)
             elif suffix in VIDEO_SUFFIXES:
                 videos.append(path)
-    lines = []
-    if unreadable:
-        lines.append(
-            f"{len(unreadable)} folder(s) cannot be read, so what is in them is not used: {', '.join(unreadable[:3])}"
-            f"{', …' if unreadable[3:] else ''}. Change their permissions, or move them away: training does not leave "
-            "them out"
-        )
-    return pictures, texts, videos, lines
+    return pictures, texts, videos
 
 
 def _tell_apart(pictures: Sequence[Picture]) -> tuple[list[Picture], list[Picture]]:

@@ -16,6 +16,7 @@ from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.suffixes import unread_files, unread_line
 from darseg.data.video import VIDEO_SUFFIXES
+from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.init.data import draft_unknown
 from darseg.init.draft import Draft
@@ -84,7 +85,7 @@ def propose_recipe(
         draft = _draft(folder, lists, console)
     except DataError as error:
         raise DataError(f"{error}\n{unread}" if unread else str(error)) from None
-    draft.warnings += [unread] if unread else []
+    draft.warnings += filter(None, (unread, unreadable(folder)))
     if draft.roles is None:
         _count_images(draft, out)
     fit = fit_machine(draft, folder, out, weights=weights)

@@ -14,6 +14,7 @@ from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels
 from darseg.data.suffixes import unread_files, unread_line
+from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError
 from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
@@ -64,7 +65,7 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
 
 
 def unread_data(recipe: Recipe) -> list[str]:
-    """A line for each folder of images or labels with files of kinds that are not read."""
+    """A line for each folder of images or labels with files of kinds that are not read, or folders that cannot be."""
     data, root = recipe.data, Path(recipe.data.root)
     if layout_of(recipe):
         return []
@@ -79,9 +80,8 @@ def unread_data(recipe: Recipe) -> list[str]:
         for folder in sorted(root / name for name in names):
             mixed = any(_nested(folder, root / name) for name in others[suffixes])
             read = (*IMAGE_SUFFIXES, *LABEL_SUFFIXES) if mixed else suffixes
-            if counts := unread_files(folder, read):
-                lines.append(unread_line(folder, counts))
-    return lines
+            lines += [unread_line(folder, unread_files(folder, read)), unreadable(folder)]
+    return list(dict.fromkeys(filter(None, lines)))
 
 
 def _nested(outer: Path, inner: Path) -> bool:

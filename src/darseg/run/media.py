@@ -13,6 +13,7 @@ from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.manifest import find_files, sample_id
 from darseg.data.suffixes import unread_files, unread_line
 from darseg.data.video import VIDEO_SUFFIXES, VideoFacts
+from darseg.data.walk import unreadable
 from darseg.errors import DataError, RunError, faults
 
 KINDS: tuple[PredictionKind, ...] = get_args(PredictionKind)
@@ -130,10 +131,13 @@ def list_media(patterns: Sequence[Path | str], out: Path | None = None) -> list[
 
 
 def unread_lines(patterns: Sequence[Path | str]) -> list[str]:
-    """A line for each folder of the patterns with pictures or videos of kinds that are not read."""
+    """A line for each folder of the patterns with files of kinds that are not read, or folders that cannot be."""
     folders = [Path(pattern) for pattern in patterns if Path(pattern).is_dir()]
-    counts = [(folder, unread_files(folder, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))) for folder in folders]
-    return [unread_line(folder, count) for folder, count in counts if count]
+    lines: list[str] = []
+    for folder in folders:
+        counts = unread_files(folder, (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES))
+        lines += [unread_line(folder, counts), unreadable(folder)]
+    return list(filter(None, lines))
 
 
 def still_to_do(
