@@ -98,7 +98,7 @@ def raise_if_unreadable(error: BaseException, path: Path) -> None:
 
 
 def explained(error: OSError) -> str:
-    """A message about a file or folder that the system refuses, from an error that nothing foresaw; empty for others."""
+    """A message about a file that the system refuses, from an error nobody caught; empty for others."""
     if error.filename is None or error.errno not in (*_ACCESS, *_GONE):
         return ""
     if error.errno in _GONE:

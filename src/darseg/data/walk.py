@@ -57,7 +57,7 @@ def walk(
 
 
 def refuse(folder: Path) -> Callable[[OSError], None]:
-    """What `walk` calls to raise DataError if `folder` itself cannot be read; those below are left out (`unreadable`)."""
+    """What `walk` calls to raise DataError if `folder` itself cannot be read; others are left out."""
 
     def fail(error: OSError) -> None:
         if error.filename == os.fspath(folder):
@@ -69,7 +69,7 @@ def refuse(folder: Path) -> Callable[[OSError], None]:
 
 
 def unreadable(folder: Path) -> str:
-    """A sentence about the folders below `folder` that cannot be read, and so are left out; empty if there are none."""
+    """A sentence about folders below `folder` that cannot be read; empty if there are none."""
     errors: list[OSError] = []
     for _ in walk(folder, errors.append):
         pass

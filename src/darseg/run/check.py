@@ -65,7 +65,7 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
 
 
 def unread_data(recipe: Recipe) -> list[str]:
-    """A line for each folder of images or labels with files of kinds that are not read, or folders that cannot be."""
+    """A line for each folder of images or labels with files or folders that are not read."""
     data, root = recipe.data, Path(recipe.data.root)
     if layout_of(recipe):
         return []

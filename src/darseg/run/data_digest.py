@@ -53,7 +53,7 @@ def _described(encoding: LabelEncoding) -> str:
 
 
 def stranger(root: str, changed: Sequence[str], command: str) -> str:
-    """Why the images below `root` are not shown, if the digests of these roles differ; empty if none does.
+    """Why images below `root` are not shown, if the digests of these roles differ; empty if none.
 
     A run folder of somebody else may name any folder of this machine as its data. But it cannot know the names and sizes
     of all files there, which a run records when it begins.

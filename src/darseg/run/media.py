@@ -131,7 +131,7 @@ def list_media(patterns: Sequence[Path | str], out: Path | None = None) -> list[
 
 
 def unread_lines(patterns: Sequence[Path | str]) -> list[str]:
-    """A line for each folder of the patterns with files of kinds that are not read, or folders that cannot be."""
+    """A line for each folder of the patterns with files or folders that are not read."""
     folders = [Path(pattern) for pattern in patterns if Path(pattern).is_dir()]
     lines: list[str] = []
     for folder in folders:
