@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+import darseg
 from conftest import recipe_dict
 from darseg.config.text import load_recipe
 from darseg.data.images import read_image
@@ -266,3 +267,82 @@ def test_class_weights_move_with_their_classes(tiny_data: Path) -> None:
 def test_the_order_by_hand() -> None:
     assert class_order(["a", "b", "c"], ["c", "a", "b"]) == (2, 0, 1)
     assert class_order(["a", "b"], ["a", "b"]) is None
+
+
+COUNTS = dict(zip(NAMES, range(900, 900 - 70 * K, -70), strict=True))
+GIVEN: dict[str, tuple[str, list[str]]] = {
+    "double": (json.dumps(COUNTS)[:-1] + ', "sky": 5}', ["sky", "2 times"]),
+    "unknown": (json.dumps(COUNTS | {"ocean": 5}), ["ocean", ", ".join(NAMES)]),
+    "missing": (json.dumps({k: v for k, v in COUNTS.items() if k != "car"}), ["car", "missing"]),
+    "short": (json.dumps([1, 2]), ["2", f"{K} classes"]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_counts_by_name_in_any_order(
+    call, checkpoint: Path, tiny_data: Path, tmp_path: Path, suffix: str
+) -> None:
+    given = tmp_path / f"counts{suffix}"
+    given.write_text(json.dumps(COUNTS, sort_keys=True) if suffix == ".json" else yaml.safe_dump(COUNTS))
+    image = tiny_data / "images" / "u" / "07.png"
+    arguments = (
+        "label",
+        checkpoint,
+        image,
+        tmp_path / "out",
+        "--class-counts",
+        given,
+        "--labeling-ratio",
+        0.5,
+    )
+    code, _, errors = call(*arguments)
+    assert code == 0, errors
+    described = json.loads((tmp_path / "out" / "redistribution.json").read_text())
+    assert described["settings"]["class_counts"] == list(COUNTS.values())
+    assert described["classes"] == list(NAMES)
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_counts_of_other_classes_are_refused(
+    call, checkpoint: Path, tiny_data: Path, tmp_path: Path, kind: str
+) -> None:
+    text, facts = GIVEN[kind]
+    (tmp_path / "counts.json").write_text(text)
+    image = tiny_data / "images" / "u" / "07.png"
+    arguments = ("label", checkpoint, image, tmp_path / "out", "--class-counts", tmp_path / "counts.json")
+    code, _, errors = call(*arguments, "--labeling-ratio", 0.5)
+    assert code == 2 and not (tmp_path / "out").exists()
+    says(errors, "counts.json", *facts)
+
+
+def test_redistribute_says_or_is_told_the_order_of_the_channels(call, tmp_path: Path) -> None:
+    scores = np.random.default_rng(0).normal(0, 2, (3, 20, 30)).astype(np.float32)
+    (tmp_path / "p").mkdir()
+    np.save(tmp_path / "p" / "a.npy", scores)
+    (tmp_path / "counts.json").write_text(json.dumps({"car": 90, "road": 900, "sign": 10}))
+    common = ("--class-counts", tmp_path / "counts.json", "--labeling-ratio", 0.5)
+    code, _, errors = call("redistribute", tmp_path / "p", tmp_path / "a", *common)
+    assert code == 0
+    says(errors, "car, road, sign", "--classes")
+    code, _, errors = call(
+        "redistribute", tmp_path / "p", tmp_path / "b", *common, "--classes", "road,car,sign"
+    )
+    assert code == 0 and "note" not in errors
+    wanted = darseg.redistribute({"a": scores}, [900, 90, 10], 0.5).labels["a"]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "b" / "a.png")), wanted)
+    assert not np.array_equal(np.asarray(Image.open(tmp_path / "a" / "a.png")), wanted)
+
+
+def test_redistribute_warns_of_probabilities_with_their_number(call, tmp_path: Path) -> None:
+    scores = torch.from_numpy(np.random.default_rng(0).normal(0, 2, (2, 3, 20, 30)).astype(np.float32))
+    (tmp_path / "p").mkdir()
+    np.save(tmp_path / "p" / "a.npy", torch.softmax(scores[0], 0).numpy())
+    np.save(tmp_path / "p" / "b.npy", scores[1].numpy())
+    (tmp_path / "counts.json").write_text("[90, 900, 10]")
+    common = ("--class-counts", tmp_path / "counts.json", "--labeling-ratio", 0.5)
+    code, _, errors = call("redistribute", tmp_path / "p", tmp_path / "a", *common)
+    assert code == 0
+    says(errors, "warning", "1 of 2", "--probabilities")
+    code, _, errors = call("redistribute", tmp_path / "p", tmp_path / "b", *common, "--probabilities")
+    assert code == 2
+    says(errors, str(tmp_path / "p" / "b.npy"), "not probabilities", vary=[r"-?\d+\.\d+"])

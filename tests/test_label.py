@@ -140,7 +140,7 @@ def test_a_checkpoint_with_recipe_or_counts(
     label_quietly(run, images, tmp_path / "run")
     label_quietly(checkpoint, images, tmp_path / "recipe", recipe=recipe)
     assert outcome(tmp_path / "recipe") == outcome(tmp_path / "run")
-    names = [f"the {name}" for name in SCENE_CLASSES.names]
+    names = list(SCENE_CLASSES.names)
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(dict(zip(names, labeled_pixels(tiny_data), strict=True))))
     described = label_quietly(

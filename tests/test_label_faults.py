@@ -20,7 +20,8 @@ from darseg.errors import DataError, RecipeError, RunError
 from darseg.model.decide import decide
 from darseg.model.weights import save_network
 from darseg.run.build import spec_of
-from darseg.run.label import label_folder, read_class_counts
+from darseg.run.class_counts import read_class_counts
+from darseg.run.label import label_folder
 from darseg.run.redistribute import read_scores
 from test_interrupted import torchrun
 from test_labeling import ARRAYS, COUNTS, NAMES, RATIO, file_of, redistribute_quietly, save

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -18,7 +19,7 @@ from darseg.errors import DataError, RecipeError
 from darseg.pseudo.labeling import Confidence, Labeling
 from darseg.pseudo.redistribute import redistribute
 from darseg.run.redistribute import read_scores
-from wording import refused
+from wording import refused, says
 
 torch.set_num_threads(1)
 
@@ -273,11 +274,11 @@ def test_settings_that_cannot_work_are_all_named() -> None:
 @pytest.mark.parametrize(
     ("scores", "facts"),
     [
-        (GOOD.astype(np.float64), ["float64 [2, 3, 4]", "float16 or float32 [K, H, W]"]),
-        (GOOD.astype(">f4"), [">f4 [2, 3, 4]", "float16 or float32"]),
-        (GOOD.astype(np.uint8), ["uint8 [2, 3, 4]", "float16 or float32"]),
-        (np.zeros((3, 4, 2), np.float32), ["[3, 4, 2]", "3 classes", "2"]),
-        (GOOD[0], ["float32 [3, 4]", "float16 or float32", "[K, H, W]"]),
+        (GOOD.astype(np.uint8), ["uint8 [2, 3, 4]", "[K, H, W]"]),
+        (GOOD.argmax(0), ["int64 [3, 4]", "[K, H, W]"]),
+        (GOOD[None], ["float32 [1, 2, 3, 4]", "array[0]"]),
+        (np.zeros((3, 4, 2), np.float32), ["[3, 4, 2]", "3 classes", "2", "numpy.moveaxis(array, -1, 0)"]),
+        (GOOD[0], ["float32 [3, 4]", "[K, H, W]"]),
         (GOOD[:, :0], ["[2, 0, 4]", "[K, H, W]", "2 to 255 classes"]),
         (GOOD + np.inf, ["24 of 24"]),
         (GOOD + 7e4, ["65504", "fine"]),
@@ -287,6 +288,31 @@ def test_an_array_that_cannot_be_used_is_named(scores: np.ndarray, facts: list[s
     with refused(DataError, *facts) as caught:
         redistribute({"good": GOOD, "street 7": scores}, [1, 1], 0.5)
     assert str(caught.value).startswith("street 7: ")
+
+
+@pytest.mark.parametrize("dtype", [">f4", ">f2", "f8", ">f8", "longdouble"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_of_any_precision_and_order_of_bytes_and_axes_are_read(dtype: str, order: Any) -> None:
+    """Scores that float16 holds exactly give the same labels whatever holds them."""
+    arrays = {name: array.astype(np.float16) for name, array in draw(5, 4, 3, "plain").items()}
+    wanted = redistribute({k: a.astype(np.float32) for k, a in arrays.items()}, [9, 3, 2, 1], 0.5)
+    result = redistribute({k: a.astype(dtype, order=order) for k, a in arrays.items()}, [9, 3, 2, 1], 0.5)
+    assert all(np.array_equal(result.labels[name], label) for name, label in wanted.labels.items())
+    assert result.kept.sum() > 0
+
+
+def test_probabilities_given_as_logits_are_warned_of() -> None:
+    arrays = draw(2, 4, 3, "plain")
+    soft = {k: torch.softmax(torch.from_numpy(a).float(), 0).numpy() for k, a in arrays.items()}
+    mixed = {**arrays, "soft": soft["street/0"]}
+    with pytest.warns(UserWarning) as caught:
+        redistribute(mixed, [9, 3, 2, 1], 0.5)
+    says(str(caught[0].message), "1 of 4", "--probabilities")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        redistribute(soft, [9, 3, 2, 1], 0.5, probabilities=True)
+        redistribute(arrays, [9, 3, 2, 1], 0.5)
+        redistribute({k: np.log(a) for k, a in soft.items()}, [9, 3, 2, 1], 0.5)
 
 
 def test_ids_probabilities_and_counts_that_are_refused() -> None:

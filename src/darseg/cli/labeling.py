@@ -32,7 +32,7 @@ def label(
     ] = None,
     class_counts: Annotated[
         Path | None,
-        typer.Option(help="JSON file: labeled pixels per class. Default: counted in the labeled masks."),
+        typer.Option(help="JSON or YAML: labeled pixels per class. Default: counted in the labeled masks."),
     ] = None,
     round_index: RoundIndex = None,
     labeling_ratio: Annotated[
@@ -89,7 +89,7 @@ def redistribute(
     ],
     out: Annotated[Path, typer.Argument(help="Folder for ID.png and redistribution.json.")],
     class_counts: Annotated[
-        Path, typer.Option(help="JSON file: labeled pixels per class, a list or name → count.")
+        Path, typer.Option(help="JSON or YAML: labeled pixels per class, a list or name → count.")
     ],
     labeling_ratio: Annotated[
         float | None,
@@ -107,6 +107,12 @@ def redistribute(
         bool, typer.Option("--probabilities", help="The files hold probabilities, after the softmax.")
     ] = False,
     predict_twice: Annotated[bool, typer.Option("--predict-twice", help=TWICE)] = False,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,…", help="The channels' classes. Default: in the order of the class counts."
+        ),
+    ] = None,
 ) -> None:
     """Label images from predictions of any framework, without the bias toward majority classes."""
     from darseg.run.redistribute import redistribute_folder
@@ -124,6 +130,7 @@ def redistribute(
         seed=seed,
         probabilities=probabilities,
         predict_twice=predict_twice,
+        names=classes.split(",") if classes else None,
     )
     print_labels(record, out)
 

@@ -113,10 +113,14 @@ def read_json(path: Path | str, encoding: str = "utf-8") -> Any:
     return parse_json(read_text(path, encoding))
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError if it is no JSON, or nested too deeply."""
+def parse_json(text: str, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value of a JSON text. Raises ValueError if it is no JSON, or nested too deeply.
+
+    Args:
+        pairs: makes objects of their pairs of names and values, which may repeat a name; None: dicts.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("its lists and objects are nested too deeply") from None
     except json.JSONDecodeError:

@@ -21,10 +21,11 @@ from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, Labeling
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import as_recipe, labeling_protocol, manifest_of, masks
+from darseg.run.class_counts import ClassCounts, read_class_counts
 from darseg.run.directory import digest_path
 from darseg.run.evaluate import Trained, load_trained
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
-from darseg.run.label_files import ClassCounts, FolderJob, label_into_folder, read_class_counts
+from darseg.run.label_files import FolderJob, label_into_folder
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
@@ -120,13 +121,14 @@ def _count_classes(source: Path | str, trained: Trained, class_counts: Path | st
     """Labeled pixels per class: as given, otherwise counted in the recipe's labeled masks."""
     names = trained.classes().names
     if class_counts is not None:
-        class_counts_file = read_class_counts(Path(class_counts))
-        if len(class_counts_file.counts) != trained.network.classes:
+        known = trained.spec.class_names or trained.recipe is not None
+        given = read_class_counts(Path(class_counts), names if known else None)
+        if len(given.counts) != trained.network.classes:
             raise DataError(
-                f"{class_counts} has {len(class_counts_file.counts)} class counts, but the network has "
+                f"{class_counts} has {len(given.counts)} class counts, but the network has "
                 f"{trained.network.classes} classes. Give one count per class."
             )
-        return ClassCounts(class_counts_file.counts, class_counts_file.names or names)
+        return ClassCounts(given.counts, given.names or names)
     if trained.recipe is None:
         raise RunError(
             f"{source} is a checkpoint outside a run folder, so its labeled masks are not known. Give the labeled "

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from darseg.data.files import ASIDE, read_json, refuse_links_out_of, remove_leftovers
+from darseg.data.files import ASIDE, refuse_links_out_of, remove_leftovers
 from darseg.data.manifest import Sample, count_pixels
 from darseg.data.maps import label_path
 from darseg.data.prediction import SCALES, ConfidenceScale
@@ -21,6 +21,7 @@ from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.labelset import Predictor, prediction_path
 from darseg.pseudo.scores import ScoreSource, scores_path
+from darseg.run.class_counts import ClassCounts
 from darseg.run.directory import write_json
 from darseg.run.journal import Journal
 from darseg.run.label_samples import check_disk, label_samples, waiting_bytes
@@ -29,14 +30,6 @@ from darseg.run.outputs import held_folder
 from darseg.run.records import read_object
 from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
-
-
-@dataclass(frozen=True)
-class ClassCounts:
-    """Labeled pixels per class, and the classes' names if they are known."""
-
-    counts: Sequence[int]
-    names: Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -291,38 +284,3 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not isinstance(sizes, dict) or not all(isinstance(record.get(key), dict) for key in keys):
         raise RunError(f"{path} is not a file that darseg wrote. Choose another folder.")
     return record
-
-
-def read_class_counts(path: Path) -> ClassCounts:
-    """Labeled pixels per class from a JSON file: a list, or name → count. Raises DataError."""
-    try:
-        return check_class_counts(read_json(path, "utf-8-sig"), str(path))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such file. Give the labeled pixels per class as JSON; for example [9000, 120]."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: cannot be read as JSON ({error}). Give a list or name → count; for example [9000, 120]."
-        ) from error
-
-
-def check_class_counts(content: Any, source: str) -> ClassCounts:
-    """A list of counts, or name → count, as counts and names. Raises DataError that begins with `source`."""
-    names = list(map(str, content)) if isinstance(content, Mapping) else None
-    counts = list(content.values()) if isinstance(content, Mapping) else content
-    try:
-        whole = [int(count) for count in counts]
-    except (TypeError, ValueError, OverflowError):
-        whole = []
-    if not whole or any(isinstance(c, (bool, str)) or c != w for c, w in zip(counts, whole, strict=True)):
-        raise DataError(
-            f"{source}: expected the labeled pixels per class as whole numbers, a list or name → count; for example "
-            "[9000, 120]."
-        )
-    negative = [
-        f"{names[k] if names else f'class {k}'}: {count}" for k, count in enumerate(whole) if count < 0
-    ]
-    if negative:
-        raise DataError(f"{source}: labeled pixels cannot be negative ({', '.join(negative)}).")
-    return ClassCounts(whole, names)

@@ -155,6 +155,18 @@ def _yaml_entries(text: str, path: Path) -> list[_Entry]:
     ]
 
 
+def read_yaml_pairs(text: str, path: Path) -> list[tuple[str | None, Any]]:
+    """The names, as they are written, and values of a YAML mapping; in a list the names are None.
+
+    Raises ValueError for anything else.
+    """
+    try:
+        entries = _yaml_entries(text, path)
+    except (yaml.YAMLError, DataError, RecursionError) as error:
+        raise ValueError(f"as YAML neither: {getattr(error, 'problem', None) or error}") from None
+    return [(entry.name, entry.value) for entry in entries]
+
+
 def _written(node: yaml.Node) -> Any:
     """A number; or the text of anything else."""
     try:

@@ -16,9 +16,16 @@ from darseg.data.prediction import Prediction
 from darseg.errors import DataError
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
-from darseg.pseudo.redistribute import check_array, decide_array
+from darseg.pseudo.redistribute import (
+    check_array,
+    decide_array,
+    looks_like_probabilities,
+    probabilities_message,
+)
 from darseg.pseudo.scores import ScoreSource
-from darseg.run.label_files import FolderJob, check_class_counts, label_into_folder, read_class_counts
+from darseg.run.class_counts import ClassCounts, check_class_counts, read_class_counts
+from darseg.run.journal import Journal
+from darseg.run.label_files import FolderJob, label_into_folder
 from darseg.training.processes import Processes
 
 SCORE_SUFFIXES = (".npy", ".npz")
@@ -38,16 +45,18 @@ def redistribute_folder(
     seed: int = 0,
     probabilities: bool = False,
     predict_twice: bool = False,
+    names: Sequence[str] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Label images from predictions of any framework: `predictions/ID.npy` (or .npz) → `out/ID.png`.
 
-    Files hold logits, float16 or float32 [K, H, W]; sizes may differ. Memory does not grow with the number of files,
+    Files hold logits, floating-point numbers [K, H, W]; sizes may differ. Memory does not grow with the number of files,
     and a stopped call continues. With `align` the files are read once more. For the arguments, and for arrays in memory,
     see `redistribute`.
 
     Args:
-        class_counts: labeled pixels per class, a list or name → count; or a JSON file of either.
+        class_counts: labeled pixels per class, a list or name → count; or a JSON or YAML file of either.
+        names: the classes in the order of the channels; None: counts by name have the channels' order.
 
     Returns:
         the content of `out/redistribution.json`: lists of K, `threshold` (None for a class never predicted), `keep`,
@@ -58,12 +67,8 @@ def redistribute_folder(
     """
     processes = Processes.here()
     choices: Any = {"threshold": threshold, "confidence": confidence, "sampling": sampling}
-    from_file = isinstance(class_counts, (str, Path))
-    classes = (
-        read_class_counts(Path(class_counts))
-        if from_file
-        else check_class_counts(class_counts, "class counts")
-    )
+    journal = Journal(None, None, Console(stderr=True, quiet=not processes.first))
+    classes = _count_classes(class_counts, names, journal)
     job = FolderJob(
         source=Path(predictions),
         samples=_scores_in(Path(predictions)),
@@ -75,13 +80,49 @@ def redistribute_folder(
         predict_twice=predict_twice,
         from_files=True,
     )
-    source = _source_of(job, len(classes.counts), probabilities)
-    return label_into_folder(
+    tally = _Tally()
+    source = _source_of(job, len(classes.counts), probabilities, tally=tally)
+    record = label_into_folder(
         job, source, lambda path: read_scores(path).shape[-2:], processes=processes, console=console
     )
+    tally.warn(journal, len(job.samples), processes)
+    return record
 
 
-def _source_of(job: FolderJob, classes: int, probabilities: bool) -> Predictor | ScoreSource:
+def _count_classes(
+    class_counts: Path | str | Sequence[int] | Mapping[str, int],
+    names: Sequence[str] | None,
+    journal: Journal,
+) -> ClassCounts:
+    """Labeled pixels per class; if only their names say the order of the channels, that is printed."""
+    if isinstance(class_counts, (str, Path)):
+        classes = read_class_counts(Path(class_counts), names)
+    else:
+        classes = check_class_counts(class_counts, "class counts", names)
+    if classes.names and names is None:
+        journal.say(
+            "note: the channels of the predictions are taken to be the classes in the order of the class counts: "
+            f"{', '.join(classes.names)}. If theirs is another, give it with --classes."
+        )
+    return classes
+
+
+class _Tally:
+    """Ids of the files that are given as logits and look like probabilities."""
+
+    def __init__(self) -> None:
+        self.like_probabilities: set[str] = set()
+
+    def warn(self, journal: Journal, files: int, processes: Processes) -> None:
+        """Warn of them, those of all processes together."""
+        alike = int(processes.add_up(np.array([len(self.like_probabilities)]))[0])
+        if alike:
+            journal.warn(probabilities_message(f"the scores of {alike} of {files} file(s)"))
+
+
+def _source_of(
+    job: FolderJob, classes: int, probabilities: bool, *, tally: _Tally
+) -> Predictor | ScoreSource:
     """The predictions in the job's files, or their scores if decisions are aligned."""
     folder = None if job.predict_twice else job.waiting
 
@@ -89,6 +130,8 @@ def _source_of(job: FolderJob, classes: int, probabilities: bool) -> Predictor |
         return read_scores(sample.image)
 
     def decide(sample: Sample, scores: np.ndarray, weights: np.ndarray | None = None) -> Prediction:
+        if not probabilities and looks_like_probabilities(scores):
+            tally.like_probabilities.add(sample.id)
         return decide_array(
             scores, classes, job.scale, probabilities=probabilities, name=str(sample.image), weights=weights
         )
