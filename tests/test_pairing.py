@@ -12,6 +12,7 @@ import pytest
 
 from darseg.data.classes import class_set
 from darseg.data.manifest import Manifest, Source, Sources, build_manifest
+from darseg.data.maps import check_names
 from darseg.data.pairing import pair
 from darseg.data.suffixes import unread_files, unread_line
 from darseg.errors import DataError
@@ -124,3 +125,19 @@ def test_files_of_unknown_kinds_are_counted(tmp_path: Path) -> None:
     for name in ("a.png", "b.xyz", "c.xyz", "d", "LICENSE", ".hidden.xyz", "e.jpg"):
         (tmp_path / name).touch()
     assert unread_files(tmp_path, (".png",)) == {".xyz": 2, "without a suffix": 1, ".jpg": 1}
+
+
+def test_names_that_are_too_long_for_the_folder_are_found_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = "n" * 251  # the longest that ID.png can have on usual file systems
+    check_names(tmp_path, ["a", long])
+    (tmp_path / f"{long}.png").touch()
+    with refused(DataError, "1 image(s)", "256 bytes", "255", vary=["n{100,}"]):
+        check_names(tmp_path, ["a", f"{long}n"])
+    deep = "/".join(["d" * 200] * 21)
+    with refused(DataError, "1 image(s)", "path", "4095", vary=[r"\S*d{200}/\S*", r"\d+ bytes"]):
+        check_names(tmp_path / "gone", ["a", deep])
+    monkeypatch.setattr("os.pathconf", lambda *_: 143)  # an encrypted folder (eCryptfs)
+    with refused(DataError, "2 image(s)", "143", vary=["n{100,}"]):
+        check_names(tmp_path, ["a", "n" * 122, "n" * 140])

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 
+from darseg.data import files
 from darseg.data.files import write_whole
-from darseg.errors import DataError
+from darseg.errors import DataError, faults
+
+LONGEST_PATH = 4095
+"""Bytes of a path: PATH_MAX of Linux without the byte that ends it."""
+
+ASIDE_BYTES = 1 + 16 + len(files.ASIDE)
+"""Bytes that a file's name has more while it is written (`files.aside_name`)."""
 
 WRITABLE = ((np.uint8, ()), (np.uint16, ()), (np.uint8, (3,)))
 """Types of values and channels that `write_map` takes."""
@@ -34,6 +43,37 @@ def path_of_id(folder: Path, sample_id: str, suffix: str) -> Path:
     if suffix != ".png" and len(os.fsencode(parts[-1] + suffix)) > LONGEST_NAME:  # files that only wait
         return folder / f"{hashlib.sha256(os.fsencode(sample_id)).hexdigest()}{suffix}"
     return folder / f"{sample_id}{suffix}"
+
+
+def check_names(folder: Path, ids: Iterable[str]) -> None:
+    """Raise DataError if maps of these ids cannot be written below a folder: names or paths are too long there."""
+    folder = folder.absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    longest, lines = LONGEST_NAME, []
+    with contextlib.suppress(OSError, ValueError):  # a file system that does not say
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    for name in ids:
+        parts = [os.fsencode(part) for part in f"{name}.png".split("/")]
+        aside = min(len(parts[-1]), files.LONGEST_NAME) + ASIDE_BYTES  # its name while it is written
+        name_bytes = max(aside, *map(len, parts))
+        path_bytes = len(os.fsencode(f"{folder}/{name}")) + ASIDE_BYTES
+        if name_bytes > longest:
+            lines.append(
+                f"{name}: the name of a file would have {name_bytes} bytes, at most {longest} are possible"
+            )
+        elif path_bytes > LONGEST_PATH:
+            lines.append(
+                f"{name}: its path would have {path_bytes} bytes, at most {LONGEST_PATH} are possible"
+            )
+    if lines:
+        raise DataError(
+            faults(
+                f"{len(lines)} image(s) have names that are too long for files in {folder}. Rename them, or choose "
+                "another folder",
+                lines,
+                limit=8,
+            )
+        )
 
 
 def write_map(path: Path, values: np.ndarray) -> None:

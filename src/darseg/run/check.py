@@ -13,6 +13,7 @@ from darseg.data.examine import Findings, examine
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels
+from darseg.data.maps import check_names
 from darseg.data.suffixes import unread_files, unread_line
 from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError
@@ -33,6 +34,9 @@ from darseg.run.build import (
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.plan import Round, check_shares, describe_shares, plan_rounds, stage_of
+
+USUAL_LABELS = Path("runs/recipe/round_1/labels")
+"""Where label maps lie unless --out names another run folder; for the length of their names."""
 
 
 def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findings:
@@ -56,6 +60,7 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     try:
         network, _ = build_initial_network(recipe)
         check_sizes(recipe, network)
+        check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
         plan_rounds(
             recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
         )

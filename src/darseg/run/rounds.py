@@ -15,6 +15,7 @@ from darseg.config.recipe import Recipe
 from darseg.config.text import as_begun, dump_recipe, load_saved_recipe, recipe_differences
 from darseg.data.examine import Findings, reading_notes
 from darseg.data.manifest import Manifest
+from darseg.data.maps import check_names
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
@@ -87,6 +88,7 @@ def train(
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
         if reused is not None:
             check_same_content(reused, manifest, data)
+        check_names(run.labels(rounds[-1].index), [sample.id for sample in manifest.unlabeled])
         largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
         if largest is not None:
