@@ -46,7 +46,7 @@ def path_of_id(folder: Path, sample_id: str, suffix: str) -> Path:
 
 
 def check_names(folder: Path, ids: Iterable[str]) -> None:
-    """Raise DataError if maps of these ids cannot be written below a folder: names or paths are too long there."""
+    """Raise DataError if names or paths are too long for maps of these ids below a folder."""
     folder = folder.absolute()
     there = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     longest, lines = LONGEST_NAME, []
