@@ -15,6 +15,8 @@ from rich.console import Console
 from darseg.config.text import load_recipe
 from darseg.data.dataset import read_truth
 from darseg.errors import DataError, RecipeError
+from darseg.init import fit
+from darseg.init.propose import propose_recipe
 from darseg.run.build import manifest_of
 from darseg.run.check import check
 from darseg.run.data_digest import digest_samples, written_since
@@ -187,3 +189,74 @@ def test_training_says_what_was_joined(numbered: Path) -> None:
     train(recipe_at(numbered), numbered / "run", console=console)
     printed = console.file.getvalue()  # ty: ignore
     assert "400 pixels of 4 image(s)" in printed
+
+
+PROPOSED = {
+    "{id}_mask_1, {id}_mask_2": {"class_1": "{id}_mask_1", "class_2": "{id}_mask_2"},
+    "cat/{id}, dog/{id}": {"cat": "cat/{id}", "dog": "dog/{id}"},
+    "{id}_cat_mask, {id}_dog_mask": {"cat": "{id}_cat_mask", "dog": "{id}_dog_mask"},
+    "{id}-annotation-7-by-3-tag-cat-0, {id}-annotation-7-by-3-tag-dog-0": {
+        "cat": "{id}-annotation-*-tag-cat-*",
+        "dog": "{id}-annotation-*-tag-dog-*",
+    },
+}
+
+
+@pytest.mark.parametrize("names", PROPOSED)
+@pytest.mark.parametrize("folder", ["labels", "images"])
+def test_init_proposes_clear_patterns(
+    names: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "step_seconds", lambda *_: 1.0)
+    if folder == "images" and "/" in names:
+        pytest.skip("a folder per class is a folder of its own")
+    draw_images(tmp_path / "set")
+    for number in range(5):
+        for name, box in zip(names.split(", "), (CAT, DOG), strict=True):
+            draw_mask(tmp_path / f"set/{folder}/{name.replace('{id}', f'x{number}')}.png", box)
+    proposal = propose_recipe(tmp_path / "set", tmp_path / "r.yaml", console=Console(file=io.StringIO()))
+    recipe = load_recipe(proposal.recipe)
+    assert recipe.data.label_parts == {**PROPOSED[names], "other": "background"}
+    manifest = manifest_of(recipe)
+    assert [len(samples) for samples in manifest.roles().values()] == [4, 1, 1, 0]
+    np.testing.assert_array_equal(read_truth(manifest.labeled[0]), expected())
+    assert not check(recipe).faults
+    assert any("400" not in line and "label_parts" not in line for line in proposal.warnings)
+    assert any("500 pixels of 5 image(s)" in note for note in proposal.notes)
+
+
+def test_masks_of_which_pictures_have_different_numbers_are_one_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged one is left out with its picture, by lists that name pictures alone."""
+    monkeypatch.setattr(fit, "step_seconds", lambda *_: 1.0)
+    draw_images(tmp_path / "set")
+    for number in range(5):
+        for mask in range(1, 2 + number):
+            draw_mask(tmp_path / f"set/masks/x{number}_mask_{mask}.png", (slice(0, 8 * mask), slice(0, 9)))
+    Image.new("L", (7, 7)).save(tmp_path / "set/masks/x3_mask_2.png")
+    proposal = propose_recipe(tmp_path / "set", tmp_path / "r.yaml", console=Console(file=io.StringIO()))
+    recipe = load_recipe(proposal.recipe)
+    assert recipe.data.label_parts == {"object": "{id}_mask_*", "other": "background"}
+    assert (tmp_path / "r_lists/labeled.txt").read_text().split() == [
+        f"images/x{number}.jpg" for number in (1, 2, 4)
+    ]
+    says("\n".join(proposal.warnings), "x3_mask_2.png", "7x7")
+    findings = check(recipe)
+    assert not findings.faults
+    assert findings.pixels["labeled"].tolist()[1] == 9 * (16 + 24 + 40)
+
+
+@pytest.mark.parametrize(
+    "names", ["annotator1/{id}, annotator2/{id}", "train/{id}, val/{id}", "{id}_mask, {id}_color"]
+)
+def test_init_takes_other_files_for_no_masks_of_classes(
+    names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "step_seconds", lambda *_: 1.0)
+    draw_images(tmp_path / "set")
+    for number in range(5):
+        for name in names.split(", "):
+            draw_mask(tmp_path / f"set/labels/{name.replace('{id}', f'x{number}')}.png", CAT, value=1)
+    propose_recipe(tmp_path / "set", tmp_path / "r.yaml", console=Console(file=io.StringIO()))
+    assert load_recipe(tmp_path / "r.yaml").data.label_parts is None

@@ -16,8 +16,9 @@ from darseg.init.discover import Discovery, FoundImage, discover
 from darseg.init.draft import Draft
 from darseg.init.guess import guess_classes
 from darseg.init.names import find_names
+from darseg.init.parts import FoundParts
 from darseg.init.roles import choose_roles
-from darseg.init.survey import survey
+from darseg.init.survey import Survey, survey
 from darseg.init.words import SPLITS
 from darseg.run.journal import Journal
 
@@ -39,11 +40,10 @@ def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
         raise DataError(_no_labels(folder, discovery))
     with Journal(None, None, console).progress("read", len(discovery.images)) as advance:
         content = survey(discovery.images, advance)
-    names = find_names([folder, *_between(folder, [path.parent for path in label_paths])])
-    guess = guess_classes(content, names, label_paths)
-    draft = Draft(folder, guess.classes, guess.why["classes"], class_notes=guess.notes)
-    for key, value in guess.keys.items():
-        draft.keys[key] = value, guess.why.get(key, "")
+    if discovery.parts is not None:
+        draft = _draft_of_masks(folder, discovery.parts)
+    else:
+        draft = _draft_of_maps(folder, content, label_paths)
     draft.notes += [
         f"{len(discovery.images)} images, {len(label_paths)} of them with labels, in {folder}",
         *discovery.notes,
@@ -54,12 +54,45 @@ def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
             f"{len(discovery.annotations)} annotation file(s) are not used, for example {first}, because there are label "
             "maps. `darseg rasterize` makes label maps of annotation files"
         )
-    draft.warnings += guess.warnings
     choose_roles(draft, discovery, _usable(discovery.images, content.faults, draft), lists=lists)
     roles = draft.roles or {}
     used = {image for pairs in roles.values() for image, _ in pairs}
     draft.sizes = [size for path, size in sorted(content.sizes.items()) if path in used]
     draft.labeled, draft.unlabeled = len(roles["labeled"]), len(roles["unlabeled"])
+    return draft
+
+
+def _draft_of_maps(folder: Path, content: Survey, label_paths: Sequence[Path]) -> Draft:
+    """Classes and label settings of label maps that are a file each."""
+    names = find_names([folder, *_between(folder, [path.parent for path in label_paths])])
+    guess = guess_classes(content, names, label_paths)
+    draft = Draft(folder, guess.classes, guess.why["classes"], class_notes=guess.notes)
+    for key, value in guess.keys.items():
+        draft.keys[key] = value, guess.why.get(key, "")
+    draft.warnings += guess.warnings
+    return draft
+
+
+def _draft_of_masks(folder: Path, parts: FoundParts) -> Draft:
+    """Classes and patterns of label maps that are several masks each."""
+    draft = Draft(
+        folder, parts.classes, "from the names of the masks; rename them if you like, in label_parts, too"
+    )
+    other = parts.classes[0] if parts.background else "ignore"
+    draft.keys["label_parts"] = (
+        {**parts.patterns, "other": other},
+        "of overlapping masks the one listed last counts",
+    )
+    line = f"several masks make up a label map; their names gave the classes {', '.join(parts.patterns)}"
+    if parts.background:
+        line += (
+            f". Pixels of no mask became the class {other}; if they may be of any class, set other: ignore"
+        )
+    draft.warnings.append(line)
+    if parts.unused:
+        draft.warnings.append(
+            f"{parts.unused} file(s) in {folder / parts.labels} are no masks of an image and are not used"
+        )
     return draft
 
 

@@ -14,11 +14,13 @@ import numpy as np
 
 from darseg.data.files import open_file
 from darseg.data.images import IMAGE_SUFFIXES
+from darseg.data.label_parts import Parts
 from darseg.data.labels import LABEL_SUFFIXES, decode_label
 from darseg.data.video import VIDEO_SUFFIXES
 from darseg.data.walk import refuse, walk
 from darseg.errors import DataError
 from darseg.init.lists import read_lists
+from darseg.init.parts import FoundParts, find_parts
 from darseg.init.words import Picture, take_apart
 
 MOST_OF_A_TWIN = 64
@@ -27,11 +29,15 @@ MOST_OF_A_TWIN = 64
 
 @dataclass(frozen=True)
 class FoundImage:
-    """An image, its label file, and the part of the data set that folders name (a key of SPLITS)."""
+    """An image, its label file, and the part of the data set that folders name (a key of SPLITS).
+
+    With `parts`, the label map is several masks, and `label` is the first of them.
+    """
 
     image: Path
     label: Path | None
     split: str | None
+    parts: Parts | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class Discovery:
         lists: part of the data set → images, from list files; `list_files`: part → the file.
         annotations: files of annotation tools; `annotation_kind`: the format of the first, or empty.
         notes: what is not used, and why.
+        parts: the masks of all images, if label maps are several files.
     """
 
     root: Path
@@ -52,22 +59,28 @@ class Discovery:
     annotations: tuple[Path, ...] = ()
     annotation_kind: str = ""
     notes: tuple[str, ...] = ()
+    parts: FoundParts | None = None
 
 
 def discover(root: Path) -> Discovery:
     """Look through a folder. Raises DataError if it cannot be read or holds labels without images."""
     picture_paths, text_paths, video_paths = _walk(root)
     pictures = [take_apart(path, root) for path in picture_paths]
-    images, labels = _tell_apart(pictures)
+    parts = find_parts(root, pictures)
+    images, labels = _tell_apart(pictures) if parts is None else (_without_masks(pictures, parts), [])
     if labels and not images:
         raise DataError(
             f"{root}: by their names, {len(labels)} file(s) are label maps, for example {labels[0].path}, and no file is "
             "an image. Give the folder that holds both."
         )
-    label_of, notes = _pair(images, labels)
-    found_images = tuple(
-        FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images
-    )
+    if parts is None:
+        label_of, notes = _pair(images, labels)
+        found_images = tuple(
+            FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images
+        )
+    else:
+        masks, notes = parts.of_image, []
+        found_images = tuple(_with_masks(picture, masks.get(picture.path)) for picture in images)
     if video_paths:
         notes.append(
             f"{len(video_paths)} video(s) are not used, for example {video_paths[0]}. To use them, extract their frames "
@@ -83,7 +96,18 @@ def discover(root: Path) -> Discovery:
         annotations=tuple(kinds),
         annotation_kind=next(iter(kinds.values()), ""),
         notes=(*notes, *lists.notes),
+        parts=parts,
     )
+
+
+def _without_masks(pictures: Sequence[Picture], parts: FoundParts) -> list[Picture]:
+    """The images: what is no mask and not in a folder of labels."""
+    masks = {path for group in parts.of_image.values() for path, _ in group.files}
+    return [picture for picture in pictures if not picture.label_folder and picture.path not in masks]
+
+
+def _with_masks(picture: Picture, parts: Parts | None) -> FoundImage:
+    return FoundImage(picture.path, parts.files[0][0] if parts else None, picture.split, parts)
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:

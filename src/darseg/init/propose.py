@@ -170,7 +170,8 @@ def _first_form_that_works(
         if pairs:
             path = lists / f"{role}.txt"
             before[path] = read_file(path) if path.exists() else None
-            write_whole(path, "".join(f"{_line(draft.root, pair)}\n" for pair in pairs))
+            named = [(image, None) for image, _ in pairs] if "label_parts" in draft.keys else pairs
+            write_whole(path, "".join(f"{_line(draft.root, pair)}\n" for pair in named))
     text = recipe_text(draft, fit, last, out=aside)
     write_whole(aside, text)
     return text

@@ -40,7 +40,15 @@ def choose_roles(draft: Draft, discovery: Discovery, usable: Sequence[FoundImage
     draft.roles = {role: [(image.image, image.label) for image in images] for role, images in named.items()}
     if drawn:
         _warn_of_sequences(draft, [*parts["train"], *parts["validation"]])
-    draft.forms = [*_forms(draft, discovery, drawn), _list_form(draft, lists, drawn)]
+    if discovery.parts is None:
+        draft.forms = [*_forms(draft, discovery, drawn), _list_form(draft, lists, drawn)]
+        return
+    base: Form = {
+        "images": (discovery.parts.images, "where the images are"),
+        "labels": (discovery.parts.labels, "where the masks are"),
+    }
+    held_out: Form = {"validation": ({"every": 5}, _held_out(len(parts["validation"])))} if drawn else {}
+    draft.forms = [base | held_out, base | _list_form(draft, lists, drawn)]
 
 
 def _parts(draft: Draft, discovery: Discovery, usable: Sequence[FoundImage]) -> Parts:

@@ -14,6 +14,7 @@ import numpy as np
 from darseg.data.encoding import LabelEncoding
 from darseg.data.images import image_size
 from darseg.data.label_facts import AlphaCounts, look_again, palette_clash, used_colors
+from darseg.data.label_parts import Parts, join_parts
 from darseg.data.labels import read_raw
 from darseg.data.orientation import orientation_mark, upright_size
 from darseg.data.strays import MAIN_SHARE, Content, Shapes, Stray, find_strays, spread
@@ -211,9 +212,19 @@ def _read(image: FoundImage) -> tuple[tuple[int, int] | str, LabelContent | str 
     except DataError as error:
         size = str(error)
     try:
+        if image.parts is not None:
+            return size, _content_of_masks(image.parts)
         return size, read_label_content(image.label) if image.label else None
     except DataError as error:
         return size, str(error)
+
+
+def _content_of_masks(parts: Parts) -> LabelContent:
+    """Classes of a label map that is several masks. Raises DataError if these cannot be joined."""
+    classes = join_parts(parts).classes
+    counts = np.bincount(classes.reshape(-1), minlength=256).tolist()
+    height, width = classes.shape
+    return LabelContent((height, width), False, {k: count for k, count in enumerate(counts) if count})
 
 
 def read_label_content(path: Path) -> LabelContent:

@@ -105,7 +105,7 @@ def _read_folders(parts: Iterable[str]) -> _Folders:
     place: list[str] = []
     split, any_label, rank = None, False, 0
     for part in parts:
-        words = _words(part)
+        words = words_of(part)
         is_label = part.lower() in LABEL_WORDS or bool(LABEL_WORDS & set(words))
         has_meaning = is_label or part.lower() in IMAGE_WORDS or bool(IMAGE_WORDS & set(words))
         if is_label:
@@ -138,7 +138,7 @@ def _strip_name(name: str) -> tuple[str, list[str]]:
             return name, words
 
 
-def _words(name: str) -> list[str]:
+def words_of(name: str) -> list[str]:
     """Words in lower case, also of camelCase and of joined words like trainannot."""
     apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
     words: list[str] = []
