@@ -107,7 +107,7 @@ def _without_masks(pictures: Sequence[Picture], parts: FoundParts) -> list[Pictu
 
 
 def _with_masks(picture: Picture, parts: Parts | None) -> FoundImage:
-    return FoundImage(picture.path, parts.files[0][0] if parts else None, picture.split, parts)
+    return FoundImage(picture.path, parts.files[0][0] if parts else None, picture.split, parts=parts)
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
