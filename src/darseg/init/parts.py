@@ -1,4 +1,4 @@
-"""Several masks per picture: the patterns of `data.label_parts`, if the names of the files show them clearly."""
+"""Several masks per picture: patterns for `data.label_parts`, if file names show them clearly."""
 
 from __future__ import annotations
 
