@@ -15,6 +15,7 @@ from darseg.data.manifest import Manifest, Source, Sources, build_manifest
 from darseg.data.maps import check_names
 from darseg.data.pairing import pair
 from darseg.data.suffixes import unread_files, unread_line
+from darseg.data.walk import unreadable
 from darseg.errors import DataError
 from wording import refused, says
 
@@ -125,6 +126,7 @@ def test_files_of_unknown_kinds_are_counted(tmp_path: Path) -> None:
     for name in ("a.png", "b.xyz", "c.xyz", "d", "LICENSE", ".hidden.xyz", "e.jpg"):
         (tmp_path / name).touch()
     assert unread_files(tmp_path, (".png",)) == {".xyz": 2, "without a suffix": 1, ".jpg": 1}
+    assert not unread_files(tmp_path / "gone", ()) and unreadable(tmp_path / "gone") == ""
 
 
 def test_names_that_are_too_long_for_the_folder_are_found_before(

@@ -73,7 +73,7 @@ def unreadable(folder: Path) -> str:
     errors: list[OSError] = []
     for _ in walk(folder, errors.append):
         pass
-    if not errors:
+    if not errors or not folder.exists():  # recipes with lists have no folders of the usual names
         return ""
     first = f"{errors[0].filename} ({errors[0].strerror})"
     return (
