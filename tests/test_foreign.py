@@ -128,6 +128,7 @@ def test_a_link_to_a_file_is_not_written_through(run: Path, tmp_path: Path, name
     "name",
     [
         *("recipe.yaml", "journal.jsonl", "data.json", "environment.json", "run.json", "bad_images.json"),
+        "contents.json",
         *(
             "round_1/label.json",
             "round_1/thresholds.json",
@@ -205,7 +206,9 @@ def test_the_records_of_a_run_are_read_as_they_were_written(run: Path) -> None:
         assert json.loads((run / f"round_{index}" / f"{step}.json").read_text()) == vars(record)
 
 
-@pytest.mark.parametrize("name", ["data.json", "environment.json", "run.json", "round_1/label.json"])
+@pytest.mark.parametrize(
+    "name", ["data.json", "contents.json", "environment.json", "run.json", "round_1/label.json"]
+)
 @pytest.mark.parametrize("content", ["", "[]", DEEP])
 def test_a_run_does_not_go_on_with_damaged_files(run: Path, name: str, content: str) -> None:
     (run / name).write_text(content)

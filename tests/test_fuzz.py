@@ -280,6 +280,7 @@ RECORDS = [
     *(
         "run.json",
         "data.json",
+        "contents.json",
         "environment.json",
         "bad_images.json",
         "summary.json",

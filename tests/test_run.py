@@ -81,7 +81,7 @@ def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
     trained = ["network.safetensors", "optimizer.safetensors", "train.json", "scores.json", "evaluate.json"]
     labeled = ["histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json", "label.json"]
     expected = {"recipe.yaml", "run.json", "environment.json", "data.json", "journal.jsonl", "summary.json"}
-    expected |= {"report.html"}
+    expected |= {"report.html", "contents.json"}
     expected |= {f"round_{r}/{name}" for r in range(3) for name in trained}
     expected |= {f"round_{r}/{name}" for r in (1, 2) for name in labeled}
     expected |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}

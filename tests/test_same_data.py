@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,10 @@ from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, Sample, find_files
 from darseg.data.suffixes import unread_files
-from wording import says
+from darseg.errors import RunError
+from darseg.run import contents
+from darseg.run.directory import RunDirectory, digest_path
+from wording import refused, says
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (40, 48, 3), dtype=np.uint8)
 
@@ -130,3 +137,65 @@ def test_pictures_of_equal_bytes_but_other_shape_are_not_the_same(tmp_path: Path
     drawn = manifest(tmp_path, {"labeled": [("a.png", 1, 0)], "unlabeled": [("b.png", 2, None)]})
     Image.fromarray(np.roll(PIXELS, 1, axis=1).reshape(48, 40, 3)).save(drawn.unlabeled[0].image)
     assert not [line for line in examine(drawn).warnings if "picture" in line]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    (tmp_path / "run").mkdir()
+    return RunDirectory(tmp_path / "run")
+
+
+def of_bmp(root: Path) -> Manifest:
+    """Four images in two roles, all of one size in bytes."""
+    return manifest(
+        root,
+        {
+            "labeled": [("a.bmp", 1, 0), ("b.bmp", 2, 0)],
+            "unlabeled": [("c.bmp", 3, None), ("d.bmp", 4, None)],
+        },
+    )
+
+
+def test_files_that_were_only_touched_or_moved_are_the_same_and_are_read_once(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(contents, "digest_path", lambda path: (read.append(path), digest_path(path))[1])
+    drawn = of_bmp(tmp_path / "data")
+    first = contents.keep_contents(run, drawn)
+    assert len(read) == 6
+    assert (
+        first["labeled"]["labeled/a"].digest
+        == hashlib.sha256(drawn.labeled[0].image.read_bytes()).hexdigest()
+    )
+    assert contents.keep_contents(run, drawn) == first and len(read) == 6
+    os.utime(drawn.unlabeled[1].image, (1, 1))
+    for _ in range(2):
+        contents.keep_contents(run, drawn)
+        assert read[6:] == [drawn.unlabeled[1].image]
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")  # keeps the times
+    (tmp_path / "data").rename(tmp_path / "gone")
+    moved = [
+        dataclasses.replace(sample, image=Path(str(sample.image).replace("/data/", "/moved/")))
+        for sample in drawn.unlabeled
+    ]
+    there = dataclasses.replace(drawn, labeled=(), unlabeled=tuple(moved))
+    assert contents.keep_contents(run, there)["unlabeled"].keys() == first["unlabeled"].keys()
+    assert len(read) == 7
+
+
+def test_other_contents_of_the_same_size_are_refused_by_name(run: RunDirectory, tmp_path: Path) -> None:
+    drawn = of_bmp(tmp_path / "data")
+    contents.keep_contents(run, drawn)
+    picture(drawn.labeled[1].image, 5)
+    with refused(RunError, str(run.root), "1 file", str(drawn.labeled[1].image), "--out NEW_FOLDER"):
+        contents.keep_contents(run, drawn)
+    picture(drawn.labeled[1].image, 2)
+    contents.keep_contents(run, drawn)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"labeled": {"a": 3}}', '{"labeled": {"a": [1, 2, "../x"]}}'])
+def test_damaged_contents_are_refused(run: RunDirectory, tmp_path: Path, damage: str) -> None:
+    run.contents.write_text(damage)
+    with pytest.raises(RunError, match=str(run.contents)):
+        contents.keep_contents(run, of_bmp(tmp_path / "data"))

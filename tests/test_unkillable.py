@@ -375,7 +375,7 @@ def test_a_folder_that_cannot_be_locked_is_reported(
     says(text, str(tmp_path / "run"))
 
 
-def test_a_data_file_written_again_with_the_same_size_is_reported(
+def test_a_data_file_written_since_is_reported_if_contents_were_not_recorded(
     path: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -386,6 +386,9 @@ def test_a_data_file_written_again_with_the_same_size_is_reported(
     before = image.stat()
     try:
         os.utime(image, (time.time() + 5, time.time() + 5))
+        train(load_recipe(path, ["rounds=[{steps: 1}]"]), run)
+        assert not events(run, "data_written")  # read, and found to be the same
+        (run / "contents.json").unlink()  # as in a run folder of darseg 0.2
         train(load_recipe(path, ["rounds=[{steps: 1}]"]), run)
     finally:
         os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))

@@ -29,11 +29,12 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.model.weights import load_network, save_network
 from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
+from darseg.run.contents import digest_contents, keep_contents
 from darseg.run.data_digest import digest_manifest, written_since
 from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
 from darseg.run.evaluate import load_trained
 from darseg.run.outputs import check_scores_file, held_folder
-from darseg.run.reuse import check_same_content
+from darseg.run.reuse import other_content
 from darseg.training import checkpoint
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.processes import Processes
@@ -338,15 +339,21 @@ def test_steps_of_other_pictures_of_the_same_size_are_not_copied(project: Path, 
     shutil.copy(project / "tiny.yaml", other)
     manifest = manifest_of(load_recipe(other / "tiny.yaml"))
     data, run = digest_manifest(manifest), RunDirectory(project / "runs" / "tiny")
-    check_same_content(run, manifest, data)
+
+    def reasons() -> dict[str, str]:
+        return other_content(run, manifest, data=data, contents=digest_contents(manifest, {}))
+
+    keep_contents(run, manifest)
+    assert reasons() == {}
     path = manifest.labeled[1].image
     path.write_bytes(bytes(reversed(path.read_bytes())))
     assert digest_manifest(manifest) == data
-    with refused(RunError, "--reuse", str(run.root), str(path)):
-        check_same_content(run, manifest, data)
+    for _ in range(2):
+        assert list(reasons()) == ["labeled"]
+        says(reasons()["labeled"], "1 file", "labeled", str(path))
+        run.contents.unlink(missing_ok=True)  # then the files themselves are compared
     (run.root / "data.json").write_text("{")
-    with refused(RunError, "--reuse", str(run.root)):
-        check_same_content(run, manifest, data)
+    assert set(reasons()) == {"labeled", "unlabeled", "validation", "test"}
 
 
 def test_the_longest_names_are_labeled_too(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from darseg.config.recipe import Recipe
@@ -23,6 +23,8 @@ class Course:
         data: role → digest of its samples.
         counts: labeled pixels per class, K numbers; their shares are the prior.
         reuse: another run folder; its steps are copied if their inputs are the same.
+        not_reusable: role → why no step of `reuse` that depends on it may be copied.
+        compared: whether the contents of all data files are known to be those that the run began with.
         after_round: called with the run folder after each round.
     """
 
@@ -37,6 +39,8 @@ class Course:
     processes: Processes
     stop: Stop
     after_round: Callable[[Path], object] | None
+    compared: bool = False
+    not_reusable: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, round_: Round, name: str) -> Path:
         """A file in the folder of a round."""

@@ -20,7 +20,8 @@ ENCODING_OF_FORMAT_1 = ("format", "values", "other", "ignore", "colors", "city_i
 def digest_samples(samples: Iterable[Sample]) -> str:
     """SHA-256 over ids, file sizes and how images and labels are read.
 
-    It changes if files are added, removed or changed in size, and needs no reading of contents (see `written_since`).
+    It changes if files are added, removed or changed in size, and needs no reading of contents; see `keep_contents`
+    for these.
     """
     lines, missing = [], []
     for sample in samples:

@@ -1,8 +1,8 @@
 """The run folder: where everything is written, and which steps are finished.
 
     RUN/
-      recipe.yaml  run.json  environment.json  data.json  journal.jsonl  tensorboard/  summary.json  report.html
-      (bad_images.json)
+      recipe.yaml  run.json  environment.json  data.json  contents.json  journal.jsonl  tensorboard/  summary.json
+      report.html  (bad_images.json)
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
                    (result_alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
@@ -89,6 +89,10 @@ class RunDirectory:
     @property
     def data(self) -> Path:
         return self.root / "data.json"
+
+    @property
+    def contents(self) -> Path:
+        return self.root / "contents.json"
 
     @property
     def journal(self) -> Path:

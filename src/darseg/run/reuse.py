@@ -1,43 +1,50 @@
-"""Steps of another run are copied only if its images and labels are the same, byte by byte."""
+"""Steps of another run are copied only if the images and labels that they depend on are the same, byte by byte."""
 
 from __future__ import annotations
 
 import filecmp
 from collections.abc import Mapping
-from itertools import zip_longest
 from pathlib import Path
 
 from darseg.data.files import read_json
 from darseg.data.manifest import Manifest
-from darseg.errors import DarsegError, RunError
+from darseg.errors import DarsegError
 from darseg.run.build import manifest_of, recipe_of
+from darseg.run.contents import Contents, changed_files, files_of, read_contents
 from darseg.run.directory import RunDirectory
 
 
-def check_same_content(reuse: RunDirectory, manifest: Manifest, data: Mapping[str, str]) -> None:
-    """Raise RunError if files of the run to reuse are others, though of the same names and sizes.
+def other_content(
+    reuse: RunDirectory, manifest: Manifest, *, data: Mapping[str, str], contents: Contents
+) -> dict[str, str]:
+    """Role → why no step that depends on it may be copied, though names and sizes of all files are the same.
 
     Args:
-        data: role → digest of its samples. Roles that differ already are not compared.
+        data: role → digest of its samples. Roles that differ already are left out: no step with them is copied anyway.
+        contents: of this run's data.
     """
     try:
-        recorded, roles = read_json(reuse.data), manifest_of(recipe_of(reuse.root)).roles()
+        recorded = read_json(reuse.data)
+        earlier = read_contents(reuse)
+        changed = _compare(reuse, manifest) if earlier is None else changed_files(manifest, contents, earlier)
     except (DarsegError, OSError, ValueError) as error:
-        raise RunError(
-            f"--reuse {reuse.root}: its data cannot be compared with this run's ({error}). Restore it, or omit --reuse."
-        ) from error
-    for role, samples in manifest.roles().items():
-        if not isinstance(recorded, dict) or recorded.get(role) != data.get(role):
-            continue
-        earlier = {sample.id: (sample.image, *sample.label_files) for sample in roles[role]}
-        for sample in samples:
-            before = earlier.get(sample.id, ())
-            for path, other in zip_longest((sample.image, *sample.label_files), before):
-                if path is not None and not _same(path, other):
-                    raise RunError(
-                        f"--reuse {reuse.root}: {path} is not the file that it was begun with, though of the same size. "
-                        "Omit --reuse; nothing of that run holds for other data."
-                    )
+        return dict.fromkeys(data, f"its data cannot be compared with this run's ({error})")
+    return {
+        role: f"{len(paths):,} file(s) of the {role} images have other contents there, though the same size; the first "
+        f"is {paths[0]}"
+        for role, paths in changed.items()
+        if isinstance(recorded, dict) and recorded.get(role) == data.get(role)
+    }
+
+
+def _compare(reuse: RunDirectory, manifest: Manifest) -> Mapping[str, list[Path]]:
+    """Role → files that are not the other run's, which has no record of their contents."""
+    earlier = {(role, name): path for role, name, path in files_of(manifest_of(recipe_of(reuse.root)))}
+    changed: dict[str, list[Path]] = {}
+    for role, name, path in files_of(manifest):
+        if not _same(path, earlier.get((role, name))):
+            changed.setdefault(role, []).append(path)
+    return changed
 
 
 def _same(path: Path, before: Path | None) -> bool:

@@ -30,6 +30,7 @@ from darseg.run.build import (
     set_threads,
 )
 from darseg.run.check import read_all
+from darseg.run.contents import keep_contents
 from darseg.run.course import Course
 from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import (
@@ -45,7 +46,7 @@ from darseg.run.journal import Journal
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
 from darseg.run.rehearse import rehearse
-from darseg.run.reuse import check_same_content
+from darseg.run.reuse import other_content
 from darseg.run.signals import catch_signals
 from darseg.run.steps.align import align_round
 from darseg.run.steps.evaluate import evaluate_round
@@ -85,9 +86,7 @@ def train(
     network, weights_from = processes.together(lambda: build_initial_network(recipe))
     rounds = processes.together(lambda: _plan(recipe, manifest, network, processes=processes.count))
 
-    def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges]:
-        if reused is not None:
-            check_same_content(reused, manifest, data)
+    def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, bool, dict[str, str]]:
         check_names(run.labels(rounds[-1].index), [sample.id for sample in manifest.unlabeled])
         largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
         counts = count_labels(masks(manifest.labeled), len(manifest.classes))
@@ -95,11 +94,15 @@ def train(
             rehearse(recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=largest)
         compare = partial(_compare, recipe)
         changes = open_run(run, recipe_text=dump_recipe(recipe), data=data, compare=compare)
-        return counts.tolist(), stack.enter_context(run.held()), changes
+        locked = stack.enter_context(run.held())
+        compared = run.contents.exists()
+        contents = keep_contents(run, manifest)
+        other = other_content(reused, manifest, data=data, contents=contents) if reused else {}
+        return counts.tolist(), locked, changes, compared, other
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        counts, locked, changes = processes.from_first(lambda: begin(stack))
+        counts, locked, changes, compared, other = processes.from_first(lambda: begin(stack))
         course = Course(
             recipe=recipe,
             run=run,
@@ -112,6 +115,8 @@ def train(
             processes=processes,
             stop=stop,
             after_round=after_round,
+            compared=compared,
+            not_reusable=other,
         )
         with _ending(course):
             announce(course, weights_from, locked=locked, changes=changes)

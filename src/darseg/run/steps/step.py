@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from darseg.run.course import Course
-from darseg.run.directory import StepRecord
+from darseg.run.directory import RunDirectory, StepRecord
 from darseg.run.settings import Inputs
 
 Name = Literal["label", "train", "align", "evaluate"]
@@ -69,18 +69,31 @@ class Step:
     tidy: Callable[[], None] = lambda: None
 
 
+def _why_not(reuse: RunDirectory, step: Step) -> str:
+    """Why a step of another run is not copied, though its images and labels have the same contents."""
+    record = reuse.read_record(step.round_index, step.name)
+    if record is None:
+        return "it is not finished there"
+    return f"its {', '.join(step.inputs.differences(record.inputs))} differ there"
+
+
 def complete(course: Course, step: Step) -> StepRecord:
     """The record of a step; the step is done first, unless it is finished with the same inputs."""
     run, processes, index = course.run, course.processes, step.round_index
 
     def look() -> StepRecord | None:
         was_done = run.record_path(index, step.name).exists()
-        record = run.finished(index, step.name, step.inputs, reuse=course.reuse)
+        kept_from = [role for role in course.not_reusable if role in step.inputs.digests]
+        record = run.finished(index, step.name, step.inputs, reuse=None if kept_from else course.reuse)
         if record is not None:
             step.tidy()
         if course.reuse and record is not None and not was_done:
             course.journal.event("copied", round=index, step=step.name, source=str(course.reuse.root))
             course.journal.say(f"round {index}: {step.name}: copied from {course.reuse.root}")
+        if course.reuse and record is None:
+            reasons = [course.not_reusable[role] for role in kept_from] or [_why_not(course.reuse, step)]
+            report = course.journal.warn if kept_from else course.journal.say
+            report(f"round {index}: {step.name}: not copied from {course.reuse.root}: {'; '.join(reasons)}")
         return record
 
     record = processes.from_first(look)
