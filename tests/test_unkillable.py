@@ -375,7 +375,7 @@ def test_a_folder_that_cannot_be_locked_is_reported(
     says(text, str(tmp_path / "run"))
 
 
-def test_a_data_file_written_since_is_reported_if_contents_were_not_recorded(
+def test_a_data_file_written_again_with_the_same_size_is_reported(
     path: Path, recipe: Recipe, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
