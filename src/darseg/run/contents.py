@@ -1,4 +1,4 @@
-"""What the files of a run's data hold: digests that are read again only for files whose size or time changed."""
+"""What the files of a run's data hold: digests, made again only for files of another size or time."""
 
 from __future__ import annotations
 

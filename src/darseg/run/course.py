@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from darseg.config.recipe import Recipe
@@ -23,8 +23,7 @@ class Course:
         data: role → digest of its samples.
         counts: labeled pixels per class, K numbers; their shares are the prior.
         reuse: another run folder; its steps are copied if their inputs are the same.
-        not_reusable: role → why no step of `reuse` that depends on it may be copied.
-        compared: whether the contents of all data files are known to be those that the run began with.
+        judged: whether the contents of all data files are known to be those that the run began with, and `not_reusable`.
         after_round: called with the run folder after each round.
     """
 
@@ -39,8 +38,12 @@ class Course:
     processes: Processes
     stop: Stop
     after_round: Callable[[Path], object] | None
-    compared: bool = False
-    not_reusable: Mapping[str, str] = field(default_factory=dict)
+    judged: tuple[bool, Mapping[str, str]] = (False, {})
+
+    @property
+    def not_reusable(self) -> Mapping[str, str]:
+        """Role → why no step of `reuse` that depends on it may be copied."""
+        return self.judged[1]
 
     def path(self, round_: Round, name: str) -> Path:
         """A file in the folder of a round."""

@@ -1,4 +1,4 @@
-"""Steps of another run are copied only if the images and labels that they depend on are the same, byte by byte."""
+"""Steps of another run are copied only if their images and labels are the same, byte by byte."""
 
 from __future__ import annotations
 
@@ -10,14 +10,30 @@ from darseg.data.files import read_json
 from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError
 from darseg.run.build import manifest_of, recipe_of
-from darseg.run.contents import Contents, changed_files, files_of, read_contents
+from darseg.run.contents import Contents, changed_files, files_of, keep_contents, read_contents
 from darseg.run.directory import RunDirectory
+
+
+Judgment = tuple[bool, dict[str, str]]
+"""What `judge_contents` returns."""
+
+
+def judge_contents(
+    run: RunDirectory, reuse: RunDirectory | None, manifest: Manifest, *, data: Mapping[str, str]
+) -> Judgment:
+    """Record what a run's data hold; raises as `keep_contents`.
+
+    Returns whether they were compared with an earlier record, and the answer of `other_content`.
+    """
+    compared = run.contents.exists()
+    contents = keep_contents(run, manifest)
+    return compared, other_content(reuse, manifest, data=data, contents=contents) if reuse else {}
 
 
 def other_content(
     reuse: RunDirectory, manifest: Manifest, *, data: Mapping[str, str], contents: Contents
 ) -> dict[str, str]:
-    """Role → why no step that depends on it may be copied, though names and sizes of all files are the same.
+    """Role → why no step that depends on it is copied, though names and sizes are the same.
 
     Args:
         data: role → digest of its samples. Roles that differ already are left out: no step with them is copied anyway.

@@ -30,7 +30,6 @@ from darseg.run.build import (
     set_threads,
 )
 from darseg.run.check import read_all
-from darseg.run.contents import keep_contents
 from darseg.run.course import Course
 from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import (
@@ -46,7 +45,7 @@ from darseg.run.journal import Journal
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
 from darseg.run.rehearse import rehearse
-from darseg.run.reuse import other_content
+from darseg.run.reuse import Judgment, judge_contents
 from darseg.run.signals import catch_signals
 from darseg.run.steps.align import align_round
 from darseg.run.steps.evaluate import evaluate_round
@@ -86,23 +85,20 @@ def train(
     network, weights_from = processes.together(lambda: build_initial_network(recipe))
     rounds = processes.together(lambda: _plan(recipe, manifest, network, processes=processes.count))
 
-    def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, bool, dict[str, str]]:
+    def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, Judgment]:
         check_names(run.labels(rounds[-1].index), [sample.id for sample in manifest.unlabeled])
         largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
-        counts = count_labels(masks(manifest.labeled), len(manifest.classes))
+        counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
         if largest is not None:
-            rehearse(recipe, network, manifest=manifest, run=run, counts=counts.tolist(), largest=largest)
-        compare = partial(_compare, recipe)
-        changes = open_run(run, recipe_text=dump_recipe(recipe), data=data, compare=compare)
+            rehearse(recipe, network, manifest=manifest, run=run, counts=counts, largest=largest)
+        text, compare = dump_recipe(recipe), partial(_compare, recipe)
+        changes = open_run(run, recipe_text=text, data=data, compare=compare)
         locked = stack.enter_context(run.held())
-        compared = run.contents.exists()
-        contents = keep_contents(run, manifest)
-        other = other_content(reused, manifest, data=data, contents=contents) if reused else {}
-        return counts.tolist(), locked, changes, compared, other
+        return counts, locked, changes, judge_contents(run, reused, manifest, data=data)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        counts, locked, changes, compared, other = processes.from_first(lambda: begin(stack))
+        counts, locked, changes, judged = processes.from_first(lambda: begin(stack))
         course = Course(
             recipe=recipe,
             run=run,
@@ -115,8 +111,7 @@ def train(
             processes=processes,
             stop=stop,
             after_round=after_round,
-            compared=compared,
-            not_reusable=other,
+            judged=judged,
         )
         with _ending(course):
             announce(course, weights_from, locked=locked, changes=changes)
