@@ -13,7 +13,6 @@ from darseg.run.build import manifest_of, recipe_of
 from darseg.run.contents import Contents, changed_files, files_of, keep_contents, read_contents
 from darseg.run.directory import RunDirectory
 
-
 Judgment = tuple[bool, dict[str, str]]
 """What `judge_contents` returns."""
 
