@@ -249,7 +249,7 @@ def damage(folder: Path) -> dict[str, str]:
     np.savez(file_of(folder, NAMES[5]), a=good, b=good)
     np.save(file_of(folder, NAMES[6]), np.array([{"a": 1}, None]), allow_pickle=True)
     np.savez(file_of(folder, NAMES[7]), scores=good[:3])
-    np.save(file_of(folder, NAMES[8]), good.astype(np.float64))
+    np.save(file_of(folder, NAMES[8]), good.astype(np.int64))
     file_of(folder, NAMES[9]).write_bytes(b"")
     return {
         NAMES[2]: "numpy.save",
@@ -258,7 +258,7 @@ def damage(folder: Path) -> dict[str, str]:
         NAMES[5]: "2 arrays (a, b)",
         NAMES[6]: "Object arrays cannot be loaded",
         NAMES[7]: "3 classes",
-        NAMES[8]: "float64 [4, 5, 7]",
+        NAMES[8]: "int64 [4, 5, 7]",
         NAMES[9]: "EOFError",
     }
 
