@@ -227,3 +227,20 @@ def test_a_second_label_file_of_an_image_is_not_dropped_in_silence(tmp_path: Pat
         "masks/dog/0.png",
         "masks/cat/0.png",
     )
+
+
+def test_unread_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line about the whole folder counts those of its folders; other lines about these stay."""
+    monkeypatch.setattr(fit, "step_seconds", lambda *_: 1.0)
+    for folder in ("images", "labels"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    for number in range(4):
+        label = np.zeros((40, 48), np.uint8)
+        label[5:20, 5:20] = 1
+        Image.new("RGB", (48, 40), (90, 20 * number, 0)).save(tmp_path / f"set/images/{number}.png")
+        Image.fromarray(label).save(tmp_path / f"set/labels/{number}.png")
+    (tmp_path / "set/images/5.heic").write_bytes(b"x")
+    Image.new("L", (48, 40)).save(tmp_path / "set/labels/6.jpg")
+    proposal = propose_recipe(tmp_path / "set", tmp_path / "r.yaml")
+    assert sum(".heic" in line for line in proposal.warnings) == 1
+    assert sum(".jpg" in line for line in proposal.warnings) == 1

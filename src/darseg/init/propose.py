@@ -29,6 +29,9 @@ from darseg.run.check import check
 MOST_SIZES = 50
 """How many images of a published set are opened to learn their sizes."""
 
+READ = (*IMAGE_SUFFIXES, *LABEL_SUFFIXES, *VIDEO_SUFFIXES)
+"""Suffixes of files that init reads, or mentions otherwise."""
+
 
 @dataclass(frozen=True)
 class Proposal:
@@ -80,7 +83,7 @@ def propose_recipe(
                 f"{path} exists already. Choose another name (--out), or replace it and your changes in it (--force)."
             )
     console = console or Console()
-    unread = unread_line(folder, unread_files(folder, (*IMAGE_SUFFIXES, *LABEL_SUFFIXES, *VIDEO_SUFFIXES)))
+    unread = unread_line(folder, unread_files(folder, READ))
     try:
         draft = _draft(folder, lists, console)
     except DataError as error:
@@ -135,7 +138,9 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
         text = _first_form_that_works(draft, fit, aside, lists=lists, before=before)
         findings = check(load_recipe(aside), console)
         draft.warnings += [
-            line for line in (*findings.faults, *findings.warnings) if line not in draft.warnings
+            line
+            for line in (*findings.faults, *findings.warnings)
+            if line not in draft.warnings and not _counted(line)
         ]
         draft.notes += findings.notes
         write_whole(out, header_text(draft, out) + text)
@@ -151,6 +156,14 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
     finally:
         aside.unlink(missing_ok=True)
     return Proposal(out, tuple(before), tuple(draft.notes), warnings=tuple(draft.warnings))
+
+
+def _counted(line: str) -> bool:
+    """Whether a line lists the unread files of a folder, all of which the line about the whole folder counts."""
+    folder = Path(line.partition(": ")[0])
+    return (
+        folder.is_absolute() and folder.is_dir() and line == unread_line(folder, unread_files(folder, READ))
+    )
 
 
 def _first_form_that_works(
