@@ -159,7 +159,7 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
 
 
 def _counted(line: str) -> bool:
-    """Whether a line lists the unread files of a folder, all of which the line about the whole folder counts."""
+    """Whether a line lists unread files that the line about the whole folder counts, too."""
     folder = Path(line.partition(": ")[0])
     return (
         folder.is_absolute() and folder.is_dir() and line == unread_line(folder, unread_files(folder, READ))
