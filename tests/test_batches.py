@@ -235,9 +235,9 @@ def count_reading(monkeypatch: pytest.MonkeyPatch) -> Counter:
     """Count how often each image is decoded from now on."""
     read, counts = dataset.read_image, Counter()
 
-    def counted(path: Path) -> np.ndarray:
+    def counted(path: Path, *rule: object) -> np.ndarray:
         counts[path.stem] += 1
-        return read(path)
+        return read(path, *rule)
 
     monkeypatch.setattr(dataset, "read_image", counted)
     return counts

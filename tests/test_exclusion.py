@@ -317,7 +317,7 @@ def test_marks_are_sorted_and_keep_their_times(
 
 DAMAGED_MARKS = {  # case → content of the file, facts of the message
     "cut off": ("[", ["bad_images.json"]),
-    "no list": ('{"u/08": 1}', ["bad_images.json", "list", "dict"]),
+    "no list": ('{"u/08": 1}', ["bad_images.json", "list", "object"]),
     "no marks": (
         '["u/08", {"id": 3, "time": 0}]',
         ["bad_images.json", "entry 0: 'u/08'", "entry 1: {'id': 3, 'time': 0}"],

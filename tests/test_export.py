@@ -109,7 +109,7 @@ def run_folder(spec: NetworkSpec, network: Network, tiny_data: Path, tmp_path_fa
     recipe = recipe_dict(tiny_data)
     recipe["data"]["classes"] = dict(zip(NAMES, map(list, COLORS), strict=True))
     recipe["data"]["label_values"] = "index"
-    run.recipe.write_text(yaml.safe_dump(recipe))
+    run.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False))
     save_network(network, run.network(0), spec)
     run.finish(
         0,

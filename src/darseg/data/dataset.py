@@ -53,7 +53,8 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
 
     Raises DataError if a file cannot be read, or if the label is missing, has another size or unknown values.
     """
-    image, label = read_image(sample.image, sample.reading), read_truth(sample)
+    label = read_truth(sample)  # first: it is an error if there is none
+    image = read_image(sample.image, sample.reading)
     if image.shape[:2] != label.shape:
         raise DataError(
             f"{size_fault(sample, label.shape, image.shape[:2])} Run `darseg check` to find all such files."
