@@ -835,7 +835,7 @@ def manifest_of(folder: Path, *labels: Path, encoding=PLAIN, classes=CLASSES, sh
 
 
 def recipe_of(folder: Path, classes: object, *labels: bytes, suffix: str = ".png", **data: object):
-    """A recipe file and a data set of these label files, with images of the same sizes."""
+    """A recipe file and a data set of these label files, with different images of the same sizes."""
     for role, start in (("labels", 0), ("more", len(labels))):
         for index, content in enumerate(labels):
             path = put(folder / "labels" / f"{start + index}{suffix}", content)
@@ -843,10 +843,10 @@ def recipe_of(folder: Path, classes: object, *labels: bytes, suffix: str = ".png
                 height, width = Image.open(path).size[::-1]
             except OSError:
                 height, width = H, W
-            put(folder / "images" / f"{start + index}.png", png(np.zeros((height, width), int)))
+            put(folder / "images" / f"{start + index}.png", png(np.full((height, width), start + index)))
         ids = [str(start + index) for index in range(len(labels))]
         (folder / ("labeled.txt" if role == "labels" else "validation.txt")).write_text("\n".join(ids))
-    put(folder / "images" / "u.png", png(np.zeros((H, W), int)))
+    put(folder / "images" / "u.png", png(np.full((H, W), 200)))
     (folder / "unlabeled.txt").write_text("u")
     recipe = recipe_dict(folder)
     recipe["data"] |= {"classes": classes, **data}
