@@ -31,6 +31,7 @@ from darseg.data.manifest import (
     find_samples,
     sample_id,
 )
+from darseg.data.walk import unreadable
 from darseg.errors import DataError
 from wording import refused, says
 
@@ -132,15 +133,16 @@ def test_files_that_are_not_images_are_refused(tmp_path: Path):
         with refused(DataError, str(tmp_path / name), ".jpg, .jpeg, .jpe, .jfif, .png"):
             read_image(tmp_path / name)
     (tmp_path / "folder.png").mkdir()
-    with refused(DataError, str(tmp_path / "folder.png"), "Is a directory"):
+    with refused(DataError, str(tmp_path / "folder.png"), "it is a folder"):
         read_image(tmp_path / "folder.png")
 
 
 def test_files_without_read_permission_are_refused(tmp_path: Path, monkeypatch):
-    def refuse(path: Path):
+    def refuse(path: Path, *_: object):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    (tmp_path / "a.png").write_bytes(b"")
+    monkeypatch.setattr("os.open", refuse)
     with refused(DataError, str(tmp_path / "a.png"), "Permission denied"):
         read_image(tmp_path / "a.png")
 
@@ -232,7 +234,7 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path):
         build_manifest(CLASSES, Sources(source))
 
 
-def test_folders_that_cannot_be_read_are_not_skipped(tmp_path: Path, monkeypatch):
+def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch):
     save(tmp_path / "open" / "a.png", IMAGE)
     (tmp_path / "shut").mkdir()
     scandir = __import__("os").scandir
@@ -243,8 +245,10 @@ def test_folders_that_cannot_be_read_are_not_skipped(tmp_path: Path, monkeypatch
         return scandir(path)
 
     monkeypatch.setattr("os.scandir", refuse)
+    assert [path.name for path in find_files(tmp_path, IMAGE_SUFFIXES)] == ["a.png"]
+    says(unreadable(tmp_path), "1 folder", str(tmp_path / "shut"), "Permission denied")
     with refused(DataError, str(tmp_path / "shut"), "Permission denied"):
-        find_files(tmp_path, IMAGE_SUFFIXES)
+        find_files(tmp_path / "shut", IMAGE_SUFFIXES)
 
 
 def test_ids_must_differ_by_more_than_suffix_and_case(tmp_path: Path):
@@ -411,7 +415,7 @@ def test_lists_that_cannot_be_read_are_refused(tmp_path: Path):
         find_samples(replace(source, list_file=tmp_path / "gone.txt"))
     with refused(DataError, str(tmp_path / "list.txt"), "UTF-8"):
         find_samples(listed(source, "größe".encode("latin-1")))
-    with refused(DataError, str(source.images), "Is a directory"):
+    with refused(DataError, str(source.images), "it is a folder"):
         find_samples(replace(source, list_file=source.images))
     with refused(DataError, str(tmp_path / "list.txt"), ".jpg, .jpeg, .jpe, .jfif, .png"):
         find_samples(listed(source, "\n  \n"))

@@ -114,7 +114,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int]
 
 
 def test_every_recipe_of_the_paper_is_there() -> None:
-    assert {path.stem for path in RECIPES} == {*PUBLISHED, "camvid_1of8"}
+    assert {path.stem for path in RECIPES} == {*PUBLISHED, "camvid_1of8", "neu_seg_48"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
