@@ -245,7 +245,7 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr("os.scandir", refuse)
-    assert [path.name for path in find_files(tmp_path, IMAGE_SUFFIXES)] == ["a.png"]
+    assert list(find_files(tmp_path, IMAGE_SUFFIXES)) == ["open/a"]
     says(unreadable(tmp_path), "1 folder", str(tmp_path / "shut"), "Permission denied")
     with refused(DataError, str(tmp_path / "shut"), "Permission denied"):
         find_files(tmp_path / "shut", IMAGE_SUFFIXES)

@@ -289,7 +289,7 @@ def test_missing_files_and_folders(tmp_path: Path) -> None:
     for read in (load_network, lambda path: load_weights(small(), path)):
         with refused(WeightsError, "missing.pth", "no such file"):
             read(tmp_path / "missing.pth")
-        with refused(WeightsError, str(tmp_path), "directory"):
+        with refused(WeightsError, str(tmp_path), "folder"):
             read(tmp_path)
 
 
