@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from rich.console import Console
 from conftest import recipe_dict
 from darseg.cli import COMPUTING, app
 from darseg.config.text import load_recipe
-from darseg.model.predict import predict_scores
+from darseg.model.predict import _scores
 from darseg.model.weights import save_network
 from darseg.run import machine
 from darseg.run.browse import LabeledRound, Repredictor
@@ -239,7 +241,8 @@ def _view(run: Path, images: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
     samples = manifest_of(recipe).unlabeled
     round_ = LabeledRound(RunDirectory(run), 1, recipe, classes_of(recipe), samples, frozenset(), {})
-    Repredictor(round_).prediction(samples[0])
+    with mock.patch.object(RunDirectory, "label_set", return_value=SimpleNamespace(alignment=None)):
+        Repredictor(round_).prediction(samples[0])
 
 
 QUIET = Console(quiet=True)
@@ -267,7 +270,7 @@ def test_every_verb_on_a_run_predicts_with_the_recipes_threads(
 
         return recorded
 
-    monkeypatch.setattr("darseg.model.predict.predict_scores", record(predict_scores))
+    monkeypatch.setattr("darseg.model.predict._scores", record(_scores))
     monkeypatch.setattr("darseg.run.export.write_exported", record(lambda *_, **__: None))
     torch.set_num_threads(1)
     verb(run, tiny_data / "images" / "v")

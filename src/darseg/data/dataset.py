@@ -43,9 +43,14 @@ def read_truth(sample: Sample) -> NDArray[np.uint8]:
     """
     if sample.parts is not None:
         return join_parts(sample.parts, sample.reading.max_pixels).classes
-    if sample.label is None:
-        raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
+    _check_labeled(sample)
+    assert sample.label is not None
     return read_label(sample.label, sample.encoding, sample.reading.max_pixels)
+
+
+def _check_labeled(sample: Sample) -> None:
+    if sample.parts is None and sample.label is None:
+        raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
 
 
 def load_example(sample: Sample, classes: ClassSet) -> Example:
@@ -53,8 +58,8 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
 
     Raises DataError if a file cannot be read, or if the label is missing, has another size or unknown values.
     """
-    label = read_truth(sample)  # first: it is an error if there is none
-    image = read_image(sample.image, sample.reading)
+    _check_labeled(sample)
+    image, label = read_image(sample.image, sample.reading), read_truth(sample)
     if image.shape[:2] != label.shape:
         raise DataError(
             f"{size_fault(sample, label.shape, image.shape[:2])} Run `darseg check` to find all such files."
