@@ -180,8 +180,8 @@ class NetworkSpec:
         for kind, values in (("names", self.class_names), ("colors", self.class_colors)):
             if values and len(values) != self.classes:
                 problems.append(
-                    f"the number of class {kind} is {len(values)}; expected {shortened(self.classes)}, one for each class, "
-                    "or none"
+                    f"the number of class {kind} is {len(values)}; expected {shortened(self.classes)}, one for each "
+                    "class, or none"
                 )
         if problems:
             raise RecipeError(faults("This network cannot be built", problems))
