@@ -451,7 +451,7 @@ def test_what_the_command_refuses(
     (moved / "round_0").mkdir(parents=True)
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text())
     recipe["data"]["root"] = str(tmp_path / "gone")
-    (moved / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (moved / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     for name in ("network.safetensors", "train.json"):
         (moved / "round_0" / name).write_bytes((run_folder / "round_0" / name).read_bytes())
     says(refusal(moved, tmp_path / "out.pt2"), str(tmp_path / "gone"), "--images FOLDER")
