@@ -233,6 +233,9 @@ PRIORS: dict[str, tuple[str, str, list[str]]] = {
     "no mapping": ("a.json", '"road"', ["a.json", "share of each class"]),
     "damaged": ("a.yaml", "road: [0.5\n", ["a.yaml:2"]),
     "empty": ("a.json", "", ["a.json"]),
+    "too deep": ("a.json", "[" * 100_000, ["a.json", "deep"]),
+    "too many digits": ("a.json", '{"road": 1%s, "grass": 1, "sign": 1}' % ("0" * 5000), ["a.json", "digits"]),
+    "too large": ("a.json", '{"road": 1%s, "grass": 1, "sign": 1}' % ("0" * 400), ["a.json", "road"]),
 }  # fmt: skip
 
 

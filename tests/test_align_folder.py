@@ -179,6 +179,21 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
     assert all(outcome(folder) == wanted for folder in (tmp_path / "killed").iterdir())
 
 
+def test_weights_of_other_counts_are_not_taken_over(source: Path, tmp_path: Path, monkeypatch) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    other = list(reversed(COUNTS))
+    wanted = redistribute_quietly(source, tmp_path / "wanted", other, RATIO, align=True, predict_twice=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("darseg.run.label_samples.count_predictions", stop)
+        with pytest.raises(KeyboardInterrupt):
+            redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO, align=True, predict_twice=True)
+    assert (tmp_path / "out" / ".alignment.json").is_file()  # and nothing else that was worked for
+    described = redistribute_quietly(source, tmp_path / "out", other, RATIO, align=True, predict_twice=True)
+    assert described["alignment"] == wanted["alignment"]
+
+
 def test_two_processes_write_the_same_bytes(source: Path, tmp_path: Path, wanted: dict[str, bytes]) -> None:
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(COUNTS))

@@ -156,6 +156,8 @@ def test_records_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         replace(RECORD, weights=(1, 0, 1), reachable=(True, True))
     with refused(DataError, "class 2: the weight is nan"):
         replace(RECORD, weights=(1, 1, float("nan")))
+    with refused(DataError, "strength", "'abc'", "source", "3"):
+        replace(RECORD, strength="abc", source=3)
 
 
 def test_a_file_whose_weights_were_changed_after_aligning_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from darseg.data.classes import (
 )
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
 from darseg.data.maps import write_map
+from darseg.data.plain_yaml import parse_yaml
 from darseg.errors import DataError, StorageError
 from wording import refused, says
 
@@ -353,3 +354,13 @@ def test_class_sets_that_are_refused(classes, facts: list[str]):
 def test_each_class_needs_a_color():
     with refused(DataError, "2", "1"):
         ClassSet(("a", "b"), ((0, 0, 0),))
+
+
+def test_small_yaml_files_have_no_aliases():
+    assert parse_yaml("{classes: [a, b]}") == {"classes": ["a", "b"]}
+    bomb = "a0: &a0 {x: 1}\n" + "".join(
+        f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 10)
+    )
+    for text in (bomb, "a: &a [1]\nb: *a", "[" * 5000):
+        with pytest.raises(ValueError, match=r"alias|deep"):
+            parse_yaml(text)

@@ -19,6 +19,7 @@ from darseg.data.classes import BUILT_IN, IGNORE, class_set
 from darseg.data.files import ASIDE, read_text, remove_leftovers, write_whole
 from darseg.data.maps import label_path, write_map
 from darseg.data.pipeline import overlapped
+from darseg.data.plain_yaml import parse_yaml
 from darseg.errors import DataError, RunError, faults
 from darseg.run.journal import Journal
 
@@ -266,7 +267,7 @@ def _begin(out: Path, names: tuple[str, ...]) -> None:
         raise RunError(f"{out} is a file. Choose another folder.")
     if marker.exists():
         try:
-            content = yaml.safe_load(read_text(marker))
+            content = parse_yaml(read_text(marker))
             earlier = content["classes"]
         except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError):
             raise RunError(f"{marker} was not written by this command. Choose another folder.") from None

@@ -12,6 +12,7 @@ import yaml
 
 from darseg.data.files import parse_json, read_text
 from darseg.data.images import IMAGE_SUFFIXES
+from darseg.data.plain_yaml import parse_yaml
 
 NAME_FILES = (
     *("classes", "class_names", "classnames", "labels", "label_names", "names", "categories", "class_dict", "obj"),
@@ -51,7 +52,7 @@ def find_names(folders: Iterable[Path]) -> list[NameList]:
                     if suffix in (".txt", ".names", ".csv"):
                         rows = _rows_of_text(text)
                     else:
-                        rows = _rows_of_data(parse_json(text) if suffix == ".json" else yaml.safe_load(text))
+                        rows = _rows_of_data(parse_json(text) if suffix == ".json" else parse_yaml(text))
                 except (OSError, ValueError, yaml.YAMLError, RecursionError):
                     continue
                 names = _name_list(path, rows)

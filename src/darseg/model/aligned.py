@@ -50,7 +50,15 @@ class AlignmentRecord:
     plain_bias: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        lines = []
+        lines = [
+            f"{name} is {getattr(self, name)!r:.60}; expected {expected}"
+            for name, types, expected in (
+                ("strength", (int, float), "a number"),
+                ("bound", (int, float), "a number"),
+                ("source", str, "a text"),
+            )
+            if not isinstance(getattr(self, name), types)
+        ]
         for name, kind in (
             ("weights", float),
             ("reachable", bool),

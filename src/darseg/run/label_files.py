@@ -232,6 +232,7 @@ def _resume(job: FolderJob) -> None:
     earlier = _read_record(job.marker)
     changed = _changed(job, earlier)
     if changed and not _has_results(job):
+        job.alignment.unlink(missing_ok=True)  # of the other settings or files
         write_json(job.marker, {**job.record, "sizes": job.file_states})
         return
     inputs = job.record["inputs"]

@@ -13,7 +13,9 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from darseg.data.files import read_text
 from darseg.errors import DataError, faults
+from darseg.run.records import shortened
 
 Prior = Path | str | Mapping[str, float] | Sequence[float]
 """The shares of the classes as a user gives them; see `class_shares`."""
@@ -89,7 +91,9 @@ def _value_faults(entries: Sequence[_Entry], values: Sequence[_Entry]) -> list[s
     for index, entry in enumerate(values):
         name = entry.name or f"number {index + 1}"
         if not _is_number(entry.value) or not 0 <= float(entry.value) < math.inf:
-            lines.append(f"{entry.place}: {name}: found {entry.value!r}; expected a number of at least 0")
+            lines.append(
+                f"{entry.place}: {name}: found {shortened(entry.value)}; expected a number of at least 0"
+            )
     if lines:
         return lines
     numbers = [float(entry.value) for entry in entries]
@@ -104,13 +108,13 @@ def _value_faults(entries: Sequence[_Entry], values: Sequence[_Entry]) -> list[s
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def _read(path: Path) -> list[_Entry]:
     """The entries of a JSON or YAML file. Raises DataError for any other content."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except FileNotFoundError:
         raise DataError(
             f"{path}: no such file. Give the share of each class as JSON or YAML; {EXAMPLE}."
@@ -119,8 +123,12 @@ def _read(path: Path) -> list[_Entry]:
         raise DataError(f"{path}: cannot be read as text ({error}).") from error
     try:
         return _json_entries(text, path)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         pass  # YAML, which also has JSON's faults, with their lines
+    except ValueError as error:
+        raise DataError(
+            f"{path}: a number has too many digits. Give the share of each class; {EXAMPLE}."
+        ) from error
     try:
         return _yaml_entries(text, path)
     except yaml.YAMLError as error:
@@ -129,6 +137,10 @@ def _read(path: Path) -> list[_Entry]:
         raise DataError(
             f"{place}: neither JSON nor YAML ({getattr(error, 'problem', None) or error}). Give the share of each "
             f"class; {EXAMPLE}."
+        ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(
+            f"{path}: nested too deeply, or a number has too many digits. Give the share of each class; {EXAMPLE}."
         ) from error
 
 
