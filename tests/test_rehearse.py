@@ -49,9 +49,8 @@ def test_a_rehearsal_changes_neither_network_nor_random_numbers(recipe_file: Pat
     manifest, (network, _) = manifest_of(recipe), build_initial_network(recipe)
     findings = read_all(manifest, QUIET)
     before, state = digest_state(network.state_dict()), torch.get_rng_state()
-    rehearse(
-        recipe, network, manifest, RunDirectory(tmp_path / "run"), counts=[9] * 6, largest=findings.largest
-    )
+    run = RunDirectory(tmp_path / "run")
+    rehearse(recipe, network, manifest=manifest, run=run, counts=[9] * 6, largest=findings.largest)
     assert digest_state(network.state_dict()) == before and network.training
     assert torch.equal(torch.get_rng_state(), state)
     assert not (tmp_path / "run").exists()
