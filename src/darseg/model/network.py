@@ -178,10 +178,9 @@ class NetworkSpec:
         if self.architecture != "deeplabv2" and self.release_classifier:
             problems.append("release_classifier: only deeplabv2's classifier differs in the release")
         for kind, values in (("names", self.class_names), ("colors", self.class_colors)):
-            if values and len(values) != self.classes:
+            if values and self.classes <= 255 and len(values) != self.classes:
                 problems.append(
-                    f"the number of class {kind} is {len(values)}; expected {shortened(self.classes)}, one for each "
-                    "class, or none"
+                    f"the number of class {kind} is {len(values)}; expected {self.classes}, one for each class, or none"
                 )
         if problems:
             raise RecipeError(faults("This network cannot be built", problems))
