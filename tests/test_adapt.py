@@ -327,7 +327,7 @@ def test_what_cannot_work_is_refused_before_anything_is_predicted(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("predicted")
 
-    monkeypatch.setattr("darseg.run.adapt.predict_scores", never)
+    monkeypatch.setattr("darseg.run.adapt.predict_probabilities", never)
     out = tmp_path / "b.safetensors"
     with refused(RunError, "--prior", "--recipe"):
         align_network(network, images, out)

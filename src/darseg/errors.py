@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 
 class DarsegError(Exception):
@@ -98,3 +99,9 @@ def faults(what: str, lines: Sequence[str], limit: int = 50) -> str:
     if len(lines) > limit:
         listed.append(f"  … and {len(lines) - limit} more")
     return "\n".join([f"{what}:", *listed])
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, at most 60 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"

@@ -57,7 +57,6 @@ def label(
     plain: Plain = False,
 ) -> None:
     """Pseudo-label a folder of images with a trained network; torchrun shares the work among processes."""
-    from darseg.config.text import load_recipe
     from darseg.run.evaluate import describe_decisions
     from darseg.run.label import label_folder
 
@@ -65,7 +64,7 @@ def label(
         source,
         images,
         out,
-        recipe=load_recipe(recipe) if recipe else None,
+        recipe=recipe,
         class_counts=class_counts,
         round_index=round_index,
         labeling_ratio=labeling_ratio,

@@ -93,7 +93,6 @@ def predict(
     plain: Plain = False,
 ) -> None:
     """Predict images and videos: class values, class colors, colors over the image, and confidences."""
-    from darseg.config.text import load_recipe
     from darseg.errors import DataError, faults
     from darseg.run.evaluate import describe_decisions
     from darseg.run.predict import KINDS, predict_folder
@@ -106,7 +105,7 @@ def predict(
         kinds=kinds,
         round_index=round_index,
         existing=existing,
-        recipe=load_recipe(recipe) if recipe else None,
+        recipe=recipe,
         plain=plain,
     )
     print(describe_decisions(source, round_index, plain))
@@ -160,7 +159,6 @@ def align(
     despite_doubts: Annotated[bool, typer.Option("--despite-doubts", help=DOUBTS)] = False,
 ) -> None:
     """Fit a trained network to another place's class mix, from unlabeled images and without training."""
-    from darseg.config.text import load_recipe
     from darseg.run.adapt import align_network
 
     adapted = align_network(
@@ -169,7 +167,7 @@ def align(
         out,
         prior=prior,
         shift=shift,
-        recipe=load_recipe(recipe) if recipe else None,
+        recipe=recipe,
         round_index=round_index,
         bound=bound,
         strength=strength,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from darseg.errors import DataError, WeightsError, faults
+from darseg.errors import DataError, WeightsError, faults, shortened
 from darseg.model.heads import upsample
 from darseg.model.network import Network
 
@@ -51,7 +51,7 @@ class AlignmentRecord:
 
     def __post_init__(self) -> None:
         lines = [
-            f"{name} is {getattr(self, name)!r:.60}; expected {expected}"
+            f"{name} is {shortened(getattr(self, name))}; expected {expected}"
             for name, types, expected in (
                 ("strength", (int, float), "a number"),
                 ("bound", (int, float), "a number"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from darseg.choices import Architecture
-from darseg.errors import DataError, RecipeError, faults
+from darseg.errors import DataError, RecipeError, faults, shortened
 from darseg.model.backbone import OUTPUT_STRIDES, Backbone, build_backbone
 from darseg.model.former import FormerMethods
 from darseg.model.heads import (
@@ -129,12 +129,6 @@ def _is_tuple_of(values: Any, fits: Callable[[Any], bool]) -> bool:
 def _is_color(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else ()
     return len(parts) == 3 and all(isinstance(part, Integral) and 0 <= part <= 255 for part in parts)
-
-
-def shortened(value: Any) -> str:
-    """A value for a message, at most 60 characters of it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 @dataclass(frozen=True)

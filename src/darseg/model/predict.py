@@ -246,6 +246,18 @@ def predict_scores(
 
 
 @torch.inference_mode()
+def predict_probabilities(
+    network: Network, image: NDArray[np.uint8], protocol: Protocol, *, memory: Memory | None = None
+) -> NDArray[np.float32]:
+    """The mean probabilities over windows, mirror and scales, float32 [K, H, W].
+
+    The arguments are those of `predict_scores`.
+    """
+    sums = predict_scores(network, image, protocol, average="probabilities", memory=memory)
+    return sums.mean(0, len(image)).cpu().numpy()
+
+
+@torch.inference_mode()
 def predict_variants(
     variants: Variants,
     image: NDArray[np.uint8],

@@ -17,7 +17,7 @@ from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, NumericsError, RunError, faults
 from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignment
 from darseg.model.class_order import reorder_classes
-from darseg.model.predict import Memory, predict_scores
+from darseg.model.predict import Memory, predict_probabilities
 from darseg.model.weights import load_network, save_network
 from darseg.pseudo.align import TOLERANCE, Alignment, align, check_settings
 from darseg.pseudo.distribution import ClassDistribution, count_labels
@@ -94,7 +94,7 @@ def align_network(
     *,
     prior: Prior | None = None,
     shift: bool = False,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Path | str | None = None,
     round_index: int | None = None,
     bound: float | None = None,
     strength: float = 1.0,
@@ -279,10 +279,7 @@ def _sample(
         if isinstance(image, str):
             failed.append(image)
             return
-        sums = predict_scores(
-            trained.network, image, trained.protocol(image), average="probabilities", memory=memory
-        )
-        scores = sums.mean(0, image.shape[0]).cpu().numpy()
+        scores = predict_probabilities(trained.network, image, trained.protocol(image), memory=memory)
         try:
             pixels.add(shot.id, scores, probabilities=True, name=str(shot))
         except DataError as error:  # of one image, it would be of all

@@ -17,7 +17,6 @@ or evaluate.json, which is written last. The record holds the digests of the ste
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -41,9 +40,10 @@ from darseg.data.files import (
     write_whole,
     write_whole_with,
 )
-from darseg.errors import FormatError, RunError, faults
+from darseg.errors import FormatError, RunError, faults, shortened
 from darseg.pseudo.labelset import ImageFacts, PseudoLabelSet
-from darseg.run.records import StepRecord, damaged, read_object, read_texts, shortened
+from darseg.run.outputs import lock
+from darseg.run.records import StepRecord, damaged, read_object, read_texts
 from darseg.run.settings import Inputs, digest_text
 from darseg.training.scores import Scores
 
@@ -157,17 +157,12 @@ class RunDirectory:
             journal = open_to_append(self.journal)
         except OSError as error:
             raise storage_error(error, self.journal) from error
-        locked = True
         try:
-            try:
-                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"{self.root}: another process is working in this run folder. Wait for it, end it, or start another "
-                    "run with --out NEW_FOLDER."
-                ) from None
-            except OSError:
-                locked = False
+            locked = lock(
+                journal.fileno(),
+                f"{self.root}: another process is working in this run folder. Wait for it, end it, or start another run "
+                "with --out NEW_FOLDER.",
+            )
             remove_leftovers(self.root)
             yield locked
         finally:

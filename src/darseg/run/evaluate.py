@@ -142,7 +142,7 @@ def load_trained(
     round_index: int | None = None,
     overrides: Sequence[str] = (),
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Path | str | None = None,
     threads: int | None = None,
     plain: bool = False,
 ) -> Trained:
@@ -154,12 +154,13 @@ def load_trained(
     Args:
         round_index: of a run folder; None: the last finished round.
         overrides: changes of the run folder's recipe.
-        recipe: used instead of the run folder's own.
+        recipe: or its path; used instead of the run folder's own.
         threads: CPU threads, whatever the recipe says.
         plain: the network as it was trained, without class weights.
 
     Raises RunError, WeightsError, RecipeError; DataError if the recipe has other classes.
     """
+    recipe = None if recipe is None else as_recipe(recipe)
     path = result_path(source, round_index, plain)
     if Path(source).is_dir():
         recipe = recipe or recipe_of(source, overrides)
@@ -249,7 +250,6 @@ def evaluate_result(
     """`evaluate`, with the plain scores next to those of a network whose decisions are aligned."""
     if role not in get_args(Role):
         raise RunError(f"There is no role {role!r}. Choose from {', '.join(get_args(Role))}.")
-    recipe = None if recipe is None else as_recipe(recipe)
     if recipe is not None and overrides:
         raise RunError(
             f"The overrides {', '.join(overrides)} are for a run folder's own recipe, but another recipe is given. Give "

@@ -20,7 +20,7 @@ from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.scores import ScoreSource
-from darseg.run.build import as_recipe, labeling_protocol, manifest_of, masks
+from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.class_counts import ClassCounts, read_class_counts
 from darseg.run.directory import digest_path
 from darseg.run.evaluate import Trained, load_trained
@@ -67,8 +67,7 @@ def label_folder(
         the content of `redistribution.json`.
     """
     processes = Processes.here()
-    given = None if recipe is None else as_recipe(recipe)
-    trained = load_trained(source, round_index, recipe=given, threads=threads, plain=plain)
+    trained = load_trained(source, round_index, recipe=recipe, threads=threads, plain=plain)
     recipe = trained.recipe
     job = FolderJob(
         source=Path(images),

@@ -28,17 +28,27 @@ def held_folder(folder: Path) -> Generator[None]:
     except OSError as error:
         raise storage_error(error, folder) from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(
-                f"{folder}: another process is writing into this folder. Wait for it, end it, or choose another folder."
-            ) from None
-        except OSError:
-            pass
+        lock(
+            descriptor,
+            f"{folder}: another process is writing into this folder. Wait for it, end it, or choose another folder.",
+        )
         yield
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, refusal: str) -> bool:
+    """Lock an open file or folder exclusively; False if the file system has no locks.
+
+    Raises RunError with the refusal if another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunError(refusal) from None
+    except OSError:
+        return False
+    return True
 
 
 def check_scores_file(path: Path) -> None:

@@ -75,7 +75,7 @@ def predict_folder(
     existing: Existing = "fault",
     console: Console | None = None,
     *,
-    recipe: Recipe | None = None,
+    recipe: Recipe | Path | str | None = None,
     plain: bool = False,
 ) -> Predicted:
     """Predict images and videos, by the recipe's evaluation protocol, into `out/KIND/NAME.png`.

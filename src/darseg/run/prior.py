@@ -13,9 +13,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from darseg.data.files import read_text
-from darseg.errors import DataError, faults
-from darseg.run.records import shortened
+from darseg.data.files import parse_json, read_text
+from darseg.errors import DataError, faults, shortened
 
 Prior = Path | str | Mapping[str, float] | Sequence[float]
 """The shares of the classes as a user gives them; see `class_shares`."""
@@ -123,12 +122,10 @@ def _read(path: Path) -> list[_Entry]:
         raise DataError(f"{path}: cannot be read as text ({error}).") from error
     try:
         return _json_entries(text, path)
-    except (json.JSONDecodeError, RecursionError):
+    except json.JSONDecodeError:
         pass  # YAML, which also has JSON's faults, with their lines
     except ValueError as error:
-        raise DataError(
-            f"{path}: a number has too many digits. Give the share of each class; {EXAMPLE}."
-        ) from error
+        raise DataError(f"{path}: {error}. Give the share of each class; {EXAMPLE}.") from error
     try:
         return _yaml_entries(text, path)
     except yaml.YAMLError as error:
@@ -138,14 +135,14 @@ def _read(path: Path) -> list[_Entry]:
             f"{place}: neither JSON nor YAML ({getattr(error, 'problem', None) or error}). Give the share of each "
             f"class; {EXAMPLE}."
         ) from error
-    except (RecursionError, ValueError) as error:
+    except RecursionError as error:
         raise DataError(
-            f"{path}: nested too deeply, or a number has too many digits. Give the share of each class; {EXAMPLE}."
+            f"{path}: its lists and mappings are nested too deeply. Give the share of each class; {EXAMPLE}."
         ) from error
 
 
 def _json_entries(text: str, path: Path) -> list[_Entry]:
-    content = json.loads(text, object_pairs_hook=lambda pairs: pairs)  # a dict would hide names given twice
+    content = parse_json(text, lambda pairs: pairs)  # a dict would hide names given twice
     if isinstance(content, list) and text.lstrip().startswith("{"):
         return [_Entry(name, value, path.name) for name, value in content]
     if isinstance(content, list):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from darseg.data.files import read_json
-from darseg.errors import RunError
+from darseg.errors import RunError, shortened
 
 OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "label": (
@@ -83,12 +83,6 @@ def _is_digests(value: Any) -> bool:
     return _is_texts(value) and all(
         text == "missing" or (len(text) == 64 and DIGEST.issuperset(text)) for text in value.values()
     )
-
-
-def shortened(value: Any) -> str:
-    """A value for a message, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 def read_object(path: Path, remedy: str, kind: type = dict) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from darseg.config.recipe import Recipe, ResultConfig
@@ -22,7 +21,7 @@ from darseg.data.images import read_image
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
-from darseg.model.predict import Memory, predict_scores
+from darseg.model.predict import Memory, predict_probabilities
 from darseg.pseudo.align import Alignment, align
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.pixel_sample import PixelSample
@@ -188,9 +187,7 @@ def _sample(course: Course, round_: Round, chosen: Sequence[Sample]) -> tuple[ND
     share = processes.share(chosen)
 
     def work(sample: Sample, image: NDArray[np.uint8]) -> None:
-        sums = predict_scores(network, image, protocol, average="probabilities", memory=memory)
-        with torch.inference_mode():
-            scores = sums.mean(0, len(image)).cpu().numpy()
+        scores = predict_probabilities(network, image, protocol, memory=memory)
         if np.isfinite(scores).all():
             pixels.add(sample.id, scores, probabilities=True)
         else:
@@ -248,10 +245,9 @@ def find_candidates(
 
 def _fault_of(alignment: Alignment, wanted: NDArray[np.float64], names: Sequence[str]) -> str | None:
     """Why class weights should not become part of a result; None if they may."""
-    occurs = wanted > 0
-    lost = occurs & ~alignment.reachable
-    if alignment.converged and 2 * lost.sum() <= occurs.sum():
+    if alignment.converged:
         return None
+    lost = (wanted > 0) & ~alignment.reachable
     listed = [name for name, is_lost in zip(names, lost, strict=True) if is_lost]
     more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
     return (
