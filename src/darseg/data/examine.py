@@ -64,7 +64,7 @@ class _SampleFindings:
         picture: the image without its pixels; None if it is unreadable.
         size: height and width of the image; 0 if it is unreadable.
         turned_label: whether the label file itself has an orientation mark.
-        facts: what the label file holds beside classes; None if there is none that can be read.
+        facts: what the label file holds besides classes; None if there is none that can be read.
         same, same_label: digests of the pixels and of their classes, if they can be read.
         overlapping: pixels that lie in masks of several classes, if the label map is several files.
     """

@@ -1,4 +1,4 @@
-"""What label files hold beside classes: unknown values, palettes, alpha; counted and judged."""
+"""What label files hold besides classes: unknown values, palettes, alpha; counted and judged."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class AlphaCounts:
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What one label file holds beside classes.
+    """What one label file holds besides classes.
 
     Attributes:
         unknown: value or color that is no class → pixels.
@@ -92,7 +92,7 @@ class FileFacts:
 
 
 def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int) -> FileFacts:
-    """What a label file holds beside its classes, whose number is `count`."""
+    """What a label file holds besides its classes, whose number is `count`."""
     as_drawn = encoding.transparent == AS_DRAWN and raw.drawn is not None
     values = raw.drawn if as_drawn and raw.drawn is not None else raw.values
     colored = values.dtype == np.int32

@@ -144,7 +144,7 @@ def _ends(name: str) -> Iterator[int]:
 
 
 def _class_name(pattern: str) -> str | None:
-    """What a pattern says beside words for masks; None if that is not the name of a class."""
+    """What a pattern says besides words for masks; None if that is not the name of a class."""
     if "*" in pattern:
         return pattern.removeprefix("{id}-annotation-*-tag-").removesuffix("-*")
     words = [word for word in words_of(pattern.replace("{id}", "_")) if word not in LABEL_WORDS | FILLERS]

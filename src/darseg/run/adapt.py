@@ -35,7 +35,7 @@ OTHER_BOUND = 20.0
 """Default largest class weight for given and estimated shares: the class mixes of two places may differ several times."""
 
 IMAGES = 500
-"""Most images (and frames) that class weights are found on, unless told otherwise."""
+"""Most images (and frames) that class weights are found on by default."""
 
 SUFFIX = ".safetensors"
 

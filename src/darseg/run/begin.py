@@ -98,7 +98,7 @@ def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None
         journal.event("recipe_changed", keys=list(changes.free))
         journal.say(f"Changed in the recipe: {'; '.join(changes.free)}")
         write_whole(run.recipe, dump_recipe(course.recipe))
-    first = read_plain(run.environment, "Delete it, and run the same command again; it is written anew.")
+    first = read_plain(run.environment, "Delete it, and run the same command again; it is written again.")
     changed = [f"{key} {first[key]} → {now[key]}" for key in now if key in first and first[key] != now[key]]
     if changed:
         journal.warn(
