@@ -222,7 +222,7 @@ while number < kills + stops:
     number += 1
     again = end(begin(out))
     print(json.dumps([which.name, round(moment / lasted, 3), code, state, again]), flush=True)
-for at in (11, 17) if kills else ():  # with fewer changes a start that tidies up comes to no new step
+for at in (8, 11) if kills else ():  # 7 are taken by a start that removes a leftover and repeats a step
     out, count = base / f"often_{at}", 0
     while (code := end(begin(out, at))) == -signal.SIGKILL:
         count += 1
