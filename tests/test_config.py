@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darseg.config.recipe import WeightsFile
 from darseg.config.text import dump_recipe, load_recipe, recipe_differences
+from darseg.config.values import WeightsFile
 from darseg.errors import RecipeError
 from wording import refused
 

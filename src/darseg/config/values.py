@@ -1,4 +1,4 @@
-"""Parts of a recipe that its sections share: sections as such, paths, and weights to download."""
+"""Parts of a recipe that its sections share: numbers, paths, and weights to download."""
 
 from __future__ import annotations
 
@@ -9,14 +9,36 @@ from urllib.parse import urlsplit
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    StrictFloat,
+    StrictInt,
     StrictStr,
     ValidationError,
     model_validator,
 )
 
 Key = tuple[str | int, ...]  # ("rounds", 0, "steps")
+
+Count = Annotated[StrictInt, Field(ge=1)]
+Fraction = Annotated[StrictFloat, Field(ge=0, le=1)]
+Positive = Annotated[StrictFloat, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if type(value) is int else value
+
+
+Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]  # height and width; a single number means both
+
+
+def falling(bounds: tuple[float, float] | None) -> str | None:
+    """What is wrong with two bounds that are in the wrong order; otherwise None."""
+    if bounds is None or bounds[0] <= bounds[1]:
+        return None
+    return f"found {list(bounds)}; the first number should be the smaller one"
 
 
 def _path(value: str) -> str:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe, SourceConfig, WeightsFile
+from darseg.config.data import SourceConfig
+from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe
 from darseg.config.text import load_recipe, load_saved_recipe, recipe_differences
+from darseg.config.values import WeightsFile
 from darseg.data.classes import CITYSCAPES, IGNORE, ClassSet, class_set
 from darseg.data.dataset import read_truth
 from darseg.data.encoding import LabelEncoding, label_encoding

@@ -1,0 +1,93 @@
+"""The recipe's sections `network`, `augmentation` and `training`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from darseg.choices import Architecture, Precision
+from darseg.config.values import (
+    Count,
+    Key,
+    NotNegative,
+    Positive,
+    Section,
+    Size,
+    WeightsFile,
+    check_weights,
+    falling,
+)
+
+
+class NetworkConfig(Section):
+    architecture: Architecture = "pspnet"
+    backbone: StrictStr = "resnet50"  # resnet18|34|50|101, …_half, …_deep, resnet101_caffe, timm/NAME
+    output_stride: Literal[8, 16] = 8
+    weights: Annotated[
+        Any,
+        PlainValidator(check_weights),
+        PlainSerializer(lambda value: value.model_dump() if isinstance(value, WeightsFile) else value),
+    ]
+    strict: StrictBool = True
+    head_channels: Count | None = None  # None: 512 (pspnet)
+    auxiliary_weight: NotNegative | None = None  # None: 0.4 (pspnet)
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        for name in ("head_channels", "auxiliary_weight"):
+            if self.architecture == "deeplabv2" and getattr(self, name):
+                yield (name,), "is for pspnet; deeplabv2 has no such head. Remove it"
+
+
+class AugmentationConfig(Section):
+    scale: tuple[Positive, Positive] = (0.5, 2.0)
+    rotate: Annotated[StrictFloat, Field(ge=0, le=180)] = 10.0
+    blur: StrictBool = True
+    mirror: StrictBool = True
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if message := falling(self.scale):
+            yield ("scale",), message
+
+
+# BatchNorm of the pyramid's 1x1 bin needs at least two images.
+BatchSize = Annotated[StrictInt, Field(ge=2)]
+
+
+class TrainingConfig(Section):
+    crop: Size = (713, 713)
+    batch: BatchSize = 16
+    half_batch: BatchSize | None = None  # None: half of batch
+    micro_batch: BatchSize | None = None  # None: batches and half batches are not divided
+    learning_rate: Positive = 0.01
+    head_factor: Positive = 10.0
+    momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NotNegative = 1e-4
+    power: Positive = 0.9
+    pseudo_weight: NotNegative = 1.0
+    precision: Precision = "fp32"
+    sync_batchnorm: StrictBool | None = None  # None: on for pspnet
+    compile: StrictBool = False
+    recompute: StrictBool = False
+    checkpoint_every: Count = 200
+    keep_checkpoints: Count = 2
+    workers: Count | None = None  # None: chosen by the number of cores
+    cache: StrictBool | None = None  # None: chosen by free memory
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        yield from self._undivided("batch", self.batch)
+        if self.recompute and self.compile:
+            # Compiled, BatchNorm's statistics of the two passes of a step move wrongly, or the backward pass fails.
+            yield ("recompute",), "does not work with training.compile; set only one of them"
+
+    def conflicts_of_halves(self) -> Iterator[tuple[Key, str]]:
+        """Conflicts of the half batches, which only rounds with pseudo labels have."""
+        yield from self._undivided("half_batch", self.half_batch or self.batch // 2)
+        if self.half_batch is None and self.batch < 4:
+            yield ("batch",), f"found {self.batch}; half of it is less than 2. Set training.half_batch"
+
+    def _undivided(self, name: str, size: int) -> Iterator[tuple[Key, str]]:
+        micro = self.micro_batch
+        if micro and size > micro and size % micro:
+            yield ("micro_batch",), f"found {micro}; should divide training.{name}, which is {size}"
