@@ -34,7 +34,7 @@ from darseg.run.directory import FORMAT, RunDirectory, write_json
 from darseg.run.records import OUTPUTS
 from darseg.training.scores import Scores
 from darseg.view.app import viewer_app
-from darseg.view.guard import Keys
+from darseg.view.guard import draw_token
 
 LINKS = 30_000  # to one file; file systems limit them
 SIDE = 64
@@ -168,11 +168,11 @@ def main() -> None:
 
 def ask_viewer(run: Path) -> None:
     """Start the viewer and ask it as its page does."""
-    keys = Keys()
+    token = draw_token()
     seconds, round_ = timed(lambda: open_round(run))
     print(f"view, {len(round_.samples):,} images: opened in {seconds}")
-    headers = {"authorization": f"token {keys.token}"}
-    with TestClient(viewer_app(round_, keys), base_url="http://127.0.0.1:8765", headers=headers) as client:
+    headers = {"authorization": f"token {token}"}
+    with TestClient(viewer_app(round_, token), base_url="http://127.0.0.1:8765", headers=headers) as client:
 
         def read_all() -> None:
             while (about := client.get("/api/run").json())["read"] < about["images"]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from darseg.errors import DarsegError, RunError, StorageError, printable
 from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.report.share import without_places
+from darseg.run.browse import open_round, read_facts
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.run.records import StepRecord
@@ -95,6 +97,37 @@ def test_nothing_is_written_through_a_link_to_a_folder(run: Path, tmp_path: Path
     assert sorted(theirs.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", ["environment.json", "recipe.yaml", "round_1/images.json", "round_1/labels"])
+def test_nothing_is_read_through_a_link_out_of_the_run(run: Path, tmp_path: Path, name: str) -> None:
+    """A report shows what it reads, and a page is given away."""
+    theirs = tmp_path / "theirs"
+    shutil.move(run / name, theirs)
+    (run / name).symlink_to(theirs)
+    for use in (read_run, open_round):
+        with refused(StorageError, str(run / name), str(theirs), "link"):
+            use(run)
+
+
+def test_label_maps_are_not_read_through_links_out_of_the_run(run: Path, tmp_path: Path) -> None:
+    (run / "round_1/images.json").unlink()  # the maps are counted then
+    labels, theirs = run / "round_1/labels", tmp_path / "theirs"
+    theirs.mkdir()
+    path = next(labels.rglob("*.png"))
+    shutil.move(path, theirs / "theirs.png")
+    path.symlink_to(theirs / "theirs.png")
+    round_ = open_round(run)
+    sample = next(s for s in round_.samples if s.id == path.relative_to(labels).with_suffix("").as_posix())
+    with refused(StorageError, str(path), str(theirs), "link"):
+        round_.label_map(sample)
+    assert [facts is None for _, facts in read_facts(round_)].count(True) == 1
+    page = write_report(run).read_text()
+    assert "is a link to" in page and "data:image/" not in page
+    path.unlink()
+    (labels / "loop").symlink_to("loop")
+    with pytest.raises(DarsegError):
+        round_.label_map(replace(sample, id="loop"))
+
+
 def test_a_link_inside_the_run_is_followed(run: Path) -> None:
     (run / "round_1").rename(run / "elsewhere")
     (run / "round_1").symlink_to("elsewhere")
@@ -164,6 +197,26 @@ def test_reused_results_are_checked_before_they_are_copied(run: Path, tmp_path: 
     with refused(RunError, str(run / "round_0"), "network.safetensors", "--reuse"):
         train(load_recipe(run / "recipe.yaml"), tmp_path / "again", reuse=run)
     assert not list((tmp_path / "again").rglob("network.safetensors"))
+
+
+def test_only_files_are_reused_and_without_their_modes(run: Path, tmp_path: Path) -> None:
+    """A copied pipe would be waited on, a copied program that runs as its owner would run as the user."""
+    labels, out = run / "round_1/labels", tmp_path / "out"
+    os.mkfifo(labels / "pipe.png")
+    (labels / "loop").symlink_to(labels)
+    next(labels.rglob("*.png")).chmod(0o4755)
+    train(load_recipe(run / "recipe.yaml"), out, reuse=run, console=Console(quiet=True))
+    copied = out / "round_1/labels"
+    for path in labels.rglob("*.png"):
+        if path.name != "pipe.png":
+            same = copied / path.relative_to(labels)
+            assert same.read_bytes() == path.read_bytes() and not same.stat().st_mode & 0o4111
+    assert not (copied / "pipe.png").exists() and not (copied / "loop").exists()
+    for target in (Path("/dev/zero"), tmp_path / "run/recipe.yaml", tmp_path / "gone"):
+        (labels / "link.png").symlink_to(target)
+        with pytest.raises(StorageError, match=r"link\.png is a link to"):
+            train(load_recipe(run / "recipe.yaml"), tmp_path / f"out_{target.name}", reuse=run)
+        (labels / "link.png").unlink()
 
 
 # --- records

@@ -38,7 +38,6 @@ from darseg.run.build import labeling_protocol
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.view import app, connections, pictures, viewer
-from darseg.view.guard import Keys
 from darseg.view.table import Filter, Table
 from wording import refused, says
 
@@ -98,7 +97,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def client_of(run: Path, index: int | None = None) -> TestClient:
     """A client that sends the token."""
-    application = app.viewer_app(open_round(run, index), Keys(TOKEN))
+    application = app.viewer_app(open_round(run, index), TOKEN)
     return TestClient(application, base_url=HERE["origin"], headers={"authorization": f"token {TOKEN}"})
 
 
@@ -603,25 +602,27 @@ def test_other_sites_request_nothing_but_links_to_the_page_work(client: TestClie
     assert client.post("/api/marks", json={"index": 0, "bad": True}, headers=HERE | link).status_code == 403
 
 
-def test_the_browser_is_started_with_a_key_that_works_once(
+def test_the_browser_is_started_with_a_page_that_only_the_user_can_read(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All users of a machine can list the arguments of processes, so the browser's do not hold the token."""
+    """All users of a machine can list the arguments of processes, so the browser's hold no secret."""
     opened: list[str] = []
-    monkeypatch.setattr(viewer.webbrowser, "open", opened.append)
+    pages: list[str] = []
+
+    def start(address: str) -> None:
+        page = Path(address.removeprefix("file://"))
+        assert (page.stat().st_mode & 0o777, page.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+        opened.append(address)
+        pages.append(page.read_text())
+
+    monkeypatch.setattr(viewer.webbrowser, "open", start)
     monkeypatch.setattr(viewer._Server, "run", lambda self, sockets: None)
     said: list[str] = []
     viewer.view_run(run, port=0, open_browser=True, say=said.append)
-    (address,) = opened
-    assert address.split("token=")[1] not in said[0]
-    keys = Keys(TOKEN)
-    with TestClient(app.viewer_app(open_round(run), keys), base_url=HERE["origin"]) as browser:
-        once = keys.once
-        assert browser.get(f"/api/run?token={once}").status_code == 403
-        answer = browser.get(f"/?token={once}", follow_redirects=False)
-        assert (answer.status_code, answer.headers["location"]) == (303, f"/?token={TOKEN}")
-        assert browser.get(answer.headers["location"]).status_code == 200
-        assert browser.get(f"/?token={once}").status_code == 403
+    printed = next(word for word in said[-1].split() if word.startswith("http://"))
+    assert f"url={printed}" in pages[0] and len(printed.split("token=")[1]) >= 32
+    assert opened[0].startswith("file:///") and "token" not in opened[0]
+    assert not Path(opened[0].removeprefix("file://")).parent.exists()  # it is removed at the end
 
 
 @pytest.mark.parametrize(
@@ -701,7 +702,7 @@ class serving:
     """Runs the server on a thread, at a free port."""
 
     def __init__(self, round_: LabeledRound) -> None:
-        self.sock, self.server = viewer.listen(0), viewer.server_of(round_, Keys(TOKEN))
+        self.sock, self.server = viewer.listen(0), viewer.server_of(round_, TOKEN)
         self.thread = threading.Thread(target=self.server.run, args=([self.sock],))
 
     def __enter__(self) -> int:

@@ -264,19 +264,33 @@ def _remove_unlocked(path: Path) -> None:
         os.close(descriptor)
 
 
-def refuse_links_out_of(folder: Path) -> None:
+def refuse_links_out_of(folder: Path, files: bool = False) -> None:
     """Raise StorageError if a writer would leave the folder through a link to a folder elsewhere.
 
-    Links to files do not matter: a file is replaced as a whole, and the link with it (see `open_to_append`).
+    Links to files do not matter to a writer: a file is replaced as a whole, and the link with it (see `open_to_append`).
+
+    Args:
+        files: also refuse links to files elsewhere, and links that lead nowhere; for readers.
     """
-    root = folder.resolve()
-    for directory, folders, _ in os.walk(folder):
-        for path in (Path(directory, name) for name in folders):
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise StorageError(
-                    f"{path} is a link to {os.readlink(path)}, and darseg writes nothing outside {folder}. Remove the "
-                    "link, or move the folder that it leads to here."
-                )
+    for directory, folders, names in os.walk(folder):
+        for name in (*folders, *(names if files else ())):
+            if os.path.islink(path := os.path.join(directory, name)):
+                refuse_link(Path(path), folder)
+
+
+def refuse_link(path: Path, folder: Path) -> None:
+    """Raise StorageError if the way from a folder to a path in it leaves the folder through a link.
+
+    What is read or written there would be a file of this machine's user, chosen by whoever made the folder.
+    """
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return
+    links = [part for part in (path, *path.parents) if part.is_symlink()]
+    link = links[0] if links else path
+    raise StorageError(
+        f"{link} is a link to {os.readlink(link)}, and darseg neither reads nor writes outside {folder}. Remove the "
+        "link, or put what it leads to in its place."
+    )
 
 
 def _os_error(error: BaseException) -> OSError | None:

@@ -166,8 +166,12 @@ class Remark:
 
 
 def read_run(root: Path | str) -> RunFacts:
-    """Read a run folder, finished or in progress. Raises RunError if it is none or damaged."""
+    """Read a run folder, finished or in progress.
+
+    Raises RunError if it is none or damaged, StorageError if links lead out of it.
+    """
     run = RunDirectory(root)
+    run.refuse_links()
     recipe = recipe_of(root)
     classes = classes_of(recipe)
     journal = Journal(run.journal, None, Console(quiet=True))

@@ -12,13 +12,14 @@ import numpy as np
 
 from darseg.config.recipe import Recipe
 from darseg.data.classes import ClassSet
+from darseg.data.files import refuse_link
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.maps import label_path
 from darseg.data.prediction import SCALES, Prediction
-from darseg.errors import DataError, RunError
-from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
+from darseg.errors import DataError, RunError, StorageError
+from darseg.pseudo.labelset import ImageFacts, Predictor, prediction_path, read_prediction
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.data_digest import digest_samples, stranger
 from darseg.run.directory import RunDirectory
@@ -50,18 +51,25 @@ class LabeledRound:
     stranger: str = ""
 
     def label_map(self, sample: Sample) -> np.ndarray | None:
-        """uint8 [H, W], 255 = not labeled; None if the round left the image out. Raises DataError."""
+        """uint8 [H, W], 255 = not labeled; None if the round left the image out.
+
+        Raises DataError, or StorageError if the map is a link out of the run folder.
+        """
         if sample.id in self.excluded:
             return None
-        return read_label(label_path(self.run.labels(self.index), sample.id))
+        path = label_path(self.run.labels(self.index), sample.id)
+        refuse_link(path, self.run.root)
+        return read_label(path)
 
 
 def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
     """Open a round of a run folder whose label maps are done. index: default: the last of them.
 
-    Raises RunError if there is none, or if marks, exclusions or facts are damaged.
+    Raises RunError if there is none, or if marks, exclusions or facts are damaged; StorageError if links lead out of the
+    folder.
     """
     run = RunDirectory(root)
+    run.refuse_links()
     recipe = recipe_of(root)
     done = run.rounds_with("label")
     if not done or (index is not None and index not in done):
@@ -124,7 +132,7 @@ def read_facts(round_: LabeledRound) -> Iterator[tuple[int, ImageFacts | None]]:
         elif sample.id not in round_.excluded:
             try:
                 label = round_.label_map(sample)
-            except DataError:
+            except (DataError, StorageError):
                 yield position, None
                 continue
             assert label is not None
@@ -156,7 +164,9 @@ class Repredictor:
         with self._busy:
             if (recent := self.known(sample)) is not None:
                 return recent
-            kept = read_prediction(self.round.run.predictions(self.round.index), sample.id)
+            folder = self.round.run.predictions(self.round.index)
+            refuse_link(prediction_path(folder, sample.id), self.round.run.root)
+            kept = read_prediction(folder, sample.id)
             prediction = kept or self._predict(sample)
             with self._lock:
                 self._recent[sample.id] = prediction

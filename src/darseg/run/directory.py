@@ -34,6 +34,7 @@ from darseg.data.files import (
     open_file,
     open_to_append,
     raise_if_unreadable,
+    refuse_link,
     refuse_links_out_of,
     remove_leftovers,
     storage_error,
@@ -153,6 +154,7 @@ class RunDirectory:
         the journal cannot be written, or if a link leads out of the folder.
         """
         refuse_links_out_of(self.root)
+        self.refuse_links()
         try:
             journal = open_to_append(self.journal)
         except OSError as error:
@@ -167,6 +169,15 @@ class RunDirectory:
             yield locked
         finally:
             journal.close()
+
+    def refuse_links(self) -> None:
+        """Raise StorageError if a link leads out of the folder, except among label maps and predictions.
+
+        The report is only written, and replaces a link.
+        """
+        for path in (*self.root.glob("*"), *self.root.glob("round_*/*")):
+            if path.is_symlink() and path != self.report:
+                refuse_link(path, self.root)
 
     def labels(self, index: int) -> Path:
         return self.round(index) / "labels"
@@ -301,16 +312,20 @@ class RunDirectory:
             )
 
     def _copy(self, source_run: RunDirectory, index: int, step: str, *, record: StepRecord) -> None:
-        """Take over the results of a step that are what its record says; links out of it are refused."""
+        """Take over the results of a step that are what its record says; links out of it are refused.
+
+        Only files are copied, and not their modes: a foreign file could be one that runs with its owner's rights.
+        """
+        folder = source_run.round(index)
+        for name in record.outputs:
+            refuse_link(folder / name, source_run.root)
+            refuse_links_out_of(folder / name, files=True)
         source_run._check_outputs(
             index, record, "Restore them, or train without --reuse. They belong to the run to reuse"
         )
         for name in record.outputs:
-            source, target = source_run.round(index) / name, self.round(index) / name
-            if source.is_dir():
-                refuse_links_out_of(source)
-                shutil.copytree(source, target, dirs_exist_ok=True)
-            else:
+            for source in _files_of(folder / name):
+                target = self.round(index) / source.relative_to(folder)
                 write_whole_with(target, lambda aside, source=source: shutil.copyfile(source, aside))
         write_json(self.record_path(index, step), vars(record))
 
@@ -413,11 +428,7 @@ def write_json(path: Path, value: Any) -> None:
 def digest_path(path: Path) -> str:
     """SHA-256 of a file, or of a folder's paths and file digests; "missing" if there is neither (a pipe)."""
     if path.is_dir():
-        lines = [
-            f"{p.relative_to(path).as_posix()} {digest_path(p)}"
-            for p in sorted(path.rglob("*"))
-            if p.is_file()
-        ]
+        lines = [f"{file.relative_to(path).as_posix()} {digest_path(file)}" for file in _files_of(path)]
         return digest_text("\n".join(lines))
     if not path.is_file():
         return "missing"
@@ -430,6 +441,14 @@ def digest_path(path: Path) -> str:
         raise_if_unreadable(error, path)
         raise
     return sha.hexdigest()
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files in a folder and below it, in order; no pipes and devices, and nothing in folders behind links.
+
+    Of a file, itself.
+    """
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
 def digest_state(state: Mapping[str, torch.Tensor]) -> str:

@@ -33,7 +33,7 @@ from darseg.data.prediction import Prediction
 from darseg.errors import DarsegError, printable
 from darseg.run.browse import LabeledRound, Repredictor
 from darseg.run.marks import change_marks, read_marks
-from darseg.view.guard import Guard, Keys, in_one_line
+from darseg.view.guard import Guard, in_one_line
 from darseg.view.pictures import colormap, hex_color, indexed_png, jpeg, pixel_at
 from darseg.view.table import Filter, Table, number
 
@@ -97,9 +97,9 @@ class Viewer:
         return read_marks(self.round.run, self.table.position)
 
 
-def viewer_app(round_: LabeledRound, keys: Keys) -> ASGIApp:
-    """The page of a round and all it asks for, as an ASGI application. keys: what requests need."""
-    viewer, stop = Viewer.of_round(round_, keys.token), threading.Event()
+def viewer_app(round_: LabeledRound, token: str) -> ASGIApp:
+    """The page of a round and all it asks for, as an ASGI application. token: what requests must hold."""
+    viewer, stop = Viewer.of_round(round_, token), threading.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
@@ -122,7 +122,7 @@ def viewer_app(round_: LabeledRound, keys: Keys) -> ASGIApp:
         HTTPException: send_refusal,
         Exception: send_fault,
     }
-    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), keys)
+    return Guard(Starlette(routes=routes, exception_handlers=handlers, lifespan=lifespan), token)
 
 
 async def send_file(viewer: Viewer, request: Request) -> Response:

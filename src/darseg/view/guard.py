@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import dataclass, field
 from urllib.parse import parse_qs
 
-from starlette.responses import PlainTextResponse, RedirectResponse
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ADDRESS = "127.0.0.1"
@@ -28,35 +27,13 @@ SCHEME = "token "
 _log = logging.getLogger("uvicorn.error")
 
 
-def _drawn() -> str:
-    return secrets.token_urlsafe(24)
+def draw_token() -> str:
+    """A new secret that every request must hold: the other users of the machine reach the server, too.
 
-
-@dataclass
-class Keys:
-    """What a request needs: the other users of the machine reach the server, too.
-
-    Not a cookie: browsers send those of 127.0.0.1 to the servers of all users, whatever their port.
-
-    Attributes:
-        token: in the address that is printed, and in every request.
-        once: admits one request for the page, which is sent on to the address with the token. The browser is started
-            with it, because every user of the machine can list the arguments of processes.
+    It stands in the address that is printed. It is not in a cookie: browsers send those of 127.0.0.1 to the servers of all
+    users, whatever their port.
     """
-
-    token: str = field(default_factory=_drawn)
-    once: str | None = field(default_factory=_drawn)
-
-    def admit(self, given: str) -> bool:
-        """Whether this is the token."""
-        return secrets.compare_digest(given.encode(), self.token.encode())
-
-    def use_once(self, given: str) -> bool:
-        """Whether this is the key for one request, which it then no longer is."""
-        if self.once is None or not secrets.compare_digest(given.encode(), self.once.encode()):
-            return False
-        self.once = None
-        return True
+    return secrets.token_urlsafe(24)
 
 
 class Guard:
@@ -65,8 +42,8 @@ class Guard:
     A foreign page could make its own name resolve to 127.0.0.1 (DNS rebinding). Then the browser sends that name as Host.
     """
 
-    def __init__(self, app: ASGIApp, keys: Keys) -> None:
-        self.app, self.keys = app, keys
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
@@ -94,10 +71,7 @@ class Guard:
     def _answer(self, scope: Scope) -> ASGIApp | None:
         """The answer to a request that the viewer itself does not get to see; None if it does."""
         reason = refusal(scope)
-        given = _token(scope)
-        if reason is None and not self.keys.admit(given):
-            if scope["method"] == "GET" and scope["path"] == "/" and self.keys.use_once(given):
-                return RedirectResponse(f"/?token={self.keys.token}", 303)
+        if reason is None and not secrets.compare_digest(_token(scope).encode(), self.token.encode()):
             reason = (
                 "This address has no valid token. Open the whole address that darseg view printed when it was started; "
                 "every start has a new token."

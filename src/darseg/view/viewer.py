@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Generator
@@ -21,7 +23,7 @@ from darseg.errors import RunError, printable
 from darseg.run.browse import LabeledRound, open_round
 from darseg.view.app import viewer_app
 from darseg.view.connections import WAITING, BoundedProtocol, log_in_one_line
-from darseg.view.guard import ADDRESS, Keys
+from darseg.view.guard import ADDRESS, draw_token
 
 PORT = 8765
 PORTS_TRIED = 20  # from PORT on, if the user asks for no port
@@ -52,19 +54,38 @@ def view_run(
     round_ = open_round(run, round_index)
     if pictures:
         round_ = replace(round_, stranger="")
-    keys = Keys()
-    server = server_of(round_, keys)
-    with _ctrl_c(lambda: setattr(server, "should_exit", True)), listen(port) as sock:
-        url = f"http://{ADDRESS}:{sock.getsockname()[1]}/?token="
+    token = draw_token()
+    server = server_of(round_, token)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_ctrl_c(lambda: setattr(server, "should_exit", True)))
+        sock = stack.enter_context(listen(port))
+        url = f"http://{ADDRESS}:{sock.getsockname()[1]}/?token={token}"
         count = len(round_.samples)
         if round_.stranger:
             say(printable(f"warning: {round_.stranger}"))
-        say(
-            f"{count} unlabeled images, pseudo labels of round {round_.index}: {url}{keys.token}  (Ctrl-C to stop)"
-        )
+        say(f"{count} unlabeled images, pseudo labels of round {round_.index}: {url}  (Ctrl-C to stop)")
         if open_browser:
-            webbrowser.open(f"{url}{keys.once}")  # the socket already listens, so the browser waits
+            page = stack.enter_context(_leading_to(url))
+            webbrowser.open(page.as_uri())  # the socket already listens, so the browser waits
         server.run([sock])
+
+
+@contextlib.contextmanager
+def _leading_to(url: str) -> Generator[Path, None, None]:
+    """A page that leads to an address and that only this user can read; it is there within the block.
+
+    The browser is started with its path, because every user of the machine can list the arguments of processes.
+    """
+    with tempfile.TemporaryDirectory(prefix="darseg_view_") as folder:  # with mode 0700
+        page = Path(folder) / "open.html"
+        with open(
+            page, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)
+        ) as file:
+            file.write(
+                '<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer"><title>darseg view</title>'
+                f'<meta http-equiv="refresh" content="0; url={url}"><a href="{url}">darseg view</a>\n'
+            )
+        yield page
 
 
 @contextlib.contextmanager
@@ -88,10 +109,10 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
 
-def server_of(round_: LabeledRound, keys: Keys) -> uvicorn.Server:
-    """The server of a round's page, to be run with a socket. keys: what requests need."""
+def server_of(round_: LabeledRound, token: str) -> uvicorn.Server:
+    """The server of a round's page, to be run with a socket. token: what requests must hold."""
     config = uvicorn.Config(
-        viewer_app(round_, keys),
+        viewer_app(round_, token),
         log_level="error",
         access_log=False,
         server_header=False,
