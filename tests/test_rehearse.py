@@ -17,10 +17,11 @@ from darseg.run import predict as predict_module
 from darseg.run import rounds
 from darseg.run.build import build_initial_network, manifest_of, spec_of
 from darseg.run.check import read_all
-from darseg.run.directory import RunDirectory, digest_state
+from darseg.run.directory import RunDirectory
 from darseg.run.predict import predict_folder
 from darseg.run.rehearse import rehearse
 from darseg.run.remedies import memory_reason
+from darseg.run.settings import digest_state
 from wording import refused, says
 
 QUIET = Console(quiet=True)

@@ -264,6 +264,14 @@ def _remove_unlocked(path: Path) -> None:
         os.close(descriptor)
 
 
+def regular_files(path: Path) -> list[Path]:
+    """The files in a folder and below it, in order; no pipes and devices, and nothing in folders behind links.
+
+    Of a file, itself.
+    """
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
 def refuse_links_out_of(folder: Path, files: bool = False) -> None:
     """Raise StorageError if a writer would leave the folder through a link to a folder elsewhere.
 

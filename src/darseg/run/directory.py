@@ -27,8 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from darseg.data.files import (
     ASIDE,
     open_file,
@@ -36,6 +34,7 @@ from darseg.data.files import (
     raise_if_unreadable,
     refuse_link,
     refuse_links_out_of,
+    regular_files,
     remove_leftovers,
     storage_error,
     write_whole,
@@ -324,7 +323,7 @@ class RunDirectory:
             index, record, "Restore them, or train without --reuse. They belong to the run to reuse"
         )
         for name in record.outputs:
-            for source in _files_of(folder / name):
+            for source in regular_files(folder / name):
                 target = self.round(index) / source.relative_to(folder)
                 write_whole_with(target, lambda aside, source=source: shutil.copyfile(source, aside))
         write_json(self.record_path(index, step), vars(record))
@@ -428,8 +427,8 @@ def write_json(path: Path, value: Any) -> None:
 def digest_path(path: Path) -> str:
     """SHA-256 of a file, or of a folder's paths and file digests; "missing" if there is neither (a pipe)."""
     if path.is_dir():
-        lines = [f"{file.relative_to(path).as_posix()} {digest_path(file)}" for file in _files_of(path)]
-        return digest_text("\n".join(lines))
+        files = regular_files(path)
+        return digest_text("\n".join(f"{p.relative_to(path).as_posix()} {digest_path(p)}" for p in files))
     if not path.is_file():
         return "missing"
     sha = hashlib.sha256()
@@ -440,21 +439,4 @@ def digest_path(path: Path) -> str:
     except OSError as error:
         raise_if_unreadable(error, path)
         raise
-    return sha.hexdigest()
-
-
-def _files_of(path: Path) -> list[Path]:
-    """The files in a folder and below it, in order; no pipes and devices, and nothing in folders behind links.
-
-    Of a file, itself.
-    """
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
-def digest_state(state: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the names and bytes of a state dict."""
-    sha = hashlib.sha256()
-    for name, tensor in state.items():
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()

@@ -37,7 +37,6 @@ from darseg.run.directory import (
     RunDirectory,
     check_format,
     digest_path,
-    digest_state,
     open_run,
     write_json,
 )
@@ -46,6 +45,7 @@ from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
 from darseg.run.rehearse import rehearse
 from darseg.run.reuse import Judgment, judge_contents
+from darseg.run.settings import digest_state
 from darseg.run.signals import catch_signals
 from darseg.run.steps.align import align_round
 from darseg.run.steps.evaluate import evaluate_round

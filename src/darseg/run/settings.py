@@ -8,10 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
+import torch
+
 
 def digest_text(text: str) -> str:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_state(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and bytes of a state dict."""
+    sha = hashlib.sha256()
+    for name, tensor in state.items():
+        sha.update(name.encode())
+        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def digest_settings(**settings: Any) -> str:

@@ -82,7 +82,7 @@ def _leading_to(url: str) -> Generator[Path, None, None]:
             page, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)
         ) as file:
             file.write(
-                '<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer"><title>darseg view</title>'
+                '<!doctype html><meta charset="utf-8"><meta name="referrer" content="no-referrer">'
                 f'<meta http-equiv="refresh" content="0; url={url}"><a href="{url}">darseg view</a>\n'
             )
         yield page
