@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -216,6 +217,18 @@ def test_waiting_scores_are_stored_exactly(seed: int, k: int, h: int, w: int, dt
 def test_damaged_scores_are_refused() -> None:
     whole = scores_to_bytes(np.zeros((2, 3, 4), np.float16))
     for damaged in (b"", whole[:-5], whole[:10] + b"x" + whole[11:], b"nothing of that kind"):
+        with pytest.raises(DataError, match="not stored scores"):
+            scores_from_bytes(damaged)
+    large = b"\x28\xb5\x2f\xfd\xe0" + (1 << 40).to_bytes(
+        8, "little"
+    )  # the head of a frame that states its size
+    heads = [
+        b"[" * 100_000,
+        b'{"dtype": "object", "shape": [1, 1, 1]}',
+        b'{"dtype": "float16", "shape": [2]}',
+    ]
+    foreign = [zstandard.ZstdCompressor().compress(head + b"\n" + bytes(8)) for head in heads]
+    for damaged in (large, *foreign):
         with pytest.raises(DataError, match="not stored scores"):
             scores_from_bytes(damaged)
 

@@ -252,6 +252,16 @@ def test_a_record_that_is_none_is_refused(run: Path, change: dict[str, Any]) -> 
         RunDirectory(run).read_record(0, "train")
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_stands_in_the_place_of_a_record_is_named(run: Path, kind: str) -> None:
+    path = run / "round_0" / "train.json"
+    path.unlink()
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with refused(RunError, str(path), kind, "not a file") as caught:
+        RunDirectory(run).read_record(0, "train")
+    assert "permissions" not in str(caught.value)
+
+
 def test_the_records_of_a_run_are_read_as_they_were_written(run: Path) -> None:
     for index, step in ((0, "train"), (0, "evaluate"), (1, "label"), (1, "train"), (1, "evaluate")):
         record = RunDirectory(run).read_record(index, step)

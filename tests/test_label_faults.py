@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,31 @@ def test_a_damaged_or_foreign_record_is_refused(source: Path, tmp_path: Path, te
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / name).write_text(text)
     with refused(RunError, str(tmp_path / "out" / name)):
+        redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kept": "x"},
+        {"kept": [1.5, 2]},
+        {"predicted": [10**30, 0]},
+        {"threshold": [[], {}]},
+        {"classes": [1, 2]},
+        {"classes": "ab"},
+        {"classes": ["a"]},
+        {"images": "\x1b[2J"},
+        {"alignment": {}},
+    ],
+    ids=str,
+)
+def test_a_finished_result_is_checked_before_it_is_printed(
+    source: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO)
+    path = tmp_path / "out" / "redistribution.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with refused(RunError, str(path), "damaged"):
         redistribute_quietly(source, tmp_path / "out", COUNTS, RATIO)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from conftest import write_png
+from darseg.data import video
 from darseg.data.images import read_image
 from darseg.data.video import USUAL_RATE, VideoWriter, read_frames, video_facts, writable_rate
 from darseg.demo.scenes import draw_scene
@@ -489,3 +490,29 @@ def test_odd_videos_do_not_end_the_others(
         vary=[r"predict: .* left", r"\d of 4", r"\(frame.*\)"],
     )
     says(errors, "2 file(s)", "wide.mp4", "8300x16", "zero.mp4")
+
+
+PLAYLISTS = {
+    "concat": "ffconcat version 1.0\nfile private.avi\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:1,\nprivate.avi\n#EXT-X-ENDLIST\n",
+    "sdp": "v=0\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+def test_playlists_are_no_videos(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that is called .mp4 could name any file and address of this machine's network."""
+    monkeypatch.delenv(video.OPTIONS, raising=False)
+    write_video(tmp_path / "private.avi", [picture(1)] * 3)
+    (tmp_path / "a.mp4").write_text(PLAYLISTS[kind])
+    with refused(DataError, str(tmp_path / "a.mp4")):
+        list(read_frames(tmp_path / "a.mp4"))
+    assert video.OPTIONS not in os.environ
+    monkeypatch.setenv(
+        video.OPTIONS, "format_whitelist;concat,hls,sdp"
+    )  # a user's options stay, and do not loosen this
+    with pytest.raises(DataError):
+        video_facts(tmp_path / "a.mp4")
+    assert os.environ[video.OPTIONS] == "format_whitelist;concat,hls,sdp"
+    monkeypatch.delenv(video.OPTIONS)
+    assert len(list(read_frames(tmp_path / "private.avi"))) == 3

@@ -529,6 +529,24 @@ def test_fetch_from_a_file(tmp_path: Path) -> None:
     assert fetch(source.as_uri(), DIGEST, tmp_path / "cache").read_bytes() == CONTENT
 
 
+def test_only_files_are_fetched_and_leftovers_go(tmp_path: Path) -> None:
+    """A pipe would be waited on, and a kill in the meantime would leave the half-written file."""
+    os.mkfifo(tmp_path / "pipe.pth")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/old.pth.0123456789abcdef.part").write_bytes(b"half")
+    for path, kind in (
+        (tmp_path / "pipe.pth", "named pipe"),
+        (Path("/dev/zero"), "device"),
+        (tmp_path, "folder"),
+    ):
+        with refused(WeightsError, path.as_uri(), kind):
+            fetch(path.as_uri(), DIGEST, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    for name in ("a%00b.pth", "x" * 400, "..%2f..%2f..", "%1b[2J"):
+        with pytest.raises(WeightsError):
+            fetch(f"file:///nowhere/{name}", DIGEST, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("name", ["net.pth", "short.pth"])
 def test_files_with_another_digest_are_refused(name: str, server: str, tmp_path: Path) -> None:
     wanted = "0" * 64 if name == "net.pth" else DIGEST

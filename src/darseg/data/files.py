@@ -39,7 +39,7 @@ _KINDS = {
 
 # --- reading
 
-_ACCESS = (
+ACCESS = (
     errno.EACCES,
     errno.EPERM,
     errno.EIO,
@@ -91,7 +91,7 @@ def read_text(path: Path | str, encoding: str = "utf-8", errors: str = "strict")
 def raise_if_unreadable(error: BaseException, path: Path) -> None:
     """Raise StorageError if this error is about the access to a file, whose content may be whole."""
     cause = _os_error(error)
-    if cause is not None and cause.errno in _ACCESS:
+    if cause is not None and cause.errno in ACCESS:
         denied = cause.errno in (errno.EACCES, errno.EPERM)
         remedy = "Change its permissions." if denied else _REMEDIES.get(cause.errno, "Try again.")
         raise StorageError(f"Cannot read {path}: {os.strerror(cause.errno)}. {remedy}") from error
@@ -99,7 +99,7 @@ def raise_if_unreadable(error: BaseException, path: Path) -> None:
 
 def explained(error: OSError) -> str:
     """A message about a file that the system refuses, from an error nobody caught; empty for others."""
-    if error.filename is None or error.errno not in (*_ACCESS, *_GONE):
+    if error.filename is None or error.errno not in (*ACCESS, *_GONE):
         return ""
     if error.errno in _GONE:
         return f"{error.filename}: {error.strerror}. Check the path. If it was there when the command began, put it back."
@@ -265,7 +265,7 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def regular_files(path: Path) -> list[Path]:
-    """The files in a folder and below it, in order; no pipes and devices, and nothing in folders behind links.
+    """The files in a folder and below it, in order; no pipes and devices, nothing behind linked folders.
 
     Of a file, itself.
     """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,12 @@ HIGHEST_RATE = 240.0
 
 CODEC = "mp4v"
 """MPEG-4 part 2: OpenCV from the package index can write it into .mp4 files on every system."""
+
+FORMATS = "mov,matroska,avi,flv,asf,mpeg,mpegts"
+"""FFmpeg's formats of files that hold their frames themselves; a playlist would open other files and addresses."""
+
+OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
+"""OpenCV passes what this variable holds on to FFmpeg; there is no argument for it."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +145,7 @@ def _open(path: Path) -> cv2.VideoCapture:
         ) from error
     # Without a colon in front of the first slash, which FFmpeg would take for a protocol. With one thread, what FFmpeg
     # prints belongs to the frame that is read.
-    with together_quietly():
+    with together_quietly(), _this_file_alone():
         capture = cv2.VideoCapture(os.path.abspath(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
     if not capture.isOpened():
         raise DataError(
@@ -146,6 +153,24 @@ def _open(path: Path) -> cv2.VideoCapture:
             "of a type that OpenCV does not read. Copy it again, or convert it."
         )
     return capture
+
+
+_opening = threading.Lock()
+
+
+@contextlib.contextmanager
+def _this_file_alone() -> Generator[None, None, None]:
+    """Inside the block, FFmpeg opens no playlists, and no other addresses than files."""
+    with _opening:
+        before = os.environ.get(OPTIONS)
+        limits = f"format_whitelist;{FORMATS}|protocol_whitelist;file"
+        os.environ[OPTIONS] = f"{before}|{limits}" if before else limits
+        try:
+            yield
+        finally:
+            os.environ.pop(OPTIONS)
+            if before is not None:
+                os.environ[OPTIONS] = before
 
 
 class VideoWriter:

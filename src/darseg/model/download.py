@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import re
 import ssl
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from darseg.data.files import write_whole_with
+from darseg.data.files import check_regular, open_file, remove_leftovers, write_whole_with
 from darseg.errors import WeightsError
 
 CHUNK = 1 << 20
@@ -31,6 +32,9 @@ LONGEST = 7200.0
 
 LARGEST = 8 << 30
 """Bytes of a download at most."""
+
+LONGEST_NAME = 60
+"""Characters of an address that name its file in the cache: at most 240 bytes."""
 
 SHORTEST_DIGEST = 16
 """Hex digits, unless over https: a file with 8 given digits can be made in minutes."""
@@ -58,6 +62,7 @@ def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
     """
     digest = sha256.lower()
     name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "weights"
+    name = re.sub(r"[^\w.+ -]", "_", name)[-LONGEST_NAME:]
     target = cache_dir / f"{digest[:12]}-{name}"  # files of one name at two addresses do not collide
     if target.is_file() and _file_digest(target).startswith(digest):
         return target
@@ -66,6 +71,7 @@ def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
             f"{url}: the sha256 has {len(digest)} hex digits, and without https at least {SHORTEST_DIGEST} are needed. "
             "Give more digits, or an https address."
         )
+    remove_leftovers(cache_dir)
     write_whole_with(target, lambda aside: _download(url, aside, digest))
     return target
 
@@ -73,10 +79,12 @@ def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
 def _download(url: str, out: Path, digest: str) -> None:
     """Write what is behind `url` to `out`. Raises WeightsError, or OSError if it cannot be written."""
     try:
+        if urllib.parse.urlsplit(url).scheme == "file":
+            check_regular(urllib.request.url2pathname(urllib.parse.urlsplit(url).path))
         response = urllib.request.urlopen(
             urllib.request.Request(url, headers={"User-Agent": "darseg"}), timeout=TIMEOUT
         )
-    except NETWORK_ERRORS as error:
+    except (*NETWORK_ERRORS, OSError) as error:
         raise _unreachable(url, error) from error
     with response, open(out, "wb") as file:
         if len(digest) < SHORTEST_DIGEST and not response.geturl().lower().startswith("https:"):
@@ -143,7 +151,7 @@ def _too_large(url: str, size: str) -> WeightsError:
 
 def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()

@@ -72,14 +72,9 @@ class PseudoLabelSet:
             histogram: file of `ConfidenceHistogram.to_bytes`.
             thresholds: JSON file of `to_json`.
         """
-        path, alignment = thresholds, None
+        path = thresholds
         try:
-            described = read_json(thresholds)
-            kept, read = np.array(described["kept"]), Thresholds.from_json(described)
-            if kept.dtype != np.int64 or kept.shape != read.accept.shape or kept.min(initial=0) < 0:
-                raise ValueError("'kept' must be a count for each class")
-            if "alignment" in described:
-                alignment = Alignment.from_json(described["alignment"])
+            read, kept, alignment = described_labels(read_json(thresholds))
             path = histogram
             counts = ConfidenceHistogram.from_bytes(read_file(histogram))
             if len(counts.counts) != len(kept):
@@ -96,6 +91,22 @@ class PseudoLabelSet:
         return tuple(
             replace(sample, label=label_path(self.folder, sample.id), encoding=PLAIN) for sample in unlabeled
         )
+
+
+def described_labels(described: Any) -> tuple[Thresholds, NDArray[np.int64], Alignment | None]:
+    """Thresholds, kept pixels int64 [K], and any alignment of what `PseudoLabelSet.to_json` made.
+
+    Raises DataError, ValueError, TypeError, KeyError or OverflowError for anything else.
+    """
+    kept, thresholds = np.array(described["kept"]), Thresholds.from_json(described)
+    if kept.dtype != np.int64 or kept.shape != thresholds.accept.shape or kept.min(initial=0) < 0:
+        raise ValueError("'kept' must be a count for each class")
+    if "alignment" not in described:
+        return thresholds, kept, None
+    alignment = Alignment.from_json(described["alignment"])
+    if len(alignment.weights) != len(kept):
+        raise ValueError(f"it aligns {len(alignment.weights)} classes instead of {len(kept)}")
+    return thresholds, kept, alignment
 
 
 def prediction_path(folder: Path, sample_id: str) -> Path:

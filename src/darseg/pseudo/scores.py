@@ -16,7 +16,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from darseg.data.files import read_file, write_whole
+from darseg.data.files import parse_json, read_file, write_whole
 from darseg.data.manifest import Sample
 from darseg.data.maps import path_of_id
 from darseg.data.pipeline import overlapped
@@ -24,6 +24,11 @@ from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.pixel_sample import PixelSample
+
+LARGEST = 2 << 30
+"""Bytes of stored scores unpacked. Larger ones are made again."""
+
+DTYPES = {name: np.dtype(name) for name in ("float16", "float32")}
 
 
 def scores_dtype(scale: ConfidenceScale) -> np.dtype:
@@ -60,13 +65,15 @@ def scores_from_bytes(data: bytes) -> NDArray:
     Raises DataError if the bytes are damaged or something else.
     """
     try:
+        if not 0 <= (size := zstandard.frame_content_size(data)) <= LARGEST:
+            raise ValueError(f"it would have {size:,} bytes unpacked, of {LARGEST:,} at most")
         head, body = zstandard.ZstdDecompressor().decompress(data).split(b"\n", 1)
-        about = json.loads(head)
-        dtype, shape = np.dtype(about["dtype"]), about["shape"]
-        planes = np.frombuffer(body, np.uint8).reshape(dtype.itemsize, *shape)
+        about = parse_json(head.decode())
+        dtype, (classes, height, width) = DTYPES[about["dtype"]], about["shape"]
+        planes = np.frombuffer(body, np.uint8).reshape(dtype.itemsize, classes, height, width)
         steps = np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(_bits(dtype))[..., 0]
         return np.cumsum(steps, axis=-1, dtype=steps.dtype).view(dtype)
-    except (zstandard.ZstdError, ValueError, KeyError, TypeError) as error:
+    except (zstandard.ZstdError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DataError(
             f"These {len(data)} bytes are not stored scores ({type(error).__name__}: {error}). Predict the image again."
         ) from error

@@ -16,10 +16,10 @@ from darseg.data.files import ASIDE, refuse_links_out_of, remove_leftovers
 from darseg.data.manifest import Sample, count_pixels
 from darseg.data.maps import label_path
 from darseg.data.prediction import SCALES, ConfidenceScale
-from darseg.errors import DarsegError, DataError, RunError, faults
+from darseg.errors import DarsegError, DataError, RunError, faults, shortened
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.labeling import Labeling
-from darseg.pseudo.labelset import Predictor, prediction_path
+from darseg.pseudo.labelset import Predictor, described_labels, prediction_path
 from darseg.pseudo.scores import ScoreSource, scores_path
 from darseg.run.class_counts import ClassCounts
 from darseg.run.directory import write_json
@@ -27,7 +27,7 @@ from darseg.run.journal import Journal
 from darseg.run.label_samples import check_disk, label_samples, waiting_bytes
 from darseg.run.label_task import LabelFiles, LabelTask
 from darseg.run.outputs import held_folder
-from darseg.run.records import read_object
+from darseg.run.records import damaged, read_object
 from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
 
@@ -139,7 +139,7 @@ def label_into_folder(
     journal = Journal(None, None, console or Console(quiet=not processes.first))
     with contextlib.ExitStack() as stack:
         if processes.from_first(lambda: _begin(job, size_of, stack, say=journal.say)):
-            return read_object(job.result, "Choose another folder.")
+            return _read_result(job)
         try:
             labels = label_samples(
                 job.samples,
@@ -156,7 +156,7 @@ def label_into_folder(
         names = list(job.classes.names) if job.classes.names else None
         described = labels.to_json() | {"classes": names, "images": len(job.samples)}
         processes.from_first(lambda: _finish(job, described))
-    return read_object(job.result, "Choose another folder.")
+    return _read_result(job)
 
 
 def _begin(
@@ -276,6 +276,25 @@ def _check_same(job: FolderJob, path: Path, changed: Sequence[str]) -> None:
             f"{job.out} was begun with other {' and '.join(changed)} (see {path.name}). Choose another folder, or "
             "restore what was changed and continue in this one."
         )
+
+
+def _read_result(job: FolderJob) -> dict[str, Any]:
+    """The content of `redistribution.json`. Raises RunError if it is damaged."""
+    record, count = read_object(job.result, "Choose another folder."), len(job.classes.counts)
+    try:
+        _, kept, _ = described_labels(record)
+        names, images = record["classes"], record["images"]
+        if len(kept) != count:
+            raise ValueError(f"counts of {len(kept)} classes instead of {count}")
+        if names is not None and not (
+            isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"'classes' is {shortened(names)}, expected {count} names")
+        if type(images) is not int or images < 0:
+            raise ValueError(f"'images' is {shortened(images)}, expected their number")
+    except (ValueError, TypeError, KeyError, OverflowError, DataError) as error:
+        raise damaged(job.result, f"{type(error).__name__}: {error}", "Choose another folder.") from error
+    return record
 
 
 def _read_record(path: Path) -> dict[str, Any]:

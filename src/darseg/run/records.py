@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from darseg.data.files import read_json
+from darseg.data.files import ACCESS, read_json
 from darseg.errors import RunError, shortened
 
 OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
@@ -95,7 +95,9 @@ def read_object(path: Path, remedy: str, kind: type = dict) -> Any:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror or error}. Check its permissions.") from error
+        # A folder or pipe in its place has no permissions to check.
+        what = "Check its permissions." if error.errno in ACCESS else remedy
+        raise RunError(f"{path} cannot be read: {error.strerror or error}. {what}") from error
     except ValueError as error:
         raise damaged(path, error, remedy) from error
     if not isinstance(value, kind):

@@ -28,7 +28,7 @@ _log = logging.getLogger("uvicorn.error")
 
 
 def draw_token() -> str:
-    """A new secret that every request must hold: the other users of the machine reach the server, too.
+    """A new secret that every request must hold, because other users of the machine reach the server.
 
     It stands in the address that is printed. It is no cookie: browsers send those of 127.0.0.1 to the servers of all
     users, whatever their port.
