@@ -123,19 +123,32 @@ def test_boxes_of_four_corners_are_polygons(tmp_path: Path) -> None:
     assert maps == {f"{kind}.png": 21 * 17 for kind in ("rectangle", "rotation", "polygon")} and not faults
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk", "cp1252"])
-def test_encodings_are_read_or_refused_with_the_cause(tmp_path: Path, encoding: str) -> None:
-    label = "Straße" if encoding == "cp1252" else "道路"
-    content = {"shapes": [_shape(label)], "imagePath": "a.jpg", "imageHeight": 30, "imageWidth": 40}
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "gbk"])
+def test_encodings_that_are_read(tmp_path: Path, encoding: str) -> None:
+    content = {"shapes": [_shape("道路a")], "imagePath": "图.jpg", "imageHeight": 30, "imageWidth": 40}
     (tmp_path / "a.json").write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
-    if encoding in ("gbk", "cp1252"):
-        with refused(DataError, "a.json", "UTF-8", "iconv -f GB18030", "CP1252"):
-            _drawn(tmp_path / "a.json", tmp_path / "out")
-    else:
-        assert rasterize_folder(tmp_path / "a.json", tmp_path / "out", background="back").classes == (
-            "back",
-            label,
-        )
+    drawn = rasterize_folder(tmp_path / "a.json", tmp_path / "out", background="back")
+    assert drawn.classes == ("back", "道路a") and (tmp_path / "out/图.png").is_file()
+    assert bool(drawn.warnings) == (encoding == "gbk")
+    if drawn.warnings:
+        says("\n".join(drawn.warnings), "1 image(s)", "a.json", "GB18030", "道路a", "图", "iconv")
+
+
+def test_a_coco_file_in_gbk_is_read(tmp_path: Path) -> None:
+    path = _coco(tmp_path / "c.json", _square(1), categories=[{"id": 1, "name": "裂缝"}])
+    path.write_bytes(json.dumps(json.loads(path.read_text()), ensure_ascii=False).encode("gbk"))
+    drawn = rasterize_folder(path, tmp_path / "out", background="back")
+    assert drawn.classes == ("back", "裂缝") and "2 image(s)" in drawn.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "label", ["Straße", "Größe", "Überzug", "crème brûlée"], ids=["one", "two", "first", "several"]
+)
+def test_a_western_encoding_is_not_taken_for_chinese(tmp_path: Path, label: str) -> None:
+    content = {"shapes": [_shape(label)], "imagePath": "a.jpg", "imageHeight": 30, "imageWidth": 40}
+    (tmp_path / "a.json").write_bytes(json.dumps(content, ensure_ascii=False).encode("cp1252"))
+    with refused(DataError, "a.json", "UTF-8", "iconv -f GB18030", "CP1252"):
+        _drawn(tmp_path / "a.json", tmp_path / "out")
 
 
 @pytest.mark.parametrize("ids", [("1", "1"), (1, "1"), ("1", 1)])

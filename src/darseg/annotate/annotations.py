@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
@@ -13,7 +14,7 @@ from darseg.annotate.cityscapes import read_cityscapes
 from darseg.annotate.coco import read_coco
 from darseg.annotate.cvat import read_cvat
 from darseg.annotate.labelme import read_labelme
-from darseg.annotate.records import parse_json, read_file
+from darseg.annotate.records import Parsed, parse_json, read_file
 from darseg.annotate.regions import AnnotatedImage, Annotations
 from darseg.choices import AnnotationFormat
 from darseg.data.foreign import foreign_format
@@ -45,17 +46,25 @@ def read_annotations(
         return _read_folder(path, format)
     data = read_file(path)
     is_markup = data[:64].lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(b"<")
-    content = None if format == "cvat" or (is_markup and format is None) else parse_json(path, data)
-    kind = format or ("cvat" if content is None else _recognize(path, content, data))
+    parsed = None if format == "cvat" or (is_markup and format is None) else parse_json(path, data)
+    kind = format or ("cvat" if parsed is None else _recognize(path, parsed.content, data))
     if panoptic_folder is not None and kind != "panoptic":
         raise DataError(_not_panoptic(f"{path} is a {kind} file"))
     if kind in PER_IMAGE:
         return _per_image(path.parent, {path.stem: path}, kind)
-    if kind == "cvat":
+    if kind == "cvat" or parsed is None:
         if foreign := foreign_format(path, data):
             raise DataError(f"{path} is {foreign.name}, which is not read. {foreign.remedy}.")
         return read_cvat(path, data)
-    return read_coco(path, content, (panoptic_folder or path.with_suffix("")) if kind == "panoptic" else None)
+    pngs = (panoptic_folder or path.with_suffix("")) if kind == "panoptic" else None
+    coco = read_coco(path, parsed.content, pngs)
+    return replace(coco, images=lambda: _marked(coco.images(), parsed))
+
+
+def _marked(images: Iterable[AnnotatedImage | str], parsed: Parsed) -> Iterator[AnnotatedImage | str]:
+    """The images of a file, which know whether it was read as Chinese."""
+    for image in images:
+        yield image if isinstance(image, str) else replace(image, chinese=parsed.chinese)
 
 
 def _not_panoptic(finding: str) -> str:
@@ -81,15 +90,17 @@ def _per_image(root: Path, files: Mapping[str, Path], format: str | None) -> Ann
         for relative, path in files.items():
             try:
                 data = read_file(path)
-                content = parse_json(path, data)
-                kind = format or _recognize(path, content, data)
+                parsed = parse_json(path, data)
+                kind = format or _recognize(path, parsed.content, data)
             except DataError as error:
                 yield str(error)
                 continue
             if kind == "labelme":
-                yield from read_labelme(path, content, PurePosixPath(relative).parent)
+                yield from _marked(
+                    read_labelme(path, parsed.content, PurePosixPath(relative).parent), parsed
+                )
             elif kind == "cityscapes":
-                yield from read_cityscapes(path, content, relative)
+                yield from _marked(read_cityscapes(path, parsed.content, relative), parsed)
             else:
                 yield (
                     f"{path}: {kind} annotations are one file for all images. Give this file instead of the folder {root}"

@@ -186,6 +186,7 @@ def _look(source: Annotations) -> _Survey:
     """Check all images without drawing them."""
     fault_lines: list[str] = []
     renamed: list[str] = []
+    chinese: list[AnnotatedImage] = []
     categories, skipped = Counter[str](), Counter[str]()
     same: dict[str, list[tuple[str, str]]] = {}  # id and place of images whose names differ at most in case
     for image in source.images():
@@ -195,6 +196,7 @@ def _look(source: Annotations) -> _Survey:
         categories.update(region.category for region in image.regions if region.category not in image.void)
         skipped.update(image.skipped)
         renamed += [image.renamed] if image.renamed else []
+        chinese += [image] if image.chinese else []
         same.setdefault(image.id.casefold(), []).append((image.id, image.where))
     for alike in same.values():
         if len(alike) > 1:
@@ -204,6 +206,8 @@ def _look(source: Annotations) -> _Survey:
             )
     where = dict(alike[0] for alike in same.values() if len(alike) == 1)
     warnings = [_renamed_line(renamed)] if renamed else []
+    if chinese:
+        warnings.append(_chinese_line(chinese))
     if unused := [name for name in source.categories or () if name not in categories]:
         warnings.append(f"no annotation is of these categories of the file: {', '.join(unused)}")
     return _Survey(categories, where, skipped=skipped, faults=tuple(fault_lines), warnings=tuple(warnings))
@@ -213,6 +217,16 @@ def _renamed_line(renamed: Sequence[str]) -> str:
     return (
         f"{len(renamed)} file(s) name another picture in 'imagePath' than the one with their own name, which was taken, "
         f"for example {renamed[0]}"
+    )
+
+
+def _chinese_line(images: Sequence[AnnotatedImage]) -> str:
+    names = dict.fromkeys(region.category for image in images for region in image.regions)
+    shown = [name for name in (*names, *(image.id for image in images)) if not name.isascii()]
+    return (
+        f"the annotations of {len(images)} image(s) are not UTF-8, for example {images[0].where}. They were read as "
+        f"GB18030 (Chinese Windows){': ' if shown else ''}{', '.join(shown[:4])}. If these names are wrong, convert the "
+        "files to UTF-8 with iconv"
     )
 
 

@@ -6,6 +6,7 @@ Messages leave out the place; the caller that reads the record adds it (`Faults.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,21 +42,49 @@ def read_file(path: Path) -> bytes:
         raise DataError(f"{path} cannot be read ({error.strerror or error}).") from error
 
 
-def parse_json(path: Path, data: bytes) -> Any:
-    """The content of a JSON file. Raises DataError if it is damaged."""
+@dataclass(frozen=True)
+class Parsed:
+    """The content of a JSON file, and whether it was not UTF-8 and read as Chinese (GB18030)."""
+
+    content: Any
+    chinese: bool = False
+
+
+def parse_json(path: Path, data: bytes) -> Parsed:
+    """The content of a JSON file. Raises DataError if it is damaged, or if its encoding is not known."""
     encoding = json.detect_encoding(data)
     try:
-        return files.parse_json(data.decode(encoding, "surrogatepass"))
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not {encoding.upper()}: byte {error.object[error.start]:#04x} at {error.start} is not valid. Old "
-            "versions of labelme write the encoding of their Windows. Convert the file, as with iconv -f GB18030 -t "
-            "UTF-8 (Chinese) or iconv -f CP1252 -t UTF-8 (western Europe)."
-        ) from error
+        try:
+            text, chinese = data.decode(encoding, "surrogatepass"), False
+        except UnicodeDecodeError as error:
+            text, chinese = _as_chinese(data), True
+            if text is None:
+                raise DataError(
+                    f"{path} is not {encoding.upper()}: byte {error.object[error.start]:#04x} at {error.start} is not "
+                    "valid. Old versions of labelme write the encoding of their Windows. Convert the file, as with "
+                    "iconv -f GB18030 -t UTF-8 (Chinese) or iconv -f CP1252 -t UTF-8 (western Europe)."
+                ) from error
+        return Parsed(files.parse_json(text), chinese)
     except ValueError as error:
         if kind := foreign_format(path, data):
             raise DataError(f"{path} is {kind.name}, which is not read. {kind.remedy}.") from None
         raise DataError(f"{path}: the JSON is damaged ({error}). Export or copy the file again.") from error
+
+
+_WESTERN = re.compile(
+    rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])|[A-Za-z][\x80-\xff]{2}[A-Za-z]"
+)
+"""One byte above 127 among others, or two between letters, as accented letters are. Chinese has pairs of them."""
+
+
+def _as_chinese(data: bytes) -> str | None:
+    """GB18030 as text, which includes GBK and GB2312; None if that is not what the bytes look like."""
+    if _WESTERN.search(data):
+        return None
+    try:
+        return data.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
 
 
 def field(record: Any, key: str, kind: type | UnionType) -> Any:

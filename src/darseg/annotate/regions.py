@@ -40,6 +40,7 @@ class AnnotatedImage:
         void: categories that are not classes unless the user names them.
         skipped: kinds of the shapes that are not areas, one for each shape.
         renamed: its file, and the picture that this names, if another one was taken; otherwise empty.
+        chinese: its file is not UTF-8 and was read as GB18030.
     """
 
     id: str
@@ -51,6 +52,7 @@ class AnnotatedImage:
     void: frozenset[str] = frozenset()
     skipped: tuple[str, ...] = ()
     renamed: str = ""
+    chinese: bool = False
 
 
 @dataclass(frozen=True)

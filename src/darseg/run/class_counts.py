@@ -9,6 +9,7 @@ from typing import Any
 
 from darseg.data.files import parse_json, read_text
 from darseg.errors import DataError, faults
+from darseg.run.class_names import name_faults
 from darseg.run.prior import read_yaml_pairs
 
 EXAMPLE = "for example [9000, 120]"
@@ -72,14 +73,7 @@ def _yaml(text: str, path: Path) -> list[Any]:
 def _by_name(pairs: _Pairs, source: str, names: Sequence[str] | None) -> ClassCounts:
     """Counts by name, in the order of `names`. Raises DataError for double, unknown and missing names."""
     given = [name for name, _ in pairs]
-    lines = [
-        f"{name}: given {given.count(name)} times" for name in dict.fromkeys(given) if given.count(name) > 1
-    ]
-    if names is not None:
-        unknown = [name for name in dict.fromkeys(given) if name not in names]
-        missing = [name for name in names if name not in given]
-        lines += [f"not a class: {', '.join(unknown)}"] if unknown else []
-        lines += [f"missing: {', '.join(missing)}"] if missing else []
+    lines = name_faults([(name, "") for name in given], given if names is None else names)
     if lines:
         expected = "" if names is None else f" The classes are {', '.join(names)}."
         raise DataError(faults(f"{source}: expected one count for each class.{expected} What differs", lines))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,27 @@ from darseg.run.journal import Journal
 from darseg.training.processes import Processes
 
 REMEDY = "Give the recipe that the network was trained with, or call its classes the same"
+
+
+def name_faults(given: Sequence[tuple[str, str]], names: Sequence[str]) -> list[str]:
+    """Lines about names that are given twice, that are not among `names`, or that are missing.
+
+    Args:
+        given: each name with its place; the place may be empty.
+    """
+    places: dict[str, list[str]] = {}
+    for name, place in given:
+        places.setdefault(name, []).append(place)
+    lines = []
+    for name, group in places.items():
+        if len(group) > 1:
+            where = ", ".join(dict.fromkeys(filter(None, group)))
+            lines.append(f"{name}: given {len(group)} times{f' ({where})' if where else ''}; keep one")
+    unknown = [name for name in places if name not in names]
+    missing = [name for name in names if name not in places]
+    lines += [f"not a class: {', '.join(unknown)}"] if unknown else []
+    lines += [f"missing: {', '.join(missing)}"] if missing else []
+    return lines
 
 
 def order_by_recipe(source: Path | str, spec: NetworkSpec, classes: ClassSet) -> Order | None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from darseg.data.files import parse_json, read_text
 from darseg.errors import DataError, faults, shortened
+from darseg.run.class_names import name_faults
 
 Prior = Path | str | Mapping[str, float] | Sequence[float]
 """The shares of the classes as a user gives them; see `class_shares`."""
@@ -67,20 +68,8 @@ def _by_class(entries: Sequence[_Entry], names: Sequence[str]) -> tuple[list[_En
         if len(entries) != len(names):
             lines.append(f"the list has {len(entries)} numbers; expected {len(names)}, one per class")
         return list(entries), lines
-    lines, by_name = [], {}
-    for entry in entries:
-        assert entry.name is not None
-        if entry.name in by_name:
-            lines.append(
-                f"{entry.place}: {entry.name} is given twice, first at {by_name[entry.name].place}; remove one"
-            )
-        by_name.setdefault(entry.name, entry)
-    unknown = [name for name in by_name if name not in names]
-    missing = [name for name in names if name not in by_name]
-    if unknown:
-        lines.append(f"not a class of the network: {', '.join(unknown)}")
-    if missing:
-        lines.append(f"missing: {', '.join(missing)}")
+    by_name = {entry.name: entry for entry in entries if entry.name is not None}
+    lines = name_faults([(entry.name or "", entry.place) for entry in entries], names)
     return [by_name[name] for name in names if name in by_name], lines
 
 
