@@ -96,9 +96,7 @@ def _per_image(root: Path, files: Mapping[str, Path], format: str | None) -> Ann
                 yield str(error)
                 continue
             if kind == "labelme":
-                yield from _marked(
-                    read_labelme(path, parsed.content, PurePosixPath(relative).parent), parsed
-                )
+                yield from _marked(read_labelme(path, parsed.content, PurePosixPath(relative).parent), parsed)
             elif kind == "cityscapes":
                 yield from _marked(read_cityscapes(path, parsed.content, relative), parsed)
             else:

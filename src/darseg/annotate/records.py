@@ -71,9 +71,7 @@ def parse_json(path: Path, data: bytes) -> Parsed:
         raise DataError(f"{path}: the JSON is damaged ({error}). Export or copy the file again.") from error
 
 
-_WESTERN = re.compile(
-    rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])|[A-Za-z][\x80-\xff]{2}[A-Za-z]"
-)
+_WESTERN = re.compile(rb"(?<![\x80-\xff])[\x80-\xff](?![\x80-\xff])|[A-Za-z][\x80-\xff]{2}[A-Za-z]")
 """One byte above 127 among others, or two between letters, as accented letters are. Chinese has pairs of them."""
 
 
