@@ -27,6 +27,8 @@ from darseg.errors import RecipeError
 from darseg.run.build import manifest_of
 from darseg.run.check import check
 from darseg.run.data_digest import digest_manifest
+from darseg.run.predict import predict_folder
+from darseg.run.rounds import train
 from wording import refused, says
 
 CLASSES = class_set(["field", "road"])
@@ -123,6 +125,25 @@ def test_pictures_without_marks_are_read_as_before(tmp_path: Path) -> None:
         followed = follow_marks(manifest, orientation)
         assert digest_manifest(followed) == digests and replace(followed, marks=None) == manifest
     assert digest_manifest(follow_marks(manifest, "stored")) != digests
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_run_predicts_pictures_as_it_read_its_own(tmp_path: Path, stored: bool) -> None:
+    for k in range(4):
+        put(tmp_path / f"set/images/{k}.jpg", encoded(mark=6))
+        label(tmp_path / f"set/labels/{k}.png", (H, W) if stored else (W, H))
+    values = recipe_dict(tmp_path / "set") | {"rounds": [{"steps": 1}]}
+    values["data"] = {"root": str(tmp_path / "set"), "classes": ["field", "road"]}
+    values["data"]["validation"] = {"every": 2}
+    values["training"] |= {"crop": 33, "batch": 2}
+    path = put(tmp_path / "r.yaml", yaml.safe_dump(values).encode())
+    train(load_recipe(path), tmp_path / "run")
+    put(tmp_path / "in/new.jpg", encoded(mark=8))
+    predicted = predict_folder(tmp_path / "run", tmp_path / "in", tmp_path / "out", ["index"])
+    assert read_image(tmp_path / "out/index/new.png").shape[:2] == ((H, W) if stored else (W, H))
+    says("\n".join(predicted.notes), "1 image(s)", "stored" if stored else "upright")
+    told = predict_folder(tmp_path / "run", tmp_path / "in", tmp_path / "told", ["index"], recipe=path)
+    assert "upright" in "\n".join(told.notes)
 
 
 def test_a_turned_label_file_is_reported(tmp_path: Path) -> None:

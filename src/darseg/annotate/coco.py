@@ -120,7 +120,8 @@ def _index(path: Path, content: Any) -> _File:
             number = _id_of(annotation, "image_id")
             if number not in annotations_of:
                 raise DataError(
-                    f"'image_id' is {shortened(annotation['image_id'])}, but no image has this id, so the area is in no map"
+                    f"'image_id' is {shortened(annotation['image_id'])}, but no image has this id, so the area is in "
+                    "no map"
                 )
             annotations_of[number].append(k)
             placed += 1

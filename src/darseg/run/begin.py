@@ -12,7 +12,7 @@ import darseg
 from darseg.config.text import dump_recipe
 from darseg.data.examine import reading_notes
 from darseg.data.files import write_whole
-from darseg.run.build import bf16_is_emulated, evaluation_protocol, pick_device
+from darseg.run.build import bf16_is_emulated, chosen_orientation, evaluation_protocol, pick_device
 from darseg.run.check import unread_data
 from darseg.run.course import Course
 from darseg.run.data_digest import written_since
@@ -64,7 +64,7 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
         journal.say(f"Going on in {run.root}: {counts}")
         _say_what_changed(course, now, changes)
     else:
-        write_json(run.environment, now)
+        write_json(run.environment, now | chosen_orientation(course.recipe, course.manifest))
         unaligned = {"not_aligned": reason} if reason else {}
         journal.event("started", environment=now, weights=weights_from, **unaligned)
         journal.say(f"New run in {run.root}: {counts}")

@@ -33,11 +33,15 @@ from darseg.model.weights import load_network, load_weights
 from darseg.run.directory import RunDirectory
 from darseg.run.machine import default_threads
 from darseg.run.moved import with_moved_data
+from darseg.run.records import read_plain
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
 IMAGES, LABELS = "images", "labels"
 """Folders below data.root, unless the recipe names others."""
+
+ORIENTATION = "orientation"
+"""Key of a run's environment.json: how its pictures were read, if `data.orientation: auto` chose that."""
 
 CACHE = Path(os.environ.get("DARSEG_CACHE", "~/.cache/darseg"))
 
@@ -179,6 +183,22 @@ def reading_of(recipe: Recipe | None) -> Reading:
         scaling=Scaling(data.black, data.white),
         max_pixels=data.max_pixels,
     )
+
+
+def chosen_orientation(recipe: Recipe, manifest: Manifest) -> dict[str, str]:
+    """What a run records if the sizes of label maps said that pictures stay as they are stored; otherwise nothing."""
+    upright = all(sample.reading.upright for samples in manifest.roles().values() for sample in samples)
+    return {} if upright or recipe.data.orientation != "auto" else {ORIENTATION: "stored"}
+
+
+def as_the_run_read(recipe: Recipe, run: RunDirectory) -> Recipe:
+    """A run folder's recipe with the orientation that the run's pictures have been read in."""
+    if recipe.data.orientation != "auto" or not run.environment.is_file():
+        return recipe
+    recorded = read_plain(run.environment, "Restore it from a copy.").get(ORIENTATION)
+    if recorded != "stored":
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"orientation": "stored"})})
 
 
 def layout_of(recipe: Recipe) -> Layout | None:

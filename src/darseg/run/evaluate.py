@@ -25,6 +25,7 @@ from darseg.model.weights import load_network as load_weights_file
 from darseg.model.weights import read_alignment, read_spec
 from darseg.run.build import (
     as_recipe,
+    as_the_run_read,
     check_sizes,
     classes_of,
     evaluation_protocol,
@@ -162,8 +163,8 @@ def load_trained(
     """
     recipe = None if recipe is None else as_recipe(recipe)
     path = result_path(source, round_index, plain)
-    if Path(source).is_dir():
-        recipe = recipe or recipe_of(source, overrides)
+    if Path(source).is_dir() and recipe is None:
+        recipe = as_the_run_read(recipe_of(source, overrides), RunDirectory(source))
     _warn_if_changed(path)
     set_threads(threads or (recipe.threads if recipe else None))
     unaligned = plain and read_alignment(path) is not None
