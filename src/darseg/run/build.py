@@ -186,7 +186,7 @@ def reading_of(recipe: Recipe | None) -> Reading:
 
 
 def chosen_orientation(recipe: Recipe, manifest: Manifest) -> dict[str, str]:
-    """What a run records if the sizes of label maps said that pictures stay as they are stored; otherwise nothing."""
+    """What a run records if label maps said that pictures stay as they are stored; otherwise nothing."""
     upright = all(sample.reading.upright for samples in manifest.roles().values() for sample in samples)
     return {} if upright or recipe.data.orientation != "auto" else {ORIENTATION: "stored"}
 
