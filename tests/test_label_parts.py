@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def expected(other: int = 0, *, last: int = 2) -> np.ndarray:
     for box, k in ((CAT, 1), (DOG, 2)) if last == 2 else ((DOG, 2), (CAT, 1)):
         label[box] = k
     return label
+
+
+def test_masks_that_contradict_those_of_the_same_picture_are_reported(numbered: Path) -> None:
+    for number in (3, 4):
+        shutil.copy(numbered / "images/x0.jpg", numbered / f"images/x{number}.jpg")
+        draw_mask(numbered / f"labels/x{number}_mask_1.png", CAT if number == 3 else DOG)
+        draw_mask(numbered / f"labels/x{number}_mask_2.png", DOG)
+    (line,) = [text for text in check(recipe_at(numbered)).warnings if "label map(s) contradict" in text]
+    says(line, "1 label map(s)", "x4_mask_1.png", "x3_mask_1.png")
 
 
 @pytest.mark.parametrize("order", [("cat", "dog"), ("dog", "cat")])

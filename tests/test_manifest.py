@@ -479,6 +479,19 @@ def test_validation_takes_every_nth_of_those_with_a_label(tmp_path: Path):
         "unlabeled": ["a", "c"],
         "validation": ["b", "f"],
     }
+    (note,) = manifest.notes
+    says(note, "validation took 2", "images", "not trained on: b, f.")
+    assert note in examine(manifest).notes
+
+
+def test_what_validation_takes_is_said_briefly(tmp_path: Path):
+    source = populate(tmp_path, names := " ".join(f"i{k:02}" for k in range(20)), names)
+    (note,) = build_manifest(CLASSES, Sources(source, validation=replace(source, every=2))).notes
+    assert note.endswith("i00, i02, i04, i06, i08, i10 and 4 more.")
+    (tmp_path / "val.txt").write_text("i01\ni02\n")
+    listed = replace(source, list_file=tmp_path / "val.txt")
+    (note,) = build_manifest(CLASSES, Sources(source, validation=listed)).notes
+    says(note, "validation: 2 image(s)", str(tmp_path / "val.txt"))
 
 
 def test_labels_of_unlabeled_images_are_kept_for_measuring(tmp_path: Path):

@@ -266,7 +266,13 @@ def _with_masks(found: _SampleFindings, sample: Sample, parts: Parts) -> _Sample
     except DataError as error:
         return replace(found, faults=(*found.faults, str(error)))
     counts = np.bincount(joined.classes.reshape(-1), minlength=256)
-    found = replace(found, counts=counts, values=(), overlapping=joined.overlapping)
+    found = replace(
+        found,
+        counts=counts,
+        values=(),
+        overlapping=joined.overlapping,
+        same_label=digest_pixels(joined.classes),
+    )
     if all(found.size) and joined.classes.shape != found.size:
         return replace(found, faults=(*found.faults, size_fault(sample, joined.classes.shape, found.size)))
     return found

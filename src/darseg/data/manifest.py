@@ -20,6 +20,7 @@ from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.layouts import Layout
 from darseg.data.orientation import MarkedLabels
 from darseg.data.pairing import Pairs, join, pair, pairing_lines
+from darseg.data.splits import held_out_line
 from darseg.data.suffixes import found_suffixes
 from darseg.data.walk import refuse, walk
 from darseg.errors import DataError, faults
@@ -108,7 +109,7 @@ class Manifest:
     Attributes:
         marks: what the labels of images with an orientation mark say about how these are to be read; None if it was not
             looked at.
-        notes: lines about label maps whose names differ from their images'.
+        notes: lines about the images that are held out, and about label maps whose names differ from their images'.
         warnings: lines about label maps that belong to no image.
     """
 
@@ -409,7 +410,12 @@ def build_manifest(classes: ClassSet, sources: Sources) -> Manifest:
         problems += [] if default.layout or manifest.labeled else _label_files(default)
         raise DataError(faults("The images cannot be given their roles", problems))
     notes, warnings = pairing_lines(folders, label_of)
-    return replace(manifest, notes=notes, warnings=warnings)
+    held_out = [
+        held_out_line(role, names, source.list_file or source.images, every=source.every)
+        for role, source in sources.roles().items()
+        if role in ("validation", "test") and (names := [sample.id for sample in manifest.roles()[role]])
+    ]
+    return replace(manifest, notes=(*held_out, *notes), warnings=warnings)
 
 
 def _label_files(source: Source) -> list[str]:

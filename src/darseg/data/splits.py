@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from darseg.errors import DataError, RecipeError, faults
 
 LABELED, UNLABELED, OPEN = 0, 1, 2
+
+MOST_HELD_OUT = 6
+"""Names of held-out images that a line lists."""
 
 
 def labeled_count(images: int, fraction: Fraction) -> int:
@@ -174,3 +178,19 @@ class _Drawing:
                 self.place(unit, LABELED)
         if not (self.side == LABELED).any():
             self.place(min(order, key=lambda unit: self.images[unit, -1]), LABELED)
+
+
+def held_out_line(role: str, names: Sequence[str], place: Path, *, every: int | None) -> str:
+    """A line about the images of a role that is not trained on.
+
+    Args:
+        place: their list file or folder.
+        every: every n-th of the labeled images there is taken; None: all.
+    """
+    if every is None:
+        return f"{role}: {len(names):,} image(s) of {place}."
+    listed = ", ".join(names[:MOST_HELD_OUT])
+    more = f" and {len(names) - MOST_HELD_OUT:,} more" if len(names) > MOST_HELD_OUT else ""
+    return (
+        f"{role} took {len(names):,} labeled image(s) of {place}, which are not trained on: {listed}{more}."
+    )
