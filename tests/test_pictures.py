@@ -23,7 +23,7 @@ from darseg.data.images import Reading, read_image, read_picture
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.pictures import follow_marks
 from darseg.data.suffixes import unread_files, unread_line
-from darseg.errors import RecipeError
+from darseg.errors import DataError, RecipeError
 from darseg.run.build import manifest_of
 from darseg.run.check import check
 from darseg.run.data_digest import digest_manifest
@@ -227,6 +227,25 @@ def test_damage_is_a_fault_with_the_name_and_nothing_else_is_printed(
     ]
     says("\n".join(findings.faults), "found marker 0xd6 instead of RST3", "premature end")
     assert capfd.readouterr() == ("", "")
+
+
+def test_holes_that_the_decoder_does_not_notice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    jpeg, silent = encoded(size=(320, 480)), 0
+    for place in range(1500, len(jpeg) - 200, 500):
+        path = put(tmp_path / "hole.jpg", jpeg[:place] + bytes(40) + jpeg[place + 40 :])
+        with pytest.raises(DataError) as caught:
+            read_image(path)
+        silent += "hole of zeros" in str(caught.value)
+    assert silent > 2 and capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"optimize": True}, {"progressive": True}, {"quality": 5}])
+def test_flat_pictures_have_no_holes(tmp_path: Path, options: dict[str, object]) -> None:
+    for color in ("black", "white", "gray"):
+        for mode in ("L", "RGB", "CMYK"):
+            buffer = io.BytesIO()
+            Image.new("RGB", (480, 320), color).convert(mode).save(buffer, "JPEG", **options)
+            assert read_image(put(tmp_path / "flat.jpg", buffer.getvalue())).shape == (320, 480, 3)
 
 
 def test_further_data_after_a_picture_do_no_harm(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

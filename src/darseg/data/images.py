@@ -29,6 +29,9 @@ GIF_MARKS = (b"GIF87a", b"GIF89a")
 MOST_PIXELS = 2**30
 """Pixels of a picture that are decoded unless the recipe says otherwise; also OpenCV's own limit."""
 
+HOLE = bytes(32)
+"""As many bits as the 63 AC coefficients of a block have if all are small."""
+
 PADDING = 16
 """Superfluous bytes before a JPEG's end mark that some cameras write."""
 
@@ -186,7 +189,27 @@ def _damage(data: bytes, lines: list[str]) -> str | None:
             if count <= PADDING or len(set(data[end - count : end])) == 1:
                 continue
         return line.removeprefix("Corrupt JPEG data: ")
-    return None
+    return "a hole of zeros in its data" if data.startswith(JPEG_MARK) and _has_hole(data) else None
+
+
+def _has_hole(jpeg: bytes) -> bool:
+    """Whether the data of a sequential JPEG hold zeros that no picture has.
+
+    Zeros are the code of the first symbol in a table. Unless that ends a block, `HOLE` stands for dozens of equal AC
+    coefficients. After it the decoder may find its way back without a word.
+    """
+    at, first = 2, 0
+    while jpeg[at : at + 1] == b"\xff" and (kind := jpeg[at + 1 : at + 2]) not in (b"\xda", b""):
+        if kind == b"\xc2":  # progressive
+            return False
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        table = at + 4
+        while kind == b"\xc4" and table + 17 < end:
+            first = jpeg[table + 17] if jpeg[table] == 0x10 else first
+            table += 17 + sum(jpeg[table + 1 : table + 17])
+        at = end
+    # Zeros right before the end mark are padding.
+    return first != 0 and HOLE in jpeg[at : jpeg.find(b"\xff\xd9", at)].rstrip(b"\0")
 
 
 def _notes(data: bytes, lines: list[str]) -> tuple[str, ...]:
