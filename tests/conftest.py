@@ -84,7 +84,7 @@ def recipe_dict(data: Path) -> dict:
             "unlabeled": "unlabeled.txt",
             "validation": "validation.txt",
         },
-        "network": {"backbone": "resnet18", "output_stride": 16, "head_channels": 16, "weights": "none"},
+        "network": {"backbone": "resnet18_half", "output_stride": 16, "head_channels": 16, "weights": "none"},
         "training": {"crop": [49, 65], "batch": 4, "learning_rate": 0.01, "checkpoint_every": 2},
         "labeling": {"window": [65, 81]},
         "rounds": [

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import forks
 from darseg.errors import DataError, RecipeError, RunError
 from darseg.pseudo import redistribute as arrays_module
 from darseg.pseudo.labeling import AlignSettings, Labeling
@@ -21,7 +19,7 @@ from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.redistribute import redistribute
 from darseg.run import redistribute as module
 from darseg.run.formats import as_format_1
-from test_interrupted import KILLER, torchrun
+from test_interrupted import KILLER
 from test_labeling import file_of, outcome, redistribute_quietly, save
 from wording import refused, says
 
@@ -166,13 +164,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(COUNTS))
     command = ["redistribute", source, "OUT", "--class-counts", counts, "--labeling-ratio", RATIO, "--align"]
-    result = subprocess.run(
-        [sys.executable, "-c", KILLER, *map(str, [tmp_path / "killed", *command])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    result = forks.python("-c", KILLER, tmp_path / "killed", *command)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout.splitlines()[-1].split()[0]) > 2 + 2 + 2 + 5
     wanted = outcome(tmp_path / "wanted")
@@ -197,8 +189,8 @@ def test_weights_of_other_counts_are_not_taken_over(source: Path, tmp_path: Path
 def test_two_processes_write_the_same_bytes(source: Path, tmp_path: Path, wanted: dict[str, bytes]) -> None:
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(COUNTS))
-    result = torchrun("-m", "darseg", "redistribute", source, tmp_path / "out", "--align",
-                      "--class-counts", counts, "--labeling-ratio", RATIO)  # fmt: skip
+    result = forks.torchrun("-m", "darseg", "redistribute", source, tmp_path / "out", "--align",
+                            "--class-counts", counts, "--labeling-ratio", RATIO)  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert outcome(tmp_path / "out") == wanted
     table = result.stdout[result.stdout.rindex("\nclass ") + 1 :]
@@ -252,14 +244,10 @@ def test_impossible_settings_are_refused(source: Path, tmp_path: Path) -> None:
         redistribute(iter(ARRAYS.items()), COUNTS, RATIO, align=True)
 
 
-def test_the_command_refuses_settings_of_align_without_it(source: Path, tmp_path: Path) -> None:
+def test_the_command_refuses_settings_of_align_without_it(source: Path, tmp_path: Path, call) -> None:
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(COUNTS))
     command = ["redistribute", source, tmp_path / "out", "--class-counts", counts, "--labeling-ratio", RATIO]
-    result = subprocess.run(
-        [sys.executable, "-m", "darseg", *map(str, command), "--bound", "3", "--strength", "0.5"],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
-    says(result.stderr, "--bound and --strength", "--align")
+    code, _, err = call(*command, "--bound", "3", "--strength", "0.5")
+    assert code == 2
+    says(err, "--bound and --strength", "--align")

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import forks
 from conftest import recipe_dict
 from darseg.config.recipe import Recipe
 from darseg.config.text import dump_recipe, load_recipe
@@ -44,7 +45,6 @@ from darseg.run.build import labeling_protocol, place
 from darseg.run.directory import RunDirectory
 from darseg.run.label import label_folder
 from darseg.run.rounds import train
-from test_interrupted import torchrun
 from test_labeling import outcome as files_of
 from test_run import outcome, warnings_of
 from wording import refused, says
@@ -347,7 +347,7 @@ def test_labeling_stopped_at_any_moment_ends_with_the_same_bytes(
 @pytest.mark.slow
 def test_two_processes_leave_the_same_labels(run: Path, path: Path, images: Path, tmp_path: Path) -> None:
     label_quietly(run, images / "u", tmp_path / "one", round_index=0)
-    result = torchrun("-m", "darseg", "label", run, images / "u", tmp_path / "two", "--round", 0)
+    result = forks.torchrun("-m", "darseg", "label", run, images / "u", tmp_path / "two", "--round", 0)
     assert result.returncode == 0, result.stderr
     assert files_of(tmp_path / "two") == files_of(tmp_path / "one")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ import yaml
 from rich.console import Console
 
 import darseg
+import forks
 from conftest import SIZE, recipe_dict
 from darseg.config.text import load_recipe
 from darseg.errors import RunError, StorageError
@@ -24,7 +23,6 @@ from darseg.run import label_samples
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.run.steps import label as label_step
-from test_processes import torchrun
 from test_run import outcome
 from wording import refused, says
 
@@ -289,7 +287,7 @@ def test_all_processes_follow_the_first(tiny_data: Path, tmp_path: Path) -> None
     train(load_recipe(path), run, console=QUIET)
     shutil.rmtree(run / "round_1")
     darseg.mark_bad(run, BAD)
-    ended = torchrun(2, "-m", "darseg", "train", str(path), "--out", str(run), cwd=tmp_path)
+    ended = forks.torchrun("-m", "darseg", "train", str(path), "--out", str(run), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert labeled(run, 1) == GOOD
     counted = RunDirectory(run).label_set(1).histogram.predicted.sum()
@@ -366,14 +364,13 @@ def test_an_unknown_id_means_that_nothing_is_marked(
 
 
 MARKING = """
-import sys
+import os, sys
 from darseg.run.build import manifest_of, recipe_of
 from darseg.run.directory import RunDirectory
 from darseg.run.marks import change_marks
 
-run, part = sys.argv[1], int(sys.argv[2])
+run, part = sys.argv[1], int(os.environ["RANK"])
 known = [sample.id for sample in manifest_of(recipe_of(run)).unlabeled]
-sys.stdin.readline()
 for turn in range(41):
     for name in known[part::2]:
         change_marks(RunDirectory(run), known, [name], bad=turn % 2 == 0)
@@ -383,13 +380,8 @@ for turn in range(41):
 def test_marks_made_at_once_are_all_kept(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    command = [sys.executable, "-c", MARKING, str(run)]
-    marking = [subprocess.Popen([*command, part], stdin=subprocess.PIPE) for part in ("0", "1")]
-    for process in marking:
-        assert process.stdin is not None
-        process.stdin.write(b"go\n")
-        process.stdin.flush()
-    assert [process.wait(60) for process in marking] == [0, 0]
+    ended = forks.torchrun("-c", MARKING, run)
+    assert ended.returncode == 0, ended.stderr
     assert [entry["id"] for entry in json.loads((run / "bad_images.json").read_text())] == IDS
 
 

@@ -7,8 +7,6 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import forks
 from darseg.data import files
 from darseg.data.classes import (
     BUILT_IN,
@@ -228,7 +227,8 @@ except StorageError as error:
 """
     path = tmp_path / "checkpoint"
     path.write_bytes(b"earlier")
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, check=True)
+    done = forks.python("-c", script, path)
+    assert done.returncode == 0, done.stderr
     says(done.stdout, str(path), "File too large")
     assert path.read_bytes() == b"earlier" and names(tmp_path) == ["checkpoint"]
 

@@ -6,9 +6,6 @@ import errno
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import forks
 from conftest import KILL_BEFORE
 from darseg.errors import StorageError
 from darseg.run import redistribute as module
@@ -196,13 +194,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path: Path) -> Non
     counts = tmp_path / "counts.json"
     counts.write_text(json.dumps(COUNTS))
     command = ["redistribute", source, "OUT", "--class-counts", counts, "--labeling-ratio", RATIO]
-    result = subprocess.run(
-        [sys.executable, "-c", KILLER, *map(str, [tmp_path / "killed", *command])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    result = forks.python("-c", KILLER, tmp_path / "killed", *command)
     assert result.returncode == 0, result.stderr
     kills = int(result.stdout.splitlines()[-1].split()[0])
     assert kills > 6 + 6 + 6 + 4  # predictions, maps, removed predictions, other files
@@ -224,21 +216,6 @@ def test_every_item_is_in_the_share_of_one_process() -> None:
     alone = Processes.here()
     assert alone.count == 1 and alone.first
     assert alone.from_first(lambda: "made") == "made" and alone.add_up(np.array([3])).tolist() == [3]
-
-
-def torchrun(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A command in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", port]
-    return subprocess.run(
-        [sys.executable, *map(str, [*launch, *command])],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-    )
 
 
 WITNESS = """
@@ -274,14 +251,14 @@ def test_two_processes_write_each_image_once_and_end_together_if_one_fails(
     damaged = file_of(copied, NAMES[3])
     damaged.write_bytes(b"")
     arguments = ["redistribute", copied, out, "--class-counts", counts, "--labeling-ratio", RATIO]
-    failed = torchrun(script, *arguments, WITNESS=str(witness))
+    failed = forks.torchrun(script, *arguments, WITNESS=str(witness))
     assert failed.returncode != 0
     assert failed.stderr.count("darseg: 1 file(s)") == 1 and failed.stderr.count(f"  - {damaged}: ") == 1
     waiting = {f".predictions/{name}.prediction" for name in NAMES if name != NAMES[3]}
     assert set(outcome(out)) == waiting | {".begun.json"}
 
     shutil.copy2(file_of(source, NAMES[3]), damaged)
-    result = torchrun(script, *arguments, WITNESS=str(witness))
+    result = forks.torchrun(script, *arguments, WITNESS=str(witness))
     assert result.returncode == 0, result.stderr
     assert outcome(out) == wanted
     assert result.stdout.count("12 images") == 1  # one process prints

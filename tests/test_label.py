@@ -17,6 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 
+import forks
 from conftest import recipe_dict
 from darseg.config.text import load_recipe
 from darseg.data.images import read_image
@@ -28,7 +29,6 @@ from darseg.model.weights import load_network
 from darseg.run.build import labeling_protocol, place
 from darseg.run.label import label_folder
 from darseg.run.rounds import train
-from test_interrupted import torchrun
 from test_labeling import outcome
 from wording import refused, says
 
@@ -255,7 +255,7 @@ def compared(run: Path) -> dict[str, bytes]:
 def test_label_by_two_processes(call, run: Path, tiny_data: Path, tmp_path: Path) -> None:
     arguments = ["label", run, tiny_data / "images", tmp_path / "one", "--threads", 1]
     assert call(*arguments)[0] == 0
-    result = torchrun("-m", "darseg", *arguments[:3], tmp_path / "two", "--threads", 1)
+    result = forks.torchrun("-m", "darseg", *arguments[:3], tmp_path / "two", "--threads", 1)
     assert result.returncode == 0, result.stderr
     assert outcome(tmp_path / "two") == outcome(tmp_path / "one")
     labels = [p for p in outcome(tmp_path / "two") if p.endswith(".png")]
@@ -263,7 +263,9 @@ def test_label_by_two_processes(call, run: Path, tiny_data: Path, tmp_path: Path
 
 
 def test_train_by_two_processes(run: Path, recipe_path: Path, tmp_path: Path) -> None:
-    result = torchrun("-m", "darseg", "train", recipe_path, "training.batch=8", "--out", tmp_path / "run")
+    result = forks.torchrun(
+        "-m", "darseg", "train", recipe_path, "training.batch=8", "--out", tmp_path / "run"
+    )
     assert result.returncode == 0, result.stderr
     # The processes share every batch, so the bits differ (tests/test_processes.py compares the losses).
     assert compared(tmp_path / "run").keys() == compared(run).keys()

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+import forks
 from conftest import recipe_dict
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
@@ -24,7 +25,6 @@ from darseg.run.build import spec_of
 from darseg.run.class_counts import read_class_counts
 from darseg.run.label import label_folder
 from darseg.run.redistribute import read_scores
-from test_interrupted import torchrun
 from test_labeling import ARRAYS, COUNTS, NAMES, RATIO, file_of, redistribute_quietly, save
 from wording import refused
 
@@ -38,8 +38,8 @@ def test_two_processes_exit_with_zero(source: Path, tmp_path: Path) -> None:
     """If the process group were not closed, its threads would sometimes abort the interpreter as it exits."""
     (tmp_path / "c.json").write_text(json.dumps(COUNTS))
     for index in range(3):
-        result = torchrun("-m", "darseg", "redistribute", source, tmp_path / f"out{index}",
-                          "--class-counts", tmp_path / "c.json", "--labeling-ratio", RATIO)  # fmt: skip
+        result = forks.torchrun("-m", "darseg", "redistribute", source, tmp_path / f"out{index}",
+                                "--class-counts", tmp_path / "c.json", "--labeling-ratio", RATIO)  # fmt: skip
         assert result.returncode == 0, result.stderr
 
 

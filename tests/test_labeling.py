@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -134,21 +132,19 @@ def test_probabilities_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_the_command_writes_the_same_and_prints_a_table(
-    source: Path, tmp_path: Path, wanted: dict[str, bytes]
+    source: Path, tmp_path: Path, wanted: dict[str, bytes], call
 ) -> None:
     names = ["road", "sky", "car", "bus"]
     counts = tmp_path / "counts.json"
     counts.write_text("\ufeff" + json.dumps(dict(zip(names, COUNTS, strict=True))), encoding="utf-8")
     command = ["redistribute", source, tmp_path / "out", "--class-counts", counts, "--labeling-ratio", RATIO]
-    result = subprocess.run(
-        [sys.executable, "-m", "darseg", *map(str, command)], capture_output=True, text=True, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
+    code, printed, err = call(*command)
+    assert code == 0, err
     written = outcome(tmp_path / "out")
     described, unnamed = (json.loads(files.pop("redistribution.json")) for files in (written, dict(wanted)))
     assert written == {name: data for name, data in wanted.items() if name != "redistribution.json"}
     assert described == unnamed | {"classes": names}
-    lines = [line.split() for line in result.stdout.splitlines() if ":" not in line]
+    lines = [line.split() for line in printed.splitlines() if ":" not in line]
     columns = ["threshold", "keep", "wanted", "predicted", "accepted", "kept"]
     assert lines[0] == ["class", *columns] and [line[0] for line in lines[1:5]] == names
     for k, line in enumerate(lines[1:5]):
@@ -156,7 +152,7 @@ def test_the_command_writes_the_same_and_prints_a_table(
     assert lines[4][1] == "-"
     pixels = sum(described["predicted"])
     says(
-        result.stdout,
+        printed,
         "12 images",
         f"{sum(described['kept']) / pixels:.2%}",
         str(tmp_path / "out"),

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import forks
 from conftest import REPOSITORY
 from darseg.data.batches import Batch, split_together
 from darseg.data.classes import IGNORE
@@ -34,7 +35,6 @@ from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Stre
 from darseg.training.optimize import SGD, Adam, AdamW, OptimizerKind, faster_heads, fits
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage, StepReport, run_stage, to_device
-from test_processes import torchrun
 from test_stage import CLASSES, DEEPLAB, PSPNET, SIDE, build, streams_of
 from wording import refused
 
@@ -289,7 +289,7 @@ disconnect()
 @pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     (tmp_path / "two.py").write_text(TWO)
-    ended = torchrun(2, "two.py", cwd=tmp_path)
+    ended = forks.torchrun("two.py", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     for name, make in METHODS.items():
         method = frozen(make(build(DEEPLAB).double()))

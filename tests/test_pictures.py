@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import forks
 from conftest import recipe_dict
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
@@ -293,9 +292,8 @@ ended = True
 thread.join()
 print(sum(bool(line) for line in lines), all(bool(line) == (name != "good.jpg") for name, line in zip(names, lines)))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = forks.python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     count, damaged, right = done.stdout.split()
     assert (damaged, right) == ("40", "True")
     assert sorted(done.stderr.split("\n")[:-1]) == sorted(f"line {i}" for i in range(int(count)))
@@ -312,8 +310,8 @@ try:
 except OSError:
     print("closed")
 """
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    assert done.stdout == "closed\n"
+    done = forks.python("-c", code)
+    assert done.returncode == 0 and done.stdout == "closed\n"
 
 
 # Files that are not read

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +10,14 @@ import pytest
 import torch
 import yaml
 
-from conftest import REPOSITORY, recipe_dict
+import forks
+from conftest import recipe_dict
 from darseg.data.batches import Batch
 from darseg.training.stage import Stage, StepReport, run_stage
 from test_stage import DEEPLAB, batch_at, build, method_of, still
 from wording import says
 
-STEPS = 20
+STEPS = 8
 
 
 def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[float, ...]]:
@@ -47,28 +45,6 @@ def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[flo
     return reported
 
 
-def torchrun(count: int, *command: str, cwd: Path) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")]),
-    }
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={count}",
-            *command,
-        ],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env=environment,
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) -> None:
     torch.set_num_threads(1)
@@ -86,7 +62,7 @@ def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) 
         "    if dist.get_rank() == 0: json.dump(reported, open(f'{micro}.json', 'w'))\n"
         "disconnect()\n"
     )
-    ended = torchrun(2, "two.py", cwd=tmp_path)
+    ended = forks.torchrun("two.py", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     for micro in (None, 2):
         reported = np.array(json.loads((tmp_path / f"{micro}.json").read_text()))
@@ -99,7 +75,8 @@ def test_one_process_resumes_the_finished_run_of_two(tiny_data: Path, tmp_path: 
     recipe["training"] |= {"batch": 8, "half_batch": 4}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     command = ("-m", "darseg", "train", "tiny.yaml", "--out", "run")
-    ended = torchrun(2, *command, cwd=tmp_path)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    ended = forks.fresh(*launch, *command, cwd=tmp_path)  # the real one; forks.torchrun starts the others
     assert ended.returncode == 0, ended.stderr
     line = next(line for line in ended.stdout.splitlines() if "2 processes" in line)
     says(line, "round 0: 4", "round 1: 2 + 2")
@@ -109,7 +86,7 @@ def test_one_process_resumes_the_finished_run_of_two(tiny_data: Path, tmp_path: 
     confusion = np.array(json.loads((tmp_path / "run/round_2/scores.json").read_text())["confusion"])
     assert 0.9 < confusion.sum() / (3 * 65 * 97) <= 1
     # There is nothing left to do, and all digests agree. test_unkillable.py resumes from a checkpoint of two processes.
-    again = torchrun(1, *command, cwd=tmp_path)
+    again = forks.python(*command, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
 
@@ -119,7 +96,7 @@ def test_batches_that_cannot_be_shared_are_refused(tiny_data: Path, tmp_path: Pa
     recipe = recipe_dict(tiny_data)
     recipe["training"] |= {"batch": 5, "half_batch": 2}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
-    ended = torchrun(2, "-m", "darseg", "train", "tiny.yaml", "--out", "run", cwd=tmp_path)
+    ended = forks.torchrun("-m", "darseg", "train", "tiny.yaml", "--out", "run", cwd=tmp_path)
     assert ended.returncode != 0
     message = [line for line in ended.stderr.splitlines() if line.startswith(("darseg: ", "  - "))]
     # Both processes report it, unless torchrun ends one of them first.
@@ -142,5 +119,5 @@ def test_processes_end_quietly_whatever_still_holds_the_group(tmp_path: Path) ->
         "work()\n"
     )
     for _ in range(4):  # without the collector about every third time ended in SIGABRT
-        ended = torchrun(2, "end.py", cwd=tmp_path)
+        ended = forks.torchrun("end.py", cwd=tmp_path)
         assert ended.returncode == 0, ended.stderr

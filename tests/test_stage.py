@@ -376,7 +376,7 @@ def test_plan_counts_micro_batches(tiny_data, tmp_path) -> None:
     whole, parts = (
         plan(load_recipe(tmp_path / "r.yaml", changes)) for changes in ([], ["training.micro_batch=2"])
     )
-    spec = NetworkSpec("pspnet", "resnet18", len(values["data"]["classes"]), 16, 16)
+    spec = NetworkSpec("pspnet", "resnet18_half", len(values["data"]["classes"]), 16, 16)
     assert whole.activation_bytes == training_memory(spec, 8, 49, 65)[1]
     assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labeled
     note = next(note for note in parts.notes if "micro-batches" in note)

@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import forks
 from conftest import KILL_BEFORE, recipe_dict
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
@@ -52,7 +53,6 @@ from darseg.run.steps import label as label_step
 from darseg.run.steps import train as train_step
 from darseg.training.checkpoint import load_checkpoint, save_checkpoint
 from darseg.training.stage import Stage, StepReport, run_stage
-from test_processes import torchrun
 from test_run import outcome, warnings_of
 from test_stage import DEEPLAB, batch_at, build, method_of, still, streams_of
 from wording import refused, says
@@ -222,7 +222,8 @@ while number < kills + stops:
     number += 1
     again = end(begin(out))
     print(json.dumps([which.name, round(moment / lasted, 3), code, state, again]), flush=True)
-for at in (8, 11) if kills else ():  # 7 are taken by a start that removes a leftover and repeats a step
+often = () if not kills else (8, 11) if kills > 3 else (11,)
+for at in often:  # 7 are taken by a start that removes a leftover and repeats a step
     out, count = base / f"often_{at}", 0
     while (code := end(begin(out, at))) == -signal.SIGKILL:
         count += 1
@@ -238,15 +239,13 @@ for at in (8, 11) if kills else ():  # 7 are taken by a start that removes a lef
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     path: Path, tmp_path: Path, wanted: dict[str, bytes]
 ) -> None:
-    """At moments drawn uniformly over a run; then repeatedly, before every seventh or eleventh change of the disk."""
-    kills = int(os.environ.get("DARSEG_KILLS", "6"))
+    """At moments drawn uniformly over a run; then repeatedly, before every eleventh change of the disk.
+
+    DARSEG_KILLS=30 kills at thirty moments, and also before every eighth change.
+    """
+    kills = int(os.environ.get("DARSEG_KILLS", "3"))
     seed = int(os.environ.get("DARSEG_KILLS_SEED", "1"))
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLER, *map(str, (tmp_path / "runs", path, seed, kills, max(2, kills // 5)))],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    ended = forks.python("-c", KILLER, tmp_path / "runs", path, seed, kills, max(1, kills // 5))
     print(ended.stdout)  # shown with -s, or if the test fails
     assert ended.returncode == 0, ended.stderr
     reports = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("[")]
@@ -353,8 +352,8 @@ def test_a_second_process_on_the_folder_is_refused(
     path: Path, recipe: Recipe, tmp_path: Path, wanted, at_step
 ) -> None:
     run, second = tmp_path / "run", []
-    command = [sys.executable, "-m", "darseg", "train", str(path), "--out", str(run)]
-    at_step(1, 1, lambda: second.append(subprocess.run(command, capture_output=True, text=True)))
+    command = ("-m", "darseg", "train", path, "--out", run)
+    at_step(1, 1, lambda: second.append(forks.python(*command)))
     train(recipe, run)
     assert second[0].returncode == 2 and "Traceback" not in second[0].stderr
     says(second[0].stderr, str(run), "--out NEW_FOLDER")
@@ -868,7 +867,7 @@ def test_another_number_of_processes_resumes_a_run_and_reports_what_that_means(
     at_step(0, 4, pull)
     with pytest.raises(Pulled):
         train(load_recipe(file), tmp_path / "one_then_two")
-    ended = torchrun(2, "two.py", str(file), cwd=tmp_path)
+    ended = forks.torchrun("two.py", str(file), cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     for rank in range(2):
         for message in json.loads((tmp_path / f"messages_{rank}.json").read_text()).values():

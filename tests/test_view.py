@@ -29,6 +29,7 @@ from rich.console import Console
 from starlette.testclient import TestClient
 
 import darseg
+import forks
 from conftest import Visit, recipe_dict
 from darseg.config.text import load_recipe
 from darseg.errors import RunError
@@ -804,8 +805,7 @@ assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 @pytest.mark.parametrize("moment", ["say", "listen"])
 def test_ctrl_c_before_the_server_runs_ends_it_too(run: Path, moment: str) -> None:
     """In a process of its own, because the event loop of the browser's driver may already run in this one."""
-    command = [sys.executable, "-c", BEFORE_IT_RUNS, str(run), moment]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    result = forks.python("-c", BEFORE_IT_RUNS, run, moment)
     assert (result.returncode, result.stderr) == (0, "")
 
 
