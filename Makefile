@@ -16,13 +16,14 @@ $(STAMP): pyproject.toml constraints.txt scripts/setup
 demo: setup
 	$(BIN)/darseg demo
 
-# Each file of tests runs in one process, which makes what its tests share once. One thread each: otherwise they wait for
-# one another.
+# Each file of tests runs in one process, which makes what its tests share once; tests/conftest.py orders the files. One
+# thread each: otherwise they wait for one another.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Numeric tests again with the kernels of a processor without AVX-512, for processors that have more.
-NUMERIC := $(addprefix tests/test_,stage.py methods.py processes.py recompute.py networks.py convolutions.py convert.py protocol.py)
+NUMERIC := $(addprefix tests/test_,stage.py methods.py recompute.py networks.py convolutions.py protocol.py \
+  convert.py::test_converted_checkpoints_answer_as_released)
 test-avx2: setup
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 	  -m "not slow" $(NUMERIC)

@@ -22,6 +22,18 @@ REPOSITORY = Path(__file__).parents[1]
 SIZE = (65, 97)  # height, width of the tiny images
 
 
+os.fsync = lambda descriptor: None  # slow, and a test loses nothing that the system has buffered
+
+LONGEST = ("unkillable", "processes", "cli", "paper_runs", "export", "view", "exclusion", "networks")
+"""Files of tests, the longest first: they start first, or one process would work on them alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 KILL_BEFORE = """
 import itertools, os, signal
 

@@ -1,7 +1,6 @@
 """Commands in processes of their own, forked from one that has imported PyTorch: a fresh one takes seconds to.
 
-The process that forks imports and computes nothing else, so it has no threads and holds no GPU. What must be tested in
-a fresh interpreter, or under the real torchrun, calls `fresh`.
+The process that forks imports and computes nothing else, so it has no threads and holds no GPU.
 """
 
 from __future__ import annotations
@@ -54,18 +53,6 @@ def python(*command: object, count: int = 1, cwd: Path | None = None, **environm
 def torchrun(*command: object, cwd: Path | None = None, **environment: str) -> Any:
     """`python` by two processes together."""
     return python(*command, count=2, cwd=cwd, **environment)
-
-
-def fresh(*command: object, cwd: Path | None = None) -> Any:
-    """As `python`, but in an interpreter of its own."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=SECONDS,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(PATHS)},
-    )
 
 
 @functools.cache
@@ -160,5 +147,6 @@ if __name__ == "__main__":
     import darseg.run.rounds  # noqa: F401
 
     gc.freeze()  # so that the forks end faster
+    os.fsync = lambda descriptor: None  # as in conftest.py
     if (work := serve()) is not None:
         become(work)

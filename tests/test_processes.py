@@ -75,8 +75,7 @@ def test_one_process_resumes_the_finished_run_of_two(tiny_data: Path, tmp_path: 
     recipe["training"] |= {"batch": 8, "half_batch": 4}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     command = ("-m", "darseg", "train", "tiny.yaml", "--out", "run")
-    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    ended = forks.fresh(*launch, *command, cwd=tmp_path)  # the real one; forks.torchrun starts the others
+    ended = forks.torchrun(*command, cwd=tmp_path)  # the real torchrun is in test_unkillable.py
     assert ended.returncode == 0, ended.stderr
     line = next(line for line in ended.stdout.splitlines() if "2 processes" in line)
     says(line, "round 0: 4", "round 1: 2 + 2")
