@@ -21,7 +21,7 @@ code 2. Anything that is not a DarsegError is a bug and keeps its traceback.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -101,7 +101,7 @@ def faults(what: str, lines: Sequence[str], limit: int = 50) -> str:
     return "\n".join([f"{what}:", *listed])
 
 
-def shortened(value: Any) -> str:
-    """A value for a message, at most 60 characters of it."""
-    text = repr(value)
+def shortened(value: Any, write: Callable[[Any], str] = repr) -> str:
+    """A value for a message, at most 60 characters of what `write` makes of it."""
+    text = write(value)
     return text if len(text) <= 60 else f"{text[:59]}…"

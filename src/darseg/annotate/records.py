@@ -10,10 +10,12 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import UnionType
 from typing import Any, get_args
 
+from darseg import errors
 from darseg.data import files
 from darseg.data.foreign import foreign_format
 from darseg.data.manifest import sample_id
@@ -99,9 +101,8 @@ def field(record: Any, key: str, kind: type | UnionType) -> Any:
 
 
 def shortened(value: Any) -> str:
-    """A value as JSON, at most 40 characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "…"
+    """A value for a message, as JSON: the reader looks for it in a file of JSON."""
+    return errors.shortened(value, partial(json.dumps, ensure_ascii=False))
 
 
 def image_id(name: str) -> str:
