@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import forks
+import test_labeling
 from conftest import KILL_BEFORE
 from darseg.errors import StorageError
 from darseg.run import redistribute as module
@@ -21,18 +22,7 @@ from darseg.training.processes import Processes
 from test_labeling import ARRAYS, COUNTS, NAMES, RATIO, RECORDS, file_of, outcome, redistribute_quietly, save
 from wording import refused
 
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("source"), ARRAYS)
-
-
-@pytest.fixture(scope="module")
-def wanted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that an uninterrupted call writes."""
-    out = tmp_path_factory.mktemp("wanted") / "out"
-    redistribute_quietly(source, out, COUNTS, RATIO)
-    return outcome(out)
+source, wanted = test_labeling.source, test_labeling.wanted
 
 
 # The disk.
