@@ -383,6 +383,7 @@ def test_the_viewer_sees_the_aligned_predictions(run: Path, path: Path, tmp_path
     folder = without_round_1_of(keep, run, tmp_path / "run")
     quietly(keep, folder)
     round_ = open_round(folder)
+    assert len(round_.samples) == len(UNLABELED)
     for sample in round_.samples:
         kept = read_prediction(folder / "round_1" / "predictions", sample.id)
         again = Repredictor(open_round(run)).prediction(sample)

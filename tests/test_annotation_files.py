@@ -207,13 +207,13 @@ def test_absurd_numbers_end_soon_and_in_little_memory(tmp_path: Path, kind: str)
 
 
 def _ends_soon(path: Path, fact: str) -> None:
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     lines: list[str] = []
     for image in read_annotations(path).images():
         result = [image] if isinstance(image, str) else paint(image, {"crack": 0})
         assert isinstance(result, list), "drawn"
         lines += result
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
     says("\n".join(lines), fact)
 

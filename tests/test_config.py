@@ -168,10 +168,10 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 def test_texts_that_ask_for_too_much_are_refused(tmp_path: Path, start: str, facts: list[str]) -> None:
     """At once, and by a message: an alias of an alias stands for billions of values in a few lines."""
-    began = time.monotonic()
+    began = time.process_time()
     with refused(RecipeError, *facts, vary=[r"1,048,\d+ bytes"]):
         load_recipe(write(tmp_path, start + SMALL))
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 @pytest.mark.parametrize(

@@ -685,11 +685,11 @@ def test_connections_without_a_request_are_closed_and_limited(
                 slow[-1].sendall(b"X-a: b\r\n")
             time.sleep(0.1)
         for sock in slow:
-            sock.settimeout(5)
+            sock.settimeout(30)
             with contextlib.suppress(ConnectionError):
                 assert sock.recv(65536) == b""
             sock.close()
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < 30
         again = connect()
         again.sendall(b"\r\n")
         assert again.recv(65536).startswith(b"HTTP/1.1 200 ")
