@@ -464,7 +464,7 @@ def test_other_floating_point_numbers_are_taken(dtype: torch.dtype, tmp_path: Pa
 
 def recipe_of(tmp_path: Path, weights: Path, **network: Any):
     values = recipe_dict(tmp_path)
-    values["network"] |= {"weights": str(weights), **network}
+    values["network"] |= {"backbone": "resnet18", "weights": str(weights), **network}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     return load_recipe(tmp_path / "r.yaml")
 

@@ -224,7 +224,7 @@ def scenes(root: Path, *, weights: Sequence[float] | None = TRUE) -> Path:
         (root / f"{role}.txt").write_text("".join(f"{index:02d}\n" for index in indices))
     recipe = recipe_dict(root)
     recipe["data"]["classes"] = list(SPEC.class_names)
-    recipe["network"] |= {"weights": "initial.safetensors"}
+    recipe["network"] |= {"backbone": "resnet18", "weights": "initial.safetensors"}
     recipe["training"] |= {"crop": [65, 97], "learning_rate": 1e-6, "batch": 4}
     recipe["labeling"] = {"window": [65, 97], "mirror": False}
     recipe["evaluation"] = {"mirror": False}
