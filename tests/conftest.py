@@ -116,6 +116,31 @@ def recipe_file(tiny_data: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def project(tiny_data: Path, recipe_file: Path, tmp_path: Path) -> Path:
+    """A project folder: data/, tiny.yaml, and runs/tiny with a network of round 0."""
+    # Here, since these import torch, which tests of most rooms do not need.
+    from darseg.config.text import dump_recipe, load_recipe
+    from darseg.model.weights import save_network
+    from darseg.run.build import build_initial_network, manifest_of, spec_of
+    from darseg.run.data_digest import digest_manifest
+    from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
+
+    folder = tmp_path / "project"
+    shutil.copytree(tiny_data, folder / "data")
+    text = recipe_file.read_text().replace(str(tiny_data), "data")
+    recipe_file.unlink()
+    (folder / "tiny.yaml").write_text(text)
+    recipe, run = load_recipe(folder / "tiny.yaml"), RunDirectory(folder / "runs" / "tiny")
+    data = digest_manifest(manifest_of(recipe))
+    open_run(run, recipe_text=dump_recipe(recipe), data=data, compare=lambda _: None)
+    save_network(build_initial_network(recipe)[0], run.network(0), spec_of(recipe))
+    outputs = {"network.safetensors": digest_path(run.network(0))}
+    record = {"step": "train", "inputs": {}, "outputs": outputs, "seconds": 1.0, "facts": {}}
+    write_json(run.record_path(0, "train"), record)
+    return folder
+
+
+@pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Exit code, standard output and standard error of a command, in this process."""
 

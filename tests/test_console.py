@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import darseg
 from darseg.errors import Interrupted
 from darseg.run.console import Enduring
 from darseg.run.journal import Journal
@@ -108,6 +109,13 @@ def test_control_c_while_modules_are_imported_is_quiet(seconds: float) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+def test_control_c_is_answered_before_anything_is_imported_that_takes_time() -> None:
+    source = Path(darseg.__file__).read_text()
+    before = source[: source.index("_signal.signal(_signal.SIGINT, _leave)")]
+    imported = {line.split()[1] for line in before.splitlines() if line.startswith(("import ", "from "))}
+    assert imported == {"_signal", "os", "sys"}  # built in, or loaded by Python itself
 
 
 def test_a_closed_terminal_stops_like_sigterm() -> None:

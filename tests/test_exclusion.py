@@ -19,7 +19,7 @@ import forks
 from conftest import SIZE, recipe_dict
 from darseg.config.text import load_recipe
 from darseg.errors import RunError, StorageError
-from darseg.run import label_samples
+from darseg.run import label_samples, marks
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.run.steps import label as label_step
@@ -375,6 +375,19 @@ for turn in range(41):
     for name in known[part::2]:
         change_marks(RunDirectory(run), known, [name], bad=turn % 2 == 0)
 """
+
+
+def test_a_lock_of_the_marks_that_stays_held_is_named(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDirectory(finished)
+    monkeypatch.setattr(marks, "PATIENCE", 0.05)
+    with (
+        marks._marking(run),
+        refused(RunError, str(run.bad_images.with_suffix(".lock")), "0.05 seconds"),
+        marks._marking(run),
+    ):
+        pass
 
 
 def test_marks_made_at_once_are_all_kept(finished: Path, tmp_path: Path) -> None:

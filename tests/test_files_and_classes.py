@@ -356,11 +356,21 @@ def test_each_class_needs_a_color():
         ClassSet(("a", "b"), ((0, 0, 0),))
 
 
-def test_small_yaml_files_have_no_aliases():
+def test_small_yaml_files_may_have_aliases():
     assert parse_yaml("{classes: [a, b]}") == {"classes": ["a", "b"]}
-    bomb = "a0: &a0 {x: 1}\n" + "".join(
+    assert parse_yaml("") is None
+    text = "path: &root /data\ncolors: &c [a, b]\nnames: *c\nbase: &d {x: 1}\nmore: {<<: *d, y: *root}\n"
+    assert parse_yaml(text)["names"] == ["a", "b"] and parse_yaml(text)["more"] == {"x": 1, "y": "/data"}
+
+
+def test_small_yaml_files_stand_for_a_limited_number_of_values():
+    merges = "a0: &a0 {x: 1}\n" + "".join(
         f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 10)}]}}\n" for n in range(1, 10)
     )
-    for text in (bomb, "a: &a [1]\nb: *a", "[" * 5000):
+    laughs = "a0: &a0 [1]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
+    )
+    chain = "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 60))
+    for text in (merges, laughs, chain, "a: &a [*a]", "[" * 5000):
         with pytest.raises(ValueError, match=r"alias|deep"):
             parse_yaml(text)

@@ -22,6 +22,7 @@ from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict, predict_for_labeling, predict_scores, whole_image
 from darseg.model.weights import load_network, save_network
 from darseg.run.evaluate import load_trained
+from darseg.run.outputs import held_folder
 from darseg.run.predict import KINDS, RECORD, predict_folder
 from wording import refused, says
 
@@ -516,3 +517,83 @@ def test_playlists_are_no_videos(tmp_path: Path, kind: str, monkeypatch: pytest.
     assert os.environ[video.OPTIONS] == "format_whitelist;concat,hls,sdp"
     monkeypatch.delenv(video.OPTIONS)
     assert len(list(read_frames(tmp_path / "private.avi"))) == 3
+
+
+# --- earlier results
+
+
+@pytest.mark.parametrize("kind", ["index", "overlay"])
+def test_what_was_made_of_a_video_before_it_was_damaged_stays(
+    kind: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    video, out = film(tmp_path / "a.mkv", 30, size=(64, 96)), tmp_path / "out"
+    predict_folder(checkpoint, video, out, [kind])
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    video.write_bytes(video.read_bytes()[: video.stat().st_size * 6 // 10])
+    done = predict_folder(checkpoint, video, out, [kind], existing="replace")
+    says(done.failed[0], "a.mkv", "Kept from an earlier call", vary=[r"\d+(?= of its)", r"\d+(?= frame)"])
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    video.write_bytes(b"no video at all")
+    assert predict_folder(checkpoint, video, out, [kind], existing="replace").failed
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("left", [0, 100, -1])
+def test_files_that_were_cut_off_are_made_again_and_counted(
+    left: int, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images, out = tmp_path / "in", tmp_path / "out"
+    for number in range(3):
+        write_png(images / f"{number}.png", picture(number))
+    film(images / "v.mp4", 2)
+    predict_folder(checkpoint, images, out)
+    cut = [out / "index" / "1.png", out / "overlay" / "v.mp4"]
+    before = [path.read_bytes() for path in cut]
+    for path in cut:
+        path.write_bytes(path.read_bytes()[:left])
+    done = predict_folder(checkpoint, images, out, existing="keep")
+    assert (done.images, done.videos, done.kept) == (1, 1, 2)
+    assert [path.read_bytes() for path in cut] == before
+    printed = capsys.readouterr()
+    (line,) = (line for line in printed.out.splitlines() if str(cut[0]) in line)
+    says(line, "2 file(s)")
+    assert "moov" not in printed.err
+
+
+def test_a_replacement_that_was_stopped_is_not_kept_as_of_one_network(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(6)
+    other, images, out = tmp_path / "other.safetensors", tmp_path / "in", tmp_path / "out"
+    save_network(SPEC.build(), other, SPEC)
+    for number in range(2):
+        write_png(images / f"{number}.png", picture(number))
+    predict_folder(checkpoint, images, out, ["index"])
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("darseg.run.predict.predict", stop)
+        predict_folder(other, images, out, ["index"], existing="replace")
+    with refused(RunError, str(out), "network"):
+        predict_folder(other, images, out, ["index"], existing="keep")
+    (out / RECORD).write_text("{")
+    with refused(RunError, RECORD, "--existing replace"):
+        predict_folder(other, images, out, ["index"], existing="keep")
+    assert predict_folder(other, images, out, ["index"], existing="replace").images == 2
+    assert predict_folder(other, images, out, ["index"], existing="keep").kept == 2
+
+
+def test_what_is_done_is_looked_up_while_the_folder_is_held(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_png(tmp_path / "in" / "a.png", picture(0))
+
+    def looked_up(media, facts, outputs, *, existing: str):
+        with refused(RunError, str(outputs.folder), "another process"), held_folder(outputs.folder):
+            pass
+        return media
+
+    monkeypatch.setattr("darseg.run.predict.still_to_do", looked_up)
+    assert predict_folder(checkpoint, tmp_path / "in", tmp_path / "out", ["index"]).images == 1

@@ -24,11 +24,12 @@ import darseg
 from conftest import write_png
 from darseg.annotate.annotations import read_annotations
 from darseg.annotate.cityscapes import CITYSCAPES_VOID
-from darseg.annotate.rasterize import Rasterized, rasterize_folder
+from darseg.annotate.rasterize import RECORD, Rasterized, rasterize_folder
 from darseg.annotate.regions import AnnotatedImage, Region, paint
 from darseg.config.text import load_recipe
 from darseg.data.classes import CAMVID, CITYSCAPES, VOC
 from darseg.errors import DarsegError, DataError, RunError
+from darseg.run.outputs import held_folder
 from wording import refused, says
 
 HEIGHT, WIDTH = 8, 10
@@ -41,7 +42,9 @@ def write_json(path: Path, content: Any) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """The files of a folder, except the record of what was drawn."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def read_map(path: Path) -> np.ndarray:
@@ -875,6 +878,34 @@ def test_a_rerun_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     assert tree(out) == before and first.faults == again.faults
     rasterize(folder, tmp_path / "other")
     assert tree(tmp_path / "other") == before
+
+
+def test_label_maps_that_were_corrected_by_hand_are_kept(call, folder: Path, tmp_path: Path) -> None:
+    out, corrected = tmp_path / "out", np.zeros((HEIGHT, WIDTH), np.uint8)
+    rasterize(folder, out)
+    drawn = tree(out)
+    write_png(out / "a.png", corrected)
+    mine = (out / "a.png").read_bytes()
+    result = rasterize(folder, out)
+    assert (result.images, result.kept) == (1, (str(out / "a.png"),))
+    assert (out / "a.png").read_bytes() == mine
+    (out / RECORD).unlink()  # as an earlier version left it
+    write_json(folder / "s" / "b.json", labelme(shape("car", square(1, 1, 3, 3)), imagePath="b.jpg"))
+    assert set(rasterize(folder, out).kept) == {str(out / "a.png"), str(out / "s" / "b.png")}
+    _, printed, _ = call("rasterize", folder, out)
+    (line,) = (line for line in printed.splitlines() if line.startswith("kept"))
+    says(line, "2 label map(s)", str(out / "a.png"), "--force")
+    call("rasterize", folder, out, "--force")
+    assert (out / "a.png").read_bytes() == drawn["a.png"]
+    write_json(folder / "s" / "b.json", labelme(shape("car", square(1, 1, 2, 2)), imagePath="b.jpg"))
+    assert (
+        rasterize(folder, out).kept == () and tree(out)["s/b.png"] == drawn["s/b.png"]
+    )  # its own are drawn again
+
+
+def test_two_calls_do_not_draw_into_one_folder_at_once(folder: Path, tmp_path: Path) -> None:
+    with held_folder(tmp_path / "out"), refused(RunError, str(tmp_path / "out"), "another process"):
+        rasterize(folder, tmp_path / "out")
 
 
 def test_faults_of_drawing_are_reported_with_the_others(tmp_path: Path) -> None:

@@ -28,10 +28,10 @@ from darseg.data.walk import walk
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DataError, RecipeError, RunError, StorageError
 from darseg.model.weights import load_network, save_network
-from darseg.run.build import build_initial_network, manifest_of, recipe_of, spec_of
+from darseg.run.build import build_initial_network, manifest_of, spec_of
 from darseg.run.contents import digest_contents, keep_contents
 from darseg.run.data_digest import digest_manifest, written_since
-from darseg.run.directory import RunDirectory, digest_path, open_run, write_json
+from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.evaluate import load_trained
 from darseg.run.outputs import check_scores_file, held_folder
 from darseg.run.reuse import other_content
@@ -43,52 +43,12 @@ from wording import refused, says
 QUIET = Console(quiet=True)
 
 
-@pytest.fixture
-def project(tiny_data: Path, recipe_file: Path, tmp_path: Path) -> Path:
-    """A project folder: data/, tiny.yaml, and runs/tiny with a network of round 0."""
-    folder = tmp_path / "project"
-    shutil.copytree(tiny_data, folder / "data")
-    text = recipe_file.read_text().replace(str(tiny_data), "data")
-    recipe_file.unlink()
-    (folder / "tiny.yaml").write_text(text)
-    recipe, run = load_recipe(folder / "tiny.yaml"), RunDirectory(folder / "runs" / "tiny")
-    data = digest_manifest(manifest_of(recipe))
-    open_run(run, recipe_text=darseg.config.text.dump_recipe(recipe), data=data, compare=lambda _: None)
-    save_network(build_initial_network(recipe)[0], run.network(0), spec_of(recipe))
-    outputs = {"network.safetensors": digest_path(run.network(0))}
-    record = {"step": "train", "inputs": {}, "outputs": outputs, "seconds": 1.0, "facts": {}}
-    write_json(run.record_path(0, "train"), record)
-    return folder
-
-
 def test_copies_of_a_round_are_not_rounds(project: Path) -> None:
     run = RunDirectory(project / "runs" / "tiny")
     for name in ("round_0.bak", "round_old", "round_00", "round_1_of_2", "round_٣"):
         shutil.copytree(run.round(0), run.root / name)
     assert run.rounds_with("train") == [0]
     assert run.last_network() == run.network(0)
-
-
-def test_a_moved_project_finds_its_data(project: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    moved = tmp_path / "elsewhere" / "p"
-    shutil.move(project, moved)
-    recipe = recipe_of(moved / "runs" / "tiny")
-    assert recipe.data.root == str(moved / "data")
-    says(capfd.readouterr().err, str(project / "data"), str(moved / "data"))
-
-
-def test_data_that_moved_alone_are_found_by_the_recipe_beside(project: Path, tmp_path: Path) -> None:
-    shutil.move(project / "data", tmp_path / "new_name")
-    recipe = project / "tiny.yaml"
-    recipe.write_text(recipe.read_text().replace("root: data", f"root: {tmp_path / 'new_name'}"))
-    assert recipe_of(project / "runs" / "tiny").data.root == str(tmp_path / "new_name")
-
-
-def test_other_data_at_the_likely_place_are_not_taken(project: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "p"
-    shutil.move(project, moved)
-    next((moved / "data" / "images").rglob("*.png")).write_bytes(b"of another size")
-    assert recipe_of(moved / "runs" / "tiny").data.root == str(project / "data")
 
 
 def test_a_network_that_was_changed_is_noticed(project: Path, capfd: pytest.CaptureFixture) -> None:
@@ -120,6 +80,55 @@ def test_an_output_that_cannot_be_written_is_known_before_the_work(tmp_path: Pat
         check_scores_file(tmp_path / "file" / "scores.json")
     with refused(RunError, str(tmp_path), "folder"):
         check_scores_file(tmp_path)
+
+
+WRITERS = {
+    "export": ("{run}", "{out}.onnx"),
+    "convert": ("{run}/round_0/network.safetensors", "{out}.safetensors", "--architecture", "pspnet50"),
+    "align": ("{run}", "{images}", "--out", "{out}.safetensors"),
+    "evaluate": ("{run}", "--out", "{out}.json"),
+    "report": ("{run}", "--out", "{out}.html"),
+    "init": ("{data}", "--out", "{out}.yaml"),
+    "split": ("{recipe}", "{out}", "--count", "3"),
+    "train": ("{recipe}", "--out", "{out}"),
+    "predict": ("{run}", "{images}", "{out}"),
+    "label": ("{run}", "{images}", "{out}"),
+    "redistribute": ("{scores}", "{out}", "--class-counts", "{counts}", "--labeling-ratio", "0.5"),
+    "rasterize": ("{shapes}", "{out}"),
+}
+"""Commands that write what the user names → their arguments."""
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_nothing_is_written_over_a_link_that_leads_nowhere(
+    verb: str, project: Path, scores: Path, tmp_path: Path, call
+) -> None:
+    counts, shapes = tmp_path / "counts.json", tmp_path / "shapes" / "a.json"
+    counts.write_text("[1, 2, 3]")
+    shapes.parent.mkdir()
+    shape = {"label": "x", "shape_type": "rectangle", "points": [[0, 0], [3, 3]]}
+    other = shape | {"label": "y"}
+    shapes.write_text(
+        json.dumps({"imagePath": "a.png", "imageWidth": 9, "imageHeight": 9, "shapes": [shape, other]})
+    )
+    out = tmp_path / "out"
+    places = {
+        "run": project / "runs" / "tiny",
+        "images": project / "data" / "images" / "u",
+        "data": project / "data",
+        "recipe": project / "tiny.yaml",
+        "scores": scores,
+        "counts": counts,
+        "shapes": shapes.parent,
+        "out": out,
+    }
+    arguments = [argument.format(**places) for argument in WRITERS[verb]]
+    (link,) = (Path(argument) for argument in arguments if argument.startswith(str(out)))
+    link.symlink_to(tmp_path / "nowhere")
+    code, _, err = call(verb, *arguments)
+    assert code == 2 and str(link) in err and "Traceback" not in err
+    assert os.readlink(link) == str(tmp_path / "nowhere") and not link.exists()
+    says(err, str(link), vary=[r"(?s)^.*(?=darseg: )"])
 
 
 def test_one_command_writes_into_a_folder_at_a_time(tmp_path: Path) -> None:
@@ -206,11 +215,17 @@ def test_mistyped_class_counts_leave_nothing_behind(scores: Path, tmp_path: Path
     assert darseg.redistribute_folder(scores, tmp_path / "out", [1, 2, 3], 0.5, console=QUIET)["images"] == 2
 
 
-def test_a_missing_label_map_is_made_again_and_said(scores: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [None, 0, -1])
+def test_a_label_map_that_is_not_whole_is_made_again_and_said(
+    left: int | None, scores: Path, tmp_path: Path
+) -> None:
     out, console = tmp_path / "out", Console(file=io.StringIO())
     record = darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=QUIET)
     before = (out / "a.png").read_bytes()
-    (out / "a.png").unlink()
+    if left is None:
+        (out / "a.png").unlink()
+    else:
+        (out / "a.png").write_bytes(before[:left])
     assert darseg.redistribute_folder(scores, out, [1, 2, 3], 0.5, console=console) == record
     assert (out / "a.png").read_bytes() == before
     assert not (out / ".begun.json").exists()

@@ -6,10 +6,8 @@ This package offers the functions behind the commands – `train`, `evaluate`, `
 return. A name is loaded when it is first used, because importing torch takes seconds.
 """
 
-from __future__ import annotations
-
+import _signal  # `signal` itself takes ten times as long, in which Ctrl-C would print a traceback
 import os
-import signal
 import sys
 
 
@@ -19,8 +17,9 @@ def _leave(*_: object) -> None:
 
 
 _is_command = bool(sys.argv) and (sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "darseg")
-if _is_command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if Ctrl-C is ignored
-    signal.signal(signal.SIGINT, _leave)
+_answers = _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler  # Ctrl-C is not ignored
+if _is_command and _answers:
+    _signal.signal(_signal.SIGINT, _leave)
 
 import importlib  # noqa: E402 (modules take time to import)
 from typing import TYPE_CHECKING, Any  # noqa: E402

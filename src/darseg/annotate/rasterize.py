@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import numpy as np
 import yaml
 from numpy.typing import NDArray
@@ -16,15 +18,20 @@ from darseg.annotate.annotations import read_annotations
 from darseg.annotate.regions import AnnotatedImage, Annotations, paint
 from darseg.choices import AnnotationFormat
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
-from darseg.data.files import ASIDE, read_text, remove_leftovers, write_whole
-from darseg.data.maps import label_path, write_map
+from darseg.data.files import ASIDE, is_taken, read_file, read_text, remove_leftovers, write_whole
+from darseg.data.maps import is_whole, label_path, write_map
 from darseg.data.pipeline import overlapped
 from darseg.data.plain_yaml import parse_yaml
 from darseg.errors import DataError, RunError, faults
+from darseg.run.directory import digest_path, write_json
 from darseg.run.journal import Journal
+from darseg.run.outputs import held_folder
+from darseg.run.records import read_texts
 
 CLASSES = "classes.yaml"
 """File in the folder of label maps: the classes in their order, and the pixels of each."""
+RECORD = ".rasterized.json"
+"""Next to it: id → SHA-256 of the label map as it was drawn, by which maps that were corrected by hand are known."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +42,10 @@ class Rasterized:
         classes: names; class k is `classes[k]`.
         pixels: int64 [K + 1], over all maps; the last entry counts pixels that are not labeled.
         images: how many maps were written.
+        kept: paths of maps that were left as they are, because they were changed since they were drawn.
         skipped: kind of shape that is not an area → how many were skipped.
         faults: a line each; the images they concern were not written.
-        warnings: lines about annotation files whose names were not taken as they are.
+        warnings: lines about annotation files whose names were not taken as they are, and about damaged maps.
     """
 
     classes: tuple[str, ...]
@@ -46,6 +54,7 @@ class Rasterized:
     skipped: Mapping[str, int]
     faults: tuple[str, ...]
     warnings: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def recipe(self) -> str:
         """The recipe's lines about the classes."""
@@ -71,11 +80,32 @@ class _Survey:
 
 @dataclass(frozen=True)
 class _Target:
-    """The folder of the maps, the classes, and the value of pixels that no region covers."""
+    """The folder of the maps, the classes, and the value of pixels that no region covers.
+
+    Attributes:
+        drawn: id → SHA-256 of the map as it was drawn; maps that are drawn are added.
+        overwrite: draw maps again that were changed since.
+    """
 
     out: Path
     names: tuple[str, ...]
     unclaimed: int
+    drawn: dict[str, str]
+    overwrite: bool
+
+    def is_changed(self, name: str, label: np.ndarray) -> bool:
+        """Whether somebody changed the map of this image since it was drawn."""
+        path = label_path(self.out, name)
+        if not is_whole(path) or digest_path(path) == self.drawn.get(name):
+            return False
+        existing = cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_UNCHANGED)
+        return existing is not None and not np.array_equal(existing, label)
+
+    def write(self, name: str, label: np.ndarray) -> None:
+        """Write a map, and remember its digest."""
+        path = label_path(self.out, name)
+        write_map(path, label)
+        self.drawn[name] = digest_path(path)
 
 
 def rasterize_folder(
@@ -87,6 +117,7 @@ def rasterize_folder(
     background: str | None = None,
     ignore_other: bool = False,
     panoptic_folder: Path | str | None = None,
+    overwrite: bool = False,
     console: Console | None = None,
 ) -> Rasterized:
     """Draw annotation files as label maps `out/ID.png`: 8-bit PNGs of class indices, 255 = not labeled.
@@ -104,6 +135,7 @@ def rasterize_folder(
             pixels are not labeled.
         ignore_other: pixels of categories that are not among the classes are not labeled; default: a fault.
         panoptic_folder: PNGs of a COCO panoptic file; default: the file's path without suffix.
+        overwrite: draw maps again that were changed since they were drawn; default: they are kept.
 
     Returns:
         what was written, with all faults of single images; images without faults are done.
@@ -121,17 +153,20 @@ def rasterize_folder(
         problems = [f"{annotations}: nothing can be drawn, since {reason}"]
     if problems:
         raise DataError(faults("Nothing was written", [*problems, *survey.faults]))
-    _begin(out, names)
     unclaimed = IGNORE if background is None else names.index(background)
-    result = _draw(source, survey, _Target(out, names, unclaimed), console=console or Console())
-    described = {
-        "pixels": dict(zip(names, result.pixels.tolist(), strict=False)),
-        "not_labeled": int(result.pixels[-1]),
-        "images": result.images,
-    }
-    write_whole(
-        out / CLASSES, _classes_text(names) + yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
-    )
+    with _begun(out, names):
+        target = _Target(out, names, unclaimed, drawn=_read_record(out), overwrite=overwrite)
+        try:
+            result = _draw(source, survey, target, console=console or Console())
+        finally:
+            write_json(out / RECORD, dict(sorted(target.drawn.items())))
+        described = {
+            "pixels": dict(zip(names, result.pixels.tolist(), strict=False)),
+            "not_labeled": int(result.pixels[-1]),
+            "images": result.images,
+        }
+        facts = yaml.safe_dump(described, sort_keys=False, allow_unicode=True)
+        write_whole(out / CLASSES, _classes_text(names) + facts)
     return result
 
 
@@ -141,6 +176,8 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
     counts = np.zeros(256, np.int64)
     fault_lines = dict.fromkeys(survey.faults)  # in order and without repetition
     done = 0
+    kept: list[str] = []
+    damaged: list[Path] = []
 
     def drawable() -> Iterator[AnnotatedImage]:
         for image in source.images():
@@ -149,23 +186,33 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
             elif survey.where.get(image.id) == image.where:
                 yield image
 
-    def count(_: AnnotatedImage, painted: np.ndarray | list[str]) -> np.ndarray | None:
+    def paint_image(image: AnnotatedImage) -> np.ndarray | list[str] | None:
+        painted = paint(image, index, target.unclaimed)
+        changed = not isinstance(painted, list) and target.is_changed(image.id, painted)
+        return None if changed and not target.overwrite else painted
+
+    def count(image: AnnotatedImage, painted: np.ndarray | list[str] | None) -> np.ndarray | None:
         nonlocal counts, done
         if isinstance(painted, list):
             fault_lines.update(dict.fromkeys(painted))
             return None
+        if painted is None:
+            kept.append(str(label_path(target.out, image.id)))
+            return None
+        path = label_path(target.out, image.id)
+        damaged.extend([path] if is_taken(path) and not is_whole(path) else [])
         counts += np.bincount(painted.reshape(-1), minlength=256)
         done += 1
         return painted
 
     def write(image: AnnotatedImage, label: np.ndarray | None) -> None:
         if label is not None:
-            write_map(label_path(target.out, image.id), label)
+            target.write(image.id, label)
 
     with Journal(None, None, console).progress("rasterize", len(survey.where)) as advance:
         overlapped(
             drawable(),
-            read=lambda image: paint(image, index, target.unclaimed),
+            read=paint_image,
             work=count,
             write=write,
             advance=advance,
@@ -178,8 +225,14 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
         images=done,
         skipped=skipped,
         faults=tuple(fault_lines),
-        warnings=survey.warnings,
+        warnings=(*survey.warnings, *_damaged_line(damaged)),
+        kept=tuple(kept),
     )
+
+
+def _damaged_line(paths: Sequence[Path]) -> list[str]:
+    what = f"{len(paths)} label map(s) were empty or cut off and were drawn again"
+    return [f"{what}, such as {paths[0]}"] if paths else []
 
 
 def _look(source: Annotations) -> _Survey:
@@ -273,8 +326,28 @@ def _choose(
     return names, problems
 
 
-def _begin(out: Path, names: tuple[str, ...]) -> None:
-    """Mark a new folder as ours. Raises RunError if it holds other files or maps of other classes."""
+@contextlib.contextmanager
+def _begun(out: Path, names: tuple[str, ...]) -> Generator[None]:
+    """Hold the folder, after it was marked as ours."""
+    _check_folder(out, names)
+    with held_folder(out):
+        _check_folder(out, names)  # another process may have begun there meanwhile
+        if not (out / CLASSES).exists():
+            write_whole(out / CLASSES, _classes_text(names))
+        yield
+
+
+def _read_record(out: Path) -> dict[str, str]:
+    """Id → SHA-256 of the map as it was drawn; empty if the record is missing or damaged."""
+    with contextlib.suppress(
+        RunError, FileNotFoundError
+    ):  # then equal maps are ours, and all others are kept
+        return read_texts(out / RECORD, "")
+    return {}
+
+
+def _check_folder(out: Path, names: tuple[str, ...]) -> None:
+    """Raise RunError if the folder holds other files or maps of other classes."""
     marker = out / CLASSES
     remove_leftovers(out)
     if out.exists() and not out.is_dir():
@@ -292,8 +365,6 @@ def _begin(out: Path, names: tuple[str, ...]) -> None:
             )
     elif out.is_dir() and any(path.suffix != ASIDE for path in out.iterdir()):
         raise RunError(f"{out} is not empty and was not made by this command. Choose another folder.")
-    else:
-        write_whole(marker, _classes_text(names))
 
 
 def _classes_text(names: Sequence[str]) -> str:

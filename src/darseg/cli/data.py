@@ -14,6 +14,7 @@ from darseg.cli.tables import (
     Rows,
     counts_by_role,
     plan_table,
+    print_drawn,
     print_split,
     print_table,
     share_ignored,
@@ -91,6 +92,9 @@ def rasterize(
             help="Folder of COCO panoptic's PNGs. Default: the path of the JSON file without .json."
         ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also draw label maps again that were corrected by hand.")
+    ] = False,
 ) -> None:
     """Draw annotation files as label maps: COCO, COCO panoptic, labelme, Cityscapes, CVAT."""
     from darseg.annotate.rasterize import rasterize_folder
@@ -104,17 +108,9 @@ def rasterize(
         background=background,
         ignore_other=other == "ignore",
         panoptic_folder=panoptic_folder,
+        overwrite=force,
     )
-    rows: Rows = [["class", "pixels", "share of labeled pixels"]]
-    for k, name in enumerate(drawn.classes):
-        rows.append([name, int(drawn.pixels[k]), share_of_labeled(drawn.pixels, k)])
-    rows.append(["(not labeled, of all pixels)", int(drawn.pixels[-1]), share_ignored(drawn.pixels)])
-    print_table(rows)
-    for shape, count in drawn.skipped.items():
-        print(f"skipped, because they have no area: {count} {shape}")
-    for line in drawn.warnings:
-        print(f"warning: {line}")
-    print(f"{drawn.images} label maps in {out}; in the recipe:\n{drawn.recipe()}")
+    print_drawn(drawn, out)
     if drawn.faults:
         raise DataError(faults(f"{len(drawn.faults)} fault(s); all other images are done", drawn.faults))
 

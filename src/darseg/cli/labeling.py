@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from darseg.cli.options import Plain, RoundIndex, Source
+from darseg.cli.options import DataRoot, Plain, RoundIndex, Source
 from darseg.cli.tables import print_labels
 from darseg.errors import RecipeError
 from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
@@ -27,6 +27,7 @@ def label(
     source: Source,
     images: Annotated[Path, typer.Argument(help="A folder of images to pseudo-label.")],
     out: Annotated[Path, typer.Argument(help="Folder for ID.png and redistribution.json.")],
+    overrides: DataRoot = None,
     recipe: Annotated[
         Path | None, typer.Option(help="For a checkpoint: the recipe it was trained with.")
     ] = None,
@@ -77,6 +78,7 @@ def label(
         predict_twice=predict_twice,
         threads=threads,
         plain=plain,
+        overrides=overrides or [],
     )
     print_labels(record, out)
     print(describe_decisions(source, round_index, plain))

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
-from darseg.cli.options import Plain, RoundIndex, Source, TrainedWith
+from darseg.cli.options import MOVED, DataRoot, Plain, RoundIndex, Source, TrainedWith, without_root
 from darseg.cli.tables import print_adapted, print_table, text_of
 
 BOUND = "Largest class weight and reciprocal of the smallest."
@@ -70,7 +70,7 @@ def predict(
         list[Path],
         typer.Argument(
             metavar="IMAGES",
-            help='Images, videos, folders, or quoted patterns such as "photos/**/*.jpg".',
+            help=f'Images, videos, folders, or quoted patterns such as "photos/**/*.jpg". {MOVED}',
         ),
     ],
     out: Annotated[
@@ -97,6 +97,7 @@ def predict(
     from darseg.run.evaluate import describe_decisions
     from darseg.run.predict import KINDS, predict_folder
 
+    (*images, out), overrides = without_root([*images, out])
     kinds = cast("list[PredictionKind]", kind) if kind else KINDS  # predict_folder checks them
     done = predict_folder(
         source,
@@ -107,6 +108,7 @@ def predict(
         existing=existing,
         recipe=recipe,
         plain=plain,
+        overrides=overrides,
     )
     print(describe_decisions(source, round_index, plain))
     counts = [f"{done.images} image(s)"] if done.images or not done.videos else []
@@ -130,7 +132,8 @@ def align(
         list[Path],
         typer.Argument(
             metavar="IMAGES",
-            help='Unlabeled images or videos of the place, folders, or quoted patterns such as "b/**/*.jpg".',
+            help='Unlabeled images or videos of the place, folders, or quoted patterns such as "b/**/*.jpg". '
+            + MOVED,
         ),
     ],
     out: Annotated[
@@ -161,6 +164,7 @@ def align(
     """Fit a trained network to another place's class mix, from unlabeled images and without training."""
     from darseg.run.adapt import align_network
 
+    images, overrides = without_root(images)
     adapted = align_network(
         source,
         images,
@@ -174,6 +178,7 @@ def align(
         limit=limit,
         overwrite=force,
         despite_doubts=despite_doubts,
+        overrides=overrides,
     )
     print_adapted(adapted)
     if recipe or source.is_dir():
@@ -191,13 +196,16 @@ def export(
         typer.Option(help="Images to check the file with. Default: the run's validation images."),
     ] = None,
     plain: Plain = False,
+    overrides: DataRoot = None,
 ) -> None:
     """Export a trained network for programs without darseg, and check that it gives the same classes."""
     from darseg.run.evaluate import describe_decisions
     from darseg.run.export import export_network
 
     print("Writing the file, then checking it on real images: half a minute or more.", file=sys.stderr)
-    parity = export_network(source, out, round_index=round_index, images=images, plain=plain)
+    parity = export_network(
+        source, out, round_index=round_index, images=images, plain=plain, overrides=overrides or []
+    )
     for line in parity.describe():
         print(line)
     print(describe_decisions(source, round_index, plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,17 @@ RoundIndex = Annotated[
 TrainedWith = Annotated[
     Path | None, typer.Option("--recipe", help="For a checkpoint: the recipe it was trained with.")
 ]
+DataRoot = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[data.root=PATH]", help="Where the data are now, if they were moved."),
+]
+MOVED = "Also data.root=PATH, if the run's data were moved."
 Plain = Annotated[
     bool, typer.Option("--plain", help="Use the network as it was trained, without class weights.")
 ]
+
+
+def without_root(words: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """The paths among the words of a command line, and `data.root=PATH`, which may be among them."""
+    overrides = [str(word) for word in words if str(word).startswith("data.root=")]
+    return [word for word in words if not str(word).startswith("data.root=")], overrides

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from darseg.cli.options import Overrides, RecipeFile
+from darseg.cli.options import DataRoot, Overrides, RecipeFile, without_root
 from darseg.cli.tables import print_table, rounds_table
 from darseg.errors import RunError, printable
 
@@ -48,7 +48,10 @@ def train(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN… [OUT.html]", help="Run folders; several are compared."),
+        typer.Argument(
+            metavar="RUN… [OUT.html]",
+            help="Run folders; several are compared. Also data.root=PATH, if the data of one run were moved.",
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -70,22 +73,25 @@ def report(
     from darseg.report.overview import write_report
     from darseg.run.build import recipe_of
 
+    runs, overrides = without_root(runs)
+    if not runs:
+        raise RunError("Give the run folder, too: darseg report RUN data.root=PATH.")
     last = runs[-1]
     if out is None and len(runs) > 1 and last.suffix.lower() in (".html", ".htm") and not last.is_dir():
         *runs, out = runs
     if len(runs) == 1:
-        root = recipe_of(runs[0]).data.root
+        root = recipe_of(runs[0], overrides).data.root
         print(printable(f"Pictures are read from {root}, the data.root of the run's recipe."))
-        print(f"Written to {write_report(runs[0], out, pictures=pictures, share=share)}")
+        print(f"Written to {write_report(runs[0], out, pictures=pictures, share=share, overrides=overrides)}")
         if share:
             print(
                 "The page holds no absolute paths and no names of this machine or its user. It shows images of the data "
                 "set with their ids, and the recipe."
             )
         return
-    if pictures or share:
+    if pictures or share or overrides:
         raise RunError(
-            "--pictures and --share are for the report of one run. Leave them out to compare runs."
+            "--pictures, --share and data.root= are for the report of one run. Leave them out to compare runs."
         )
     compared = compare_runs(runs, out or Path(NAME))
     print_table(compared.rows)
@@ -96,6 +102,7 @@ def report(
 
 def view(
     run: Annotated[Path, typer.Argument(help="A run folder with pseudo labels.")],
+    overrides: DataRoot = None,
     round_index: Annotated[
         int | None,
         typer.Option(
@@ -123,5 +130,6 @@ def view(
         port,
         open_browser=open_browser,
         pictures=pictures,
+        overrides=overrides or [],
         say=lambda line: print(line, flush=True),
     )

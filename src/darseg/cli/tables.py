@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from darseg.errors import DataError, faults, printable
 
 if TYPE_CHECKING:
+    from darseg.annotate.rasterize import Rasterized
     from darseg.pseudo.align import Alignment
     from darseg.run.adapt import Adapted
     from darseg.run.check import Plan
@@ -191,3 +192,22 @@ def print_adapted(adapted: Adapted) -> None:
     if adapted.doubts:
         print("warning: " + faults("written despite doubts", adapted.doubts))
     print(f"Written to {adapted.path}")
+
+
+def print_drawn(drawn: Rasterized, out: Path) -> None:
+    """Print what `rasterize` drew, class by class, and the lines for a recipe."""
+    rows: Rows = [["class", "pixels", "share of labeled pixels"]]
+    for k, name in enumerate(drawn.classes):
+        rows.append([name, int(drawn.pixels[k]), share_of_labeled(drawn.pixels, k)])
+    rows.append(["(not labeled, of all pixels)", int(drawn.pixels[-1]), share_ignored(drawn.pixels)])
+    print_table(rows)
+    for shape, count in drawn.skipped.items():
+        print(f"skipped, because they have no area: {count} {shape}")
+    for line in drawn.warnings:
+        print(f"warning: {line}")
+    if drawn.kept:
+        print(
+            f"kept, because they were changed since they were drawn: {len(drawn.kept)} label map(s), such as "
+            f"{drawn.kept[0]}. Draw them again with --force."
+        )
+    print(f"{drawn.images} label maps in {out}; in the recipe:\n{drawn.recipe()}")

@@ -43,6 +43,10 @@ DEEPEST = 50
 """Lists and mappings in each other."""
 
 
+OVERRIDE = "override "
+"""Begins the places of what a command line changes."""
+
+
 class _TooMuchError(Exception):
     """A text asks for more than a recipe may. `mark`: where."""
 
@@ -160,6 +164,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         overrides: "section.key=value", with the value in YAML; list elements have numbers ("rounds.0.steps=300").
+            A relative `data.root` begins at the current folder.
 
     Returns:
         the recipe; `data.root` and the path of `network.weights`, relative to the recipe's folder, are absolute in it.
@@ -205,7 +210,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     if lines or recipe is None:
         raise RecipeError(faults(f"{path} cannot be used", lines)) from None
     try:
-        return resolved(recipe, path.resolve().parent)
+        return resolved(_from_here(recipe, text, path.resolve().parent), path.resolve().parent)
     except (
         RuntimeError,
         OSError,
@@ -214,6 +219,18 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"{path} cannot be used: data.root or network.weights is no usable path ({error}). Correct it."
         ) from error
+
+
+def _from_here(recipe: Recipe, text: _Text, folder: Path) -> Recipe:
+    """The recipe; a relative `data.root` that a command line gave begins at the current folder.
+
+    If nothing is there, but in the recipe's folder, it begins at that one, as in 0.2.
+    """
+    if not text.place(("data", "root")).startswith(OVERRIDE):
+        return recipe
+    path = Path(recipe.data.root).expanduser()
+    root = folder / path if (folder / path).exists() and not path.exists() else path.absolute()
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(root)})})
 
 
 def load_saved_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -232,7 +249,7 @@ def as_begun(recipe: Recipe, saved: Recipe) -> Recipe:
 
 
 def _override(values: dict, override: str, text: _Text) -> None:
-    place = f"override {override if len(override) <= LONGEST else override[: LONGEST - 1] + '…'}"
+    place = f"{OVERRIDE}{override if len(override) <= LONGEST else override[: LONGEST - 1] + '…'}"
     name, equals, value = override.partition("=")
     if not equals or not name:
         text.faults.append(f"{place}: should be section.key=value, as in training.batch=8")

@@ -29,12 +29,12 @@ DECODER_LINE = re.compile(
     r"Corrupt JPEG data|Premature end of JPEG|Invalid (SOS|progressive) parameters|Inconsistent progression|"
     r"Warning: unknown JFIF|Application transferred too (few|many) scanlines|Unsupported JPEG|Unsupported marker|"
     r"Invalid JPEG|Not a JPEG|Bogus |libpng (warning|error)|TIFF(Read|Fetch|Fill|Decode|Open)\w*: |"
-    r"\[ ?(WARN|ERROR|INFO):\d|\[OPENCV:FFMPEG|\[\w+ @ 0x|Last message repeated"
+    r"\[ ?(WARN|ERROR|INFO):\d|\[OPENCV:FFMPEG|\[[\w,]+ @ 0x|Last message repeated"
 )
 """Matches lines of libjpeg, libpng, libtiff, OpenCV and FFmpeg."""
 
 
-FFMPEG_LINE = re.compile(r"\[\w+ @ 0x")
+FFMPEG_LINE = re.compile(r"\[[\w,]+ @ 0x")
 
 
 class _Aside:

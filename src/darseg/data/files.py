@@ -139,10 +139,23 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "File systems take names of up to 255 bytes. Give a shorter name.",
     errno.EMFILE: "Too many files are open at once. Raise the limit (`ulimit -n`), or lower training.workers.",
     errno.ENOENT: "A folder of this path was removed meanwhile. Put it back, or choose another folder.",
+    errno.EEXIST: "A link that leads nowhere has this name. Remove it, or choose another folder.",
     errno.EIO: "The disk or the network that it is reached by has failed. Check it, and run the same command again.",
     errno.ESTALE: "The network that the disk is reached by has failed. Check it, and run the same command again.",
 }
 """What to do if a file cannot be written, by the number of the error."""
+
+
+def is_taken(path: Path) -> bool:
+    """Whether something has this name, be it a link that leads nowhere; it is not written over unasked."""
+    return os.path.lexists(path)
+
+
+def named(path: Path) -> str:
+    """The path, for messages; of a link that leads nowhere also where it leads."""
+    if path.is_symlink() and not path.exists():
+        return f"{path}, a link to {os.readlink(path)}, which is not there,"
+    return str(path)
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:

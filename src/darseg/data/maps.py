@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from darseg.data import files
-from darseg.data.files import write_whole
+from darseg.data.files import open_file, write_whole
 from darseg.errors import DataError, faults
 
 LONGEST_PATH = 4095
@@ -26,6 +26,10 @@ WRITABLE = ((np.uint8, ()), (np.uint16, ()), (np.uint8, (3,)))
 
 LONGEST_NAME = 255
 """Bytes of a file's name on all usual file systems."""
+
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+"""The first and last bytes of every PNG file (PNG specification, 5.2 and 11.2.5)."""
 
 
 def label_path(folder: Path, sample_id: str) -> Path:
@@ -74,6 +78,17 @@ def check_names(folder: Path, ids: Iterable[str]) -> None:
                 limit=8,
             )
         )
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file begins and ends as a PNG file does: not so if it is missing, empty or cut off."""
+    try:
+        with open_file(path) as file:
+            head = file.read(len(PNG_HEAD))
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return head == PNG_HEAD and file.read() == PNG_END
+    except OSError:
+        return False
 
 
 def write_map(path: Path, values: np.ndarray) -> None:

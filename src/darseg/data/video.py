@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from darseg.data.decoders import together_quietly
-from darseg.data.files import aside_of, check_regular, storage_error
+from darseg.data.files import aside_of, check_regular, open_file, storage_error
 from darseg.errors import DataError, StorageError
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
@@ -78,6 +78,24 @@ def video_facts(path: Path) -> VideoFacts:
     return VideoFacts(
         int(frames) if frames > 0 else 0, rate if math.isfinite(rate) and rate > 0 else USUAL_RATE
     )
+
+
+def is_whole_video(path: Path) -> bool:
+    """Whether the boxes of an .mp4 file fill it (ISO 14496-12, 4.2): not if it is empty or cut off."""
+    try:
+        with open_file(path) as file:
+            end, at = file.seek(0, os.SEEK_END), 0
+            while at < end:
+                file.seek(at)
+                head = file.read(16)
+                size = int.from_bytes(head[:4], "big")
+                size = int.from_bytes(head[8:], "big") if size == 1 else size
+                if size < 8:  # of the head itself
+                    return False
+                at += size
+            return 0 < at == end
+    except OSError:
+        return False
 
 
 def _measured_rate(capture: cv2.VideoCapture) -> float:

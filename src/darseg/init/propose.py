@@ -11,7 +11,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
-from darseg.data.files import aside_name, read_file, write_whole
+from darseg.data.files import aside_name, is_taken, named, read_file, write_whole
 from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.suffixes import unread_files, unread_line
@@ -78,9 +78,10 @@ def propose_recipe(
     out = Path(out) if out else Path(f"{folder.resolve().name or 'images'}.yaml")
     lists = out.with_name(f"{out.stem}_lists")
     for path in (out, lists):
-        if path.exists() and not overwrite:
+        if is_taken(path) and not overwrite:
             raise RunError(
-                f"{path} exists already. Choose another name (--out), or replace it and your changes in it (--force)."
+                f"{named(path)} exists already. Choose another name (--out), or replace it and your "
+                "changes in it (--force)."
             )
     console = console or Console()
     unread = unread_line(folder, unread_files(folder, READ))

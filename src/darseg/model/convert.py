@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from darseg.data.classes import ClassSet
+from darseg.data.files import is_taken, named
 from darseg.errors import WeightsError
 from darseg.model.release import RELEASED, classes_in
 from darseg.model.torchfile import read_bare
@@ -40,8 +41,10 @@ def convert(
         raise WeightsError(
             f"There is no released network {architecture!r}. Choose one of {', '.join(RELEASED)}."
         )
-    if out.exists():
-        raise WeightsError(f"{out} exists already and was left as it is. Give another name, or remove it.")
+    if is_taken(out):
+        raise WeightsError(
+            f"{named(out)} exists already and was left as it is. Give another name, or remove it."
+        )
     if out.suffix != ".safetensors":
         raise WeightsError(
             f"{out}: networks of darseg are safetensors files. Name it {out.with_suffix('.safetensors').name}."

@@ -29,7 +29,7 @@ from darseg.data.files import (
     write_whole,
 )
 from darseg.data.manifest import Sample
-from darseg.data.maps import label_path, path_of_id, write_map
+from darseg.data.maps import is_whole, label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
@@ -323,6 +323,8 @@ def assign_labels(
 def _read_map(path: Path) -> np.ndarray | None:
     """A label map that was written before; None if it is missing or damaged and has to be made again."""
     try:
+        if not is_whole(path):
+            return None
         return cv2.imdecode(np.frombuffer(read_file(path), np.uint8), cv2.IMREAD_UNCHANGED)
     except (OSError, cv2.error):
         return None

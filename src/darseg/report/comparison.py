@@ -15,7 +15,7 @@ from darseg.report import charts
 from darseg.report.elements import UNDEFINED, Entry, Row, Table
 from darseg.report.facts import RoundFacts, RunFacts, read_run
 from darseg.report.page import Page, render
-from darseg.run.build import differences, recipe_of
+from darseg.run.build import differences
 
 NAME = "comparison.html"
 SAME = ("seed", "threads")  # keys in which the runs of a group may differ; threads change last bits at most
@@ -133,7 +133,7 @@ def _differences(first: RunFacts, second: RunFacts) -> list[str]:
     """What two runs differ in apart from SAME, one line each. Equal data may be in different folders."""
     moved = [role for role in DATA if first.data.get(role) != second.data.get(role)]
     ignored = SAME if moved else (*SAME, "data.root")
-    lines = differences(recipe_of(first.root), recipe_of(second.root), ignored)
+    lines = differences(first.recipe, second.recipe, ignored)
     return lines + [f"{role} images: others" for role in moved]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
+from darseg.config.recipe import Recipe
 from darseg.data.classes import ClassSet
 from darseg.data.files import raise_if_unreadable, read_text
 from darseg.data.manifest import Manifest
@@ -21,6 +22,7 @@ from darseg.report.result import AlignedFacts
 from darseg.run.build import classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
+from darseg.run.evaluate import check_overrides
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.marks import read_excluded
 from darseg.run.records import is_number, read_object, read_plain, read_texts
@@ -96,6 +98,7 @@ class RunFacts:
     """A run folder.
 
     Attributes:
+        recipe: with the place of the data as it is now.
         rounds: those that have started.
         planned: number of rounds in the recipe.
         data: role → digest of its samples.
@@ -106,6 +109,7 @@ class RunFacts:
     """
 
     root: Path
+    recipe: Recipe
     recipe_text: str
     method: str
     seed: int
@@ -165,14 +169,18 @@ class Remark:
     worse: bool = False
 
 
-def read_run(root: Path | str) -> RunFacts:
+def read_run(root: Path | str, overrides: Sequence[str] = ()) -> RunFacts:
     """Read a run folder, finished or in progress.
+
+    Args:
+        overrides: "data.root=PATH", if the run's data were moved.
 
     Raises RunError if it is none or damaged, StorageError if links lead out of it.
     """
+    check_overrides(root, overrides)
     run = RunDirectory(root)
     run.refuse_links()
-    recipe = recipe_of(root)
+    recipe = recipe_of(root, overrides)
     classes = classes_of(recipe)
     journal = Journal(run.journal, None, Console(quiet=True))
     steps = journal.events("step")
@@ -184,6 +192,7 @@ def read_run(root: Path | str) -> RunFacts:
     started = [*journal.events("started"), {}][0]
     return RunFacts(
         root=Path(root),
+        recipe=recipe,
         recipe_text=read_text(run.recipe),
         method=recipe.labeling.method,
         seed=recipe.seed,
@@ -297,15 +306,14 @@ def _texts(path: Path, read: Callable[[Path, str], Mapping[str, Any]]) -> Mappin
 def read_data(facts: RunFacts) -> DataFacts:
     """Find a run's data and count its labeled masks. Data that are gone are not an error."""
     try:
-        recipe = recipe_of(facts.root)
-        manifest = manifest_of(recipe)
+        manifest = manifest_of(facts.recipe)
         counts = count_labels(masks(manifest.labeled), len(facts.classes))
         changed = [
             role for role, digest in digest_manifest(manifest).items() if facts.data.get(role) != digest
         ]
     except DarsegError as error:
         return DataFacts(None, None, str(error))
-    return DataFacts(manifest, counts, stranger=stranger(recipe.data.root, changed, "report"))
+    return DataFacts(manifest, counts, stranger=stranger(facts.recipe.data.root, changed, "report"))
 
 
 def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:

@@ -22,7 +22,6 @@ from darseg.errors import DataError
 from darseg.pseudo.labelset import ImageFacts, prediction_path
 from darseg.report.facts import DataFacts, RunFacts
 from darseg.run.browse import LabeledRound, Repredictor, labeled_round
-from darseg.run.build import recipe_of
 from darseg.run.directory import RunDirectory
 from darseg.run.marks import without
 
@@ -147,9 +146,7 @@ def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
         return None
     last = facts.labeled[-1]
     assert last.labels is not None
-    round_ = labeled_round(
-        RunDirectory(facts.root), last.index, recipe=recipe_of(facts.root), manifest=data.manifest
-    )
+    round_ = labeled_round(RunDirectory(facts.root), last.index, recipe=facts.recipe, manifest=data.manifest)
     samples = {sample.id: sample for sample in without(round_.samples, round_.excluded)}
     known = {name: fact for name, fact in image_facts(round_).items() if name in samples}
     notes = []

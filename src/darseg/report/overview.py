@@ -21,7 +21,7 @@ from darseg.report.page import Page, render
 from darseg.report.result import result_section
 from darseg.report.share import shareable, without_places
 from darseg.report.verdict import mean_iou, verdict
-from darseg.run.build import labeling_protocol, recipe_of
+from darseg.run.build import labeling_protocol
 from darseg.run.directory import RunDirectory
 
 MOST_ROWS = 3000  # rows for a class and round in one section
@@ -31,7 +31,12 @@ STEPS = ("label", "train", "align", "evaluate")
 
 
 def write_report(
-    run: Path | str, out: Path | str | None = None, *, pictures: bool = False, share: bool = False
+    run: Path | str,
+    out: Path | str | None = None,
+    *,
+    pictures: bool = False,
+    share: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Path:
     """Write a page about a run folder, finished or in progress: one file that needs no network.
 
@@ -40,6 +45,7 @@ def write_report(
         out: the file to write; default: report.html in the run folder.
         pictures: show images even if they are not those that the run began with.
         share: leave out absolute paths, and the names of this machine and its user.
+        overrides: "data.root=PATH", if the run's data were moved.
 
     Returns:
         The path of the page.
@@ -49,7 +55,7 @@ def write_report(
         StorageError: the page cannot be written.
     """
     start = time.monotonic()
-    facts = read_run(run)
+    facts = read_run(run, overrides)
     data = read_data(facts)
     if pictures:
         data = replace(data, stranger="")
@@ -78,7 +84,7 @@ def pictures_of(facts: RunFacts, data: DataFacts, share: bool = False) -> Markup
         gallery=gallery,
         fault=fault,
         classes=_entries(facts.classes),
-        protocol=labeling_protocol(recipe_of(facts.root)).describe("logits"),
+        protocol=labeling_protocol(facts.recipe).describe("logits"),
     )
 
 

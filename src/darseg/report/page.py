@@ -24,7 +24,7 @@ from plotly.offline import get_plotlyjs
 from plotly.utils import PlotlyJSONEncoder
 
 import darseg
-from darseg.data.files import open_file, write_whole
+from darseg.data.files import is_taken, named, open_file, write_whole
 from darseg.errors import RunError, printable
 from darseg.report.elements import Chart, direction, figure_of, signed
 
@@ -114,9 +114,10 @@ class Page:
             raise RunError(
                 f"{out} is a folder. Give the name of a file for the page, for example report.html."
             )
-        if out.exists() and MARK.encode() not in _beginning(out):
+        if is_taken(out) and MARK.encode() not in _beginning(out):
             raise RunError(
-                f"{out} exists and was not written by darseg. Choose another name for the page, or move the file away."
+                f"{named(out)} exists and was not written by darseg. Choose another name for the page, or "
+                "move the file away."
             )
         write_whole(out, self.html())
         return out
@@ -137,8 +138,11 @@ def _policy(*scripts: str) -> str:
 
 
 def _beginning(path: Path) -> bytes:
-    with open_file(path) as file:
-        return file.read(400)
+    try:
+        with open_file(path) as file:
+            return file.read(400)
+    except FileNotFoundError:  # a link that leads nowhere
+        return b""
 
 
 def _asset(name: str) -> str:

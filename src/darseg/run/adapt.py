@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from darseg.config.recipe import Recipe
+from darseg.data.files import is_taken, named
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, NumericsError, RunError, faults
 from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignment
@@ -25,7 +26,7 @@ from darseg.pseudo.labeling import BOUND
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.shift import Shift, estimate_shift
 from darseg.run.build import manifest_of, masks
-from darseg.run.evaluate import Trained, load_trained
+from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import Medium, list_media
 from darseg.run.prior import Prior, class_shares
@@ -102,6 +103,7 @@ def align_network(
     overwrite: bool = False,
     despite_doubts: bool = False,
     console: Console | None = None,
+    overrides: Sequence[str] = (),
 ) -> Adapted:
     """Give a network's decisions on unlabeled images the wanted class shares, and write it.
 
@@ -120,6 +122,7 @@ def align_network(
         limit: most images and frames to predict; a seeded choice if there are more.
         overwrite: replace `out` if it exists.
         despite_doubts: write the network even if there are doubts (`Adapted.doubts`).
+        overrides: "data.root=PATH", if the recipe's data were moved.
 
     Returns:
         shares and weights. `path` is None, and nothing was written, if there are doubts, or no weights.
@@ -128,8 +131,9 @@ def align_network(
     these classes, or with 0 for a class that is predicted, and if no image can be read.
     """
     task = _Task(prior, shift, bound=bound, strength=strength, limit=limit)
+    check_overrides(source, overrides)
     path = _check_out(Path(source), Path(out) if out is not None else None, round_index, overwrite=overwrite)
-    trained = load_trained(source, round_index, recipe=recipe)
+    trained = load_trained(source, round_index, overrides, recipe=recipe)
     unfold_alignment(trained.network)
     media = list_media([images] if isinstance(images, (str, Path)) else images)
     adapted = _find_weights(source, trained, media, task=task, console=console)
@@ -228,8 +232,10 @@ def _check_out(source: Path, out: Path | None, round_index: int | None, *, overw
         raise RunError(f"{out} is a folder. Give the name of a file to write.")
     if out.exists() and source.exists() and out.samefile(source):
         raise RunError(f"{out} is the network to align. {remedy}.")
-    if out.exists() and not overwrite:
-        raise RunError(f"{out} exists already and was left as it is. {remedy}, or replace it with --force.")
+    if is_taken(out) and not overwrite:
+        raise RunError(
+            f"{named(out)} exists already and was left as it is. {remedy}, or replace it with --force."
+        )
     return out
 
 

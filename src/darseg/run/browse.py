@@ -23,6 +23,7 @@ from darseg.pseudo.labelset import ImageFacts, Predictor, prediction_path, read_
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.data_digest import digest_samples, stranger
 from darseg.run.directory import RunDirectory
+from darseg.run.evaluate import check_overrides
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.records import read_texts
@@ -62,15 +63,20 @@ class LabeledRound:
         return read_label(path)
 
 
-def open_round(root: Path | str, index: int | None = None) -> LabeledRound:
-    """Open a round of a run folder whose label maps are done. index: default: the last of them.
+def open_round(root: Path | str, index: int | None = None, overrides: Sequence[str] = ()) -> LabeledRound:
+    """Open a round of a run folder whose label maps are done.
+
+    Args:
+        index: default: the last of them.
+        overrides: "data.root=PATH", if the run's data were moved.
 
     Raises RunError if there is none, or if marks, exclusions or facts are damaged; StorageError if links lead out of the
     folder.
     """
     run = RunDirectory(root)
     run.refuse_links()
-    recipe = recipe_of(root)
+    check_overrides(root, overrides)
+    recipe = recipe_of(root, overrides)
     done = run.rounds_with("label")
     if not done or (index is not None and index not in done):
         raise RunError(f"{run.root}: {_nothing_to_open(index, done, rounds=len(recipe.rounds))}")

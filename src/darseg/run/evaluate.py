@@ -43,6 +43,8 @@ from darseg.training.scores import Scores
 
 EVALUATION_KEYS = ("data.", "evaluation.", "threads")
 """Beginnings of the recipe's keys that change an evaluation."""
+PLACE_KEYS = ("data.root=",)
+"""Beginnings of what other commands take: the place of data that were moved."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +156,14 @@ def load_trained(
 
     Args:
         round_index: of a run folder; None: the last finished round.
-        overrides: changes of the run folder's recipe.
+        overrides: changes of the run folder's recipe, or of the one at the path `recipe`.
         recipe: or its path; used instead of the run folder's own.
         threads: CPU threads, whatever the recipe says.
         plain: the network as it was trained, without class weights.
 
     Raises RunError, WeightsError, RecipeError; DataError if the recipe has other classes.
     """
-    recipe = None if recipe is None else as_recipe(recipe)
+    recipe = _changed_recipe(source, recipe, overrides)
     path = result_path(source, round_index, plain)
     if Path(source).is_dir() and recipe is None:
         recipe = as_the_run_read(recipe_of(source, overrides), RunDirectory(source))
@@ -174,6 +176,25 @@ def load_trained(
     if order is not None:
         network, spec = reorder_classes(network, order), reordered_spec(spec, order)
     return Trained(network, spec, recipe, path=path, unaligned=unaligned, order=order)
+
+
+def _changed_recipe(
+    source: Path | str, recipe: Recipe | Path | str | None, overrides: Sequence[str]
+) -> Recipe | None:
+    """The recipe that is given for a checkpoint. Raises RunError if the overrides have none to change."""
+    if isinstance(recipe, (str, Path)):
+        return load_recipe(recipe, overrides)
+    if overrides and recipe is not None:
+        raise RunError(
+            f"The overrides {', '.join(overrides)} are for a run folder's own recipe, but another recipe is given. Give "
+            "them to load_recipe."
+        )
+    if overrides and not Path(source).is_dir():
+        raise RunError(
+            f"{', '.join(overrides)}: {source} is a checkpoint outside a run folder, so there is no recipe to change. "
+            "Give its recipe with --recipe RECIPE.yaml, or leave this out."
+        )
+    return None if recipe is None else as_recipe(recipe)
 
 
 def _warn_if_changed(network: Path) -> None:
@@ -251,12 +272,7 @@ def evaluate_result(
     """`evaluate`, with the plain scores next to those of a network whose decisions are aligned."""
     if role not in get_args(Role):
         raise RunError(f"There is no role {role!r}. Choose from {', '.join(get_args(Role))}.")
-    if recipe is not None and overrides:
-        raise RunError(
-            f"The overrides {', '.join(overrides)} are for a run folder's own recipe, but another recipe is given. Give "
-            "them to load_recipe."
-        )
-    _check_overrides(source, overrides)
+    check_overrides(source, overrides, EVALUATION_KEYS)
     trained = load_trained(source, round_index, overrides, recipe=recipe, plain=plain)
     recipe = trained.recipe
     if recipe is None:
@@ -285,15 +301,20 @@ def evaluate_result(
     return Evaluated(scores[0], scores[1] if len(scores) > 1 else None, protocol)
 
 
-def _check_overrides(source: Path | str, overrides: Sequence[str]) -> None:
-    """Raise RecipeError with all that is wrong with changes of a run folder's recipe."""
-    without_effect = [override for override in overrides if not override.startswith(EVALUATION_KEYS)]
+def check_overrides(source: Path | str, overrides: Sequence[str], keys: tuple[str, ...] = PLACE_KEYS) -> None:
+    """Raise RecipeError with all that is wrong with changes of a run folder's recipe.
+
+    Args:
+        keys: beginnings of what may be changed.
+    """
+    without_effect = [override for override in overrides if not override.startswith(keys)]
     if not without_effect:
         return
-    message = (
-        f"{', '.join(without_effect)}: this does not change an evaluation. Remove it; keys that do begin with "
-        f"{', '.join(EVALUATION_KEYS)}."
-    )
+    listed = ", ".join(without_effect)
+    if keys == PLACE_KEYS:
+        message = f"{listed}: only data.root=PATH can be given here, the place of data that were moved."
+    else:
+        message = f"{listed}: this does not change an evaluation. Remove it; keys that do begin with {', '.join(keys)}."
     if (recipe := RunDirectory(source).recipe).is_file():
         try:
             load_recipe(recipe, overrides)

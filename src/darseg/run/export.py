@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from darseg.data.files import read_json
+from darseg.data.files import is_taken, named, read_json
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
@@ -18,7 +18,7 @@ from darseg.model.export import check_suffix, metadata_of, write_exported
 from darseg.model.parity import Parity
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory, digest_path
-from darseg.run.evaluate import Trained, load_trained
+from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.training.scores import number
 
 COMPARED = 8
@@ -34,6 +34,7 @@ def export_network(
     round_index: int | None = None,
     images: Path | str | None = None,
     plain: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Parity:
     """Write a network for programs without darseg, and check that the file gives the same classes.
 
@@ -47,15 +48,19 @@ def export_network(
         images: a folder (or file) of images to compare on, of which at most 8 are used; None: the recipe's validation
             images, or the unlabeled ones if there are none.
         plain: export the network as it was trained, also if the result's decisions are aligned.
+        overrides: "data.root=PATH", if the run's data were moved.
 
     Raises ExportError, leaving no file, if it cannot be written, or if fewer than 99.9 % of the pixels of any image have
     the same class; RunError, WeightsError, DataError, NumericsError, StorageError.
     """
     source, out = Path(source), Path(out)
     check_suffix(out)
-    if out.exists():
-        raise ExportError(f"{out} exists already and was left as it is. Give another name, or remove it.")
-    trained = load_trained(source, round_index, plain=plain)
+    if is_taken(out):
+        raise ExportError(
+            f"{named(out)} exists already and was left as it is. Give another name, or remove it."
+        )
+    check_overrides(source, overrides)
+    trained = load_trained(source, round_index, overrides, plain=plain)
     compared = _images(source, trained, images)
     network = trained.network.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
     metadata = metadata_of(trained.spec, trained.classes(), _facts(source, trained))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.class_counts import ClassCounts, read_class_counts
 from darseg.run.directory import digest_path
-from darseg.run.evaluate import Trained, load_trained
+from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.label_files import FolderJob, label_into_folder
 from darseg.run.label_samples import network_predictor, network_scores
@@ -50,6 +50,7 @@ def label_folder(
     threads: int | None = None,
     console: Console | None = None,
     plain: bool = False,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Pseudo-label a folder of images with a trained network: `out/ID.png` and `out/redistribution.json`.
 
@@ -59,23 +60,24 @@ def label_folder(
         source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint.
         images: folder of images, subfolders included; or one image.
         class_counts: JSON file of labeled pixels per class; None: they are counted in the recipe's labeled masks.
-        align: first give the decisions the class shares of the labeled pixels; see `align`.
+        align: first give decisions the labeled pixels' class shares; see `align`.
         predict_twice: predict again instead of keeping predictions, or with `align` scores of all classes, on the disk.
         plain: label with the network as it was trained, also if the result's decisions are aligned.
+        overrides: "data.root=PATH", if the recipe's data were moved.
 
     Returns:
         the content of `redistribution.json`.
     """
     processes = Processes.here()
-    trained = load_trained(source, round_index, recipe=recipe, threads=threads, plain=plain)
-    recipe = trained.recipe
+    check_overrides(source, overrides)
+    trained = load_trained(source, round_index, overrides, recipe=recipe, threads=threads, plain=plain)
     job = FolderJob(
         source=Path(images),
         samples=_images_in(Path(images), trained.reading()),
         out=Path(out),
         classes=_count_classes(source, trained, class_counts),
         labeling=_complete_labeling(
-            recipe,
+            trained.recipe,
             method=method,
             ratio=labeling_ratio,
             threshold=threshold,
@@ -83,7 +85,7 @@ def label_folder(
             sampling=sampling,
             align=align,
         ),
-        seed=seed if seed is not None else (recipe.seed if recipe else 0),
+        seed=seed if seed is not None else (trained.recipe.seed if trained.recipe else 0),
         inputs=_digest_predictor(trained),
         predict_twice=predict_twice,
     )

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from darseg.data.files import ASIDE, refuse_links_out_of, remove_leftovers
 from darseg.data.manifest import Sample, count_pixels
-from darseg.data.maps import label_path
+from darseg.data.maps import is_whole, label_path
 from darseg.data.prediction import SCALES, ConfidenceScale
 from darseg.errors import DarsegError, DataError, RunError, faults, shortened
 from darseg.pseudo.distribution import ClassDistribution
@@ -181,11 +181,13 @@ def _begin(
         return False
     if job.result.exists():
         _check_same(job, job.result, _changed(job, _read_record(job.result)))
-        missing = sum(not label_path(job.out, sample.id).exists() for sample in job.samples)
+        missing = sum(not is_whole(label_path(job.out, sample.id)) for sample in job.samples)
         if not missing:
             _remove_waiting(job)  # left by a kill right after the result was written
             return True
-        say(f"{missing} of {len(job.samples)} label maps in {job.out} are missing; they are made again")
+        say(
+            f"{missing} of {len(job.samples)} label maps in {job.out} are missing, empty or cut off; they are made again"
+        )
         write_json(job.marker, {**job.record, "sizes": job.file_states})
         return False
     if job.out.exists() and not job.out.is_dir():

@@ -7,8 +7,6 @@ file left nothing out.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import time
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -21,7 +19,11 @@ from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
 from darseg.run.build import manifest_of, recipe_of
 from darseg.run.directory import RunDirectory, write_json
+from darseg.run.outputs import lock
 from darseg.run.records import is_number, read_object
+
+PATIENCE = 10.0
+"""Seconds to wait for others who change the marks, which takes milliseconds."""
 
 
 def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]:
@@ -75,7 +77,7 @@ def _marking(run: RunDirectory) -> Generator[None, None, None]:
     """Hold the lock of the marks, so that several viewers and scripts change them one after the other.
 
     A file of its own, because training holds the lock of the run for hours. Without locks (some network disks) the
-    marks are changed all the same. Raises StorageError if the file cannot be made.
+    marks are changed all the same. Raises StorageError if the file cannot be made, RunError if the lock stays held.
     """
     path, flags = run.bad_images.with_suffix(".lock"), os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -86,11 +88,27 @@ def _marking(run: RunDirectory) -> Generator[None, None, None]:
     except OSError as error:
         raise storage_error(error, path) from error
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _wait_for_lock(descriptor, path)
         yield
     finally:
         os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, path: Path) -> None:
+    """Lock an open file, for which others may be a moment ahead. Raises RunError after PATIENCE seconds."""
+    refusal = (
+        f"{path} has been held by another process for {PATIENCE:g} seconds, so no mark was changed. End that viewer or "
+        "script if it hangs, and mark again."
+    )
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            lock(descriptor, refusal)
+            return
+        except RunError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.01)
 
 
 def read_marks(run: RunDirectory, known: Collection[str]) -> dict[str, float]:

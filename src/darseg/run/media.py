@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from darseg.choices import PredictionKind
+from darseg.data.files import is_taken
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.manifest import find_files, sample_id
+from darseg.data.maps import is_whole
 from darseg.data.suffixes import unread_files, unread_line
-from darseg.data.video import VIDEO_SUFFIXES, VideoFacts
+from darseg.data.video import VIDEO_SUFFIXES, VideoFacts, is_whole_video
 from darseg.data.walk import unreadable
 from darseg.errors import DataError, RunError, faults
 
@@ -51,9 +53,18 @@ class Outputs:
         return self.folder / kind / f"{name}.png"
 
     def is_complete(self, medium: Medium, facts: VideoFacts | None) -> bool:
-        """Whether all files of a medium exist."""
-        numbers = range(1, facts.frames + 1) if facts else (0,)
-        return all(self.path(medium, kind, number).exists() for kind in self.kinds for number in numbers)
+        """Whether all files of a medium are there, none of them empty or cut off."""
+        return all(map(_is_whole, self._files(medium, facts)))
+
+    def damaged(self, medium: Medium, facts: VideoFacts | None) -> list[Path]:
+        """The files of a medium that are there, but empty or cut off."""
+        return [path for path in self._files(medium, facts) if is_taken(path) and not _is_whole(path)]
+
+    def _files(self, medium: Medium, facts: VideoFacts | None) -> Iterator[Path]:
+        for kind in self.kinds:
+            one = facts is None or kind == "overlay"
+            for number in (0,) if one else range(1, max(1, facts.frames) + 1):  # some headers state no number
+                yield self.path(medium, kind, number)
 
     def present(self, medium: Medium) -> list[Path]:
         """The files that stand where those of a medium go; of a video, one of its folder."""
@@ -62,12 +73,12 @@ class Outputs:
             path = self.path(medium, kind, 1)
             if medium.is_video and kind != "overlay" and path.parent.is_dir():
                 files += sorted(path.parent.iterdir())[:1]
-            elif path.exists() or path.is_symlink():
+            elif is_taken(path):
                 files.append(path)
         return files
 
     def others(self, media: Sequence[Medium]) -> bool:
-        """Whether there are results of other media than these."""
+        """Whether there are results of other media than these, or of other kinds."""
         names = {medium.name for medium in media}
         videos = tuple(f"{medium.name}/" for medium in media if medium.is_video)
         for kind in KINDS:
@@ -75,19 +86,19 @@ class Outputs:
                 if path.suffix not in (".png", ".mp4"):
                     continue
                 name = path.relative_to(self.folder / kind).with_suffix("").as_posix()
-                if name not in names and not name.startswith(videos):
+                if kind not in self.kinds or (name not in names and not name.startswith(videos)):
                     return True
         return False
 
-    def remove_frames_after(self, video: Medium, last: int) -> None:
-        """Remove later frames, which an earlier call wrote for a longer video of that name."""
+    def later_frames(self, video: Medium, last: int) -> list[Path]:
+        """Frames after the last one, which an earlier call wrote for a longer video of that name."""
+        frames = []
         for kind in self.kinds:
-            if kind == "overlay":
-                continue
             number = last + 1
-            while (path := self.path(video, kind, number)).exists():
-                path.unlink()
+            while kind != "overlay" and is_taken(path := self.path(video, kind, number)):
+                frames.append(path)
                 number += 1
+        return frames
 
 
 def find_media(patterns: Sequence[Path | str], out: Path) -> list[Medium]:
@@ -159,6 +170,11 @@ def still_to_do(
             )
         )
     return list(media)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file that `predict` wrote is neither missing nor cut off."""
+    return is_whole(path) if path.suffix == ".png" else is_whole_video(path)
 
 
 def _below(folder: Path, *, root: Path, out: Path | None) -> list[Medium]:

@@ -84,13 +84,25 @@ def check_writable(path: Path) -> None:
         raise storage_error(error, path)
 
 
-def read_settings(path: Path) -> list[Mapping[str, Any]]:
+def read_settings(path: Path, damaged_is_unknown: bool = False) -> list[Mapping[str, Any]]:
     """What made the files of a folder, as its record says: one entry for each network or protocol.
 
-    Raises RunError if the record is damaged.
+    Args:
+        damaged_is_unknown: an entry without settings stands for a damaged record.
+
+    Raises RunError if the record is damaged, StorageError if it may not be read.
     """
     if not path.exists():
         return []
+    try:
+        return _read_settings(path)
+    except RunError:
+        if damaged_is_unknown:
+            return [{}]
+        raise
+
+
+def _read_settings(path: Path) -> list[Mapping[str, Any]]:
     try:
         content: Any = read_json(path)
     except PermissionError as error:

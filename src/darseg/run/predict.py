@@ -16,7 +16,7 @@ from rich.console import Console
 
 from darseg.choices import Existing, PredictionKind
 from darseg.config.recipe import Recipe
-from darseg.data.files import remove_leftovers
+from darseg.data.files import is_taken, remove_leftovers
 from darseg.data.images import read_picture
 from darseg.data.manifest import Sample
 from darseg.data.maps import write_map
@@ -29,7 +29,7 @@ from darseg.errors import DataError, RunError
 from darseg.model.predict import Memory, predict
 from darseg.run.build import evaluation_protocol
 from darseg.run.directory import RunDirectory, digest_path, write_json
-from darseg.run.evaluate import Trained, load_trained
+from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import KINDS, Medium, Outputs, find_media, still_to_do, unread_lines
 from darseg.run.outputs import held_folder, read_settings
@@ -77,6 +77,7 @@ def predict_folder(
     *,
     recipe: Recipe | Path | str | None = None,
     plain: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Predicted:
     """Predict images and videos, by the recipe's evaluation protocol, into `out/KIND/NAME.png`.
 
@@ -93,31 +94,35 @@ def predict_folder(
             are whole and predicts the others; "replace" replaces them.
         recipe: for a checkpoint: the recipe whose evaluation protocol it predicts with.
         plain: predict with the network as it was trained, also if the result's decisions are aligned.
+        overrides: "data.root=PATH", if the recipe's data were moved.
 
     Files that cannot be read are skipped and named in the result. Raises RunError, WeightsError, RecipeError,
     StorageError, NumericsError, and DataError if nothing is found or two results would get the same name.
     """
     outputs = _check_outputs(Path(out), kinds, existing)
-    trained = load_trained(source, round_index, recipe=recipe, plain=plain)
+    check_overrides(source, overrides)
+    trained = load_trained(source, round_index, overrides, recipe=recipe, plain=plain)
     patterns = [images] if isinstance(images, (str, Path)) else images
     media = find_media(patterns, outputs.folder)
     facts, failed = _read_video_facts(media)
     readable = [medium for medium in media if not medium.is_video or medium in facts]
-    todo = still_to_do(readable, facts, outputs, existing=existing)
     work = _Work(trained, outputs, facts, failed=failed, drop_later=existing == "replace")
-    total = sum(max(1, facts[medium].frames) if medium.is_video else 1 for medium in todo)
     journal = Journal(None, None, console or Console())
     with held_folder(outputs.folder):
+        todo = still_to_do(readable, facts, outputs, existing=existing)
         kept = len(readable) - len(todo)
-        others = outputs.others(todo if existing == "replace" else ())
-        _record(outputs, trained, journal, kept=kept, others=others, plain=plain)
+        _say_damaged(todo if existing == "keep" else (), facts, outputs, journal=journal)
+        made_by = _record(outputs, trained, journal, kept=kept, existing=existing, plain=plain)
+        total = sum(max(1, facts[medium].frames) if medium.is_video else 1 for medium in todo)
         with journal.progress("predict", total) as advance:
             work.predict_all(todo, advance)
+        if existing == "replace" and not outputs.others(todo) and not work.failed:
+            write_json(outputs.folder / RECORD, {"made_by": [made_by]})
     return Predicted(
         images=work.images,
         videos=sum(medium.is_video for medium in todo),
         frames=work.frames,
-        kept=len(readable) - len(todo),
+        kept=kept,
         failed=tuple(sorted(work.failed)),
         notes=(*unread_lines(patterns), *work.notes()),
     )
@@ -138,21 +143,35 @@ def _check_outputs(out: Path, kinds: Sequence[str], existing: str) -> Outputs:
     return Outputs(out, kinds)
 
 
-def _record(
-    outputs: Outputs, trained: Trained, journal: Journal, *, kept: int, others: bool, plain: bool
+def _say_damaged(
+    todo: Sequence[Medium], facts: Mapping[Medium, VideoFacts], outputs: Outputs, *, journal: Journal
 ) -> None:
+    """Report results that are there, but have to be made again."""
+    damaged = [path for medium in todo for path in outputs.damaged(medium, facts.get(medium))]
+    if damaged:
+        journal.say(f"{len(damaged)} file(s) are empty or cut off and are made again, such as {damaged[0]}")
+
+
+def _record(
+    outputs: Outputs, trained: Trained, journal: Journal, *, kept: int, existing: Existing, plain: bool
+) -> dict[str, str]:
     """Record by what the files of the folder are made. Raises RunError if those that are kept are not.
+
+    What earlier calls recorded stays until their files are replaced, so that a call that is stopped leaves no files of
+    two networks under the name of one.
 
     Args:
         kept: how many images and videos are left as they are.
-        others: the folder may hold files of earlier calls, which stay.
+
+    Returns:
+        what this call makes files by.
     """
     path = outputs.folder / RECORD
     protocol = evaluation_protocol(trained.recipe).describe() if trained.recipe else "whole images"
     network = digest_path(trained.path) + (", plain" if plain else "")
     network += f", classes in order {list(trained.order)}" if trained.order is not None else ""
     present = {"network": network, "protocol": protocol}
-    earlier = read_settings(path) if others else []
+    earlier = read_settings(path, damaged_is_unknown=existing == "replace") if outputs.others(()) else []
     differing = [key for key in present if any(entry.get(key) != present[key] for entry in earlier)]
     if kept and differing:
         raise RunError(
@@ -165,6 +184,7 @@ def _record(
         )
     if present not in earlier:
         write_json(path, {"made_by": [*earlier, present]})
+    return present
 
 
 def _read_video_facts(media: Sequence[Medium]) -> tuple[dict[Medium, VideoFacts], list[str]]:
@@ -261,9 +281,24 @@ class _Work:
                 for number, frame in enumerate(ahead_of(read_frames(medium.path, self._notes)), 1):
                     yield _Shot(medium, frame, number, movie=movie)
             except DataError as error:
-                self.failed.append(str(error))
+                self._keep_earlier(medium, number, movie, fault=str(error))
+                continue
             if self._drop_later:
-                self._outputs.remove_frames_after(medium, number)
+                for path in self._outputs.later_frames(medium, number):
+                    path.unlink()
+
+    def _keep_earlier(self, video: Medium, last: int, movie: _Movie | None, *, fault: str) -> None:
+        """Let what an earlier call made of a video that is damaged by now stay, and report the damage.
+
+        Args:
+            last: number of the last frame that could be read.
+        """
+        stay = [f"{len(frames)} frame(s)"] if (frames := self._outputs.later_frames(video, last)) else []
+        if movie is not None and is_taken(self._outputs.path(video, "overlay")):
+            movie.discarded = True
+            stay.append("the overlay")
+        kept = f" Kept from an earlier call: {' and '.join(stay)}." if stay else ""
+        self.failed.append(f"{fault}{kept}")
 
     def _read(self, shot: _Shot) -> np.ndarray | str:
         """The image, or why it cannot be read."""
@@ -320,10 +355,13 @@ class _Movie:
     """Draws and writes the frames of a video one after the other, in a thread of its own.
 
     If frames do not fit into a video file, the file is left out, and the other kinds of predictions go on.
+
+    Attributes:
+        discarded: the file is not to appear, so that the one that is there stays.
     """
 
     def __init__(self, writer: VideoWriter) -> None:
-        self._writer = writer
+        self._writer, self.discarded = writer, False
         self._pool = ThreadPoolExecutor(1)
         self._behind: Future[None] | None = None
         self._failure: str | None = None
@@ -337,7 +375,9 @@ class _Movie:
         """Let the file appear. Returns why there is none, if frames did not fit into it."""
         self._wait()
         self._pool.shutdown()
-        if self._failure is None:
+        if self.discarded:
+            self._writer.abandon()
+        elif self._failure is None:
             self._writer.close()
         return self._failure
 

@@ -19,7 +19,7 @@ from darseg.config.recipe import Recipe
 from darseg.data.advice import unknown_values
 from darseg.data.classes import ClassSet
 from darseg.data.dataset import read_truth
-from darseg.data.files import read_file, write_whole
+from darseg.data.files import is_taken, named, read_file, write_whole
 from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
 from darseg.errors import DataError, RecipeError, RunError, faults
@@ -232,10 +232,10 @@ def _write_new(folder: Path, texts: dict[str, str]) -> None:
     """Write the files that do not exist. Raises RunError before writing if one exists and differs."""
     for name, text in texts.items():
         path = folder / name
-        if path.exists() and (not path.is_file() or read_file(path) != text.encode()):
+        if is_taken(path) and (not path.is_file() or read_file(path) != text.encode()):
             raise RunError(
-                f"{path} exists and differs from this draw; nothing was written. Choose another folder, or remove the "
-                "file."
+                f"{named(path)} exists and differs from this draw; nothing was written. Choose another folder, or "
+                "remove the file."
             )
     for name, text in texts.items():
         if not (folder / name).exists():

@@ -13,7 +13,7 @@ import socket
 import tempfile
 import threading
 import webbrowser
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ def view_run(
     open_browser: bool = False,
     pictures: bool = False,
     say: Callable[[str], object] = print,
+    overrides: Sequence[str] = (),
 ) -> None:
     """Serve the page of a run at 127.0.0.1 until Ctrl-C.
 
@@ -47,11 +48,12 @@ def view_run(
         open_browser: also open the page in the browser.
         pictures: show images even if they are not those that the run began with.
         say: called with the line that contains the address.
+        overrides: "data.root=PATH", if the run's data were moved.
 
     Raises:
         RunError: there are no pseudo labels, or the port is in use.
     """
-    round_ = open_round(run, round_index)
+    round_ = open_round(run, round_index, overrides)
     if pictures:
         round_ = replace(round_, stranger="")
     token = draw_token()
