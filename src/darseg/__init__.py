@@ -6,7 +6,8 @@ This package offers the functions behind the commands – `train`, `evaluate`, `
 return. A name is loaded when it is first used, because importing torch takes seconds.
 """
 
-import _signal  # `signal` itself takes ten times as long, in which Ctrl-C would print a traceback
+# `signal` itself takes milliseconds, in which Ctrl-C would print a traceback.
+import _signal  # ty: ignore[import-not-found]
 import os
 import sys
 
