@@ -113,7 +113,7 @@ def test_images_and_labels_of_cityscapes_are_found(tmp_path: Path, train_ids: bo
     kind = "_labelTrainIds.png" if train_ids else "_labelIds.png"
     assert all(sample.label and sample.label.name.endswith(kind) for sample in manifest.labeled)
     assert_true(manifest, truth)
-    notes = examine(manifest).notes
+    notes = [note for note in examine(manifest).notes if not note.startswith("validation: ")]
     assert len(notes) == (0 if train_ids else 1)
     for note in notes:
         says(note, "14 label files", "labelIds", "19")

@@ -25,7 +25,6 @@ from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from darseg.training.checkpoint import load_checkpoint
 from darseg.view.app import viewer_app
-from darseg.view.guard import Keys
 from wording import refused, says
 
 pytest.importorskip("timm")
@@ -145,7 +144,7 @@ def test_a_report_of_a_new_run_lists_each_fact_once(old: Path, tmp_path: Path) -
 
 def test_the_viewer_opens_it(old: Path) -> None:
     """The page, the list, and every picture of an image."""
-    viewer, headers = viewer_app(open_round(old, None), Keys("a-token")), {"authorization": "token a-token"}
+    viewer, headers = viewer_app(open_round(old, None), "a-token"), {"authorization": "token a-token"}
     with TestClient(viewer, base_url="http://127.0.0.1:8765", headers=headers) as client:
         assert client.get("/").status_code == 200
         while (about := client.get("/api/run").json())["read"] < about["images"]:
