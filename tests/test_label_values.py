@@ -9,11 +9,14 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from darseg.config.text import load_recipe
 from darseg.data.examine import Findings
 from darseg.data.labels import read_label
+from darseg.data.tables import nearest_classes
 from darseg.init import fit
 from darseg.init.propose import propose_recipe
 from darseg.run.build import classes_of, manifest_of
@@ -91,6 +94,7 @@ FLAWED = {
         2,
     ),
     "one jpeg of colors": ([jpeg(COLORS[scene(n)]) if n == 3 else COLORS[scene(n)] for n in range(FILES)], 3),
+    "all jpeg of colors": ([jpeg(COLORS[scene(n)]) for n in range(FILES)], 3),
     "all jpeg": ([jpeg(scene(n, 2) * 255) for n in range(FILES)], 2),
     "specks": ([with_specks(n) for n in range(FILES)], 3),
 }
@@ -116,6 +120,69 @@ def test_init_proposes_the_real_classes(tmp_path: Path, case: str) -> None:
         assert all(len(group) == 1 for group in groups) and len(set(map(tuple, groups))) == count
     warning = next(line for line in proposal.warnings if "flaws" in line)
     says(warning, "pixels")
+    if "colors" in case:
+        counts = sum(findings.pixels.values())
+        assert counts[-1] < 0.06 * counts.sum()  # not labeled
+
+
+@pytest.mark.parametrize("quality", [30, 75])
+def test_check_proposes_nearest_colors_for_jpeg_and_counts_them(tmp_path: Path, quality: int) -> None:
+    labels = []
+    for number in range(FILES):
+        data = io.BytesIO()
+        Image.fromarray(COLORS[scene(number)]).save(data, "JPEG", quality=quality)
+        labels.append(np.array(Image.open(data)))
+    draw(tmp_path, labels)
+    classes = {name: color.tolist() for name, color in zip(("ground", "disk", "box"), COLORS, strict=True)}
+    (fault,) = check_with(tmp_path, classes).faults
+    assert "data.label_colors: {other: nearest}" in fault
+    findings = check_with(tmp_path, classes, label_colors={"other": "nearest"})
+    assert not findings.faults
+    near, left = [line for line in findings.notes if "label files have" in line]
+    says(near, "8 label files", "other: nearest")
+    says(left, "label files")
+    for number, sample in enumerate(manifest_of(load_recipe(tmp_path / "r.yaml")).labeled):
+        assert sample.label
+        label = read_label(sample.label, sample.encoding)
+        wrong = (label != scene(int(sample.id))) & (label != 255)
+        assert wrong.sum() <= 2 and (label == 255).mean() < 0.1, number
+
+
+@given(seed=st.integers(0, 1000), colors=st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_the_nearest_class_is_clear_or_none(seed: int, colors: int) -> None:
+    rng = np.random.default_rng(seed)
+    table = [(tuple(rng.integers(0, 256, 3).tolist()), int(rng.integers(0, 3))) for _ in range(colors)]
+    close = np.clip(np.array([table[0][0]] * 20) + rng.integers(-40, 40, (20, 3)), 0, 255)
+    values = close[:, 0] << 16 | close[:, 1] << 8 | close[:, 2]
+    for color, k in zip(
+        close.tolist(), nearest_classes(values.astype(np.int32), table).tolist(), strict=True
+    ):
+        by_class: dict[int, int] = {}
+        for known, owner in table:
+            far = max(abs(a - b) for a, b in zip(color, known, strict=True))
+            by_class[owner] = min(far, by_class.get(owner, 999))
+        ranked = sorted((far, owner) for owner, far in by_class.items())
+        clear = ranked[0][0] <= 32 and all(far >= 3 * ranked[0][0] for far, _ in ranked[1:])
+        # Two classes at distance 0 are both the nearest.
+        assert k == (ranked[0][1] if clear else 255) or (ranked[0][0] == 0 and len(ranked) > 1)
+
+
+@pytest.mark.parametrize("interpolation", [cv2.INTER_LINEAR, cv2.INTER_AREA, cv2.INTER_NEAREST])
+def test_indices_that_were_resized_with_interpolation_are_reported(
+    tmp_path: Path, interpolation: int
+) -> None:
+    labels = [
+        cv2.resize(np.where(scene(n) == 2, 3, scene(n)), (150, 130), interpolation=interpolation)
+        for n in range(FILES)
+    ]
+    draw(tmp_path, labels)
+    lines = [line for line in check_with(tmp_path, ["a", "b", "c", "d"]).warnings if "resized" in line]
+    assert len(lines) == (interpolation != cv2.INTER_NEAREST)
+    if lines:
+        says(lines[0], "1.png", "pixels", "nearest-neighbor", "outlines")
+    proposal = propose_recipe(tmp_path, tmp_path / "p.yaml")
+    assert any("resized" in line for line in proposal.warnings) == bool(lines)
 
 
 @pytest.mark.parametrize("kind", ["values", "colors"])
@@ -174,8 +241,9 @@ def test_check_names_the_cause_for_colors(tmp_path: Path) -> None:
     classes = {"ground": [0, 0, 0], "disk": [200, 30, 30], "box": [30, 30, 220]}
     findings = check_with(tmp_path, classes)
     assert len(findings.faults) == 1
-    says(findings.faults[0], "8 of 8", "data.label_colors: {", "other: ignore}")
-    assert not check_with(tmp_path, classes, label_colors={"other": "ignore"}).faults
+    says(findings.faults[0], "8 of 8", "data.label_colors: {other: nearest}")
+    for other in ("nearest", "ignore"):
+        assert not check_with(tmp_path, classes, label_colors={"other": other}).faults
 
 
 def palette_file(label: np.ndarray, order: list[int]) -> Image.Image:

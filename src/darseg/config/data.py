@@ -83,8 +83,10 @@ def _label_colors(value: Any) -> Any:
         raise ValueError("should be class: [[red, green, blue], …], as in {ignore: [[0, 0, 0]]}")
     for name, colors in value.items():
         if name == "other" and isinstance(colors, str):
-            if colors != "ignore":
-                raise ValueError("other: should be ignore, or the colors of a class that is named other")
+            if colors not in ("ignore", "nearest"):
+                raise ValueError(
+                    "other: should be ignore, nearest, or the colors of a class that is named other"
+                )
             continue
         for color in colors if isinstance(colors, (list, tuple)) else [None]:
             parts = color if isinstance(color, (list, tuple)) else []

@@ -18,6 +18,9 @@ IDS_SUFFIX = "_labelIds.png"
 
 TRAIN_IDS_SUFFIX = "_labelTrainIds.png"
 
+NEAREST = -2
+"""`LabelEncoding.other_color` if colors that are not listed become the class whose color is clearly the nearest."""
+
 AS_DRAWN = -1
 """`LabelEncoding.transparent` if alpha is left out: transparent pixels have the value or color that they hide."""
 
@@ -38,7 +41,7 @@ class LabelEncoding:
         other: what values that are not listed become; None: they are a fault.
         ignore: if `values` is None, the value other than 255 that is not a class.
         colors: (color, class or 255) for color files.
-        other_color: what colors that are not listed become; None: they are a fault.
+        other_color: what colors that are not listed become: 255, or NEAREST; None: they are a fault.
         transparent: what pixels of alpha 0 become: a class, 255 (not labeled), or AS_DRAWN.
         city_ids: files named *_labelIds.png hold Cityscapes' ids, files named *_labelTrainIds.png do not.
     """
@@ -84,7 +87,8 @@ def label_encoding(
             a name: "index" (values are classes), "one_based" (0 is not labeled, classes are counted from 1), "binary"
             (0 and 255, or 0 and 1 in files of one bit), "cityscapes_ids".
         colors: class name or "ignore" → colors that stand for it, in addition to the classes' own.
-            `other: "ignore"` leaves the pixels of all other colors unlabeled.
+            `other: "ignore"` leaves the pixels of all other colors unlabeled; `other: "nearest"` gives them to the class
+            whose color is clearly the nearest (`tables.nearest_classes`), and leaves the rest unlabeled.
         own_colors: the colors of `classes` are those of the label files.
         transparent: the class (name or index) of pixels of alpha 0, or "ignore", or "as_drawn" (alpha is left out).
 
@@ -118,7 +122,7 @@ def label_encoding(
         ignore=ignore,
         colors=tuple(sorted(table.items())),
         city_ids=values in ("index", "cityscapes_ids") and classes.names == CITYSCAPES.names,
-        other_color=IGNORE if len(colors) < len(listed) else None,
+        other_color={"ignore": IGNORE, "nearest": NEAREST}.get(str(listed.get("other"))),
         transparent=AS_DRAWN if transparent == "as_drawn" else _index(classes, transparent) or 0,
     )
 

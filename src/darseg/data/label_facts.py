@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from darseg.data.alpha import AlphaCounts, alpha_line
 from darseg.data.classes import IGNORE, ClassSet
-from darseg.data.encoding import AS_DRAWN, CITY_IDS, RGB, LabelEncoding
+from darseg.data.encoding import AS_DRAWN, CITY_IDS, NEAREST, RGB, LabelEncoding
 from darseg.data.labels import RawLabel, read_raw
+from darseg.data.resized import interpolation_lines
 from darseg.data.strays import (
     MOST_OPENED,
     PHOTO_SHARE,
@@ -23,7 +25,14 @@ from darseg.data.strays import (
     name_value,
     spread,
 )
-from darseg.data.tables import UNKNOWN, color_table, colors_against_values, is_ramp, value_table
+from darseg.data.tables import (
+    UNKNOWN,
+    color_table,
+    colors_against_values,
+    is_ramp,
+    nearest_classes,
+    value_table,
+)
 from darseg.errors import DataError
 
 MOST_PIXELS = 40_000_000
@@ -37,41 +46,13 @@ MOST_SHOWN = 6
 
 
 @dataclass(frozen=True)
-class AlphaCounts:
-    """Pixels of label files with alpha: transparent, partly so, and transparent with a color below."""
-
-    transparent: int = 0
-    partly: int = 0
-    hidden: int = 0
-    pixels: int = 0
-
-    @staticmethod
-    def of(raw: RawLabel) -> AlphaCounts | None:
-        """The counts of a file; None if it has no alpha channel or nothing in it is transparent."""
-        if raw.alpha is None or raw.drawn is None or raw.alpha.min(initial=255) == 255:
-            return None
-        clear = raw.alpha == 0
-        transparent = int(clear.sum())
-        hidden = int(np.count_nonzero(raw.drawn[clear]))
-        partly = int((raw.alpha < 255).sum()) - transparent
-        return AlphaCounts(transparent, partly, hidden=hidden, pixels=raw.alpha.size)
-
-    def plus(self, other: AlphaCounts) -> AlphaCounts:
-        return AlphaCounts(
-            self.transparent + other.transparent,
-            self.partly + other.partly,
-            hidden=self.hidden + other.hidden,
-            pixels=self.pixels + other.pixels,
-        )
-
-
-@dataclass(frozen=True)
 class FileFacts:
     """What one label file holds besides classes.
 
     Attributes:
         unknown: value or color that is no class → pixels.
-        left_out: pixels whose value is not listed and becomes "not labeled" by `other: ignore`.
+        left_out: pixels whose value is not listed and becomes "not labeled" by `other`.
+        near: pixels whose color is not listed and becomes the nearest class by `other: nearest`.
         palette: (value, color) of the values that occur; empty if there is no palette or it is a ramp of grays.
         by_color: colors and values contradict each other, and the file is read by color.
         contradicts: they do, and not all colors are known.
@@ -84,6 +65,7 @@ class FileFacts:
     size: int
     unknown: Mapping[int, int] = field(default_factory=dict)
     left_out: int = 0
+    near: int = 0
     alpha: AlphaCounts | None = None
     palette: tuple[tuple[int, RGB], ...] = ()
     by_color: bool = False
@@ -104,6 +86,10 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
         palette = used_colors(raw.palette, used.tolist())
     by_color = table is not None and not any(table[value] == UNKNOWN for value, _ in palette)
     unknown, left_out = ({}, 0) if table is not None else _unknown(values, encoding, count)
+    near = 0
+    if colored and left_out and encoding.other_color == NEAREST:
+        near, left_out = left_out, _far(values, encoding)
+        near -= left_out
     return FileFacts(
         path,
         encoding,
@@ -111,11 +97,18 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
         size=values.size,
         unknown=unknown,
         left_out=left_out,
+        near=near,
         alpha=AlphaCounts.of(raw),
         palette=palette,
         by_color=by_color,
         contradicts=table is not None and not by_color,
     )
+
+
+def _far(values: np.ndarray, encoding: LabelEncoding) -> int:
+    """The pixels whose color is not listed and clearly nearest to no class."""
+    missing = values[color_table(encoding.colors, None, IGNORE)[values] == UNKNOWN]
+    return int((nearest_classes(missing, encoding.colors) == IGNORE).sum())
 
 
 def _unknown(values: np.ndarray, encoding: LabelEncoding, count: int) -> tuple[dict[int, int], int]:
@@ -172,9 +165,14 @@ def judge(facts: Sequence[FileFacts], classes: ClassSet) -> Judgment:
             total = sum(file.size for file in group)
             faults.append(_stray_fault(strays, group, classes, total=total))
             explained |= set(strays)
+            if colored and len(strays) > MOST_SHOWN:  # the remedy is `other: nearest`
+                explained |= {value for file in group for value in _near_a_class(file)}
         if not colored:
             faults += _palette_faults(group, encoding, classes)
             warnings += _palette_warnings(group, encoding)
+        if not colored and not strays:
+            paths = [file.path for file in group if not (file.by_color or file.unknown)]
+            warnings += interpolation_lines(paths, encoding.format)
     by_color = [file for file in facts if file.by_color]
     if by_color:
         notes.append(
@@ -182,12 +180,19 @@ def judge(facts: Sequence[FileFacts], classes: ClassSet) -> Judgment:
             f"differently than data.classes, for example {by_color[0].path}. They are read by color. "
             "If their values count, set data.label_format: index."
         )
+    near = [file.near for file in facts if file.near]
+    if near:
+        share = sum(near) / max(1, sum(file.size for file in facts))
+        notes.append(
+            f"{sum(near):,} pixels ({share:.2%}) in {len(near):,} label files have colors that the recipe does not list. "
+            "They are read as the class whose color is nearest (other: nearest)."
+        )
     left_out, files = sum(file.left_out for file in facts), sum(file.left_out > 0 for file in facts)
     if left_out:
         share = left_out / max(1, sum(file.size for file in facts))
         notes.append(
             f"{left_out:,} pixels ({share:.2%}) in {files:,} label files have values or colors that the recipe does not "
-            "list. They are read as not labeled (other: ignore)."
+            "list. They are read as not labeled (other)."
         )
     warnings += alpha_lines(facts)
     return Judgment(tuple(faults), tuple(warnings), tuple(notes), strays=frozenset(explained))
@@ -197,7 +202,7 @@ def _strays(
     group: Sequence[FileFacts], encoding: LabelEncoding, classes: ClassSet, *, colored: bool
 ) -> dict[int, Stray]:
     """The unknown values that are flaws of the files, not classes."""
-    suspects = [file for file in group if 0 < sum(file.unknown.values()) < PHOTO_SHARE * file.size]
+    suspects = [file for file in group if file.unknown and _strange(file) < PHOTO_SHARE * file.size]
     if not suspects:
         return {}
     pixels: Counter[int] = Counter()
@@ -216,6 +221,18 @@ def _strays(
     files.update(dict.fromkeys(share, len(group) + 1))
     content = Content(colored, pixels, files, file_count=len(group))
     return find_strays(content, shapes, known)
+
+
+def _near_a_class(file: FileFacts) -> set[int]:
+    """The unknown colors of a file that are clearly nearest to one class."""
+    colors = np.array(list(file.unknown), np.int32)
+    return set(colors[nearest_classes(colors, file.encoding.colors) != IGNORE].tolist())
+
+
+def _strange(file: FileFacts) -> int:
+    """The pixels of unknown values that are not clearly nearest to the color of a class."""
+    near = _near_a_class(file) if file.colored else set()
+    return sum(count for value, count in file.unknown.items() if value not in near)
 
 
 def known_values(encoding: LabelEncoding, classes: ClassSet, colored: bool) -> list[int]:
@@ -252,12 +269,12 @@ def _stray_fault(
     return (
         f"{len(files):,} of {len(group):,} label files hold values that are no classes, for example {files[0].path}: "
         f"{describe(strays.values(), colored, total)}. Make these files again without smoothing and with "
-        f"nearest-neighbor resizing, or leave the pixels unlabeled: {remedy}."
+        f"nearest-neighbor resizing, or {remedy}."
     )
 
 
 def _remedy(strays: Mapping[int, Stray], encoding: LabelEncoding, classes: ClassSet, *, colored: bool) -> str:
-    """The key that leaves stray values out, or gives them to the class that they surely belong to."""
+    """What to do with stray values: leave them out, or give them to the class that they surely belong to."""
     names = {IGNORE: "ignore", **dict(enumerate(classes.names))}
     sure = sorted(
         (
@@ -274,7 +291,9 @@ def _remedy(strays: Mapping[int, Stray], encoding: LabelEncoding, classes: Class
             if stray.nearest in of_color:
                 groups[names[of_color[stray.nearest]]].append(name_value(stray.value, colored=True))
         entries = [f"{name}: [{', '.join(group)}]" for name, group in groups.items()]
-        return f"data.label_colors: {{{', '.join([*entries, 'other: ignore'])}}}"
+        if len(strays) > MOST_SHOWN:
+            return "give each pixel to the class of the nearest color: data.label_colors: {other: nearest}"
+        return f"leave the pixels unlabeled: data.label_colors: {{{', '.join([*entries, 'other: ignore'])}}}"
     if encoding.values is None:
         table = dict(enumerate(classes.names))
         if encoding.ignore != IGNORE:
@@ -283,7 +302,7 @@ def _remedy(strays: Mapping[int, Stray], encoding: LabelEncoding, classes: Class
         table = {value: names[k] for value, k in encoding.values}
     entries = [f"{value}: {name}" for value, name in table.items()]
     shown = [*entries[:MOST_SHOWN], *(["…"] if len(entries) > MOST_SHOWN else []), "other: ignore"]
-    return f"data.label_values: {{{', '.join(shown)}}}"
+    return f"leave the pixels unlabeled: data.label_values: {{{', '.join(shown)}}}"
 
 
 def _palette_faults(group: Sequence[FileFacts], encoding: LabelEncoding, classes: ClassSet) -> list[str]:
@@ -390,26 +409,3 @@ def alpha_lines(facts: Sequence[FileFacts]) -> list[str]:
     for file in with_alpha:
         total = total.plus(file.alpha or AlphaCounts())
     return [alpha_line(total, len(with_alpha), sum(file.size for file in facts))] if with_alpha else []
-
-
-def alpha_line(total: AlphaCounts, files: int, pixels: int) -> str:
-    """What transparent pixels of label files mean, with the key that changes it.
-
-    Args:
-        files: number of label files with such pixels.
-        pixels: of all label files.
-    """
-    parts = []
-    if total.transparent:
-        parts.append(
-            f"{total.transparent / max(1, pixels):.0%} of all label pixels are transparent (alpha 0) and read as not "
-            "labeled, so that nothing is learned from them (no background, for example). If they are a class, name it in "
-            "data.classes and set data.label_transparent: NAME"
-        )
-    if total.hidden:
-        parts.append(
-            f"{total.hidden:,} of these hide a color or value; if that counts, set data.label_transparent: as_drawn"
-        )
-    if total.partly:
-        parts.append(f"{total.partly:,} pixels are partly transparent and read like opaque ones")
-    return f"{files:,} label files have an alpha channel. {'. '.join(part[:1].upper() + part[1:] for part in parts)}."

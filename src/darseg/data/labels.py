@@ -16,7 +16,7 @@ from PIL import Image
 from darseg.choices import LabelFormat
 from darseg.data.advice import MOST_LISTED, color_advice, list_counts, pixel_count
 from darseg.data.classes import IGNORE
-from darseg.data.encoding import AS_DRAWN, PLAIN, RGB, LabelEncoding
+from darseg.data.encoding import AS_DRAWN, NEAREST, PLAIN, RGB, LabelEncoding
 from darseg.data.images import (
     JPEG_MARK,
     MOST_PIXELS,
@@ -33,6 +33,7 @@ from darseg.data.tables import (
     UNKNOWN,
     classes_by_color,
     color_table,
+    nearest_classes,
     of_transparent,
     value_table,
 )
@@ -339,7 +340,11 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> NDArray[
             raise DataError(
                 f"{path}: the label map has colors, but the classes have none. {color_advice(raw)}"
             )
-        classes = color_table(encoding.colors, encoding.other_color, of_transparent(encoding))[raw]
+        near = encoding.other_color == NEAREST
+        other = None if near else encoding.other_color
+        classes = color_table(encoding.colors, other, of_transparent(encoding))[raw]
+        if near and (unlisted := classes == UNKNOWN).any():
+            classes[unlisted] = nearest_classes(raw[unlisted], encoding.colors)
     elif raw.dtype == np.uint8 and encoding.values is None:
         if encoding.ignore == IGNORE:
             return raw

@@ -67,7 +67,7 @@ class Shapes:
         single = _single(raw)
         masks = {
             "pixels": np.ones(raw.shape, bool),
-            "steps": (_steps(raw, colored) | _steps(raw.T, colored).T) & ~single,
+            "steps": steps_between(raw, colored) & ~single,
             "single": single,
             "blocks": _blocks(raw),
         }
@@ -91,6 +91,11 @@ def _runs(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     begins[:, 1:] = raw[:, 1:] != raw[:, :-1]
     starts = np.flatnonzero(begins)
     return starts, np.diff(np.append(starts, height * width))
+
+
+def steps_between(raw: np.ndarray, colored: bool = False) -> np.ndarray:
+    """bool [H, W]: short runs, along rows or columns, whose value lies between the values on both sides."""
+    return _steps(raw, colored) | _steps(raw.T, colored).T
 
 
 def _steps(raw: np.ndarray, colored: bool) -> np.ndarray:

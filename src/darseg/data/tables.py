@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,10 @@ UNKNOWN = 256
 
 TRANSPARENT = -1
 """Among values and colors: a pixel that is not labeled. As an index it is the last entry of the lookup tables."""
+
+NEAR_COLOR, TIMES_AS_FAR = 32, 3
+"""A color is clearly nearest if it differs by at most so much in each channel, and those of all other classes by so many
+times as much. JPEG moves few colors of label maps further."""
 
 LARGEST = 65535
 """Largest 16-bit label value."""
@@ -44,6 +49,26 @@ def color_table(
     for (red, green, blue), k in colors:
         table[red << 16 | green << 8 | blue] = k
     return table
+
+
+def nearest_classes(values: NDArray[np.int32], colors: Iterable[tuple[RGB, int]]) -> NDArray[np.uint16]:
+    """uint16 [N]: the class or 255 whose color is clearly the nearest to each color; 255 if none is.
+
+    Args:
+        values: int32 [N], colors as red · 65536 + green · 256 + blue.
+    """
+    unique, inverse = np.unique(values, return_inverse=True)
+    channels = np.stack([unique >> shift & 255 for shift in (16, 8, 0)], 1)
+    best, second = np.full(len(unique), 1 << 16), np.full(len(unique), 1 << 16)
+    nearest = np.full(len(unique), UNKNOWN)
+    for color, k in colors:
+        distance = np.abs(channels - np.array(color)).max(axis=1)
+        nearer, same = distance < best, nearest == k
+        second = np.where(nearer & ~same, best, second)
+        second = np.where(~nearer & ~same, np.minimum(second, distance), second)
+        best, nearest = np.minimum(best, distance), np.where(nearer, k, nearest)
+    clear = (best <= NEAR_COLOR) & (second >= TIMES_AS_FAR * best)
+    return np.where(clear, nearest, IGNORE).astype(np.uint16)[inverse.reshape(-1)]
 
 
 def of_transparent(encoding: LabelEncoding) -> int:

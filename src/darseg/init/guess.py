@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from darseg.data.alpha import alpha_line
 from darseg.data.classes import BUILT_IN, CITYSCAPES, IGNORE
 from darseg.data.encoding import CITYSCAPES_IDS, IDS_SUFFIX, TRAIN_IDS_SUFFIX
-from darseg.data.label_facts import alpha_line
 from darseg.data.strays import describe
 from darseg.errors import DataError, faults
 from darseg.init.names import RGB, NameList

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from darseg.data.classes import BUILT_IN, IGNORE, class_set
 from darseg.data.strays import Stray
+from darseg.data.tables import nearest_classes
 
 MOST_LISTED = 24
 """Stray values that a recipe lists one by one; more become `other: ignore`."""
@@ -51,13 +54,15 @@ def without_strays(
     listed = dict(list(given.items())[:MOST_LISTED])
     rest = len(given) - len(listed)
     lists_all = colors and len(lost) + rest <= MOST_LISTED
+    if colors and not lists_all:
+        return _nearest(classes, keys, strays)
     if colors:
         groups: dict[str, Any] = defaultdict(list)
         for name, group in keys.get("label_colors", {}).items():
             groups[name] += group
-        for value, name in (target if lists_all else listed).items():
+        for value, name in target.items():
             groups[name].append([value >> 16, value >> 8 & 255, value & 255])
-        settings: dict[Any, Any] = dict(groups) if lists_all else {**groups, "other": "ignore"}
+        settings: dict[Any, Any] = dict(groups)
     else:
         settings = {**table, **listed, "other": "ignore"}
     kept = sum(strays[value].pixels for value in (target if lists_all else listed) if value in given)
@@ -67,6 +72,24 @@ def without_strays(
     reason = "values that are no classes" if not colors else "colors that are no classes"
     warning = f"They were taken for flaws, not for classes: {', '.join(parts)} (data.{key})"
     return {key: settings}, {key: reason}, [warning]
+
+
+def _nearest(
+    classes: Classes, keys: Mapping[str, Any], strays: Mapping[int, Stray]
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """What `without_strays` returns for more colors than a recipe can list."""
+    listed = dict(keys.get("label_colors", {}))
+    known = [(color, k) for k, color in enumerate(_colors(classes))]
+    known += [(tuple(color), IGNORE) for color in listed.get("ignore", ())]
+    targets = nearest_classes(np.array(list(strays), np.int32), known)
+    kept = sum(stray.pixels for stray, k in zip(strays.values(), targets, strict=True) if k != IGNORE)
+    left = sum(stray.pixels for stray in strays.values()) - kept
+    warning = (
+        f"They were taken for flaws, not for classes: {kept:,} pixels are read as the class whose color is clearly the "
+        f"nearest, {left:,} pixels are read as not labeled (data.label_colors)"
+    )
+    settings = {"label_colors": {**listed, "other": "nearest"}}
+    return settings, {"label_colors": "colors that are no classes"}, [warning]
 
 
 def _value_table(names: list[str], keys: Mapping[str, Any]) -> dict[int, str]:

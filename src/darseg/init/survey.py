@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
+from darseg.data.alpha import AlphaCounts
 from darseg.data.encoding import LabelEncoding
 from darseg.data.images import image_size
-from darseg.data.label_facts import AlphaCounts, look_again, palette_clash, used_colors
+from darseg.data.label_facts import look_again, palette_clash, used_colors
 from darseg.data.label_parts import Parts, join_parts
 from darseg.data.labels import read_raw
 from darseg.data.orientation import orientation_mark, upright_size
 from darseg.data.strays import MAIN_SHARE, Content, Shapes, Stray, find_strays, spread
+from darseg.data.tables import nearest_classes
 from darseg.errors import DataError
 from darseg.init.discover import FoundImage
 from darseg.init.names import RGB
@@ -31,6 +33,10 @@ MOST_KEPT = 2000
 
 FEW, FEW_SHARE = 32, 0.7
 """The most frequent values of a label map hold at least this share of its pixels; those of a photograph do not."""
+
+
+COMMON_SHARE = 0.01
+"""Share of the pixels of a file that a color needs so that others may be flaws of it."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +255,11 @@ def read_label_content(path: Path) -> LabelContent:
 def _refuse_photographs(path: Path, raw: np.ndarray, counts: np.ndarray, *, colors: bool) -> None:
     """Raise DataError for a file of many values, unless few of them hold nearly all pixels."""
     few = np.sort(counts)[-FEW:].sum() / raw.size
+    if colors:  # JPEG spreads the colors of a label map over many, which are near them
+        values = np.unique(raw)
+        frequent = values[(counts >= COMMON_SHARE * raw.size) & (values >= 0)]
+        known = [((value >> 16, value >> 8 & 255, value & 255), 0) for value in frequent.tolist()]
+        few = max(few, float(counts[nearest_classes(values, known) == 0].sum() / raw.size))
     shapes = Shapes()
     shapes.add(raw, colors)
     solid = sum(shapes.share(shapes.blocks, value) >= 0.5 for value in shapes.pixels)
