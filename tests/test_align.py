@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from darseg.errors import DataError, RecipeError
 from darseg.pseudo import pixel_sample
-from darseg.pseudo.align import TOLERANCE, Alignment, align
+from darseg.pseudo.align import TOLERANCE, align
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.pixel_sample import PixelSample, pixel_hashes, sample_limit
 from wording import refused, says
 

@@ -130,7 +130,8 @@ def test_labels_are_those_of_slow_arithmetic(
     classes, confidences, ideal = [], [], []
     for scores in logits_of(run, images).values():
         if confidence == "float16":
-            p = torch.softmax((scores.half().float() + weights).half(), dim=0).float()
+            weighted = (scores - scores.amax(dim=0)).half().float() + weights
+            p = torch.softmax((weighted - weighted.amax(dim=0)).half(), dim=0).float()
         else:
             p = torch.softmax((scores + weights).double(), dim=0)
         classes.append(p.argmax(dim=0).numpy())
@@ -162,9 +163,9 @@ def test_labels_are_those_of_slow_arithmetic(
 
 
 def test_rounds_command_and_arrays_agree(run: Path, images: Path, tmp_path: Path) -> None:
-    """The label step of a round, `darseg label`, and `redistribute` on saved float16 logits."""
+    """The label step of a round, `darseg label`, and `redistribute` on saved logits."""
     record = label_quietly(run, images / "u", tmp_path / "out", round_index=0)
-    logits = {Path(name).name: scores.half().numpy() for name, scores in logits_of(run, images).items()}
+    logits = {Path(name).name: scores.numpy() for name, scores in logits_of(run, images).items()}
     arrays = redistribute(
         logits, record["settings"]["class_counts"], 0.5, align=AlignSettings(bound=20), seed=3
     )
@@ -368,6 +369,20 @@ def test_damaged_waiting_files_are_made_again(
     assert len(waiting) == len(UNLABELED)
     waiting[0].write_bytes(waiting[0].read_bytes()[:100])
     waiting[1].unlink()
+    quietly(recipe, folder)
+    assert outcome(folder) == wanted
+
+
+def test_weights_found_with_other_inputs_are_found_again(
+    run: Path, recipe: Recipe, tmp_path: Path, wanted: dict[str, bytes]
+) -> None:
+    """A round stopped after half of its label maps, whose weights are then of other data: all of it is made again."""
+    folder = without_round_1(run, tmp_path / "run")
+    assert stopped(lambda: quietly(recipe, folder), folder / "round_1" / "labels", at=3)
+    file = folder / "round_1" / "alignment.json"
+    stale = json.loads(file.read_text())
+    file.write_text(json.dumps(stale | {"weights": [1.0] * 4, "inputs": "of other data"}))
+    (folder / "round_1" / "histogram.npz").write_bytes(b"of other weights")
     quietly(recipe, folder)
     assert outcome(folder) == wanted
 

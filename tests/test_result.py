@@ -24,7 +24,7 @@ from darseg.model.aligned import AlignmentRecord, classifier_bias, fold_alignmen
 from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol, predict
 from darseg.model.weights import load_network, read_alignment, save_network
-from darseg.pseudo.align import Alignment
+from darseg.pseudo.alignment import Alignment
 from darseg.run.result import decide_result
 from darseg.run.steps.align import candidates_of, choose_images, find_candidates
 from darseg.training.bootstrap import counts_of_image, mean_iou_of, paired_difference

@@ -43,8 +43,9 @@ def decide(
     Args:
         scores_KHW: float16 or float32 logits; with `probabilities` their softmax.
         name: of the image, for error messages.
-        weights: float64 [K], multiply the probabilities first, which are then normalized again (`align`): float32
-            logits plus log(weights), or float32 probabilities times weights, divided by their sum.
+        weights: float64 [K], multiply the probabilities first, which are then normalized again (`align`): logits as
+            `relative_to_largest` gives them plus log(weights), again relative to the largest; or float32
+            probabilities times weights, divided by their sum. None: the arithmetic above, of the scores as they are.
 
     Raises DataError naming the image if scores are not [K, H, W], K is not from 2 to 255, or scores are NaN, infinite,
     beyond float16 or not probabilities.
@@ -61,7 +62,9 @@ def decide(
             _check_probabilities(out, name)  # their sum is 1 afterwards
             out.mul_(factors_K[:, None, None]).div_(out.sum(dim=0))
         elif factors_K is not None:
+            relative_to_largest(out, scale)
             out.add_(factors_K[:, None, None])
+            out.sub_(out.amax(dim=0))
 
     return decide_strips(
         fill,
@@ -70,6 +73,26 @@ def decide(
         probabilities=probabilities,
         name=name,
     )
+
+
+def relative_to_largest(scores_KHW: Tensor, scale: ConfidenceScale) -> Tensor:
+    """Logits minus the largest of their pixel, in place, rounded as they are kept for class weights.
+
+    On the scale FLOAT16 they are rounded to float16. Near 0 it is finest, so that the classes that compete for a pixel
+    are told apart however large its logits are.
+
+    Args:
+        scores_KHW: float32.
+    """
+    scores_KHW.sub_(scores_KHW.amax(dim=0))
+    lowest = torch.finfo(scores_dtype(scale)).min  # a lower one's probability is 0 in any case
+    scores_KHW.clamp_(min=lowest)
+    return scores_KHW.copy_(scores_KHW.to(scores_dtype(scale)))
+
+
+def scores_dtype(scale: ConfidenceScale) -> torch.dtype:
+    """The type in which scores are kept for class weights: float16; float32 for the fine scale."""
+    return torch.float16 if scale is FLOAT16 else torch.float32
 
 
 def decide_strips(

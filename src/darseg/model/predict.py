@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
 from darseg.model.aligned import Variants
-from darseg.model.decide import STRIP, decide_strips, overflow_message
+from darseg.model.decide import STRIP, decide_strips, overflow_message, relative_to_largest, scores_dtype
 from darseg.model.network import Network
 
 WINDOWS_AT_ONCE = 4
@@ -200,30 +200,26 @@ def scores_for_labeling(
     image: NDArray[np.uint8],
     protocol: Protocol,
     *,
-    dtype: np.dtype,
+    scale: ConfidenceScale = FLOAT16,
     name: str = "image",
     memory: Memory | None = None,
 ) -> NDArray:
-    """The averaged logits that `predict_for_labeling` decides by, float16 or float32 [K, H, W].
+    """Averaged logits minus the largest of their pixel, float16 [K, H, W]; float32 for FINE.
 
-    Logits below the lowest number of the type become that number: their probability is 0 in any case.
-
-    Raises the errors of `predict_for_labeling`; NumericsError if the type cannot hold the largest logit of a pixel.
+    Raises the errors of `predict_for_labeling`; NumericsError if a largest logit is not finite.
     """
     image = _checked(image, name)
     with _eval_mode(network), torch.inference_mode():
         sums = predict_scores(network, image, protocol, average="logits", memory=memory)
         (classes, height, width), device = sums.total_KHW.shape, sums.total_KHW.device
-        scores_KHW = np.empty((classes, height, width), dtype)
+        scores_KHW = torch.empty((classes, height, width), dtype=scores_dtype(scale))
         rows = max(1, STRIP // (classes * width)) if device.type == "cpu" else height
         for top in range(0, height, rows):
             mean = sums.mean(top, min(top + rows, height))
-            strip = torch.from_numpy(scores_KHW[:, top : top + rows])
-            strip.copy_(mean)
-            if not bool(strip.amax(dim=0).isfinite().all()):
+            if not bool(mean.amax(dim=0).isfinite().all()):
                 raise NumericsError(overflow_message(mean, name))
-            strip.clamp_(min=float(np.finfo(dtype).min))
-        return scores_KHW
+            scores_KHW[:, top : top + rows] = relative_to_largest(mean, scale)
+        return scores_KHW.numpy()
 
 
 @torch.inference_mode()

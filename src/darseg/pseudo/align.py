@@ -9,20 +9,20 @@ Source: prior correction (Saerens et al. 2002), logit adjustment (Menon et al. 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from darseg.errors import DataError, RecipeError, faults
+from darseg.pseudo.alignment import Alignment, is_weak
 from darseg.pseudo.decisions import Decisions
 from darseg.pseudo.distribution import SHARE_TOLERANCE, check_class_count
 from darseg.pseudo.labeling import BOUND, check_bound, check_strength
 
 TOLERANCE = 2e-4
-"""How far a share may be from its target, besides two pixels: below the error of a share in a sample of 2^21 pixels."""
+"""How far a share may be from its target, besides two pixels: below the error of a share in a sample of 2^20 pixels."""
 
 SWEEPS = 200
 """Sweeps over all classes before a search is given up; networks need about 5 to 40."""
@@ -41,136 +41,6 @@ SMALLEST_STEP = 0.125
 
 STALLED = 20
 """Sweeps without any progress after which a search is given up."""
-
-
-@dataclass(frozen=True, eq=False)
-class Alignment:
-    """Class weights that move the decisions of a network to wanted class shares.
-
-    Attributes:
-        weights: float64 [K], multiply the probabilities; all 1 if nothing is aligned.
-        reachable: bool [K]; False for a class that is never predicted, that has the target 0, or whose weight would
-            leave [1/bound, bound]. Its weight is 1.
-        target: float64 [K], shares that full strength aims at; for a class out of reach, the share that it then has.
-        reached: float64 [K], shares of the decisions with these weights, in the sample.
-        iterations: sweeps over all classes.
-        converged: whether full strength reaches the target; if not, the weights are 1.
-        strength: power of the weights: 0 leaves the decisions alone, 1 aligns them.
-        bound: largest weight and reciprocal of the smallest.
-        pixels: size of the sample.
-        plain: float64 [K], shares of the decisions without weights, in the sample; None if not recorded.
-
-    Raises DataError if the fields contradict each other.
-    """
-
-    weights: NDArray[np.float64]
-    reachable: NDArray[np.bool_]
-    target: NDArray[np.float64]
-    reached: NDArray[np.float64]
-    iterations: int
-    converged: bool
-    strength: float
-    bound: float
-    pixels: int
-    plain: NDArray[np.float64] | None = None
-
-    def __post_init__(self) -> None:
-        lines, arrays = [], {"weights": float, "reachable": bool, "target": float, "reached": float}
-        if self.plain is not None:
-            arrays["plain"] = float
-        for name, dtype in arrays.items():
-            array = np.array(getattr(self, name))
-            if array.dtype != dtype or array.shape != (np.size(self.weights),):
-                expected = f"{np.dtype(dtype)} [{np.size(self.weights)}]"
-                lines.append(f"{name} is {array.dtype} {list(array.shape)}; expected {expected}")
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
-        if lines:
-            raise DataError(faults("An alignment has arrays with one entry per class", lines))
-        check_class_count(len(self.weights))
-        lowest, highest = (1 - SHARE_TOLERANCE) / self.bound, self.bound * (1 + SHARE_TOLERANCE)
-        lines = [
-            law
-            for law, holds in (
-                ("weights must be finite and from 1/bound to bound", _all_in(self.weights, lowest, highest)),
-                ("weights must be 1 for classes out of reach", (self.weights[~self.reachable] == 1).all()),
-                ("weights must be 1 without convergence", self.converged or (self.weights == 1).all()),
-                ("target shares must be from 0 to 1 and add up to 1", _are_shares(self.target)),
-                ("reached shares must be from 0 to 1 and add up to 1", _are_shares(self.reached)),
-                (
-                    "plain shares must be from 0 to 1 and add up to 1",
-                    self.plain is None or _are_shares(self.plain),
-                ),
-                ("strength must be from 0 to 1", 0 <= self.strength <= 1),
-                ("there must be pixels", self.pixels > 0),
-            )
-            if not holds
-        ]
-        if lines:
-            raise DataError(faults("This alignment contradicts itself", lines))
-
-    @property
-    def standard_error(self) -> NDArray[np.float64]:
-        """float64 [K]: of each reached share, due to the sample; at most 0.5 divided by the root of its size."""
-        return np.sqrt(self.reached * (1 - self.reached) / self.pixels)
-
-    def warnings(self, names: Sequence[str]) -> list[str]:
-        """What a user should know: that nothing was aligned, or which classes were not.
-
-        Args:
-            names: of the classes, K.
-        """
-        out = [name for name, reachable in zip(names, self.reachable, strict=True) if not reachable]
-        limits = f"[1/{self.bound:g}, {self.bound:g}]"
-        if self.converged:
-            reasons = f"never predicted, have no labeled pixels, or need a class weight outside {limits}"
-            return [f"not aligned, because out of reach: {', '.join(out)}. They are {reasons}"] if out else []
-        plain = "decisions could not be aligned, so the network's own are used"
-        if _is_weak(self.reachable, self.target):
-            wanted = [name for name, share in zip(names, self.target, strict=True) if share > 0]
-            out = [name for name in out if name in wanted]
-            return [
-                f"{plain}: of {len(wanted)} classes, {len(out)} are out of reach ({', '.join(out)}), because they are "
-                f"never predicted, or need a class weight outside {limits}. Train longer first, or do not align"
-            ]
-        return [f"{plain}: many pixels have equal scores, so that the class shares cannot be reached"]
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; lists are in the order of the classes."""
-        return {
-            "weights": self.weights.tolist(),
-            "reachable": self.reachable.tolist(),
-            "target": self.target.tolist(),
-            "reached": self.reached.tolist(),
-            **({} if self.plain is None else {"plain": self.plain.tolist()}),
-            "strength": self.strength,
-            "bound": self.bound,
-            "converged": self.converged,
-            "iterations": self.iterations,
-            "pixels": self.pixels,
-        }
-
-    @classmethod
-    def from_json(cls, columns: Mapping[str, Any]) -> Alignment:
-        """The alignment that `to_json` described. Raises DataError for anything else."""
-        try:
-            return cls(
-                weights=np.array(columns["weights"], np.float64),
-                reachable=np.array(columns["reachable"], np.bool_),
-                target=np.array(columns["target"], np.float64),
-                reached=np.array(columns["reached"], np.float64),
-                iterations=int(columns["iterations"]),
-                converged=bool(columns["converged"]),
-                strength=float(columns["strength"]),
-                bound=float(columns["bound"]),
-                pixels=int(columns["pixels"]),
-                plain=np.array(columns["plain"], np.float64) if "plain" in columns else None,
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"This is not an alignment ({type(error).__name__}: {error}). The file is damaged or of another kind; "
-                "label again."
-            ) from error
 
 
 def align(
@@ -208,30 +78,54 @@ def align(
     >>> align(np.array([[2.0, 0], [1, 0], [0.5, 0], [0, 1]]), [0.5, 0.5]).weights.round(2).tolist()
     [0.69, 1.45]
     """
-    check_settings(bound, strength, tolerance)
+    [alignment] = align_by_strengths(
+        scores_NK, target, bound=bound, strengths=[strength], tolerance=tolerance, interval=interval
+    )
+    return alignment
+
+
+def align_by_strengths(
+    scores_NK: ArrayLike,
+    target: ArrayLike,
+    *,
+    bound: float,
+    strengths: Sequence[float],
+    tolerance: float = TOLERANCE,
+    interval: tuple[ArrayLike, ArrayLike] | None = None,
+) -> list[Alignment]:
+    """`align` for each strength; the weights are searched once, since strength is only their power."""
+    for strength in strengths:
+        check_settings(bound, strength, tolerance)
     wanted = _Wanted.checked(target, interval)
     decisions = Decisions.of(checked_scores(scores_NK, len(wanted.share)), math.log(bound))
-    result, reachable = _search_reachable(decisions, wanted, int(tolerance * decisions.pixels))
-    if _is_weak(reachable, wanted.share):
+    plain = decisions.count(np.zeros(len(wanted.share)))
+    reachable = (plain > 0) & (wanted.share > 0)
+    result, reachable = _search_reachable(
+        decisions, wanted, slack=int(tolerance * decisions.pixels), reachable=reachable
+    )
+    if is_weak(reachable, wanted.share):
         result = replace(result, converged=False)
     bias = result.bias if result.converged else np.zeros(len(wanted.share))
-    full = decisions.count(bias) / decisions.pixels
+    full = (decisions.count(bias) if result.converged else plain) / decisions.pixels
     aim = wanted.share
     if result.converged:
         rest = (1 - full[~reachable].sum()) / wanted.share[reachable].sum()
         aim = np.where(reachable & wanted.exact, wanted.share * rest, full)
-    return Alignment(
-        weights=np.exp(strength * bias),
-        reachable=reachable,
-        target=aim,
-        reached=decisions.count(strength * bias) / decisions.pixels,
-        iterations=result.sweeps,
-        converged=result.converged,
-        plain=decisions.count(np.zeros(len(wanted.share))) / decisions.pixels,
-        strength=float(strength),
-        bound=float(bound),
-        pixels=decisions.pixels,
-    )
+    return [
+        Alignment(
+            weights=np.exp(strength * bias),
+            reachable=reachable,
+            target=aim,
+            reached=full if strength == 1 else decisions.count(strength * bias) / decisions.pixels,
+            iterations=result.sweeps,
+            converged=result.converged,
+            plain=plain / decisions.pixels,
+            strength=float(strength),
+            bound=float(bound),
+            pixels=decisions.pixels,
+        )
+        for strength in strengths
+    ]
 
 
 @dataclass(frozen=True)
@@ -294,10 +188,11 @@ class _Result:
     sweeps: int
 
 
-def _search_reachable(decisions: Decisions, wanted: _Wanted, slack: int) -> tuple[_Result, NDArray[np.bool_]]:
+def _search_reachable(
+    decisions: Decisions, wanted: _Wanted, *, slack: int, reachable: NDArray[np.bool_]
+) -> tuple[_Result, NDArray[np.bool_]]:
     """Search until no class leaves, and the classes within reach, bool [K]; those that leave get bias 0."""
     bias, sweeps = np.zeros(len(wanted.share)), 0
-    reachable = (decisions.count(bias) > 0) & (wanted.share > 0)
     while reachable.sum() >= 2:
         result = _search(decisions, wanted, slack=slack, reachable=reachable, bias=bias)
         sweeps += result.sweeps
@@ -402,11 +297,6 @@ def _checked_shares(shares: ArrayLike, name: str) -> NDArray[np.float64]:
     return values
 
 
-def _is_weak(reachable: NDArray[np.bool_], share: NDArray[np.float64]) -> bool:
-    """Whether fewer than two or less than half of the wanted classes are within reach."""
-    return reachable.sum() < max(2, np.count_nonzero(share) / 2)
-
-
 def check_settings(bound: float, strength: float, tolerance: float = TOLERANCE) -> None:
     """Raise RecipeError, naming all that are out of range."""
     lines = []
@@ -419,11 +309,3 @@ def check_settings(bound: float, strength: float, tolerance: float = TOLERANCE) 
         lines.append(f"tolerance: found {tolerance}; should be at least 0 and below 1")
     if lines:
         raise RecipeError(faults("These alignment settings cannot work", lines))
-
-
-def _all_in(values: NDArray[np.float64], low: float, high: float) -> bool:
-    return bool(((values >= low) & (values <= high)).all())
-
-
-def _are_shares(values: NDArray[np.float64]) -> bool:
-    return _all_in(values, 0, 1 + SHARE_TOLERANCE) and abs(values.sum() - 1) <= 1e-6

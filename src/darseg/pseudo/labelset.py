@@ -33,7 +33,7 @@ from darseg.data.maps import is_whole, label_path, path_of_id, write_map
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
-from darseg.pseudo.align import Alignment
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder

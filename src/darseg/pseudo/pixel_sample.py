@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from darseg.errors import DataError
 from darseg.pseudo.distribution import check_class_count
 
-PIXELS = 1 << 21
-"""Most pixels in a sample: the standard error of a share is at most 0.5 / sqrt(2^20) = 0.0005, if half of them remain."""
+PIXELS = 1 << 20
+"""Most pixels in a sample: the standard error of a share is at most 0.5 / sqrt(2^19) = 0.0007, if half of them remain."""
 SCORES = 1 << 26
-"""Most scores in a sample, 128 MiB of float16; with more than 32 classes, fewer pixels are kept."""
+"""Most scores in a sample, 128 MiB of float16; with more than 64 classes, fewer pixels are kept."""
 LEVELS = 65
 """Levels of thinning: at level n, 1 of 2^n pixels is kept."""
 FAR = -1000.0
@@ -45,7 +45,7 @@ class PixelSample:
         self.limit = sample_limit(classes) if limit is None else limit
         self.level = 0
         self._hashes: list[NDArray[np.uint64]] = []
-        self._rows: list[NDArray[np.float16]] = []
+        self._columns: list[NDArray[np.float16]] = []
         self._lock = threading.Lock()
 
     def add(
@@ -79,7 +79,7 @@ class PixelSample:
                     "image again; if the scores are the same, the network has diverged."
                 )
             self._hashes.append(hashes[chosen])
-            self._rows.append(_relative(scores, probabilities))
+            self._columns.append(_relative(scores, probabilities))
 
     def sizes(self) -> NDArray[np.int64]:
         """int64 [LEVELS]: pixels kept at each level; more than the limit at levels that are passed already."""
@@ -99,9 +99,9 @@ class PixelSample:
         level = int(np.flatnonzero(sizes <= self.limit)[0])
         with self._lock:
             self._thin(level)
-            rows = np.concatenate([np.empty((0, self.classes), np.float16), *self._rows])
-            self._hashes, self._rows = [], []
-            return rows
+            columns = np.concatenate([np.empty((self.classes, 0), np.float16), *self._columns], axis=1)
+            self._hashes, self._columns = [], []
+            return columns.T
 
     @property
     def _size(self) -> int:
@@ -111,7 +111,7 @@ class PixelSample:
         self.level = level
         for index, hashes in enumerate(self._hashes):
             kept = _is_kept(hashes, level)
-            self._hashes[index], self._rows[index] = hashes[kept], self._rows[index][kept]
+            self._hashes[index], self._columns[index] = hashes[kept], self._columns[index][:, kept]
 
 
 def pixel_hashes(seed: int, sample_id: str, pixels: int) -> NDArray[np.uint64]:
@@ -140,8 +140,8 @@ def _is_kept(hashes: NDArray[np.uint64], level: int) -> NDArray[np.bool_]:
 
 
 def _relative(scores: NDArray[np.float32], probabilities: bool) -> NDArray[np.float16]:
-    """Logits or log-probabilities, relative to the largest of their pixel, [K, N] → float16 [N, K]."""
+    """Logits or log-probabilities, relative to the largest of their pixel, [K, N] → float16 [K, N]."""
     if probabilities:
         scores = np.log(scores.clip(1e-30, None))
     scores -= scores.max(axis=0)
-    return np.maximum(scores, np.float32(FAR)).T.astype(np.float16, order="C")
+    return np.maximum(scores, np.float32(FAR), out=scores).astype(np.float16)

@@ -14,8 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from darseg.data.prediction import SCALES, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.model.decide import PROBABILITY_TOLERANCE, decide
-from darseg.pseudo.align import Alignment
 from darseg.pseudo.align import align as align_scores
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
@@ -83,7 +83,7 @@ def redistribute(
     classes = len(distribution)
     pairs: Any = predictions.items() if isinstance(predictions, Mapping) else predictions
     alignment = _align_arrays(pairs, labeling, distribution, seed=seed, probabilities=probabilities)
-    weights = None if alignment is None else alignment.weights
+    weights = None if alignment is None else alignment.factors
     decided, histogram = _decide_all(pairs, classes, scale, probabilities=probabilities, weights=weights)
     rule = LabelRule(choose_thresholds(histogram, labeling, distribution), seed)
     labels = {name: rule.label_map(prediction, name) for name, prediction in decided.items()}

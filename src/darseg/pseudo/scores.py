@@ -20,8 +20,9 @@ from darseg.data.files import parse_json, read_file, write_whole
 from darseg.data.manifest import Sample
 from darseg.data.maps import path_of_id
 from darseg.data.pipeline import overlapped
-from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
+from darseg.data.prediction import ConfidenceScale, Prediction
 from darseg.errors import DataError
+from darseg.model.decide import scores_dtype
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.pixel_sample import PixelSample
 
@@ -30,10 +31,8 @@ LARGEST = 2 << 30
 
 DTYPES = {name: np.dtype(name) for name in ("float16", "float32")}
 
-
-def scores_dtype(scale: ConfidenceScale) -> np.dtype:
-    """The type in which scores are kept: float16, as in the paper; float32 for the fine scale."""
-    return np.dtype(np.float16 if scale is FLOAT16 else np.float32)
+SCORES_VERSION = 2
+"""Of the arithmetic from scores to predictions: what waits was made by the same, or is made again."""
 
 
 def scores_bytes_per_pixel(classes: int, scale: ConfidenceScale) -> int:
@@ -94,7 +93,8 @@ class ScoreSource:
     Attributes:
         read: Sample → what `score` needs of it; called ahead, in threads.
         score: (Sample, what was read) → float16 or float32 [K, H, W]; called for one image at a time.
-        decide: (Sample, scores, weights float64 [K] or None) → Prediction.
+        decide: (Sample, scores, weights float64 [K]) → Prediction.
+        plain: (Sample, what was read) → Prediction without weights.
         scores: folder where scores wait for the weights; None: they are read or made again.
         predictions: folder where aligned predictions wait for the thresholds; None: they are made again.
         probabilities: scores are probabilities, after softmax.
@@ -102,7 +102,8 @@ class ScoreSource:
 
     read: Callable[[Sample], Any]
     score: Callable[[Sample, Any], NDArray]
-    decide: Callable[[Sample, NDArray, NDArray[np.float64] | None], Prediction]
+    decide: Callable[[Sample, NDArray, NDArray[np.float64]], Prediction]
+    plain: Callable[[Sample, Any], Prediction]
     scores: Path | None = None
     predictions: Path | None = None
     probabilities: bool = False
@@ -135,15 +136,21 @@ class ScoreSource:
         """The predictor of these images with class weights.
 
         Waiting scores are removed as soon as predictions wait instead.
+
+        Args:
+            weights: None: as if nothing was to be aligned, bit for bit. Scores that wait are of no use for that.
         """
 
         def predict(sample: Sample, content: Any) -> Prediction:
+            assert weights is not None
             return self.decide(sample, self._scores(sample, content), weights)
 
         def written(sample: Sample) -> None:
             if self.scores is not None:
                 scores_path(self.scores, sample.id).unlink(missing_ok=True)
 
+        if weights is None:
+            return Predictor(self.read, self.plain, self.predictions, written=written)
         return Predictor(self._read, predict, self.predictions, written=written)
 
     def _read(self, sample: Sample) -> Any:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
-from darseg.pseudo.align import Alignment
+from darseg.pseudo.alignment import Alignment
 from darseg.report import charts
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, css_color, figure_of
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, read_data, read_run

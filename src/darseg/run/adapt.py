@@ -20,7 +20,8 @@ from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignme
 from darseg.model.class_order import reorder_classes
 from darseg.model.predict import Memory, predict_probabilities
 from darseg.model.weights import load_network, save_network
-from darseg.pseudo.align import TOLERANCE, Alignment, align, check_settings
+from darseg.pseudo.align import TOLERANCE, align, check_settings
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import BOUND
 from darseg.pseudo.pixel_sample import PixelSample

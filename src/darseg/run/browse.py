@@ -191,5 +191,5 @@ class Repredictor:
                 self._predictor = network_predictor(network, lambda image: protocol, scale)
             else:
                 scores = network_scores(network, lambda image: protocol, scale)
-                self._predictor = scores.predictor(alignment.weights)
+                self._predictor = scores.predictor(alignment.factors)
         return self._predictor.predict(sample, read_image(sample.image, sample.reading))

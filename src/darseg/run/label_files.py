@@ -135,7 +135,12 @@ def label_into_folder(
         raise RunError(
             f"{job.out} lies in {job.source}, whose files are to be labeled. Choose a folder elsewhere."
         )
-    task = LabelTask(job.labeling, ClassDistribution.from_counts(job.classes.counts), job.seed)
+    task = LabelTask(
+        job.labeling,
+        ClassDistribution.from_counts(job.classes.counts),
+        job.seed,
+        inputs=digest_settings(**job.record),
+    )
     journal = Journal(None, None, console or Console(quiet=not processes.first))
     with contextlib.ExitStack() as stack:
         if processes.from_first(lambda: _begin(job, size_of, stack, say=journal.say)):

@@ -22,7 +22,7 @@ from darseg.pseudo.assign import LabelRule
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.labelset import FactsLog, Predictor, PseudoLabelSet, assign_labels, count_predictions
-from darseg.pseudo.scores import ScoreSource, scores_bytes_per_pixel, scores_dtype
+from darseg.pseudo.scores import ScoreSource, scores_bytes_per_pixel
 from darseg.pseudo.thresholds import choose_thresholds
 from darseg.run.align_samples import align_samples
 from darseg.run.label_task import LabelFiles, LabelTask, Progress
@@ -50,9 +50,9 @@ def label_samples(
     assert isinstance(predictor, ScoreSource) == (task.labeling.align != "none")
     if isinstance(predictor, ScoreSource):
         alignment = align_samples(
-            samples, task, predictor, file=files.alignment, processes=processes, progress=progress
+            samples, task, predictor, files=files, processes=processes, progress=progress
         )
-        predictor = predictor.predictor(alignment.weights)
+        predictor = predictor.predictor(alignment.factors)
     own = processes.share(samples)
     if files.histogram.exists():
         histogram = ConfidenceHistogram.from_bytes(read_file(files.histogram))
@@ -122,18 +122,19 @@ def network_scores(
             network,
             image,
             protocol(image),
-            dtype=scores_dtype(scale),
+            scale=scale,
             name=str(sample.image),
             memory=memory,
         )
 
-    def decide_scores(sample: Sample, scores: np.ndarray, weights: np.ndarray | None) -> Prediction:
+    def decide_scores(sample: Sample, scores: np.ndarray, weights: np.ndarray) -> Prediction:
         return decide(torch.from_numpy(scores), scale, name=str(sample.image), weights=weights)
 
     return ScoreSource(
         lambda sample: read_image(sample.image, sample.reading),
         score,
         decide_scores,
+        plain=network_predictor(network, protocol, scale).predict,
         scores=scores,
         predictions=predictions,
     )

@@ -23,12 +23,14 @@ class LabelTask:
     Attributes:
         distribution: shares of the classes among all labeled pixels.
         seed, round_index: of the random sampling, with an image's id.
+        inputs: digest of what decides predictions and class weights; weights found with others are not taken over.
     """
 
     labeling: Labeling
     distribution: ClassDistribution
     seed: int
     round_index: int = 0
+    inputs: str = ""
 
     @property
     def scale(self) -> ConfidenceScale:

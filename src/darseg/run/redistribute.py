@@ -142,6 +142,7 @@ def _source_of(
         read,
         lambda sample, scores: check_array(scores, classes, str(sample.image)).numpy(),
         decide,
+        plain=decide,
         predictions=folder,
         probabilities=probabilities,
     )

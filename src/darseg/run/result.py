@@ -17,7 +17,7 @@ from darseg.data.pipeline import overlapped
 from darseg.model.aligned import AlignmentRecord, Variants
 from darseg.model.network import Network
 from darseg.model.predict import Memory, Protocol, predict_variants
-from darseg.pseudo.align import Alignment
+from darseg.pseudo.alignment import Alignment
 from darseg.run.journal import Advance
 from darseg.training.bootstrap import LEVEL, RESAMPLES, Difference, counts_of_image, paired_difference
 from darseg.training.scores import Scores, number

@@ -22,7 +22,8 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Memory, predict_probabilities
-from darseg.pseudo.align import Alignment, align
+from darseg.pseudo.align import align
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.run.build import evaluation_protocol, load_to_predict

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from darseg.data.classes import ClassSet
@@ -57,10 +58,12 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
     distribution = course.processes.together(lambda: ClassDistribution.from_counts(course.counts))
     labeling = course.recipe.labeling.at(round_.labeling_ratio)
     task = LabelTask(labeling, distribution, seed=course.recipe.seed, round_index=index)
+    inputs = _inputs(course, task, before, excluded=excluded)
+    task = replace(task, inputs=digest_settings(**inputs.digests))
     step = Step(
         "label",
         index,
-        _inputs(course, task, before, excluded=excluded),
+        inputs,
         work=lambda: _label(course, round_, task, unlabeled=unlabeled),
         tidy=lambda: _tidy(course, round_),
     )
