@@ -64,8 +64,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.model.predict import predict_for_labeling as predict_for_labeling
     from darseg.model.weights import LoadReport as LoadReport
     from darseg.model.weights import load_weights as load_weights
-    from darseg.pseudo.alignment import Alignment as Alignment
     from darseg.pseudo.align import align as align
+    from darseg.pseudo.alignment import Alignment as Alignment
     from darseg.pseudo.assign import assign as assign
     from darseg.pseudo.assign import image_generator as image_generator
     from darseg.pseudo.distribution import ClassDistribution as ClassDistribution
