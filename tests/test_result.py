@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 import darseg
 from conftest import recipe_dict, write_png
@@ -25,9 +26,12 @@ from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol, predict
 from darseg.model.weights import load_network, read_alignment, save_network
 from darseg.pseudo.alignment import Alignment
+from darseg.run.build import evaluation_protocol
 from darseg.run.result import decide_result
+from darseg.run.settings import digest_settings
+from darseg.run.steps import evaluate as evaluate_step
 from darseg.run.steps.align import candidates_of, choose_images, find_candidates
-from darseg.training.bootstrap import counts_of_image, mean_iou_of, paired_difference
+from darseg.training.bootstrap import counts_of_image, expanded_tail, mean_iou_of, paired_difference
 from darseg.training.scores import Scores
 from wording import refused, says
 
@@ -81,9 +85,22 @@ def test_the_bootstrap_against_a_slow_one() -> None:
     assert found.mean_iou == pytest.approx(
         mean_iou_of(other.sum(0)[None])[0] - mean_iou_of(plain.sum(0)[None])[0]
     )
-    # The quantiles at 0.05 and 0.95 of 250 numbers lie between these.
-    assert differences[12] <= found.low <= differences[13]
-    assert differences[236] <= found.high <= differences[237]
+    # Nine images: the quantiles at 0.024 and 0.976 of 250 numbers, which lie between these.
+    assert differences[6] <= found.low <= differences[7]
+    assert differences[242] <= found.high <= differences[243]
+
+
+def test_intervals_of_few_images_are_wider() -> None:
+    for images in (2, 3, 4, 5, 10, 30, 150):
+        t = stats.t.ppf(0.05, images - 1)
+        expected = stats.norm.cdf(t * np.sqrt(images / (images - 1)))
+        assert expanded_tail(0.9, images) == pytest.approx(expected, rel=0.02), images
+    assert expanded_tail(0.9, 10_000) == pytest.approx(0.05, rel=0.001)
+    # Five images without a true difference: of the middle 90 % of the drawn ones, three times as many lie above 0.
+    generator = np.random.default_rng(5)
+    draws = [(random_counts(generator, 5, 0.6), random_counts(generator, 5, 0.6)) for _ in range(150)]
+    above = np.mean([paired_difference(*draw, seed=0, resamples=100).low > 0 for draw in draws])
+    assert above < 0.09
 
 
 def test_a_clear_gain_a_clear_loss_and_noise() -> None:
@@ -167,7 +184,13 @@ def test_what_cannot_be_aligned_is_said() -> None:
     # Two classes are predicted, but never by a narrow margin; the others never.
     weak = find_candidates(rows(*[[0, -9, -9, -9]] * 9, [-9, 0, -9, -9]), wanted, settings, names=names)
     assert weak["candidates"] == []
-    says(weak["fault"], "most classes", "bound of 5", "c, d")
+    says(weak["fault"], "of 4 classes", "[1/2, 2]", "[1/5, 5]", "c, d")
+
+    # All classes are within reach, but no weight divides equal scores.
+    ties = rows(*[[0, -0.1, -9, -9]] * 8, *[[-0.1, 0, -9, -9]] * 2)
+    tied = find_candidates(ties, np.array([0.5, 0.5, 0, 0]), settings, names=names)
+    assert tied["candidates"] == []
+    says(tied["fault"], "equal scores")
 
     unusable = find_candidates(rows(), wanted, settings, names=names, unusable=["x", "y"])
     assert unusable["candidates"] == [] and unusable["predicted"] is None
@@ -198,7 +221,7 @@ def scenes(root: Path, *, weights: Sequence[float] | None = TRUE) -> Path:
     torch.manual_seed(1)
     network = SPEC.build()
     # Passes in training mode, so that BatchNorm knows the images; then logits that vary, with equal class shares.
-    images = {index: draw_scene(7, index, (65, 97))[0] for index in range(24)}
+    images = {index: draw_scene(7, index, (65, 97))[0] for index in range(26)}
     network.train()
     with torch.no_grad():
         batch = torch.from_numpy(np.stack([images[index] for index in range(8)])).permute(0, 3, 1, 2)
@@ -215,7 +238,7 @@ def scenes(root: Path, *, weights: Sequence[float] | None = TRUE) -> Path:
             weights, [True] * K, target=[0.4] * K, reached=[0.4] * K, strength=1, bound=5
         )
         fold_alignment(network, record)
-    places = {"labeled": range(6), "unlabeled": range(6, 16), "validation": range(16, 24)}
+    places = {"labeled": range(6), "unlabeled": range(6, 16), "validation": range(16, 26)}
     for role, indices in places.items():
         for index in indices:
             write_png(root / "images" / f"{index:02d}.png", images[index])
@@ -413,12 +436,17 @@ def test_without_a_gain_the_plain_network_stays(tmp_path: Path) -> None:
 
 
 def test_too_few_images_leave_the_run_as_it_was(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
-    for key, count in (("unlabeled", 4), ("validation", 4)):
+    for key, count, least in (("unlabeled", 4, 5), ("validation", 9, 10)):
         ids = (recipe_file.parent / f"{key}.txt").read_text().split()[:count]
         (tmp_path / f"{key}.txt").write_text("\n".join(ids) + "\n")
         changes = [f"data.{key}={tmp_path / key}.txt", "rounds=[{steps: 1}]"]
         darseg.train(load_recipe(recipe_file, changes), tmp_path / key)
-        says(capsys.readouterr().out.split("fp32\n")[1].split("round 0")[0], "4", key, "at least 5")
+        says(
+            capsys.readouterr().out.split("fp32\n")[1].split("round 0")[0],
+            str(count),
+            key,
+            f"at least {least}",
+        )
         assert "aligned" not in scores_of(tmp_path / key, 0)
         assert not (tmp_path / key / "round_0/align.json").exists()
 
@@ -440,6 +468,25 @@ def test_a_run_begun_with_another_result_is_refused(run: Path, recipe_file: Path
     darseg.train(load_recipe(recipe_file), run)  # nothing to do
     with refused(RunError, "result.align: auto → off", "--out"):
         darseg.train(load_recipe(recipe_file, ["result.align=off"]), run)
+
+
+def test_another_way_to_decide_is_noticed(
+    run: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    with monkeypatch.context() as patched, refused(RunError, "round_0", "evaluate", "settings"):
+        patched.setattr(evaluate_step, "RESAMPLES", 100)
+        darseg.train(load_recipe(recipe_file), copy)
+    # Steps that did not note it are taken as they are.
+    protocol = evaluation_protocol(load_recipe(recipe_file))
+    earlier = digest_settings(protocol=protocol, result={"align": "auto", "fault": None})
+    for path in copy.glob("round_*/evaluate.json"):
+        record = json.loads(path.read_text())
+        record["inputs"]["settings"] = earlier
+        path.write_text(json.dumps(record))
+    before = scores_of(copy)
+    darseg.train(load_recipe(recipe_file), copy)
+    assert scores_of(copy) == before
 
 
 def test_a_damaged_alignment_is_named(run: Path, recipe_file: Path, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from darseg.errors import DataError, faults
 from darseg.pseudo.distribution import SHARE_TOLERANCE, check_class_count
 
+NAMED = 6
+"""Most classes that a message about a fault names."""
+
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
@@ -100,15 +103,26 @@ class Alignment:
         if self.converged:
             reasons = f"never predicted, have no labeled pixels, or need a class weight outside {limits}"
             return [f"not aligned, because out of reach: {', '.join(out)}. They are {reasons}"] if out else []
-        plain = "decisions could not be aligned, so the network's own are used"
-        if is_weak(self.reachable, self.target):
-            wanted = [name for name, share in zip(names, self.target, strict=True) if share > 0]
-            out = [name for name in out if name in wanted]
-            return [
-                f"{plain}: of {len(wanted)} classes, {len(out)} are out of reach ({', '.join(out)}), because they are "
-                f"never predicted, or need a class weight outside {limits}. Train longer first, or do not align"
-            ]
-        return [f"{plain}: many pixels have equal scores, so that the class shares cannot be reached"]
+        remedy = ". Train longer first, or do not align" if is_weak(self.reachable, self.target) else ""
+        return [f"decisions could not be aligned, so the network's own are used: {self.fault(names)}{remedy}"]
+
+    def fault(self, names: Sequence[str]) -> str | None:
+        """Why nothing was aligned; None if something was.
+
+        Args:
+            names: of the classes, K.
+        """
+        if self.converged:
+            return None
+        if not is_weak(self.reachable, self.target):
+            return "many pixels have equal scores, so that the class shares cannot be reached"
+        wanted = self.target > 0
+        out = [name for name, lost in zip(names, wanted & ~self.reachable, strict=True) if lost]
+        more = f" and {len(out) - NAMED} more" if len(out) > NAMED else ""
+        return (
+            f"of {np.count_nonzero(wanted)} classes, {len(out)} are out of reach ({', '.join(out[:NAMED])}{more}), "
+            f"because they are never predicted, or need a class weight outside [1/{self.bound:g}, {self.bound:g}]"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; lists are in the order of the classes."""

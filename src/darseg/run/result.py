@@ -26,6 +26,10 @@ SUMS_IN_MEMORY = 1 << 30
 """Bytes of the probabilities of all variants of one image; what is more is predicted in several passes."""
 
 
+DECISION_VERSION = 2
+"""Of the rule by which the result is decided: another rule, another decision."""
+
+
 @dataclass(frozen=True)
 class VariantScores:
     """Scores of several variants of a network on the same images.

@@ -18,10 +18,11 @@ from darseg.run.directory import StepRecord, digest_path, write_json
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
-from darseg.run.result import Decision, decide_result, describe_decision, score_variants
+from darseg.run.result import DECISION_VERSION, Decision, decide_result, describe_decision, score_variants
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.align import Candidates
 from darseg.run.steps.step import Result, Step, Work, complete
+from darseg.training.bootstrap import LEVEL, RESAMPLES
 from darseg.training.scores import Scores
 
 SCORES = "scores.json"
@@ -41,8 +42,16 @@ def evaluate_round(
     """
     protocol, result = evaluation_protocol(course.recipe), course.recipe.result
     aligning = None if candidates is None else {"align": result.align, "fault": candidates.fault}
+    deciding = None
+    if candidates is not None and candidates.usable:
+        deciding = {
+            "seed": course.recipe.seed,
+            "level": LEVEL,
+            "resamples": RESAMPLES,
+            "rule": DECISION_VERSION,
+        }
     digests = {
-        "settings": digest_settings(protocol=protocol, result=aligning),
+        "settings": digest_settings(protocol=protocol, result=aligning, decision=deciding),
         "validation": course.data["validation"],
         "network": digest_path(course.run.network(round_.index)),
     }
@@ -51,6 +60,8 @@ def evaluate_round(
             candidates=[alignment.to_json() for alignment in candidates.usable]
         )
     earlier = [] if aligning else earlier_digests(lambda: digest_format_1(protocol=as_format_1(protocol)))
+    if deciding:  # as steps were recorded that did not yet note how they decided
+        earlier = [digest_settings(protocol=protocol, result=aligning)]
     step = Step(
         "evaluate",
         round_.index,
