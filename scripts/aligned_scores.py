@@ -9,6 +9,10 @@
 folder that the run lies in. Class weights are found on at most 500 unlabeled images of the run, with the shares of its
 labeled masks as target. Aligned predictions are those of p·w, renormalized; with one window for an image and no mirror,
 as for NEU-Seg, that is what the network with the weights in its classifier predicts.
+
+The column "result" is what the product gives: the network that the run decided to use (strength, bound, plain or
+aligned, on validation images), with the weights in its classifier, scored by `darseg evaluate`. "decided" has the
+weights that the run decided about, also if it does not use them. Both are absent for runs without such a decision.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 import darseg
 from darseg.data.dataset import Example, load_example
@@ -34,7 +39,7 @@ from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.run.build import masks
 from darseg.run.directory import write_json
-from darseg.run.evaluate import Trained, load_trained
+from darseg.run.evaluate import Trained, evaluate_result, load_trained
 from darseg.run.machine import keep_memory
 from darseg.run.media import Medium
 from darseg.run.shots import choose_shots
@@ -45,6 +50,7 @@ BINS = 15  # of confidences, as in Guo et al. 2017
 SEED = 0
 ROLES = ("validation", "test")
 KINDS = ("plain", "aligned")
+PRODUCT = ("decided", "result")  # by the run itself
 
 # Column → (run, rounds of which the last one that is scored is shown).
 COLUMNS = {
@@ -118,8 +124,19 @@ def score(folder: Path, index: int, others: Sequence[Path]) -> dict[str, Any]:
     }
     for role in ROLES:
         if samples := manifest.roles()[role]:
-            record[role] = _score_role(trained, samples, alignment.weights)
+            record[role] = _score_role(trained, samples, alignment.weights) | _product(folder, index, role)
     return record
+
+
+def _product(folder: Path, index: int, role: Any) -> dict[str, Any]:
+    """Scores of what the run decided: the result, and the aligned network whether it is that or not."""
+    done = evaluate_result(folder, role=role, round_index=index, console=Console(quiet=True))
+    names = darseg.manifest_of(darseg.load_recipe(darseg.RunDirectory(folder).recipe)).classes.names
+    found = {"result": done.scores} if done.plain or done.aligned else {}
+    if found:
+        found["decided"] = done.aligned or done.scores
+    scored = {kind: scores.to_json(names) for kind, scores in found.items()}
+    return scored | ({"used": "plain" if done.plain is None else "aligned"} if found else {})
 
 
 def _unlabeled_of(folders: Sequence[Path]) -> list[Sample]:
@@ -218,15 +235,16 @@ def table(out: Path, group: str, seeds: Sequence[int], role: str) -> str:
 
 
 def _rows(columns: dict, role: str, seeds: Sequence[int], names: Sequence[str]) -> list[str]:
-    heads = [f"{title} {kind}" for title in columns for kind in KINDS]
+    kinds = [*KINDS, *(kind for kind in PRODUCT if any(kind in record[role] for record in _all(columns)))]
+    heads = [f"{title} {kind}" for title in columns for kind in kinds]
     lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
 
     def line(title: str, figure: Callable[[dict], float | None], seed: int | None = None) -> str:
         cells = []
         for by_seed in columns.values():
             scored = [record for key, record in by_seed.items() if seed is None or key == seed]
-            for kind in KINDS:
-                values = [figure(record[role][kind]) for record in scored]
+            for kind in kinds:
+                values = [figure(record[role][kind]) for record in scored if kind in record[role]]
                 defined = [value for value in values if value is not None]
                 cells.append(f"{mean(defined):.3f}" if defined else "–")
         return f"| {title} | " + " | ".join(cells) + " |"
@@ -236,9 +254,18 @@ def _rows(columns: dict, role: str, seeds: Sequence[int], names: Sequence[str]) 
         lines += [line(f"– seed {seed}", lambda scored: scored["mean_iou"], seed) for seed in seeds]
     lines += [line(name, lambda scored, name=name: scored["iou"][name]) for name in names]
     lines.append(
-        line("calibration error", lambda scored: scored["reliability"]["expected_calibration_error"])
+        line(
+            "calibration error",
+            lambda scored: scored.get("reliability", {}).get("expected_calibration_error"),
+        )
     )
     return lines
+
+
+def _all(columns: dict) -> Iterator[dict]:
+    """The records of all columns and seeds."""
+    for by_seed in columns.values():
+        yield from by_seed.values()
 
 
 def _class_rows(title: str, records: Sequence[dict], role: str) -> list[str]:

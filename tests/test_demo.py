@@ -50,6 +50,18 @@ def test_dars_and_control_get_the_same_number_of_steps(small_demo) -> None:
     assert json.loads((out / "seed_5" / "demo.json").read_text()) == result
 
 
+def test_the_result_of_a_network_is_said_next_to_its_plain_score(small_demo) -> None:
+    _, result, _ = small_demo
+    scores = {"mean_iou": 0.3, "iou": {}, "aligned": {"used": True, "mean_iou": 0.4}}
+    result = result | {"result": dict.fromkeys(result["result"], module._result(scores))}
+    console = Console(file=io.StringIO(), width=140)
+    console.print(module._table(result))
+    row = next(line for line in console.file.getvalue().splitlines() if "mean of the result" in line)
+    assert row.count("0.4000 (aligned)") == 3
+    unused = scores | {"aligned": {"used": False, "why": "no"}}
+    assert module._result(unused) == {"aligned": False, "mean_iou": 0.3} == module._result({"mean_iou": 0.3})
+
+
 def test_shares_are_counted_from_the_files(small_demo) -> None:
     out, result, _ = small_demo
     names = (out / "data" / "unlabeled.txt").read_text().split()

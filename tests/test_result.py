@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from scipy import stats
 
 import darseg
 from conftest import recipe_dict, write_png
+from darseg.cli.tables import rounds_table
 from darseg.config.recipe import ResultConfig
 from darseg.config.text import load_recipe, load_saved_recipe
 from darseg.data.images import read_image
@@ -27,6 +29,7 @@ from darseg.model.predict import Protocol, predict
 from darseg.model.weights import load_network, read_alignment, save_network
 from darseg.pseudo.alignment import Alignment
 from darseg.run.build import evaluation_protocol
+from darseg.run.evaluate import evaluate_result
 from darseg.run.result import decide_result
 from darseg.run.settings import digest_settings
 from darseg.run.steps import evaluate as evaluate_step
@@ -331,6 +334,7 @@ def test_commands_use_the_result_and_plain_switches_it_off(run: Path, call: Any,
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["confusion"] == scores["aligned"]["confusion"]
     assert written["plain"]["confusion"] == scores["confusion"]
+    assert written["decisions"] == "aligned" and "aligned" not in written
     code, out, _ = call("evaluate", run, "--plain")
     assert code == 0 and "Decisions: plain, as asked for" in out and f"{scores['mean_iou']:.4f}" in out
 
@@ -389,7 +393,9 @@ def test_an_exported_result_gives_the_aligned_classes(
         metadata = json.loads(extra["darseg.json"])
     record = read_alignment(run / "round_1/result.safetensors")
     assert record is not None and AlignmentRecord.from_json(json.loads(metadata["alignment"])) == record
-    assert json.loads(metadata["training"])["mean_iou"] == scores_of(run)["aligned"]["mean_iou"]
+    training = json.loads(metadata["training"])
+    assert training["mean_iou"] == scores_of(run)["aligned"]["mean_iou"]
+    says(training["mean_iou_note"], "validation", "strength", "bound")
     protocol = Protocol((65, 97), mirror=False)
     aligned, plain = (
         predict(darseg.load_network(run, plain=p), image, protocol).classes for p in (False, True)
@@ -419,13 +425,28 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(
         assert {name: (copy / "round_1" / name).read_bytes() for name in names} == wanted
 
 
-def test_without_a_gain_the_plain_network_stays(tmp_path: Path) -> None:
+def test_without_a_gain_the_plain_network_stays(tmp_path: Path, call: Any) -> None:
     file = scenes(tmp_path, weights=None)  # the network is right as it is
     darseg.train(load_recipe(file, ["rounds=[{steps: 1}]"]), tmp_path / "run")
     aligned = scores_of(tmp_path / "run", 0)["aligned"]
     assert not aligned["used"] and aligned["interval"][0] <= 0
     assert not (tmp_path / "run/round_0/result.safetensors").exists()
     assert darseg.load_network(tmp_path / "run").alignment is None
+
+    # Both are scored all the same, on other images too, and the plain ones are the result.
+    code, out, _ = call("evaluate", tmp_path / "run", "--out", tmp_path / "scores.json")
+    assert code == 0
+    says(out.splitlines()[-1], "plain", "not used")
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["decisions"] == "plain" and "plain" not in written
+    assert written["confusion"] == scores_of(tmp_path / "run", 0)["confusion"]
+    assert written["aligned"]["confusion"] == aligned["confusion"] != written["confusion"]
+    labeled = evaluate_result(tmp_path / "run", role="labeled", console=Console(quiet=True))
+    assert labeled.aligned is not None and labeled.plain is None
+    assert labeled.aligned.mean_iou < labeled.scores.mean_iou
+    assert call("evaluate", tmp_path / "run", "--plain")[1].count("aligned") == 0
+    text = darseg.write_report(tmp_path / "run").read_text()
+    assert "plain checkpoint" not in text and "The result has plain decisions" in text
 
     # The recipe can insist; its own strength and bound are then the only candidate.
     changes = ["rounds=[{steps: 1}]", "result.align=on", "result.strength=0.5", "result.bound=3"]
@@ -470,6 +491,18 @@ def test_a_run_begun_with_another_result_is_refused(run: Path, recipe_file: Path
         darseg.train(load_recipe(recipe_file, ["result.align=off"]), run)
 
 
+def test_the_table_after_training_shows_both_and_the_result(run: Path) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    rows = {row[0]: row[1:] for row in rounds_table(summary)}
+    assert rows["validation"] == ["round 0", "round 0 aligned", "round 1", "round 1 aligned"]
+    last = summary["rounds"][1]
+    assert rows["mean iou"][2:] == [last["mean_iou"], last["aligned"]["mean_iou"]]
+    assert rows["b"][2:] == [last["iou"]["b"], last["aligned"]["iou"]["b"]]
+    assert rows["the result"] == ["", "aligned"] * 2
+    summary["rounds"][1]["aligned"]["used"] = False
+    assert {row[0]: row[1:] for row in rounds_table(summary)}["the result"] == ["", "aligned", "plain", ""]
+
+
 def test_another_way_to_decide_is_noticed(
     run: Path, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,5 +542,8 @@ def test_the_report_shows_both_scores_the_shares_and_the_decision(run: Path, tmp
         f"{scores_of(run)['precision']['b']:.3f}",
         f"{aligned['shares']['reached']['c']:.3%}",
         f"{aligned['weights']['b']:.3g}",
+        "round_1/result.safetensors",
+        "round_1/network.safetensors",
+        f"The result has aligned ones: mean IoU <b>{aligned['mean_iou']:.3f}</b>",
     ):
         assert fact in text

@@ -46,20 +46,22 @@ def evaluate(
         source, loaded, role=role, round_index=round_index, overrides=[] if loaded else changes, plain=plain
     )
     names = classes_of(loaded or load_recipe(RunDirectory(source).recipe, changes)).names
-    record: dict[str, Any] = done.scores.to_json(names) | {"protocol": done.protocol.describe(), "role": role}
-    if done.plain is not None:
-        record["plain"] = done.plain.to_json(names)
+    record: dict[str, Any] = done.to_json(names) | {"protocol": done.protocol.describe(), "role": role}
     columns = [(record, key) for key in ("iou", "precision", "recall")]
-    titles = ["class", "IoU", "precision", "recall"]
-    if done.plain is not None:
-        columns += [(record["plain"], key) for key in ("iou", "precision", "recall")]
-        titles += ["plain IoU", "precision", "recall"]
+    titles, other = ["class", "IoU", "precision", "recall"], None
+    for kind in ("plain", "aligned"):
+        if kind in record:
+            other = kind
+            columns += [(record[kind], key) for key in ("iou", "precision", "recall")]
+            titles += [f"{kind} IoU", "precision", "recall"]
     print_table([titles, *([name, *(scores[key][name] for scores, key in columns)] for name in names)])
     print(f"Protocol: {done.protocol.describe()}")
     print(describe_decisions(source, round_index, plain))
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
-        beside = f" (plain: {text_of(record['plain'][key])})" if done.plain is not None else ""
+        beside = f" ({other}: {text_of(record[other][key])})" if other else ""
         print(f"{key.replace('_', ' ')}: {text_of(record[key])}{beside}")
+    if done.aligned is not None:
+        print("The plain decisions are the result; the aligned ones were found and not used.")
     if out:
         write_json(out, record)
 

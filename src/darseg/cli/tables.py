@@ -55,13 +55,27 @@ def counts_by_role(counts: Iterable[tuple[str, int]]) -> str:
 
 
 def rounds_table(summary: dict) -> Rows:
-    """The validation scores of a run, a column for each round."""
-    rounds = summary["rounds"]
-    rows: Rows = [["validation", *(f"round {scored['round']}" for scored in rounds)]]
-    rows += [[name, *(scored["iou"][name] for scored in rounds)] for name in summary["classes"]]
+    """The validation scores of a run, a column for each round; two if its decisions were also aligned."""
+    columns: list[tuple[str, dict, str, str]] = []  # title, scores, whether they are the result's, seconds
+    for scored in summary["rounds"]:
+        title, seconds, aligned = (
+            f"round {scored['round']}",
+            f"{scored['seconds']:.0f}",
+            scored.get("aligned"),
+        )
+        if aligned is None or "mean_iou" not in aligned:
+            columns.append((title, scored, "plain", seconds))
+            continue
+        plain_used, aligned_used = ("", "aligned") if aligned["used"] else ("plain", "")
+        columns.append((title, scored, plain_used, seconds))
+        columns.append((f"{title} aligned", aligned, aligned_used, ""))
+    rows: Rows = [["validation", *(title for title, *_ in columns)]]
+    rows += [[name, *(scores["iou"][name] for _, scores, *_ in columns)] for name in summary["classes"]]
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
-        rows.append([key.replace("_", " "), *(scored[key] for scored in rounds)])
-    rows.append(["seconds", *(f"{scored['seconds']:.0f}" for scored in rounds)])
+        rows.append([key.replace("_", " "), *(scores[key] for _, scores, *_ in columns)])
+    if len(columns) > len(summary["rounds"]):
+        rows.append(["the result", *(used for *_, used, _ in columns)])
+    rows.append(["seconds", *(seconds for *_, seconds in columns)])
     return rows
 
 

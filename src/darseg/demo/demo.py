@@ -74,7 +74,7 @@ def run_demo(
     console.print(
         f"mean IoU: labeled only {result['mean_iou']['labeled_only']:.4f}, control "
         f"{result['mean_iou']['control']:.4f}, DARS {result['mean_iou']['dars']:.4f}  "
-        f"({result['seconds']:.0f} s; picture: {folder / 'demo.png'})",
+        f"({result['seconds']:.0f} s; picture of the results: {folder / 'demo.png'})",
         highlight=False,
         soft_wrap=True,
     )
@@ -91,8 +91,9 @@ def recipe_text() -> str:
 def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
     """Scores of three networks and class shares, as in `demo.json`.
 
-    The networks are "labeled_only" (DARS after round 0), "control" and "dars" (after the last round). The shares are
-    those of the unlabeled scenes in the last round: their truth, the predictions and the pseudo labels.
+    The networks are "labeled_only" (DARS after round 0), "control" and "dars" (after the last round). Mean IoU and IoU
+    are of plain decisions; "result" has the mean IoU of those that are used, and whether they are aligned. The shares
+    are those of the unlabeled scenes in the last round: their truth, the predictions and the pseudo labels.
     """
     last = dars["rounds"][-1]["round"]
     labels = run.label_set(last)
@@ -106,6 +107,7 @@ def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
     return {
         "mean_iou": {name: scores["mean_iou"] for name, scores in networks.items()},
         "iou": {name: scores["iou"] for name, scores in networks.items()},
+        "result": {name: _result(scores) for name, scores in networks.items()},
         "share": {
             name: dict(zip(dars["classes"], (count / max(1, count.sum())).tolist(), strict=True))
             for name, count in counts.items()
@@ -113,9 +115,20 @@ def compare(run: RunDirectory, dars: dict, control: dict) -> dict:
     }
 
 
+def _result(scores: dict) -> dict:
+    """The mean IoU of the decisions that are used after a round, and whether these are aligned."""
+    aligned = scores.get("aligned", {"used": False})
+    used = bool(aligned["used"])
+    return {"aligned": used, "mean_iou": aligned["mean_iou"] if used else scores["mean_iou"]}
+
+
+def _named_result(result: dict) -> str:
+    return f"{result['mean_iou']:.4f} ({'aligned' if result['aligned'] else 'plain'})"
+
+
 def _table(result: dict) -> Table:
     table = Table(
-        title="IoU on the validation scenes, and class shares of the unlabeled scenes in the last round"
+        title="IoU of plain decisions on the validation scenes, class shares of the unlabeled scenes in the last round"
     )
     table.add_column("class")
     for title in ("labeled only", "control", "DARS", "truth", "predicted", "pseudo labels"):
@@ -126,9 +139,12 @@ def _table(result: dict) -> Table:
         cells = ["undefined" if iou is None else f"{iou:.3f}" for iou in ious]
         table.add_row(name, *cells, *(f"{share:.3%}" for share in shares))
     table.add_section()
-    table.add_row(
-        "mean", *(f"{result['mean_iou'][network]:.3f}" for network in ("labeled_only", "control", "dars"))
-    )
+    networks = ("labeled_only", "control", "dars")
+    table.add_row("mean", *(f"{result['mean_iou'][network]:.3f}" for network in networks))
+    if any(result["result"][network]["aligned"] for network in networks):
+        table.add_row(
+            "mean of the result", *(_named_result(result["result"][network]) for network in networks)
+        )
     return table
 
 

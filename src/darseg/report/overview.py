@@ -370,6 +370,15 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
     }
     trained = [round_.index for round_ in facts.rounds if round_.steps is not None]
     folder = Path(facts.name) if facts.shared else facts.root
-    texts["checkpoint"] = str(RunDirectory(folder).network(trained[-1])) if trained else UNDEFINED
+    texts |= _checkpoints(facts, RunDirectory(folder), trained[-1]) if trained else {"checkpoint": UNDEFINED}
     texts["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     return texts
+
+
+def _checkpoints(facts: RunFacts, run: RunDirectory, index: int) -> dict[str, str]:
+    """The weights that commands use after a round, and the plain ones if these are others."""
+    aligned = next(round_.aligned for round_ in facts.rounds if round_.index == index)
+    plain = str(run.network(index))
+    if aligned is None or not aligned.used:
+        return {"checkpoint": plain}
+    return {"checkpoint": f"{run.result(index)} (aligned decisions)", "plain checkpoint": plain}

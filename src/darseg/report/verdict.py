@@ -61,12 +61,29 @@ def verdict(facts: RunFacts, data: DataFacts) -> Markup:
             loss=loss,
             lowest=[facts.classes.names[k] for k in np.flatnonzero(iou == lowest)],
             lowest_iou=lowest,
+            aligned=_aligned(last),
             pseudo=_pseudo(facts),
             # Later rounds train on. Without a control nobody knows whether the pseudo labels helped.
             steps=sum(round_.steps or 0 for round_ in facts.rounds) if several else 0,
         )
         + listed
     )
+
+
+@dataclass(frozen=True)
+class AlignedMean:
+    """The mean IoU of a round's aligned decisions, and whether they are the result."""
+
+    mean_iou: float
+    used: bool
+
+
+def _aligned(round_: RoundFacts) -> AlignedMean | None:
+    """What the last round's aligned decisions reach; None if there are none."""
+    aligned = round_.aligned
+    if aligned is None or aligned.scores is None:
+        return None
+    return AlignedMean(aligned.scores.mean_iou, aligned.used)
 
 
 def mean_iou(round_: RoundFacts) -> float:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
@@ -15,6 +15,7 @@ from darseg.choices import Role
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
+from darseg.data.files import read_json
 from darseg.data.images import Reading
 from darseg.errors import DarsegError, DataError, RecipeError, RunError
 from darseg.model.aligned import AlignmentRecord
@@ -39,6 +40,7 @@ from darseg.run.class_names import order_by_recipe
 from darseg.run.directory import RESULT, RunDirectory, digest_path
 from darseg.run.journal import Journal
 from darseg.run.result import score_variants
+from darseg.run.steps.align import chosen_record
 from darseg.training.scores import Scores
 
 EVALUATION_KEYS = ("data.", "evaluation.", "threads")
@@ -222,12 +224,22 @@ class Evaluated:
     Attributes:
         scores: of the decisions that were asked for.
         plain: of the same network without class weights; None if these are its decisions anyway.
+        aligned: of the same network with the class weights that its round found and did not use; None if it has none.
         protocol: how both were measured.
     """
 
     scores: Scores
     plain: Scores | None
     protocol: Protocol
+    aligned: Scores | None = None
+
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """The scores, those of the other variant under "plain" or "aligned", and which one is the result."""
+        others = {"plain": self.plain, "aligned": self.aligned}
+        return self.scores.to_json(names) | {
+            "decisions": "plain" if self.plain is None else "aligned",
+            **{kind: scores.to_json(names) for kind, scores in others.items() if scores is not None},
+        }
 
 
 def evaluate(
@@ -269,7 +281,7 @@ def evaluate_result(
     console: Console | None = None,
     plain: bool = False,
 ) -> Evaluated:
-    """`evaluate`, with the plain scores next to those of a network whose decisions are aligned."""
+    """`evaluate`, with the plain scores of a network whose decisions are aligned, or the reverse."""
     if role not in get_args(Role):
         raise RunError(f"There is no role {role!r}. Choose from {', '.join(get_args(Role))}.")
     check_overrides(source, overrides, EVALUATION_KEYS)
@@ -292,13 +304,33 @@ def evaluate_result(
             f"{unlabeled[0]!r}. Add the label maps, or choose another --role."
         )
     protocol, network = evaluation_protocol(recipe), trained.network
-    records = [network.alignment] if network.alignment is None else [network.alignment, None]
+    unused = None if plain or network.alignment is not None else _unused_alignment(trained, Path(source))
+    records = [network.alignment]
+    if network.alignment is not None or unused is not None:
+        records.append(unused)
     with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:
         scored = score_variants(
             network, records, samples, classes=classes, protocol=protocol, advance=advance
         )
     scores = [Scores(confusion) for confusion in scored.confusions]
-    return Evaluated(scores[0], scores[1] if len(scores) > 1 else None, protocol)
+    other = scores[1] if len(scores) > 1 else None
+    return Evaluated(
+        scores[0],
+        plain=None if network.alignment is None else other,
+        protocol=protocol,
+        aligned=None if unused is None else other,
+    )
+
+
+def _unused_alignment(trained: Trained, source: Path) -> AlignmentRecord | None:
+    """The class weights that a run found for a network and did not use."""
+    numbered = re.fullmatch(r"round_(\d+)", trained.path.parent.name)
+    if not source.is_dir() or numbered is None or trained.order is not None:
+        return None
+    run, index = RunDirectory(source), int(numbered[1])
+    if run.read_record(index, "evaluate") is None:
+        return None
+    return chosen_record(run.round(index), read_json(run.round(index) / "scores.json"))
 
 
 def check_overrides(source: Path | str, overrides: Sequence[str], keys: tuple[str, ...] = PLACE_KEYS) -> None:

@@ -29,7 +29,7 @@ class Difference(NamedTuple):
 
 
 def expanded_tail(level: float, images: int) -> float:
-    """Share of the drawn differences below an interval that should hold the true one with the chance `level`."""
+    """Share of the drawn differences below an interval that holds the true one with chance `level`."""
     tail = (1 - level) / 2
     if images < 2:
         return tail

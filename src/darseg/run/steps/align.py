@@ -21,6 +21,7 @@ from darseg.data.images import read_image
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
+from darseg.model.aligned import AlignmentRecord
 from darseg.model.predict import Memory, predict_probabilities
 from darseg.pseudo.align import align_by_strengths
 from darseg.pseudo.alignment import Alignment
@@ -247,6 +248,22 @@ def find_candidates(
     if not found["candidates"]:
         found["fault"] = "; ".join(dict.fromkeys(str(alignment.fault(names)) for alignment in ordered))
     return found
+
+
+def chosen_record(folder: Path, scores: Mapping[str, Any]) -> AlignmentRecord | None:
+    """The class weights that a round decided about, used or not; None if there are none.
+
+    Args:
+        folder: of the round.
+        scores: the content of its scores.json.
+    """
+    aligned = scores.get("aligned", {})
+    if "strength" not in aligned or not (folder / ALIGNMENT).exists():
+        return None
+    candidates = read_candidates(folder / ALIGNMENT)
+    chosen = (aligned["strength"], aligned["bound"])
+    found = [alignment for alignment in candidates.usable if (alignment.strength, alignment.bound) == chosen]
+    return AlignmentRecord.of(found[0], f"{candidates.images} unlabeled images of the run") if found else None
 
 
 def read_candidates(path: Path) -> Candidates:
