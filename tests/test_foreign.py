@@ -17,13 +17,18 @@ from rich.console import Console
 
 from conftest import recipe_dict
 from darseg.cli import main
+from darseg.cli.tables import print_table, say
 from darseg.config.text import load_recipe
 from darseg.errors import DarsegError, RunError, StorageError, printable
+from darseg.model.aligned import AlignmentRecord, fold_alignment
+from darseg.model.network import NetworkSpec
+from darseg.model.weights import save_network
 from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.report.share import without_places
 from darseg.run.browse import open_round, read_facts
 from darseg.run.directory import RunDirectory
+from darseg.run.evaluate import describe_decisions
 from darseg.run.journal import Journal
 from darseg.run.records import StepRecord
 from darseg.run.rounds import train
@@ -386,6 +391,21 @@ def test_errors_on_the_console_hold_no_control_characters(tmp_path: Path, monkey
         main()
     error = capsys.readouterr().err
     assert "\x1b" not in error and "a\\x1b[2Jb.yaml" in error
+
+
+def test_what_a_network_says_of_itself_does_not_control_the_terminal(tmp_path: Path, capsys) -> None:
+    """Where its class weights come from, and the names of its classes, are texts of somebody else."""
+    trap, share = "\x1b]0;taken\x07\x1b[2J", (0.5, 0.5)
+    spec = NetworkSpec(classes=2, backbone="resnet18_half", class_names=(trap, "b"), head_channels=8)
+    record = AlignmentRecord(
+        (2.0, 0.5), (True, True), target=share, reached=share, strength=1.0, bound=5.0, source=trap
+    )
+    save_network(fold_alignment(spec.build(), record), tmp_path / "n.safetensors", spec)
+    say(describe_decisions(tmp_path / "n.safetensors"))
+    say(trap, error=True)
+    print_table([[trap, "a\nb"]])
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err and out.count("\\x1b]0;taken\\x07") == 2 and out.count("\n") == 2
 
 
 # --- reports of others' runs, and for others

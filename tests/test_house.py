@@ -189,6 +189,18 @@ def test_what_differs_between_machines_is_left_out_of_the_wording(tmp_path: Path
         says(f"{tmp_path}/a.png", "b.png")
 
 
+def prints(text: str) -> int:
+    """How often a source text calls print."""
+    calls = (node.func for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call))
+    return sum(isinstance(called, ast.Name) and called.id == "print" for called in calls)
+
+
+def test_only_say_prints() -> None:
+    """It shows control characters of foreign names as escapes; so does the journal, for the rooms."""
+    printing = {str(path.relative_to(SOURCE)): prints(path.read_text()) for path in SOURCE.rglob("*.py")}
+    assert {name: count for name, count in printing.items() if count} == {"cli/tables.py": 1}
+
+
 @pytest.mark.parametrize(
     ("measure", "limit"), [(functions, FUNCTION), (files, FILE), (positional_calls, POSITIONAL)]
 )

@@ -15,8 +15,9 @@ from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import align, convert, evaluate, export, predict
 from darseg.cli.runs import demo, report, train, view
+from darseg.cli.tables import say
 from darseg.data.files import explained
-from darseg.errors import DarsegError, Interrupted, printable
+from darseg.errors import DarsegError, Interrupted
 from darseg.run.console import enduring_streams
 from darseg.run.machine import keep_memory
 
@@ -36,7 +37,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"darseg {__version__}")
+        say(f"darseg {__version__}")
         raise typer.Exit()
 
 
@@ -80,9 +81,7 @@ def main() -> None:
         if (
             output.lost is not None and not code
         ):  # a full disk; a closed pipe, as in `darseg plan … | head`, is none
-            print(
-                f"darseg: all is done, but the output could not be written: {output.lost}.", file=sys.stderr
-            )
+            say(f"darseg: all is done, but the output could not be written: {output.lost}.", error=True)
             code = 2
         sys.exit(code)
 
@@ -96,20 +95,20 @@ def _run() -> int | str | None:
     try:
         app()
     except Interrupted as error:
-        print(f"darseg: {printable(str(error))} Run the same command again to continue.", file=sys.stderr)
+        say(f"darseg: {error} Run the same command again to continue.", error=True)
         return error.code
     except DarsegError as error:
-        print(f"darseg: {printable(str(error))}", file=sys.stderr)
+        say(f"darseg: {error}", error=True)
         return 2
     except OSError as error:
         if not (message := explained(error)):
             raise
-        print(f"darseg: {printable(message)}", file=sys.stderr)
+        say(f"darseg: {message}", error=True)
         return 2
     except KeyboardInterrupt:  # before typer listens
         return INTERRUPTED
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer exits without a message
-            print("darseg: interrupted. Finished work is kept.", file=sys.stderr)
+            say("darseg: interrupted. Finished work is kept.", error=True)
         return end.code
     return 0

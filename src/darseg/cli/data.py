@@ -17,10 +17,10 @@ from darseg.cli.tables import (
     print_drawn,
     print_split,
     print_table,
+    say,
     share_ignored,
     share_of_labeled,
 )
-from darseg.errors import printable
 
 
 def init(
@@ -48,16 +48,16 @@ def init(
 
     proposal = propose_recipe(folder, out, weights=weights, overwrite=force)
     for note in proposal.notes:
-        print(printable(f"found: {note}"))
+        say(f"found: {note}")
     for warning in proposal.warnings:
-        print(printable(f"warning: {warning}"))
-    print(f"Written: {', '.join(map(str, (proposal.recipe, *proposal.lists)))}. Read it, then:")
+        say(f"warning: {warning}")
+    say(f"Written: {', '.join(map(str, (proposal.recipe, *proposal.lists)))}. Read it, then:")
     name, run = shlex.quote(str(proposal.recipe)), shlex.quote(str(Path("runs") / proposal.recipe.stem))
     commands = [f"check {name}", f"plan {name}", f"train {name}", f"report {run}"]
     if len(load_recipe(proposal.recipe).rounds) > 1:  # otherwise there are no pseudo labels to look through
         commands.append(f"view {run}")
     for command in commands:
-        print(f"  darseg {command}")
+        say(f"  darseg {command}")
 
 
 def rasterize(
@@ -134,14 +134,14 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
         rows.append([name, *(share_of_labeled(counts, k) for counts in pixels.values())])
     rows.append(["(ignored, of all pixels)", *map(share_ignored, pixels.values())])
     print_table(rows)
-    print("images: " + counts_by_role(findings.images.items()))
+    say("images: " + counts_by_role(findings.images.items()))
     for note in findings.notes:
-        print(printable(f"note: {note}"))
+        say(f"note: {note}")
     for warning in findings.warnings:
-        print(printable(f"warning: {warning}"))
+        say(f"warning: {warning}")
     if findings.faults:
         raise DataError(faults(f"{len(findings.faults)} fault(s)", findings.faults))
-    print("No faults.")
+    say("No faults.")
 
 
 def plan(
@@ -155,18 +155,18 @@ def plan(
 
     planned = run_plan(load_recipe(recipe, overrides or []), processes)
     print_table(plan_table(planned))
-    print("images: " + counts_by_role(planned.images.items()))
-    print(f"network: {planned.network}, {planned.parameters / 1e6:.1f} million parameters")
-    print(f"labeling: {planned.labeling}")
-    print(f"evaluation: {planned.evaluation}")
-    print(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
-    print(
+    say("images: " + counts_by_role(planned.images.items()))
+    say(f"network: {planned.network}, {planned.parameters / 1e6:.1f} million parameters")
+    say(f"labeling: {planned.labeling}")
+    say(f"evaluation: {planned.evaluation}")
+    say(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
+    say(
         f"memory of a process while training, fp32: {planned.state_bytes / 1e9:.2f} GB weights, gradients and "
         f"momentum, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the convolutions' "
         "workspace"
     )
     for note in planned.notes:
-        print(printable(f"note: {note}"))
+        say(f"note: {note}")
 
 
 def split(
@@ -206,6 +206,6 @@ def split(
         sequences=sequences,
     )
     print_split(record)
-    print(f"Written to {out}. Use the lists in the recipe, or after its name on the command line:")
+    say(f"Written to {out}. Use the lists in the recipe, or after its name on the command line:")
     for role in record["lists"]:
-        print(f"  {shlex.quote(f'data.{role}={(out / role).resolve()}.txt')}")
+        say(f"  {shlex.quote(f'data.{role}={(out / role).resolve()}.txt')}")

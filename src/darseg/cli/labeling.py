@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from darseg.cli.options import DataRoot, Plain, RoundIndex, Source
-from darseg.cli.tables import print_labels
+from darseg.cli.tables import print_labels, say
 from darseg.errors import RecipeError
 from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
 
@@ -81,7 +81,7 @@ def label(
         overrides=overrides or [],
     )
     print_labels(record, out)
-    print(describe_decisions(source, round_index, plain))
+    say(describe_decisions(source, round_index, plain))
 
 
 def redistribute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
@@ -10,7 +9,7 @@ import typer
 
 from darseg.choices import BuiltInClasses, Existing, PredictionKind, ReleasedNetwork, Role
 from darseg.cli.options import MOVED, DataRoot, Plain, RoundIndex, Source, TrainedWith, without_root
-from darseg.cli.tables import print_adapted, print_table, text_of
+from darseg.cli.tables import print_adapted, print_table, say, text_of
 
 BOUND = "Largest class weight and reciprocal of the smallest."
 DOUBTS = "Write the network even if the weights are doubtful."
@@ -55,13 +54,13 @@ def evaluate(
             columns += [(record[kind], key) for key in ("iou", "precision", "recall")]
             titles += [f"{kind} IoU", "precision", "recall"]
     print_table([titles, *([name, *(scores[key][name] for scores, key in columns)] for name in names)])
-    print(f"Protocol: {done.protocol.describe()}")
-    print(describe_decisions(source, round_index, plain))
+    say(f"Protocol: {done.protocol.describe()}")
+    say(describe_decisions(source, round_index, plain))
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
         beside = f" ({other}: {text_of(record[other][key])})" if other else ""
-        print(f"{key.replace('_', ' ')}: {text_of(record[key])}{beside}")
+        say(f"{key.replace('_', ' ')}: {text_of(record[key])}{beside}")
     if done.aligned is not None:
-        print("The plain decisions are the result; the aligned ones were found and not used.")
+        say("The plain decisions are the result; the aligned ones were found and not used.")
     if out:
         write_json(out, record)
 
@@ -112,13 +111,13 @@ def predict(
         plain=plain,
         overrides=overrides,
     )
-    print(describe_decisions(source, round_index, plain))
+    say(describe_decisions(source, round_index, plain))
     counts = [f"{done.images} image(s)"] if done.images or not done.videos else []
     counts += [f"{done.frames} frame(s) of {done.videos} video(s)"] if done.videos else []
     counts += [f"{done.kept} that were done before"] if done.kept else []
-    print(f"{', '.join(counts)}: {', '.join(str(out / name) for name in kinds)}")
+    say(f"{', '.join(counts)}: {', '.join(str(out / name) for name in kinds)}")
     for note in done.notes:
-        print(note)
+        say(note)
     if done.failed:
         raise DataError(
             faults(
@@ -184,7 +183,7 @@ def align(
     )
     print_adapted(adapted)
     if recipe or source.is_dir():
-        print(f"Predict with the same protocol: --recipe {recipe or source / 'recipe.yaml'}")
+        say(f"Predict with the same protocol: --recipe {recipe or source / 'recipe.yaml'}")
 
 
 def export(
@@ -204,14 +203,14 @@ def export(
     from darseg.run.evaluate import describe_decisions
     from darseg.run.export import export_network
 
-    print("Writing the file, then checking it on real images: half a minute or more.", file=sys.stderr)
+    say("Writing the file, then checking it on real images: half a minute or more.", error=True)
     parity = export_network(
         source, out, round_index=round_index, images=images, plain=plain, overrides=overrides or []
     )
     for line in parity.describe():
-        print(line)
-    print(describe_decisions(source, round_index, plain))
-    print(f"Written to {out}")
+        say(line)
+    say(describe_decisions(source, round_index, plain))
+    say(f"Written to {out}")
 
 
 def convert(
@@ -251,17 +250,17 @@ def convert(
         class_set=class_set(names) if names else None,
         strict=strict,
     )
-    print(f"{len(report.loaded)} tensors of {checkpoint} are in {out}")
+    say(f"{len(report.loaded)} tensors of {checkpoint} are in {out}")
     if architecture == "deeplabv2_101" and not release_classifier:
-        print(
+        say(
             "note: the classifier sums all four branches. The release trained its own checkpoints with two, so they"
         )
-        print("reach its scores only with --release-classifier")
+        say("reach its scores only with --release-classifier")
     for title, lines in (
         ("missing in the file, drawn at random", report.unfilled),
         ("in the file, but not in the network", report.unused),
         ("batch counts missing in the file, set to 0", report.uncounted),
     ):
         if lines:
-            print(f"{title}:")
-            print("\n".join(f"  {line}" for line in lines))
+            say(f"{title}:")
+            say("\n".join(f"  {line}" for line in lines))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from darseg.cli.options import DataRoot, Overrides, RecipeFile, without_root
-from darseg.cli.tables import print_table, rounds_table
-from darseg.errors import RunError, printable
+from darseg.cli.tables import print_table, rounds_table, say
+from darseg.errors import RunError
 
 
 def demo(
@@ -42,7 +42,7 @@ def train(
     folder = out or Path("runs") / recipe.stem
     summary = run_train(load_recipe(recipe, overrides or []), folder, reuse, after_round=write_report)
     print_table(rounds_table(summary))
-    print(f"Written to {folder}")
+    say(f"Written to {folder}")
 
 
 def report(
@@ -81,10 +81,10 @@ def report(
         *runs, out = runs
     if len(runs) == 1:
         root = recipe_of(runs[0], overrides).data.root
-        print(printable(f"Pictures are read from {root}, the data.root of the run's recipe."))
-        print(f"Written to {write_report(runs[0], out, pictures=pictures, share=share, overrides=overrides)}")
+        say(f"Pictures are read from {root}, the data.root of the run's recipe.")
+        say(f"Written to {write_report(runs[0], out, pictures=pictures, share=share, overrides=overrides)}")
         if share:
-            print(
+            say(
                 "The page holds no absolute paths and no names of this machine or its user. It shows images of the data "
                 "set with their ids, and the recipe."
             )
@@ -96,8 +96,8 @@ def report(
     compared = compare_runs(runs, out or Path(NAME))
     print_table(compared.rows)
     for warning in compared.warnings:
-        print(printable(f"warning: {warning}"))
-    print(f"Written to {compared.out}")
+        say(f"warning: {warning}")
+    say(f"Written to {compared.out}")
 
 
 def view(
@@ -131,5 +131,5 @@ def view(
         open_browser=open_browser,
         pictures=pictures,
         overrides=overrides or [],
-        say=lambda line: print(line, flush=True),
+        say=say,
     )

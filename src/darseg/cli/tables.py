@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,22 @@ if TYPE_CHECKING:
 Rows = list[list[Any]]
 
 
+def say(text: str, *, error: bool = False) -> None:
+    """Print a text, the only way in this room: names from foreign files must not control the terminal.
+
+    Args:
+        error: print on standard error.
+    """
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
+
+
 def print_table(rows: Sequence[Sequence[Any]]) -> None:
     """Print rows with aligned columns, the first column to the left and the others to the right."""
-    cells = [[printable(text_of(value)) for value in row] for row in rows]
+    cells = [[printable(text_of(value)).replace("\n", "\\n") for value in row] for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     for first, *others in cells:
         aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        print("  ".join([first.ljust(widths[0]), *aligned]))
+        say("  ".join([first.ljust(widths[0]), *aligned]))
 
 
 def text_of(value: Any) -> str:
@@ -108,21 +118,21 @@ def print_split(record: dict) -> None:
     with_labels = {role: summary for role, summary in lists.items() if summary["pixels"]}
     if with_labels:
         print_table(_classes_of_lists(with_labels))
-    print("images: " + counts_by_role((role, summary["images"]) for role, summary in lists.items()))
+    say("images: " + counts_by_role((role, summary["images"]) for role, summary in lists.items()))
     if record["sequences"]:
         counts = ((role, len(summary["sequences"])) for role, summary in lists.items())
-        print("sequences: " + counts_by_role(counts))
+        say("sequences: " + counts_by_role(counts))
     labeled = lists["labeled"]
     if labeled["images"] != record["count"]:
-        print(
+        say(
             f"warning: {record['count']} labeled images were asked for; whole sequences give {labeled['images']}"
         )
     if labeled["without_label"]:
-        print(
+        say(
             f"warning: {labeled['without_label']} images of labeled.txt have no label map yet; annotate them first"
         )
     if record["absent"]:
-        print(f"warning: classes without a pixel in labeled.txt: {', '.join(record['absent'])}")
+        say(f"warning: classes without a pixel in labeled.txt: {', '.join(record['absent'])}")
 
 
 def _classes_of_lists(lists: dict[str, dict]) -> Rows:
@@ -154,7 +164,7 @@ def print_labels(record: dict, out: Path) -> None:
         alignment = Alignment.from_json(record["alignment"])
         _print_alignment(alignment, names, record["settings"]["class_counts"])
     share = sum(record["kept"]) / max(1, sum(record["predicted"]))
-    print(f"{record['images']} images, {share:.2%} of their pixels labeled, in {out}")
+    say(f"{record['images']} images, {share:.2%} of their pixels labeled, in {out}")
 
 
 def _print_alignment(alignment: Alignment, names: Sequence[str], counts: Sequence[int]) -> None:
@@ -167,7 +177,7 @@ def _print_alignment(alignment: Alignment, names: Sequence[str], counts: Sequenc
     plain = [None] * len(names) if alignment.plain is None else alignment.plain
     _print_shares(names, plain, wanted=wanted, alignment=alignment)
     for warning in alignment.warnings(names):
-        print(f"warning: {warning}")
+        say(f"warning: {warning}")
 
 
 def _print_shares(names: Sequence[str], before: Any, *, wanted: Any, alignment: Alignment) -> None:
@@ -191,21 +201,20 @@ def print_adapted(adapted: Adapted) -> None:
     """
     alignment = adapted.alignment
     _print_shares(adapted.names, adapted.before, wanted=adapted.wanted, alignment=alignment)
-    print(
-        f"Shares of {alignment.pixels:,} pixels of {adapted.images} image(s), of {adapted.available} there."
-    )
+    say(f"Shares of {alignment.pixels:,} pixels of {adapted.images} image(s), of {adapted.available} there.")
     if adapted.failed:
-        print("warning: " + faults("these files could not be read and were left out", adapted.failed))
+        say("warning: " + faults("these files could not be read and were left out", adapted.failed))
     if alignment.converged:
-        print("".join(f"warning: {line}\n" for line in alignment.warnings(adapted.names)), end="")
+        for line in alignment.warnings(adapted.names):
+            say(f"warning: {line}")
     if adapted.path is None:
         remedy = "\nTo write it anyway, add --despite-doubts." if alignment.converged else ""
         raise DataError(
             faults("No network was written, and the plain one is as it was", adapted.doubts) + remedy
         )
     if adapted.doubts:
-        print("warning: " + faults("written despite doubts", adapted.doubts))
-    print(f"Written to {adapted.path}")
+        say("warning: " + faults("written despite doubts", adapted.doubts))
+    say(f"Written to {adapted.path}")
 
 
 def print_drawn(drawn: Rasterized, out: Path) -> None:
@@ -216,12 +225,12 @@ def print_drawn(drawn: Rasterized, out: Path) -> None:
     rows.append(["(not labeled, of all pixels)", int(drawn.pixels[-1]), share_ignored(drawn.pixels)])
     print_table(rows)
     for shape, count in drawn.skipped.items():
-        print(f"skipped, because they have no area: {count} {shape}")
+        say(f"skipped, because they have no area: {count} {shape}")
     for line in drawn.warnings:
-        print(f"warning: {line}")
+        say(f"warning: {line}")
     if drawn.kept:
-        print(
+        say(
             f"kept, because they were changed since they were drawn: {len(drawn.kept)} label map(s), such as "
             f"{drawn.kept[0]}. Draw them again with --force."
         )
-    print(f"{drawn.images} label maps in {out}; in the recipe:\n{drawn.recipe()}")
+    say(f"{drawn.images} label maps in {out}; in the recipe:\n{drawn.recipe()}")

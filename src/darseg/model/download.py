@@ -61,9 +61,7 @@ def fetch(url: str, sha256: str, cache_dir: Path) -> Path:
     be written.
     """
     digest = sha256.lower()
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "weights"
-    name = re.sub(r"[^\w.+ -]", "_", name)[-LONGEST_NAME:]
-    target = cache_dir / f"{digest[:12]}-{name}"  # files of one name at two addresses do not collide
+    target = cache_dir / f"{digest[:12]}-{_name_of(url)}"  # files of one name at two addresses do not collide
     if target.is_file() and _file_digest(target).startswith(digest):
         return target
     if len(digest) < SHORTEST_DIGEST and not url.lower().startswith("https:"):
@@ -113,7 +111,7 @@ def _blocks(url: str, response: Any, size: int | None) -> Iterator[bytes]:
     began, received = time.monotonic(), 0
     columns = (TextColumn("{task.description}"), BarColumn(24), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task(Path(urllib.parse.urlsplit(url).path).name or "weights", total=size)
+        task = progress.add_task(_name_of(url), total=size)
         while True:
             try:
                 block = response.read1(
@@ -133,6 +131,12 @@ def _blocks(url: str, response: Any, size: int | None) -> Iterator[bytes]:
                 )
             progress.update(task, completed=received)
             yield block
+
+
+def _name_of(url: str) -> str:
+    """The name of the file at an address, as any file system and terminal takes it."""
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name or "weights"
+    return re.sub(r"[^\w.+ -]", "_", name)[-LONGEST_NAME:]
 
 
 def _unreachable(url: str, error: Exception) -> WeightsError:

@@ -8,6 +8,8 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from darseg.view.guard import in_one_line
+
 MOST = 24  # connections at a time; a browser opens 6
 PATIENCE = 5.0  # seconds within which a whole request must arrive
 WAITING = 8  # connections that the system keeps until they are accepted
@@ -71,4 +73,4 @@ def _since(connection: Any) -> float:
 def log_in_one_line(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     """An event loop's handler of errors that nothing caught: a line instead of a traceback."""
     error = context.get("exception")
-    _log.error("%s%s", context.get("message"), f" ({type(error).__name__}: {error})" if error else "")
+    _log.error("%s%s", context.get("message"), f" ({in_one_line(error)})" if error else "")
