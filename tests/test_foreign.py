@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from conftest import recipe_dict
@@ -23,9 +25,9 @@ from darseg.errors import DarsegError, RunError, StorageError, printable
 from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.network import NetworkSpec
 from darseg.model.weights import save_network
-from darseg.report.facts import read_data, read_run, remarks
+from darseg.report.facts import RunFacts, read_data, read_run, remarks
 from darseg.report.overview import write_report
-from darseg.report.share import without_places
+from darseg.report.share import shareable, without_places
 from darseg.run.browse import open_round, read_facts
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import describe_decisions
@@ -462,9 +464,68 @@ def test_a_page_to_be_shared_holds_no_places_and_names(run: Path, monkeypatch) -
     [
         ("1/2 of a/b; see https://example.org/x/y", "1/2 of a/b; see https://example.org/x/y"),
         ("weights: /data/nets/resnet.pth, then", "weights: …/resnet.pth, then"),
-        ("['/a/b.png', '/c/']", "['…/b.png', '…/c']"),
+        ("['/a/b, c/d.png', '/c/e']", "['…/e']"),
+        ("//nas/share/x.png and 1/2", "…/2"),
+        ("C:\\Users\\ada\\my x.png", "…/my x.png"),
+        ("\\\\nas\\share\\x.png", "…/x.png"),
+        ("smb://nas/a b/c.png", "…/c.png"),
+        ("from https://ada:w?rd@example.org/x, too", "from https://… too"),
+        ("from https://example.org/x?token=1, too", "from https://example.org/x… too"),
         ("a -> /x/y/z.png: gone", "a -> …/z.png: gone"),
     ],
 )
 def test_only_the_last_part_of_paths_is_left(text: str, expected: str) -> None:
     assert without_places(text) == expected
+
+
+SENTENCES = (
+    "{0}", "cannot read {0}: gone", "('{0}', '{1}')", "root={0}", "weights:{0}", "a/b {0}, then\n  - {1}", '"{0}" "{1}"',
+)  # fmt: skip
+SECRET = "zqj"  # in all that may not survive
+around = st.text(" ,;:'\"()[]{}#&*!|>%@-_.ü猫\u202eaB7", max_size=5)
+
+
+@st.composite
+def places(draw: st.DrawFn) -> str:
+    """An absolute path of some system, or an address with secrets."""
+    parts = [f"{draw(around)}{SECRET}{draw(around)}" for _ in range(draw(st.integers(1, 4)))]
+    last = draw(around)
+    begin, between = draw(
+        st.sampled_from(
+            [("/", "/"), ("//", "/"), ("~/", "/"), ("file:///", "/"), ("C:\\", "\\"), ("d:/", "/")]
+        )
+    )
+    if draw(st.integers(0, 3)) == 0:
+        return (
+            f"{draw(st.sampled_from(['https', 'HTTP', 's3']))}://{SECRET}:{SECRET}@host/x?a={SECRET}#{SECRET}"
+        )
+    if parts[0].startswith(("@", " ")) or begin == "//":
+        parts[0] = SECRET + parts[0]
+    return begin + between.join([*parts, last])
+
+
+@pytest.fixture(scope="module")
+def facts(finished: Path) -> RunFacts:
+    return read_run(finished)
+
+
+@settings(max_examples=200, derandomize=True, database=None, deadline=None)
+@given(
+    places=st.lists(places(), min_size=1, max_size=3), sentence=st.sampled_from(SENTENCES), data=st.booleans()
+)
+def test_no_absolute_path_and_no_secret_of_an_address_is_shared(
+    facts: RunFacts, places: list[str], sentence: str, data: bool
+) -> None:
+    text = sentence.format(*places, *places, *places)
+    recipe = yaml.safe_dump({"a": places, places[0]: {"b": text}}, allow_unicode=data) + f"# {SECRET}\n"
+    shared = shareable(
+        replace(
+            facts,
+            recipe_text=recipe,
+            weights=text,
+            warnings=(text,),
+            environment={"a": places[0], text: "b", "c": 1},
+        )
+    )
+    shown = [shared.recipe_text, shared.weights, *shared.warnings, *map(str, shared.environment.items())]
+    assert SECRET not in "\n".join(map(str, shown))
