@@ -21,6 +21,7 @@ from conftest import recipe_dict
 from darseg.cli import main
 from darseg.cli.tables import print_table, say
 from darseg.config.text import load_recipe
+from darseg.data.manifest import Sample
 from darseg.errors import DarsegError, RunError, StorageError, printable
 from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.network import NetworkSpec
@@ -29,6 +30,7 @@ from darseg.report.facts import RunFacts, read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.report.share import shareable, without_places
 from darseg.run.browse import open_round, read_facts
+from darseg.run.data_digest import sources
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import describe_decisions
 from darseg.run.journal import Journal
@@ -439,6 +441,20 @@ def test_the_report_says_where_its_pictures_come_from(run: Path, tiny_data: Path
     code, out, _ = call("report", run, "--share")
     assert code == 0
     says(out, str(tiny_data), str(run / "report.html"))
+
+
+def test_files_outside_the_data_root_are_counted_and_named(tmp_path: Path) -> None:
+    """A recipe may name any folder, and a folder that comes with a run may hold links to any file."""
+    for name in ("data/a.png", "data/b.png", "data_2/c.png", "private/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "data/link.png").symlink_to(tmp_path / "private/d.png")
+    (tmp_path / "data/more").symlink_to(tmp_path / "private")
+    (tmp_path / "data/same").symlink_to(tmp_path / "data")
+    names = ("a.png", "same/b.png", "../data_2/c.png", "link.png", "more/d.png")
+    samples = [Sample(name, tmp_path / "data" / name) for name in names]
+    line = sources(tmp_path / "run", str(tmp_path / "data"), samples)
+    says(line, str(tmp_path / "run"), "2 images", "3 elsewhere", str(tmp_path / "data_2/c.png"))
 
 
 def test_a_page_to_be_shared_holds_no_places_and_names(run: Path, monkeypatch) -> None:

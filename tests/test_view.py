@@ -281,9 +281,10 @@ def test_images_that_the_run_did_not_begin_with_are_not_shown(run: Path, tmp_pat
     said: list[str] = []
     monkeypatch.setattr(viewer._Server, "run", lambda self, sockets: None)
     viewer.view_run(run, port=0, say=said.append)
-    assert said[0] == f"warning: {answer.text}" and len(said) == 2
+    assert said[1] == f"warning: {answer.text}" and len(said) == 3
+    says(said[0], str(run), str(private), "11 images and label maps")
     viewer.view_run(run, port=0, pictures=True, say=said.append)
-    assert len(said) == 3
+    assert len(said) == 5
 
 
 def test_control_characters_and_overrides_of_direction_in_names_are_escapes(run: Path) -> None:
@@ -767,7 +768,7 @@ def test_runs_that_cannot_be_viewed_are_refused(
 def test_ctrl_c_ends_it_quietly(run: Path, after: float) -> None:
     command = [sys.executable, "-m", "darseg", "view", str(run), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    line = process.stdout.readline() if process.stdout else ""
+    line = [process.stdout.readline() for _ in range(2)][1] if process.stdout else ""
     if not after:
         says(
             line,

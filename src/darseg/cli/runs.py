@@ -71,7 +71,6 @@ def report(
     """Write a page about a run, finished or not, or one that compares runs. The page needs no internet."""
     from darseg.report.comparison import NAME, compare_runs
     from darseg.report.overview import write_report
-    from darseg.run.build import recipe_of
 
     runs, overrides = without_root(runs)
     if not runs:
@@ -80,13 +79,12 @@ def report(
     if out is None and len(runs) > 1 and last.suffix.lower() in (".html", ".htm") and not last.is_dir():
         *runs, out = runs
     if len(runs) == 1:
-        root = recipe_of(runs[0], overrides).data.root
-        say(f"Pictures are read from {root}, the data.root of the run's recipe.")
-        say(f"Written to {write_report(runs[0], out, pictures=pictures, share=share, overrides=overrides)}")
+        written = write_report(runs[0], out, pictures=pictures, share=share, overrides=overrides, say=say)
+        say(f"Written to {written}")
         if share:
             say(
-                "The page holds no absolute paths and no names of this machine or its user. It shows images of the data "
-                "set with their ids, and the recipe."
+                "The page holds no absolute paths, no secrets in addresses, and no names of this machine or its user. It "
+                "shows images of the data set with their ids, and the recipe."
             )
         return
     if pictures or share or overrides:

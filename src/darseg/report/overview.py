@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from darseg.report.result import result_section
 from darseg.report.share import shareable, without_places
 from darseg.report.verdict import mean_iou, verdict
 from darseg.run.build import labeling_protocol
+from darseg.run.data_digest import sources
 from darseg.run.directory import RunDirectory
 
 MOST_ROWS = 3000  # rows for a class and round in one section
@@ -37,6 +39,7 @@ def write_report(
     pictures: bool = False,
     share: bool = False,
     overrides: Sequence[str] = (),
+    say: Callable[[str], object] = lambda line: None,
 ) -> Path:
     """Write a page about a run folder, finished or in progress: one file that needs no network.
 
@@ -44,8 +47,9 @@ def write_report(
         run: the run folder.
         out: the file to write; default: report.html in the run folder.
         pictures: show images even if they are not those that the run began with.
-        share: leave out absolute paths, and the names of this machine and its user.
+        share: leave out absolute paths, secrets in addresses, and the names of this machine and its user.
         overrides: "data.root=PATH", if the run's data were moved.
+        say: called with a line that says which files are read.
 
     Returns:
         The path of the page.
@@ -57,6 +61,9 @@ def write_report(
     start = time.monotonic()
     facts = read_run(run, overrides)
     data = read_data(facts)
+    if data.manifest is not None:
+        samples = itertools.chain(*data.manifest.roles().values())
+        say(sources(facts.root, facts.recipe.data.root, samples))
     if pictures:
         data = replace(data, stranger="")
     if share:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -66,6 +67,27 @@ def stranger(root: str, changed: Sequence[str], command: str) -> str:
         f"({', '.join(changed)}: other files or sizes). If you trust this run folder, show them with darseg {command} "
         "--pictures."
     )
+
+
+def sources(run: Path, root: str, samples: Iterable[Sample]) -> str:
+    """A line that says which files of a run and its data are read, and whether all are in the data root.
+
+    Links are followed.
+    """
+    places: dict[str, str] = {}
+    below, elsewhere, start = 0, [], os.path.join(os.path.realpath(root), "")
+    paths = {str(path) for sample in samples for path in (sample.image, *sample.label_files)}
+    for path in sorted(paths):
+        folder, name = os.path.split(path)
+        if folder not in places:
+            places[folder] = os.path.realpath(folder)
+        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(places[folder], name)
+        if real.startswith(start):
+            below += 1
+        else:
+            elsewhere.append(real)
+    others = f"; {len(elsewhere):,} elsewhere, the first is {elsewhere[0]}" if elsewhere else ""
+    return f"Reads: {run}; {below:,} images and label maps below {root}{others}"
 
 
 def written_since(manifest: Manifest, moment: float) -> list[Path]:

@@ -21,6 +21,7 @@ import uvicorn
 
 from darseg.errors import RunError, printable
 from darseg.run.browse import LabeledRound, open_round
+from darseg.run.data_digest import sources
 from darseg.view.app import viewer_app
 from darseg.view.connections import WAITING, BoundedProtocol, log_in_one_line
 from darseg.view.guard import ADDRESS, draw_token
@@ -47,7 +48,7 @@ def view_run(
         port: 0 means any free port; default: 8765, or the next free one.
         open_browser: also open the page in the browser.
         pictures: show images even if they are not those that the run began with.
-        say: called with the line that contains the address.
+        say: called with lines that say what is read, and last with the one that contains the address.
         overrides: "data.root=PATH", if the run's data were moved.
 
     Raises:
@@ -63,6 +64,7 @@ def view_run(
         sock = stack.enter_context(listen(port))
         url = f"http://{ADDRESS}:{sock.getsockname()[1]}/?token={token}"
         count = len(round_.samples)
+        say(printable(sources(round_.run.root, round_.recipe.data.root, round_.samples)))
         if round_.stranger:
             say(printable(f"warning: {round_.stranger}"))
         say(f"{count} unlabeled images, pseudo labels of round {round_.index}: {url}  (Ctrl-C to stop)")
