@@ -22,12 +22,14 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from conftest import recipe_dict
 from darseg.annotate.rasterize import rasterize_folder
+from darseg.cli.tables import print_labels
 from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet
 from darseg.data.encoding import PLAIN, label_encoding
@@ -38,11 +40,13 @@ from darseg.errors import DarsegError, RunError, WeightsError
 from darseg.model.network import NetworkSpec
 from darseg.model.torchfile import read_tensors
 from darseg.model.weights import load_network, load_weights, read_spec
+from darseg.pseudo.scores import scores_from_bytes, scores_to_bytes
 from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.run.browse import open_round, read_facts
 from darseg.run.build import recipe_of
 from darseg.run.directory import RunDirectory
+from darseg.run.redistribute import redistribute_folder
 from darseg.run.rounds import train
 from darseg.training.checkpoint import SEPARATOR, load_checkpoint
 
@@ -453,6 +457,92 @@ def test_torch_files(folder: Path, network: Any, content: bytes) -> None:
     path = folder / "weights.pth"
     path.write_bytes(content)
     tried(lambda: load_weights(network, path))
+
+
+# --- label folders
+
+SCORES = np.random.default_rng(0).normal(size=(3, 8, 9)).astype(np.float16)
+HEAD = {"dtype": "float16", "shape": [3, 8, 9]}
+
+
+@st.composite
+def stored_scores(draw: st.DrawFn) -> bytes:
+    if draw(st.booleans()):
+        return draw(edited(scores_to_bytes(SCORES)))
+    head = draw(damaged_json(HEAD))
+    return zstandard.ZstdCompressor().compress(head + b"\n" + SCORES.tobytes())
+
+
+@fuzz(80)
+@given(content=stored_scores())
+def test_stored_scores(content: bytes) -> None:
+    tried(lambda: scores_from_bytes(content))
+
+
+@pytest.fixture(scope="module")
+def labeled(folder: Path) -> Path:
+    """`in/` with scores and `out/` with the label maps that `redistribute` made of them."""
+    (folder / "in").mkdir()
+    np.save(folder / "in/a.npy", SCORES)
+    redistribute(folder)
+    return folder
+
+
+def redistribute(folder: Path, console: Console | None = None) -> None:
+    record = redistribute_folder(
+        folder / "in",
+        folder / "out",
+        [5, 3, 2],
+        labeling_ratio=0.5,
+        align=True,
+        console=console or Console(quiet=True),
+    )
+    print_labels(record, folder / "out")
+
+
+@fuzz(60)
+@given(data=st.data(), name=st.sampled_from(["redistribution.json", ".begun.json"]))
+def test_records_of_label_folders(labeled: Path, data: st.DataObject, name: str) -> None:
+    out = labeled / "out"
+    record = json.loads((out / "redistribution.json").read_text())
+    with replaced(out / "redistribution.json", (out / "redistribution.json").read_bytes()):
+        (out / name).write_bytes(data.draw(damaged_json(record)))
+        tried(lambda: redistribute(labeled))
+    (out / ".begun.json").unlink(missing_ok=True)
+
+
+TARGETS = [
+    "/dev/zero",
+    "/proc/self/mem",
+    "/etc",
+    "..",
+    ".",
+    "../run",
+    "gone",
+    "../whole.yaml",
+    "round_0",
+    "pipe",
+]
+
+
+@fuzz(30)
+@given(
+    name=st.sampled_from([*RECORDS, *BINARIES, "round_1", "round_1/labels", "more"]),
+    target=st.sampled_from(TARGETS),
+)
+def test_links_in_runs(run: Path, name: str, target: str) -> None:
+    path, aside = run / name, run.parent / "aside"
+    if path.exists():
+        path.rename(aside)
+    with contextlib.suppress(FileExistsError):
+        os.mkfifo(run.parent / "pipe")
+    try:
+        os.mkfifo(path) if target == "pipe" else path.symlink_to(target)
+        read_all(run)
+    finally:
+        path.unlink()
+        if aside.exists():
+            aside.rename(path)
 
 
 # --- label maps and images

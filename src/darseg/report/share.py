@@ -68,7 +68,7 @@ def _shareable_recipe(text: str, known: tuple[Path, ...]) -> str:
 
 
 def without_places(text: str, known: tuple[Path, ...] = ()) -> str:
-    """The text with only the last part of absolute paths, no secrets in addresses, and no name of machine or user.
+    """The text with only the last part of absolute paths, without secrets and names of machine and user.
 
     Args:
         known: paths of this machine, which are left out wherever they stand.
