@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from pathlib import Path
 
 import cv2
@@ -458,6 +459,44 @@ def test_rates_are_written_as_the_nearest_that_a_file_can_state(
     assert writable_rate(rate) == written
     capture = cv2.VideoCapture(str(tmp_path / "a.mp4"))
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(written)
+
+
+def test_videos_of_variable_rate_are_reported(tmp_path: Path) -> None:
+    """The times of a Matroska file's frames are changed in place."""
+    path = film(tmp_path / "steady.mkv", 12, rate=10, code="MJPG")
+    data = bytearray(path.read_bytes())
+    blocks = [found.start() for found in re.finditer(rb"\x81..\x80\xff\xd8", bytes(data), re.DOTALL)]
+    assert len(blocks) == 12
+    notes: list[str] = []
+    assert len(list(read_frames(path, notes))) == 12 and not notes
+    for block, time in zip(blocks, [0, 33, 66, 100, 133, 900, 933, 966, 1000, 1033, 1900, 1950], strict=True):
+        data[block + 1 : block + 3] = time.to_bytes(2, "big")
+    (tmp_path / "variable.mkv").write_bytes(data)
+    assert len(list(read_frames(tmp_path / "variable.mkv", notes))) == 12
+    says("\n".join(notes), "variable.mkv", "33 to ", "ms apart")
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(90, (0, -1)), (180, (-1, -1)), (270, (-1, 0))])
+def test_videos_are_turned_upright(tmp_path: Path, degrees: int, corner: tuple[int, int]) -> None:
+    """The matrix in the track's header is changed in place, as telephones write it."""
+    frame = np.zeros((*SIZE, 3), np.uint8)
+    frame[:20, :20] = 255
+    with_mark = VideoWriter(tmp_path / "a.mp4", 10)
+    for _ in range(3):
+        with_mark.add(frame)
+    with_mark.close()
+    data, one = (tmp_path / "a.mp4").read_bytes(), 0x10000
+    cos, sin = {90: (0, one), 180: (-one, 0), 270: (0, -one)}[degrees]
+    same, turned = (
+        struct.pack(">9i", *matrix, 0, 0, 0x40000000)
+        for matrix in ((one, 0, 0, 0, one, 0), (cos, sin, 0, -sin, cos, 0))
+    )
+    at = data.index(same, data.index(b"tkhd"))
+    (tmp_path / "a.mp4").write_bytes(data[:at] + turned + data[at + len(same) :])
+    first = next(read_frames(tmp_path / "a.mp4"))
+    assert first.shape[:2] == (SIZE if degrees == 180 else SIZE[::-1])
+    row, column = corner
+    assert first[row * 10 :][:10, column * 10 :][:, :10].mean() > 150
 
 
 def test_odd_videos_do_not_end_the_others(

@@ -39,6 +39,9 @@ CODEC = "mp4v"
 FORMATS = "mov,matroska,avi,flv,asf,mpeg,mpegts"
 """FFmpeg's formats of files that hold their frames themselves; a playlist would open other files and addresses."""
 
+IRREGULAR, RARE = 0.5, 0.01
+"""Gaps between frames that differ so much from the usual one, in more than this share of the frames, are irregular."""
+
 OPTIONS = "OPENCV_FFMPEG_CAPTURE_OPTIONS"
 """OpenCV passes what this variable holds on to FFmpeg; there is no argument for it."""
 
@@ -115,7 +118,8 @@ def read_frames(path: Path, notes: list[str] | None = None) -> Iterator[np.ndarr
     They are turned as the file's orientation mark says, as in players.
 
     Args:
-        notes: gets a line if the decoder reports damage in frames that it returns all the same.
+        notes: gets a line if the decoder reports damage in frames that it returns all the same, and one if the frames do
+            not follow each other at one rate.
 
     Raises DataError if the file cannot be opened; and, after the last good frame, if more frames are missing than 1 and
     1 % of the number in the header, which some kinds of files only estimate.
@@ -123,6 +127,7 @@ def read_frames(path: Path, notes: list[str] | None = None) -> Iterator[np.ndarr
     expected = video_facts(path).frames
     capture = _open(path)
     count, damaged, first = 0, 0, ""
+    times: list[float] = []
     try:
         while True:
             with together_quietly() as lines:
@@ -130,6 +135,7 @@ def read_frames(path: Path, notes: list[str] | None = None) -> Iterator[np.ndarr
             if not read:
                 break
             count += 1
+            times.append(capture.get(cv2.CAP_PROP_POS_MSEC))
             if reports := lines():
                 damaged += 1
                 first = first or f"frame {count}: {reports[0].partition('] ')[2]}"
@@ -145,11 +151,29 @@ def read_frames(path: Path, notes: list[str] | None = None) -> Iterator[np.ndarr
             f"{path}: {damaged:,} of {count:,} frames are damaged according to the decoder and may show garbage "
             f"({first}). Copy the video again."
         )
+    if notes is not None and (irregular := _irregular(times)):
+        notes.append(
+            f"{path}: this video has no constant rate; its frames are {irregular}. They are numbered in their order, and "
+            "an overlay shows them at one rate, so it drifts from the original."
+        )
     if count == 0 or expected - count > 1 + expected // 100:
         raise DataError(
             f"{path}: this video is cut off or damaged. Only {count} of its {expected} frames can be read. Copy or "
             "download it again."
         )
+
+
+def _irregular(times: list[float]) -> str:
+    """How far apart frames are if that varies, in words; empty if it does not.
+
+    Args:
+        times: of all frames, in milliseconds.
+    """
+    gaps = np.diff(times)
+    usual = float(np.median(gaps)) if len(gaps) > 1 else 0.0
+    if usual <= 0 or (np.abs(gaps - usual) > IRREGULAR * usual).mean() <= RARE:
+        return ""
+    return f"{gaps.min():.0f} to {gaps.max():.0f} ms apart"
 
 
 def _open(path: Path) -> cv2.VideoCapture:
