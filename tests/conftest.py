@@ -24,7 +24,18 @@ SIZE = (65, 97)  # height, width of the tiny images
 
 os.fsync = lambda descriptor: None  # slow, and a test loses nothing that the system has buffered
 
-LONGEST = ("unkillable", "processes", "cli", "paper_runs", "export", "view", "exclusion", "networks")
+LONGEST = (
+    "unkillable",
+    "processes",
+    "export",
+    "methods",
+    "exclusion",
+    "paper_runs",
+    "cli",
+    "view",
+    "convert",
+    "run",
+)
 """Files of tests, the longest first: they start first, or one process would work on them alone at the end."""
 
 

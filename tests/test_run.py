@@ -131,7 +131,8 @@ def test_summary_has_the_promised_form(finished: Path) -> None:
 
 def test_the_journal_holds_every_step_of_the_run(finished: Path) -> None:
     events = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
-    names = [event["event"] for event in events if event["event"] not in ("step", "checkpoint", "warning")]
+    apart = ("step", "checkpoint", "warning", "note")
+    names = [event["event"] for event in events if event["event"] not in apart]
     per_round = ["labeled", "trained", "evaluated"]
     assert names == ["started", "trained", "evaluated", *per_round, *per_round, "finished"]
     steps = [(e["round"], e["step"]) for e in events if e["event"] == "step"]
