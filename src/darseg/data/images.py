@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import zlib
 from dataclasses import dataclass, replace
@@ -355,6 +356,10 @@ def read_bytes(path: Path) -> bytes:
     try:
         return read_file(path)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise DataError(
+                f"{path}: this is a link to {os.readlink(path)}, which does not exist. Restore or remove it."
+            ) from None
         raise DataError(
             f"{path}: this file does not exist. Check the list and the folders in the recipe."
         ) from None
