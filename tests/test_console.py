@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from rich.console import Console
 
 import darseg
 from darseg.errors import Interrupted
-from darseg.run.console import Enduring
+from darseg.run.console import Enduring, quiet_writers
 from darseg.run.journal import Journal
 from darseg.run.signals import catch_signals
 from wording import says
@@ -116,6 +117,21 @@ def test_control_c_is_answered_before_anything_is_imported_that_takes_time() -> 
     before = source[: source.index("_signal.signal(_signal.SIGINT, _leave)")]
     imported = {line.split()[1] for line in before.splitlines() if line.startswith(("import ", "from "))}
     assert imported == {"_signal", "os", "sys"}  # built in, or loaded by Python itself
+
+
+def test_tensorboards_thread_prints_no_traceback_of_what_is_reported_anyway() -> None:
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+
+    printed: list[object] = []
+    ended = quiet_writers(printed.append)
+    writer = _AsyncWriterThread.__new__(_AsyncWriterThread)
+    for error, thread, count in (
+        (FileNotFoundError(), writer, 0),
+        (ValueError(), writer, 1),
+        (FileNotFoundError(), threading.Thread(), 2),
+    ):
+        ended(threading.ExceptHookArgs((type(error), error, None, thread)))
+        assert len(printed) == count
 
 
 def test_a_closed_terminal_stops_like_sigterm() -> None:

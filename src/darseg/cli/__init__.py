@@ -6,6 +6,7 @@ torch, OpenCV and pydantic are imported inside the commands, so that `darseg --h
 from __future__ import annotations
 
 import sys
+import threading
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ from darseg.cli.runs import demo, report, train, view
 from darseg.cli.tables import say
 from darseg.data.files import explained
 from darseg.errors import DarsegError, Interrupted
-from darseg.run.console import enduring_streams
+from darseg.run.console import enduring_streams, quiet_writers
 from darseg.run.machine import keep_memory
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
@@ -75,8 +76,13 @@ for command in (rasterize, check, plan, split):
 
 def main() -> None:
     """Run the command line: a DarsegError becomes a message and exit code 2, Ctrl-C exit code 130."""
+    before = threading.excepthook
     with enduring_streams() as output:
-        code = _run()
+        threading.excepthook = quiet_writers(before)
+        try:
+            code = _run()
+        finally:
+            threading.excepthook = before
         output.flush()
         if (
             output.lost is not None and not code

@@ -6,7 +6,8 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Generator, Iterable
+import threading
+from collections.abc import Callable, Generator, Iterable
 from typing import Any, TextIO
 
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ESTALE)
@@ -75,6 +76,21 @@ class Enduring:
 def enduring(stream: Any) -> Any:
     """The stream, as one that outlives its console."""
     return stream if isinstance(stream, Enduring) else Enduring(stream)
+
+
+def quiet_writers(before: Callable[[threading.ExceptHookArgs], object]) -> Callable[[Any], object]:
+    """What to call if a thread ends with an error: `before`, unless it is TensorBoard's and about a file.
+
+    TensorBoard raises that error again in the main thread, which reports it; its thread would print a traceback besides.
+    """
+
+    def ended(error: threading.ExceptHookArgs) -> None:
+        if not (
+            isinstance(error.exc_value, OSError) and type(error.thread).__module__.startswith("tensorboard.")
+        ):
+            before(error)
+
+    return ended
 
 
 @contextlib.contextmanager
