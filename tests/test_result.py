@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol, predict
 from darseg.model.weights import load_network, read_alignment, save_network
 from darseg.pseudo.alignment import Alignment
+from darseg.run.browse import open_round
 from darseg.run.build import evaluation_protocol
 from darseg.run.evaluate import evaluate_result
 from darseg.run.result import decide_result
@@ -36,6 +38,7 @@ from darseg.run.steps import evaluate as evaluate_step
 from darseg.run.steps.align import candidates_of, choose_images, find_candidates
 from darseg.training.bootstrap import counts_of_image, expanded_tail, mean_iou_of, paired_difference
 from darseg.training.scores import Scores
+from darseg.view.app import viewer_app
 from wording import refused, says
 
 torch.set_num_threads(1)
@@ -367,6 +370,29 @@ def test_commands_use_the_result_and_plain_switches_it_off(run: Path, call: Any,
         assert code == 0 and f"Decisions: {'plain' if plain else 'aligned'}" in out
         labels[plain] = json.loads((out_folder / "redistribution.json").read_text())["predicted"]
     assert labels[False] != labels[True]
+
+
+def test_the_viewer_shows_the_result_or_the_plain_network(run: Path) -> None:
+    from starlette.testclient import TestClient
+
+    round_ = open_round(run)
+    sample, seen = round_.samples[0], {}
+    for plain in (False, True):
+        network = darseg.load_network(run, plain=plain)
+        image = read_image(sample.image)
+        expected = predict(network, image, Protocol((65, 97), mirror=False)).classes
+        with TestClient(viewer_app(round_, "t", plain), base_url="http://127.0.0.1:8765") as client:
+            client.headers["authorization"] = "token t"
+            answer = client.get("/images/0/result")
+            assert answer.status_code == 200, answer.text
+            about = client.get("/api/run").json()["result"]
+            pixel = client.get("/api/images/0/pixel?x=0.5&y=0.5").json()
+        assert about.startswith("Decisions: plain" if plain else "Decisions: aligned")
+        seen[plain] = cv2.imdecode(np.frombuffer(answer.content, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+        colors = round_.classes.palette()[expected]
+        assert seen[plain].shape == colors.shape and (seen[plain] != colors).any(axis=-1).mean() < 1e-3
+        assert pixel["result"] == expected[pixel["y"], pixel["x"]]
+    assert (seen[False] != seen[True]).any(axis=-1).mean() > 0.01
 
 
 @pytest.mark.slow  # exporting takes seconds

@@ -557,7 +557,7 @@ def test_filters_that_make_no_sense_are_refused(client: TestClient, query: str, 
     ("path", "facts"),
     [
         ("/images/6/photo", ["image 6", "0 to 5"]),
-        ("/images/0/recipe", ["photo, label, prediction, confidence, truth"]),
+        ("/images/0/recipe", ["photo, label, prediction, confidence, result, truth"]),
         ("/api/images/0/pixel?x=0.5&y=", ["x and y"]),
     ],
 )

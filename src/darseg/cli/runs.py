@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from darseg.cli.options import DataRoot, Overrides, RecipeFile, without_root
+from darseg.cli.options import DataRoot, Overrides, Plain, RecipeFile, without_root
 from darseg.cli.tables import print_table, rounds_table, say
 from darseg.errors import RunError
 
@@ -118,6 +118,7 @@ def view(
         bool,
         typer.Option("--pictures", help="Show images even if they are not those that the run began with."),
     ] = False,
+    plain: Plain = False,
 ) -> None:
     """Look through a run's unlabeled images in the browser and mark bad ones; all stays on this machine."""
     from darseg.view.viewer import view_run
@@ -128,6 +129,7 @@ def view(
         port,
         open_browser=open_browser,
         pictures=pictures,
+        plain=plain,
         overrides=overrides or [],
         say=say,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.data.maps import label_path
 from darseg.data.prediction import SCALES, Prediction
 from darseg.errors import DataError, RunError, StorageError
-from darseg.pseudo.labelset import ImageFacts, Predictor, prediction_path, read_prediction
+from darseg.model.predict import predict
+from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
 from darseg.run.data_digest import digest_samples, stranger
 from darseg.run.directory import RunDirectory
-from darseg.run.evaluate import check_overrides
+from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.records import read_texts
@@ -145,16 +146,15 @@ def read_facts(round_: LabeledRound) -> Iterator[tuple[int, ImageFacts | None]]:
             yield position, ImageFacts.of_map(label, len(round_.classes))
 
 
-class Repredictor:
-    """The predictions that a round's labels were made from.
+class RememberedPredictions:
+    """Predictions of images, one at a time; the last few stay in memory. Several threads may ask.
 
-    They are read from the disk if the run kept them. Otherwise the same network predicts again by the same protocol, one
-    image at a time. The last few stay in memory.
+    Args:
+        predict: makes the prediction of an image.
     """
 
-    def __init__(self, round_: LabeledRound) -> None:
-        self.round = round_
-        self._predictor: Predictor | None = None
+    def __init__(self, predict: Callable[[Sample], Prediction]) -> None:
+        self._make = predict
         self._recent: OrderedDict[str, Prediction] = OrderedDict()
         self._busy, self._lock = threading.Lock(), threading.Lock()
 
@@ -170,15 +170,47 @@ class Repredictor:
         with self._busy:
             if (recent := self.known(sample)) is not None:
                 return recent
-            folder = self.round.run.predictions(self.round.index)
-            refuse_link(prediction_path(folder, sample.id), self.round.run.root)
-            kept = read_prediction(folder, sample.id)
-            prediction = kept or self._predict(sample)
+            prediction = self._make(sample)
             with self._lock:
                 self._recent[sample.id] = prediction
                 while len(self._recent) > REMEMBERED:
                     self._recent.popitem(last=False)
             return prediction
+
+
+class ResultPredictor(RememberedPredictions):
+    """The predictions of a run's result, as `darseg predict` makes them.
+
+    Args:
+        plain: of the network as it was trained, also if the result's decisions are aligned.
+    """
+
+    def __init__(self, run: RunDirectory, plain: bool = False) -> None:
+        super().__init__(self._predict)
+        self.run, self.plain = run, plain
+        self._trained: Trained | None = None
+
+    def _predict(self, sample: Sample) -> Prediction:
+        if self._trained is None:
+            self._trained = load_trained(self.run.root, plain=self.plain)
+        image = read_image(sample.image, sample.reading)
+        return predict(self._trained.network, image, self._trained.protocol(image), name=str(sample.image))
+
+
+class Repredictor(RememberedPredictions):
+    """The predictions that a round's labels were made from.
+
+    They are read from the disk if the run kept them. Otherwise the same network predicts again by the same protocol.
+    """
+
+    def __init__(self, round_: LabeledRound) -> None:
+        super().__init__(self._kept_or_new)
+        self.round = round_
+        self._predictor: Predictor | None = None
+
+    def _kept_or_new(self, sample: Sample) -> Prediction:
+        kept = read_prediction(self.round.run.predictions(self.round.index), sample.id)
+        return kept or self._predict(sample)
 
     def _predict(self, sample: Sample) -> Prediction:
         recipe, before = self.round.recipe, self.round.index - 1

@@ -31,7 +31,8 @@ from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DarsegError, printable
-from darseg.run.browse import LabeledRound, Repredictor
+from darseg.run.browse import LabeledRound, RememberedPredictions, Repredictor, ResultPredictor
+from darseg.run.evaluate import describe_decisions
 from darseg.run.marks import change_marks, read_marks
 from darseg.view.guard import Guard, in_one_line
 from darseg.view.pictures import colormap, hex_color, indexed_png, jpeg, pixel_at
@@ -51,7 +52,7 @@ FILES = {
     "/viewer.js": ("viewer.js", "text/javascript; charset=utf-8"),
 }
 TOKEN = "{{token}}"  # in the page's addresses of its style and script
-KINDS = ("photo", "label", "prediction", "confidence", "truth")  # of pictures
+KINDS = ("photo", "label", "prediction", "confidence", "result", "truth")  # of pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +71,7 @@ class Viewer:
     round: LabeledRound
     table: Table
     repredictor: Repredictor
+    result: ResultPredictor
     label_at: Callable[[int], NDArray[np.uint8] | None]
     truth_at: Callable[[int], NDArray[np.uint8]]
     token: str
@@ -78,12 +80,13 @@ class Viewer:
     marking: threading.Lock
 
     @classmethod
-    def of_round(cls, round_: LabeledRound, token: str) -> Viewer:
+    def of_round(cls, round_: LabeledRound, token: str, plain: bool = False) -> Viewer:
         """The state of a viewer that has just started."""
         return cls(
             round=round_,
             table=Table(round_),
             repredictor=Repredictor(round_),
+            result=ResultPredictor(round_.run, plain),
             label_at=lru_cache(RECENT)(lambda at: round_.label_map(round_.samples[at])),
             truth_at=lru_cache(RECENT)(lambda at: read_truth(round_.samples[at])),
             token=token,
@@ -92,14 +95,23 @@ class Viewer:
             marking=threading.Lock(),
         )
 
+    def predictions(self, kind: str) -> RememberedPredictions:
+        """Where the predictions of a kind of picture come from."""
+        return self.result if kind == "result" else self.repredictor
+
     def marks(self) -> dict[str, float]:
         """Id of an image that is marked as bad → when it was."""
         return read_marks(self.round.run, self.table.position)
 
 
-def viewer_app(round_: LabeledRound, token: str) -> ASGIApp:
-    """The page of a round and all it asks for, as an ASGI application. token: what requests must hold."""
-    viewer, stop = Viewer.of_round(round_, token), threading.Event()
+def viewer_app(round_: LabeledRound, token: str, plain: bool = False) -> ASGIApp:
+    """The page of a round and all it asks for, as an ASGI application.
+
+    Args:
+        token: what requests must hold.
+        plain: show the result as it was trained, also if its decisions are aligned.
+    """
+    viewer, stop = Viewer.of_round(round_, token, plain), threading.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
@@ -151,6 +163,7 @@ async def send_run(viewer: Viewer, request: Request) -> Response:
             "truth": any(sample.label for sample in round_.samples),
             "predicted": bool((table.predicted >= 0).any()),
             "confidence": bool(np.isfinite(table.confidence).any()),
+            "result": describe_decisions(round_.run.root, plain=viewer.result.plain),
             "token": viewer.token,
             "colormap": [hex_color(color) for color in colormap()[:: 255 // 15]],
         }
@@ -210,11 +223,12 @@ async def send_pixel(viewer: Viewer, request: Request) -> Response:
 
 def _look(viewer: Viewer, at: int, *, x: float, y: float) -> dict[str, Any]:
     sample = viewer.round.samples[at]
-    prediction = viewer.repredictor.known(sample)
+    prediction, result = viewer.repredictor.known(sample), viewer.result.known(sample)
     maps = {
         "label": viewer.label_at(at),
         "truth": viewer.truth_at(at) if sample.label and not viewer.round.stranger else None,
         "prediction": None if prediction is None else prediction.classes,
+        "result": None if result is None else result.classes,
     }
     facts: dict[str, Any] = {}
     for name, values in maps.items():
@@ -237,13 +251,14 @@ async def send_picture(viewer: Viewer, request: Request) -> Response:
     if viewer.round.stranger and kind != "label":  # label maps are part of the run folder
         raise HTTPException(403, viewer.round.stranger)
     size = THUMBNAIL if request.query_params.get("small") == "1" else LARGEST
-    if kind in ("prediction", "confidence"):
-        prediction = viewer.repredictor.known(sample)
+    if kind in ("prediction", "confidence", "result"):
+        source = viewer.predictions(kind)
+        prediction = source.known(sample)
         if prediction is None:
             async with viewer.predicting:
                 if await request.is_disconnected():  # the reader has moved on to another image
                     return Response(status_code=204)
-                prediction = await anyio.to_thread.run_sync(viewer.repredictor.prediction, sample)
+                prediction = await anyio.to_thread.run_sync(source.prediction, sample)
     draw = partial(_draw, viewer.round, sample, kind=kind, size=size, prediction=prediction)
     content = await anyio.to_thread.run_sync(draw, limiter=viewer.drawing)
     media_type = "image/jpeg" if kind == "photo" else "image/png"
@@ -266,8 +281,8 @@ def _draw(
 def _map_of(
     round_: LabeledRound, sample: Sample, *, kind: str, prediction: Prediction | None
 ) -> NDArray[np.uint8]:
-    """uint8 [H, W] of classes and 255: the prediction, truth, or pseudo label of an image."""
-    if kind == "prediction":
+    """uint8 [H, W] of classes and 255: a prediction, truth, or pseudo label of an image."""
+    if kind in ("prediction", "result"):
         assert prediction is not None
         return prediction.classes
     if kind == "truth":

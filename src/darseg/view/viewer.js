@@ -9,8 +9,9 @@ const PANES = [
   { kind: "prediction", name: "Prediction" },
   { kind: "confidence", name: "Confidence" },
   { kind: "truth", name: "Truth" },
+  { kind: "result", name: "Result" },
 ];
-const SLOW = new Set(["prediction", "confidence"]);
+const SLOW = new Set(["prediction", "confidence", "result"]);
 const FIELDS = ["text", "class", "share", "of", "coverage_from", "coverage_to", "confidence_from", "confidence_to", "sort"];
 const DEFAULTS = { of: "label", sort: "list" };
 
@@ -388,6 +389,7 @@ function build() {
     button.type = "button";
     button.append(make("kbd", "", String(number + 1)), short ?? name);
     button.title = `${name} (${number + 1})`;
+    if (kind === "result") button.title += `: what \`darseg predict\` gives. ${info.result}`;
     button.addEventListener("click", () => pane(kind));
     $("panes").append(button);
     const figure = make("figure");

@@ -37,6 +37,7 @@ def view_run(
     *,
     open_browser: bool = False,
     pictures: bool = False,
+    plain: bool = False,
     say: Callable[[str], object] = print,
     overrides: Sequence[str] = (),
 ) -> None:
@@ -48,6 +49,7 @@ def view_run(
         port: 0 means any free port; default: 8765, or the next free one.
         open_browser: also open the page in the browser.
         pictures: show images even if they are not those that the run began with.
+        plain: show the result's network as it was trained, also if its decisions are aligned.
         say: called with lines that say what is read, and last with the one that contains the address.
         overrides: "data.root=PATH", if the run's data were moved.
 
@@ -58,7 +60,7 @@ def view_run(
     if pictures:
         round_ = replace(round_, stranger="")
     token = draw_token()
-    server = server_of(round_, token)
+    server = server_of(round_, token, plain)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_ctrl_c(lambda: setattr(server, "should_exit", True)))
         sock = stack.enter_context(listen(port))
@@ -113,10 +115,10 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
 
-def server_of(round_: LabeledRound, token: str) -> uvicorn.Server:
-    """The server of a round's page, to be run with a socket. token: what requests must hold."""
+def server_of(round_: LabeledRound, token: str, plain: bool = False) -> uvicorn.Server:
+    """The server of a round's page, to be run with a socket; see `viewer_app`."""
     config = uvicorn.Config(
-        viewer_app(round_, token),
+        viewer_app(round_, token, plain),
         log_level="error",
         access_log=False,
         server_header=False,
