@@ -34,6 +34,7 @@ from darseg.model import predict as predict_module
 from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.predict import predict_scores
 from darseg.model.weights import load_network, read_spec, save_network
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.labeling import AlignSettings
 from darseg.pseudo.labelset import read_prediction
 from darseg.pseudo.redistribute import redistribute
@@ -451,7 +452,11 @@ def test_one_image_and_one_class(run: Path, images: Path, tmp_path: Path) -> Non
     (tmp_path / "images").mkdir()
     shutil.copy2(images / f"{UNLABELED[0]}.png", tmp_path / "images" / "only.png")
     record = label_quietly(run, tmp_path / "images", tmp_path / "out", round_index=0)
-    assert record["alignment"]["converged"] and record["alignment"]["pixels"] == 65 * 97
+    assert record["alignment"]["single"] and record["alignment"]["pixels"] == 65 * 97
+    alone = label_quietly(run, tmp_path / "images", tmp_path / "plain", round_index=0, align=False)
+    assert (record["predicted"], record["threshold"]) == (alone["predicted"], alone["threshold"])
+    [warning] = Alignment.from_json(record["alignment"]).warnings(CLASSES)
+    says(warning, "one image", "own")
     one = np.zeros((3, 4, 5), np.float32)
     one[1] = 9
     with_one = redistribute({"a": one}, [10, 20, 30], 0.5, align=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class Alignment:
         bound: largest weight and reciprocal of the smallest.
         pixels: size of the sample.
         plain: float64 [K], shares of the decisions without weights, in the sample; None if not recorded.
+        single: whether all pixels are of one image, whose class mix says little; the weights are then 1.
 
     Raises DataError if the fields contradict each other.
     """
@@ -46,6 +47,7 @@ class Alignment:
     bound: float
     pixels: int
     plain: NDArray[np.float64] | None = None
+    single: bool = False
 
     def __post_init__(self) -> None:
         lines, arrays = [], {"weights": float, "reachable": bool, "target": float, "reached": float}
@@ -103,7 +105,8 @@ class Alignment:
         if self.converged:
             reasons = f"never predicted, have no labeled pixels, or need a class weight outside {limits}"
             return [f"not aligned, because out of reach: {', '.join(out)}. They are {reasons}"] if out else []
-        remedy = ". Train longer first, or do not align" if is_weak(self.reachable, self.target) else ""
+        weak = not self.single and is_weak(self.reachable, self.target)
+        remedy = ". Train longer first, or do not align" if weak else ""
         return [f"decisions could not be aligned, so the network's own are used: {self.fault(names)}{remedy}"]
 
     def fault(self, names: Sequence[str]) -> str | None:
@@ -114,6 +117,8 @@ class Alignment:
         """
         if self.converged:
             return None
+        if self.single:
+            return "there is only one image, and its class mix says little about others. Give more images"
         if not is_weak(self.reachable, self.target):
             return "many pixels have equal scores, so that the class shares cannot be reached"
         wanted = self.target > 0
@@ -132,6 +137,7 @@ class Alignment:
             "target": self.target.tolist(),
             "reached": self.reached.tolist(),
             **({} if self.plain is None else {"plain": self.plain.tolist()}),
+            **({"single": True} if self.single else {}),
             "strength": self.strength,
             "bound": self.bound,
             "converged": self.converged,
@@ -154,12 +160,31 @@ class Alignment:
                 bound=float(columns["bound"]),
                 pixels=int(columns["pixels"]),
                 plain=np.array(columns["plain"], np.float64) if "plain" in columns else None,
+                single=bool(columns.get("single", False)),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"This is not an alignment ({type(error).__name__}: {error}). The file is damaged or of another kind; "
                 "label again."
             ) from error
+
+
+def for_images(alignment: Alignment, images: int) -> Alignment:
+    """The alignment; without effect if it was found on one image.
+
+    Args:
+        images: that the sample is of.
+    """
+    if images != 1:
+        return alignment
+    assert alignment.plain is not None
+    return replace(
+        alignment,
+        weights=np.ones_like(alignment.weights),
+        reached=alignment.plain,
+        converged=False,
+        single=True,
+    )
 
 
 def is_weak(reachable: NDArray[np.bool_], share: NDArray[np.float64]) -> bool:

@@ -15,7 +15,7 @@ from darseg.data.prediction import SCALES, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.model.decide import PROBABILITY_TOLERANCE, decide
 from darseg.pseudo.align import align as align_scores
-from darseg.pseudo.alignment import Alignment
+from darseg.pseudo.alignment import Alignment, for_images
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
@@ -135,12 +135,14 @@ def _align_arrays(
             "(id, scores), or use redistribute_folder."
         )
     sample = PixelSample(len(distribution), seed)
-    for name, scores in pairs:
+    images = 0
+    for images, (name, scores) in enumerate(pairs, 1):  # noqa: B007
         # Scores of pixels that are not chosen are first looked at by `decide_array`.
         array = check_array(np.asarray(scores), sample.classes, name).numpy()
         sample.add(name, array, probabilities=probabilities)
     rows = sample.rows(sample.sizes())
-    return align_scores(rows, distribution.share, bound=labeling.bound, strength=labeling.strength)
+    found = align_scores(rows, distribution.share, bound=labeling.bound, strength=labeling.strength)
+    return for_images(found, images)
 
 
 def decide_array(

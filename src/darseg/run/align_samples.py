@@ -11,7 +11,7 @@ from darseg.data.manifest import Sample
 from darseg.data.maps import label_path
 from darseg.errors import DataError, RunError
 from darseg.pseudo.align import align
-from darseg.pseudo.alignment import Alignment
+from darseg.pseudo.alignment import Alignment, for_images
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.scores import SCORES_VERSION, ScoreSource
 from darseg.run.directory import write_json
@@ -56,7 +56,8 @@ def align_samples(
 
     def make() -> Alignment:
         labeling = task.labeling
-        made = align(rows, task.distribution.share, bound=labeling.bound, strength=labeling.strength)
+        found = align(rows, task.distribution.share, bound=labeling.bound, strength=labeling.strength)
+        made = for_images(found, len(samples))
         write_json(files.alignment, made.to_json() | {"inputs": inputs})
         return made
 
