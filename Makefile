@@ -29,7 +29,10 @@ test-avx2: setup
 	  -m "not slow" $(NUMERIC)
 
 # Unit tests of the rooms with the lowest versions that pyproject.toml allows (constraints-min.txt).
-UNITS := $(addprefix tests/test_,files_and_classes.py config.py formats.py manifest.py labeling.py weights.py foreign.py)
+UNITS := $(addprefix tests/test_,files_and_classes.py config.py formats.py manifest.py labeling.py weights.py foreign.py \
+  pictures.py predict.py $(addprefix view.py::test_,pictures_agree_with_the_files requests_without_the_token_are_refused \
+  connections_without_a_request_are_closed_and_limited marks_are_stored_in_the_run_folder) \
+  $(addprefix export.py::test_,files_give_the_networks_logits_at_any_size metadata))
 test-min: setup
 	scripts/setup_min .venv-min $(VENV)
 	PYTHONPATH=src OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 \
