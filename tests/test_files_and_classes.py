@@ -27,9 +27,12 @@ from darseg.data.classes import (
     distinct_colors,
 )
 from darseg.data.files import ASIDE, storage_error, write_whole, write_whole_with
+from darseg.data.images import read_image
 from darseg.data.maps import write_map
 from darseg.data.plain_yaml import parse_yaml
 from darseg.errors import DataError, StorageError
+from darseg.pseudo.labelset import read_prediction
+from darseg.pseudo.scores import read_waiting_scores
 from wording import refused, says
 
 
@@ -121,6 +124,23 @@ def special_files(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in ("pipe", "folder", "link", "socket")} | {
         "device": Path("/dev/zero")
     }
+
+
+def test_files_of_absurd_sizes_are_refused_at_once(tmp_path: Path):
+    """A file with holes states any size; it would fill the memory."""
+    for name, head in (
+        ("a.png", b"\x89PNG\r\n\x1a\n"),
+        ("a.json", b"{"),
+        ("a.scores", b""),
+        ("a.prediction", b""),
+    ):
+        (tmp_path / name).write_bytes(head)
+        os.truncate(tmp_path / name, 1 << 40)
+    with refused(DataError, str(tmp_path / "a.png"), "1,099,511,627,776 bytes"):
+        read_image(tmp_path / "a.png")
+    with pytest.raises(OSError, match="bytes"):
+        files.read_json(tmp_path / "a.json")
+    assert read_waiting_scores(tmp_path, "a") is None and read_prediction(tmp_path, "a") is None
 
 
 @pytest.mark.parametrize(

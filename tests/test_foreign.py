@@ -437,6 +437,21 @@ def test_a_report_shows_no_images_that_the_run_did_not_begin_with(
     assert pictures_in(write_report(run)) == 0
 
 
+@pytest.mark.parametrize("role", ["labeled", "unlabeled"])
+def test_a_report_quotes_no_file_that_the_recipe_names(run: Path, tmp_path: Path, role: str) -> None:
+    (tmp_path / "key").write_text("-----BEGIN KEY-----\nhunter2\n")
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    values["data"][role] = {"list": str(tmp_path / "key")}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    text = write_report(run).read_text()
+    assert (
+        "hunter2" not in text
+        and "BEGIN" not in text
+        and "2 line(s) of this list" in text
+        and "darseg check" in text
+    )
+
+
 def test_the_report_says_where_its_pictures_come_from(run: Path, tiny_data: Path, call) -> None:
     code, out, _ = call("report", run, "--share")
     assert code == 0

@@ -76,15 +76,21 @@ def open_file(path: Path | str) -> BinaryIO:
     return file
 
 
-def read_file(path: Path | str) -> bytes:
-    """The content of a file. Raises OSError; at once, too, if it is no regular file."""
+LARGEST, LARGEST_TEXT = 16 << 30, 1 << 30
+"""Bytes of files that are read as a whole: a file full of holes states any size and takes no room on the disk."""
+
+
+def read_file(path: Path | str, most: int = LARGEST) -> bytes:
+    """The content of a file. Raises OSError; at once, too, if it is no regular file, or larger than `most`."""
     with open_file(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, of {most:,} at most", str(path))
         return file.read()
 
 
 def read_text(path: Path | str, encoding: str = "utf-8", errors: str = "strict") -> str:
     """The text of a file. Raises OSError, or UnicodeDecodeError, which is a ValueError."""
-    text = read_file(path).decode(encoding, errors)
+    text = read_file(path, LARGEST_TEXT).decode(encoding, errors)
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

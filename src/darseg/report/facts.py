@@ -312,8 +312,14 @@ def read_data(facts: RunFacts) -> DataFacts:
             role for role, digest in digest_manifest(manifest).items() if facts.data.get(role) != digest
         ]
     except DarsegError as error:
-        return DataFacts(None, None, str(error))
+        return DataFacts(None, None, headline(error))
     return DataFacts(manifest, counts, stranger=stranger(facts.recipe.data.root, changed, "report"))
+
+
+def headline(error: DarsegError) -> str:
+    """What a page says of an error: not its list of faults, which may quote lines of any file that a recipe names."""
+    first, _, more = str(error).partition("\n")
+    return f"{first.removesuffix(':')}. `darseg check` lists the faults." if more else first
 
 
 def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:

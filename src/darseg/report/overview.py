@@ -16,7 +16,7 @@ from darseg.errors import DarsegError
 from darseg.pseudo.alignment import Alignment
 from darseg.report import charts
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, css_color, figure_of
-from darseg.report.facts import DataFacts, RoundFacts, RunFacts, read_data, read_run
+from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
 from darseg.report.page import Page, render
 from darseg.report.result import result_section
@@ -85,7 +85,7 @@ def pictures_of(facts: RunFacts, data: DataFacts, share: bool = False) -> Markup
     except (
         DarsegError
     ) as error:  # the figures are still worth a page if an image is missing or damaged by now
-        fault = without_places(str(error)) if share else str(error)
+        fault = without_places(headline(error)) if share else headline(error)
     return render(
         "gallery",
         gallery=gallery,
