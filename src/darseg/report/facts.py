@@ -317,9 +317,9 @@ def read_data(facts: RunFacts) -> DataFacts:
 
 
 def headline(error: DarsegError) -> str:
-    """What a page says of an error: not its list of faults, which may quote lines of any file that a recipe names."""
+    """What a page says of an error: no list of faults, which may quote any file that a recipe names."""
     first, _, more = str(error).partition("\n")
-    return f"{first.removesuffix(':')}. `darseg check` lists the faults." if more else first
+    return f"{first.removesuffix(':')}. darseg check lists the faults." if more else first
 
 
 def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
