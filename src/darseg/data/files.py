@@ -81,7 +81,7 @@ LARGEST, LARGEST_TEXT = 16 << 30, 1 << 30
 
 
 def read_file(path: Path | str, most: int = LARGEST) -> bytes:
-    """The content of a file. Raises OSError; at once, too, if it is no regular file, or larger than `most`."""
+    """The content of a file. Raises OSError; at once, if it is no regular file or larger than `most`."""
     with open_file(path) as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, of {most:,} at most", str(path))
