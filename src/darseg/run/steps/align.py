@@ -49,7 +49,7 @@ LEAST_IMAGES = 5
 
 LEAST_HELD_OUT = 10
 """Held-out images below which `auto` decides nothing: with 5, 1 of 11 networks that gain nothing would be taken for one
-that gains, instead of 1 of 20 (docs/experiments.md)."""
+that gains, instead of 1 of 17 (docs/experiments.md)."""
 
 PIXELS = 1 << 19
 """Most pixels in the sample: the standard error of a share is at most 0.001."""
