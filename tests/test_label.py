@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 
 import forks
@@ -26,6 +28,7 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import StorageError
 from darseg.model.predict import predict_for_labeling
 from darseg.model.weights import load_network
+from darseg.run.adapt import align_network
 from darseg.run.build import labeling_protocol, place
 from darseg.run.label import label_folder
 from darseg.run.rounds import train
@@ -207,6 +210,28 @@ def test_an_unreadable_image_is_named_and_all_others_are_kept(
     assert call(*arguments)[0] == 0
     assert call("label", run, copied, tmp_path / "other", *arguments[4:], "--predict-twice")[0] == 0
     assert outcome(tmp_path / "out") == outcome(tmp_path / "other")
+
+
+def test_pools_with_orientation_marks_are_read_upright_and_counted(
+    run: Path, images: Path, tmp_path: Path
+) -> None:
+
+    for number, path in enumerate(sorted(images.glob("*.png"))):
+        exif = Image.Exif()
+        exif[274] = (1, 6, 3, 8)[number % 4]
+        (tmp_path / "pool").mkdir(exist_ok=True)
+        Image.open(path).convert("RGB").save(tmp_path / f"pool/{path.stem}.jpg", exif=exif)
+    (tmp_path / "pool/x.heic").touch()
+    text = io.StringIO()
+    console = Console(file=text, width=400)
+    label_folder(run, tmp_path / "pool", tmp_path / "out", console=console)
+    for path in (tmp_path / "pool").glob("*.jpg"):
+        assert read_image(tmp_path / f"out/{path.stem}.png").shape == read_image(path).shape
+    lines = [line for line in text.getvalue().splitlines() if "EXIF" in line or "heic" in line]
+    says("\n".join(lines), "4 image(s) have an orientation mark", "upright", "1 .heic")
+    align_network(run, tmp_path / "pool", tmp_path / "a.safetensors", console=console)
+    assert text.getvalue().count("4 image(s) have an orientation mark") == 2
+    assert text.getvalue().count(".heic") == 2
 
 
 def test_too_little_disk_requires_predicting_twice(

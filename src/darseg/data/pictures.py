@@ -39,6 +39,13 @@ def _hint_of_mark(sample: Sample, label_size: tuple[int, ...]) -> str:
     return f" The image has an orientation mark (EXIF {mark}: {TURNS[mark]}) and is read {way}.{remedy}"
 
 
+def marked_line(paths: Iterable[Path], *, upright: bool) -> str:
+    """A line that counts the files with an orientation mark; empty if there are none. Reads headers only."""
+    count = sum(orientation_mark(path) != UPRIGHT for path in paths)
+    way = "upright" if upright else "as they are stored"
+    return f"{count:,} image(s) have an orientation mark (EXIF) and are read {way}." if count else ""
+
+
 def weigh_marks(samples: Iterable[Sample]) -> MarkedLabels:
     """Compare the label maps of images that have an orientation mark with both sizes; reads headers only."""
     counts = {"upright": 0, "stored": 0, "both": 0}

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.data.files import is_taken, named
+from darseg.data.pictures import marked_line
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, NumericsError, RunError, faults
 from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignment
@@ -29,7 +30,7 @@ from darseg.pseudo.shift import Shift, estimate_shift
 from darseg.run.build import manifest_of, masks
 from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.run.journal import Journal
-from darseg.run.media import Medium, list_media
+from darseg.run.media import Medium, list_media, unread_lines
 from darseg.run.prior import Prior, class_shares
 from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
 
@@ -136,7 +137,9 @@ def align_network(
     path = _check_out(Path(source), Path(out) if out is not None else None, round_index, overwrite=overwrite)
     trained = load_trained(source, round_index, overrides, recipe=recipe)
     unfold_alignment(trained.network)
-    media = list_media([images] if isinstance(images, (str, Path)) else images)
+    patterns = [images] if isinstance(images, (str, Path)) else images
+    media = list_media(patterns)
+    _report(Journal(None, None, console or Console()), patterns, media, upright=trained.reading().upright)
     adapted = _find_weights(source, trained, media, task=task, console=console)
     if not adapted.alignment.converged or (adapted.doubts and not despite_doubts):
         return adapted
@@ -146,6 +149,17 @@ def align_network(
         reorder_classes(network, trained.order)
     save_network(fold_alignment(network, AlignmentRecord.of(adapted.alignment, note)), path, trained.spec)
     return replace(adapted, path=path)
+
+
+def _report(
+    journal: Journal, patterns: Sequence[Path | str], media: Sequence[Medium], *, upright: bool
+) -> None:
+    """Say how many images have an orientation mark, and what of the folders is not read."""
+    images = (medium.path for medium in media if not medium.is_video)
+    if line := marked_line(images, upright=upright):
+        journal.say(line)
+    for line in unread_lines(patterns):
+        journal.warn(line)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ from rich.console import Console
 from darseg.config.recipe import LabelingConfig, Recipe
 from darseg.data.images import IMAGE_SUFFIXES, Reading, image_size
 from darseg.data.manifest import Sample, find_files
+from darseg.data.pictures import marked_line
+from darseg.data.suffixes import unread_files, unread_line
+from darseg.data.walk import unreadable
 from darseg.errors import DataError, RunError
 from darseg.model.aligned import unfold_alignment
 from darseg.model.predict import Protocol
@@ -25,6 +28,7 @@ from darseg.run.class_counts import ClassCounts, read_class_counts
 from darseg.run.directory import digest_path
 from darseg.run.evaluate import Trained, check_overrides, load_trained
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
+from darseg.run.journal import Journal
 from darseg.run.label_files import FolderJob, label_into_folder
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.settings import digest_settings
@@ -89,8 +93,23 @@ def label_folder(
         inputs=_digest_predictor(trained),
         predict_twice=predict_twice,
     )
+    if processes.first:
+        _report(Journal(None, None, console or Console()), job, upright=trained.reading().upright)
     size_of = partial(image_size, reading=trained.reading())
     return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
+
+
+def _report(journal: Journal, job: FolderJob, *, upright: bool) -> None:
+    """Say how many images have an orientation mark, and what of the folder is not read."""
+    if line := marked_line((sample.image for sample in job.samples), upright=upright):
+        journal.say(line)
+    if job.source.is_dir():
+        for line in (
+            unread_line(job.source, unread_files(job.source, IMAGE_SUFFIXES)),
+            unreadable(job.source),
+        ):
+            if line:
+                journal.warn(line)
 
 
 def _source_of(job: FolderJob, trained: Trained) -> Predictor | ScoreSource:
