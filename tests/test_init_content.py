@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from PIL import Image
 
 from darseg.config.text import load_recipe
 from darseg.data.classes import VOC
-from darseg.errors import DataError
+from darseg.errors import DataError, WeightsError
 from darseg.init import fit
 from darseg.init.propose import propose_recipe
+from darseg.model.network import NetworkSpec
+from darseg.model.weights import save_network
 from darseg.run.build import classes_of, manifest_of
 from darseg.run.check import check
 from darseg.run.rounds import train
@@ -244,3 +247,21 @@ def test_unread_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     proposal = propose_recipe(tmp_path / "set", tmp_path / "r.yaml")
     assert sum(".heic" in line for line in proposal.warnings) == 1
     assert sum(".jpg" in line for line in proposal.warnings) == 1
+
+
+def test_a_network_of_other_classes_is_refused_and_one_of_the_same_is_taken_as_it_is(tmp_path: Path) -> None:
+    for number in range(5):
+        for folder in ("images", "labels"):
+            (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+        photo(number).save(tmp_path / f"in/images/{number}.png")
+        save(tmp_path / f"in/labels/{number}.png", three_classes(number))
+    (tmp_path / "in/classes.txt").write_text("road\ncar\nsky\n")
+    spec = NetworkSpec("pspnet", "resnet18_half", 3, output_stride=16, head_channels=8)
+    for name, names in {"other": ("grass", "box", "sky"), "same": ("sky", "road", "car")}.items():
+        described = replace(spec, class_names=names)
+        save_network(described.build(), tmp_path / f"{name}.safetensors", described)
+    with refused(WeightsError, "other.safetensors", "grass, box, sky", "road, car, sky"):
+        propose_recipe(tmp_path / "in", tmp_path / "r.yaml", weights=tmp_path / "other.safetensors")
+    propose_recipe(tmp_path / "in", tmp_path / "r.yaml", weights=tmp_path / "same.safetensors")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.network.backbone == "resnet18_half" and not check(recipe).faults

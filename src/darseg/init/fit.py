@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,11 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from darseg.data.classes import BUILT_IN
-from darseg.errors import DarsegError
+from darseg.errors import DarsegError, WeightsError
 from darseg.init.draft import Draft, path_from
 from darseg.model.footprint import training_memory
 from darseg.model.network import NetworkSpec
-from darseg.model.weights import load_weights
+from darseg.model.weights import load_weights, read_spec
 from darseg.run.build import pick_device, place
 from darseg.run.machine import free_memory, usable_cores
 
@@ -91,16 +92,17 @@ def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | 
     else:
         budget = int((free_memory() or UNKNOWN_MEMORY) * MEMORY_SHARE)
         described = f"{usable_cores()} CPU core(s) without GPU"
-    count = len(BUILT_IN[draft.classes]) if isinstance(draft.classes, str) else len(draft.classes)
+    names = BUILT_IN[draft.classes].names if isinstance(draft.classes, str) else tuple(draft.classes)
+    count = len(names)
     if kind == "cuda":
         spec = NetworkSpec(backbone="resnet50", classes=count)
     else:
         spec = NetworkSpec(backbone="resnet18", classes=count, output_stride=16, head_channels=128)
     if weights is not None:
-        spec, chosen = _given_weights(spec, Path(weights), out)
+        spec, chosen = _given_weights(spec, Path(weights), names, out)
     else:
         places = dict.fromkeys([out.parent.absolute(), folder.absolute(), Path.cwd()])
-        spec, chosen = _find_weights(spec, draft, list(places), out=out)
+        spec, chosen = _find_weights(spec, draft, list(places), names=names, out=out)
     heights, widths = (sorted(side) for side in zip(*(draft.sizes or [(PAPER_CROP,) * 2]), strict=True))
     crop, batch, memory = crop_and_batch(
         spec,
@@ -130,20 +132,27 @@ def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | 
 
 
 def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
-    """The network with the backbone that the name of a weight file says."""
+    """The network with the backbone that a weight file says: in its description, if darseg wrote it, or by its name."""
+    with suppress(WeightsError):
+        own = read_spec(weights)
+        return replace(
+            spec, backbone=own.backbone, output_stride=own.output_stride, head_channels=own.head_channels
+        )
     known = re.search(r"resnet(18|34|50|101)(?!\d)", weights.name)
     return replace(spec, backbone=f"resnet{known[1]}") if known else spec
 
 
-def _given_weights(spec: NetworkSpec, weights: Path, out: Path) -> tuple[NetworkSpec, str]:
+def _given_weights(
+    spec: NetworkSpec, weights: Path, names: Sequence[str], out: Path
+) -> tuple[NetworkSpec, str]:
     """The network for the user's weights, and the weights as in a recipe. Raises WeightsError."""
     spec = _with_backbone_of(spec, weights)
-    load_weights(spec.build(), weights)
+    load_weights(spec.build(), weights, class_names=names)
     return spec, path_from(out.parent, weights)
 
 
 def _find_weights(
-    spec: NetworkSpec, draft: Draft, places: Sequence[Path], *, out: Path
+    spec: NetworkSpec, draft: Draft, places: Sequence[Path], *, names: Sequence[str], out: Path
 ) -> tuple[NetworkSpec, str]:
     """The first weight file that fits, or "none". Files for this backbone are tried first."""
     paths = [path for place in places for path in sorted(place.glob("resnet*.pth"))]
@@ -151,7 +160,7 @@ def _find_weights(
     for path in paths:
         suited = _with_backbone_of(spec, path)
         try:
-            load_weights(suited.build(), path)
+            load_weights(suited.build(), path, class_names=names)
         except DarsegError as error:
             draft.notes.append(f"{path} is not used as pretrained weights: {error}")
             continue

@@ -93,15 +93,16 @@ def label_folder(
         inputs=_digest_predictor(trained),
         predict_twice=predict_twice,
     )
-    if processes.first:
-        _report(Journal(None, None, console or Console()), job, upright=trained.reading().upright)
+    _report(job, trained, console=console if processes.first else Console(quiet=True))
     size_of = partial(image_size, reading=trained.reading())
     return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
 
 
-def _report(journal: Journal, job: FolderJob, *, upright: bool) -> None:
+def _report(job: FolderJob, trained: Trained, *, console: Console | None) -> None:
     """Say how many images have an orientation mark, and what of the folder is not read."""
-    if line := marked_line((sample.image for sample in job.samples), upright=upright):
+    journal = Journal(None, None, console or Console())
+    images = (sample.image for sample in job.samples)
+    if line := marked_line(images, upright=trained.reading().upright):
         journal.say(line)
     if job.source.is_dir():
         for line in (
