@@ -99,7 +99,7 @@ def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | 
     else:
         spec = NetworkSpec(backbone="resnet18", classes=count, output_stride=16, head_channels=128)
     if weights is not None:
-        spec, chosen = _given_weights(spec, Path(weights), names, out)
+        spec, chosen = _given_weights(spec, Path(weights), names, out=out)
     else:
         places = dict.fromkeys([out.parent.absolute(), folder.absolute(), Path.cwd()])
         spec, chosen = _find_weights(spec, draft, list(places), names=names, out=out)
@@ -132,7 +132,7 @@ def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | 
 
 
 def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
-    """The network with the backbone that a weight file says: in its description, if darseg wrote it, or by its name."""
+    """The network with the backbone of a weight file: as darseg described it, or by its name."""
     with suppress(WeightsError):
         own = read_spec(weights)
         return replace(
@@ -143,7 +143,7 @@ def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
 
 
 def _given_weights(
-    spec: NetworkSpec, weights: Path, names: Sequence[str], out: Path
+    spec: NetworkSpec, weights: Path, names: Sequence[str], *, out: Path
 ) -> tuple[NetworkSpec, str]:
     """The network for the user's weights, and the weights as in a recipe. Raises WeightsError."""
     spec = _with_backbone_of(spec, weights)

@@ -89,13 +89,18 @@ def label_folder(
             sampling=sampling,
             align=align,
         ),
-        seed=seed if seed is not None else (trained.recipe.seed if trained.recipe else 0),
+        seed=_seed(trained) if seed is None else seed,
         inputs=_digest_predictor(trained),
         predict_twice=predict_twice,
     )
     _report(job, trained, console=console if processes.first else Console(quiet=True))
-    size_of = partial(image_size, reading=trained.reading())
-    return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
+    size_of, source_of = partial(image_size, reading=trained.reading()), _source_of(job, trained)
+    return label_into_folder(job, source_of, size_of, processes=processes, console=console)
+
+
+def _seed(trained: Trained) -> int:
+    """The recipe's seed."""
+    return trained.recipe.seed if trained.recipe else 0
 
 
 def _report(job: FolderJob, trained: Trained, *, console: Console | None) -> None:
