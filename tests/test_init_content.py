@@ -249,6 +249,19 @@ def test_unread_files_are_listed_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum(".jpg" in line for line in proposal.warnings) == 1
 
 
+def test_names_that_are_not_utf_8_or_differ_in_case_are_reported(tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / "in/images").mkdir(parents=True, exist_ok=True)
+        photo(number).save(tmp_path / f"in/images/{number}.png")
+        save(tmp_path / f"in/labels/{number}.png", three_classes(number))
+    (tmp_path / "in/classes.txt").write_bytes("Grund\nStraße\nstraße\n".encode("cp1252"))
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml")
+    says(next(line for line in proposal.warnings if "UTF-8" in line), "classes.txt")
+    (tmp_path / "in/classes.txt").write_text("Grund\nStraße\nstraße\n")
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml", overwrite=True)
+    says(next(line for line in proposal.warnings if "letter case" in line), "Straße and straße")
+
+
 def test_a_network_of_other_classes_is_refused_and_one_of_the_same_is_taken_as_it_is(tmp_path: Path) -> None:
     for number in range(5):
         for folder in ("images", "labels"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import unicodedata
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -126,6 +127,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         if unknown or encoding not in unreadable:
             lines = usual_mistakes(values, classes, encoding)
             (faults if unknown or values == {0, IGNORE} else warnings).extend(lines)
+    warnings += _alike(classes)
     of_roles: list[str] = []
     if manifest.labeled and not faults:
         faults, of_roles, unscored = _coverage(manifest, pixels)
@@ -140,6 +142,19 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         pictures=(*tally.notes(), *tally.warnings()),
         largest=_largest(manifest, sizes),
     )
+
+
+def _alike(classes: ClassSet) -> list[str]:
+    """A line about classes whose names differ only in letter case: perhaps one class under two names."""
+    groups: dict[str, list[str]] = {}
+    for name in classes.names:
+        groups.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
+    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
+    if not alike:
+        return []
+    return [
+        f"These class names differ only in letter case or composition: {', '.join(alike)}. Are they one class?"
+    ]
 
 
 def _largest(manifest: Manifest, pixels: Mapping[str, list[int]]) -> dict[str, Sample]:

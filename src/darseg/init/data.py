@@ -64,12 +64,13 @@ def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
 
 def _draft_of_maps(folder: Path, content: Survey, label_paths: Sequence[Path]) -> Draft:
     """Classes and label settings of label maps that are a file each."""
-    names = find_names([folder, *_between(folder, [path.parent for path in label_paths])])
+    warnings: list[str] = []
+    names = find_names([folder, *_between(folder, [path.parent for path in label_paths])], warnings)
     guess = guess_classes(content, names, label_paths)
     draft = Draft(folder, guess.classes, guess.why["classes"], class_notes=guess.notes)
     for key, value in guess.keys.items():
         draft.keys[key] = value, guess.why.get(key, "")
-    draft.warnings += guess.warnings
+    draft.warnings += [*warnings, *guess.warnings]
     return draft
 
 

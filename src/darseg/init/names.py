@@ -38,8 +38,12 @@ class NameList:
     colors: tuple[RGB, ...] | None = None
 
 
-def find_names(folders: Iterable[Path]) -> list[NameList]:
-    """Every file in these folders that names classes, the most usual file names first."""
+def find_names(folders: Iterable[Path], warnings: list[str] | None = None) -> list[NameList]:
+    """Every file in these folders that names classes, the most usual file names first.
+
+    Args:
+        warnings: gets a line for each such file that is not UTF-8.
+    """
     lists = []
     for folder in dict.fromkeys(folders):
         for stem in NAME_FILES:
@@ -53,6 +57,11 @@ def find_names(folders: Iterable[Path]) -> list[NameList]:
                         rows = _rows_of_text(text)
                     else:
                         rows = _rows_of_data(parse_json(text) if suffix == ".json" else parse_yaml(text))
+                except UnicodeDecodeError:
+                    warnings.append(
+                        f"{path}: this file is not UTF-8, so its class names are not read. Save it as UTF-8"
+                    )
+                    continue
                 except (OSError, ValueError, yaml.YAMLError, RecursionError):
                     continue
                 names = _name_list(path, rows)

@@ -58,19 +58,16 @@ def label_folder(
 ) -> dict[str, Any]:
     """Pseudo-label a folder of images with a trained network: `out/ID.png` and `out/redistribution.json`.
 
-    What is not given comes from the recipe: the run's own, or `recipe` for a checkpoint outside a run folder.
+    What is not given comes from the recipe: the run's own, or `recipe` for a checkpoint. Returns that JSON content.
 
     Args:
         source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint.
-        images: folder of images, subfolders included; or one image.
+        images: folder of images, with subfolders; or one image.
         class_counts: JSON file of labeled pixels per class; None: they are counted in the recipe's labeled masks.
         align: first give decisions the labeled pixels' class shares; see `align`.
         predict_twice: predict again instead of keeping predictions, or with `align` scores of all classes, on the disk.
         plain: label with the network as it was trained, also if the result's decisions are aligned.
         overrides: "data.root=PATH", if the recipe's data were moved.
-
-    Returns:
-        the content of `redistribution.json`.
     """
     processes = Processes.here()
     check_overrides(source, overrides)
@@ -94,8 +91,8 @@ def label_folder(
         predict_twice=predict_twice,
     )
     _report(job, trained, console=console if processes.first else Console(quiet=True))
-    size_of, source_of = partial(image_size, reading=trained.reading()), _source_of(job, trained)
-    return label_into_folder(job, source_of, size_of, processes=processes, console=console)
+    size_of = partial(image_size, reading=trained.reading())
+    return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
 
 
 def _seed(trained: Trained) -> int:
