@@ -38,11 +38,11 @@ class NameList:
     colors: tuple[RGB, ...] | None = None
 
 
-def find_names(folders: Iterable[Path], warnings: list[str] | None = None) -> list[NameList]:
+def find_names(folders: Iterable[Path], unread: list[str] | None = None) -> list[NameList]:
     """Every file in these folders that names classes, the most usual file names first.
 
     Args:
-        warnings: gets a line for each such file that is not UTF-8.
+        unread: gets a line for each such file that is not UTF-8.
     """
     lists = []
     for folder in dict.fromkeys(folders):
@@ -58,7 +58,7 @@ def find_names(folders: Iterable[Path], warnings: list[str] | None = None) -> li
                     else:
                         rows = _rows_of_data(parse_json(text) if suffix == ".json" else parse_yaml(text))
                 except UnicodeDecodeError:
-                    warnings.append(
+                    unread.append(
                         f"{path}: this file is not UTF-8, so its class names are not read. Save it as UTF-8"
                     )
                     continue
