@@ -58,9 +58,10 @@ def find_names(folders: Iterable[Path], unread: list[str] | None = None) -> list
                     else:
                         rows = _rows_of_data(parse_json(text) if suffix == ".json" else parse_yaml(text))
                 except UnicodeDecodeError:
-                    unread.append(
-                        f"{path}: this file is not UTF-8, so its class names are not read. Save it as UTF-8"
-                    )
+                    if unread is not None:
+                        unread.append(
+                            f"{path}: this file is not UTF-8, so its class names are not read. Save it as UTF-8"
+                        )
                     continue
                 except (OSError, ValueError, yaml.YAMLError, RecursionError):
                     continue
