@@ -78,8 +78,12 @@ def reference_weight(key: str, shape: list[int]) -> Tensor:
         return torch.randn(shape, generator=generator) * 0.05
     if len(shape) == 4:
         return torch.randn(shape, generator=generator) * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
+    if len(shape) == 2:
+        return torch.randn(shape, generator=generator) * math.sqrt(1 / shape[1])
     if key.endswith("weight"):
         return torch.rand(shape, generator=generator) * 0.4 + 0.5
+    if key.endswith("gamma"):
+        return torch.rand(shape, generator=generator) * 0.4 + 0.3
     return torch.randn(shape, generator=generator) * 0.05
 
 
@@ -171,6 +175,123 @@ def test_converted_checkpoints_answer_as_released(
         small = x[:, :, :33, :33]
         with torch.no_grad():
             assert not torch.allclose(four(small).main, network(small).main, atol=1e-2)
+
+
+# --- UniMatch's networks
+
+
+def unimatch(name: str, request: pytest.FixtureRequest) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """The weights of a released network of UniMatch, in its layout, and its answers by name."""
+    committed = (REFERENCE / f"{name}_keys.json").exists()
+    folder = REFERENCE if committed else request.getfixturevalue("shared") / "reference"
+    keys = json.loads((folder / f"{name}_keys.json").read_text())
+    state = {key: reference_weight(key, shape) for key, (shape, _) in keys.items()}
+    return state, dict(np.load(folder / f"{name}_out.npz"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dpt_dinov2_small",
+        "deeplabv3plus_resnet50",
+        pytest.param("dpt_dinov2_base", marks=pytest.mark.slow),
+        pytest.param("deeplabv3plus_resnet101", marks=pytest.mark.slow),
+    ],
+)
+def test_unimatchs_networks_answer_as_released(
+    name: str, tmp_path: Path, call: Callable, request: pytest.FixtureRequest
+) -> None:
+    if name.startswith("dpt"):
+        pytest.importorskip("timm")
+    state, answers = unimatch(name, request)
+    source, out = tmp_path / "best.pth", tmp_path / "network.safetensors"
+    worse = {key: torch.zeros_like(value) for key, value in state.items()}
+    torch.save({"model": module(worse), "model_ema": module(state), "epoch": 3, "previous_best": 0.8}, source)
+    code, printed, errors = call("convert", source, out, "--architecture", name, "--classes", 21)
+    assert code == 0, errors
+    assert "(model_ema)" in printed
+    network = darseg.load_network(out)
+    for wanted in answers.values():
+        x = torch.randn(1, 3, *wanted.shape[2:], generator=torch.Generator().manual_seed(11))
+        with torch.no_grad():
+            logits = network(x).main.numpy()
+        assert logits.shape == wanted.shape
+        assert np.abs(logits - wanted).max() < 1e-4 * np.abs(wanted).max()
+
+    torch.save({"model": state}, source)  # a checkpoint without the average
+    convert(source, tmp_path / "again.safetensors", name)
+    assert (tmp_path / "again.safetensors").read_bytes() == out.read_bytes()
+
+
+def hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DINOv2's weights as Hugging Face's transformers name them."""
+    simple = {
+        "norm.": "layernorm.",
+        "pos_embed": "embeddings.position_embeddings",
+        "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token",
+        "register_tokens": "embeddings.register_tokens",
+        "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
+    }
+    named = {}
+    for key, value in state.items():
+        if key.startswith("blocks."):
+            _, index, rest = key.split(".", 2)
+            rest = rest.replace("ls1.gamma", "layer_scale1.lambda1").replace(
+                "ls2.gamma", "layer_scale2.lambda1"
+            )
+            rest = rest.replace("attn.proj.", "attention.output.dense.")
+            if rest.startswith("attn.qkv."):
+                for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                    named[f"encoder.layer.{index}.attention.attention.{part}.{rest.rpartition('.')[2]}"] = (
+                        third
+                    )
+                continue
+            named[f"encoder.layer.{index}.{rest}"] = value
+            continue
+        (theirs,) = (theirs for theirs in simple if key.startswith(theirs))
+        named[simple[theirs] + key.removeprefix(theirs)] = value
+    return named
+
+
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("layout", ["authors", "timm", "hugging face"])
+def test_dinov2s_weights_in_every_layout(registers: bool, layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    name = "timm/vit_small_patch14" + ("_reg4" if registers else "") + "_dinov2"
+    spec = NetworkSpec("linear", name, 3)
+    wanted = spec.build().backbone.state_dict()
+    for key, value in wanted.items():
+        value.copy_(reference_weight(key, list(value.shape)))
+    plain = {key.removeprefix("body."): value.clone() for key, value in wanted.items()}
+    file = tmp_path / "weights.pth"
+    if layout == "timm":
+        file = tmp_path / "model.safetensors"
+        safetensors.torch.save_file(plain, file)
+    else:
+        if registers:  # the authors keep positions of the class token, and leave registers without
+            plain["register_tokens"] = plain.pop("reg_token")
+            first = torch.full_like(plain["cls_token"], 0.25)
+            plain["cls_token"] = plain["cls_token"] - first
+            plain["pos_embed"] = torch.cat([first, plain["pos_embed"]], dim=1)
+        plain["mask_token"] = torch.zeros(1, 384)
+        torch.save(plain if layout == "authors" else hugging_face(plain), file)
+    network = spec.build()
+    report = load_weights(network, file)
+    assert not report.whole and len(report.loaded) == len(wanted) and not report.resized
+    for key, value in network.backbone.state_dict().items():
+        assert torch.allclose(value, wanted[key], atol=1e-6), key
+
+
+def test_positions_of_a_transformer_for_other_sizes_are_resized_and_said(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    file = tmp_path / "weights.safetensors"
+    torch.manual_seed(0)
+    larger = timm.create_model("vit_tiny_patch16_384", pretrained=False)
+    safetensors.torch.save_file(larger.state_dict(), file)
+    report = load_weights(NetworkSpec("dpt", "timm/vit_tiny_patch16_224", 3).build(), file)
+    assert "577 position embeddings were resized to 197" in report.resized
+    assert set(report.unused) == {"head.weight", "head.bias"}
 
 
 # --- convert: what goes in

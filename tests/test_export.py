@@ -287,7 +287,7 @@ class SamePadded(torch.nn.Module):
 
     def forward(self, images: torch.Tensor) -> backbone.Features:
         features = self.second(self.first(images).relu()).relu()
-        return backbone.Features(features, features)
+        return backbone.Features(*[features] * 4)
 
 
 @pytest.mark.slow
@@ -295,7 +295,7 @@ def test_padding_that_depends_on_the_size(spec: NetworkSpec, tmp_path: Path) -> 
     pytest.importorskip("onnxruntime")
     spec_of("timm/resnet18", 16)  # skips if timm is not installed
     network = settled(spec)
-    network.backbone = SamePadded(network.backbone.channels[1]).eval()  # ty: ignore
+    network.backbone = SamePadded(network.backbone.channels[-1]).eval()  # ty: ignore
     padding = sys.modules["timm.layers.padding"]
     theirs = padding.get_same_padding
     assert_exported(network, tmp_path / "network.onnx")

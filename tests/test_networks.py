@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 import darseg
 from darseg.errors import DataError, RecipeError, SizeError
-from darseg.model.backbone import RESNETS
-from darseg.model.heads import BINS, AtrousHead, PyramidPoolingHead, upsample
-from darseg.model.network import Network, NetworkSpec, build_network
+from darseg.model.backbone import RESNETS, Features
+from darseg.model.heads import BINS, AtrousHead, DeepLabV3PlusHead, PyramidPoolingHead, upsample
+from darseg.model.network import ARCHITECTURES, Network, NetworkSpec, build_network
 from darseg.model.predict import Memory, Protocol
 from darseg.model.sides import Sides
+from darseg.model.vit import POSITION_OFFSET, resizing
 from darseg.model.weights import load_network, save_network
 from darseg.training.optimize import SGD, build_optimizer, faster_heads, set_rates
 from wording import refused, says
@@ -50,21 +51,34 @@ NETWORKS = [
     ("timm/resnet18", 16),
     ("timm/mobilenetv3_small_100", 16),
     ("timm/convnext_atto", 16),
+    ("deeplabv3plus/resnet18", 8),
+    ("deeplabv3plus/resnet50_deep", 16),
+    ("deeplabv3plus/timm/tf_efficientnet_lite0", 16),
+    ("dpt/timm/vit_small_patch14_dinov2", 14),
+    ("dpt/timm/vit_small_patch14_reg4_dinov2", 14),
+    ("dpt/timm/vit_small_patch16_dinov3", 16),
+    ("dpt/timm/vit_tiny_patch16_224", 16),
+    ("dpt/timm/convnext_atto", 32),
+    ("dpt/timm/swin_tiny_patch4_window7_224", 32),
+    ("dpt/timm/pvt_v2_b0", 32),
+    ("dpt/timm/resnet18", 32),
+    ("linear/timm/vit_tiny_patch16_224", 16),
+    ("linear/resnet18", 8),
 ]
+"""[Architecture/]backbone, and pixels of the image per pixel of the last feature map."""
 
 
-def spec_of(backbone: str, output_stride: int) -> NetworkSpec:
-    """PSPNet on a backbone; DeepLabv2 if "deeplabv2/" is before it."""
-    architecture = "deeplabv2" if backbone.startswith("deeplabv2/") else "pspnet"
-    backbone = backbone.removeprefix("deeplabv2/")
+def spec_of(name: str, stride: int) -> NetworkSpec:
+    """A small network of an architecture on a backbone; PSPNet if none is named."""
+    first, _, rest = name.partition("/")
+    architecture, backbone = (first, rest) if first in ARCHITECTURES else ("pspnet", name)
     if backbone.startswith("timm/"):
         try:
             importlib.import_module("timm")
         except (ImportError, RuntimeError, OSError) as error:
             pytest.skip(f"timm cannot be imported: {error}")
-    return NetworkSpec(
-        architecture, backbone, CLASSES, output_stride, head_channels=16, auxiliary=architecture == "pspnet"
-    )
+    dilated = stride if stride in (8, 16) else 8
+    return NetworkSpec(architecture, backbone, CLASSES, dilated, head_channels=16)  # ty: ignore
 
 
 def build(spec: NetworkSpec, seed: int = 0) -> Network:
@@ -87,50 +101,55 @@ def shake(module: torch.nn.Module) -> None:
             value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
 
 
-@pytest.mark.parametrize(("backbone", "output_stride"), NETWORKS)
-def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
-    spec = spec_of(backbone, output_stride)
+@pytest.mark.parametrize(("name", "stride"), NETWORKS)
+def test_contract(name: str, stride: int, tmp_path: Path) -> None:
+    spec = spec_of(name, stride)
     network = build(spec)
-    assert network.classes == CLASSES and network.stride == output_stride
+    assert network.classes == CLASSES and network.stride == stride
+    sides = network.sides
+    assert sides == spec.sides and sides.step == stride
 
     # The same seed gives the same network.
     again = build(spec).state_dict()
     assert all(torch.equal(value, again[key]) for key, value in network.state_dict().items())
 
-    # The backbone keeps to the output stride.
+    # The backbone keeps to its stride.
     shake(network)
-    features = network.backbone.eval()(torch.zeros(1, 3, 65, 33))
-    assert (features.stage3.shape[1], features.stage4.shape[1]) == network.backbone.channels
+    height, width = sides.up(65), sides.up(33)
+    features = network.backbone.eval()(torch.zeros(1, 3, height, width))
+    assert tuple(stage.shape[1] for stage in features) == network.backbone.channels
     # A stem of patches (ConvNeXt) leaves the last pixel of a side out, padded convolutions do not.
-    assert features.stage4.shape[2:] in [(64 // output_stride + n, 32 // output_stride + n) for n in (0, 1)]
+    assert features.stage4.shape[2:] in [(height // stride + n, width // stride + n) for n in (0, 1)]
 
     # Training: outputs at input size, gradients reach every parameter but the frozen ones.
     network.train()
-    labels = torch.randint(0, CLASSES, (2, 33, 49), generator=torch.Generator().manual_seed(1))
-    output = network(pictures(2, 3, 33, 49))
-    assert (output.auxiliary is not None) == spec.auxiliary
+    height, width = sides.up(33), sides.up(49)
+    labels = torch.randint(0, CLASSES, (2, height, width), generator=torch.Generator().manual_seed(1))
+    output = network(pictures(2, 3, height, width))
+    assert (output.auxiliary is not None) == (spec.architecture == "pspnet")
     outputs = [logits for logits in output if logits is not None]
-    assert all(logits.shape == (2, CLASSES, 33, 49) for logits in outputs)
+    assert all(logits.shape == (2, CLASSES, height, width) for logits in outputs)
     torch.stack([F.cross_entropy(logits, labels) for logits in outputs]).sum().backward()
     trainable = {name: value for name, value in network.named_parameters() if value.requires_grad}
     frozen = {name for name, _ in network.named_parameters()} - trainable.keys()
     norms = {
         key for key, value in network.backbone.named_modules() if isinstance(value, torch.nn.BatchNorm2d)
     }
-    caffe = backbone == "deeplabv2/resnet101_caffe"
+    caffe = name == "deeplabv2/resnet101_caffe"
     assert frozen == {f"backbone.{key}.{part}" for key in norms for part in ("weight", "bias") if caffe}
-    for name, parameter in trainable.items():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+    for key, parameter in trainable.items():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), key
+        assert parameter.grad.abs().sum() > 0, key
     network.zero_grad()
 
     # Evaluation: main only, any legal size, one image at a time or many.
     network.eval()
     with torch.no_grad():
-        images = pictures(2, 3, 65, 33)
+        height, width = sides.up(65), sides.up(33)
+        images = pictures(2, 3, height, width)
         output = network(images)
         assert output.auxiliary is None
-        assert output.main.shape == (2, CLASSES, 65, 33) and output.main.isfinite().all()
+        assert output.main.shape == (2, CLASSES, height, width) and output.main.isfinite().all()
         single = network(images[1:]).main
         assert torch.allclose(single, output.main[1:], rtol=1e-4, atol=1e-4 * float(single.abs().max()))
         mean, std = (
@@ -149,18 +168,16 @@ def test_contract(backbone: str, output_stride: int, tmp_path: Path) -> None:
     backbone_group, head_group = sgd(network).param_groups
     grouped = [id(parameter) for group in (backbone_group, head_group) for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in trainable.values())
-    slow = {id(value) for name, value in trainable.items() if name.startswith("backbone.")}
+    slow = {id(value) for key, value in trainable.items() if key.startswith("backbone.")}
     assert {id(parameter) for parameter in backbone_group["params"]} == slow
     assert (backbone_group["factor"], head_group["factor"]) == (1, 10)
     assert backbone_group["weight_decay"] == head_group["weight_decay"] == 1e-4
 
     # Sizes.
-    legal = 2 * output_stride + 1
-    with pytest.raises(
-        SizeError, match=f"^{legal - 1} x {legal + 1} .* {legal - output_stride} x {legal} or"
-    ):
-        network(pictures(1, 3, legal - 1, legal + 1))
-    network(pictures(1, 3, output_stride + 1, output_stride + 1))  # the smallest
+    smallest, next_one = sides.down(1), sides.up(1, least=2)
+    with pytest.raises(SizeError, match=f"^{next_one - 1} x {next_one + 1} .* {smallest} x {next_one} or"):
+        network(pictures(1, 3, next_one - 1, next_one + 1))
+    network(pictures(1, 3, smallest, smallest))
 
 
 @pytest.mark.parametrize("output_stride", [8, 16])
@@ -172,11 +189,9 @@ def test_shapes_of_plain_resnets(backbone: str, output_stride: int) -> None:
         output = network(torch.zeros(2, 3, height, width))
         assert output.auxiliary is not None
         assert output.main.shape == output.auxiliary.shape == (2, CLASSES, height, width)
-        for features in network.backbone(torch.zeros(2, 3, height, width)):
-            assert features.shape[2:] == (
-                (height - 1) // output_stride + 1,
-                (width - 1) // output_stride + 1,
-            )
+        stages = network.backbone(torch.zeros(2, 3, height, width))
+        for features, stride in zip(stages, (4, 8, output_stride, output_stride), strict=True):
+            assert features.shape[2:] == ((height - 1) // stride + 1, (width - 1) // stride + 1)
 
 
 # --- sizes and inputs
@@ -315,9 +330,22 @@ def test_timm_networks_that_do_not_exist_or_do_not_dilate() -> None:
     spec_of("timm/resnet18", 16)  # skips if timm is not installed
     with refused(RecipeError, "'resnet18x'", vary=[r"timm [\d.]+", r"(?<=are ).*(?=\. See)"]):
         build_network(backbone="timm/resnet18x")
-    for name in ("hrnet_w18_small", "vit_tiny_patch16_224"):
-        with refused(RecipeError, f"timm/{name}", "stride 8", "stride 16", vary=[r"\(.*\)"]):
-            build_network(backbone=f"timm/{name}", output_stride=8)
+    with refused(RecipeError, "timm/hrnet_w18_small", "stride 8", "stride 16", vary=[r"\(.*\)"]):
+        build_network(backbone="timm/hrnet_w18_small", output_stride=8)
+    with refused(RecipeError, "timm/vit_tiny_patch16_224", "cannot be dilated", "dpt"):
+        build_network(backbone="timm/vit_tiny_patch16_224")
+
+
+def test_backbones_that_dpt_cannot_take() -> None:
+    spec_of("timm/resnet18", 16)  # skips if timm is not installed
+    with refused(RecipeError, "resnet50", "timm/resnet50"):
+        build_network("dpt", "resnet50")
+    with refused(RecipeError, "timm/levit_128s", "strides 4, 8, 16 and 32", "[16, 32, 64]"):
+        build_network("dpt", "timm/levit_128s")
+    with refused(RecipeError, "timm/maxvit_nano_rw_256", "any size", vary=[r"(?<=- ).*"]):
+        build_network("dpt", "timm/maxvit_nano_rw_256")
+    with refused(RecipeError, "timm/xcit_nano_12_p16_224", "any size", vary=[r"\(.*\)"]):
+        build_network("dpt", "timm/xcit_nano_12_p16_224")
 
 
 # --- slow oracles, written from the description
@@ -341,7 +369,9 @@ def slow_pool(x: Tensor) -> Tensor:
     return out
 
 
-def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride: int) -> list[Tensor]:
+def dilated_resnet(
+    name: str, state: dict[str, Tensor], x: Tensor, output_stride: int, *, dilate_first: bool
+) -> list[Tensor]:
     plan, caffe = RESNETS[name], name == "resnet101_caffe"
     if plan.deep_stem:
         for index, stride in ((1, 2), (2, 1), (3, 1)):
@@ -364,6 +394,8 @@ def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride
                     continue
                 three = weight.shape[-1] == 3
                 dilation = dilations[stage] if three else 1
+                if three and block == 0 and not dilate_first:
+                    dilation = dilations[max(0, stage - 1)]
                 step = stride if (three or caffe) and not strided else 1
                 strided |= three or caffe
                 y = F.conv2d(y, weight, stride=step, padding=dilation if three else 0, dilation=dilation)
@@ -376,7 +408,7 @@ def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride
             x = (x + y).relu()
             block += 1
         stages.append(x)
-    return stages[2:]
+    return stages
 
 
 @pytest.mark.parametrize(
@@ -386,7 +418,9 @@ def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride
         ("resnet18", 16, (49, 65)),
         ("resnet18_half", 8, (49, 65)),
         ("resnet50", 8, (49, 65)),
+        ("deeplabv3plus/resnet50", 8, (49, 65)),
         ("resnet50_deep", 16, (49, 65)),
+        ("deeplabv3plus/resnet50_deep", 16, (49, 65)),
         ("resnet101_caffe", 8, (49, 33)),
         # Before pooling 26 x 20 pixels: whether sizes are rounded up shows. A network refuses such sides, a backbone
         # takes them.
@@ -395,11 +429,15 @@ def dilated_resnet(name: str, state: dict[str, Tensor], x: Tensor, output_stride
 )
 def test_resnets_against_the_oracle(name: str, output_stride: int, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    backbone = build_network(backbone=name, classes=3, head_channels=8, output_stride=output_stride).backbone
+    architecture, _, name = name.rpartition("/")
+    spec = NetworkSpec(architecture or "pspnet", name, 3, output_stride, head_channels=8)  # ty: ignore
+    backbone = spec.build().backbone
     shake(backbone.eval())
     x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        wanted = dilated_resnet(name, backbone.state_dict(), x, output_stride)
+        wanted = dilated_resnet(
+            name, backbone.state_dict(), x, output_stride, dilate_first=architecture != "deeplabv3plus"
+        )
         for features, expected in zip(backbone(x), wanted, strict=True):
             assert features.shape == expected.shape
             assert torch.allclose(features, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
@@ -450,7 +488,7 @@ def test_pyramid_pooling_against_the_oracle(size: tuple[int, int]) -> None:
     y = norm(state, "fuse.norm", y).relu()
     wanted = F.conv2d(y, state["classifier.weight"], state["classifier.bias"])
     with torch.no_grad():
-        assert torch.allclose(head(x), wanted, atol=1e-5)
+        assert torch.allclose(head(Features(x, x, x, x)), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(("branches", "size"), [(4, (29, 9)), (2, (9, 29)), (4, (1, 2))])
@@ -473,7 +511,64 @@ def test_atrous_head_against_the_oracle(branches: int, size: tuple[int, int]) ->
                 weight = state[f"branches.{index}.weight"][:, :, i, j]
                 wanted += torch.einsum("kc,bchw->bkhw", weight, padded[:, :, rows, columns])
     with torch.no_grad():
-        assert torch.allclose(head(x), wanted, atol=1e-5)
+        assert torch.allclose(head(Features(x, x, x, x)), wanted, atol=1e-5)
+
+
+def slow_conv(state: dict[str, Tensor], key: str, x: Tensor, dilation: int = 1) -> Tensor:
+    """A convolution that keeps the size, its BatchNorm if there is one, and ReLU."""
+    weight = state[f"{key}.conv.weight"]
+    padding = dilation * (weight.shape[-1] // 2)
+    return norm(state, f"{key}.norm", F.conv2d(x, weight, padding=padding, dilation=dilation)).relu()
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_deeplabv3plus_head_against_the_oracle(output_stride: int) -> None:
+    torch.manual_seed(0)
+    head = DeepLabV3PlusHead(6, 8, 5, 3, output_stride=output_stride).eval()
+    shake(head)
+    state = head.state_dict()
+    low, high = torch.randn(2, 6, 29, 33), torch.randn(2, 8, 15, 17)
+    parts = [slow_conv(state, "branches.0", high)]
+    for index, dilation in enumerate((6, 12, 18), start=1):
+        parts.append(slow_conv(state, f"branches.{index}", high, dilation * 16 // output_stride))
+    whole = slow_conv(state, "whole", torch.stack([x.mean((1, 2)) for x in high])[:, :, None, None])
+    parts.append(whole * torch.ones(1, 1, 15, 17))
+    y = slow_conv(state, "project", torch.cat(parts, 1))
+    y = torch.stack([torch.from_numpy(slow_upsample(x.numpy(), 29, 33)).float() for x in y])
+    y = torch.cat([slow_conv(state, "reduce", low), y], 1)
+    y = slow_conv(state, "fuse.1", slow_conv(state, "fuse.0", y))
+    wanted = F.conv2d(y, state["classifier.weight"], state["classifier.bias"])
+    with torch.no_grad():
+        assert torch.allclose(head(Features(low, low, high, high)), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(37, 5), (37, 9), (4, 11), (7, 7)])
+def test_positions_are_resized_as_pytorch_does_with_a_scale_factor(before: int, after: int) -> None:
+    grid = torch.randn(before, before, 3, generator=torch.Generator().manual_seed(before))
+    scale = (after + POSITION_OFFSET) / before
+    weights = resizing(before, after, scale=torch.tensor(scale, dtype=torch.float64), like=grid)
+    wanted = F.interpolate(
+        grid.permute(2, 0, 1)[None], scale_factor=(scale, scale), mode="bicubic", align_corners=False
+    )
+    assert wanted.shape[2:] == (after, after)
+    ours = torch.einsum("hi,ijc,wj->chw", weights, grid, weights)
+    assert torch.allclose(ours, wanted[0], atol=1e-4)
+
+
+def test_stochastic_depth_acts_in_training_only() -> None:
+    spec = spec_of("dpt/timm/vit_tiny_patch16_224", 16)
+    torch.manual_seed(0)
+    network, plain = spec.build(drop_path=0.5), build(spec)
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    plain.load_state_dict(network.state_dict())
+    images = pictures(2, 3, 32, 48)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        first, second = network(images).main, network(images).main
+        assert not torch.allclose(first, second)
+        assert torch.equal(network.eval()(images).main, plain.eval()(images).main)
+    with refused(RecipeError, "resnet18", "stochastic depth"):
+        NetworkSpec(backbone="resnet18").build(drop_path=0.5)
 
 
 def test_new_convolutions_of_deeplabv2_have_a_standard_deviation_of_a_hundredth() -> None:

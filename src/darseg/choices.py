@@ -19,10 +19,18 @@ BuiltInClasses = Literal["cityscapes", "voc", "camvid"]
 AnnotationFormat = Literal["coco", "panoptic", "labelme", "cityscapes", "cvat"]
 """The annotation files that can be drawn as label maps."""
 
-Architecture = Literal["pspnet", "deeplabv2"]
+Architecture = Literal["pspnet", "deeplabv2", "deeplabv3plus", "dpt", "linear"]
 """What follows the backbone of a network."""
-ReleasedNetwork = Literal["pspnet50", "deeplabv2_101"]
-"""The networks of the original release."""
+ReleasedNetwork = Literal[
+    "pspnet50",
+    "deeplabv2_101",
+    "deeplabv3plus_resnet50",
+    "deeplabv3plus_resnet101",
+    "dpt_dinov2_small",
+    "dpt_dinov2_base",
+    "dpt_dinov2_large",
+]
+"""The networks of released checkpoints: of DARS (the first two) and of UniMatch (versions 1 and 2)."""
 ResultAlign = Literal["auto", "on", "off"]
 """Whether a run's result is its aligned network: as held-out images say, always, or never."""
 Precision = Literal["fp32", "bf16", "fp16"]

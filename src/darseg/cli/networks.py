@@ -215,7 +215,7 @@ def export(
 
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint of the release or of semseg; nothing in it is run.")
+        Path, typer.Argument(help="Checkpoint of DARS, semseg or UniMatch; nothing in it is run.")
     ],
     out: Annotated[
         Path, typer.Argument(metavar="OUT.safetensors", help="The network to write; must not exist.")
@@ -237,9 +237,10 @@ def convert(
         bool, typer.Option(help="With --no-strict, take what fits and draw the rest at random.")
     ] = True,
 ) -> None:
-    """Convert a checkpoint of the original release for evaluate, predict and label."""
+    """Convert a checkpoint of DARS's or UniMatch's release for evaluate, predict and label."""
     from darseg.data.classes import class_set
     from darseg.model.convert import convert as run_convert
+    from darseg.model.torchfile import read_part
 
     report = run_convert(
         checkpoint,
@@ -250,7 +251,8 @@ def convert(
         class_set=class_set(names) if names else None,
         strict=strict,
     )
-    say(f"{len(report.loaded)} tensors of {checkpoint} are in {out}")
+    part = read_part(checkpoint)
+    say(f"{len(report.loaded)} tensors of {checkpoint}" + (f" ({part})" if part else "") + f" are in {out}")
     if architecture == "deeplabv2_101" and not release_classifier:
         say(
             "note: the classifier sums all four branches. The release trained its own checkpoints with two, so they"

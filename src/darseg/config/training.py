@@ -31,13 +31,22 @@ class NetworkConfig(Section):
         PlainSerializer(lambda value: value.model_dump() if isinstance(value, WeightsFile) else value),
     ]
     strict: StrictBool = True
-    head_channels: Count | None = None  # None: 512 (pspnet)
+    head_channels: Count | None = None  # None: as published
     auxiliary_weight: NotNegative | None = None  # None: 0.4 (pspnet)
+    freeze: Literal["none", "backbone"] = "none"
+    drop_path: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.0
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
-        for name in ("head_channels", "auxiliary_weight"):
-            if self.architecture == "deeplabv2" and getattr(self, name):
-                yield (name,), "is for pspnet; deeplabv2 has no such head. Remove it"
+        if self.architecture in ("deeplabv2", "linear") and self.head_channels:
+            yield ("head_channels",), f"has no effect with {self.architecture}; remove it"
+        if self.architecture != "pspnet" and self.auxiliary_weight:
+            yield ("auxiliary_weight",), f"is for pspnet; {self.architecture} has no such head. Remove it"
+        if self.architecture == "dpt" and self.output_stride != 8:
+            yield ("output_stride",), "has no effect with dpt, which takes its backbone as it is; remove it"
+        if self.drop_path and not self.backbone.startswith("timm/"):
+            yield ("drop_path",), f"works with backbones of timm; the backbone is {self.backbone}. Remove it"
+        if self.drop_path and self.freeze == "backbone":
+            yield ("drop_path",), "has no effect on a frozen backbone; remove it"
 
 
 class AugmentationConfig(Section):

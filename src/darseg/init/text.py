@@ -82,8 +82,10 @@ def _network_lines(fit: Fit) -> Iterator[str]:
     yield f"  weights: {flow(fit.weights)}"
     detail = "as in the paper; 16 is faster" if gpu else "fast; 8 is finer and slower"
     yield f"  output_stride: {stride}  # one prediction for {stride} x {stride} pixels, then enlarged: {detail}"
-    if spec.head_channels != HEAD_CHANNELS:
-        comment = f"size of the last part of the network: fast; the paper has {HEAD_CHANNELS}"
+    if spec.head_channels != HEAD_CHANNELS[spec.architecture]:
+        comment = (
+            f"size of the last part of the network: fast; the paper has {HEAD_CHANNELS[spec.architecture]}"
+        )
         yield f"  head_channels: {spec.head_channels}  # {comment}"
 
 

@@ -161,7 +161,7 @@ class Variants:
         network, (height, width) = self.network, images.shape[-2:]
         head: Any = network.head
         network.sides.check(height, width)
-        prepared = head.prepare(network.backbone(network.normalize(images)).stage4)
+        prepared = head.prepare(network.backbone(network.normalize(images)))
         bias = classifier_bias(network)
         before = bias.clone()
         try:

@@ -1,21 +1,17 @@
-"""Backbones: dilated ResNets, and any network of timm behind the same contract.
+"""Backbones: dilated ResNets, and the contract that all backbones fulfill.
 
 A backbone turns normalized images, float [B, 3, H, W], into `Features`. Its attributes are its `name`, the `channels` of
-its two feature maps, and the `mean` and `std` (RGB, 0..255) that its weights expect.
+its four feature maps, its `stride` (pixels of the image per pixel of the last map), the `sides` of images that it takes,
+and the `mean` and `std` (RGB, 0..255) that its weights expect.
 """
 
 from __future__ import annotations
 
-import importlib
-import warnings
-from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from darseg.errors import RecipeError
-from darseg.model.convolutions import exchange_convolutions
+from darseg.model.sides import Sides
 
 RGB = tuple[float, float, float]
 
@@ -26,18 +22,31 @@ IMAGENET_STD: RGB = (58.395, 57.12, 57.375)
 OUTPUT_STRIDES = (8, 16)
 """Pixels of the image per pixel of the last feature map, along one side."""
 
-TIMM = "timm/"
-"""Prefix of backbones that timm builds, as in `timm/tf_efficientnet_lite0`."""
-
 
 class Features(NamedTuple):
-    """The feature maps that heads take; h = ceil(H / output stride), and w likewise."""
+    """The four feature maps that heads take, float [B, channels[i], h_i, w_i], from early to late.
 
+    Of a dilated network h4 = ceil(H / output stride), and the sides of stage 1 are a quarter of the image's. Of a plain
+    transformer all four have one place for each patch.
+    """
+
+    stage1: Tensor
+    stage2: Tensor
     stage3: Tensor
-    """[B, channels[0], h3, w3]: input of the auxiliary head. Its sides are h and w; for some timm backbones with output
-    stride 16 they are larger."""
     stage4: Tensor
-    """[B, channels[1], h, w]: input of the main head."""
+
+
+class Backbone(Protocol):
+    """What every backbone is, besides a module."""
+
+    name: str
+    channels: tuple[int, int, int, int]
+    stride: int
+    sides: Sides
+    mean: RGB
+    std: RGB
+
+    def __call__(self, images: Tensor) -> Features: ...
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -133,17 +142,24 @@ class ResNet(nn.Module):
     block of a stage. With output stride 16, stage 4 has dilation 2. Parameters are named as in torchvision; with the deep
     stem (three 3x3 convolutions instead of one 7x7) as in semseg. In a DeepLab plan BatchNorm's scale and shift are
     frozen; its running statistics still change.
+
+    Args:
+        dilate_first: False: the first block of a dilated stage keeps the dilation of the stage before it, as in
+            torchvision, and so in most DeepLabv3+ networks.
     """
 
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __init__(self, name: str, plan: ResNetPlan, output_stride: int) -> None:
+    def __init__(self, name: str, plan: ResNetPlan, output_stride: int, dilate_first: bool = True) -> None:
         super().__init__()
         self.name = name
+        self.stride = output_stride
+        self.sides = Sides(output_stride)
         self.deep_stem = plan.deep_stem
         width = plan.width
-        self.channels = (4 * width * plan.block.expansion, 8 * width * plan.block.expansion)
+        expanded = width * plan.block.expansion
+        self.channels = (expanded, 2 * expanded, 4 * expanded, 8 * expanded)
         if plan.deep_stem:
             self.conv1 = _conv3x3(3, width, stride=2)
             self.bn1 = nn.BatchNorm2d(width)
@@ -158,13 +174,16 @@ class ResNet(nn.Module):
         self.maxpool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=plan.deeplab)
         stride3, dilation3, stride4, dilation4 = (1, 2, 1, 4) if output_stride == 8 else (2, 1, 1, 2)
         inputs = 2 * width if plan.deep_stem else width
+        before = 1
 
         def stage(width: int, depth: int, *, stride: int, dilation: int) -> nn.Sequential:
-            nonlocal inputs
+            nonlocal inputs, before
             blocks: list[nn.Module] = []
             for index in range(depth):
-                blocks.append(plan.block(inputs, width, stride if index == 0 else 1, dilation))
+                own = before if index == 0 and not dilate_first else dilation
+                blocks.append(plan.block(inputs, width, stride if index == 0 else 1, own))
                 inputs = width * plan.block.expansion
+            before = dilation
             return nn.Sequential(*blocks)
 
         self.layer1 = stage(width, plan.depths[0], stride=1, dilation=1)
@@ -182,95 +201,7 @@ class ResNet(nn.Module):
         if self.deep_stem:
             x = self.relu(self.bn2(self.conv2(x)))
             x = self.relu(self.bn3(self.conv3(x)))
-        x = self.layer2(self.layer1(self.maxpool(x)))
-        stage3 = self.layer3(x)
-        return Features(stage3, self.layer4(stage3))
-
-
-class TimmBackbone(nn.Module):
-    """A network of timm, without its classifier; `Features` are its last two feature maps.
-
-    Mean and standard deviation are those of timm's configuration of the network.
-    Raises RecipeError if timm cannot be imported, does not know `name`, or cannot build it with this output stride.
-    """
-
-    def __init__(self, name: str, output_stride: int) -> None:
-        super().__init__()
-        self.name = name
-        model = name.removeprefix(TIMM)
-        timm = import_timm(name)
-        if not timm.is_model(model):
-            near = timm.list_models(f"*{model.split('.')[0]}*")[:5]
-            raise RecipeError(
-                f"timm {timm.__version__} has no network {model!r}. "
-                + (f"Similar names are {', '.join(near)}. " if near else "")
-                + "See timm.list_models() for all names."
-            )
-        try:
-            self.body = timm.create_model(
-                model, features_only=True, output_stride=output_stride, pretrained=False
-            )
-        except (
-            Exception
-        ) as error:  # timm's networks refuse with assertions, TypeError, NotImplementedError, …
-            raise _refused(name, output_stride, f"{type(error).__name__}: {error}") from error
-        reductions = self.body.feature_info.reduction()
-        if len(reductions) < 2 or reductions[-1] != output_stride:
-            raise _refused(name, output_stride, f"its feature maps have strides {reductions}")
-        stage3, stage4 = self.body.feature_info.channels()[-2:]
-        self.channels = (stage3, stage4)
-        self.mean = _in_255(self.body.pretrained_cfg["mean"])
-        self.std = _in_255(self.body.pretrained_cfg["std"])
-        exchange_convolutions(self.body, timm)
-
-    def forward(self, images: Tensor) -> Features:
-        return Features(*self.body(images)[-2:])
-
-    def all_keys(self) -> frozenset[str]:
-        """Keys of the state dict of the whole network, the classifier included."""
-        timm = import_timm(self.name)
-        with torch.device("meta"):  # names only: no memory, no random numbers drawn
-            return frozenset(timm.create_model(self.name.removeprefix(TIMM), pretrained=False).state_dict())
-
-
-Backbone = ResNet | TimmBackbone
-
-
-def build_backbone(name: str, output_stride: int) -> Backbone:
-    """The backbone `name`, randomly initialized; `output_stride` is 8 or 16. Raises RecipeError."""
-    if name in RESNETS:
-        return ResNet(name, RESNETS[name], output_stride)
-    if name.startswith(TIMM):
-        return TimmBackbone(name, output_stride)
-    raise RecipeError(
-        f"There is no backbone {name!r}. Choose one of {', '.join(RESNETS)}, or {TIMM}NAME for a network of timm."
-    )
-
-
-def import_timm(wanted_by: str) -> ModuleType:
-    """The module timm. Raises RecipeError, which says how to install it, if it cannot be imported."""
-    try:
-        with warnings.catch_warnings():
-            # torchvision's image extension, which nothing here uses, is missing with CPU builds of torch.
-            warnings.filterwarnings("ignore", "Failed to load image Python extension")
-            return importlib.import_module("timm")
-    except (ImportError, RuntimeError, OSError) as error:
-        # A torchvision built for another torch fails with a RuntimeError or OSError, not an ImportError.
-        raise RecipeError(
-            f"The backbone {wanted_by} needs timm, which cannot be imported here ({type(error).__name__}: {error}). "
-            'Install it with: pip install "darseg[timm]". If it is installed already, its torchvision does not fit this '
-            f"torch: reinstall the two together. Backbones without timm are {', '.join(RESNETS)}."
-        ) from error
-
-
-def _refused(name: str, output_stride: int, reason: str) -> RecipeError:
-    other_stride = 16 if output_stride == 8 else 8
-    return RecipeError(
-        f"{name} cannot be built with output stride {output_stride} ({reason}). Try output stride {other_stride}, or a "
-        "network that timm can dilate, such as timm/resnet50, timm/mobilenetv3_large_100 or timm/tf_efficientnet_lite0."
-    )
-
-
-def _in_255(parts: tuple[float, ...]) -> RGB:
-    red, green, blue = (255 * float(part) for part in parts)
-    return red, green, blue
+        stage1 = self.layer1(self.maxpool(x))
+        stage2 = self.layer2(stage1)
+        stage3 = self.layer3(stage2)
+        return Features(stage1, stage2, stage3, self.layer4(stage3))

@@ -1,4 +1,4 @@
-"""Checkpoints of the original release as networks that darseg loads."""
+"""Checkpoints of released code (DARS, semseg, UniMatch) as networks that darseg loads."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def convert(
     class_set: ClassSet | None = None,
     strict: bool = True,
 ) -> LoadReport:
-    """Convert a checkpoint of the release or of semseg to a network that darseg can load.
+    """Convert a checkpoint of released code (DARS, semseg, UniMatch) to a network that darseg can load.
 
     Args:
-        source: as `load_weights` reads it; an optimizer in the file is left out.
-        architecture: "pspnet50" or "deeplabv2_101".
+        source: as `load_weights` reads it; an optimizer in the file is left out. Of a file with both "model" and
+            "model_ema", UniMatch V2's average over the steps, the latter is taken.
+        architecture: "pspnet50", "deeplabv2_101", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101",
+            "dpt_dinov2_small", "dpt_dinov2_base" or "dpt_dinov2_large".
         classes: K; None: as many as the file (or `class_set`) has.
         release_classifier: DeepLabv2 sums two of its four branches, as the published checkpoints need it.
         class_set: names and colors to keep in the file.

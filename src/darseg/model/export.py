@@ -69,7 +69,7 @@ class Portable(nn.Module):
         normalized = network.normalize(images.permute(0, 3, 1, 2))
         # As the sliding window pads: on all sides, with the mean color, which is 0 after normalization.
         around = (left, padded_w - width - left, top, padded_h - height - top)
-        features = network.backbone(F.pad(normalized, around)).stage4
+        features = network.backbone(F.pad(normalized, around))
         head = network.head
         logits = head(features, mean_of_cells) if isinstance(head, PyramidPoolingHead) else head(features)
         logits = upsample(logits, (padded_h, padded_w))[:, :, top : top + height, left : left + width]

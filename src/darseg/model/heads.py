@@ -1,6 +1,7 @@
 """Heads: features in, logits at the size of the features out.
 
-Only the convolutions that give logits have a bias; elsewhere a BatchNorm makes it redundant.
+`prepare` computes what the classifier sees and `classify` its logits. Only the convolutions that give logits have a bias;
+elsewhere a BatchNorm makes it redundant.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from darseg.model.backbone import Features
 
 BINS = (1, 2, 3, 6)
 """Sides of the grids that pyramid pooling averages over (PSPNet)."""
@@ -23,6 +26,12 @@ ATROUS_DILATIONS = (6, 12, 18, 24)
 RELEASE_BRANCHES = 2
 """How many of these branches the release sums: its loop returns early."""
 
+PYRAMID_DILATIONS = (6, 12, 18)
+"""Dilations of DeepLabv3+'s spatial pyramid at output stride 16; at 8 they are doubled (Chen et al. 2018)."""
+
+LOW_LEVEL_CHANNELS = 48
+"""Channels that DeepLabv3+ keeps of stage 1."""
+
 ATROUS_STD = 0.01
 """Standard deviation of the normal distribution that DeepLabv2 draws new convolutions from."""
 
@@ -35,9 +44,10 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
 class ConvNormReLU(nn.Module):
     """Convolution without bias, BatchNorm, ReLU; the size is kept."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: int, dilation: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU(inplace=True)
 
@@ -48,8 +58,8 @@ class ConvNormReLU(nn.Module):
 class PyramidPoolingHead(nn.Module):
     """Pyramid pooling (PSPNet): local features concatenated with context pooled at four scales.
 
-    [B, inputs, h, w] → [B, classes, h, w]. Each of the four branches averages over the cells of a grid and keeps
-    inputs // 4 channels; `channels` is the width of the 3x3 convolution that joins them.
+    Stage 4, [B, inputs, h, w], → [B, classes, h, w]. Each of the four branches averages over the cells of a grid and
+    keeps inputs // 4 channels; `channels` is the width of the 3x3 convolution that joins them.
     """
 
     def __init__(self, inputs: int, channels: int, classes: int) -> None:
@@ -61,7 +71,7 @@ class PyramidPoolingHead(nn.Module):
         self.classifier = nn.Conv2d(channels, classes, 1)
 
     def forward(
-        self, features: Tensor, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
+        self, features: Features, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
     ) -> Tensor:
         """Logits of the features.
 
@@ -71,13 +81,14 @@ class PyramidPoolingHead(nn.Module):
         return self.classify(self.prepare(features, pool))
 
     def prepare(
-        self, features: Tensor, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
+        self, features: Features, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
     ) -> Tensor:
         """What the classifier sees."""
-        height, width = features.shape[-2:]
-        parts = [features]
+        local = features.stage4
+        height, width = local.shape[-2:]
+        parts = [local]
         for bins, branch in zip(BINS, self.branches, strict=True):
-            parts.append(upsample(branch(pool(features, bins)), (height, width)))
+            parts.append(upsample(branch(pool(local, bins)), (height, width)))
         return self.dropout(self.fuse(torch.cat(parts, dim=1)))
 
     def classify(self, prepared: Tensor) -> Tensor:
@@ -91,7 +102,7 @@ class PyramidPoolingHead(nn.Module):
 
 
 class AuxiliaryHead(nn.Module):
-    """A small classifier on stage 3 that helps training (PSPNet): [B, inputs, h, w] → [B, classes, h, w].
+    """A small classifier that helps training (PSPNet): stage 3, [B, inputs, h, w], → [B, classes, h, w].
 
     Its 3x3 convolution has inputs // 4 channels; for ResNet-50's 1024 that is 256, as in the release.
     """
@@ -102,15 +113,15 @@ class AuxiliaryHead(nn.Module):
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(inputs // 4, classes, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.fuse(features)))
+    def forward(self, features: Features) -> Tensor:
+        return self.classifier(self.dropout(self.fuse(features.stage3)))
 
 
 class AtrousHead(nn.Module):
     """DeepLabv2's classifier: parallel 3x3 convolutions, dilated 6, 12, 18 and 24, summed.
 
-    [B, inputs, h, w] → [B, classes, h, w]. The first `branches` of the four are summed. All four are kept, because the
-    release has four and sums two.
+    Stage 4, [B, inputs, h, w], → [B, classes, h, w]. The first `branches` of the four are summed. All four are kept,
+    because the release has four and sums two.
     """
 
     def __init__(self, inputs: int, classes: int, branches: int = len(ATROUS_DILATIONS)) -> None:
@@ -124,12 +135,12 @@ class AtrousHead(nn.Module):
             nn.init.normal_(branch.weight, std=ATROUS_STD)  # ty: ignore[invalid-argument-type]
             branch.requires_grad_(index < branches)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Features) -> Tensor:
         return self.classify(self.prepare(features))
 
-    def prepare(self, features: Tensor) -> Tensor:
-        """What the classifier sees: the features themselves."""
-        return features
+    def prepare(self, features: Features) -> Tensor:
+        """What the classifier sees: stage 4 itself."""
+        return features.stage4
 
     def classify(self, prepared: Tensor) -> Tensor:
         """Logits of what `prepare` returned."""
@@ -142,3 +153,74 @@ class AtrousHead(nn.Module):
     def last(self) -> nn.Module:
         """A convolution whose bias is added to the logits once: the first branch, always summed."""
         return self.branches[0]
+
+
+class DeepLabV3PlusHead(nn.Module):
+    """DeepLabv3+ (Chen et al. 2018): a spatial pyramid on stage 4, refined with stage 1.
+
+    Features → logits [B, classes, h1, w1], at the size of stage 1. The pyramid is a 1x1 convolution, three dilated 3x3
+    convolutions and the mean over the image, each with `width` channels.
+    """
+
+    def __init__(self, low: int, high: int, width: int, classes: int, *, output_stride: int) -> None:
+        super().__init__()
+        factor = 16 // output_stride
+        self.branches = nn.ModuleList([ConvNormReLU(high, width, 1)])
+        self.branches.extend(
+            ConvNormReLU(high, width, 3, factor * dilation) for dilation in PYRAMID_DILATIONS
+        )
+        self.whole = ConvNormReLU(high, width, 1)
+        self.project = ConvNormReLU((len(self.branches) + 1) * width, width, 1)
+        self.reduce = ConvNormReLU(low, LOW_LEVEL_CHANNELS, 1)
+        self.fuse = nn.Sequential(
+            ConvNormReLU(width + LOW_LEVEL_CHANNELS, width, 3), ConvNormReLU(width, width, 3)
+        )
+        self.classifier = nn.Conv2d(width, classes, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.classify(self.prepare(features))
+
+    def prepare(self, features: Features) -> Tensor:
+        """What the classifier sees."""
+        low, high = features.stage1, features.stage4
+        mean = self.whole(high.mean(dim=(2, 3), keepdim=True)).expand(-1, -1, *high.shape[-2:])
+        pyramid = self.project(torch.cat([*(branch(high) for branch in self.branches), mean], dim=1))
+        height, width = low.shape[-2:]
+        return self.fuse(torch.cat([self.reduce(low), upsample(pyramid, (height, width))], dim=1))
+
+    def classify(self, prepared: Tensor) -> Tensor:
+        """Logits of what `prepare` returned."""
+        return self.classifier(prepared)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The convolution whose bias is added to the logits once."""
+        return self.classifier
+
+
+class LinearHead(nn.Module):
+    """A BatchNorm and a linear classifier on stage 4, [B, inputs, h, w] → [B, classes, h, w], as DINOv2 was judged by.
+
+    For frozen backbones, and to see what a backbone knows.
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(inputs)
+        self.classifier = nn.Conv2d(inputs, classes, 1)
+
+    def forward(self, features: Features) -> Tensor:
+        return self.classify(self.prepare(features))
+
+    def prepare(self, features: Features) -> Tensor:
+        """What the classifier sees."""
+        return self.norm(features.stage4)
+
+    def classify(self, prepared: Tensor) -> Tensor:
+        """Logits of what `prepare` returned."""
+        return self.classifier(prepared)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The convolution whose bias is added to the logits once."""
+        return self.classifier

@@ -6,7 +6,8 @@ Letters: B images, K classes, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -15,30 +16,37 @@ from torch import Tensor, nn
 
 from darseg.choices import Architecture
 from darseg.errors import DataError, RecipeError, faults, shortened
-from darseg.model.backbone import OUTPUT_STRIDES, Backbone, build_backbone
+from darseg.model.backbone import OUTPUT_STRIDES, RESNETS, Backbone, ResNet
+from darseg.model.dpt import DPTHead
 from darseg.model.former import FormerMethods
 from darseg.model.heads import (
     ATROUS_DILATIONS,
     RELEASE_BRANCHES,
     AtrousHead,
     AuxiliaryHead,
+    DeepLabV3PlusHead,
+    LinearHead,
     PyramidPoolingHead,
     upsample,
 )
 from darseg.model.sides import Sides
+from darseg.model.timm_backbones import TIMM, TimmBackbone, TimmScales
+from darseg.model.vit import Transformer, is_transformer
 
 if TYPE_CHECKING:  # it folds into networks
     from darseg.model.aligned import AlignmentRecord
 
 KINDS: dict[type, str] = {str: "text", int: "an integer", bool: "true or false"}
+DILATED = ("pspnet", "deeplabv2", "deeplabv3plus")
+"""Architectures on a dilated backbone; the others take a backbone's scales or tokens as they are."""
 MOST_CHANNELS = 8192
 """Width of a head at most: with 2048 features of a ResNet, its convolution then has 0.3 billion weights."""
 LONGEST_NAME = 200
 """Characters of a backbone's name."""
 
 ARCHITECTURES = get_args(Architecture)
-HEAD_CHANNELS = 512
-"""Width of PSPNet's last 3x3 convolution, as published."""
+HEAD_CHANNELS = {"pspnet": 512, "deeplabv2": 512, "deeplabv3plus": 256}
+"""Width of the head, as published; DeepLabv2 has none and ignores it. DPT's depends on its backbone."""
 
 
 class Output(NamedTuple):
@@ -56,15 +64,17 @@ class Network(FormerMethods, nn.Module):
     Attributes:
         classes: K.
         stride: pixels of the image per pixel of the last feature map, along one side.
-        sides: the image sides it takes: stride * n + 1 pixels.
+        sides: the image sides it takes: stride * n + 1 pixels; for networks of patches, multiples of the patch.
         mean, std: buffers of its normalization (RGB, 0..255), float32 [3].
         fill: the mean color, for padding.
         alignment: the class weights that are folded into its classifier; None: it is as it was trained.
+        frozen: whether its backbone stays as it is in training (see `freeze_backbone`).
     """
 
     mean: Tensor
     std: Tensor
     alignment: AlignmentRecord | None = None
+    frozen: bool = False
 
     def __init__(
         self,
@@ -73,15 +83,15 @@ class Network(FormerMethods, nn.Module):
         auxiliary_head: nn.Module | None,
         *,
         classes: int,
-        stride: int,
     ) -> None:
         super().__init__()
+        assert isinstance(backbone, nn.Module)
         self.backbone = backbone
         self.head = head
         self.auxiliary_head = auxiliary_head
         self.classes = classes
-        self.stride = stride
-        self.sides = Sides(stride)
+        self.stride = backbone.stride
+        self.sides = backbone.sides
         # Buffers are part of the state dict: a saved network keeps the normalization it was trained with.
         self.register_buffer("mean", torch.tensor(backbone.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(backbone.std, dtype=torch.float32))
@@ -91,6 +101,19 @@ class Network(FormerMethods, nn.Module):
         """The mean color in whole numbers (RGB, 0..255), to pad images with."""
         red, green, blue = (round(part) for part in self.mean.tolist())
         return red, green, blue
+
+    def freeze_backbone(self) -> None:
+        """Train the heads alone: the backbone gets no gradients, keeps no activations, and its statistics stay."""
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Network:
+        """As of any module, but a frozen backbone stays in eval mode."""
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] RGB → float (x - mean) / std. Float images are returned unchanged."""
@@ -114,11 +137,12 @@ class Network(FormerMethods, nn.Module):
             )
         height, width = images.shape[-2:]
         self.sides.check(height, width)
-        features = self.backbone(self.normalize(images))
-        main = upsample(self.head(features.stage4), (height, width))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone(self.normalize(images))
+        main = upsample(self.head(features), (height, width))
         auxiliary = None
         if self.training and self.auxiliary_head is not None:
-            auxiliary = upsample(self.auxiliary_head(features.stage3), (height, width))
+            auxiliary = upsample(self.auxiliary_head(features), (height, width))
         return Output(main, auxiliary)
 
 
@@ -136,8 +160,9 @@ class NetworkSpec:
     """All that is needed to build a network again; saved with its weights.
 
     Attributes:
-        head_channels: width of PSPNet's head; DeepLabv2 ignores it.
-        auxiliary: whether PSPNet has an auxiliary head; DeepLabv2 has none.
+        output_stride: of a dilated backbone; transformers, and DPT on other networks of timm, ignore it.
+        head_channels: width of the head; None: as published. DeepLabv2 and linear heads ignore it.
+        auxiliary: whether PSPNet has an auxiliary head; None: PSPNet has one. The others have none.
         class_names, class_colors (RGB, 0..255): for readers of the predictions; empty if unknown.
         release_classifier: DeepLabv2 sums two branches instead of four, as the release does.
 
@@ -148,13 +173,17 @@ class NetworkSpec:
     backbone: str = "resnet50"
     classes: int = 19
     output_stride: int = 8
-    head_channels: int = HEAD_CHANNELS
-    auxiliary: bool = True
+    head_channels: int | None = field(default=None, metadata={"left_out": 512})  # by digests of settings
+    auxiliary: bool | None = field(default=None, metadata={"left_out": True})
     class_names: tuple[str, ...] = ()
     class_colors: tuple[tuple[int, int, int], ...] = ()
     release_classifier: bool = False
 
     def __post_init__(self) -> None:
+        if self.head_channels is None and isinstance(self.architecture, str):
+            object.__setattr__(self, "head_channels", HEAD_CHANNELS.get(self.architecture))
+        if self.auxiliary is None:
+            object.__setattr__(self, "auxiliary", self.architecture == "pspnet")
         if problems := self._of_wrong_type():  # a description in a foreign file may hold anything
             raise RecipeError(faults("This network cannot be built", problems))
         if self.architecture not in ARCHITECTURES:
@@ -163,12 +192,12 @@ class NetworkSpec:
             problems.append(f"output stride {self.output_stride}: choose 8 (finer) or 16 (faster)")
         if not 2 <= self.classes <= 255:
             problems.append(f"the number of classes is {shortened(self.classes)}; expected 2 to 255")
-        if not 1 <= self.head_channels <= MOST_CHANNELS:
+        if self.head_channels is not None and not 1 <= self.head_channels <= MOST_CHANNELS:
             problems.append(
                 f"{shortened(self.head_channels)} head channels: 1 to {MOST_CHANNELS} are possible (the paper has 512)"
             )
-        if self.architecture == "deeplabv2" and self.auxiliary:
-            problems.append("auxiliary: deeplabv2 has no auxiliary head")
+        if self.architecture != "pspnet" and self.auxiliary:
+            problems.append(f"auxiliary: {self.architecture} has no auxiliary head")
         if self.architecture != "deeplabv2" and self.release_classifier:
             problems.append("release_classifier: only deeplabv2's classifier differs in the release")
         for kind, values in (("names", self.class_names), ("colors", self.class_colors)):
@@ -186,7 +215,10 @@ class NetworkSpec:
         lines = [
             f"{name} is {shortened(getattr(self, name))}; expected {KINDS[kind]}"
             for name, kind in types.items()
-            if not isinstance(getattr(self, name), Integral if kind is int else kind)
+            if (
+                not (name == "head_channels" and self.head_channels is None)
+                and not isinstance(getattr(self, name), Integral if kind is int else kind)
+            )
             or (kind is int and isinstance(getattr(self, name), bool))
         ]
         if type(self.backbone) is str and len(self.backbone) > LONGEST_NAME:
@@ -203,20 +235,73 @@ class NetworkSpec:
 
     @property
     def sides(self) -> Sides:
-        """The image sides that the network takes."""
-        return Sides(self.output_stride)
+        """The image sides that the network takes. Raises RecipeError for unknown backbones."""
+        return _sides(self.architecture, self.backbone, self.output_stride)
 
-    def build(self) -> Network:
-        """The network, randomly initialized, in training mode. Raises RecipeError for unknown backbones."""
-        backbone = build_backbone(self.backbone, self.output_stride)
-        stage3, stage4 = backbone.channels
-        if self.architecture == "deeplabv2":
-            branches = RELEASE_BRANCHES if self.release_classifier else len(ATROUS_DILATIONS)
-            head: nn.Module = AtrousHead(stage4, self.classes, branches)
-        else:
-            head = PyramidPoolingHead(stage4, self.head_channels, self.classes)
-        auxiliary_head = AuxiliaryHead(stage3, self.classes) if self.auxiliary else None
-        return Network(backbone, head, auxiliary_head, classes=self.classes, stride=self.output_stride)
+    def build(self, drop_path: float = 0.0) -> Network:
+        """The network, randomly initialized, in training mode. Raises RecipeError for unknown backbones.
+
+        Args:
+            drop_path: stochastic depth of a backbone of timm: the share of the last block's calls that are left out in
+                training; earlier blocks less.
+        """
+        backbone = build_backbone(
+            self.backbone, self.architecture, output_stride=self.output_stride, drop_path=drop_path
+        )
+        first, _, third, last = backbone.channels
+        match self.architecture:
+            case "pspnet":
+                head: nn.Module = PyramidPoolingHead(last, self.head_channels or 1, self.classes)
+            case "deeplabv2":
+                branches = RELEASE_BRANCHES if self.release_classifier else len(ATROUS_DILATIONS)
+                head = AtrousHead(last, self.classes, branches)
+            case "deeplabv3plus":
+                width, stride = self.head_channels or 1, self.output_stride
+                head = DeepLabV3PlusHead(first, last, width, self.classes, output_stride=stride)
+            case "dpt":
+                tokens = isinstance(backbone, Transformer)
+                head = DPTHead(backbone.channels, self.head_channels, self.classes, tokens=tokens)
+            case "linear":
+                head = LinearHead(last, self.classes)
+        auxiliary_head = AuxiliaryHead(third, self.classes) if self.auxiliary else None
+        return Network(backbone, head, auxiliary_head, classes=self.classes)
+
+
+def build_backbone(
+    name: str, architecture: Architecture, *, output_stride: int = 8, drop_path: float = 0.0
+) -> Backbone:
+    """The backbone `name` as an architecture wants it, randomly initialized. Raises RecipeError."""
+    if name not in RESNETS and not name.startswith(TIMM):
+        raise RecipeError(
+            f"There is no backbone {name!r}. Choose one of {', '.join(RESNETS)}, or {TIMM}NAME for a network of timm."
+        )
+    transformer = name not in RESNETS and is_transformer(name)
+    if transformer and architecture not in DILATED:
+        return Transformer(name, drop_path)
+    if transformer:
+        raise RecipeError(
+            f"{name} is a plain transformer, which cannot be dilated, so {architecture} does not work on it. Choose "
+            "network.architecture dpt, or linear."
+        )
+    if name in RESNETS:
+        if architecture == "dpt":
+            raise RecipeError(
+                f"dpt takes backbones of timm, and {name} is darseg's own. Choose {TIMM}resnet50 or another of timm."
+            )
+        if drop_path:
+            raise RecipeError(f"{name} has no stochastic depth (drop_path). Choose a backbone of timm, or 0.")
+        return ResNet(name, RESNETS[name], output_stride, dilate_first=architecture != "deeplabv3plus")
+    if architecture == "dpt":
+        return TimmScales(name, drop_path)
+    return TimmBackbone(name, output_stride, drop_path)
+
+
+@lru_cache
+def _sides(architecture: Architecture, backbone: str, output_stride: int) -> Sides:
+    if architecture in DILATED or backbone in RESNETS:
+        return Sides(output_stride)
+    with torch.device("meta"):  # no memory, no random numbers drawn
+        return build_backbone(backbone, architecture, output_stride=output_stride).sides
 
 
 def build_network(
@@ -224,16 +309,18 @@ def build_network(
     backbone: str = "resnet50",
     classes: int = 19,
     output_stride: int = 8,
-    head_channels: int = HEAD_CHANNELS,
+    head_channels: int | None = None,
     auxiliary: bool | None = None,
     release_classifier: bool = False,
 ) -> Network:
     """A network, randomly initialized and in training mode; the same after the same `torch.manual_seed`.
 
     Args:
-        architecture: `pspnet` or `deeplabv2`.
+        architecture: `pspnet`, `deeplabv2`, `deeplabv3plus`, `dpt` or `linear`.
         backbone: `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet50_deep`, `resnet101_deep` (these two with the
-            paper's stem of three 3x3 convolutions), `resnet101_caffe` (DeepLabv2's) or `timm/NAME`.
+            paper's stem of three 3x3 convolutions), `resnet101_caffe` (DeepLabv2's) or `timm/NAME`. `dpt` takes
+            backbones of timm; plain transformers (DINOv2, DINOv3, …) go with `dpt` and `linear`.
+        head_channels: width of the head; None: as published.
         auxiliary: whether it has an auxiliary head; None: if the architecture has one.
 
     Raises RecipeError.
@@ -242,8 +329,6 @@ def build_network(
     >>> network(torch.zeros(1, 3, 33, 49, dtype=torch.uint8)).main.shape
     torch.Size([1, 5, 33, 49])
     """
-    if auxiliary is None:
-        auxiliary = architecture == "pspnet"
     return NetworkSpec(
         architecture,
         backbone,

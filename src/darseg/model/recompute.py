@@ -1,10 +1,11 @@
-"""Less memory for more time: the backward pass computes activations of a ResNet's blocks again."""
+"""Less memory for more time: the backward pass computes activations of a backbone's blocks again."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Generator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,32 +15,37 @@ from torch.utils.checkpoint import checkpoint
 from darseg.errors import RecipeError
 from darseg.model.backbone import BasicBlock, Bottleneck
 from darseg.model.network import Network
+from darseg.model.vit import Transformer
 
 
 def recompute_blocks(network: Network) -> None:
     """In training, keep only each block's inputs; the backward pass computes the rest again.
 
     Gradients and BatchNorm's running statistics stay the same: the statistics change only the first time that a block
-    sees a batch. Raises RecipeError for backbones without such blocks (timm's).
+    sees a batch. Raises RecipeError for backbones without such blocks (timm's CNNs).
     """
-    blocks = [module for module in network.backbone.modules() if isinstance(module, (BasicBlock, Bottleneck))]
+    backbone = network.backbone
+    blocks: list[nn.Module] = [m for m in backbone.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    if isinstance(backbone, Transformer):
+        blocks = list(backbone.body.blocks)
     if not blocks:
         raise RecipeError(
-            f"training.recompute works only with darseg's ResNets; the backbone is {network.backbone.name}. Choose one "
-            "of them, or a smaller training.micro_batch."
+            f"training.recompute works only with darseg's ResNets and with transformers; the backbone is {backbone.name}. "
+            "Choose one of them, or a smaller training.micro_batch."
         )
     for block in blocks:
         block.forward = partial(_forward, block, block.forward)
 
 
-def _forward(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _forward(block: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     if not (block.training and torch.is_grad_enabled()):
-        return forward(x)
+        return forward(*args, **kwargs)
     return checkpoint(
         forward,
-        x,
+        *args,
         use_reentrant=False,
         context_fn=lambda: (contextlib.nullcontext(), _statistics_stay(block)),
+        **kwargs,
     )
 
 

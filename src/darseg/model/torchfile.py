@@ -36,6 +36,10 @@ MEMBERS_READ = 1000
 LONGEST_HEAD = 1 << 22
 """Bytes of a safetensors file's list of tensors: twenty times what large networks need. Reading more takes long."""
 
+PARTS = ("state_dict", "model_ema", "model")
+"""Names under which checkpoints hold a network, in the order of preference. "model_ema" is the average over the steps
+that UniMatch V2 is judged by."""
+
 OLD_TAR_MEMBERS = {"storages", "tensors", "pickle"}
 """Files in the tar archives that torch.save wrote until early 2017."""
 
@@ -58,8 +62,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         except Exception as error:  # safetensors raises its own errors, torch's and OSError
             raise damaged(path, error) from error
     content = _load_guarded(path)
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if part := _part_of(content):
+        content = content[part]
     if not isinstance(content, dict):
         raise WeightsError(
             f"{path} holds a {type(content).__name__}, not a state dict (names and tensors). Save the state dict "
@@ -74,6 +78,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             'dict, bare or under "state_dict".'
         )
     return tensors
+
+
+def read_part(path: Path) -> str:
+    """Under which name of PARTS a checkpoint holds the network that `read_tensors` reads; "" if under none."""
+    return "" if is_safetensors(read_start(path)) else _part_of(_load_guarded(path))
+
+
+def _part_of(content: Any) -> str:
+    if not isinstance(content, dict):
+        return ""
+    return next((part for part in PARTS if isinstance(content.get(part), dict)), "")
 
 
 def _some_keys(content: dict[Any, Any]) -> list[str]:

@@ -22,12 +22,14 @@ from torch import Tensor
 from darseg.data.files import parse_json, write_whole
 from darseg.errors import DataError, RecipeError, WeightsError, faults
 from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
-from darseg.model.backbone import Backbone, TimmBackbone
+from darseg.model.backbone import Backbone, ResNet
 from darseg.model.class_order import Order, class_order, classifier_keys, reorder_classes
 from darseg.model.heads import ATROUS_DILATIONS
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import RELEASED, classes_in, our_key, released_architecture
+from darseg.model.timm_backbones import all_keys
 from darseg.model.torchfile import check_head, damaged, is_safetensors, read_bare, read_start, read_tensors
+from darseg.model.vit import Transformer, as_timm
 
 METADATA = "darseg"
 """The only entry of a file's metadata: safetensors writes several in no fixed order, and equal networks should be equal
@@ -183,6 +185,7 @@ class LoadReport:
         architecture: of the release, if the file has its layout.
         unaligned: whether class weights in the file were left out, so that the network is as it was trained.
         classes: a sentence that says how the classes were matched; empty for a backbone, and if there is nothing to say.
+        resized: a sentence that says how a transformer's position embeddings were resized; empty if they were not.
     """
 
     source: Path
@@ -194,6 +197,7 @@ class LoadReport:
     architecture: str | None = None
     unaligned: bool = False
     classes: str = ""
+    resized: str = ""
 
 
 @dataclass(frozen=True)
@@ -234,7 +238,9 @@ def load_weights(
 
     Raises WeightsError, leaving the network as it was, if `strict` is violated or nothing matches.
     """
-    tensors = read_bare(source)
+    tensors, note = read_bare(source), ""
+    if isinstance(network.backbone, Transformer) and not _is_whole(tensors):
+        tensors, note = as_timm(network.backbone, tensors)
     match = _match(network, tensors)
     matched = _match_classes(network, source, match, wanted=class_names)
     match = matched.match
@@ -271,6 +277,7 @@ def load_weights(
         architecture=match.architecture,
         unaligned=unaligned,
         classes=matched.note,
+        resized=note,
     )
 
 
@@ -314,12 +321,19 @@ def _alignment_in(source: Path) -> AlignmentRecord | None:
     return None
 
 
+def _is_whole(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file holds a whole network, not only a backbone."""
+    return released_architecture(tensors) is not None or any(key.startswith("backbone.") for key in tensors)
+
+
 def _match(network: Network, tensors: Mapping[str, Tensor]) -> _Match:
     backbone, state = network.backbone, network.state_dict()
     architecture = released_architecture(tensors)
-    whole = architecture is not None or any(key.startswith("backbone.") for key in tensors)
+    whole = _is_whole(tensors)
+    idle: set[str] = set()  # keys that the release has and does not use
     if architecture is not None:
         theirs = {our_key(key, architecture): key for key in tensors}
+        idle = {key for key in tensors if our_key(key, architecture) is None}
         origin = {key: theirs.get(key, key) for key in state if key not in NORMALIZATION}
     elif whole:
         origin = {key: key for key in state}
@@ -333,7 +347,7 @@ def _match(network: Network, tensors: Mapping[str, Tensor]) -> _Match:
         origin,
         misfits=_misfits(state, origin, tensors),
         uncounted=uncounted,
-        unused=tuple(sorted(set(tensors) - set(origin.values()))),
+        unused=tuple(sorted(set(tensors) - set(origin.values()) - idle)),
     )
 
 
@@ -378,7 +392,7 @@ def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> s
 
 def _origin(key: str, backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
     """The key in the file that fills `key` of the backbone."""
-    if not isinstance(backbone, TimmBackbone):
+    if isinstance(backbone, ResNet):
         return key
     key = key.removeprefix("body.")
     if key in tensors:
@@ -396,8 +410,8 @@ def _foreign(unused: tuple[str, ...], backbone: Backbone, filled: Iterable[str])
     """
     tops = {name.partition(".")[0] for name in filled}
     foreign = [key for key in unused if key.partition(".")[0] in tops]
-    if foreign and isinstance(backbone, TimmBackbone):
-        whole = backbone.all_keys()
+    if foreign and not isinstance(backbone, ResNet):
+        whole = all_keys(backbone.name)
         foreign = [key for key in foreign if key not in whole]
     return foreign
 

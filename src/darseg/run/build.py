@@ -27,7 +27,7 @@ from darseg.data.scaling import Scaling
 from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
 from darseg.model.download import fetch
 from darseg.model.fold import fold_batchnorm
-from darseg.model.network import HEAD_CHANNELS, Network, NetworkSpec
+from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, load_weights
 from darseg.run.directory import RunDirectory
@@ -228,7 +228,7 @@ def spec_of(recipe: Recipe) -> NetworkSpec:
         backbone=network.backbone,
         classes=len(classes),
         output_stride=network.output_stride,
-        head_channels=network.head_channels or HEAD_CHANNELS,
+        head_channels=network.head_channels,
         auxiliary=auxiliary_weight_of(recipe) > 0,
         class_names=classes.names,
         class_colors=classes.colors,
@@ -252,7 +252,7 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
     Raises WeightsError if the weights cannot be used: a run never silently starts from random weights.
     """
     torch.manual_seed(recipe.seed)
-    network = spec_of(recipe).build()
+    network = spec_of(recipe).build(recipe.network.drop_path)
     weights = recipe.network.weights
     if weights == "none":
         return network, f"none; {recipe.network.backbone} starts from random numbers (network.weights: none)"
@@ -265,8 +265,8 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
         source += f"; {len(report.unfilled)} that do not fit start from random numbers: {'; '.join(report.unfilled)}"
     if report.unused:
         source += f"; not needed: {', '.join(report.unused)}"
-    if report.classes:
-        source += f"; {report.classes}"
+    for note in (report.classes, report.resized):
+        source += f"; {note}" if note else ""
     if report.unaligned:
         source += "; its class weights are left out, since training goes on from the plain network"
     if report.architecture == "deeplabv2" and not recipe.release_quirks:

@@ -171,6 +171,8 @@ def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
     """
     if syncs_batchnorm(recipe, processes):
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if recipe.network.freeze == "backbone":
+        network.freeze_backbone()
     if recipe.training.recompute:
         recompute_blocks(network)
 

@@ -50,7 +50,12 @@ def _plain(value: Any) -> Any:
 
 
 def default_of(item: Any) -> Any:
-    """The default of a dataclass field; MISSING, which equals nothing, if it has none."""
+    """The default of a dataclass field; MISSING, which equals nothing, if it has none.
+
+    A field whose default depends on others says in its metadata which value earlier versions left out ("left_out").
+    """
+    if "left_out" in item.metadata:
+        return item.metadata["left_out"]
     if item.default_factory is not MISSING:
         return item.default_factory()
     return item.default
