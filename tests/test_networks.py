@@ -524,7 +524,7 @@ def slow_conv(state: dict[str, Tensor], key: str, x: Tensor, dilation: int = 1) 
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_deeplabv3plus_head_against_the_oracle(output_stride: int) -> None:
     torch.manual_seed(0)
-    head = DeepLabV3PlusHead(6, 8, 5, 3, output_stride=output_stride).eval()
+    head = DeepLabV3PlusHead(6, 8, 5, classes=3, output_stride=output_stride).eval()
     shake(head)
     state = head.state_dict()
     low, high = torch.randn(2, 6, 29, 33), torch.randn(2, 8, 15, 17)

@@ -64,16 +64,30 @@ class AugmentationConfig(Section):
 BatchSize = Annotated[StrictInt, Field(ge=2)]
 
 
+class OhemConfig(Section):
+    """Learn from hard pixels of the labeled images alone."""
+
+    threshold: Annotated[StrictFloat, Field(gt=0, le=1)] = 0.7  # hard: the true class has less probability
+    least: Count = 100_000  # pixels kept for an image, on average
+
+
 class TrainingConfig(Section):
     crop: Size = (713, 713)
     batch: BatchSize = 16
     half_batch: BatchSize | None = None  # None: half of batch
     micro_batch: BatchSize | None = None  # None: batches and half batches are not divided
-    learning_rate: Positive = 0.01
-    head_factor: Positive = 10.0
-    momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] = 0.9
-    weight_decay: NotNegative = 1e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Positive | None = None  # None: 0.01 (sgd), 5e-6 (adamw)
+    head_factor: Positive | None = None  # None: 10 (sgd), 40 (adamw)
+    momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] | None = None  # None: 0.9 (sgd)
+    weight_decay: NotNegative | None = None  # None: 1e-4 (sgd), 0.01 (adamw)
+    decay_vectors: StrictBool = True  # False: no weight decay on norms, biases and embeddings
+    layer_decay: Annotated[StrictFloat, Field(gt=0, le=1)] = 1.0
     power: Positive = 0.9
+    warm_up: Annotated[StrictInt, Field(ge=0)] = 0  # steps of each round
+    clip: Positive | None = None  # largest norm of the gradient
+    ohem: OhemConfig | None = None
+    class_weights: dict[StrictStr, Positive] | None = None
     pseudo_weight: NotNegative = 1.0
     precision: Precision = "fp32"
     sync_batchnorm: StrictBool | None = None  # None: on for pspnet
@@ -86,6 +100,8 @@ class TrainingConfig(Section):
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         yield from self._undivided("batch", self.batch)
+        if self.optimizer == "adamw" and self.momentum is not None:
+            yield ("momentum",), "is for sgd; adamw has its own averages. Remove it"
         if self.recompute and self.compile:
             # Compiled, BatchNorm's statistics of the two passes of a step move wrongly, or the backward pass fails.
             yield ("recompute",), "does not work with training.compile; set only one of them"

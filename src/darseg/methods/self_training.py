@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from darseg.data.batches import Batch
-from darseg.training.loss import supervised
+from darseg.training.loss import LabeledLoss, supervised
 from darseg.training.method import Feed, Figures, Learner, Method
 
 
@@ -18,6 +18,7 @@ def self_training(
     pseudo_batch: int = 0,
     auxiliary_weight: float = 0.0,
     pseudo_weight: float = 1.0,
+    labeled_loss: LabeledLoss | None = None,
 ) -> Method:
     """CE(labeled) + pseudo_weight · CE(pseudo-labeled), each with the auxiliary loss.
 
@@ -26,19 +27,27 @@ def self_training(
         batch, pseudo_batch: images of a step with true and with pseudo labels; 0: labeled images alone.
         auxiliary_weight: of the auxiliary head's loss (the release: 0.4 for PSPNet).
         pseudo_weight: λ of the paper.
+        labeled_loss: of the images with true labels, if it is more than cross-entropy.
     """
     feeds = [Feed("labeled", batch)]
     if pseudo_batch:
         feeds.append(Feed("pseudo", pseudo_batch))
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
-        return self_training_loss(network, batches, auxiliary_weight, pseudo_weight=pseudo_weight)
+        return self_training_loss(
+            network, batches, auxiliary_weight, pseudo_weight=pseudo_weight, labeled_loss=labeled_loss
+        )
 
     return Method(feeds=tuple(feeds), learners=(learner,), loss=loss)
 
 
 def self_training_loss(
-    network: Callable, batches: Sequence[Batch], auxiliary_weight: float, pseudo_weight: float = 1.0
+    network: Callable,
+    batches: Sequence[Batch],
+    auxiliary_weight: float,
+    *,
+    pseudo_weight: float = 1.0,
+    labeled_loss: LabeledLoss | None = None,
 ) -> tuple[Tensor, Figures]:
     """The loss of one step, a scalar, and its detached parts by name.
 
@@ -46,7 +55,7 @@ def self_training_loss(
     apart, as in the release.
     """
     labeled, *pseudo = batches
-    loss = supervised(network, labeled, auxiliary_weight)
+    loss = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
     figures = {"loss_labeled": loss.detach()}
     for batch in pseudo:
         part = supervised(network, batch, auxiliary_weight)

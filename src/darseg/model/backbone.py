@@ -204,4 +204,4 @@ class ResNet(nn.Module):
         stage1 = self.layer1(self.maxpool(x))
         stage2 = self.layer2(stage1)
         stage3 = self.layer3(stage2)
-        return Features(stage1, stage2, stage3, self.layer4(stage3))
+        return Features(stage1, stage2, stage3=stage3, stage4=self.layer4(stage3))

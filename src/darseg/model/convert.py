@@ -27,10 +27,8 @@ def convert(
     """Convert a checkpoint of released code (DARS, semseg, UniMatch) to a network that darseg can load.
 
     Args:
-        source: as `load_weights` reads it; an optimizer in the file is left out. Of a file with both "model" and
-            "model_ema", UniMatch V2's average over the steps, the latter is taken.
-        architecture: "pspnet50", "deeplabv2_101", "deeplabv3plus_resnet50", "deeplabv3plus_resnet101",
-            "dpt_dinov2_small", "dpt_dinov2_base" or "dpt_dinov2_large".
+        source: as `load_weights` reads it; of "model" and "model_ema" (UniMatch V2's average) the latter.
+        architecture: a name of `RELEASED`, as "pspnet50", "deeplabv3plus_resnet50" or "dpt_dinov2_base".
         classes: K; None: as many as the file (or `class_set`) has.
         release_classifier: DeepLabv2 sums two of its four branches, as the published checkpoints need it.
         class_set: names and colors to keep in the file.

@@ -1,6 +1,6 @@
-"""DPT's head: four feature maps fused from coarse to fine (Ranftl et al. 2021), as UniMatch V2 has it.
+"""DPT's head: four feature maps fused from coarse to fine (Ranftl et al. 2021).
 
-No BatchNorm, so small batches do no harm.
+As UniMatch V2 has it, without BatchNorm, so that small batches do no harm.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def _projections(channels: int) -> tuple[int, ...]:
 
 
 def _resize(index: int, channels: int) -> list[nn.Module]:
-    """What makes map `index` of a transformer finer or coarser: 4, 2, 1, 1/2 times as many places along a side."""
+    """What makes map `index` of a transformer 4, 2, 1 or 1/2 times as fine."""
     match index:
         case 0 | 1:
             factor = (4, 2)[index]

@@ -162,12 +162,12 @@ class DeepLabV3PlusHead(nn.Module):
     convolutions and the mean over the image, each with `width` channels.
     """
 
-    def __init__(self, low: int, high: int, width: int, classes: int, *, output_stride: int) -> None:
+    def __init__(self, low: int, high: int, width: int, *, classes: int, output_stride: int) -> None:
         super().__init__()
         factor = 16 // output_stride
         self.branches = nn.ModuleList([ConvNormReLU(high, width, 1)])
         self.branches.extend(
-            ConvNormReLU(high, width, 3, factor * dilation) for dilation in PYRAMID_DILATIONS
+            ConvNormReLU(high, width, 3, dilation=factor * dilation) for dilation in PYRAMID_DILATIONS
         )
         self.whole = ConvNormReLU(high, width, 1)
         self.project = ConvNormReLU((len(self.branches) + 1) * width, width, 1)
@@ -199,9 +199,9 @@ class DeepLabV3PlusHead(nn.Module):
 
 
 class LinearHead(nn.Module):
-    """A BatchNorm and a linear classifier on stage 4, [B, inputs, h, w] → [B, classes, h, w], as DINOv2 was judged by.
+    """A BatchNorm and a linear classifier, as DINOv2 was judged by.
 
-    For frozen backbones, and to see what a backbone knows.
+    Stage 4, [B, inputs, h, w], → [B, classes, h, w]. For frozen backbones, and to see what a backbone knows.
     """
 
     def __init__(self, inputs: int, classes: int) -> None:

@@ -103,7 +103,10 @@ class Network(FormerMethods, nn.Module):
         return red, green, blue
 
     def freeze_backbone(self) -> None:
-        """Train the heads alone: the backbone gets no gradients, keeps no activations, and its statistics stay."""
+        """Train the heads alone.
+
+        The backbone gets no gradients, keeps no activations, and its statistics stay.
+        """
         self.frozen = True
         self.backbone.requires_grad_(False)
         self.train(self.training)
@@ -257,7 +260,7 @@ class NetworkSpec:
                 head = AtrousHead(last, self.classes, branches)
             case "deeplabv3plus":
                 width, stride = self.head_channels or 1, self.output_stride
-                head = DeepLabV3PlusHead(first, last, width, self.classes, output_stride=stride)
+                head = DeepLabV3PlusHead(first, last, width, classes=self.classes, output_stride=stride)
             case "dpt":
                 tokens = isinstance(backbone, Transformer)
                 head = DPTHead(backbone.channels, self.head_channels, self.classes, tokens=tokens)

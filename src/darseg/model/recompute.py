@@ -30,8 +30,8 @@ def recompute_blocks(network: Network) -> None:
         blocks = list(backbone.body.blocks)
     if not blocks:
         raise RecipeError(
-            f"training.recompute works only with darseg's ResNets and with transformers; the backbone is {backbone.name}. "
-            "Choose one of them, or a smaller training.micro_batch."
+            "training.recompute works only with darseg's ResNets and with transformers; the backbone is "
+            f"{backbone.name}. Choose one of them, or a smaller training.micro_batch."
         )
     for block in blocks:
         block.forward = partial(_forward, block, block.forward)

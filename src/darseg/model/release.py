@@ -1,4 +1,4 @@
-"""How files of released code name the parts of a network: DARS's (and semseg's, on which it builds), and UniMatch's."""
+"""How files of released code name the parts of a network: those of DARS, semseg and UniMatch."""
 
 from __future__ import annotations
 

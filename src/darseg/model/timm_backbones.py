@@ -1,4 +1,4 @@
-"""Backbones that timm builds: dilated networks, networks of several scales, and which of them are transformers."""
+"""Backbones that timm builds: dilated networks, and networks of four scales."""
 
 from __future__ import annotations
 
@@ -112,7 +112,10 @@ def _takes(name: str, how: dict[str, Any]) -> bool:
 
 
 def _why_not(name: str, how: dict[str, Any]) -> str:
-    """Why a network is none of four scales for images of any size; empty if it is. Call on the meta device."""
+    """Why a network does not have four scales for images of any size; empty if it has.
+
+    Call on the meta device.
+    """
     try:
         body = create_body(name, features_only=True, **how)
         if (strides := tuple(body.feature_info.reduction()[-4:])) != SCALES:

@@ -33,7 +33,7 @@ from darseg.run.build import (
 )
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
-from darseg.run.plan import Round, check_shares, describe_shares, plan_rounds, stage_of
+from darseg.run.plan import Round, check_shares, describe_shares, head_factor_of, plan_rounds, stage_of
 
 USUAL_LABELS = Path("runs/recipe/round_1/labels")
 """Where label maps lie unless --out names another run folder; for the length of their names."""
@@ -207,7 +207,7 @@ def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str
         quirks = ["the first step of each later round has learning rate 0"] if len(rounds) > 1 else []
         if recipe.network.architecture == "deeplabv2":
             quirks += [
-                f"stage 4 learns {recipe.training.head_factor:g} times as fast, like the head",
+                f"stage 4 learns {head_factor_of(recipe):g} times as fast, like the head",
                 f"the classifier sums {RELEASE_BRANCHES} of its {len(ATROUS_DILATIONS)} branches",
             ]
         notes.append(

@@ -15,6 +15,7 @@ from darseg.data.augment import Augmentation
 from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol
 from darseg.pseudo.labeling import Labeling
+from darseg.run.plan import LearnerSettings
 from darseg.run.settings import default_of, digest_text
 from darseg.training.optimize import SGD, OptimizerKind
 from darseg.training.schedule import Schedule
@@ -36,6 +37,7 @@ FIELDS: Mapping[type, Sequence[str]] = {
     Labeling: ("method", "ratio", "threshold", "confidence", "sampling"),
     Protocol: ("window", "base_size", "mirror", "scales", "bf16"),
     SGD: ("momentum", "weight_decay"),
+    LearnerSettings: ("learning_rate", "head_factor", "stage4_as_head"),
     Schedule: ("span", "power", "first_step_at_zero"),
     Stage: ("steps", "schedule", "precision", "seed", "micro_batch", "compile"),
 }

@@ -8,16 +8,22 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from darseg.config.recipe import Recipe
+from darseg.config.training import TrainingConfig
 from darseg.data.augment import Augmentation
 from darseg.errors import RecipeError, faults
 from darseg.methods.self_training import self_training
 from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
-from darseg.run.build import auxiliary_weight_of, pick_device
-from darseg.training.method import Learner, Method
-from darseg.training.optimize import SGD, OptimizerKind, faster_heads
+from darseg.model.vit import Transformer
+from darseg.run.build import auxiliary_weight_of, classes_of, pick_device
+from darseg.training.loss import LabeledLoss
+from darseg.training.method import Learner, Method, all_decay
+from darseg.training.optimize import SGD, AdamW, OptimizerKind, faster_heads, only_matrices, slower_layers
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage
+
+PUBLISHED_RATES = {"sgd": (0.01, 10.0), "adamw": (5e-6, 40.0)}
+"""Optimizer → learning rate of the backbone, and the heads' factor: DARS's release, and UniMatch V2's for DINOv2."""
 
 REPORT_EVERY = 10
 """Steps between figures in the journal and on TensorBoard."""
@@ -43,12 +49,18 @@ class LearnerSettings:
     Attributes:
         learning_rate: the backbone's base rate; the heads learn at `head_factor` times that.
         stage4_as_head: stage 4 learns at the heads' rate, as in the release's DeepLabv2.
+        decay_vectors: whether weight decay acts on norms, biases and embeddings too.
+        layer_decay: how much slower each block of a transformer learns than the one after it.
+        labeled_loss: of the images with true labels.
     """
 
     learning_rate: float
     head_factor: float
     optimizer: OptimizerKind = field(default_factory=SGD)
     stage4_as_head: bool = False
+    decay_vectors: bool = True
+    layer_decay: float = 1.0
+    labeled_loss: LabeledLoss = field(default_factory=LabeledLoss)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,9 @@ def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int
                 augmentation=augmentation_of(recipe, index, fill),
                 steps=config.steps or (config.epochs or 0) * epoch_steps,
                 span=span,
-                learning_rate=config.learning_rate or recipe.training.learning_rate,
+                learning_rate=config.learning_rate
+                or recipe.training.learning_rate
+                or PUBLISHED_RATES[recipe.training.optimizer][0],
                 batch=batch,
                 pseudo_batch=0 if index == 0 else half,
                 epoch_steps=epoch_steps,
@@ -121,6 +135,7 @@ def stage_of(recipe: Recipe, round_: Round) -> Stage:
         span=round_.span,
         power=training.power,
         first_step_at_zero=recipe.release_quirks and round_.index > 0,
+        warm_up_steps=training.warm_up,
     )
     return Stage(
         steps=round_.steps,
@@ -131,7 +146,13 @@ def stage_of(recipe: Recipe, round_: Round) -> Stage:
         micro_batch=training.micro_batch,
         report_every=REPORT_EVERY,
         compile=training.compile,
+        clip=training.clip,
     )
+
+
+def head_factor_of(recipe: Recipe) -> float:
+    """How many times as fast as the backbone the heads learn."""
+    return recipe.training.head_factor or PUBLISHED_RATES[recipe.training.optimizer][1]
 
 
 def learner_settings(recipe: Recipe, round_: Round) -> LearnerSettings:
@@ -139,21 +160,59 @@ def learner_settings(recipe: Recipe, round_: Round) -> LearnerSettings:
     training = recipe.training
     return LearnerSettings(
         learning_rate=round_.learning_rate,
-        head_factor=training.head_factor,
-        optimizer=SGD(momentum=training.momentum, weight_decay=training.weight_decay),
+        head_factor=head_factor_of(recipe),
+        optimizer=_optimizer(training),
         stage4_as_head=recipe.release_quirks and recipe.network.architecture == "deeplabv2",
+        decay_vectors=training.decay_vectors,
+        layer_decay=training.layer_decay,
+        labeled_loss=_labeled_loss(recipe),
+    )
+
+
+def _optimizer(training: TrainingConfig) -> OptimizerKind:
+    decay, momentum = training.weight_decay, training.momentum
+    if training.optimizer == "adamw":
+        return AdamW() if decay is None else AdamW(weight_decay=decay)
+    usual = SGD()
+    return SGD(
+        momentum=usual.momentum if momentum is None else momentum,
+        weight_decay=usual.weight_decay if decay is None else decay,
+    )
+
+
+def _labeled_loss(recipe: Recipe) -> LabeledLoss:
+    """What the recipe says about the loss of labeled images. Raises RecipeError for unknown classes."""
+    ohem, given = recipe.training.ohem, recipe.training.class_weights
+    names = classes_of(recipe).names
+    if given and (unknown := [name for name in given if name not in names]):
+        raise RecipeError(
+            f"training.class_weights: {', '.join(unknown)}: there is no such class. The classes are {', '.join(names)}."
+        )
+    return LabeledLoss(
+        hard_below=ohem.threshold if ohem else None,
+        least=ohem.least if ohem else 0,
+        class_weights=tuple(given.get(name, 1.0) for name in names) if given else (),
     )
 
 
 def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
     """The method that trains `network` in a round. Self-training is the only one so far."""
     settings = learner_settings(recipe, round_)
+    rate_factor = faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head)
+    if settings.layer_decay != 1:
+        if not isinstance(network.backbone, Transformer):
+            raise RecipeError(
+                f"training.layer_decay works with plain transformers; the backbone is {network.backbone.name}. Remove it."
+            )
+        blocks = len(network.backbone.body.blocks)
+        rate_factor = slower_layers(rate_factor, settings.layer_decay, blocks=blocks)
     learner = Learner(
         name="network",
         module=network,
         learning_rate=settings.learning_rate,
         optimizer=settings.optimizer,
-        rate_factor=faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head),
+        rate_factor=rate_factor,
+        decays=all_decay if settings.decay_vectors else only_matrices,
     )
     return self_training(
         learner,
@@ -161,6 +220,7 @@ def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
         pseudo_batch=round_.pseudo_batch,
         auxiliary_weight=auxiliary_weight_of(recipe),
         pseudo_weight=recipe.training.pseudo_weight,
+        labeled_loss=settings.labeled_loss,
     )
 
 

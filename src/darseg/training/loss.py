@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,27 +12,71 @@ from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
 
 
-def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
+@dataclass(frozen=True)
+class LabeledLoss:
+    """What the loss of the labeled images is, besides cross-entropy.
+
+    Attributes:
+        hard_below: online hard example mining: only pixels whose true class has less probability than this count; None:
+            all do. The loss is the mean over them (Shrivastava et al. 2016; as UniMatch has it for Cityscapes).
+        least: pixels for an image, on average, that count in any case: those with the least probability.
+        class_weights: factors of the classes' losses; empty: all 1. The mean over pixels is not divided by them.
+    """
+
+    hard_below: float | None = None
+    least: int = 0
+    class_weights: tuple[float, ...] = ()
+
+
+def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch, how: LabeledLoss | None = None) -> torch.Tensor:
     """The weighted sum of cross-entropy over labeled pixels, divided by `batch.count()`.
 
-    It is 0 if no pixel is labeled. The result of a micro-batch is its share of the whole batch's mean.
+    It is 0 if no pixel is labeled. The result of a micro-batch is its share of the whole batch's mean. Hard pixels are
+    chosen within each micro-batch and process, as in released code; the mean over them counts as much as the labeled
+    pixels that it is of.
     """
     precise = torch.promote_types(
         logits_BKHW.dtype, torch.float32
     )  # half precision is not enough for the sum
     logits, labels = logits_BKHW.to(precise), batch.labels.long()
-    if batch.weights is None:
+    if how is not None and how != LabeledLoss():
+        total = _chosen(logits, labels, batch, how=how)
+    elif batch.weights is None:
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     else:
         total = (F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") * batch.weights).sum()
     return total / batch.count().clamp(min=1)
 
 
-def supervised(network: Callable, batch: Batch, auxiliary_weight: float) -> torch.Tensor:
+def _chosen(logits: torch.Tensor, labels: torch.Tensor, batch: Batch, how: LabeledLoss) -> torch.Tensor:
+    """The loss of weighted classes and hard pixels, times the number of labeled pixels that it stands for."""
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    labeled = labels != IGNORE
+    weights = torch.ones_like(losses) if batch.weights is None else batch.weights.to(losses)
+    if how.class_weights:
+        by_class = torch.tensor(how.class_weights, device=losses.device, dtype=losses.dtype)
+        weights = weights * by_class[labels.clamp(max=len(how.class_weights) - 1)]
+    if how.hard_below is None:
+        return (losses * weights * labeled).sum()
+    probability = torch.where(labeled, (-losses.detach()).exp(), torch.inf)
+    flat = probability.flatten()
+    least = min(how.least * len(labels), flat.numel())
+    # The least-th smallest; infinite if fewer are labeled, so that all count.
+    limit = (
+        flat.kthvalue(least).values.clamp(min=how.hard_below) if least else flat.new_tensor(how.hard_below)
+    )
+    kept = (probability <= limit) & labeled
+    mean = (losses * weights * kept).sum() / kept.sum().clamp(min=1)
+    return mean * labeled.sum()
+
+
+def supervised(
+    network: Callable, batch: Batch, auxiliary_weight: float, how: LabeledLoss | None = None
+) -> torch.Tensor:
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
     assert not batch.feature_masks, "no network takes feature masks yet"
     output = network(batch.images)
-    loss = cross_entropy(output.main, batch)
+    loss = cross_entropy(output.main, batch, how)
     if output.auxiliary is not None and auxiliary_weight > 0:
-        loss = loss + auxiliary_weight * cross_entropy(output.auxiliary, batch)
+        loss = loss + auxiliary_weight * cross_entropy(output.auxiliary, batch, how)
     return loss

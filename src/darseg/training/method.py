@@ -45,6 +45,11 @@ def equal_rates(name: str) -> float:
     return 1.0
 
 
+def all_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter: on all."""
+    return True
+
+
 @dataclass(frozen=True)
 class Learner:
     """A module that an optimizer moves.
@@ -55,6 +60,7 @@ class Learner:
         learning_rate: the base of the schedule.
         optimizer: kind and plain numbers.
         rate_factor: parameter name → its rate as a multiple of the schedule's.
+        decays: (name, parameter) → whether weight decay acts on it.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Learner:
     learning_rate: float
     optimizer: OptimizerKind = field(default_factory=SGD)
     rate_factor: Callable[[str], float] = equal_rates
+    decays: Callable[[str, nn.Parameter], bool] = all_decay
 
 
 @dataclass(frozen=True)

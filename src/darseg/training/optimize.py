@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from darseg.errors import RunError, faults
+
+CLIP_EPSILON = 1e-6
+"""Keeps clipping from dividing by zero (PyTorch's value)."""
 
 SEPARATOR = ":"
 """Stands between a parameter's name and the name of a tensor of its optimizer state."""
@@ -45,16 +49,22 @@ OptimizerKind = SGD | Adam | AdamW
 
 
 def build_optimizer(
-    module: nn.Module, kind: OptimizerKind, rate_factor: Callable[[str], float]
+    module: nn.Module,
+    kind: OptimizerKind,
+    rate_factor: Callable[[str], float],
+    decays: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the trainable parameters of `module`, a group for each rate factor.
+    """An optimizer over the trainable parameters of `module`, a group for each rate factor and use of weight decay.
 
     Each group holds its `factor`, so that a schedule can set `lr = rate * factor`; until it does, rates are 0.
+
+    Args:
+        decays: (name, parameter) → whether weight decay acts on it.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(rate_factor(name), []).append(parameter)
+            groups.setdefault((rate_factor(name), decays(name, parameter)), []).append(parameter)
     on_gpu = any(parameter.is_cuda for parameter in module.parameters())
     match kind:
         case SGD():
@@ -64,7 +74,10 @@ def build_optimizer(
         case AdamW():
             make = torch.optim.AdamW
     return make(
-        [{"params": parameters, "factor": factor} for factor, parameters in groups.items()],
+        [
+            {"params": parameters, "factor": factor} | ({} if decayed else {"weight_decay": 0.0})
+            for (factor, decayed), parameters in groups.items()
+        ],
         lr=0.0,
         fused=on_gpu or None,
         **asdict(kind),
@@ -164,3 +177,39 @@ def faster_heads(factor: float, *, stage4_as_head: bool = False) -> Callable[[st
         return 1.0 if slow else factor
 
     return rate_factor
+
+
+BLOCK = re.compile(r"backbone\.body\.blocks\.(\d+)\.")
+"""A transformer's block in a parameter's name."""
+
+EMBEDDINGS = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre.")
+"""What comes before a transformer's blocks."""
+
+
+def slower_layers(
+    rate_factor: Callable[[str], float], decay: float, *, blocks: int
+) -> Callable[[str], float]:
+    """Rate factors that fall by `decay` from block to block toward a transformer's input (BEiT, Bao et al. 2021).
+
+    The last of the `blocks` has `decay` times the factor, the embeddings decay^(blocks + 1) times; norms after the last
+    block and heads keep theirs.
+    """
+
+    def slowed(name: str) -> float:
+        if match := BLOCK.match(name):
+            return rate_factor(name) * decay ** (blocks - int(match[1]))
+        before = name.startswith(BACKBONE) and name.removeprefix("backbone.body.").startswith(EMBEDDINGS)
+        return rate_factor(name) * (decay ** (blocks + 1) if before else 1.0)
+
+    return slowed
+
+
+def only_matrices(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay acts on a parameter: not on norms, biases, layer scales and embeddings."""
+    return parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
+
+
+def clip_gradients(module: nn.Module, norm: Tensor, limit: float) -> None:
+    """Scale the gradients of `module`, whose norm is `norm`, to a norm of at most `limit`, without waiting for a GPU."""
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    torch._foreach_mul_(gradients, (limit / (norm + CLIP_EPSILON)).clamp(max=1.0))

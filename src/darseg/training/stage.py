@@ -16,7 +16,13 @@ from darseg.data.batches import Batch, split_together
 from darseg.errors import Interrupted, RecipeError, faults
 from darseg.training.checkpoint import Checkpoint, Optimization, Part, part_of
 from darseg.training.method import Method, Streamed
-from darseg.training.optimize import build_optimizer, fill_gradients, restore_optimizer, set_rates
+from darseg.training.optimize import (
+    build_optimizer,
+    clip_gradients,
+    fill_gradients,
+    restore_optimizer,
+    set_rates,
+)
 from darseg.training.processes import Processes
 from darseg.training.schedule import Schedule
 from darseg.training.watch import Watch, WatchedStep, gradient_norm
@@ -41,6 +47,7 @@ class Stage:
             sees micro-batches.
         report_every: steps between those whose figures are added up over all processes.
         compile: run the network through torch.compile.
+        clip: largest norm of a learner's gradient; larger ones are scaled down. None: none is.
     """
 
     steps: int
@@ -51,6 +58,7 @@ class Stage:
     micro_batch: int | None = None
     report_every: int = 10
     compile: bool = False
+    clip: float | None = None
 
     def reports(self, step: int) -> bool:
         """Whether the figures of a step are those of all processes."""
@@ -141,7 +149,7 @@ class _Loop:
         _check_sums(method, stage, self.processes.count)
         method.state.to(self.device)
         optimizers = (
-            build_optimizer(learner.module, learner.optimizer, learner.rate_factor)
+            build_optimizer(learner.module, learner.optimizer, learner.rate_factor, decays=learner.decays)
             for learner in method.learners
         )
         scaler = torch.amp.GradScaler(self.device.type, enabled=stage.precision == "fp16")
@@ -181,6 +189,9 @@ class _Loop:
         numbers = torch.stack([self.processes.total(loss).float(), norm.float()])
         watched = WatchedStep(step, rates[0], ids, numbers=numbers)
         self.watch.look(watched, optimization.scaler, optimization.optimizers)
+        if stage.clip is not None:
+            for learner, own in zip(method.learners, norms, strict=True):
+                clip_gradients(learner.module, own, stage.clip)
         optimization.step()
         with torch.no_grad():
             method.moved(method.state, method.network, self.processes.sum_seen(labeled.seen), step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from darseg.config.recipe import Recipe
@@ -43,6 +43,8 @@ class TrainSettings:
     network: NetworkSpec
     pseudo_weight: float | None = None
     recompute: bool = False
+    freeze: str = "none"
+    drop_path: float = 0.0
 
     def digest(self) -> str:
         """The digest that a record holds."""
@@ -54,11 +56,13 @@ class TrainSettings:
 
     def earlier_digests(self) -> list[str]:
         """What earlier formats of the run folder recorded for these settings."""
-        learner = asdict(self.learner)
-        del learner["optimizer"]
+        if self.freeze != "none" or self.drop_path:
+            return []  # format 1 did not know them
         return earlier_digests(
             lambda: digest_format_1(
-                stage=stage_format_1(self.stage, self.learner.optimizer, **learner),
+                stage=stage_format_1(
+                    self.stage, self.learner.optimizer, **as_format_1(self.learner, ignore=("optimizer",))
+                ),
                 augmentation=as_format_1(self.augmentation),
                 batch=self.batch,
                 auxiliary_weight=self.auxiliary_weight,
@@ -80,6 +84,8 @@ def settings_of(recipe: Recipe, round_: Round, *, pseudo: bool) -> TrainSettings
         network=spec_of(recipe),
         pseudo_weight=recipe.training.pseudo_weight if pseudo else None,
         recompute=recipe.training.recompute,
+        freeze=recipe.network.freeze,
+        drop_path=recipe.network.drop_path,
     )
 
 
