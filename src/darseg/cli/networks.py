@@ -252,7 +252,11 @@ def convert(
         strict=strict,
     )
     part = read_part(checkpoint)
-    say(f"{len(report.loaded)} tensors of {checkpoint}" + (f" ({part})" if part else "") + f" are in {out}")
+    say(
+        f"{len(report.loaded)} tensors of {checkpoint}"
+        + (f" ({part})" if part.startswith("model") else "")
+        + f" are in {out}"
+    )
     if architecture == "deeplabv2_101" and not release_classifier:
         say(
             "note: the classifier sums all four branches. The release trained its own checkpoints with two, so they"

@@ -26,7 +26,10 @@ CLASSIFIERS = {
     "deeplabv3plus": "classifier.weight",
     "dpt": "head.scratch.output_conv.2.weight",
 }
-"""A key that only this architecture has in the release's layout; the tensor's first side is K."""
+"""The key of the classifier in the release's layout; the tensor's first side is K."""
+
+MARKS = {**CLASSIFIERS, "deeplabv3plus": "head.b4.gap.1.weight"}
+"""A key that only this architecture has in the release's layout."""
 
 # Prefix of a key in the release → our prefix; None: nothing in the network uses it.
 _DEEP_STEM = {
@@ -107,7 +110,7 @@ _LAYOUTS: dict[str, dict[str, str | None]] = {
 def released_architecture(keys: Iterable[str]) -> str | None:
     """The architecture in whose released layout these keys of a state dict are; None if in neither."""
     keys = set(keys)
-    return next((name for name, key in CLASSIFIERS.items() if key in keys), None)
+    return next((name for name, key in MARKS.items() if key in keys), None)
 
 
 def our_key(key: str, architecture: str) -> str | None:
@@ -124,5 +127,8 @@ def our_key(key: str, architecture: str) -> str | None:
 
 def classes_in(tensors: Mapping[str, Tensor]) -> int | None:
     """Number of classes of the whole network in a file, the release's or darseg's; None for a backbone."""
-    names = (*CLASSIFIERS.values(), "head.classifier.weight", "head.branches.0.weight")
+    architecture = released_architecture(tensors)
+    names = (
+        [CLASSIFIERS[architecture]] if architecture else ["head.classifier.weight", "head.branches.0.weight"]
+    )
     return next((len(tensors[name]) for name in names if name in tensors and tensors[name].ndim), None)

@@ -81,7 +81,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_part(path: Path) -> str:
-    """Under which name of PARTS a checkpoint holds the network that `read_tensors` reads; "" if under none."""
+    """The name of PARTS under which a checkpoint holds what `read_tensors` reads; "" if under none."""
     return "" if is_safetensors(read_start(path)) else _part_of(_load_guarded(path))
 
 

@@ -34,9 +34,9 @@ CUBIC = -0.75
 
 
 class Transformer(nn.Module):
-    """A plain vision transformer of timm; `Features` are the tokens after four blocks, normalized, as maps.
+    """A plain vision transformer of timm; `Features` are maps of the tokens after four blocks.
 
-    The class token and registers take part in attention and are left out of the maps. Position embeddings are resized
+    The tokens are normalized. The class token and registers take part in attention and are left out of the maps. Position embeddings are resized
     to the image's patches: DINOv2's without registers as its authors do, all others as timm does.
     Raises RecipeError if timm cannot be imported, does not know `name`, or cannot build it for images of any size.
 
@@ -119,7 +119,10 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_transformer(name: str) -> bool:
-    """Whether a network of timm ("timm/…") is a plain transformer: patches, blocks, no stages. Raises RecipeError."""
+    """Whether a network of timm ("timm/…") is a plain transformer: patches and blocks, no stages.
+
+    Raises RecipeError if timm does not know it.
+    """
     with torch.device("meta"):  # no memory, no random numbers drawn
         body = create_body(name)
     blocks = getattr(body, "blocks", None)

@@ -49,7 +49,7 @@ def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch, how: LabeledLoss | No
 
 
 def _chosen(logits: torch.Tensor, labels: torch.Tensor, batch: Batch, how: LabeledLoss) -> torch.Tensor:
-    """The loss of weighted classes and hard pixels, times the number of labeled pixels that it stands for."""
+    """The loss of weighted classes and hard pixels, times the number of labeled pixels."""
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
     labeled = labels != IGNORE
     weights = torch.ones_like(losses) if batch.weights is None else batch.weights.to(losses)

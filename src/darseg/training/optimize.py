@@ -54,9 +54,9 @@ def build_optimizer(
     rate_factor: Callable[[str], float],
     decays: Callable[[str, nn.Parameter], bool] = lambda name, parameter: True,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the trainable parameters of `module`, a group for each rate factor and use of weight decay.
+    """An optimizer over the trainable parameters of `module`.
 
-    Each group holds its `factor`, so that a schedule can set `lr = rate * factor`; until it does, rates are 0.
+    It has a group for each rate factor and use of weight decay. Each group holds its `factor`, so that a schedule can set `lr = rate * factor`; until it does, rates are 0.
 
     Args:
         decays: (name, parameter) → whether weight decay acts on it.
@@ -189,9 +189,9 @@ EMBEDDINGS = ("patch_embed.", "pos_embed", "cls_token", "reg_token", "norm_pre."
 def slower_layers(
     rate_factor: Callable[[str], float], decay: float, *, blocks: int
 ) -> Callable[[str], float]:
-    """Rate factors that fall by `decay` from block to block toward a transformer's input (BEiT, Bao et al. 2021).
+    """Rate factors that fall by `decay` from block to block toward a transformer's input.
 
-    The last of the `blocks` has `decay` times the factor, the embeddings decay^(blocks + 1) times; norms after the last
+    As in BEiT (Bao et al. 2021). The last of the `blocks` has `decay` times the factor, the embeddings decay^(blocks + 1) times; norms after the last
     block and heads keep theirs.
     """
 
@@ -210,6 +210,6 @@ def only_matrices(name: str, parameter: nn.Parameter) -> bool:
 
 
 def clip_gradients(module: nn.Module, norm: Tensor, limit: float) -> None:
-    """Scale the gradients of `module`, whose norm is `norm`, to a norm of at most `limit`, without waiting for a GPU."""
+    """Scale the gradients of `module` from their norm `norm` to at most `limit`; no GPU is waited for."""
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
     torch._foreach_mul_(gradients, (limit / (norm + CLIP_EPSILON)).clamp(max=1.0))
