@@ -36,9 +36,10 @@ CUBIC = -0.75
 class Transformer(nn.Module):
     """A plain vision transformer of timm; `Features` are maps of the tokens after four blocks.
 
-    The tokens are normalized. The class token and registers take part in attention and are left out of the maps. Position embeddings are resized
-    to the image's patches: DINOv2's without registers as its authors do, all others as timm does.
-    Raises RecipeError if timm cannot be imported, does not know `name`, or cannot build it for images of any size.
+    The tokens are normalized. The class token and registers take part in attention and are left out of the maps.
+    Position embeddings are resized to the image's patches: DINOv2's without registers as its authors do, all others
+    as timm does. Raises RecipeError if timm cannot be imported, does not know `name`, or cannot build it for images
+    of any size.
 
     Args:
         drop_path: stochastic depth: the share of the last block's calls that are left out in training; earlier blocks

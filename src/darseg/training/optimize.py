@@ -56,7 +56,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of `module`.
 
-    It has a group for each rate factor and use of weight decay. Each group holds its `factor`, so that a schedule can set `lr = rate * factor`; until it does, rates are 0.
+    It has a group for each rate factor and use of weight decay. Each group holds its `factor`, so that a schedule can
+    set `lr = rate * factor`; until it does, rates are 0.
 
     Args:
         decays: (name, parameter) → whether weight decay acts on it.
@@ -191,8 +192,8 @@ def slower_layers(
 ) -> Callable[[str], float]:
     """Rate factors that fall by `decay` from block to block toward a transformer's input.
 
-    As in BEiT (Bao et al. 2021). The last of the `blocks` has `decay` times the factor, the embeddings decay^(blocks + 1) times; norms after the last
-    block and heads keep theirs.
+    As in BEiT (Bao et al. 2021). The last of the `blocks` has `decay` times the factor, the embeddings decay^(blocks
+    + 1) times; norms after the last block and heads keep theirs.
     """
 
     def slowed(name: str) -> float:
