@@ -45,8 +45,8 @@ def self_training_loss(
     network: Callable,
     batches: Sequence[Batch],
     auxiliary_weight: float,
-    *,
     pseudo_weight: float = 1.0,
+    *,
     labeled_loss: LabeledLoss | None = None,
 ) -> tuple[Tensor, Figures]:
     """The loss of one step, a scalar, and its detached parts by name.
