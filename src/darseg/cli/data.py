@@ -13,6 +13,7 @@ from darseg.cli.options import Overrides, RecipeFile
 from darseg.cli.tables import (
     Rows,
     counts_by_role,
+    group_line,
     plan_table,
     print_drawn,
     print_split,
@@ -157,12 +158,14 @@ def plan(
     print_table(plan_table(planned))
     say("images: " + counts_by_role(planned.images.items()))
     say(f"network: {planned.network}, {planned.parameters / 1e6:.1f} million parameters")
+    for group in planned.groups:
+        say(group_line(group))
     say(f"labeling: {planned.labeling}")
     say(f"evaluation: {planned.evaluation}")
     say(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
     say(
         f"memory of a process while training, fp32: {planned.state_bytes / 1e9:.2f} GB weights, gradients and "
-        f"momentum, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the convolutions' "
+        f"the optimizer's averages, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the convolutions' "
         "workspace"
     )
     for note in planned.notes:

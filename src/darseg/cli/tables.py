@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from darseg.annotate.rasterize import Rasterized
     from darseg.pseudo.align import Alignment
     from darseg.run.adapt import Adapted
-    from darseg.run.check import Plan
+    from darseg.run.check import Group, Plan
     from darseg.run.plan import Round
 
 Rows = list[list[Any]]
@@ -96,6 +96,12 @@ def plan_table(plan: Plan) -> Rows:
     for planned, (begin, end) in zip(plan.rounds, plan.rates, strict=True):
         rows.append([*_planned_cells(planned), f"{begin:.6g}", f"{end:.6g}"])
     return rows
+
+
+def group_line(group: Group) -> str:
+    """How a group of parameters learns."""
+    how = f"rate {group.rate:.6g}, weight decay {group.weight_decay:g}" if group.rate else "does not learn"
+    return f"{group.name}: {how}, {group.parameters / 1e6:.3g} million parameters"
 
 
 def _planned_cells(planned: Round) -> list[str]:

@@ -157,6 +157,11 @@ class Recipe(Section):
                 "works with deeplabv2 only on darseg's own ResNets, because it changes the learning rate of stage 4; "
                 f"network.backbone is {network.backbone}",
             )
+        if network.freeze == "backbone":
+            if self.training.recompute:
+                yield ("training", "recompute"), "has no effect on a frozen backbone; remove it"
+            if self.training.layer_decay != 1:
+                yield ("training", "layer_decay"), "has no effect on a frozen backbone; remove it"
         yield from self._conflicts_of_rounds()
 
     def _conflicts_of_rounds(self) -> Iterator[tuple[Key, str]]:

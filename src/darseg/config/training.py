@@ -60,7 +60,7 @@ class AugmentationConfig(Section):
             yield ("scale",), message
 
 
-# BatchNorm of the pyramid's 1x1 bin needs at least two images.
+# BatchNorm over means of whole images (pspnet, deeplabv3plus) needs at least two.
 BatchSize = Annotated[StrictInt, Field(ge=2)]
 
 
@@ -90,7 +90,7 @@ class TrainingConfig(Section):
     class_weights: dict[StrictStr, Positive] | None = None
     pseudo_weight: NotNegative = 1.0
     precision: Precision = "fp32"
-    sync_batchnorm: StrictBool | None = None  # None: on for pspnet
+    sync_batchnorm: StrictBool | None = None  # None: on, but not for deeplabv2
     compile: StrictBool = False
     recompute: StrictBool = False
     checkpoint_every: Count = 200

@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from darseg.model.network import NetworkSpec
 
 BYTES_PER_NUMBER = 4
 """Size of a float32."""
 
-PER_TRAINED_PARAMETER = 3
-"""Numbers: weight, gradient and SGD's momentum."""
+
+class _Attention(torch.autograd.Function):
+    """What fused attention returns and keeps: its inputs, its result, and a number for each row of weights."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        result = torch.empty(*queries.shape[:-1], values.shape[-1])
+        ctx.save_for_backward(queries, keys, values, result, torch.empty(queries.shape[:-1]))
+        return result
 
 
-def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> tuple[int, int]:
-    """Bytes of weights, gradients and momentum, and of the tensors kept for the backward pass.
+class _FusedAttention(TorchFunctionMode):
+    """Inside, attention keeps what it keeps on processors; the meta device has no fused attention."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
+            return _Attention.apply(*args)
+        return function(*args, **kwargs)
+
+
+def training_memory(
+    spec: NetworkSpec, images: int, height: int, width: int, *, averages: int = 1, frozen: bool = False
+) -> tuple[int, int]:
+    """Bytes of weights, gradients and the optimizer's averages, and of the tensors kept for the backward pass.
 
     In float32, for a batch of `images` crops, at the moment when a step needs most, without the workspace of
     convolutions. Runs the network on torch's meta device and adds up the tensors that autograd saves. Raises RecipeError.
+
+    Args:
+        averages: numbers that the optimizer keeps for a trained parameter: SGD's momentum, or Adam's two averages.
+        frozen: whether the heads alone learn.
     """
     saved: dict[int, int] = {}
     with torch.device("meta"):
         network = spec.build()
+        if frozen:
+            network.freeze_backbone()
         own = {tensor.untyped_storage()._cdata for tensor in network.state_dict(keep_vars=True).values()}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -32,7 +60,7 @@ def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> 
                 saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
             output = network(torch.zeros(images, 3, height, width, dtype=torch.uint8))
             labels = torch.zeros(images, height, width, dtype=torch.uint8)
             # Kept until the sum is complete: the address of a freed tensor could be used again.
@@ -40,4 +68,4 @@ def training_memory(spec: NetworkSpec, images: int, height: int, width: int) -> 
         trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
         fixed = sum(parameter.numel() for parameter in network.parameters()) - trained
         del losses
-    return BYTES_PER_NUMBER * (PER_TRAINED_PARAMETER * trained + fixed), sum(saved.values())
+    return BYTES_PER_NUMBER * ((2 + averages) * trained + fixed), sum(saved.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,19 @@ from darseg.run.build import (
 )
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
-from darseg.run.plan import Round, check_shares, describe_shares, head_factor_of, plan_rounds, stage_of
+from darseg.run.plan import (
+    Round,
+    check_shares,
+    describe_shares,
+    head_factor_of,
+    learner_of,
+    learner_settings,
+    plan_rounds,
+    prepare_training,
+    stage_of,
+)
+from darseg.training.method import Learner
+from darseg.training.optimize import SGD, layer_of
 
 USUAL_LABELS = Path("runs/recipe/round_1/labels")
 """Where label maps lie unless --out names another run folder; for the length of their names."""
@@ -61,9 +74,10 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
         network, _ = build_initial_network(recipe)
         check_sizes(recipe, network)
         check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
-        plan_rounds(
+        rounds = plan_rounds(
             recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
         )
+        prepare_training(recipe, rounds, network, processes=1)
     except DarsegError as error:
         faults.append(str(error))
     return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
@@ -102,6 +116,42 @@ def read_all(manifest: Manifest, console: Console) -> Findings:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Parameters that learn alike.
+
+    Attributes:
+        name: what they belong to.
+        rate: the learning rate at which round 0 begins, after any warm-up; 0 if they do not learn.
+        weight_decay: its factor.
+        parameters: their number of values.
+    """
+
+    name: str
+    rate: float
+    weight_decay: float
+    parameters: int
+
+
+def groups_of(learner: Learner) -> tuple[Group, ...]:
+    """The parameters of a learner, grouped by how they learn, in their order in the network."""
+    layers: dict[tuple[float, float], set[str]] = {}
+    counts: Counter[tuple[float, float]] = Counter()
+    for name, parameter in learner.module.named_parameters():
+        factor = learner.rate_factor(name) if parameter.requires_grad else 0.0
+        decay = learner.optimizer.weight_decay if factor and learner.decays(name, parameter) else 0.0
+        key = learner.learning_rate * factor, decay
+        layers.setdefault(key, set()).add(layer_of(name))
+        counts[key] += parameter.numel()
+    return tuple(Group(_joined(names), *key, parameters=counts[key]) for key, names in layers.items())
+
+
+def _joined(layers: set[str]) -> str:
+    """Names of layers as one; several of the backbone are "backbone"."""
+    inside = layers - {"heads"}
+    return ", ".join([*(inside if len(inside) < 2 else ["backbone"]), *(layers & {"heads"})])
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe will do.
 
@@ -109,7 +159,8 @@ class Plan:
         rates: learning rate at the beginning and end of each round.
         images: their number by role.
         parameters: number of values in the network, trained or not.
-        state_bytes: memory of weights, gradients and momentum in float32.
+        groups: the parameters, grouped by how they learn.
+        state_bytes: memory of weights, gradients and the optimizer's averages in float32.
         activation_bytes: memory that a step keeps for its backward pass in float32, without convolutions' workspace.
         temporary_bytes: disk space needed while labeling.
         network, labeling, evaluation: a line that describes each.
@@ -120,6 +171,7 @@ class Plan:
     rates: tuple[tuple[float, float], ...]
     images: dict[str, int]
     parameters: int
+    groups: tuple[Group, ...]
     state_bytes: int
     activation_bytes: int
     temporary_bytes: int
@@ -145,8 +197,13 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
     )
     check_shares(recipe, rounds, processes)
-    # The rates of the curve itself: the first step at 0 that the release has would hide where the curve begins.
-    schedules = [replace(stage_of(recipe, planned).schedule, first_step_at_zero=False) for planned in rounds]
+    prepare_training(recipe, rounds, network, processes=processes)
+    learner = learner_of(learner_settings(recipe, rounds[0]), network)
+    # The rates of the curve itself: warm-up, and the release's first step at 0, would hide where the curve begins.
+    schedules = [
+        replace(stage_of(recipe, planned).schedule, first_step_at_zero=False, warm_up_steps=0)
+        for planned in rounds
+    ]
     rates = tuple(
         (
             schedule.rate(0, planned.steps, planned.learning_rate),
@@ -171,13 +228,19 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
     height, width = recipe.training.crop
     state, activations = training_memory(
-        spec_of(recipe), max(2, images_in_memory), height=height, width=width
+        spec_of(recipe),
+        max(2, images_in_memory),
+        height=height,
+        width=width,
+        averages=1 if isinstance(learner.optimizer, SGD) else 2,
+        frozen=network.frozen,
     )
     return Plan(
         rounds=tuple(rounds),
         rates=rates,
         images={role: len(samples) for role, samples in manifest.roles().items()},
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        groups=groups_of(learner),
         state_bytes=state,
         activation_bytes=activations,
         temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
@@ -190,11 +253,14 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
 
 def _describe_network(recipe: Recipe) -> str:
     network, height_width = recipe.network, "x".join(map(str, recipe.training.crop))
-    return f"{network.architecture}, {network.backbone}, output stride {network.output_stride}, crops {height_width}"
+    stride = "" if network.architecture == "dpt" else f", output stride {network.output_stride}"
+    return f"{network.architecture}, {network.backbone}{stride}, crops {height_width}"
 
 
 def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
+    if steps := recipe.training.warm_up:
+        notes.append(f"the rate first rises to the curve, over {steps} steps of each round")
     micro = recipe.training.micro_batch
     shares = {planned.index: planned.batch // processes for planned in rounds}
     if micro and any(share > micro for share in shares.values()):

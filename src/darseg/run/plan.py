@@ -25,6 +25,12 @@ from darseg.training.stage import Stage
 PUBLISHED_RATES = {"sgd": (0.01, 10.0), "adamw": (5e-6, 40.0)}
 """Optimizer → learning rate of the backbone, and the heads' factor: DARS's release, and UniMatch V2's for DINOv2."""
 
+SYNCED = ("pspnet", "deeplabv3plus", "linear")
+"""Architectures whose BatchNorm sees the images of all GPUs, as published: DARS's release, UniMatch, DINOv2."""
+
+POOLED = ("pspnet", "deeplabv3plus")
+"""Architectures with a BatchNorm over the mean of the whole image, which needs two images."""
+
 REPORT_EVERY = 10
 """Steps between figures in the journal and on TensorBoard."""
 
@@ -198,24 +204,8 @@ def _labeled_loss(recipe: Recipe) -> LabeledLoss:
 def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
     """The method that trains `network` in a round. Self-training is the only one so far."""
     settings = learner_settings(recipe, round_)
-    rate_factor = faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head)
-    if settings.layer_decay != 1:
-        if not isinstance(network.backbone, Transformer):
-            raise RecipeError(
-                f"training.layer_decay works with plain transformers; the backbone is {network.backbone.name}. Remove it."
-            )
-        blocks = len(network.backbone.body.blocks)
-        rate_factor = slower_layers(rate_factor, settings.layer_decay, blocks=blocks)
-    learner = Learner(
-        name="network",
-        module=network,
-        learning_rate=settings.learning_rate,
-        optimizer=settings.optimizer,
-        rate_factor=rate_factor,
-        decays=all_decay if settings.decay_vectors else only_matrices,
-    )
     return self_training(
-        learner,
+        learner_of(settings, network),
         batch=round_.batch,
         pseudo_batch=round_.pseudo_batch,
         auxiliary_weight=auxiliary_weight_of(recipe),
@@ -224,11 +214,32 @@ def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
     )
 
 
-def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
+def learner_of(settings: LearnerSettings, network: Network) -> Learner:
+    """The network with its optimizer. Raises RecipeError if its layers cannot learn at rates of their own."""
+    rate_factor = faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head)
+    if settings.layer_decay != 1:
+        if not isinstance(network.backbone, Transformer):
+            raise RecipeError(
+                f"training.layer_decay works with plain transformers; the backbone is {network.backbone.name}. Remove it."
+            )
+        blocks = len(network.backbone.body.blocks)
+        rate_factor = slower_layers(rate_factor, settings.layer_decay, blocks=blocks)
+    return Learner(
+        name="network",
+        module=network,
+        learning_rate=settings.learning_rate,
+        optimizer=settings.optimizer,
+        rate_factor=rate_factor,
+        decays=all_decay if settings.decay_vectors else only_matrices,
+    )
+
+
+def prepare_training(recipe: Recipe, rounds: Sequence[Round], network: Network, *, processes: int) -> None:
     """Prepare a network for training as the recipe asks, once, before its first stage.
 
     Raises RecipeError if the network cannot do what the recipe asks.
     """
+    learner_of(learner_settings(recipe, rounds[0]), network)
     if syncs_batchnorm(recipe, processes):
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if recipe.network.freeze == "backbone":
@@ -238,13 +249,13 @@ def prepare_training(recipe: Recipe, network: Network, processes: int) -> None:
 
 
 def syncs_batchnorm(recipe: Recipe, processes: int) -> bool:
-    """Whether BatchNorm sees the images of all processes; by default for PSPNet, as in the release.
+    """Whether BatchNorm sees the images of all processes; by default as published.
 
     Only on GPUs: PyTorch has no SyncBatchNorm for CPUs.
     """
     wanted = recipe.training.sync_batchnorm
     if wanted is None:
-        wanted = recipe.network.architecture == "pspnet"
+        wanted = recipe.network.architecture in SYNCED
     return wanted and processes > 1 and pick_device().type == "cuda"
 
 
@@ -273,10 +284,10 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
             lines.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
         elif micro and own > micro and own % micro:
             lines.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
-        elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture == "pspnet":
+        elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture in POOLED:
             lines.append(
-                f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over the 1x1 bin of the "
-                "pyramid needs two"
+                f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over means of whole "
+                f"images ({recipe.network.architecture}) needs two"
             )
     if lines:
         raise RecipeError(faults(f"{processes} processes share every batch, which is not possible", lines))

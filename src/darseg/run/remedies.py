@@ -13,6 +13,7 @@ from darseg.errors import MemoryLimit
 from darseg.model.backbone import RESNETS
 from darseg.model.predict import Protocol
 from darseg.model.sides import Sides
+from darseg.model.vit import is_transformer
 from darseg.run.build import spec_of
 from darseg.run.plan import Round
 
@@ -56,7 +57,7 @@ def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
     remedies = [f"training.micro_batch={fits[-1]} (now {present} images at once)"] if fits else []
     if training.precision == "fp32":
         remedies.append("training.precision=bf16 (about half)")
-    if not (training.recompute or training.compile) and recipe.network.backbone in RESNETS:
+    if not (training.recompute or training.compile) and _recomputes(recipe):
         remedies.append("training.recompute=true (less memory, a third more time)")
     remedies += _smaller("training.crop", training.crop, spec_of(recipe).sides)
     return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` estimates the memory of a step."
@@ -78,6 +79,12 @@ def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: 
         f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. --reuse THIS_FOLDER copies the finished steps "
         "that do not depend on it."
     )
+
+
+def _recomputes(recipe: Recipe) -> bool:
+    """Whether training.recompute works on the backbone and saves memory."""
+    name = recipe.network.backbone
+    return recipe.network.freeze == "none" and (name in RESNETS or is_transformer(name))
 
 
 def _smaller(key: str, size: tuple[int, int], sides: Sides) -> list[str]:

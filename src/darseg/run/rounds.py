@@ -194,7 +194,7 @@ def _plan(recipe: Recipe, manifest: Manifest, network: Network, *, processes: in
     labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)
     rounds = plan_rounds(recipe, labeled=labeled, unlabeled=unlabeled, fill=network.fill)
     check_shares(recipe, rounds, processes)
-    prepare_training(recipe, network, processes)
+    prepare_training(recipe, rounds, network, processes=processes)
     return rounds
 
 

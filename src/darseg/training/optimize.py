@@ -205,6 +205,23 @@ def slower_layers(
     return slowed
 
 
+LAST_NORM = "backbone.body.norm."
+"""What comes after them."""
+
+
+def layer_of(name: str) -> str:
+    """What a parameter belongs to, in a reader's words: heads, block 3, embeddings, stage 4, backbone …"""
+    if not name.startswith(BACKBONE):
+        return "heads"
+    if match := BLOCK.match(name):
+        return f"block {match[1]}"
+    if name.removeprefix("backbone.body.").startswith(EMBEDDINGS):
+        return "embeddings"
+    if name.startswith(LAST_NORM):
+        return "last norm"
+    return "stage 4" if name.startswith(LAST_STAGE) else "backbone"
+
+
 def only_matrices(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay acts on a parameter: not on norms, biases, layer scales and embeddings."""
     return parameter.ndim > 1 and not name.endswith(("pos_embed", "_token"))
