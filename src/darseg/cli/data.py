@@ -165,8 +165,8 @@ def plan(
     say(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
     say(
         f"memory of a process while training, fp32: {planned.state_bytes / 1e9:.2f} GB weights, gradients and "
-        f"the optimizer's averages, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the convolutions' "
-        "workspace"
+        f"the optimizer's averages, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the "
+        "convolutions' workspace"
     )
     for note in planned.notes:
         say(f"note: {note}")

@@ -101,7 +101,7 @@ def plan_table(plan: Plan) -> Rows:
 def group_line(group: Group) -> str:
     """How a group of parameters learns."""
     how = f"rate {group.rate:.6g}, weight decay {group.weight_decay:g}" if group.rate else "does not learn"
-    return f"{group.name}: {how}, {group.parameters / 1e6:.3g} million parameters"
+    return f"{group.name}: {how}, {group.parameters:,} parameters"
 
 
 def _planned_cells(planned: Round) -> list[str]:

@@ -90,7 +90,7 @@ class TrainingConfig(Section):
     class_weights: dict[StrictStr, Positive] | None = None
     pseudo_weight: NotNegative = 1.0
     precision: Precision = "fp32"
-    sync_batchnorm: StrictBool | None = None  # None: on, but not for deeplabv2
+    sync_batchnorm: StrictBool | None = None  # None: on, but not for deeplabv2 and dpt
     compile: StrictBool = False
     recompute: StrictBool = False
     checkpoint_every: Count = 200

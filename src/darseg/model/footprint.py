@@ -16,11 +16,12 @@ BYTES_PER_NUMBER = 4
 
 
 class _Attention(torch.autograd.Function):
-    """What fused attention returns and keeps: its inputs, its result, and a number for each row of weights."""
+    """What fused attention keeps: its inputs, its result, and a number for each row of weights."""
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        result = torch.empty(*queries.shape[:-1], values.shape[-1])
+        # Its heads lie side by side, so that joining them copies nothing.
+        result = torch.empty(queries.transpose(1, 2).shape).transpose(1, 2)
         ctx.save_for_backward(queries, keys, values, result, torch.empty(queries.shape[:-1]))
         return result
 
@@ -28,17 +29,17 @@ class _Attention(torch.autograd.Function):
 class _FusedAttention(TorchFunctionMode):
     """Inside, attention keeps what it keeps on processors; the meta device has no fused attention."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is None and len(args) == 3:
             return _Attention.apply(*args)
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 def training_memory(
     spec: NetworkSpec, images: int, height: int, width: int, *, averages: int = 1, frozen: bool = False
 ) -> tuple[int, int]:
-    """Bytes of weights, gradients and the optimizer's averages, and of the tensors kept for the backward pass.
+    """Bytes of weights, gradients and averages, and of the tensors kept for the backward pass.
 
     In float32, for a batch of `images` crops, at the moment when a step needs most, without the workspace of
     convolutions. Runs the network on torch's meta device and adds up the tensors that autograd saves. Raises RecipeError.

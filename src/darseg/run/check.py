@@ -199,18 +199,6 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     check_shares(recipe, rounds, processes)
     prepare_training(recipe, rounds, network, processes=processes)
     learner = learner_of(learner_settings(recipe, rounds[0]), network)
-    # The rates of the curve itself: warm-up, and the release's first step at 0, would hide where the curve begins.
-    schedules = [
-        replace(stage_of(recipe, planned).schedule, first_step_at_zero=False, warm_up_steps=0)
-        for planned in rounds
-    ]
-    rates = tuple(
-        (
-            schedule.rate(0, planned.steps, planned.learning_rate),
-            schedule.rate(planned.steps, planned.steps, planned.learning_rate),
-        )
-        for planned, schedule in zip(rounds, schedules, strict=True)
-    )
     per_pixel = [
         waiting_bytes(
             recipe.labeling.at(planned.labeling_ratio),
@@ -237,7 +225,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     )
     return Plan(
         rounds=tuple(rounds),
-        rates=rates,
+        rates=tuple(_rates(recipe, planned) for planned in rounds),
         images={role: len(samples) for role, samples in manifest.roles().items()},
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         groups=groups_of(learner),
@@ -251,9 +239,20 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     )
 
 
+def _rates(recipe: Recipe, planned: Round) -> tuple[float, float]:
+    """The rates at the beginning and end of a round's curve.
+
+    Warm-up, and the release's first step at 0, would hide where the curve begins.
+    """
+    schedule = replace(stage_of(recipe, planned).schedule, first_step_at_zero=False, warm_up_steps=0)
+    first, last = (schedule.rate(step, planned.steps, planned.learning_rate) for step in (0, planned.steps))
+    return first, last
+
+
 def _describe_network(recipe: Recipe) -> str:
     network, height_width = recipe.network, "x".join(map(str, recipe.training.crop))
-    stride = "" if network.architecture == "dpt" else f", output stride {network.output_stride}"
+    dilated = spec_of(recipe).sides.step == network.output_stride
+    stride = f", output stride {network.output_stride}" if dilated else ""
     return f"{network.architecture}, {network.backbone}{stride}, crops {height_width}"
 
 

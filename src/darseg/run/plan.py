@@ -215,7 +215,7 @@ def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
 
 
 def learner_of(settings: LearnerSettings, network: Network) -> Learner:
-    """The network with its optimizer. Raises RecipeError if its layers cannot learn at rates of their own."""
+    """The network with its optimizer. Raises RecipeError if it has no layers for layer_decay."""
     rate_factor = faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head)
     if settings.layer_decay != 1:
         if not isinstance(network.backbone, Transformer):
