@@ -36,7 +36,7 @@ RECORD = AlignmentRecord(
 
 SPECS = [
     *(
-        NetworkSpec(name, "resnet18", K, 16, head_channels=8, auxiliary=name == "pspnet")
+        NetworkSpec(name, "timm/resnet18" if name == "dpt" else "resnet18", K, 16, head_channels=8)
         for name in ARCHITECTURES
     ),
     NetworkSpec("deeplabv2", "resnet18", K, 16, auxiliary=False, release_classifier=True),
@@ -60,9 +60,12 @@ def image(seed: int = 1) -> np.ndarray:
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.architecture}-{spec.release_classifier}")
 def test_every_architecture_folds_weights_in_and_gives_them_back(spec: NetworkSpec, tmp_path: Path) -> None:
+    if spec.backbone.startswith("timm/"):
+        pytest.importorskip("timm")
     network = build(spec)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    pixels = torch.from_numpy(image()).permute(2, 0, 1)[None]
+    height, width = network.sides.down(33), network.sides.down(49)
+    pixels = torch.from_numpy(image()).permute(2, 0, 1)[None, :, :height, :width]
     with torch.no_grad():
         plain = network(pixels).main.double().softmax(dim=1)
         assert fold_alignment(network, RECORD) is network

@@ -68,13 +68,14 @@ def settled(spec: NetworkSpec) -> Network:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
     with torch.no_grad():
-        network(torch.from_numpy(scenes(4, 65, 97)).permute(0, 3, 1, 2))
+        size = network.sides.up(65), network.sides.up(97)
+        network(torch.from_numpy(scenes(4, *size)).permute(0, 3, 1, 2))
     return network.eval()
 
 
 def one_window(network: Network, images: np.ndarray) -> np.ndarray:
-    """Logits of the sliding window where one covers the image; tiny images are padded to 2 * stride + 1."""
-    sides = [network.sides.up(max(side, 2 * network.stride + 1)) for side in images.shape[1:3]]
+    """Logits of the sliding window where one covers the image; tiny images are padded to two steps."""
+    sides = [network.sides.up(side, least=2) for side in images.shape[1:3]]
     protocol = Protocol((sides[0], sides[1]), mirror=False)
     return np.stack(
         [

@@ -227,8 +227,8 @@ def test_the_checkpoint_has_every_tensor_that_moves(name: str, monkeypatch: pyte
     built: list[torch.optim.Optimizer] = []
     real = stage_module.build_optimizer
 
-    def build_and_keep(*arguments: Any) -> torch.optim.Optimizer:
-        built.append(real(*arguments))
+    def build_and_keep(*arguments: Any, **named: Any) -> torch.optim.Optimizer:
+        built.append(real(*arguments, **named))
         return built[-1]
 
     monkeypatch.setattr(stage_module, "build_optimizer", build_and_keep)
