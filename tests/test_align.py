@@ -314,6 +314,9 @@ def test_an_alignment_is_stored_exactly_and_cannot_contradict_itself() -> None:
     assert Alignment.from_json(columns).to_json() == alignment.to_json()
     with refused(DataError, "KeyError", "weights"):
         Alignment.from_json({})
+    for damage in ({"bound": 0}, {"bound": 1e400}, {"pixels": 1e400}, {"weights": [10**400] * 5}):
+        with refused(DataError, "bound" if "bound" in damage else "OverflowError"):
+            Alignment.from_json(columns | damage)
     ones = np.ones(5)
     for changes, facts in (
         ({"weights": ones * 9}, ["1/bound"]),
@@ -413,6 +416,7 @@ def test_a_sample_takes_constant_memory() -> None:
 
     assert peak(80) < 1.3 * peak(10)
     assert sample_limit(19) == pixel_sample.PIXELS and sample_limit(255) * 255 <= pixel_sample.SCORES
+    assert PixelSample(255, 0, pixel_sample.PIXELS).limit == sample_limit(255)
 
 
 def test_probabilities_are_sampled_as_their_logarithms() -> None:

@@ -29,6 +29,7 @@ from darseg.model.network import NetworkSpec
 from darseg.model.predict import Protocol, predict
 from darseg.model.weights import load_network, read_alignment, save_network
 from darseg.pseudo.alignment import Alignment
+from darseg.report.comparison import compare_runs
 from darseg.run.browse import open_round
 from darseg.run.build import evaluation_protocol
 from darseg.run.evaluate import evaluate_result
@@ -370,6 +371,10 @@ def test_commands_use_the_result_and_plain_switches_it_off(run: Path, call: Any,
         assert code == 0 and f"Decisions: {'plain' if plain else 'aligned'}" in out
         labels[plain] = json.loads((out_folder / "redistribution.json").read_text())["predicted"]
     assert labels[False] != labels[True]
+    for name, source, decisions in (("all", images, "aligned on these"), ("one", images / "20.png", "plain")):
+        code, out, _ = call("label", run, source, tmp_path / name, "--align")
+        assert code == 0
+        says(out.splitlines()[-1], f"Decisions: {decisions}", "result.safetensors", "left out")
 
 
 def test_the_viewer_shows_the_result_or_the_plain_network(run: Path) -> None:
@@ -554,6 +559,40 @@ def test_a_damaged_alignment_is_named(run: Path, recipe_file: Path, tmp_path: Pa
     path.write_text(path.read_text().replace('"weights"', '"weighs"'))
     with refused(RunError, "result_alignment.json", "align.json"):
         darseg.train(load_recipe(recipe_file), tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", [["mean_iou"], {"used": True, "why": "", "shares": 5}])
+def test_damaged_aligned_scores_are_named(run: Path, tmp_path: Path, call: Any, damage: Any) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/round_1/scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"aligned": damage}))
+    code, _, error = call("report", tmp_path / "run")
+    assert code == 2 and "Traceback" not in error
+    says(error, "round_1", "'aligned'" if isinstance(damage, list) else "'shares'")
+    if isinstance(damage, list):
+        code, _, error = call("export", tmp_path / "run", tmp_path / "network.onnx")
+        assert code == 2
+        says(error, "scores.json", "'aligned'")
+        (tmp_path / "run/round_1/result.safetensors").unlink()
+        code, _, error = call("evaluate", tmp_path / "run")
+        assert code == 2
+        says(error, "scores.json", "'aligned'")
+
+
+def test_compared_runs_show_plain_aligned_and_the_result(
+    run: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    darseg.train(load_recipe(recipe_file, ["result.align=off"]), tmp_path / "off", reuse=run)
+    compared = compare_runs([run, tmp_path / "off"], tmp_path / "page.html")
+    figures = {title: cells for title, *cells in compared.rows}
+    plain, aligned = (f"{scores['mean_iou']:.4f}" for scores in (scores_of(run), scores_of(run)["aligned"]))
+    assert figures["mean IoU"] == [plain, plain]
+    assert figures["mean IoU, aligned"] == [aligned, "undefined"]
+    assert figures["mean IoU of the result"] == [aligned, plain]
+    page = compared.out.read_text()
+    assert "These figures are of plain decisions" in page and f"has the best mean IoU, {aligned}" in page
+    alone = compare_runs([tmp_path / "off"], tmp_path / "page.html")
+    assert not any("aligned" in title for title, *_ in alone.rows)
 
 
 def test_the_report_shows_both_scores_the_shares_and_the_decision(run: Path, tmp_path: Path) -> None:

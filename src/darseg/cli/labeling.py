@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from darseg.cli.options import DataRoot, Plain, RoundIndex, Source
-from darseg.cli.tables import print_labels, say
+from darseg.cli.tables import print_labels
 from darseg.errors import RecipeError
 from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
 
@@ -58,8 +58,7 @@ def label(
     plain: Plain = False,
 ) -> None:
     """Pseudo-label a folder of images with a trained network; torchrun shares the work among processes."""
-    from darseg.run.evaluate import describe_decisions
-    from darseg.run.label import label_folder
+    from darseg.run.label import describe_labeling, label_folder
 
     record = label_folder(
         source,
@@ -80,8 +79,7 @@ def label(
         plain=plain,
         overrides=overrides or [],
     )
-    print_labels(record, out)
-    say(describe_decisions(source, round_index, plain))
+    print_labels(record, out, describe_labeling(record, source, round_index, plain=plain))
 
 
 def redistribute(

@@ -153,8 +153,12 @@ def _classes_of_lists(lists: dict[str, dict]) -> Rows:
     return rows
 
 
-def print_labels(record: dict, out: Path) -> None:
-    """Print what `redistribution.json` holds, a row for each class; only the first process prints."""
+def print_labels(record: dict, out: Path, decisions: str = "") -> None:
+    """Print what `redistribution.json` holds, a row for each class; only the first process prints.
+
+    Args:
+        decisions: a line about the network's decisions.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     names = record["classes"] or [f"class {k}" for k in range(len(record["kept"]))]
@@ -171,6 +175,8 @@ def print_labels(record: dict, out: Path) -> None:
         _print_alignment(alignment, names, record["settings"]["class_counts"])
     share = sum(record["kept"]) / max(1, sum(record["predicted"]))
     say(f"{record['images']} images, {share:.2%} of their pixels labeled, in {out}")
+    if decisions:
+        say(decisions)
 
 
 def _print_alignment(alignment: Alignment, names: Sequence[str], counts: Sequence[int]) -> None:

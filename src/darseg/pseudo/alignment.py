@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,6 +64,8 @@ class Alignment:
         if lines:
             raise DataError(faults("An alignment has arrays with one entry per class", lines))
         check_class_count(len(self.weights))
+        if not 1 < self.bound < math.inf:
+            raise DataError(f"The bound of an alignment is {self.bound:g}; expected a finite number above 1.")
         lowest, highest = (1 - SHARE_TOLERANCE) / self.bound, self.bound * (1 + SHARE_TOLERANCE)
         lines = [
             law
@@ -162,7 +165,7 @@ class Alignment:
                 plain=np.array(columns["plain"], np.float64) if "plain" in columns else None,
                 single=bool(columns.get("single", False)),
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
                 f"This is not an alignment ({type(error).__name__}: {error}). The file is damaged or of another kind; "
                 "label again."

@@ -36,13 +36,13 @@ class PixelSample:
     of the limit or more are kept. Several threads may use it at once.
 
     Args:
-        limit: most pixels that are kept; None: `sample_limit`.
+        limit: most pixels that are kept, and never more than `sample_limit`; None: that many.
     """
 
     def __init__(self, classes: int, seed: int, limit: int | None = None) -> None:
         check_class_count(classes)
         self.classes, self.seed = classes, seed
-        self.limit = sample_limit(classes) if limit is None else limit
+        self.limit = min(sample_limit(classes), PIXELS if limit is None else limit)
         self.level = 0
         self._hashes: list[NDArray[np.uint64]] = []
         self._columns: list[NDArray[np.float16]] = []

@@ -59,6 +59,18 @@ class Group:
         """float64 [runs]: a figure of the last scored rounds."""
         return np.array([getattr(round_.scores, name) for round_ in self.last])
 
+    @property
+    def aligned(self) -> NDArray[np.float64]:
+        """float64 [runs]: mean IoU of aligned decisions; NaN for a run that has none."""
+        scores = [None if round_.aligned is None else round_.aligned.scores for round_ in self.last]
+        return np.array([np.nan if known is None else known.mean_iou for known in scores])
+
+    @property
+    def result(self) -> NDArray[np.float64]:
+        """float64 [runs]: mean IoU of the decisions that each run's result has, aligned or plain."""
+        used = np.array([round_.aligned is not None and round_.aligned.used for round_ in self.last])
+        return np.where(used, self.aligned, self.mean_iou)
+
     def by_round(self, index: int) -> NDArray[np.float64]:
         """float64 [runs that scored it]: mean IoU of a round."""
         scores = [round_.scores for run in self.runs for round_ in run.scored if round_.index == index]
@@ -96,6 +108,9 @@ def compare_runs(runs: Sequence[Path | str], out: Path | str = NAME) -> Comparis
         rows.append((name, *(spread(group.iou[:, k]) for group in groups)))
     for title, name in FIGURES.items():
         rows.append((title, *(spread(group.figure(name)) for group in groups)))
+    if any(round_.aligned for group in groups for round_ in group.last):
+        rows.append(("mean IoU, aligned", *(spread(group.aligned) for group in groups)))
+        rows.append(("mean IoU of the result", *(spread(group.result) for group in groups)))
     rows.append(("runs", *(str(len(group.runs)) for group in groups)))
     page = Page(" / ".join(group.name for group in groups), f"{len(facts)} runs, by their last scored rounds")
     page.section("Verdict", _verdict(page, groups, warnings), heading=False)
@@ -229,9 +244,18 @@ def _verdict(page: Page, groups: Sequence[Group], warnings: Sequence[str]) -> Ma
         second=None if second is None else second.name,
         lead=lead,
         deviation=max(deviations, default=None),
+        result=_best_result(groups),
         warnings=warnings,
         chart=page.chart(figure, "mean IoU of the runs"),
     )
+
+
+def _best_result(groups: Sequence[Group]) -> dict[str, str] | None:
+    """The group whose results are best; None if no run has aligned decisions."""
+    if not any(round_.aligned for group in groups for round_ in group.last):
+        return None
+    best = max(groups, key=lambda group: group.result.mean())
+    return {"name": best.name, "mean_iou": spread(best.result)}
 
 
 def _classes(page: Page, groups: Sequence[Group], rows: Sequence[tuple[str, ...]]) -> Markup:

@@ -37,7 +37,7 @@ class AlignedFacts:
 
     @classmethod
     def read(cls, content: Mapping[str, Any] | None, names: Sequence[str]) -> AlignedFacts | None:
-        """The facts in a scores.json, None if it has none.
+        """The facts in a scores.json that `RunDirectory.scores` has checked, None if it has none.
 
         Raises ValueError, TypeError or KeyError if they are damaged.
         """
@@ -47,9 +47,10 @@ class AlignedFacts:
         scores = Scores.from_json(aligned) if "confusion" in aligned else None
         if scores is not None and len(scores.confusion) != len(names):
             raise ValueError(f"aligned scores of {len(scores.confusion)} classes instead of {len(names)}")
-        columns = {"weight": aligned.get("weights")} | {
-            name: aligned.get("shares", {}).get(name) for name in SHARES
-        }
+        shares = aligned.get("shares", {})
+        if not isinstance(shares, Mapping):
+            raise ValueError("'shares' of the aligned decisions must be an object")
+        columns = {"weight": aligned.get("weights")} | {name: shares.get(name) for name in SHARES}
         return cls(
             bool(aligned["used"]),
             why=str(aligned["why"]),

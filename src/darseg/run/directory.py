@@ -224,7 +224,10 @@ class RunDirectory:
         path = self.round(index) / name
         remedy = "Restore it from a copy, or delete evaluate.json next to it, and run the same command again."
         try:
-            scores = Scores.from_json(read_object(path, remedy))
+            content = read_object(path, remedy)
+            scores = Scores.from_json(content)
+            if not isinstance(content.get("aligned", {}), dict):
+                raise ValueError(f"'aligned' is {shortened(content['aligned'])}, expected an object")
             if classes is not None and len(scores.confusion) != classes:
                 raise ValueError(f"scores of {len(scores.confusion)} classes instead of {classes}")
             return scores

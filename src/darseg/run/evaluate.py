@@ -330,6 +330,7 @@ def _unused_alignment(trained: Trained, source: Path) -> AlignmentRecord | None:
     run, index = RunDirectory(source), int(numbered[1])
     if run.read_record(index, "evaluate") is None:
         return None
+    run.scores(index)  # says what is damaged
     return chosen_record(run.round(index), read_json(run.round(index) / "scores.json"))
 
 

@@ -124,7 +124,8 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
     if run.read_record(index, "evaluate"):
         training["mean_iou"] = number(run.scores(index, len(trained.classes())).mean_iou)
         if trained.path == run.result(index):
-            training["mean_iou"] = read_json(run.round(index) / "scores.json")["aligned"].get("mean_iou")
+            scores = read_json(run.round(index) / "scores.json")
+            training["mean_iou"] = scores.get("aligned", {}).get("mean_iou")
             training["mean_iou_note"] = SELECTED
         training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
     return facts | {"training": training}

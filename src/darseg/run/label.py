@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from darseg.data.walk import unreadable
 from darseg.errors import DataError, RunError
 from darseg.model.aligned import unfold_alignment
 from darseg.model.predict import Protocol
+from darseg.model.weights import read_alignment
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
@@ -26,7 +27,7 @@ from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import labeling_protocol, manifest_of, masks
 from darseg.run.class_counts import ClassCounts, read_class_counts
 from darseg.run.directory import digest_path
-from darseg.run.evaluate import Trained, check_overrides, load_trained
+from darseg.run.evaluate import Trained, check_overrides, describe_decisions, load_trained, result_path
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import Journal
 from darseg.run.label_files import FolderJob, label_into_folder
@@ -93,6 +94,22 @@ def label_folder(
     _report(job, trained, console=console if processes.first else Console(quiet=True))
     size_of = partial(image_size, reading=trained.reading())
     return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
+
+
+def describe_labeling(
+    record: Mapping[str, Any], source: Path | str, round_index: int | None = None, *, plain: bool = False
+) -> str:
+    """A line that says whether labels are of plain or aligned decisions, and of which class weights.
+
+    Args:
+        record: what `label_folder` returned; the others are its arguments.
+    """
+    if "alignment" not in record:
+        return describe_decisions(source, round_index, plain)
+    decisions = "aligned on these images" if record["alignment"]["converged"] else "plain"
+    path = result_path(source, round_index)
+    left_out = "" if read_alignment(path) is None else f"; the class weights in {path} are left out"
+    return f"Decisions: {decisions}{left_out}"
 
 
 def _seed(trained: Trained) -> int:
