@@ -278,14 +278,6 @@ def build_backbone(
         raise RecipeError(
             f"There is no backbone {name!r}. Choose one of {', '.join(RESNETS)}, or {TIMM}NAME for a network of timm."
         )
-    transformer = name not in RESNETS and is_transformer(name)
-    if transformer and architecture not in DILATED:
-        return Transformer(name, drop_path)
-    if transformer:
-        raise RecipeError(
-            f"{name} is a plain transformer, which cannot be dilated, so {architecture} does not work on it. Choose "
-            "network.architecture dpt, or linear."
-        )
     if name in RESNETS:
         if architecture == "dpt":
             raise RecipeError(
@@ -294,9 +286,19 @@ def build_backbone(
         if drop_path:
             raise RecipeError(f"{name} has no stochastic depth (drop_path). Choose a backbone of timm, or 0.")
         return ResNet(name, RESNETS[name], output_stride, dilate_first=architecture != "deeplabv3plus")
+    if architecture not in DILATED and is_transformer(name):
+        return Transformer(name, drop_path)
     if architecture == "dpt":
         return TimmScales(name, drop_path)
-    return TimmBackbone(name, output_stride, drop_path)
+    try:
+        return TimmBackbone(name, output_stride, drop_path)
+    except RecipeError:
+        if not is_transformer(name):
+            raise
+        raise RecipeError(
+            f"{name} is a plain transformer, which cannot be dilated, so {architecture} does not work on it. Choose "
+            "network.architecture dpt, or linear."
+        ) from None
 
 
 @lru_cache

@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -119,6 +119,7 @@ def _from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+@lru_cache
 def is_transformer(name: str) -> bool:
     """Whether a network of timm ("timm/…") is a plain transformer: patches and blocks, no stages.
 
