@@ -16,6 +16,8 @@ from darseg.config.text import load_recipe
 from darseg.data.labels import read_label
 from darseg.demo import demo as module
 from darseg.demo.scenes import SCENE_CLASSES
+from darseg.errors import RunError
+from wording import refused
 
 LABELED, UNLABELED, VALIDATION = 4, 6, 3
 
@@ -96,3 +98,13 @@ def test_the_demo_recipe_is_the_one_that_the_docs_describe(tmp_path: Path) -> No
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert [round_.labeling_ratio for round_ in recipe.rounds] == [None, 0.4, 0.65]
     assert tuple(recipe.data.classes) == SCENE_CLASSES.names and recipe.training.precision == "fp32"
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "data/labeled.txt", "data"])
+def test_files_that_are_not_the_demos_stay(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with refused(RunError, str(tmp_path / name.partition("/")[0]), "--out"):
+        module.run_demo(tmp_path)
+    assert [file.read_text() for file in tmp_path.rglob("*") if file.is_file()] == ["mine"]

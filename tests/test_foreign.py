@@ -22,6 +22,7 @@ from darseg.cli import main
 from darseg.cli.tables import print_table, say
 from darseg.config.text import load_recipe
 from darseg.data.manifest import Sample
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DarsegError, RunError, StorageError, printable
 from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.network import NetworkSpec
@@ -32,9 +33,10 @@ from darseg.report.share import shareable, without_places
 from darseg.run.browse import open_round, read_facts
 from darseg.run.data_digest import sources
 from darseg.run.directory import RunDirectory
-from darseg.run.evaluate import describe_decisions
+from darseg.run.evaluate import describe_decisions, evaluate
+from darseg.run.export import export_network
 from darseg.run.journal import Journal
-from darseg.run.records import StepRecord
+from darseg.run.records import StepRecord, read_scored
 from darseg.run.rounds import train
 from wording import refused, says
 
@@ -278,6 +280,31 @@ def test_the_records_of_a_run_are_read_as_they_were_written(run: Path) -> None:
         assert json.loads((run / f"round_{index}" / f"{step}.json").read_text()) == vars(record)
 
 
+ALIGNED = {"used": True, "why": "", "strength": 1.0, "bound": 2.0}
+
+
+@pytest.mark.parametrize(
+    "aligned", [7, [], {}, {"used": 1}, ALIGNED, {**ALIGNED, "used": False, "bound": "2"}]
+)
+def test_what_scores_say_of_aligned_decisions_is_checked(run: Path, aligned: Any) -> None:
+    path = run / "round_1" / "scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"aligned": aligned}))
+    shutil.copy(run / "round_1" / "network.safetensors", run / "round_1" / "result.safetensors")
+    for use in (evaluate, lambda run: export_network(run, run.parent / "out.onnx")):
+        with pytest.raises(RunError, match=r"scores\.json is damaged"):
+            use(run)
+
+
+@pytest.mark.parametrize(
+    "change", [{"iou": {"sky": 0.5}}, {"iou": 7}, {"mean_iou": "1"}, {"pixel_accuracy": 1e999}]
+)
+def test_figures_that_are_none_are_refused(run: Path, change: dict[str, Any]) -> None:
+    path = run / "round_1" / "scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with refused(RunError, str(path), "damaged", *change):
+        read_scored(path, SCENE_CLASSES.names)
+
+
 @pytest.mark.parametrize(
     "name", ["data.json", "contents.json", "environment.json", "run.json", "round_1/label.json"]
 )
@@ -507,6 +534,12 @@ def test_a_page_to_be_shared_holds_no_places_and_names(run: Path, monkeypatch) -
 )
 def test_only_the_last_part_of_paths_is_left(text: str, expected: str) -> None:
     assert without_places(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000, "~/" * 50_000, "/a " * 50_000, "a:/" * 50_000])
+def test_a_long_text_is_shared_within_seconds(text: str) -> None:
+    signal.alarm(20)
+    assert len(without_places(text)) <= len(text)
 
 
 SENTENCES = (

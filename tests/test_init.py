@@ -549,7 +549,14 @@ def test_class_names_in_files(tmp_path: Path, name: str, text: str, names, value
     )
 
 
-@pytest.mark.parametrize("text", ["images/a.jpg\nimages/b.jpg\n", "road\n", "road\nroad\n", "", "{broken"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("images/a.jpg\nimages/b.jpg\n", "road\n", "road\nroad\n", "", "{broken"),
+        *(f"a{' ' * 500_000}b\nsky\n", f"a{' ' * 900}1\n" * 500 + "sky sky\nsky sky\n"),
+    ],
+    ids=range(7),
+)
 def test_files_that_name_no_classes_are_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "labels.txt").write_text(text)
     (tmp_path / "classes.json").write_text(text)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from darseg.config.text import load_recipe
-from darseg.errors import RecipeError, RunError
-from darseg.run.build import recipe_of
-from darseg.run.evaluate import check_overrides, load_trained
+from darseg.errors import DataError, RecipeError, RunError
+from darseg.run.build import check_overrides, recipe_of
+from darseg.run.evaluate import load_trained
+from darseg.run.marks import mark_bad
 from wording import refused, says
 
 
@@ -75,6 +76,16 @@ def test_a_place_on_the_command_line_begins_at_the_current_folder(
     assert recipe_of(run, ["data.root=typo"]).data.root == str(tmp_path / "typo")
     (project / "below").mkdir()  # as 0.2 took it
     assert load_recipe(project / "tiny.yaml", ["data.root=below"]).data.root == str(project / "below")
+
+
+def test_images_of_moved_data_are_marked(project: Path, tmp_path: Path) -> None:
+    shutil.move(project / "data", tmp_path / "moved")
+    run, place = project / "runs" / "tiny", [f"data.root={tmp_path / 'moved'}"]
+    with pytest.raises(DataError):
+        mark_bad(run, ["u/07"])
+    assert mark_bad(run, ["u/07"], overrides=place) == ["u/07"]
+    with pytest.raises(RecipeError):
+        mark_bad(run, ["u/07"], overrides=["seed=1"])
 
 
 def test_only_the_place_of_data_can_be_given_where_nothing_else_matters(project: Path) -> None:

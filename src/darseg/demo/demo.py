@@ -16,11 +16,12 @@ from rich.table import Table
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
-from darseg.data.files import write_whole
+from darseg.data.files import is_taken, named, read_file, write_whole
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.data.maps import write_map
 from darseg.demo.scenes import SCENE_CLASSES, write_scenes
+from darseg.errors import RunError
 from darseg.model.predict import predict
 from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory
@@ -54,9 +55,10 @@ def run_demo(
         the content of `demo.json`: for each class, the IoU of three networks and the class shares.
     """
     out, console, began = Path(out), console or Console(), time.monotonic()
+    _check_folder(out)
+    write_whole(out / "recipe.yaml", recipe_text())
     console.print(f"Drawing {LABELED} labeled, {UNLABELED} unlabeled and {VALIDATION} validation scenes …")
     write_scenes(out / "data", labeled=LABELED, unlabeled=UNLABELED, validation=VALIDATION, seed=DATA_SEED)
-    write_whole(out / "recipe.yaml", recipe_text())
     folder = out / f"seed_{seed}"
     recipe = load_recipe(out / "recipe.yaml", [f"seed={seed}"])
     console.rule("DARS: rounds 0, 1 and 2")
@@ -79,6 +81,18 @@ def run_demo(
         soft_wrap=True,
     )
     return result
+
+
+def _check_folder(out: Path) -> None:
+    """Raise RunError if the recipe or the data in a folder are not the demo's."""
+    path = recipe = out / "recipe.yaml"
+    if not is_taken(recipe):
+        path = out / "data"
+    if is_taken(path) and not (recipe.is_file() and read_file(recipe) == recipe_text().encode()):
+        raise RunError(
+            f"{named(path)} exists and was not written by this version of `darseg demo`, so it was left as it is. Choose "
+            "another folder with --out."
+        )
 
 
 def recipe_text() -> str:

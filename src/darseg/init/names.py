@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ NAME_FILES = (
     "_classes",
 )  # fmt: skip
 NAME_SUFFIXES = (".txt", ".names", ".csv", ".json", ".yaml", ".yml")
-LARGEST_FILE = 1 << 20
-"""Limit in bytes; larger files hold something else."""
+LARGEST_FILE, LONGEST_LINE = 1 << 20, 1000
+"""Limits in bytes and characters; larger files hold something else."""
 
 RGB = tuple[int, int, int]
 Row = tuple[str, int | None, RGB | None]
@@ -88,11 +89,14 @@ _LINES: tuple[tuple[str, Callable[[re.Match], Row]], ...] = (
 def _rows_of_text(text: str) -> list[Row]:
     """Rows of lines in one of the usual forms; otherwise each line is a name."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if any(len(line) > LONGEST_LINE for line in lines):  # which could take hours to match
+        return []
     for start in (0, 1):  # a table may have a header
         for pattern, row in _LINES:
-            matches = [re.fullmatch(pattern, line) for line in lines[start:]]
-            if len(matches) > 1 and all(matches):
-                return [row(match) for match in matches if match]
+            found = (re.fullmatch(pattern, line) for line in lines[start:])
+            matches = [match for match in takewhile(bool, found) if match]
+            if len(matches) == len(lines) - start > 1:
+                return [row(match) for match in matches]
     return [(line, None, None) for line in lines]
 
 

@@ -19,10 +19,9 @@ from darseg.errors import DarsegError, DataError, RunError, printable
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.report.result import AlignedFacts
-from darseg.run.build import classes_of, manifest_of, masks, recipe_of
+from darseg.run.build import check_overrides, classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
-from darseg.run.evaluate import check_overrides
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.marks import read_excluded
 from darseg.run.records import is_number, read_object, read_plain, read_texts

@@ -34,7 +34,7 @@ A path may contain blanks, commas and quotes, so nobody can say where it ends. T
 too little.
 """
 
-_ADDRESS = re.compile(r"""([A-Za-z][\w+.-]*):/+([^\s"'<>]*)""")
+_ADDRESS = re.compile(r"""([A-Za-z][\w+.-]{0,40}):/+([^\s"'<>]*)""")
 
 
 def shareable(facts: RunFacts) -> RunFacts:

@@ -27,8 +27,8 @@ from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labeling import BOUND
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.shift import Shift, estimate_shift
-from darseg.run.build import manifest_of, masks
-from darseg.run.evaluate import Trained, check_overrides, load_trained
+from darseg.run.build import check_overrides, manifest_of, masks
+from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import Medium, list_media, unread_lines
 from darseg.run.prior import Prior, class_shares

@@ -21,10 +21,17 @@ from darseg.data.prediction import SCALES, Prediction
 from darseg.errors import DataError, RunError, StorageError
 from darseg.model.predict import predict
 from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
-from darseg.run.build import labeling_protocol, load_to_predict, manifest_of, recipe_of, set_threads
+from darseg.run.build import (
+    check_overrides,
+    labeling_protocol,
+    load_to_predict,
+    manifest_of,
+    recipe_of,
+    set_threads,
+)
 from darseg.run.data_digest import digest_samples, stranger
 from darseg.run.directory import RunDirectory
-from darseg.run.evaluate import Trained, check_overrides, load_trained
+from darseg.run.evaluate import Trained, load_trained
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.records import read_texts

@@ -45,6 +45,9 @@ ORIENTATION = "orientation"
 
 CACHE = Path(os.environ.get("DARSEG_CACHE", "~/.cache/darseg"))
 
+PLACE_KEYS = ("data.root=",)
+"""Beginnings of what other commands take: the place of data that were moved."""
+
 
 def recipe_of(run: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a run folder; if its data moved since, with their new place.
@@ -60,6 +63,28 @@ def recipe_of(run: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     if any(override.startswith("data.root=") for override in overrides):
         return recipe
     return with_moved_data(recipe, RunDirectory(run), manifest_of)
+
+
+def check_overrides(source: Path | str, overrides: Sequence[str], keys: tuple[str, ...] = PLACE_KEYS) -> None:
+    """Raise RecipeError with all that is wrong with changes of a run folder's recipe.
+
+    Args:
+        keys: beginnings of what may be changed.
+    """
+    without_effect = [override for override in overrides if not override.startswith(keys)]
+    if not without_effect:
+        return
+    listed = ", ".join(without_effect)
+    if keys == PLACE_KEYS:
+        message = f"{listed}: only data.root=PATH can be given here, the place of data that were moved."
+    else:
+        message = f"{listed}: this does not change an evaluation. Remove it; keys that do begin with {', '.join(keys)}."
+    if (recipe := RunDirectory(source).recipe).is_file():
+        try:
+            load_recipe(recipe, overrides)
+        except RecipeError as error:
+            message = f"{message}\n{error}"
+    raise RecipeError(message)
 
 
 def as_recipe(recipe: Recipe | Path | str) -> Recipe:

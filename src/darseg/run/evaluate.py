@@ -15,9 +15,8 @@ from darseg.choices import Role
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import ClassSet, distinct_colors
-from darseg.data.files import read_json
 from darseg.data.images import Reading
-from darseg.errors import DarsegError, DataError, RecipeError, RunError
+from darseg.errors import DarsegError, DataError, RunError
 from darseg.model.aligned import AlignmentRecord
 from darseg.model.class_order import Order, reorder_classes, reordered_spec
 from darseg.model.network import Network, NetworkSpec
@@ -27,6 +26,7 @@ from darseg.model.weights import read_alignment, read_spec
 from darseg.run.build import (
     as_recipe,
     as_the_run_read,
+    check_overrides,
     check_sizes,
     classes_of,
     evaluation_protocol,
@@ -39,14 +39,13 @@ from darseg.run.build import (
 from darseg.run.class_names import order_by_recipe
 from darseg.run.directory import RESULT, RunDirectory, digest_path
 from darseg.run.journal import Journal
+from darseg.run.records import read_scored
 from darseg.run.result import score_variants
 from darseg.run.steps.align import chosen_record
 from darseg.training.scores import Scores
 
 EVALUATION_KEYS = ("data.", "evaluation.", "threads")
 """Beginnings of the recipe's keys that change an evaluation."""
-PLACE_KEYS = ("data.root=",)
-"""Beginnings of what other commands take: the place of data that were moved."""
 
 
 @dataclass(frozen=True)
@@ -331,26 +330,4 @@ def _unused_alignment(trained: Trained, source: Path) -> AlignmentRecord | None:
     if run.read_record(index, "evaluate") is None:
         return None
     run.scores(index)  # says what is damaged
-    return chosen_record(run.round(index), read_json(run.round(index) / "scores.json"))
-
-
-def check_overrides(source: Path | str, overrides: Sequence[str], keys: tuple[str, ...] = PLACE_KEYS) -> None:
-    """Raise RecipeError with all that is wrong with changes of a run folder's recipe.
-
-    Args:
-        keys: beginnings of what may be changed.
-    """
-    without_effect = [override for override in overrides if not override.startswith(keys)]
-    if not without_effect:
-        return
-    listed = ", ".join(without_effect)
-    if keys == PLACE_KEYS:
-        message = f"{listed}: only data.root=PATH can be given here, the place of data that were moved."
-    else:
-        message = f"{listed}: this does not change an evaluation. Remove it; keys that do begin with {', '.join(keys)}."
-    if (recipe := RunDirectory(source).recipe).is_file():
-        try:
-            load_recipe(recipe, overrides)
-        except RecipeError as error:
-            message = f"{message}\n{error}"
-    raise RecipeError(message)
+    return chosen_record(run.round(index), read_scored(run.round(index) / "scores.json"))

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from darseg.data.files import is_taken, named, read_json
+from darseg.data.files import is_taken, named
 from darseg.data.images import IMAGE_SUFFIXES, read_image
 from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
 from darseg.model.export import check_suffix, metadata_of, write_exported
 from darseg.model.parity import Parity
-from darseg.run.build import evaluation_protocol, manifest_of
+from darseg.run.build import check_overrides, evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory, digest_path
-from darseg.run.evaluate import Trained, check_overrides, load_trained
+from darseg.run.evaluate import Trained, load_trained
+from darseg.run.records import read_scored
 from darseg.training.scores import number
 
 COMPARED = 8
@@ -124,8 +125,9 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
     if run.read_record(index, "evaluate"):
         training["mean_iou"] = number(run.scores(index, len(trained.classes())).mean_iou)
         if trained.path == run.result(index):
-            scores = read_json(run.round(index) / "scores.json")
-            training["mean_iou"] = scores.get("aligned", {}).get("mean_iou")
+            training["mean_iou"] = (
+                read_scored(run.round(index) / "scores.json").get("aligned", {}).get("mean_iou")
+            )
             training["mean_iou_note"] = SELECTED
         training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
     return facts | {"training": training}

@@ -24,10 +24,10 @@ from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.scores import ScoreSource
-from darseg.run.build import labeling_protocol, manifest_of, masks
+from darseg.run.build import check_overrides, labeling_protocol, manifest_of, masks
 from darseg.run.class_counts import ClassCounts, read_class_counts
 from darseg.run.directory import digest_path
-from darseg.run.evaluate import Trained, check_overrides, describe_decisions, load_trained, result_path
+from darseg.run.evaluate import Trained, describe_decisions, load_trained, result_path
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import Journal
 from darseg.run.label_files import FolderJob, label_into_folder

@@ -17,7 +17,7 @@ from typing import Any
 from darseg.data.files import storage_error
 from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
-from darseg.run.build import manifest_of, recipe_of
+from darseg.run.build import check_overrides, manifest_of, recipe_of
 from darseg.run.directory import RunDirectory, write_json
 from darseg.run.outputs import lock
 from darseg.run.records import is_number, read_object
@@ -26,10 +26,15 @@ PATIENCE = 10.0
 """Seconds to wait for others who change the marks, which takes milliseconds."""
 
 
-def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]:
+def mark_bad(
+    run: Path | str, ids: Iterable[str], bad: bool = True, *, overrides: Sequence[str] = ()
+) -> list[str]:
     """Mark unlabeled images of a run as bad, or (`bad=False`) remove their marks.
 
     Rounds that begin later neither label marked images nor train on them. Rounds that have begun stay as they are.
+
+    Args:
+        overrides: "data.root=PATH", if the run's data were moved.
 
     Returns:
         the ids of all marked images, sorted.
@@ -37,7 +42,8 @@ def mark_bad(run: Path | str, ids: Iterable[str], bad: bool = True) -> list[str]
     Raises:
         RunError: `run` is not a run folder, or ids are not unlabeled images of the run; all are named.
     """
-    known = {sample.id for sample in manifest_of(recipe_of(run)).unlabeled}
+    check_overrides(run, overrides)
+    known = {sample.id for sample in manifest_of(recipe_of(run, overrides)).unlabeled}
     return sorted(change_marks(RunDirectory(run), known, ids, bad=bad))
 
 

@@ -27,9 +27,9 @@ from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts,
 from darseg.data.walk import PREDICTED
 from darseg.errors import DataError, RunError
 from darseg.model.predict import Memory, predict
-from darseg.run.build import evaluation_protocol
+from darseg.run.build import check_overrides, evaluation_protocol
 from darseg.run.directory import RunDirectory, digest_path, write_json
-from darseg.run.evaluate import Trained, check_overrides, load_trained
+from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import KINDS, Medium, Outputs, find_media, still_to_do, unread_lines
 from darseg.run.outputs import held_folder, read_settings

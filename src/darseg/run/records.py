@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,55 @@ def read_plain(path: Path, remedy: str) -> dict[str, str | int | float | bool | 
             path, f"{nested[0]!r} is {shortened(value[nested[0]])}, expected a text or a number", remedy
         )
     return value
+
+
+def read_scored(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
+    """The content of a round's scores.json, in which figures and what is said of aligned decisions are checked.
+
+    Args:
+        names: the classes; none: any.
+
+    Raises RunError if it is damaged.
+    """
+    remedy = "Restore it from a copy, or delete evaluate.json next to it, and run the same command again."
+    try:
+        content = read_object(path, remedy)
+        _check_figures(content, names)
+        if (aligned := content.get("aligned")) is not None:
+            _check_aligned(aligned, names)
+    except FileNotFoundError:
+        raise damaged(path, "it is missing", remedy) from None
+    except ValueError as error:
+        raise damaged(path, error, remedy) from error
+    return content
+
+
+def _check_aligned(aligned: Any, names: Sequence[str]) -> None:
+    if not isinstance(aligned, dict) or type(aligned.get("used")) is not bool:
+        raise ValueError(
+            f"'aligned' is {shortened(aligned)}, expected an object that says whether it is used"
+        )
+    if not isinstance(aligned.get("why"), str):
+        raise ValueError("'aligned' does not say why")
+    settings = [aligned[name] for name in ("strength", "bound") if name in aligned]
+    if len(settings) == 1 or not all(map(is_number, settings)):
+        raise ValueError("'strength' and 'bound' must be numbers")
+    if "mean_iou" in aligned or aligned["used"]:
+        _check_figures(aligned, names)
+
+
+def _check_figures(scores: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
+        if not _is_figure(scores.get(name, "")):
+            raise ValueError(f"{name!r} is {shortened(scores.get(name))}, expected a number")
+    iou = scores.get("iou")
+    if not isinstance(iou, dict) or not all(map(_is_figure, iou.values())) or (names and {*iou} != {*names}):
+        raise ValueError(f"'iou' is {shortened(iou)}, expected a number for each class")
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether a value is a number, or None, which stands for an undefined one."""
+    return value is None or is_number(value)
 
 
 def damaged(path: Path, reason: object, remedy: str) -> RunError:

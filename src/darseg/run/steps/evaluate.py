@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from darseg.data.files import read_json
 from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, read_spec, save_network
@@ -17,6 +16,7 @@ from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.plan import Round
+from darseg.run.records import read_scored
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.result import DECISION_VERSION, Decision, decide_result, describe_decision, score_variants
 from darseg.run.settings import Inputs, digest_settings
@@ -75,7 +75,7 @@ def evaluate_round(
 
 def _read_scores(course: Course, round_: Round) -> Mapping[str, Any]:
     course.run.scores(round_.index)  # says what is damaged
-    return read_json(course.path(round_, SCORES))
+    return read_scored(course.path(round_, SCORES), course.manifest.classes.names)
 
 
 class _Evaluation:
