@@ -627,9 +627,11 @@ def test_a_replacement_that_was_stopped_is_not_kept_as_of_one_network(
 def test_a_link_that_leads_nowhere_is_named_as_one(checkpoint: Path, tmp_path: Path) -> None:
     write_png(tmp_path / "in" / "a.png", picture(0))
     (tmp_path / "in" / "b.png").symlink_to("gone.png")
+    (tmp_path / "in" / "c.png").symlink_to("c.png")
     done = predict_folder(checkpoint, tmp_path / "in", tmp_path / "out", ["index"])
     assert done.images == 1
     says(done.failed[0], str(tmp_path / "in" / "b.png"), "gone.png")
+    assert str(tmp_path / "in" / "c.png") in done.failed[1]
 
 
 def test_what_is_done_is_looked_up_while_the_folder_is_held(

@@ -99,9 +99,15 @@ WRITERS = {
 """Commands that write what the user names → their arguments."""
 
 
-@pytest.mark.parametrize("verb", WRITERS)
+@pytest.mark.parametrize(
+    ("verb", "itself"),
+    [
+        *(pytest.param(verb, False, id=verb) for verb in WRITERS),
+        *(pytest.param(verb, True, id=f"{verb}, itself") for verb in ("train", "predict", "label")),
+    ],
+)
 def test_nothing_is_written_over_a_link_that_leads_nowhere(
-    verb: str, project: Path, scores: Path, tmp_path: Path, call
+    verb: str, itself: bool, project: Path, scores: Path, tmp_path: Path, call
 ) -> None:
     counts, shapes = tmp_path / "counts.json", tmp_path / "shapes" / "a.json"
     counts.write_text("[1, 2, 3]")
@@ -124,10 +130,10 @@ def test_nothing_is_written_over_a_link_that_leads_nowhere(
     }
     arguments = [argument.format(**places) for argument in WRITERS[verb]]
     (link,) = (Path(argument) for argument in arguments if argument.startswith(str(out)))
-    link.symlink_to(tmp_path / "nowhere")
+    link.symlink_to(target := link if itself else tmp_path / "nowhere")
     code, _, err = call(verb, *arguments)
     assert code == 2 and str(link) in err and "Traceback" not in err
-    assert os.readlink(link) == str(tmp_path / "nowhere") and not link.exists()
+    assert os.readlink(link) == str(target) and not link.exists()
     says(err, str(link), vary=[r"(?s)^.*(?=darseg: )"])
 
 

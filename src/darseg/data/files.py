@@ -157,6 +157,11 @@ def is_taken(path: Path) -> bool:
     return os.path.lexists(path)
 
 
+def real(path: Path) -> Path:
+    """The absolute path without links. Path.resolve raises RuntimeError for a link that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def named(path: Path) -> str:
     """The path, for messages; of a link that leads nowhere also where it leads."""
     if path.is_symlink() and not path.exists():

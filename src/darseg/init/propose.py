@@ -11,7 +11,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
-from darseg.data.files import aside_name, is_taken, named, read_file, write_whole
+from darseg.data.files import aside_name, is_taken, named, read_file, real, write_whole
 from darseg.data.images import IMAGE_SUFFIXES, image_size
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.suffixes import unread_files, unread_line
@@ -208,7 +208,7 @@ def _gives_roles(recipe: Recipe, draft: Draft) -> bool:
 def _resolved(role: str, pairs: Iterable[tuple[Path, Path | None]]) -> set[tuple[str, str | None]]:
     """Absolute paths of images and labels; labels of unlabeled images do not count."""
     return {
-        (str(image.resolve()), str(label.resolve()) if label and role != "unlabeled" else None)
+        (str(real(image)), str(real(label)) if label and role != "unlabeled" else None)
         for image, label in pairs
     }
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from darseg.config.recipe import Recipe
 from darseg.data.examine import Findings, examine
+from darseg.data.files import real
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels
@@ -105,7 +106,7 @@ def unread_data(recipe: Recipe) -> list[str]:
 
 def _nested(outer: Path, inner: Path) -> bool:
     """Whether a folder holds another, or is it."""
-    return inner.resolve().is_relative_to(outer.resolve())
+    return real(inner).is_relative_to(real(outer))
 
 
 def read_all(manifest: Manifest, console: Console) -> Findings:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from darseg.data.files import ASIDE, refuse_links_out_of, remove_leftovers
+from darseg.data.files import ASIDE, real, refuse_links_out_of, remove_leftovers
 from darseg.data.manifest import Sample, count_pixels
 from darseg.data.maps import is_whole, label_path
 from darseg.data.prediction import SCALES, ConfidenceScale
@@ -131,7 +131,7 @@ def label_into_folder(
     Returns:
         the content of `redistribution.json`.
     """
-    if job.source.is_dir() and job.source.resolve() in (job.out.resolve(), *job.out.resolve().parents):
+    if job.source.is_dir() and real(job.source) in (real(job.out), *real(job.out).parents):
         raise RunError(
             f"{job.out} lies in {job.source}, whose files are to be labeled. Choose a folder elsewhere."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from darseg.data.files import read_file, write_whole
+from darseg.data.files import read_file, real, write_whole
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
@@ -173,7 +173,7 @@ def check_disk(
         waiting_bytes(labeling, classes, predict_twice=choice, from_files=from_files)
         for choice in (predict_twice, True)
     )
-    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    there = next(path for path in (folder, *real(folder).parents) if path.exists())
     free, needed = shutil.disk_usage(there).free, per_pixel * pixels
     if free >= needed:
         return

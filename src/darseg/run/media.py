@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from darseg.choices import PredictionKind
-from darseg.data.files import is_taken
+from darseg.data.files import is_taken, real
 from darseg.data.images import IMAGE_SUFFIXES
 from darseg.data.manifest import find_files, sample_id
 from darseg.data.maps import is_whole
@@ -202,7 +202,7 @@ def _matching(pattern: str, out: Path | None) -> list[Medium]:
 
 
 def _is_below(path: Path, folder: Path | None) -> bool:
-    return folder is not None and folder.resolve() in path.resolve().parents
+    return folder is not None and real(folder) in real(path).parents
 
 
 def _clashes(media: Sequence[Medium]) -> list[str]:

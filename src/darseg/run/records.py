@@ -129,7 +129,7 @@ def read_plain(path: Path, remedy: str) -> dict[str, str | int | float | bool | 
 
 
 def read_scored(path: Path, names: Sequence[str] = ()) -> dict[str, Any]:
-    """The content of a round's scores.json, in which figures and what is said of aligned decisions are checked.
+    """The content of a round's scores.json, whose figures are checked, also those of aligned decisions.
 
     Args:
         names: the classes; none: any.
