@@ -21,6 +21,7 @@ from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage
 from darseg.run.plan import plan_rounds
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.train import TrainSettings, settings_of
+from darseg.training.loss import LabeledLoss
 from darseg.training.optimize import SGD, Adam, AdamW, OptimizerKind
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage
@@ -75,12 +76,21 @@ def test_settings_that_differ_have_other_digests(tmp_path: Path) -> None:
         replace(settings, learner=replace(settings.learner, learning_rate=0.02)),
         *(replace(settings, learner=replace(settings.learner, optimizer=kind)) for kind in (Adam(), AdamW())),
         replace(settings, learner=replace(settings.learner, optimizer=SGD(nesterov=True))),
+        replace(settings, learner=replace(settings.learner, decay_vectors=False)),
+        replace(settings, learner=replace(settings.learner, layer_decay=0.9)),
+        replace(settings, learner=replace(settings.learner, labeled_loss=LabeledLoss(hard_below=0.7))),
+        replace(settings, learner=replace(settings.learner, labeled_loss=LabeledLoss(class_weights=(2.0,)))),
+        replace(settings, stage=replace(stage, clip=1.0)),
+        replace(settings, freeze="backbone"),
+        replace(settings, drop_path=0.1),
         replace(settings, batch=(4, 2)),
         replace(settings, pseudo_weight=1.0),
         replace(settings, recompute=True),
         replace(settings, augmentation=replace(settings.augmentation, rotate=0.0)),
         replace(settings, network=replace(settings.network, head_channels=16)),
     ]
+    assert len(settings.earlier_digests()) == 1
+    assert not any(later.earlier_digests() for later in changed[-12:-5])  # 0.2 did not know these
     digests = {value.digest() for value in changed} | {settings.digest()}
     assert len(digests) == len(changed) + 1
     # What changes nothing in the result is left out.
