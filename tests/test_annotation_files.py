@@ -199,6 +199,21 @@ ABSURD = {
 }
 
 
+def test_shapes_without_a_pixel_and_names_that_are_nearly_equal_are_counted(tmp_path: Path) -> None:
+    """Coordinates from 0 to 1 would make all of an image background."""
+    shares = [[0.1, 0.1], [0.3, 0.1], [0.3, 0.3]]
+    square = [{**_square(1), "segmentation": [[x for point in shares for x in point]]}, _square(2, 2)]
+    maps, faults, warnings = _drawn(_coco(tmp_path / "c.json", *square), tmp_path / "coco")
+    assert maps == {"a.png": 0, "b.png": 64} and not faults
+    says("\n".join(warnings), "1 shape(s)", "annotations[0]")
+    outside = [[x + 40, y] for x, y in TRIANGLE]
+    _labelme(tmp_path, "a", _shape("car"), _shape("Car ", outside))
+    _picture(tmp_path / "a.jpg")
+    maps, faults, warnings = _drawn(tmp_path / "a.json", tmp_path / "labelme")
+    assert maps == {"a.png": TRIANGLE_PIXELS} and not faults
+    says("\n".join(warnings), "'Car ' and 'car'", "1 shape(s)", "shapes[1]")
+
+
 @pytest.mark.parametrize("kind", ABSURD)
 def test_absurd_numbers_end_soon_and_in_little_memory(tmp_path: Path, kind: str) -> None:
     image, annotation, fact = ABSURD[kind]

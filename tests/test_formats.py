@@ -19,7 +19,7 @@ import tifffile
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from conftest import recipe_dict
 from darseg.config.text import load_recipe
@@ -379,9 +379,26 @@ def test_gif_masks_are_indices(tmp_path: Path):
     values = random_values(4).astype(np.uint8)
     picture = Image.fromarray(values, "P")
     picture.putpalette(RANDOM.integers(0, 256, 768, dtype=np.uint8).tobytes())
-    later = Image.new("P", (W, H))
-    data = with_pillow(picture, "GIF", save_all=True, append_images=[later])
-    assert np.array_equal(read_label(put(tmp_path / "a.gif", data)), values)
+    path = put(tmp_path / "a.gif", with_pillow(picture, "GIF"))
+    assert np.array_equal(read_label(path), values)
+
+
+def test_label_maps_of_several_pages_are_refused(tmp_path: Path):
+    """A page for each class, of which only the first would be read; overviews are no such pages."""
+    pages = [np.eye(H, W, number, np.uint8) for number in range(3)]
+    first, *others = [Image.fromarray(page, "P") for page in pages]
+    path = put(tmp_path / "a.gif", with_pillow(first, "GIF", save_all=True, append_images=others))
+    with refused(DataError, "a.gif", "3 pages"):
+        read_label(path)
+    for kind, accepted in {0: False, 2: False, 1: True}.items():
+        with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+            for number, page in enumerate(pages):
+                file.write(page, subfiletype=kind if number else 0, metadata=None)
+        if accepted:
+            assert np.array_equal(read_label(tmp_path / "a.tif"), pages[0])
+        else:
+            with refused(DataError, "a.tif", "3 pages", "label_parts"):
+                read_label(tmp_path / "a.tif")
 
 
 def turned(values: np.ndarray, mark: int) -> np.ndarray:
@@ -428,6 +445,12 @@ def test_pictures_of_all_formats_are_turned_upright(tmp_path: Path, mark: int):
             expected = np.stack([turned(values[..., c], mark if upright else 1) for c in range(3)], 2)
             assert image.shape == expected.shape and image.flags.c_contiguous
             assert np.abs(image.astype(int) - expected).max() < 12, format
+    for packed in (False, True):  # as ImageMagick before 7.0.7 wrote it
+        block, text = b"Exif\0\0" + exif.tobytes(), PngImagePlugin.PngInfo()
+        block = block.replace(b"Exif\0\0" * 2, b"Exif\0\0")
+        text.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n", zip=packed)
+        path = put(tmp_path / "text.png", with_pillow(Image.fromarray(values), "PNG", pnginfo=text))
+        assert np.array_equal(read_image(path), np.stack([turned(values[..., c], mark) for c in range(3)], 2))
     path = tmp_path / "big.tif"
     tifffile.imwrite(path, values, photometric="rgb", bigtiff=True, extratags=[(274, 3, 1, mark, True)])
     assert np.array_equal(read_image(path), np.stack([turned(values[..., c], mark) for c in range(3)], 2))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from darseg.config.text import load_recipe
@@ -259,7 +260,7 @@ def test_names_that_are_not_utf_8_or_differ_in_case_are_reported(tmp_path: Path)
     says(next(line for line in proposal.warnings if "UTF-8" in line), "classes.txt")
     (tmp_path / "in/classes.txt").write_text("Grund\nStraße\nstraße\n")
     proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml", overwrite=True)
-    says(next(line for line in proposal.warnings if "letter case" in line), "Straße and straße")
+    says(next(line for line in proposal.warnings if "letter case" in line), "'Straße' and 'straße'")
 
 
 def test_a_network_of_other_classes_is_refused_and_one_of_the_same_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -278,3 +279,44 @@ def test_a_network_of_other_classes_is_refused_and_one_of_the_same_is_taken_as_i
     propose_recipe(tmp_path / "in", tmp_path / "r.yaml", weights=tmp_path / "same.safetensors")
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.network.backbone == "resnet18_half" and not check(recipe).faults
+
+
+def test_files_of_names_that_contradict_each_other_are_reported(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for number in range(4):
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        photo(number).save(root / f"images/{number}.png")
+        save(root / f"labels/{number}.png", three_classes(number))
+    (root / "classes.txt").write_text("soil\nleaf\nmildew\n")
+    (root / "obj.names").write_text("soil\nleaf\nmildew\n")
+    assert "differently" not in "\n".join(propose_recipe(root, tmp_path / "a.yaml").warnings)
+    (root / "obj.names").write_text("leaf\nmildew\nsoil\n")
+    warnings = propose_recipe(root, tmp_path / "b.yaml").warnings
+    (line,) = [line for line in warnings if "differently" in line]
+    says(line, "obj.names", "classes.txt")
+
+
+def test_lists_name_label_maps_and_may_repeat_images(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    for number in range(4):
+        photo(number).save(root / f"images/{number}.png")
+        save(root / f"labels/{number}.png", three_classes(number))
+    pairs = {0: 1, 1: 0, 2: 2}
+    lines = [f"images/{image}.png labels/{label}.png" for image, label in pairs.items()]
+    (root / "train.txt").write_text("\n".join([*lines, lines[0], lines[1]]))
+    (root / "val.txt").write_text("3\n")
+    notes = propose_recipe(root, tmp_path / "r.yaml").notes
+    says("\n".join(notes), "2 of 5 lines", "2 image(s)", "0.png")
+    samples = manifest_of(load_recipe(tmp_path / "r.yaml")).labeled
+    assert {int(s.image.stem): int(s.label.stem) for s in samples if s.label} == pairs
+
+
+def test_if_no_image_can_be_used_the_cause_is_named(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    for number in range(2):
+        tifffile.imwrite(root / f"images/{number}.tif", np.ones((*SIZE, 3), np.float32), photometric="rgb")
+        save(root / f"labels/{number}.png", three_classes(number))
+    with refused(DataError, "0.tif", "data.white"):
+        propose_recipe(root, tmp_path / "r.yaml")

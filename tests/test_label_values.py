@@ -185,6 +185,16 @@ def test_indices_that_were_resized_with_interpolation_are_reported(
     assert any("resized" in line for line in proposal.warnings) == bool(lines)
 
 
+@pytest.mark.parametrize("width", [1, 2])
+def test_a_class_of_outlines_is_not_taken_for_interpolation(tmp_path: Path, width: int) -> None:
+    """As in label maps of cells: 0 is ground, 2 inside, 1 the outline."""
+    labels = [scene(number, 2) * 2 for number in range(FILES)]
+    for number, label in enumerate(labels):
+        cv2.circle(label, (30 + 3 * number, 35), 18, 1, width)
+    draw(tmp_path, labels)
+    assert not any("resized" in line for line in check_with(tmp_path, ["a", "b", "c"]).warnings)
+
+
 @pytest.mark.parametrize("kind", ["values", "colors"])
 def test_a_rare_class_stays_a_class(tmp_path: Path, kind: str) -> None:
     """16 pixels in three of eight files, and a line one pixel wide."""
@@ -327,3 +337,18 @@ def test_train_says_what_check_says(tmp_path: Path) -> None:
     check_with(tmp_path, {"disk": [200, 30, 30], "box": [30, 30, 220]})
     train(load_recipe(tmp_path / "r.yaml"), tmp_path / "run")
     assert "alpha channel" in (tmp_path / "run" / "journal.jsonl").read_text()
+
+
+def test_masks_of_0_and_255_among_masks_of_0_and_1_are_reported(tmp_path: Path) -> None:
+    masks = [scene(number, 2) for number in range(FILES)]
+    mixed = [mask * (255 if number < 2 else 1) for number, mask in enumerate(masks)]
+    draw(tmp_path, mixed)
+    (line,) = [line for line in check_with(tmp_path, ["back", "crack"]).warnings if "just 0 and 255" in line]
+    says(line, f"2 of {FILES}", "1.png", "{0: back, 1: crack, 255: crack}")
+    values = {0: "back", 1: "crack", 255: "crack"}
+    found = check_with(tmp_path, ["back", "crack"], label_values=values)
+    assert not found.faults and "255" not in "\n".join(found.warnings)
+    mixed[3] = mixed[3].copy()
+    mixed[3][0] = 255  # here 255 is not labeled, so it may be so in the others
+    draw(tmp_path, mixed)
+    assert "just 0 and 255" not in "\n".join(check_with(tmp_path, ["back", "crack"]).warnings)

@@ -173,8 +173,7 @@ def test_files_that_were_only_touched_or_moved_are_the_same_and_are_read_once(
     for _ in range(2):
         contents.keep_contents(run, drawn)
         assert read[6:] == [drawn.unlabeled[1].image]
-    shutil.copytree(tmp_path / "data", tmp_path / "moved")  # keeps the times
-    (tmp_path / "data").rename(tmp_path / "gone")
+    (tmp_path / "data").rename(tmp_path / "moved")
     moved = [
         dataclasses.replace(sample, image=Path(str(sample.image).replace("/data/", "/moved/")))
         for sample in drawn.unlabeled
@@ -182,12 +181,20 @@ def test_files_that_were_only_touched_or_moved_are_the_same_and_are_read_once(
     there = dataclasses.replace(drawn, labeled=(), unlabeled=tuple(moved))
     assert contents.keep_contents(run, there)["unlabeled"].keys() == first["unlabeled"].keys()
     assert len(read) == 7
+    shutil.copytree(tmp_path / "moved", tmp_path / "data")  # keeps the times of writing only
+    for _ in range(2):
+        contents.keep_contents(run, dataclasses.replace(drawn, labeled=()))
+        assert len(read) == 7 + len(drawn.unlabeled)
 
 
 def test_other_contents_of_the_same_size_are_refused_by_name(run: RunDirectory, tmp_path: Path) -> None:
     drawn = of_bmp(tmp_path / "data")
     contents.keep_contents(run, drawn)
+    times = drawn.labeled[1].image.stat()
     picture(drawn.labeled[1].image, 5)
+    os.utime(
+        drawn.labeled[1].image, ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # as unpacking an archive does
     with refused(RunError, str(run.root), "1 file", str(drawn.labeled[1].image), "--out NEW_FOLDER"):
         contents.keep_contents(run, drawn)
     picture(drawn.labeled[1].image, 2)

@@ -17,7 +17,7 @@ from rich.console import Console
 from darseg.annotate.annotations import read_annotations
 from darseg.annotate.regions import AnnotatedImage, Annotations, paint
 from darseg.choices import AnnotationFormat
-from darseg.data.classes import BUILT_IN, IGNORE, class_set
+from darseg.data.classes import BUILT_IN, IGNORE, alike, class_set
 from darseg.data.files import ASIDE, is_taken, read_file, read_text, remove_leftovers, write_whole
 from darseg.data.maps import is_whole, label_path, write_map
 from darseg.data.pipeline import overlapped
@@ -178,6 +178,7 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
     done = 0
     kept: list[str] = []
     damaged: list[Path] = []
+    empty: list[str] = []
 
     def drawable() -> Iterator[AnnotatedImage]:
         for image in source.images():
@@ -187,7 +188,7 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
                 yield image
 
     def paint_image(image: AnnotatedImage) -> np.ndarray | list[str] | None:
-        painted = paint(image, index, target.unclaimed)
+        painted = paint(image, index, target.unclaimed, empty=empty)
         changed = not isinstance(painted, list) and target.is_changed(image.id, painted)
         return None if changed and not target.overwrite else painted
 
@@ -225,9 +226,19 @@ def _draw(source: Annotations, survey: _Survey, target: _Target, *, console: Con
         images=done,
         skipped=skipped,
         faults=tuple(fault_lines),
-        warnings=(*survey.warnings, *_damaged_line(damaged)),
+        warnings=(*survey.warnings, *alike(target.names), *_empty_line(empty), *_damaged_line(damaged)),
         kept=tuple(kept),
     )
+
+
+def _empty_line(places: Sequence[str]) -> list[str]:
+    if not places:
+        return []
+    return [
+        f"{len(places):,} shape(s) cover no pixel of their image, for example {min(places)}: they lie outside, or are "
+        "smaller than a pixel. If there are many, their coordinates may be of a picture of another size, or shares from "
+        "0 to 1"
+    ]
 
 
 def _damaged_line(paths: Sequence[Path]) -> list[str]:
@@ -251,13 +262,13 @@ def _look(source: Annotations) -> _Survey:
         renamed += [image.renamed] if image.renamed else []
         chinese += [image] if image.chinese else []
         same.setdefault(image.id.casefold(), []).append((image.id, image.where))
-    for alike in same.values():
-        if len(alike) > 1:
-            listed = " and ".join(f"{name} ({where})" for name, where in alike[:8])
+    for group in same.values():
+        if len(group) > 1:
+            listed = " and ".join(f"{name} ({where})" for name, where in group[:8])
             fault_lines.append(
-                f"{len(alike)} images have names that differ only in suffix or case: {listed}. Rename all but one"
+                f"{len(group)} images have names that differ only in suffix or case: {listed}. Rename all but one"
             )
-    where = dict(alike[0] for alike in same.values() if len(alike) == 1)
+    where = dict(group[0] for group in same.values() if len(group) == 1)
     warnings = [_renamed_line(renamed)] if renamed else []
     if chinese:
         warnings.append(_chinese_line(chinese))

@@ -120,12 +120,19 @@ def checked_image(entry: Entry) -> Iterator[AnnotatedImage | str]:
         )
 
 
-def paint(image: AnnotatedImage, index: Mapping[str, int], unclaimed: int = IGNORE) -> np.ndarray | list[str]:
+def paint(
+    image: AnnotatedImage,
+    index: Mapping[str, int],
+    unclaimed: int = IGNORE,
+    *,
+    empty: list[str] | None = None,
+) -> np.ndarray | list[str]:
     """The label map of an image, uint8 [H, W], or its faults if regions cannot be drawn.
 
     Args:
         index: category → class; regions of other categories are 255.
         unclaimed: value of pixels that no region covers.
+        empty: gets the place of each region without a pixel in the image.
     """
     label = np.full((image.height, image.width), UNCLAIMED, np.int16)
     faults: dict[
@@ -141,6 +148,8 @@ def paint(image: AnnotatedImage, index: Mapping[str, int], unclaimed: int = IGNO
         columns = slice(max(left, 0), max(0, left + mask.shape[1]))
         below = label[rows, columns]
         mask = mask[rows.start - top :, columns.start - left :][: below.shape[0], : below.shape[1]]
+        if empty is not None and not mask.any():
+            empty.append(region.where)
         value = index.get(region.category, IGNORE)
         if image.ordered:
             below[mask] = value

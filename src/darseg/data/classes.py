@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,6 +70,19 @@ def distinct_colors(count: int) -> tuple[tuple[int, int, int], ...]:
             rest >>= 3
         colors.append((color[0], color[1], color[2]))
     return tuple(colors)
+
+
+def alike(names: Sequence[str]) -> list[str]:
+    """A line about classes whose names differ only in letter case or spaces: perhaps one class."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(unicodedata.normalize("NFC", name).casefold().strip(), []).append(name)
+    same = [" and ".join(map(repr, group)) for group in groups.values() if len(group) > 1]
+    if not same:
+        return []
+    return [
+        f"These class names differ only in letter case, composition or spaces: {', '.join(same)}. Are they one class?"
+    ]
 
 
 def class_set(classes: str | Sequence[str] | Mapping[str, Sequence[int]]) -> ClassSet:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import unicodedata
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darseg.data.advice import unknown_values, usual_mistakes
-from darseg.data.classes import IGNORE, ClassSet
+from darseg.data.classes import IGNORE, ClassSet, alike
 from darseg.data.encoding import CITY_IDS, LabelEncoding
 from darseg.data.images import Picture, read_picture
 from darseg.data.label_facts import FileFacts, file_facts, judge, open_fault
@@ -127,7 +126,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         if unknown or encoding not in unreadable:
             lines = usual_mistakes(values, classes, encoding)
             (faults if unknown or values == {0, IGNORE} else warnings).extend(lines)
-    warnings += _alike(classes)
+    warnings += alike(classes.names)
     of_roles: list[str] = []
     if manifest.labeled and not faults:
         faults, of_roles, unscored = _coverage(manifest, pixels)
@@ -142,19 +141,6 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         pictures=(*tally.notes(), *tally.warnings()),
         largest=_largest(manifest, sizes),
     )
-
-
-def _alike(classes: ClassSet) -> list[str]:
-    """A line about classes whose names differ only in letter case: perhaps one class under two names."""
-    groups: dict[str, list[str]] = {}
-    for name in classes.names:
-        groups.setdefault(unicodedata.normalize("NFC", name).casefold(), []).append(name)
-    alike = [" and ".join(group) for group in groups.values() if len(group) > 1]
-    if not alike:
-        return []
-    return [
-        f"These class names differ only in letter case or composition: {', '.join(alike)}. Are they one class?"
-    ]
 
 
 def _largest(manifest: Manifest, pixels: Mapping[str, list[int]]) -> dict[str, Sample]:

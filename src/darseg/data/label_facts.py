@@ -50,6 +50,7 @@ class FileFacts:
     """What one label file holds besides classes.
 
     Attributes:
+        values: the values that occur; empty for colors.
         unknown: value or color that is no class → pixels.
         left_out: pixels whose value is not listed and becomes "not labeled" by `other`.
         near: pixels whose color is not listed and becomes the nearest class by `other: nearest`.
@@ -63,6 +64,7 @@ class FileFacts:
     encoding: LabelEncoding
     colored: bool
     size: int
+    values: tuple[int, ...] = ()
     unknown: Mapping[int, int] = field(default_factory=dict)
     left_out: int = 0
     near: int = 0
@@ -80,8 +82,8 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
     colored = values.dtype == np.int32
     palette: tuple[tuple[int, RGB], ...] = ()
     table = None
+    used = np.flatnonzero(_counts(values)) if not colored else np.empty(0, int)
     if raw.palette and not colored:
-        used = np.flatnonzero(np.bincount(values.reshape(-1), minlength=256))
         table = colors_against_values(raw.palette, used, encoding)
         palette = used_colors(raw.palette, used.tolist())
     by_color = table is not None and not any(table[value] == UNKNOWN for value, _ in palette)
@@ -95,6 +97,7 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
         encoding,
         colored,
         size=values.size,
+        values=tuple(used.tolist()),
         unknown=unknown,
         left_out=left_out,
         near=near,
@@ -103,6 +106,11 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
         by_color=by_color,
         contradicts=table is not None and not by_color,
     )
+
+
+def _counts(values: np.ndarray) -> np.ndarray:
+    """Value → pixels, without transparent ones."""
+    return np.bincount(values[values >= 0] if values.dtype == np.int16 else values.reshape(-1))
 
 
 def _far(values: np.ndarray, encoding: LabelEncoding) -> int:
@@ -124,7 +132,7 @@ def _unknown(values: np.ndarray, encoding: LabelEncoding, count: int) -> tuple[d
         names, counts = np.unique(missing, return_counts=True)
         pairs = zip(names.tolist(), counts.tolist(), strict=True)
         return dict(Counter(dict(pairs)).most_common(MOST_UNKNOWN)), 0
-    counts = np.bincount(values[values >= 0] if values.dtype == np.int16 else values.reshape(-1))
+    counts = _counts(values)
     present = np.flatnonzero(counts)
     if encoding.values is None:
         strange = present[(present >= count) & (present != IGNORE) & (present != encoding.ignore)]
@@ -170,6 +178,7 @@ def judge(facts: Sequence[FileFacts], classes: ClassSet) -> Judgment:
         if not colored:
             faults += _palette_faults(group, encoding, classes)
             warnings += _palette_warnings(group, encoding)
+            warnings += _mixed_masks(group, encoding, classes)
         if not colored and not strays:
             paths = [file.path for file in group if not (file.by_color or file.unknown)]
             warnings += interpolation_lines(paths, encoding.format)
@@ -196,6 +205,21 @@ def judge(facts: Sequence[FileFacts], classes: ClassSet) -> Judgment:
         )
     warnings += alpha_lines(facts)
     return Judgment(tuple(faults), tuple(warnings), tuple(notes), strays=frozenset(explained))
+
+
+def _mixed_masks(group: Sequence[FileFacts], encoding: LabelEncoding, classes: ClassSet) -> list[str]:
+    """Masks of 0 and 255 among masks of 0 and 1, whose 255 would not be labeled."""
+    stretched = [file for file in group if file.values == (0, IGNORE)]
+    plain = [file for file in group if 1 in file.values]
+    both = any(1 in file.values and IGNORE in file.values for file in group)
+    if encoding.values is not None or len(classes) != 2 or both or not stretched or not plain:
+        return []
+    first, second = classes.names
+    return [
+        f"{len(stretched):,} of {len(group):,} label files hold just 0 and {IGNORE}, for example {stretched[0].path}, "
+        f"and others 0 and 1, for example {plain[0].path}. {IGNORE} is read as not labeled. If it means {second}, set "
+        f"data.label_values: {{0: {first}, 1: {second}, {IGNORE}: {second}}}."
+    ]
 
 
 def _strays(

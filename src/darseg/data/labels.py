@@ -117,13 +117,23 @@ def read_raw(path: Path, format: LabelFormat, max_pixels: int = MOST_PIXELS) -> 
             )
     try:
         image = open_with_pillow(data)
+        frames = getattr(image, "n_frames", 1)
         image.load()
     except Exception as error:  # Pillow's readers fail in many ways on damaged files
         raise DataError(
             f"{path}: this file cannot be decoded as a label map ({error}). Give a PNG, BMP, GIF or TIFF file, or one of "
             "SBD's .mat files."
         ) from None
+    if frames > 1:
+        raise _several_pages(path, frames)
     return _of_picture(path, image, format)
+
+
+def _several_pages(path: Path, count: int) -> DataError:
+    return DataError(
+        f"{path}: this file has {count} pages or frames, and a label map is a single one. Save the page that holds the "
+        "classes as PNG; if each page marks one class, save each as a file (data.label_parts joins them)."
+    )
 
 
 def _of_picture(path: Path, image: Image.Image, format: LabelFormat) -> RawLabel:
@@ -136,6 +146,8 @@ def _of_picture(path: Path, image: Image.Image, format: LabelFormat) -> RawLabel
 
 def _tiff(path: Path, raster: Raster, format: LabelFormat) -> RawLabel:
     """The values or colors of a TIFF."""
+    if raster.pages > 1:
+        raise _several_pages(path, raster.pages)
     if raster.lossy:
         raise DataError(
             f"{path}: the pixels of this TIFF are compressed as {raster.lossy}, which changes label values. Use the "

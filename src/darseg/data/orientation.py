@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -31,6 +32,9 @@ TURNS = {
     7: "mirrored and turned by 90 degrees",
     8: "turned by 90 degrees",
 }
+
+MOST_TEXT = 1 << 18
+"""Bytes of a text in a PNG that may hold an EXIF block: less than 64 KB, in two digits a byte."""
 
 MOST_ENTRIES = 4096
 """Entries of a TIFF directory that are looked at; real ones have a few dozen."""
@@ -63,7 +67,7 @@ def orientation_mark(source: Path | bytes) -> int:
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as file:
             mark = _mark(file)
-    except (OSError, OverflowError, ValueError):
+    except (OSError, OverflowError, ValueError, zlib.error):
         return UPRIGHT
     return mark if mark in TURNS else UPRIGHT
 
@@ -135,7 +139,22 @@ def _chunks(file: BinaryIO, at: int, kind: Literal["png", "webp"]) -> int | None
             name, length, extra = head[:4], int.from_bytes(head[4:8], "little"), 8
         if name in (b"eXIf", b"EXIF"):
             return _tiff(file, at + 8 + (6 if head[8:14] == b"Exif\0\0" else 0))
+        if name in (b"tEXt", b"zTXt") and length <= MOST_TEXT:
+            file.seek(at + 8)
+            if exif := _exif_of_text(file.read(length), packed=name == b"zTXt"):
+                return _tiff(io.BytesIO(exif), 0)
         at += extra + length + (length & 1 if kind == "webp" else 0)
+
+
+def _exif_of_text(chunk: bytes, *, packed: bool) -> bytes | None:
+    """The EXIF block that older versions of ImageMagick wrote as hexadecimal digits, if it is one."""
+    keyword, _, text = chunk.partition(b"\0")
+    if keyword not in (b"Raw profile type exif", b"Raw profile type APP1"):
+        return None
+    if packed:
+        text = zlib.decompressobj().decompress(text[1:], 2 * MOST_TEXT)
+    profile = bytes.fromhex(b"".join(text.split()[2:]).decode("ascii"))
+    return profile[6:] if profile.startswith(b"Exif\0\0") else None
 
 
 def _tiff(file: BinaryIO, base: int) -> int | None:

@@ -49,7 +49,7 @@ class Raster:
         palette: uint8 [N, 3], for the color "palette".
         nodata: the value of pixels that hold nothing (GDAL's tag), None if there is none.
         lossy: the compression that changed the values, "" for none.
-        pages: pages of the file, without smaller versions of the first.
+        pages: pages of the file that have the size of the first; smaller versions and masks of it do not count.
     """
 
     values: np.ndarray
@@ -93,7 +93,7 @@ def read_tiff(path: Path, data: bytes, limit: int) -> Raster:
                 palette=_palette(page),
                 nodata=_nodata(page),
                 lossy=LOSSY.get(int(page.compression), ""),
-                pages=sum(not _is_smaller(other) for other in file.pages),
+                pages=sum(_is_page(other, page) for other in file.pages),
             )
     except DataError:
         raise
@@ -178,6 +178,7 @@ def _nodata(page: Any) -> float | None:
         return None
 
 
-def _is_smaller(page: Any) -> bool:
-    """Whether a page is an overview or a mask of another."""
-    return bool(getattr(page, "subfiletype", 0))
+def _is_page(other: Any, page: Any) -> bool:
+    """Whether a page is a picture of its own: no smaller version (1) or mask (4) of another."""
+    kind = getattr(other, "subfiletype", 0) or 0
+    return not kind & 5 and (other.imagelength, other.imagewidth) == (page.imagelength, page.imagewidth)

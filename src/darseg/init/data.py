@@ -54,7 +54,10 @@ def draft_unknown(folder: Path, lists: Path, console: Console) -> Draft:
             f"{len(discovery.annotations)} annotation file(s) are not used, for example {first}, because there are label "
             "maps. `darseg rasterize` makes label maps of annotation files"
         )
-    choose_roles(draft, discovery, _usable(discovery.images, content.faults, draft), lists=lists)
+    usable = _usable(discovery.images, content.faults, draft)
+    if not usable:
+        raise DataError(draft.warnings[-1])
+    choose_roles(draft, discovery, usable, lists=lists)
     roles = draft.roles or {}
     used = {image for pairs in roles.values() for image, _ in pairs}
     draft.sizes = [size for path, size in sorted(content.sizes.items()) if path in used]

@@ -75,18 +75,21 @@ def discover(root: Path) -> Discovery:
         )
     if parts is None:
         label_of, notes = _pair(images, labels)
+        maps = [label.path for label in labels if label.path.suffix.lower() in LABEL_SUFFIXES]
+        lists = read_lists(root, [picture.path for picture in images], maps)
+        notes += _follow(lists.labels, label_of)
         found_images = tuple(
             FoundImage(picture.path, label_of.get(picture.path), picture.split) for picture in images
         )
     else:
         masks, notes = parts.of_image, []
+        lists = read_lists(root, [picture.path for picture in images], [])
         found_images = tuple(_with_masks(picture, masks.get(picture.path)) for picture in images)
     if video_paths:
         notes.append(
             f"{len(video_paths)} video(s) are not used, for example {video_paths[0]}. To use them, extract their frames "
             "as images"
         )
-    lists = read_lists(root, [image.image for image in found_images])
     kinds = {path: kind for path in text_paths if (kind := _annotation_kind(path))}
     return Discovery(
         root=root,
@@ -98,6 +101,19 @@ def discover(root: Path) -> Discovery:
         notes=(*notes, *lists.notes),
         parts=parts,
     )
+
+
+def _follow(named: Mapping[Path, Path], label_of: dict[Path, Path]) -> list[str]:
+    """Give images the label maps that lists name, and a note if names would pair others."""
+    other = {image: label for image, label in named.items() if label_of.get(image) != label}
+    label_of.update(other)
+    if not other:
+        return []
+    image, label = next(iter(other.items()))
+    return [
+        f"{len(other)} image(s) have the label map that a list names, not the one of their own name, for example {image} "
+        f"with {label}"
+    ]
 
 
 def _without_masks(pictures: Sequence[Picture], parts: FoundParts) -> list[Picture]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +227,17 @@ class _Meaning:
 def _guess_values(values: _Values, names: Sequence[NameList], labels: Sequence[Path]) -> Guess:
     if _are_cityscapes(values, labels):
         return Guess("cityscapes", {}, {"classes": "the label files are named as in Cityscapes"})
-    for name_list in names:
-        meaning = _named_values(values, name_list)
-        if meaning:
-            return _described(values, meaning)
+    meanings = [(name_list, meaning) for name_list in names if (meaning := _named_values(values, name_list))]
+    if meanings:
+        (taken, meaning), *others = meanings
+        for name_list, other in others:
+            shared = values.pixels.keys() & meaning.table.keys() & other.table.keys()
+            if any(meaning.table[value] != other.table[value] for value in shared):
+                line = (
+                    f"{name_list.path} names the values differently than {taken.path}, whose names were taken"
+                )
+                meaning = replace(meaning, warnings=[*meaning.warnings, line])
+        return _described(values, meaning)
     unused = [
         f"{name_list.path} names {len(name_list.names)} classes, but the label values do not fit them"
         for name_list in names

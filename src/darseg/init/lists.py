@@ -15,16 +15,21 @@ LIST_FOLDERS = (".", "lists", "splits", "ImageSets/Segmentation", "ImageSets")
 
 @dataclass(frozen=True)
 class Lists:
-    """List files: part of the data set → images, and → the file; and notes about lines that are not used."""
+    """List files: part of the data set → images, and → the file; notes about lines that are not used.
+
+    Attributes:
+        labels: image → the label map that its line names.
+    """
 
     images: dict[str, list[Path]] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    labels: dict[Path, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
-def read_lists(root: Path, images: Sequence[Path]) -> Lists:
+def read_lists(root: Path, images: Sequence[Path], labels: Sequence[Path]) -> Lists:
     """List files below `root`, one for each part; at least nine of ten lines must name images."""
-    image_for = _finder(root, images)
+    image_for, label_for = _finder(root, images), _finder(root, labels)
     lists = Lists()
     for folder in LIST_FOLDERS:
         for split, words in SPLITS.items():
@@ -36,18 +41,24 @@ def read_lists(root: Path, images: Sequence[Path]) -> Lists:
                 lines = [line.strip() for line in read_text(path, "utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError):
                 continue
-            named = list(dict.fromkeys(image for line in lines if (image := image_for(line)) is not None))
-            missing = len(lines) - len(named)
-            if len(named) * 10 < len(lines) * 9 or not named:
+            found = [image for line in lines if (image := image_for(line)) is not None]
+            named = list(dict.fromkeys(found))
+            missing = len(lines) - len(found)
+            if len(found) * 10 < len(lines) * 9 or not named:
                 lists.notes.append(
                     f"{path} is not used: {missing} of its {len(lines)} lines name no image in this folder"
                 )
                 continue
             if missing:
+                lists.notes.append(f"{path}: {missing} of {len(lines)} lines name no image in this folder")
+            if len(found) > len(named):
                 lists.notes.append(
-                    f"{path}: {missing} of {len(lines)} lines name no image in this folder, or repeat one"
+                    f"{path}: {len(found) - len(named)} of {len(lines)} lines repeat an image, which counts once"
                 )
             lists.images[split], lists.files[split] = named, path
+            for first, second in (line.split() for line in lines if len(line.split()) == 2):
+                if (image := image_for(first)) and (label := label_for(second)):
+                    lists.labels[image] = label
     return lists
 
 

@@ -47,9 +47,11 @@ def digest_contents(manifest: Manifest, known: Contents) -> Contents:
         try:
             status = os.stat(path)
             earlier = known.get(role, {}).get(name)
-            if earlier and (earlier.size, earlier.changed) == (status.st_size, status.st_mtime_ns):
+            # Copying and unpacking set the time of writing back, but not that of the last change.
+            changed = max(status.st_mtime_ns, status.st_ctime_ns)
+            if earlier and (earlier.size, earlier.changed) == (status.st_size, changed):
                 return earlier
-            return Content(status.st_size, status.st_mtime_ns, digest_path(path))
+            return Content(status.st_size, changed, digest_path(path))
         except OSError as error:
             raise_if_unreadable(error, path)
             raise DataError(f"{path}: this file cannot be read ({error.strerror}).") from error
