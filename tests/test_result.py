@@ -17,6 +17,7 @@ from rich.console import Console
 from scipy import stats
 
 import darseg
+import forks
 from conftest import recipe_dict, write_png
 from darseg.cli.tables import rounds_table
 from darseg.config.recipe import ResultConfig
@@ -255,7 +256,7 @@ def scenes(root: Path, *, weights: Sequence[float] | None = TRUE) -> Path:
     recipe = recipe_dict(root)
     recipe["data"]["classes"] = list(SPEC.class_names)
     recipe["network"] |= {"backbone": "resnet18", "weights": "initial.safetensors"}
-    recipe["training"] |= {"crop": [65, 97], "learning_rate": 1e-6, "batch": 4}
+    recipe["training"] |= {"crop": [65, 97], "learning_rate": 1e-6, "batch": 4, "half_batch": 4}
     recipe["labeling"] = {"window": [65, 97], "mirror": False}
     recipe["evaluation"] = {"mirror": False}
     recipe["rounds"] = [{"steps": 1}, {"steps": 1, "labeling_ratio": 0.5}]
@@ -454,6 +455,19 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(
             (copy / "round_1" / changed).write_bytes(b"half")
         darseg.train(load_recipe(recipe_file), copy)
         assert {name: (copy / "round_1" / name).read_bytes() for name in names} == wanted
+
+
+@pytest.mark.slow
+def test_two_processes_find_and_decide_the_same(run: Path, recipe_file: Path, tmp_path: Path) -> None:
+    """The bootstrap draws by position, so images that were shared out must come back in their order."""
+    found = ("result_alignment.json", "scores.json", "result.safetensors")
+    shutil.copytree(run, tmp_path / "run")
+    for name in (*found, "align.json", "evaluate.json"):
+        (tmp_path / "run/round_1" / name).unlink()
+    result = forks.torchrun("-m", "darseg", "train", recipe_file, "--out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    for name in found:
+        assert (tmp_path / "run/round_1" / name).read_bytes() == (run / "round_1" / name).read_bytes()
 
 
 def test_without_a_gain_the_plain_network_stays(tmp_path: Path, call: Any) -> None:

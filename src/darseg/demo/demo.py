@@ -74,7 +74,7 @@ def run_demo(
     console.rule("Results")
     console.print(_table(result))
     console.print(
-        f"mean IoU: labeled only {result['mean_iou']['labeled_only']:.4f}, control "
+        f"mean IoU of plain decisions: labeled only {result['mean_iou']['labeled_only']:.4f}, control "
         f"{result['mean_iou']['control']:.4f}, DARS {result['mean_iou']['dars']:.4f}  "
         f"({result['seconds']:.0f} s; picture of the results: {folder / 'demo.png'})",
         highlight=False,
