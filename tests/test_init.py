@@ -26,8 +26,9 @@ from darseg.init.names import find_names
 from darseg.init.propose import propose_recipe
 from darseg.init.survey import Survey
 from darseg.model.network import NetworkSpec
+from darseg.model.weights import save_network
 from darseg.run.build import classes_of, manifest_of
-from darseg.run.check import check
+from darseg.run.check import check, plan
 from darseg.run.rounds import train
 from draw_layouts import draw_cityscapes, draw_voc, voc_palette
 from wording import refused, says
@@ -621,6 +622,28 @@ def test_weights_in_the_folder_are_used(tmp_path: Path) -> None:
     assert recipe.network.weights == str((tmp_path / "in" / "resnet34-b627a593.pth").resolve())
     assert recipe.network.backbone == "resnet34"
     assert any(str(tmp_path / "resnet18-broken.pth") in note for note in proposal.notes)
+
+
+def test_the_network_of_a_given_file_is_taken_over(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    plain(tmp_path / "in")
+    names = classes_of(load_recipe(propose_recipe(tmp_path / "in", tmp_path / "r.yaml").recipe)).names
+    for architecture, backbone, optimizer in (
+        ("dpt", "timm/test_vit", "adamw"),
+        ("deeplabv3plus", "resnet18_half", "sgd"),
+    ):
+        spec = NetworkSpec(architecture, backbone, len(names), class_names=names)  # ty: ignore
+        file, out = tmp_path / f"{architecture}.safetensors", tmp_path / f"{architecture}.yaml"
+        save_network(spec.build(), file, spec)
+        recipe = load_recipe(propose_recipe(tmp_path / "in", out, weights=file).recipe)
+        network = recipe.network
+        assert (network.architecture, network.backbone, network.weights) == (
+            architecture,
+            backbone,
+            str(file),
+        )
+        assert recipe.training.optimizer == optimizer
+        assert plan(recipe).parameters == sum(value.numel() for value in spec.build().parameters())
 
 
 def test_given_weights_must_fit(call, tmp_path: Path) -> None:

@@ -136,7 +136,12 @@ def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
     with suppress(WeightsError):
         own = read_spec(weights)
         return replace(
-            spec, backbone=own.backbone, output_stride=own.output_stride, head_channels=own.head_channels
+            spec,
+            architecture=own.architecture,
+            backbone=own.backbone,
+            output_stride=own.output_stride,
+            head_channels=own.head_channels,
+            auxiliary=None,
         )
     known = re.search(r"resnet(18|34|50|101)(?!\d)", weights.name)
     return replace(spec, backbone=f"resnet{known[1]}") if known else spec
@@ -190,10 +195,15 @@ def crop_and_batch(
         batches = [size for size in batches if size <= 8]
     while True:
         for batch in batches:
-            memory = sum(training_memory(spec, batch, *crop))
+            memory = sum(training_memory(spec, batch, *crop, averages=2 if takes_adamw(spec) else 1))
             if memory <= budget or (batch == 4 and max(crop) <= sides.up(4 * sides.step)):
                 return crop, batch, memory
         crop = sides.down(crop[0] * 3 // 4), sides.down(crop[1] * 3 // 4)
+
+
+def takes_adamw(spec: NetworkSpec) -> bool:
+    """Whether a network is of the kind that is usually trained with AdamW: its images are cut into patches."""
+    return spec.sides.offset == 0
 
 
 def step_seconds(spec: NetworkSpec, batch: int, crop: tuple[int, int]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from darseg.config.text import flow
 from darseg.init.data import quoted
 from darseg.init.draft import Draft, Form, path_from
-from darseg.init.fit import Fit
+from darseg.init.fit import Fit, takes_adamw
 from darseg.model.network import HEAD_CHANNELS
 
 
@@ -70,6 +70,8 @@ def _network_lines(fit: Fit) -> Iterator[str]:
     spec, gpu, stride = fit.spec, fit.device == "cuda", fit.spec.output_stride
     alternative = "resnet101 is larger, as in the paper" if gpu else "with a GPU, use resnet50"
     yield "network:"
+    if spec.architecture != "pspnet":
+        yield f"  architecture: {spec.architecture}  # as in the weight file"
     yield f"  backbone: {spec.backbone}  # the main part of the network, for {fit.described}; {alternative}"
     weights = (
         "ImageNet weights, as in the paper"
@@ -80,13 +82,13 @@ def _network_lines(fit: Fit) -> Iterator[str]:
     )
     yield from _comment_lines(weights, "  ")
     yield f"  weights: {flow(fit.weights)}"
-    detail = "as in the paper; 16 is faster" if gpu else "fast; 8 is finer and slower"
-    yield f"  output_stride: {stride}  # one prediction for {stride} x {stride} pixels, then enlarged: {detail}"
-    if spec.head_channels != HEAD_CHANNELS[spec.architecture]:
-        comment = (
-            f"size of the last part of the network: fast; the paper has {HEAD_CHANNELS[spec.architecture]}"
-        )
-        yield f"  head_channels: {spec.head_channels}  # {comment}"
+    if not takes_adamw(spec):
+        detail = "as in the paper; 16 is faster" if gpu else "fast; 8 is finer and slower"
+        yield f"  output_stride: {stride}  # one prediction for {stride} x {stride} pixels, then enlarged: {detail}"
+    published = HEAD_CHANNELS.get(spec.architecture)
+    if spec.head_channels != published:
+        usual = f"fast; the paper has {published}" if published else "as in the weight file"
+        yield f"  head_channels: {spec.head_channels}  # size of the last part of the network: {usual}"
 
 
 def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
@@ -100,6 +102,8 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     yield "training:"
     yield f"  crop: {flow(list(fit.crop))}  # height and width of the pieces to train on: {pieces}"
     yield f"  batch: {fit.batch}  # images per step; {memory}"
+    if takes_adamw(fit.spec):
+        yield "  optimizer: adamw  # usual for networks of patches"
     if fit.bf16:
         yield "  precision: bf16  # this GPU computes it several times faster"
     else:
