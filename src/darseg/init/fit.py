@@ -202,7 +202,7 @@ def crop_and_batch(
 
 
 def takes_adamw(spec: NetworkSpec) -> bool:
-    """Whether a network is of the kind that is usually trained with AdamW: its images are cut into patches."""
+    """Whether a network cuts images into patches: such are usually trained with AdamW."""
     return spec.sides.offset == 0
 
 

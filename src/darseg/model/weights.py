@@ -229,7 +229,7 @@ def load_weights(
 
     Args:
         source: torch file or safetensors, bare or under "state_dict", keys with or without "module.", in the layout of
-            - a network saved by darseg, or of the release's and semseg's PSPNet and DeepLabv2: fills all of it;
+            - a network saved by darseg, or of the releases of DARS, semseg and UniMatch: fills all of it;
             - torchvision (ResNets), semseg (ResNets with the deep stem) or timm (its networks): fills the backbone,
               heads stay as they are.
         strict: every part must be filled, and only ImageNet's classifier may be left over. Otherwise what fits is
