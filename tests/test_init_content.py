@@ -129,6 +129,22 @@ def test_own_data_in_the_folders_of_cityscapes(tmp_path: Path) -> None:
     says(proposal.notes[0], "cityscapes", "site")
 
 
+def test_names_outweigh_the_folders_and_file_names_of_cityscapes(tmp_path: Path) -> None:
+    """All values are ids of Cityscapes, whose classes would be taken without a word."""
+    root = tmp_path / "in"
+    for part in ("train", "val"):
+        for number in range(4):
+            name = f"{part}/aachen/aachen_{number:06d}_000019"
+            (root / f"leftImg8bit/{part}/aachen").mkdir(parents=True, exist_ok=True)
+            photo(number).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
+            save(root / f"gtFine/{name}_gtFine_labelTrainIds.png", three_classes(number))
+    (root / "classes.txt").write_text("soil\nleaf\nmildew\n")
+    proposal = propose_recipe(root, tmp_path / "r.yaml")
+    says(proposal.notes[0], "classes.txt", "soil, leaf, mildew")
+    recipe = load_recipe(proposal.recipe)
+    assert classes_of(recipe).names == ("soil", "leaf", "mildew") and not check(recipe).faults
+
+
 def test_values_that_cityscapes_does_not_have_are_own_classes(tmp_path: Path) -> None:
     draw_cityscapes(tmp_path / "in", ids=False, cities=["aachen"], per_city=2, per_val_city=1)
     path = next((tmp_path / "in/gtFine/train/aachen").glob("*0000_000019_gtFine_labelTrainIds.png"))

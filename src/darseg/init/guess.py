@@ -14,7 +14,7 @@ from darseg.data.classes import BUILT_IN, CITYSCAPES, IGNORE
 from darseg.data.encoding import CITYSCAPES_IDS, IDS_SUFFIX, TRAIN_IDS_SUFFIX
 from darseg.data.strays import describe
 from darseg.errors import DataError, faults
-from darseg.init.names import RGB, NameList
+from darseg.init.names import RGB, NameList, foreign_names
 from darseg.init.stray_keys import as_values, without_strays
 from darseg.init.survey import MOST_COLORS, Survey
 from darseg.init.words import CITYSCAPES_NAME
@@ -225,7 +225,8 @@ class _Meaning:
 
 
 def _guess_values(values: _Values, names: Sequence[NameList], labels: Sequence[Path]) -> Guess:
-    if _are_cityscapes(values, labels):
+    own = any(foreign_names(name_list, CITYSCAPES.names) for name_list in names)
+    if not own and _are_cityscapes(values, labels):
         return Guess("cityscapes", {}, {"classes": "the label files are named as in Cityscapes"})
     meanings = [(name_list, meaning) for name_list in names if (meaning := _named_values(values, name_list))]
     if meanings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -37,6 +37,12 @@ class NameList:
     names: tuple[str, ...]
     values: tuple[int, ...] | None = None
     colors: tuple[RGB, ...] | None = None
+
+
+def foreign_names(found: NameList, known: Collection[str]) -> list[str]:
+    """The names of a file that a published set does not have, if they are most of them."""
+    own = [name for name in found.names if name.casefold() not in known]
+    return own if 2 * len(own) > len(found.names) else []
 
 
 def find_names(folders: Iterable[Path], unread: list[str] | None = None) -> list[NameList]:

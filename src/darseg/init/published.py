@@ -16,7 +16,7 @@ from darseg.data.labels import decode_label
 from darseg.data.layouts import CITIES, VALIDATION_CITIES, Layout, find_sbd
 from darseg.errors import DataError
 from darseg.init.draft import Draft
-from darseg.init.names import RGB, find_names
+from darseg.init.names import RGB, find_names, foreign_names
 from darseg.init.survey import palette_of
 from darseg.init.words import CITYSCAPES_NAME
 
@@ -71,6 +71,9 @@ def _differs(layout: Layout) -> str:
 
 
 def _differs_from_cityscapes(layout: Layout) -> str:
+    for found in find_names([layout.root]):
+        if own := foreign_names(found, CITYSCAPES.names):
+            return f"{found.path} names the class(es) {_listed(own)}, which Cityscapes does not have"
     images = sorted(path for path in layout.images.glob("*/*/*.*") if not path.name.startswith("."))
     places = sorted({path.parent.name for path in images})
     if images and not (
