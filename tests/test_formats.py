@@ -427,6 +427,15 @@ def test_tiffs_are_turned_upright(tmp_path: Path, mark: int, depth: int):
         assert np.array_equal(read_label(path), values)
 
 
+def test_white_that_is_zero_turns_drawn_masks_and_not_class_values(tmp_path: Path):
+    classes = np.array([[0, 1], [2, 255]], np.uint8)
+    tifffile.imwrite(tmp_path / "classes.tif", classes, photometric="miniswhite")
+    assert np.array_equal(read_label(tmp_path / "classes.tif"), classes)
+    drawn = np.array([[True, False], [False, True]])
+    tifffile.imwrite(tmp_path / "drawn.tif", ~drawn, photometric="miniswhite")
+    assert np.array_equal(read_label(tmp_path / "drawn.tif"), drawn)
+
+
 @pytest.mark.parametrize("mark", range(1, 9))
 def test_pictures_of_all_formats_are_turned_upright(tmp_path: Path, mark: int):
     values = np.kron(random_values(8, 3).astype(np.uint8)[:2, :3], np.ones((8, 8, 1), np.uint8))

@@ -173,8 +173,8 @@ def _tiff(path: Path, raster: Raster, format: LabelFormat) -> RawLabel:
     if format == "color":
         raise DataError(ONE_CHANNEL_FOR_COLORS.format(path=path))
     alpha = None if raster.alpha is None else raster.values[..., raster.alpha]
-    if raster.color == "white is zero":
-        values = 2**raster.bits - 1 - values
+    if raster.color == "white is zero" and raster.bits == 1:
+        values = 1 - values  # drawn masks; of more bits it says how values are displayed, as GDAL has it
     if alpha is None:
         palette = () if raster.palette is None else tuple(map(tuple, raster.palette.tolist()))
         return RawLabel(_whole_numbers(path, values, raster.nodata, transparent=None), palette)
