@@ -23,13 +23,15 @@ from darseg.model.footprint import training_memory
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.recompute import recompute_blocks
 from darseg.run.check import check, groups_of, plan
-from darseg.run.plan import LearnerSettings, learner_of
+from darseg.run.plan import LearnerSettings, learner_of, plan_rounds, syncs_batchnorm
+from darseg.run.remedies import less_to_train
 from darseg.run.rounds import train
 from darseg.run.steps import train as train_step
 from darseg.training.checkpoint import Checkpoint
 from darseg.training.loss import LabeledLoss, cross_entropy
 from darseg.training.method import Figures, Learner, Method
 from darseg.training.optimize import SGD, AdamW, build_optimizer, faster_heads
+from darseg.training.processes import Processes
 from darseg.training.stage import Stage, run_stage
 from test_run import outcome
 from wording import refused, says
@@ -215,6 +217,20 @@ def test_a_frozen_backbone_stays_and_keeps_nothing() -> None:
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in network.state_dict().items())
 
 
+def test_statistics_that_are_the_same_in_all_processes_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times a float32, divided by three, is often another one."""
+    norm = nn.BatchNorm2d(1000)
+    torch.manual_seed(0)
+    for buffer in (norm.running_mean, norm.running_var):
+        assert buffer is not None
+        buffer.uniform_()
+    before = norm.state_dict()["running_var"].clone()
+    assert not torch.equal((before + before + before) / 3, before)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x: x.copy_(x + x + x))
+    Processes(0, 3).average_statistics(norm)
+    assert torch.equal(norm.state_dict()["running_var"], before)
+
+
 @pytest.mark.parametrize(
     "spec",
     [NetworkSpec("linear", VIT, CLASSES), NetworkSpec("deeplabv3plus", "resnet18_half", CLASSES, 16)],
@@ -395,6 +411,35 @@ def test_batches_of_one_image_a_process(recipe_file: Path) -> None:
             plan(load_recipe(recipe_file, changes), processes=2)
     changes = ["network.architecture=deeplabv2", "network.head_channels=null", "training.half_batch=2"]
     assert plan(load_recipe(recipe_file, changes), processes=2).rounds
+
+
+@pytest.mark.parametrize(
+    ("architecture", "synced"),
+    [("pspnet", True), ("deeplabv3plus", True), ("linear", True), ("deeplabv2", False), ("dpt", False)],
+)
+def test_whose_batchnorm_sees_all_gpus(
+    architecture: str, synced: bool, recipe_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("darseg.run.plan.pick_device", lambda: torch.device("cuda"))
+    changes = [
+        f"network.architecture={architecture}",
+        "network.head_channels=null",
+        "network.output_stride=8",
+    ]
+    recipe = load_recipe(recipe_file, changes)
+    assert syncs_batchnorm(recipe, 2) == synced and not syncs_batchnorm(recipe, 1)
+    other = load_recipe(recipe_file, [*changes, f"training.sync_batchnorm={not synced}"])
+    assert syncs_batchnorm(other, 2) == (not synced)
+
+
+def test_less_memory_for_a_transformer(recipe_file: Path) -> None:
+    """Recomputing is advised where it works and saves something."""
+    changes = [*TRANSFORMER, "training.crop=64", "rounds=[{steps: 4}]"]
+    for more, advised in (([], True), (["network.freeze=backbone"], False)):
+        recipe = load_recipe(recipe_file, [*changes, *more])
+        (planned,) = plan_rounds(recipe, labeled=4, unlabeled=6, fill=(0, 0, 0))
+        text = less_to_train(recipe, planned, processes=1)
+        assert ("training.recompute=true" in text) == advised and "training.crop=[32, 32]" in text
 
 
 def test_the_plan_of_a_transformer(recipe_file: Path, call: Callable) -> None:

@@ -230,13 +230,17 @@ class Processes:
 
     @torch.no_grad()
     def average_statistics(self, module: nn.Module) -> None:
-        """Average BatchNorm's running statistics over processes that each saw their own share."""
+        """Average BatchNorm's running statistics over processes that each saw their own share.
+
+        In float64, where equal values, as those of a frozen backbone, stay what they are.
+        """
         if self.count == 1:
             return
         for name, buffer in module.named_buffers():
             if name.endswith(("running_mean", "running_var")):
-                dist.all_reduce(buffer)
-                buffer /= self.count
+                total = buffer.double()
+                dist.all_reduce(total)
+                buffer.copy_(total / self.count)
 
 
 def _world_size() -> int:
