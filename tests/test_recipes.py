@@ -14,6 +14,8 @@ from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
+from darseg.run.plan import learner_settings, plan_rounds
+from darseg.training.optimize import SGD
 from wording import says
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -171,8 +173,10 @@ def test_the_rest_of_the_papers_settings() -> None:
     for name in PUBLISHED:
         recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
         training, augmentation = recipe.training, recipe.augmentation
-        assert (training.momentum, training.weight_decay, training.power) == (0.9, 1e-4, 0.9)
-        assert (training.head_factor, training.pseudo_weight) == (10, 1)
+        first, *_ = plan_rounds(recipe, labeled=100, unlabeled=100, fill=(0, 0, 0))
+        learner = learner_settings(recipe, first)
+        assert learner.optimizer == SGD(momentum=0.9, weight_decay=1e-4)
+        assert (learner.head_factor, training.power, training.pseudo_weight) == (10, 0.9, 1)
         assert (augmentation.rotate, augmentation.blur, augmentation.mirror) == (10, True, True)
         assert (recipe.labeling.method, recipe.labeling.confidence, recipe.labeling.sampling) == (
             "dars",
