@@ -283,6 +283,17 @@ def test_dinov2s_weights_in_every_layout(registers: bool, layout: str, tmp_path:
         assert torch.allclose(value, wanted[key], atol=1e-6), key
 
 
+def test_the_norm_of_averaged_tokens_is_the_norm_of_the_maps(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    averaging = timm.create_model("test_vit2", pretrained=False)
+    averaging.fc_norm.weight.data.fill_(0.75)
+    torch.save(averaging.state_dict(), tmp_path / "weights.pth")
+    network = NetworkSpec("linear", "timm/test_vit2", 3).build()
+    report = load_weights(network, tmp_path / "weights.pth")
+    assert set(report.unused) == {"head.weight", "head.bias"}
+    assert torch.equal(network.state_dict()["backbone.body.norm.weight"], averaging.fc_norm.weight)
+
+
 def test_positions_of_a_transformer_for_other_sizes_are_resized_and_said(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     file = tmp_path / "weights.safetensors"

@@ -58,6 +58,8 @@ NETWORKS = [
     ("dpt/timm/vit_small_patch14_reg4_dinov2", 14),
     ("dpt/timm/vit_small_patch16_dinov3", 16),
     ("dpt/timm/vit_tiny_patch16_224", 16),
+    ("dpt/timm/test_vit2", 16),
+    ("dpt/timm/test_vit3", 16),
     ("dpt/timm/convnext_atto", 32),
     ("dpt/timm/swin_tiny_patch4_window7_224", 32),
     ("dpt/timm/pvt_v2_b0", 32),
@@ -344,6 +346,8 @@ def test_backbones_that_dpt_cannot_take() -> None:
         build_network("dpt", "timm/levit_128s")
     with refused(RecipeError, "timm/maxvit_nano_rw_256", "any size", vary=[r"(?<=- ).*"]):
         build_network("dpt", "timm/maxvit_nano_rw_256")
+    with refused(RecipeError, "timm/vit_tiny_r_s16_p8_224", vary=[r"(?<=- ).*"]):
+        build_network("dpt", "timm/vit_tiny_r_s16_p8_224")
     with refused(RecipeError, "timm/xcit_nano_12_p16_224", "any size", vary=[r"\(.*\)"]):
         build_network("dpt", "timm/xcit_nano_12_p16_224")
 

@@ -23,6 +23,9 @@ from darseg.model.timm_backbones import create_body, in_255
 BLOCKS = {12: (2, 5, 8, 11), 24: (4, 11, 17, 23), 40: (9, 19, 29, 39)}
 """Number of blocks → those whose tokens the head takes (DINOv2's and UniMatch V2's DPT). Others: evenly."""
 
+CLASSIFIER_PARTS = {"attn_pool", "fc_norm", "head"}
+"""Parts of a transformer that only its classifier uses."""
+
 POSITION_OFFSET = 0.1
 """DINOv2 adds this to the number of patches along a side when it resizes its position embeddings."""
 
@@ -50,6 +53,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.name = name
         self.body = _create(name, drop_path_rate=drop_path)
+        if isinstance(self.body.norm, nn.Identity) and hasattr(self.body, "fc_norm"):
+            self.body.norm = self.body.fc_norm  # networks that average tokens normalize the average instead
+        for part in CLASSIFIER_PARTS & self.body._modules.keys():
+            setattr(self.body, part, nn.Identity())
         height, width = self.body.patch_embed.patch_size
         if height != width:
             raise RecipeError(f"{name} has patches of {height} x {width} pixels; only square ones work.")
@@ -100,6 +107,8 @@ def as_timm(transformer: Transformer, tensors: Mapping[str, Tensor]) -> tuple[di
         return tensors, ""
     before = tensors.get("pos_embed")
     translated = translate(dict(tensors), transformer.body)
+    if "norm.weight" not in translated:
+        translated = {re.sub(r"^fc_norm\.", "norm.", key): value for key, value in translated.items()}
     after = translated.get("pos_embed")
     # Class and register tokens may have positions of their own; only another grid is a resizing.
     if before is None or after is None or abs(before.shape[1] - after.shape[1]) <= MOST_TOKENS_BESIDES:
@@ -130,6 +139,7 @@ def is_transformer(name: str) -> bool:
     blocks = getattr(body, "blocks", None)
     return (
         hasattr(body, "patch_embed")
+        and not hasattr(body.patch_embed, "backbone")  # a CNN before the blocks
         and isinstance(blocks, (nn.Sequential, nn.ModuleList))
         and all(hasattr(block, "attn") for block in blocks)
     )
