@@ -243,7 +243,7 @@ def _examine_sample(sample: Sample, classes: ClassSet) -> _SampleFindings:
         return replace(found, faults=(*faults, str(error)))
     facts = file_facts(raw, encoding, sample.label, count=len(classes))
     by_value = raw.values.dtype != np.int32 and not facts.by_color and not facts.contradicts
-    values = tuple(np.flatnonzero(np.bincount(raw.values[raw.values >= 0])).tolist()) if by_value else ()
+    values = facts.values if by_value else ()
     found = replace(found, values=values, facts=facts)
     if facts.contradicts:
         return found

@@ -82,12 +82,13 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
     colored = values.dtype == np.int32
     palette: tuple[tuple[int, RGB], ...] = ()
     table = None
-    used = np.flatnonzero(_counts(values)) if not colored else np.empty(0, int)
+    counts = np.empty(0, int) if colored else _counts(values)
+    used = np.flatnonzero(counts)
     if raw.palette and not colored:
         table = colors_against_values(raw.palette, used, encoding)
         palette = used_colors(raw.palette, used.tolist())
     by_color = table is not None and not any(table[value] == UNKNOWN for value, _ in palette)
-    unknown, left_out = ({}, 0) if table is not None else _unknown(values, encoding, count)
+    unknown, left_out = ({}, 0) if table is not None else _unknown(values, encoding, count, counts=counts)
     near = 0
     if colored and left_out and encoding.other_color == NEAREST:
         near, left_out = left_out, _far(values, encoding)
@@ -110,7 +111,7 @@ def file_facts(raw: RawLabel, encoding: LabelEncoding, path: Path, *, count: int
 
 def _counts(values: np.ndarray) -> np.ndarray:
     """Value → pixels, without transparent ones."""
-    return np.bincount(values[values >= 0] if values.dtype == np.int16 else values.reshape(-1))
+    return np.bincount(values[values >= 0] if values.dtype.kind == "i" else values.reshape(-1))
 
 
 def _far(values: np.ndarray, encoding: LabelEncoding) -> int:
@@ -119,7 +120,9 @@ def _far(values: np.ndarray, encoding: LabelEncoding) -> int:
     return int((nearest_classes(missing, encoding.colors) == IGNORE).sum())
 
 
-def _unknown(values: np.ndarray, encoding: LabelEncoding, count: int) -> tuple[dict[int, int], int]:
+def _unknown(
+    values: np.ndarray, encoding: LabelEncoding, count: int, *, counts: np.ndarray
+) -> tuple[dict[int, int], int]:
     """Values that are no classes → pixels, and the number of pixels that `other: ignore` leaves out."""
     if values.dtype == np.int32:
         if not encoding.colors:
@@ -132,7 +135,6 @@ def _unknown(values: np.ndarray, encoding: LabelEncoding, count: int) -> tuple[d
         names, counts = np.unique(missing, return_counts=True)
         pairs = zip(names.tolist(), counts.tolist(), strict=True)
         return dict(Counter(dict(pairs)).most_common(MOST_UNKNOWN)), 0
-    counts = _counts(values)
     present = np.flatnonzero(counts)
     if encoding.values is None:
         strange = present[(present >= count) & (present != IGNORE) & (present != encoding.ignore)]
