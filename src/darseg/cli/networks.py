@@ -240,7 +240,6 @@ def convert(
     """Convert a checkpoint of DARS's or UniMatch's release for evaluate, predict and label."""
     from darseg.data.classes import class_set
     from darseg.model.convert import convert as run_convert
-    from darseg.model.torchfile import read_part
 
     report = run_convert(
         checkpoint,
@@ -251,12 +250,8 @@ def convert(
         class_set=class_set(names) if names else None,
         strict=strict,
     )
-    part = read_part(checkpoint)
-    say(
-        f"{len(report.loaded)} tensors of {checkpoint}"
-        + (f" ({part})" if part.startswith("model") else "")
-        + f" are in {out}"
-    )
+    part = f" ({report.part})" if report.part.startswith("model") else ""
+    say(f"{len(report.loaded)} tensors of {checkpoint}{part} are in {out}")
     if architecture == "deeplabv2_101" and not release_classifier:
         say(
             "note: the classifier sums all four branches. The release trained its own checkpoints with two, so they"

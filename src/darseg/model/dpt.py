@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from darseg.model.backbone import Features
-from darseg.model.heads import upsample
+from darseg.model.heads import Head, upsample
 
 WIDTHS = {384: 64, 768: 128, 1024: 256, 1536: 384}
 """Channels of a transformer's tokens → width of the fused maps, as published for DINOv2's S, B, L and g."""
@@ -27,7 +27,7 @@ USUAL_WIDTH = 128
 """Width for other backbones."""
 
 
-class DPTHead(nn.Module):
+class DPTHead(Head):
     """Features → logits [B, classes, h, w], with h and w twice those of the finest map.
 
     A transformer's four maps have the same size and become finer and coarser first: 4, 2, 1 and 1/2 times as many places
@@ -55,9 +55,6 @@ class DPTHead(nn.Module):
         self.relu = nn.ReLU()
         self.classifier = nn.Conv2d(width, classes, 1)
 
-    def forward(self, features: Features) -> Tensor:
-        return self.classify(self.prepare(features))
-
     def prepare(self, features: Features) -> Tensor:
         """What the classifier sees."""
         first, second, third, x = (level(x) for level, x in zip(self.levels, features, strict=True))
@@ -67,15 +64,6 @@ class DPTHead(nn.Module):
             x = fusion(x, skip, _size(finer))
         height, width = _size(first)
         return self.relu(self.smooth(finest(x, first, (2 * height, 2 * width))))
-
-    def classify(self, prepared: Tensor) -> Tensor:
-        """Logits of what `prepare` returned."""
-        return self.classifier(prepared)
-
-    @property
-    def last(self) -> nn.Conv2d:
-        """The convolution whose bias is added to the logits once."""
-        return self.classifier
 
 
 class Fusion(nn.Module):

@@ -1,7 +1,6 @@
 """Heads: features in, logits at the size of the features out.
 
-`prepare` computes what the classifier sees and `classify` its logits. Only the convolutions that give logits have a bias;
-elsewhere a BatchNorm makes it redundant.
+Only the convolutions that give logits have a bias; elsewhere a BatchNorm makes it redundant.
 """
 
 from __future__ import annotations
@@ -41,6 +40,28 @@ def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
+class Head(nn.Module):
+    """What every head is: `prepare` computes what the classifier sees, and `classify` its logits."""
+
+    classifier: nn.Conv2d
+
+    def forward(self, features: Features) -> Tensor:
+        return self.classify(self.prepare(features))
+
+    def prepare(self, features: Features) -> Tensor:
+        """What the classifier sees."""
+        raise NotImplementedError
+
+    def classify(self, prepared: Tensor) -> Tensor:
+        """Logits of what `prepare` returned."""
+        return self.classifier(prepared)
+
+    @property
+    def last(self) -> nn.Module:
+        """The convolution whose bias is added to the logits once."""
+        return self.classifier
+
+
 class ConvNormReLU(nn.Module):
     """Convolution without bias, BatchNorm, ReLU; the size is kept."""
 
@@ -55,7 +76,7 @@ class ConvNormReLU(nn.Module):
         return self.relu(self.norm(self.conv(x)))
 
 
-class PyramidPoolingHead(nn.Module):
+class PyramidPoolingHead(Head):
     """Pyramid pooling (PSPNet): local features concatenated with context pooled at four scales.
 
     Stage 4, [B, inputs, h, w], → [B, classes, h, w]. Each of the four branches averages over the cells of a grid and
@@ -91,15 +112,6 @@ class PyramidPoolingHead(nn.Module):
             parts.append(upsample(branch(pool(local, bins)), (height, width)))
         return self.dropout(self.fuse(torch.cat(parts, dim=1)))
 
-    def classify(self, prepared: Tensor) -> Tensor:
-        """Logits of what `prepare` returned."""
-        return self.classifier(prepared)
-
-    @property
-    def last(self) -> nn.Conv2d:
-        """The convolution whose bias is added to the logits once."""
-        return self.classifier
-
 
 class AuxiliaryHead(nn.Module):
     """A small classifier that helps training (PSPNet): stage 3, [B, inputs, h, w], → [B, classes, h, w].
@@ -117,7 +129,7 @@ class AuxiliaryHead(nn.Module):
         return self.classifier(self.dropout(self.fuse(features.stage3)))
 
 
-class AtrousHead(nn.Module):
+class AtrousHead(Head):
     """DeepLabv2's classifier: parallel 3x3 convolutions, dilated 6, 12, 18 and 24, summed.
 
     Stage 4, [B, inputs, h, w], → [B, classes, h, w]. The first `branches` of the four are summed. All four are kept,
@@ -134,9 +146,6 @@ class AtrousHead(nn.Module):
         for index, branch in enumerate(self.branches):
             nn.init.normal_(branch.weight, std=ATROUS_STD)  # ty: ignore[invalid-argument-type]
             branch.requires_grad_(index < branches)
-
-    def forward(self, features: Features) -> Tensor:
-        return self.classify(self.prepare(features))
 
     def prepare(self, features: Features) -> Tensor:
         """What the classifier sees: stage 4 itself."""
@@ -155,7 +164,7 @@ class AtrousHead(nn.Module):
         return self.branches[0]
 
 
-class DeepLabV3PlusHead(nn.Module):
+class DeepLabV3PlusHead(Head):
     """DeepLabv3+ (Chen et al. 2018): a spatial pyramid on stage 4, refined with stage 1.
 
     Features → logits [B, classes, h1, w1], at the size of stage 1. The pyramid is a 1x1 convolution, three dilated 3x3
@@ -177,9 +186,6 @@ class DeepLabV3PlusHead(nn.Module):
         )
         self.classifier = nn.Conv2d(width, classes, 1)
 
-    def forward(self, features: Features) -> Tensor:
-        return self.classify(self.prepare(features))
-
     def prepare(self, features: Features) -> Tensor:
         """What the classifier sees."""
         low, high = features.stage1, features.stage4
@@ -188,17 +194,8 @@ class DeepLabV3PlusHead(nn.Module):
         height, width = low.shape[-2:]
         return self.fuse(torch.cat([self.reduce(low), upsample(pyramid, (height, width))], dim=1))
 
-    def classify(self, prepared: Tensor) -> Tensor:
-        """Logits of what `prepare` returned."""
-        return self.classifier(prepared)
 
-    @property
-    def last(self) -> nn.Conv2d:
-        """The convolution whose bias is added to the logits once."""
-        return self.classifier
-
-
-class LinearHead(nn.Module):
+class LinearHead(Head):
     """A BatchNorm and a linear classifier, as DINOv2 was judged by.
 
     Stage 4, [B, inputs, h, w], → [B, classes, h, w]. For frozen backbones, and to see what a backbone knows.
@@ -209,18 +206,6 @@ class LinearHead(nn.Module):
         self.norm = nn.BatchNorm2d(inputs)
         self.classifier = nn.Conv2d(inputs, classes, 1)
 
-    def forward(self, features: Features) -> Tensor:
-        return self.classify(self.prepare(features))
-
     def prepare(self, features: Features) -> Tensor:
         """What the classifier sees."""
         return self.norm(features.stage4)
-
-    def classify(self, prepared: Tensor) -> Tensor:
-        """Logits of what `prepare` returned."""
-        return self.classifier(prepared)
-
-    @property
-    def last(self) -> nn.Conv2d:
-        """The convolution whose bias is added to the logits once."""
-        return self.classifier

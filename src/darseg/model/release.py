@@ -32,16 +32,13 @@ MARKS = {**CLASSIFIERS, "deeplabv3plus": "head.b4.gap.1.weight"}
 """A key that only this architecture has in the release's layout."""
 
 # Prefix of a key in the release → our prefix; None: nothing in the network uses it.
-_DEEP_STEM = {
-    r"0\.0": "backbone.conv1",
-    r"0\.1": "backbone.bn1",
-    r"0\.3": "backbone.conv2",
-    r"0\.4": "backbone.bn2",
-    r"0\.6": "backbone.conv3",
-    r"0\.7": "backbone.bn3",
-}
-_PSPNET = {
-    **{f"layer{key}": ours for key, ours in _DEEP_STEM.items()},
+_PSPNET: dict[str, str | None] = {
+    r"layer0\.0": "backbone.conv1",
+    r"layer0\.1": "backbone.bn1",
+    r"layer0\.3": "backbone.conv2",
+    r"layer0\.4": "backbone.bn2",
+    r"layer0\.6": "backbone.conv3",
+    r"layer0\.7": "backbone.bn3",
     r"(layer[1-4])": r"backbone.\1",
     r"ppm\.features\.(\d)\.1": r"head.branches.\1.conv",
     r"ppm\.features\.(\d)\.2": r"head.branches.\1.norm",
@@ -52,11 +49,11 @@ _PSPNET = {
     r"aux\.1": "auxiliary_head.fuse.norm",
     r"aux\.4": "auxiliary_head.classifier",
 }
-_DEEPLABV2 = {
+_DEEPLABV2: dict[str, str | None] = {
     r"(conv1|bn1|layer[1-4])": r"backbone.\1",
     r"layer5\.conv2d_list\.(\d)": r"head.branches.\1",
 }
-_DEEPLABV3PLUS = {
+_DEEPLABV3PLUS: dict[str, str | None] = {
     r"backbone\.conv1\.0": "backbone.conv1",
     r"backbone\.conv1\.1": "backbone.bn1",
     r"backbone\.conv1\.3": "backbone.conv2",
@@ -77,12 +74,12 @@ _DEEPLABV3PLUS = {
     r"fuse\.4": "head.fuse.1.norm",
     r"classifier": "head.classifier",
 }
-_DPT = {
+_DPT: dict[str, str | None] = {
     r"backbone\.mask_token": None,
     r"backbone": "backbone.body",
     r"head\.projects\.(\d)": r"head.levels.\1.0",
     r"head\.resize_layers\.(\d)": r"head.levels.\1.1",
-    # Level 3 of the release has no convolution to resize; ours are numbered from 0.
+    # Levels are numbered from 0 here; the third is not resized, so its last convolution is the second of its parts.
     r"head\.scratch\.layer1_rn": "head.levels.0.2",
     r"head\.scratch\.layer2_rn": "head.levels.1.2",
     r"head\.scratch\.layer3_rn": "head.levels.2.1",
@@ -99,12 +96,7 @@ _DPT = {
     r"head\.scratch\.output_conv\.0": "head.smooth",
     r"head\.scratch\.output_conv\.2": "head.classifier",
 }
-_LAYOUTS: dict[str, dict[str, str | None]] = {
-    "pspnet": {**_PSPNET},
-    "deeplabv2": {**_DEEPLABV2},
-    "deeplabv3plus": {**_DEEPLABV3PLUS},
-    "dpt": _DPT,
-}
+_LAYOUTS = {"pspnet": _PSPNET, "deeplabv2": _DEEPLABV2, "deeplabv3plus": _DEEPLABV3PLUS, "dpt": _DPT}
 
 
 def released_architecture(keys: Iterable[str]) -> str | None:

@@ -71,9 +71,10 @@ class TimmScales(nn.Module):
         how: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         with torch.device("meta"):
             # Networks of windows, such as Swin, take images of other sizes only if they are told to.
-            any_size = {"strict_img_size": False}
-            how |= any_size if _takes(name, how | any_size) else {}
-            if reason := _why_not(name, how):
+            told = how | {"strict_img_size": False}
+            if not _why_not(name, told):
+                how = told
+            elif reason := _why_not(name, how):
                 raise RecipeError(
                     faults(
                         f"{name} cannot be built for images of any size, with feature maps at strides 4, 8, 16 and 32",
@@ -98,17 +99,6 @@ def last_four(channels: Any) -> tuple[int, int, int, int]:
     """The last four of some numbers of channels."""
     first, second, third, fourth = channels[-4:]
     return first, second, third, fourth
-
-
-def _takes(name: str, how: dict[str, Any]) -> bool:
-    """Whether timm builds a network with these arguments."""
-    try:
-        create_body(name, features_only=True, **how)
-    except RecipeError:
-        raise
-    except Exception:  # TypeError, and others
-        return False
-    return True
 
 
 def _why_not(name: str, how: dict[str, Any]) -> str:
@@ -176,5 +166,6 @@ def _refused(name: str, output_stride: int, reason: str) -> RecipeError:
 
 
 def in_255(parts: tuple[float, ...]) -> RGB:
+    """A color of timm (0..1) as RGB in 0..255."""
     red, green, blue = (255 * float(part) for part in parts)
     return red, green, blue

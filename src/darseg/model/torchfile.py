@@ -46,7 +46,13 @@ OLD_TAR_MEMBERS = {"storages", "tensors", "pickle"}
 
 def read_bare(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by key, without the "module." that DataParallel puts before the keys."""
-    return {key.removeprefix("module."): value for key, value in read_tensors(path).items()}
+    return read_bare_part(path)[1]
+
+
+def read_bare_part(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The name of PARTS under which a file holds them ("" if under none), and what `read_bare` gives."""
+    part, tensors = _read(path)
+    return part, {key.removeprefix("module."): value for key, value in tensors.items()}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -54,15 +60,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises WeightsError if the file is missing, damaged, unsafe, or holds no tensors by key.
     """
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The part of a checkpoint that is read, and its tensors by key.
+
+    Raises WeightsError if the file is missing, damaged, unsafe, or holds no tensors by key.
+    """
     start = read_start(path)
     if is_safetensors(start):
         try:
             check_head(path)
-            return safetensors.torch.load_file(path)
+            return "", safetensors.torch.load_file(path)
         except Exception as error:  # safetensors raises its own errors, torch's and OSError
             raise damaged(path, error) from error
     content = _load_guarded(path)
-    if part := _part_of(content):
+    part = _part_of(content)
+    if part:
         content = content[part]
     if not isinstance(content, dict):
         raise WeightsError(
@@ -77,12 +92,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} holds no tensors; its keys begin with {_some_keys(content)}. Give a file with a state "
             'dict, bare or under "state_dict".'
         )
-    return tensors
-
-
-def read_part(path: Path) -> str:
-    """The name of PARTS under which a checkpoint holds what `read_tensors` reads; "" if under none."""
-    return "" if is_safetensors(read_start(path)) else _part_of(_load_guarded(path))
+    return part, tensors
 
 
 def _part_of(content: Any) -> str:

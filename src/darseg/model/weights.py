@@ -28,7 +28,14 @@ from darseg.model.heads import ATROUS_DILATIONS
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import RELEASED, classes_in, our_key, released_architecture
 from darseg.model.timm_backbones import all_keys
-from darseg.model.torchfile import check_head, damaged, is_safetensors, read_bare, read_start, read_tensors
+from darseg.model.torchfile import (
+    check_head,
+    damaged,
+    is_safetensors,
+    read_bare_part,
+    read_start,
+    read_tensors,
+)
 from darseg.model.vit import Transformer, as_timm
 
 METADATA = "darseg"
@@ -186,6 +193,7 @@ class LoadReport:
         unaligned: whether class weights in the file were left out, so that the network is as it was trained.
         classes: a sentence that says how the classes were matched; empty for a backbone, and if there is nothing to say.
         resized: a sentence that says how a transformer's position embeddings were resized; empty if they were not.
+        part: under which name the file holds the network, as "model_ema"; empty if under none.
     """
 
     source: Path
@@ -198,6 +206,7 @@ class LoadReport:
     unaligned: bool = False
     classes: str = ""
     resized: str = ""
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -238,7 +247,7 @@ def load_weights(
 
     Raises WeightsError, leaving the network as it was, if `strict` is violated or nothing matches.
     """
-    tensors, note = read_bare(source), ""
+    (part, tensors), note = read_bare_part(source), ""
     if isinstance(network.backbone, Transformer) and not _is_whole(tensors):
         tensors, note = as_timm(network.backbone, tensors)
     match = _match(network, tensors)
@@ -278,6 +287,7 @@ def load_weights(
         unaligned=unaligned,
         classes=matched.note,
         resized=note,
+        part=part,
     )
 
 
