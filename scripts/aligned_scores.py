@@ -132,11 +132,11 @@ def _product(folder: Path, index: int, role: Any) -> dict[str, Any]:
     """Scores of what the run decided: the result, and the aligned network whether it is that or not."""
     done = evaluate_result(folder, role=role, round_index=index, console=Console(quiet=True))
     names = darseg.manifest_of(darseg.load_recipe(darseg.RunDirectory(folder).recipe)).classes.names
-    found = {"result": done.scores} if done.plain or done.aligned else {}
-    if found:
-        found["decided"] = done.aligned or done.scores
-    scored = {kind: scores.to_json(names) for kind, scores in found.items()}
-    return scored | ({"used": "plain" if done.plain is None else "aligned"} if found else {})
+    by_kind = {"result": done.scores} if done.plain or done.aligned else {}
+    if by_kind:
+        by_kind["decided"] = done.aligned or done.scores
+    scored = {kind: scores.to_json(names) for kind, scores in by_kind.items()}
+    return scored | ({"used": "plain" if done.plain is None else "aligned"} if by_kind else {})
 
 
 def _unlabeled_of(folders: Sequence[Path]) -> list[Sample]:

@@ -28,13 +28,13 @@ def draw(generator: np.random.Generator, images: int, more_wrong: float) -> NDAr
     true = (generator.random(shape) < OCCURS) * SIZE * PIXELS * generator.lognormal(0, 0.8, shape)
     true = np.minimum(true, 0.3 * PIXELS)
     hard = generator.beta(1.2, 1.2, shape)
-    found, wrong = true * 0.75 * hard, 0.25 * true * generator.exponential(1, shape)
+    detected, wrong = true * 0.75 * hard, 0.25 * true * generator.exponential(1, shape)
     wrong += SIZE * PIXELS * 0.02 * generator.exponential(1, shape)
-    gained = 0.45 * (true - found) * generator.beta(1.5, 1.5, shape)
+    gained = 0.45 * (true - detected) * generator.beta(1.5, 1.5, shape)
     risen = more_wrong * SIZE * PIXELS * generator.exponential(1, shape) * generator.integers(0, 3, shape)
     counts = np.empty((images, 1 + len(PARTS), 3, CLASSES))
     for index, part in enumerate((0.0, *PARTS)):
-        right = found + part * gained
+        right = detected + part * gained
         predicted = np.minimum(right + wrong + part * risen, 0.3 * PIXELS + right)
         outside = predicted.sum(1) - right.sum(1)
         for row, values in enumerate((right, true, predicted)):

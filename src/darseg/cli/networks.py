@@ -47,17 +47,17 @@ def evaluate(
     names = classes_of(loaded or load_recipe(RunDirectory(source).recipe, changes)).names
     record: dict[str, Any] = done.to_json(names) | {"protocol": done.protocol.describe(), "role": role}
     columns = [(record, key) for key in ("iou", "precision", "recall")]
-    titles, other = ["class", "IoU", "precision", "recall"], None
+    titles, second_kind = ["class", "IoU", "precision", "recall"], None
     for kind in ("plain", "aligned"):
         if kind in record:
-            other = kind
+            second_kind = kind
             columns += [(record[kind], key) for key in ("iou", "precision", "recall")]
             titles += [f"{kind} IoU", "precision", "recall"]
     print_table([titles, *([name, *(scores[key][name] for scores, key in columns)] for name in names)])
     say(f"Protocol: {done.protocol.describe()}")
     say(describe_decisions(source, round_index, plain))
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
-        beside = f" ({other}: {text_of(record[other][key])})" if other else ""
+        beside = f" ({second_kind}: {text_of(record[second_kind][key])})" if second_kind else ""
         say(f"{key.replace('_', ' ')}: {text_of(record[key])}{beside}")
     if done.aligned is not None:
         say("The plain decisions are the result; the aligned ones were found and not used.")

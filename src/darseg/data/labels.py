@@ -353,8 +353,8 @@ def to_classes(raw: np.ndarray, encoding: LabelEncoding, path: Path) -> NDArray[
                 f"{path}: the label map has colors, but the classes have none. {color_advice(raw)}"
             )
         near = encoding.other_color == NEAREST
-        other = None if near else encoding.other_color
-        classes = color_table(encoding.colors, other, of_transparent(encoding))[raw]
+        unlisted_class = None if near else encoding.other_color
+        classes = color_table(encoding.colors, unlisted_class, of_transparent(encoding))[raw]
         if near and (unlisted := classes == UNKNOWN).any():
             classes[unlisted] = nearest_classes(raw[unlisted], encoding.colors)
     elif raw.dtype == np.uint8 and encoding.values is None:

@@ -93,7 +93,7 @@ def read_tiff(path: Path, data: bytes, limit: int) -> Raster:
                 palette=_palette(page),
                 nodata=_nodata(page),
                 lossy=LOSSY.get(int(page.compression), ""),
-                pages=sum(_is_page(other, page) for other in file.pages),
+                pages=sum(_is_page(candidate, page) for candidate in file.pages),
             )
     except DataError:
         raise
@@ -178,7 +178,10 @@ def _nodata(page: Any) -> float | None:
         return None
 
 
-def _is_page(other: Any, page: Any) -> bool:
+def _is_page(candidate: Any, page: Any) -> bool:
     """Whether a page is a picture of its own: no smaller version (1) or mask (4) of another."""
-    kind = getattr(other, "subfiletype", 0) or 0
-    return not kind & 5 and (other.imagelength, other.imagewidth) == (page.imagelength, page.imagewidth)
+    kind = getattr(candidate, "subfiletype", 0) or 0
+    return not kind & 5 and (candidate.imagelength, candidate.imagewidth) == (
+        page.imagelength,
+        page.imagewidth,
+    )

@@ -105,14 +105,14 @@ def discover(root: Path) -> Discovery:
 
 def _follow(named: Mapping[Path, Path], label_of: dict[Path, Path]) -> list[str]:
     """Give images the label maps that lists name, and a note if names would pair others."""
-    other = {image: label for image, label in named.items() if label_of.get(image) != label}
-    label_of.update(other)
-    if not other:
+    changed = {image: label for image, label in named.items() if label_of.get(image) != label}
+    label_of.update(changed)
+    if not changed:
         return []
-    image, label = next(iter(other.items()))
+    image, label = next(iter(changed.items()))
     return [
-        f"{len(other)} image(s) have the label map that a list names, not the one of their own name, for example {image} "
-        f"with {label}"
+        f"{len(changed)} image(s) have the label map that a list names, not the one of their own name, for example "
+        f"{image} with {label}"
     ]
 
 

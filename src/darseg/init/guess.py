@@ -230,10 +230,10 @@ def _guess_values(values: _Values, names: Sequence[NameList], labels: Sequence[P
         return Guess("cityscapes", {}, {"classes": "the label files are named as in Cityscapes"})
     meanings = [(name_list, meaning) for name_list in names if (meaning := _named_values(values, name_list))]
     if meanings:
-        (taken, meaning), *others = meanings
-        for name_list, other in others:
-            shared = values.pixels.keys() & meaning.table.keys() & other.table.keys()
-            if any(meaning.table[value] != other.table[value] for value in shared):
+        (taken, meaning), *further = meanings
+        for name_list, second in further:
+            shared = values.pixels.keys() & meaning.table.keys() & second.table.keys()
+            if any(meaning.table[value] != second.table[value] for value in shared):
                 line = (
                     f"{name_list.path} names the values differently than {taken.path}, whose names were taken"
                 )

@@ -41,19 +41,19 @@ def read_lists(root: Path, images: Sequence[Path], labels: Sequence[Path]) -> Li
                 lines = [line.strip() for line in read_text(path, "utf-8-sig").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError):
                 continue
-            found = [image for line in lines if (image := image_for(line)) is not None]
-            named = list(dict.fromkeys(found))
-            missing = len(lines) - len(found)
-            if len(found) * 10 < len(lines) * 9 or not named:
+            images_named = [image for line in lines if (image := image_for(line)) is not None]
+            named = list(dict.fromkeys(images_named))
+            missing = len(lines) - len(images_named)
+            if len(images_named) * 10 < len(lines) * 9 or not named:
                 lists.notes.append(
                     f"{path} is not used: {missing} of its {len(lines)} lines name no image in this folder"
                 )
                 continue
             if missing:
                 lists.notes.append(f"{path}: {missing} of {len(lines)} lines name no image in this folder")
-            if len(found) > len(named):
+            if len(images_named) > len(named):
                 lists.notes.append(
-                    f"{path}: {len(found) - len(named)} of {len(lines)} lines repeat an image, which counts once"
+                    f"{path}: {len(images_named) - len(named)} of {len(lines)} lines repeat an image, which counts once"
                 )
             lists.images[split], lists.files[split] = named, path
             for first, second in (line.split() for line in lines if len(line.split()) == 2):

@@ -39,10 +39,10 @@ class NameList:
     colors: tuple[RGB, ...] | None = None
 
 
-def foreign_names(found: NameList, known: Collection[str]) -> list[str]:
+def foreign_names(name_list: NameList, known: Collection[str]) -> list[str]:
     """The names of a file that a published set does not have, if they are most of them."""
-    own = [name for name in found.names if name.casefold() not in known]
-    return own if 2 * len(own) > len(found.names) else []
+    own = [name for name in name_list.names if name.casefold() not in known]
+    return own if 2 * len(own) > len(name_list.names) else []
 
 
 def find_names(folders: Iterable[Path], unread: list[str] | None = None) -> list[NameList]:
@@ -99,8 +99,8 @@ def _rows_of_text(text: str) -> list[Row]:
         return []
     for start in (0, 1):  # a table may have a header
         for pattern, row in _LINES:
-            found = (re.fullmatch(pattern, line) for line in lines[start:])
-            matches = [match for match in takewhile(bool, found) if match]
+            lines_matched = (re.fullmatch(pattern, line) for line in lines[start:])
+            matches = [match for match in takewhile(bool, lines_matched) if match]
             if len(matches) == len(lines) - start > 1:
                 return [row(match) for match in matches]
     return [(line, None, None) for line in lines]

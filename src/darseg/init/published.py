@@ -71,9 +71,9 @@ def _differs(layout: Layout) -> str:
 
 
 def _differs_from_cityscapes(layout: Layout) -> str:
-    for found in find_names([layout.root]):
-        if own := foreign_names(found, CITYSCAPES.names):
-            return f"{found.path} names the class(es) {_listed(own)}, which Cityscapes does not have"
+    for name_list in find_names([layout.root]):
+        if own := foreign_names(name_list, CITYSCAPES.names):
+            return f"{name_list.path} names the class(es) {_listed(own)}, which Cityscapes does not have"
     images = sorted(path for path in layout.images.glob("*/*/*.*") if not path.name.startswith("."))
     places = sorted({path.parent.name for path in images})
     if images and not (
@@ -91,10 +91,10 @@ def _differs_from_cityscapes(layout: Layout) -> str:
 
 
 def _differs_from_voc(layout: Layout) -> str:
-    for found in find_names([layout.root]):
-        own = [name for name in found.names if name.casefold() not in {*VOC.names, *NO_CLASSES}]
+    for name_list in find_names([layout.root]):
+        own = [name for name in name_list.names if name.casefold() not in {*VOC.names, *NO_CLASSES}]
         if own:
-            return f"{found.path} names the class(es) {_listed(own)}, which VOC does not have"
+            return f"{name_list.path} names the class(es) {_listed(own)}, which VOC does not have"
     images = sorted(path for path in layout.images.glob("*") if not path.name.startswith("."))
     if images and not any(VOC_NAME.fullmatch(path.stem) for path in images):
         return f"the images are not named like VOC's (2007_000032), for example {images[0].name}"

@@ -71,9 +71,9 @@ class TimmScales(nn.Module):
         how: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         with torch.device("meta"):
             # Networks of windows, such as Swin, take images of other sizes only if they are told to.
-            told = how | {"strict_img_size": False}
-            if not _why_not(name, told):
-                how = told
+            any_size = how | {"strict_img_size": False}
+            if not _why_not(name, any_size):
+                how = any_size
             elif reason := _why_not(name, how):
                 raise RecipeError(
                     faults(

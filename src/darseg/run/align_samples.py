@@ -56,8 +56,8 @@ def align_samples(
 
     def make() -> Alignment:
         labeling = task.labeling
-        found = align(rows, task.distribution.share, bound=labeling.bound, strength=labeling.strength)
-        made = for_images(found, len(samples))
+        aligned = align(rows, task.distribution.share, bound=labeling.bound, strength=labeling.strength)
+        made = for_images(aligned, len(samples))
         write_json(files.alignment, made.to_json() | {"inputs": inputs})
         return made
 

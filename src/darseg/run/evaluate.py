@@ -312,12 +312,12 @@ def evaluate_result(
             network, records, samples, classes=classes, protocol=protocol, advance=advance
         )
     scores = [Scores(confusion) for confusion in scored.confusions]
-    other = scores[1] if len(scores) > 1 else None
+    second = scores[1] if len(scores) > 1 else None
     return Evaluated(
         scores[0],
-        plain=None if network.alignment is None else other,
+        plain=None if network.alignment is None else second,
         protocol=protocol,
-        aligned=None if unused is None else other,
+        aligned=None if unused is None else second,
     )
 
 
