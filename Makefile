@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Made again when a dependency or pin changes.
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-avx2 test-min check format docs clean
+.PHONY: setup demo test test-avx2 test-min check format docs gpu-bundle gpu clean
 
 setup: $(STAMP)
 
@@ -50,6 +50,14 @@ format: setup
 # Writes the site to site/. A link or a name that leads nowhere is an error. Open site/index.html from disk, or serve it.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Everything that only a GPU can show, in 9 minutes on a machine that may have no network: `make gpu-bundle` here fills
+# .gpu/, then the tree goes there, where `make gpu` needs Python 3.10 and torch alone. DRY=1: the same, tiny, on the CPU.
+gpu-bundle: setup
+	$(BIN)/python scripts/gpu_bundle.py
+
+gpu: $(if $(DRY),setup)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) scripts/gpu.py runs/gpu $(if $(DRY),--dry)
 
 clean:
 	rm -rf $(VENV) .venv-min build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -97,14 +97,14 @@ class Reliability:
         }
 
 
-def score_runs(out: Path, folders: Sequence[Path]) -> None:
+def score_runs(out: Path, folders: Sequence[Path], unlabeled_of: Sequence[Path]) -> None:
     """Score all trained rounds of run folders that are not scored yet."""
     for folder in folders:
         run = darseg.RunDirectory(folder)
         for index in run.rounds_with("train"):
             path = out / folder.parent.name / f"{folder.name}.round_{index}.json"
             if not path.exists():
-                write_json(path, score(folder, index, folders))
+                write_json(path, score(folder, index, unlabeled_of))
                 print(f"{path} written", flush=True)
 
 
@@ -293,6 +293,9 @@ def main() -> None:
     scoring = commands.add_parser("score")
     scoring.add_argument("out", type=Path)
     scoring.add_argument("runs", type=Path, nargs="+")
+    scoring.add_argument(
+        "--unlabeled-of", type=Path, help="a run whose unlabeled images serve runs without any"
+    )
     printing = commands.add_parser("table")
     printing.add_argument("out", type=Path)
     printing.add_argument("group", help="regime and number of labels, as in half_48")
@@ -301,7 +304,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.command == "score":
         keep_memory()
-        score_runs(args.out, args.runs)
+        score_runs(args.out, args.runs, [args.unlabeled_of] if args.unlabeled_of else args.runs)
     else:
         print(table(args.out, args.group, args.seeds, args.role))
 

@@ -47,9 +47,9 @@ RUNS = {
 }
 
 
-def overrides(regime: str, labels: int, seed: int, run: str) -> list[str]:
-    """The changes to the recipe that make a run."""
-    steps, changes = REGIMES[regime]
+def overrides(regime: str, labels: int, seed: int, run: str, steps: int) -> list[str]:
+    """The changes to the recipe that make a run with `steps` steps a round."""
+    changes = REGIMES[regime][1]
     first, ratios, aligned, _ = RUNS[run]
     usual, last = SCALES[regime]
     rounds = [f"{{steps: {first * steps}}}"]
@@ -79,12 +79,19 @@ def main() -> None:
     parser.add_argument("--labels", type=int, choices=(24, 48, 96, 192), default=48)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--data", type=Path, help="the folder of NEU-Seg, if not where the recipe has it")
+    parser.add_argument("--weights", type=Path, help="ImageNet weights; no such file: random ones")
+    parser.add_argument("--steps", type=int, help="steps of a round, instead of the regime's")
     parser.add_argument("runs", nargs="+", choices=list(RUNS))
     args = parser.parse_args()
     keep_memory()  # as the command line does
     for run in args.runs:
-        changes = overrides(args.regime, args.labels, args.seed, run)
+        steps = args.steps or REGIMES[args.regime][0]
+        changes = overrides(args.regime, args.labels, args.seed, run, steps)
         changes += [f"threads={args.threads}"] if args.threads else []
+        changes += [f"data.root={args.data.resolve()}"] if args.data else []
+        if args.weights:
+            changes.append(f"network.weights={args.weights.resolve() if args.weights.exists() else 'none'}")
         first = RUNS[run][3]
         reuse = first and folder(args.out, args.regime, args.labels, args.seed, first)
         recipe = darseg.load_recipe(RECIPE, changes)

@@ -1,0 +1,113 @@
+"""Fill .gpu/ with what `make gpu` needs on a machine that has a GPU but no network: packages, NEU-Seg, weights.
+
+    .venv/bin/python scripts/gpu_bundle.py [--shared ../shared] [--limit 64]
+
+That machine has Python 3.12, torch and what usually comes with it (numpy, OpenCV, timm, safetensors, typer, rich, pyyaml,
+jinja2, pillow, tifffile, pytest). The rest is downloaded here, in the versions of constraints.txt, and unpacked into one
+folder for `sys.path`, which is what a wheel holds. Plotly's parts for Jupyter are left out.
+
+The ImageNet weights lose the classifier, which no darseg network has, so that everything fits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parents[1]
+BUNDLE = HERE / ".gpu"
+PACKAGES = (
+    "annotated-types",
+    "narwhals",
+    "plotly",
+    "pydantic",
+    "pydantic_core",
+    "starlette",
+    "typing-inspection",
+    "uvicorn",
+)
+PYTHON = "3.12"
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+LEFT_OUT = ("plotly/labextension/", "plotly/package_data/widgetbundle.js", "plotly/package_data/datasets/")
+WEIGHTS = "efficientnet_lite0_in1k.pth"
+MIB = 1 << 20
+
+
+def pinned(name: str) -> str:
+    """A requirement as constraints.txt pins it, or the bare name."""
+    lines = (HERE / "constraints.txt").read_text().splitlines()
+    pins = [line.partition(";")[0].strip() for line in lines if not line.startswith("#")]
+    return next((pin for pin in pins if pin.partition("==")[0].lower() == name.lower()), name)
+
+
+def pack_packages(out: Path) -> None:
+    """Download the wheels and pack what they hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        platforms = [f"--platform={platform}" for platform in PLATFORMS]
+        target = ["--only-binary=:all:", f"--python-version={PYTHON}", "--implementation=cp", *platforms]
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *target, "-d", folder]
+        subprocess.run([*command, *map(pinned, PACKAGES)], check=True)
+        site = Path(folder) / "site"
+        for wheel in sorted(Path(folder).glob("*.whl")):
+            with zipfile.ZipFile(wheel) as content:
+                names = [n for n in content.namelist() if not n.startswith(LEFT_OUT) and ".data/" not in n]
+                content.extractall(site, names)
+        pack(out, {"site": site})
+
+
+def pack(out: Path, contents: Mapping[str, Path]) -> None:
+    """An archive of files and folders by their names in it, as small as xz makes it."""
+    with tarfile.open(out, "w:xz", preset=6) as archive:
+        for name, path in contents.items():
+            archive.add(path, name)
+
+
+def pack_weights(source: Path, out: Path) -> None:
+    """The tensors of the backbone."""
+    tensors = torch.load(source, map_location="cpu", weights_only=True)
+    torch.save({name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}, out)
+
+
+def travels() -> int:
+    """Bytes of the working tree that travel with the bundle: files that git tracks or does not ignore."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, cwd=HERE, check=True, capture_output=True).stdout.split(b"\0")
+    paths = [HERE / name.decode() for name in names if name]
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shared", type=Path, default=HERE.parent / "shared", help="with data/ and weights/")
+    parser.add_argument("--limit", type=int, default=64, help="MiB that code and bundle may have together")
+    args = parser.parse_args()
+    BUNDLE.mkdir(exist_ok=True)
+    pack_packages(BUNDLE / "site.tar.xz")
+    data, weights = args.shared / "data" / "neu_seg", args.shared / "weights" / WEIGHTS
+    if data.is_dir() and weights.is_file():
+        pack(BUNDLE / "neu_seg.tar.xz", {"neu_seg": data})
+        pack_weights(weights, BUNDLE / WEIGHTS)
+    else:
+        print(
+            f"{args.shared} has no data/neu_seg or weights/{WEIGHTS}, so the comparison will run on drawn images."
+        )
+    sizes = {path.name: path.stat().st_size for path in sorted(BUNDLE.iterdir()) if path.is_file()}
+    sizes["the working tree"] = travels()
+    print("\n".join(f"{size / MIB:6.1f} MiB  {name}" for name, size in sizes.items()))
+    whole = sum(sizes.values()) / MIB
+    if whole > args.limit:
+        sys.exit(f"{whole:.1f} MiB in all, more than {args.limit}. Carry fewer files.")
+
+
+if __name__ == "__main__":
+    main()
