@@ -40,13 +40,17 @@ WEIGHTS = "efficientnet_lite0_in1k.pth"
 PARTS = ("tests+comparison:150", "benchmarks:200", "comparison")
 GRACE = 8  # seconds between asking a process to stop and killing it
 
-# Chains of runs of scripts/neu_seg_results.py; a run may begin with the round 0 of one before it in its chain.
-CHAINS = (
-    ("dars", "aligned", "aligned_large", "dars_large"),
-    ("control", "continued", "continued_plain"),
-    ("all",),
-    ("long",),
-)
+# Runs of scripts/neu_seg_results.py in order of value, with the run whose round 0 they begin with.
+RUNS = {
+    "dars": None,
+    "control": None,
+    "aligned": "dars",
+    "all": None,
+    "aligned_large": "dars",
+    "dars_large": "dars",
+    "long": None,
+    "continued": "control",
+}
 SEEDS = (0, 1, 2)
 REGIME = "half"
 
@@ -59,11 +63,13 @@ class Job:
         name: of its log.
         commands: command lines, one after the other; a failed one ends the job.
         environment: added to the environment.
+        after: a file to wait for.
     """
 
     name: str
     commands: list[list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
+    after: Path | None = None
     process: subprocess.Popen | None = None
     codes: list[int] = field(default_factory=list)
 
@@ -79,6 +85,8 @@ class Job:
                 return False
         if len(self.codes) == len(self.commands):
             return False
+        if self.after is not None and not self.after.exists():
+            return True
         command = self.commands[len(self.codes)]
         with (out / f"{self.name}.log").open("a") as log:
             log.write(f"$ {' '.join(command)}\n")
@@ -146,23 +154,33 @@ def benchmarks(out: Path, dry: bool, seconds: float) -> list[Job]:
 
 
 def comparison(work: Path, data: Path, weights: Path, dry: bool) -> list[Job]:
-    """A job for each chain and seed: train a run, score it, train the next."""
+    """A job for each run and seed: train, then score every round."""
     script = HERE / "scripts"
-    settings = [f"--regime={REGIME}", "--labels=48", "--threads=1", f"--data={data}"]
-    settings += [f"--weights={weights}"]
-    chains, seeds = (CHAINS[:1], SEEDS[:1]) if dry else (CHAINS, SEEDS)
+    settings = [f"--regime={REGIME}", "--labels=48", "--threads=1", f"--data={data}", f"--weights={weights}"]
     jobs = []
-    for seed in seeds:  # the first seed first: all of it is worth more than a part of each
-        for chain in chains:
-            commands = []
-            for run in chain[:1] if dry else chain:
-                train = [sys.executable, str(script / "neu_seg_results.py"), str(work / "runs"), *settings]
-                commands.append([*train, f"--seed={seed}", *(["--steps=1"] if dry else []), run])
-                group = f"{REGIME}_{'all' if run == 'all' else 48}_seed_{seed}"
-                score = [sys.executable, str(script / "aligned_scores.py"), "score", str(work / "scores")]
-                unlabeled = work / "runs" / f"{REGIME}_48_seed_{seed}" / "dars"
-                commands.append([*score, str(work / "runs" / group / run), f"--unlabeled-of={unlabeled}"])
-            jobs.append(Job(f"comparison_{seed}_{chain[0]}", commands, {"OMP_NUM_THREADS": "1"}))
+    for seed in SEEDS[:1] if dry else SEEDS:
+        runs = {
+            run: work / "runs" / f"{REGIME}_{'all' if run == 'all' else 48}_seed_{seed}" / run for run in RUNS
+        }
+        for run in list(RUNS)[:1] if dry else RUNS:
+            train = [sys.executable, str(script / "neu_seg_results.py"), str(work / "runs"), *settings]
+            train += [f"--seed={seed}", *(["--steps=1"] if dry else []), run]
+            score = [
+                sys.executable,
+                str(script / "aligned_scores.py"),
+                "score",
+                str(work / "scores"),
+                str(runs[run]),
+            ]
+            first = RUNS[run]
+            jobs.append(
+                Job(
+                    f"comparison_{seed}_{run}",
+                    [train, [*score, f"--unlabeled-of={runs['dars']}"]],
+                    {"OMP_NUM_THREADS": "1"},
+                    after=runs[first] / "round_0" / "evaluate.json" if first else None,
+                )
+            )
     return jobs
 
 
