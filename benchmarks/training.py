@@ -1,4 +1,4 @@
-"""Training: augmentation against the plain sequence, decoding, streams, and steps against a bare PyTorch loop.
+"""Training: augmentation against the plain sequence, views, decoding, streams, and steps against a bare PyTorch loop.
 
     .venv/bin/python benchmarks/training.py [--data ../shared/data/camvid] [--weights FILE] [--steps 8] [--skip augment …]
 
@@ -38,6 +38,7 @@ from darseg.data.batches import Batch, StreamPlace, stream_batches
 from darseg.data.classes import ClassSet, class_set
 from darseg.data.dataset import Cache, load_example
 from darseg.data.manifest import Sample
+from darseg.data.unlabeled import StrongViews, stream_views
 from darseg.demo.scenes import draw_scene
 from darseg.methods.self_training import self_training
 from darseg.model.network import Network, NetworkSpec
@@ -53,6 +54,12 @@ from darseg.training.stage import AUTOCAST, Stage, StepReport, run_stage
 RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
 CITYSCAPES = (1024, 2048)
 CAMVID = (360, 480)
+CASES = [
+    (CITYSCAPES, Augmentation((713, 713), (0.5, 2.0)), "0.5–2"),
+    (CITYSCAPES, Augmentation((361, 361), (0.25, 1.0)), "0.25–1"),
+    (CAMVID, Augmentation((193, 257), (0.5, 1.5)), "0.5–1.5"),
+]
+"""Size of the images, augmentation, and its scales in words."""
 ALL = 1 << 40  # bytes: a cache without a limit
 RATE = 1e-4  # learning rate of the timed steps
 
@@ -125,12 +132,7 @@ def augmenting() -> None:
         "\n| samples a second and core, decoding not counted | plain sequence, float32 | darseg | ratio |\n"
         "|---|---|---|---|"
     )
-    cases = [
-        (CITYSCAPES, Augmentation((713, 713), (0.5, 2.0)), "0.5–2"),
-        (CITYSCAPES, Augmentation((361, 361), (0.25, 1.0)), "0.25–1"),
-        (CAMVID, Augmentation((193, 257), (0.5, 1.5)), "0.5–1.5"),
-    ]
-    for size, how, scales in cases:
+    for size, how, scales in CASES:
         with tempfile.TemporaryDirectory() as folder:
             samples, classes = drawn(Path(folder), 2, size, ".png")
             examples = [load_example(sample, classes) for sample in samples]
@@ -186,6 +188,54 @@ def decoding() -> None:
                 f"| {suffix[1:].upper()} image | {opencv_ms:.1f} | {pillow_ms:.1f} | {files_ms:.1f} | "
                 f"{files_ms / opencv_ms:.2f} | {cached_ms:.1f} |"
             )
+
+
+def viewing() -> None:
+    """Views of unlabeled images per second of one core, from decoded images."""
+    print(
+        "\n| samples a second and core, decoding not counted | image and label | weak view | + 1 strong | + 2 strong |\n"
+        "|---|---|---|---|---|"
+    )
+    for size, how, scales in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            samples, classes = drawn(Path(folder), 2, size, ".png")
+            cache = Cache(ALL)
+            for sample in samples:
+                cache.load(sample, classes)
+                cache.load_image(sample)
+
+            def labeled(count: int = 24, samples=samples, cache=cache, how=how, classes=classes) -> None:
+                place = StreamPlace(workers=1)
+                stream = stream_batches(
+                    samples, classes, how, batch_size=1, seed=(0,), place=place, load=cache.load
+                )
+                for _ in range(count):
+                    next(stream)
+                stream.close()  # ty: ignore[unresolved-attribute]
+
+            def unlabeled(views: int, count: int = 24, samples=samples, cache=cache, how=how) -> None:
+                stream = stream_views(
+                    samples,
+                    how,
+                    StrongViews(),
+                    views=views,
+                    batch_size=1,
+                    seed=(0,),
+                    place=StreamPlace(workers=1),
+                    load=cache.load_image,
+                )
+                for _ in range(count):
+                    next(stream)
+                stream.close()  # ty: ignore[unresolved-attribute]
+
+            rates = [
+                24 / seconds for seconds in best(labeled, *(lambda v=v, u=unlabeled: u(v) for v in (0, 1, 2)))
+            ]
+        crop = "x".join(map(str, how.crop))
+        print(
+            f"| crops {crop} of {size[0]}x{size[1]}, scale {scales} | "
+            f"{' | '.join(f'{rate:.0f}' for rate in rates)} |"
+        )
 
 
 def streaming() -> None:
@@ -500,7 +550,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["augment", "decode", "stream", "cpu", "gpu"]
+        "--skip", nargs="*", default=[], choices=["augment", "views", "decode", "stream", "cpu", "gpu"]
     )
     arguments = parser.parse_args()
     if arguments.steps < 2:
@@ -515,6 +565,7 @@ def main() -> None:
     )
     parts: dict[str, Callable[[], None]] = {
         "augment": augmenting,
+        "views": viewing,
         "decode": decoding,
         "stream": streaming,
         "cpu": lambda: steps_on_the_cpu(arguments.data, arguments.weights, arguments.steps, arguments.turns),

@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from darseg.data.classes import IGNORE
+from darseg.data.colors import Colors, recolor
 from darseg.errors import RecipeError
 
 BLUR_KERNEL = (5, 5)  # pixels; the release's Gaussian, sigma as OpenCV derives it from the size
@@ -31,6 +32,7 @@ class Augmentation:
         blur: half of the examples get a 5x5 Gaussian blur.
         mirror: half of the examples have left and right swapped.
         fill: color of pixels outside the image, RGB 0..255: the network's mean color.
+        colors: how colors are changed; None: they stay as they are.
     """
 
     crop: tuple[int, int]
@@ -39,6 +41,7 @@ class Augmentation:
     blur: bool = True
     mirror: bool = True
     fill: tuple[int, int, int] = (124, 116, 104)
+    colors: Colors | None = None
 
     def __post_init__(self) -> None:
         if min(self.crop) < 1:
@@ -92,6 +95,37 @@ def crop_to_source(
     return (unscale @ unrotate @ unmirror @ to_scaled)[:2]
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What was drawn for one example.
+
+    Attributes:
+        matrix: affine map from the crop's pixel centers to those of the source, float64 [2, 3].
+        canvas: rows and columns of the crop in which the scaled image lies; all beyond is padding, even where the corners
+            of the rotated image would reach.
+        blurs: whether the example is blurred.
+    """
+
+    matrix: np.ndarray
+    canvas: tuple[slice, slice]
+    blurs: bool
+
+
+def draw(size: tuple[int, int], how: Augmentation, *, generator: np.random.Generator) -> Draw:
+    """How an example is cut out of an image of this size; each call takes equally many draws."""
+    height, width = size
+    factor, angle_draw, row_draw, column_draw = generator.random(4)
+    rotates, blurs, mirrors = generator.random(3) < 0.5
+    scale = how.scale[0] + factor * (how.scale[1] - how.scale[0])
+    scaled = max(1, round(height * scale)), max(1, round(width * scale))
+    angle = (2 * angle_draw - 1) * how.rotate if rotates else 0.0
+    offset = _offset(scaled[0], how.crop[0], row_draw), _offset(scaled[1], how.crop[1], column_draw)
+    matrix = crop_to_source(size, scaled, angle=angle, mirror=bool(mirrors and how.mirror), offset=offset)
+    top, left = max(0, -offset[0]), max(0, -offset[1])
+    canvas = slice(top, min(top + scaled[0], how.crop[0])), slice(left, min(left + scaled[1], how.crop[1]))
+    return Draw(matrix, canvas, bool(blurs and how.blur))
+
+
 def augment(
     image: np.ndarray, label: np.ndarray, how: Augmentation, *, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -107,35 +141,45 @@ def augment(
         Outside the image they are `how.fill` and 255.
     """
     height, width = label.shape
-    factor, angle_draw, row_draw, column_draw = generator.random(4)
-    rotates, blurs, mirrors = generator.random(3) < 0.5
-    scale = how.scale[0] + factor * (how.scale[1] - how.scale[0])
-    scaled = max(1, round(height * scale)), max(1, round(width * scale))
-    angle = (2 * angle_draw - 1) * how.rotate if rotates else 0.0
-    offset = _offset(scaled[0], how.crop[0], row_draw), _offset(scaled[1], how.crop[1], column_draw)
-    matrix = crop_to_source(
-        (height, width), scaled, angle=angle, mirror=bool(mirrors and how.mirror), offset=offset
-    )
-    cropped = _warp(image, matrix, how)
+    drawn = draw((height, width), how, generator=generator)
+    cropped, moved = move_image(image, drawn, how), move_label(label, drawn, how)
+    if how.colors is not None:
+        cropped[drawn.canvas] = recolor(cropped[drawn.canvas], how.colors, generator=generator)
+    return cropped, moved
+
+
+def move_image(image: np.ndarray, drawn: Draw, how: Augmentation) -> np.ndarray:
+    """The crop that was drawn of an image, uint8 [h, w, 3]; `how.fill` outside of the image."""
+    cropped = _warp(image, drawn.matrix, how)
+    _fill_beyond(cropped, drawn.canvas, how.fill)
+    if drawn.blurs:  # the padding is not blurred into the image
+        cropped[drawn.canvas] = cv2.GaussianBlur(cropped[drawn.canvas], BLUR_KERNEL, 0)
+    return cropped
+
+
+def move_label(label: np.ndarray, drawn: Draw, how: Augmentation) -> np.ndarray:
+    """The crop that was drawn of a label map, uint8 [h, w]; 255 outside of the image."""
     moved = cv2.warpAffine(
         label,
-        matrix,
+        drawn.matrix,
         (how.crop[1], how.crop[0]),
         flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_CONSTANT,
         borderValue=IGNORE,
     )
-    # If the crop is larger than the scaled image, all beyond the image's canvas is padding, even where the corners of
-    # the rotated image would reach. The padding is not blurred into the image.
-    top, left = max(0, -offset[0]), max(0, -offset[1])
-    bottom, right = top + scaled[0], left + scaled[1]
-    for beyond in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
-        cropped[beyond] = how.fill
-        moved[beyond] = IGNORE
-    canvas = np.s_[top:bottom, left:right]
-    if blurs and how.blur:
-        cropped[canvas] = cv2.GaussianBlur(cropped[canvas], BLUR_KERNEL, 0)
-    return cropped, moved
+    _fill_beyond(moved, drawn.canvas, IGNORE)
+    return moved
+
+
+def _fill_beyond(crop: np.ndarray, canvas: tuple[slice, slice], value: int | tuple[int, int, int]) -> None:
+    rows, columns = canvas
+    for beyond in (
+        np.s_[: rows.start],
+        np.s_[rows.stop :],
+        np.s_[:, : columns.start],
+        np.s_[:, columns.stop :],
+    ):
+        crop[beyond] = value
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray, how: Augmentation) -> np.ndarray:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from darseg.data.augment import Augmentation
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.dataset import Load, draw_example, load_example
 from darseg.data.manifest import Sample
+
+Memory = TypeVar("Memory")
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,9 @@ def stream_batches(
     Raises the error of a sample at the step whose batch holds it.
     """
     own = batch_size // place.processes
-    # Enough batches ahead to keep all threads busy.
-    ahead = max(2, -(-2 * place.workers // own))
-    pool = ThreadPoolExecutor(place.workers, thread_name_prefix="batches")
-    waiting: deque[tuple[Tensor, Tensor, list[Future[str]]]] = deque()
 
-    def begin(step: int) -> tuple[Tensor, Tensor, list[Future[str]]]:
-        """The images (channels last), labels and future ids of a batch that the threads begin to fill."""
+    def begin(step: int) -> tuple[tuple[Tensor, Tensor], list[Callable[[], str]]]:
+        """The images (channels last) and labels of a batch, and the work that fills them and gives their ids."""
         images = torch.empty((own, *augmentation.crop, 3), dtype=torch.uint8, pin_memory=place.pin)
         labels = torch.empty((own, *augmentation.crop), dtype=torch.uint8, pin_memory=place.pin)
         image_array, label_array = images.numpy(), labels.numpy()
@@ -162,15 +162,34 @@ def stream_batches(
             return example.id
 
         first = step * batch_size + place.rank * own
-        return images, labels, [pool.submit(fill, row, first + row) for row in range(own)]
+        return (images, labels), [partial(fill, row, first + row) for row in range(own)]
 
-    step = start
+    with closing(ahead_of_steps(begin, start, workers=place.workers, own=own)) as filled:
+        for (images, labels), ids in filled:
+            yield Batch(images.permute(0, 3, 1, 2), labels, ids)
+
+
+def ahead_of_steps(
+    begin: Callable[[int], tuple[Memory, Sequence[Callable[[], str]]]], start: int, *, workers: int, own: int
+) -> Generator[tuple[Memory, tuple[str, ...]]]:
+    """Yield the filled memory of steps `start`, `start` + 1, …, each with the ids of its images.
+
+    Args:
+        begin: step → memory, and the work of the threads: a call for each image, which fills its part and returns its id.
+        own: images of a step in this process.
+
+    Raises the error of an image at the step that holds it. Close the generator to stop the threads.
+    """
+    # Enough batches ahead to keep all threads busy.
+    ahead = max(2, -(-2 * workers // own))
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="batches")
+    waiting: deque[tuple[Memory, list[Future[str]]]] = deque()
     try:
-        while True:
-            while len(waiting) <= ahead:
-                waiting.append(begin(step))
-                step += 1
-            images, labels, ids = waiting.popleft()
-            yield Batch(images.permute(0, 3, 1, 2), labels, tuple(future.result() for future in ids))
+        for step in itertools.count(start):
+            memory, jobs = begin(step)
+            waiting.append((memory, [pool.submit(job) for job in jobs]))
+            if len(waiting) > ahead:
+                filled, ids = waiting.popleft()
+                yield filled, tuple(future.result() for future in ids)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

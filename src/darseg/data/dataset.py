@@ -85,6 +85,7 @@ class Cache:
     def __init__(self, limit: int) -> None:
         self._left = limit
         self._kept: dict[tuple[Path, Path | None], Example] = {}
+        self._images: dict[Path, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
 
     def load(self, sample: Sample, classes: ClassSet) -> Example:
@@ -102,6 +103,19 @@ class Cache:
                 example.label.setflags(write=False)
                 self._kept[key] = example
         return example
+
+    def load_image(self, sample: Sample) -> NDArray[np.uint8]:
+        """Read an image without its label, uint8 [H, W, 3]; one that is kept is read-only."""
+        kept = self._images.get(sample.image)
+        if kept is not None:
+            return kept
+        image = read_image(sample.image, sample.reading)
+        with self._lock:
+            if sample.image not in self._images and image.nbytes <= self._left:
+                self._left -= image.nbytes
+                image.setflags(write=False)
+                self._images[sample.image] = image
+        return image
 
 
 def draw_example(
