@@ -89,7 +89,7 @@ def recolor(image: np.ndarray, how: Colors, *, generator: np.random.Generator) -
 
 
 def _jitter(image: np.ndarray, operation: int, *, amount: float) -> np.ndarray:
-    """Brightness (0), contrast (1) or saturation (2) by the factor 1 + amount, or the hue (3) turned by it."""
+    """Brightness (0), contrast (1), saturation (2) times 1 + amount, or the hue (3) turned by it."""
     if amount == 0:
         return image
     factor = max(0.0, 1 + amount)
