@@ -65,9 +65,11 @@ def pack_packages(out: Path) -> None:
 
 def pack(out: Path, contents: Mapping[str, Path]) -> None:
     """An archive of files and folders by their names in it, as small as xz makes it."""
-    with tarfile.open(out, "w:xz", preset=6) as archive:
+    aside = out.with_name(out.name + ".aside")
+    with tarfile.open(aside, "w:xz", preset=6) as archive:
         for name, path in contents.items():
             archive.add(path, name)
+    aside.rename(out)
 
 
 def pack_weights(source: Path, out: Path) -> None:
