@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from darseg.config.text import dump_recipe, load_recipe, recipe_differences
+from darseg.config.text import dump_recipe, load_recipe, load_saved_recipe, recipe_differences
 from darseg.config.values import WeightsFile
 from darseg.errors import RecipeError
+from darseg.run.build import check_sizes, evaluation_protocol, labeling_protocol, spec_of
+from darseg.run.remedies import less_to_predict
 from wording import refused
 
 SMALL = """\
@@ -53,6 +55,18 @@ def test_short_forms(tmp_path: Path) -> None:
     assert recipe.training.crop == (361, 361) and recipe.labeling.window == (65, 97)
     assert recipe.data.validation is not None and recipe.data.validation.list == "val.txt"
     assert recipe.training.learning_rate == 0.001
+
+
+def test_windows_that_are_whole_images(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path), ["evaluation.window=whole", "training.crop=65"])
+    assert evaluation_protocol(recipe).window == "whole" and labeling_protocol(recipe).window == (65, 65)
+    (tmp_path / "saved.yaml").write_text(dump_recipe(recipe))
+    assert load_saved_recipe(tmp_path / "saved.yaml") == recipe
+    check_sizes(recipe, spec_of(recipe).build())
+    advice = less_to_predict(recipe, "evaluation", evaluation_protocol(recipe))
+    assert "evaluation.window=[65, 65] (now whole images)" in advice
+    with refused(RecipeError, "labeling.window", "wide"):
+        load_recipe(tmp_path / "recipe.yaml", ["labeling.window=wide"])
 
 
 def test_a_download_needs_its_digest(tmp_path: Path) -> None:

@@ -212,6 +212,7 @@ def test_sides_are_rounded_to_the_nearest_legal_ones(sides: Sides, side: int) ->
     assert sides.up(side) == min(candidate for candidate in legal if candidate >= side)
     assert sides.down(side) == max([candidate for candidate in legal if candidate <= side], default=legal[0])
     assert sides.up(side, least=2) == min(candidate for candidate in legal[1:] if candidate >= side)
+    assert sides.nearest(side) == min(legal, key=lambda candidate: (abs(candidate - side), -candidate))
 
 
 def test_sides_that_are_not_possible() -> None:

@@ -122,6 +122,33 @@ def test_logits_and_probabilities_are_two_averages(network: Network) -> None:
     assert (logits - probabilities).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+@pytest.mark.parametrize("mirror", [False, True])
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.25)], ids=["own size", "two scales"])
+@torch.inference_mode()
+def test_whole_images_at_the_nearest_size(
+    network: Network, scales: tuple[float, ...], mirror: bool, average
+) -> None:
+    """The release of UniMatch V2 written out: scale to the nearest size, predict, scale the logits back."""
+    image = np.random.default_rng(1).integers(0, 256, (50, 73, 3), np.uint8)
+    x = (torch.from_numpy(image).permute(2, 0, 1)[None].float() - network.mean[None, :, None, None]) / (
+        network.std[None, :, None, None]
+    )
+    wanted = torch.zeros(4, 50, 73, dtype=torch.float64)
+    # Sides are 16n + 1. 25 and 36.5, rounded, are nearest to 33 (of 17 and 33 the larger) and 33; 62.5 and 91 to 65, 97.
+    for size in [(49, 81)] if len(scales) == 1 else [(33, 33), (65, 97)]:
+        scaled = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        parts = [network(scaled).main, network(scaled.flip(3)).main.flip(3)][: 1 + mirror]
+        for part in parts:
+            back = F.interpolate(part, size=(50, 73), mode="bilinear", align_corners=True)[0].double()
+            scores = back.softmax(0) if average == "probabilities" else back
+            wanted += scores / len(parts) / len(scales)
+    protocol = Protocol("whole", mirror=mirror, scales=scales)
+    mean = predict_scores(network, image, protocol, average=average).mean(0, 50).double()
+    assert mean.shape == wanted.shape
+    assert (mean - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 def test_one_number_stands_for_both_sides_of_a_window() -> None:
     assert Protocol(33) == Protocol((33, 33))  # ty: ignore[invalid-argument-type]
 
@@ -129,6 +156,8 @@ def test_one_number_stands_for_both_sides_of_a_window() -> None:
 def test_protocols_that_are_not_possible() -> None:
     with refused(DataError, "(33, 0)"):
         Protocol((33, 0))
+    with refused(DataError, "window all", "whole"):
+        Protocol("all")  # ty: ignore[invalid-argument-type]
     for scales in ((), (0.0,)):
         with refused(DataError, f"scales {scales}"):
             Protocol((33, 33), scales=scales)
@@ -137,6 +166,7 @@ def test_protocols_that_are_not_possible() -> None:
 def test_a_protocol_in_words_names_all_that_moves_scores() -> None:
     says(Protocol((33, 49)).describe(), "own size", "33x49", "with mirror", "[1.0]", "probabilities", "fp32")
     unusual = Protocol((33, 33), base_size=120, mirror=False, scales=PAPER_SCALES, bf16=True)
+    says(Protocol("whole").describe(), "own size", "whole images", "nearest", "with mirror")
     says(unusual.describe("logits"), "long side 120", "no mirror", "[0.5, 0.75, ", "logits", "bf16")
 
 

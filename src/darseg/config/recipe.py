@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictF
 from darseg.choices import ResultAlign
 from darseg.config.data import DataConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
-from darseg.config.values import Count, Fraction, Key, Positive, Section, Size, falling
+from darseg.config.values import Count, Fraction, Key, Positive, Section, Window, falling
 from darseg.pseudo.labeling import (
     BOUND,
     Align,
@@ -29,7 +29,7 @@ from darseg.pseudo.labeling import (
 
 class ProtocolConfig(Section):
     base_size: Count | None = None
-    window: Size | None = None
+    window: Window | None = None
     mirror: StrictBool = True
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
 

@@ -12,10 +12,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     StrictFloat,
     StrictInt,
     StrictStr,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
@@ -32,6 +35,20 @@ def _pair(value: Any) -> Any:
 
 
 Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]  # height and width; a single number means both
+
+
+def _size_or_whole(value: Any, size: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, str) and value != "whole":
+        raise ValueError("should be height and width, as in [713, 713], or whole")
+    return value if value == "whole" else size(value)
+
+
+# A size, or "whole". Not a union, whose faults would be listed once for each of its kinds.
+Window = Annotated[
+    Size,
+    WrapValidator(_size_or_whole),
+    PlainSerializer(lambda value: value if value == "whole" else list(value)),
+]
 
 
 def falling(bounds: tuple[float, float] | None) -> str | None:

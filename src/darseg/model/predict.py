@@ -30,6 +30,9 @@ WINDOWS_AT_ONCE = 4
 STRIDE = 2 / 3
 """Share of a window's side from one window to the next (the release's overlap)."""
 
+Window = tuple[int, int] | Literal["whole"]
+"""What the network predicts at once; `Protocol` says more."""
+
 Average = Literal["logits", "probabilities"]
 """What is averaged over windows, mirror and scales."""
 
@@ -40,6 +43,8 @@ class Protocol:
 
     Attributes:
         window: height and width of the sliding window in pixels (one number for both); legal sides of the network.
+            "whole": each side of the image is scaled to the nearest legal one, and the logits are scaled back, both
+            with corners on corners. UniMatch V2 scores VOC so.
         base_size: pixels of the long side to which the image is scaled first; None: its own size.
         mirror: average each window with its mirror image.
         scales: factors on top of base_size; the results are averaged.
@@ -48,31 +53,34 @@ class Protocol:
     Raises DataError for sizes and scales that are not possible.
     """
 
-    window: tuple[int, int]
+    window: Window
     base_size: int | None = None
     mirror: bool = True
     scales: tuple[float, ...] = (1.0,)
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        sides = (self.window, self.window) if isinstance(self.window, int) else tuple(self.window)
-        if len(sides) != 2 or min(sides) < 1 or not self.scales or min(self.scales) <= 0:
+        window = (self.window, self.window) if isinstance(self.window, int) else self.window
+        if not isinstance(window, str):
+            window = tuple(window)
+        legal = window == "whole" if isinstance(window, str) else len(window) == 2 and min(window) >= 1
+        if not legal or not self.scales or min(self.scales) <= 0:
             raise DataError(
                 f"A protocol with window {self.window} and scales {self.scales} is not possible. It takes two sides of "
-                "at least 1 pixel, and one or more scales above 0."
+                'at least 1 pixel, or "whole", and one or more scales above 0.'
             )
-        object.__setattr__(self, "window", sides)
+        object.__setattr__(self, "window", window)
 
     def describe(self, average: Average = "probabilities") -> str:
         """The protocol in words, with the precision that the network computes in."""
-        window = f"{self.window[0]}x{self.window[1]}"
+        if self.window == "whole":
+            window = "whole images scaled to the nearest legal sides"
+        else:
+            window = f"windows {self.window[0]}x{self.window[1]} with stride 2/3"
         size = f"long side {self.base_size}" if self.base_size else "own size"
         mirror = "with mirror" if self.mirror else "no mirror"
         precision = "bf16" if self.bf16 else "fp32"
-        return (
-            f"{size}, windows {window} with stride 2/3, {mirror}, scales {list(self.scales)}, {average} averaged, "
-            f"{precision}"
-        )
+        return f"{size}, {window}, {mirror}, scales {list(self.scales)}, {average} averaged, {precision}"
 
 
 def window_starts(side: int, window: int) -> list[int]:
@@ -290,23 +298,28 @@ def _scores(
 ) -> list[WindowSums]:
     """`predict_scores` for each variant of a network; without variants, for the network itself."""
     device = network.mean.device
-    image_1CHW = torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1)[None]
-    normalized = network.normalize(image_1CHW)
+    image_HWC = torch.from_numpy(image).to(device, non_blocking=True)
+    normalized = network.normalize(image_HWC.permute(2, 0, 1)[None])
     height, width = image.shape[:2]
-    shape = (network.classes, height, width)
+    shape, whole = (network.classes, height, width), protocol.window == "whole"
     all_scales: list[WindowSums] = []
     for scale in protocol.scales:
-        long_side = round(scale * (protocol.base_size or max(height, width)))
-        size = _scaled(height, width, long_side)
+        size = _scaled(height, width, round(scale * (protocol.base_size or max(height, width))))
+        size = (network.sides.nearest(size[0]), network.sides.nearest(size[1])) if whole else size
         same = size == (height, width)
-        scaled = normalized if same else _resize(normalized, size)
-        sums = _slide(network, scaled, protocol, average=average, memories=memories, variants=variants)
+        scaled = normalized if same else _resize(normalized, size, corners=whole)
+        how: dict = {"average": average, "memories": memories, "variants": variants}
+        if whole:
+            same = True  # the scores have the image's size
+            sums = _whole(network, scaled, protocol, shape=shape, **how)
+        else:
+            sums = _slide(network, scaled, protocol, **how)
         if same and len(protocol.scales) == 1:
             return sums
         all_scales = all_scales or [WindowSums(shape, device) for _ in memories]
         for total, part in zip(all_scales, sums, strict=True):
-            scores = part.mean(0, size[0])
-            total.add(scores if same else _resize(scores[None], (height, width))[0], 0, 0)
+            scores = part.mean(0, len(part.count_HW))
+            total.add(scores if same else _resize(scores[None], (height, width), corners=False)[0], 0, 0)
     return all_scales
 
 
@@ -362,8 +375,8 @@ def _scaled(height: int, width: int, long_side: int) -> tuple[int, int]:
     return max(1, round(long_side / width * height)), long_side
 
 
-def _resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+def _resize(images: torch.Tensor, size: tuple[int, int], *, corners: bool) -> torch.Tensor:
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=corners)
 
 
 def _slide(
@@ -377,6 +390,7 @@ def _slide(
 ) -> list[WindowSums]:
     """Scores of all windows of an image [1, 3, H, W], summed where they overlap, for each variant."""
     height, width = image.shape[2:]
+    assert not isinstance(protocol.window, str)
     window_h, window_w = protocol.window
     pad_h, pad_w = max(window_h - height, 0), max(window_w - width, 0)
     # The mean color is 0 after normalization.
@@ -395,10 +409,7 @@ def _slide(
         )
         if protocol.mirror:
             windows = torch.cat([windows, windows.flip(3)])
-        # Variants change the classifier's bias in between, which a cached cast of it would hide.
-        with torch.autocast(
-            windows.device.type, torch.bfloat16, enabled=protocol.bf16, cache_enabled=variants is None
-        ):
+        with _precision(protocol, windows, variants):
             logits = variants.logits(windows) if variants else [network(windows).main]
             for sums, scores in zip(all_sums, logits, strict=True):
                 if average == "probabilities":
@@ -409,3 +420,31 @@ def _slide(
     for sums in all_sums:
         sums.crop(pad_h // 2, pad_w // 2, height=height, width=width)
     return all_sums
+
+
+def _whole(
+    network: Network,
+    image: torch.Tensor,
+    protocol: Protocol,
+    *,
+    shape: tuple[int, int, int],
+    average: Average,
+    memories: Sequence[Memory | None],
+    variants: Variants | None,
+) -> list[WindowSums]:
+    """Scores of an image [1, 3, h, w] in one piece, for each variant. Its logits are scaled to `shape`, [K, H, W]."""
+    images = torch.cat([image, image.flip(3)]) if protocol.mirror else image
+    all_sums = [WindowSums(shape, image.device, memory) for memory in memories]
+    with _precision(protocol, images, variants):
+        logits = variants.logits(images) if variants else [network(images).main]
+        for sums, scores in zip(all_sums, logits, strict=True):
+            scores = _resize(scores.float(), shape[1:], corners=True)
+            if average == "probabilities":
+                scores = scores.softmax(dim=1)
+            sums.add(scores[0], 0, 0, mirrored=scores[1] if protocol.mirror else None)
+    return all_sums
+
+
+def _precision(protocol: Protocol, images: torch.Tensor, variants: Variants | None) -> torch.autocast:
+    # Variants change the classifier's bias in between, which a cached cast of it would hide.
+    return torch.autocast(images.device.type, torch.bfloat16, protocol.bf16, cache_enabled=variants is None)

@@ -45,6 +45,11 @@ class Sides:
         """The largest legal side of at most `side` pixels; the smallest of all if `side` is below it."""
         return self.step * max(1, (side - self.offset) // self.step) + self.offset
 
+    def nearest(self, side: int) -> int:
+        """The legal side nearest to `side` pixels; of two that are equally near, the larger."""
+        below = self.down(side)
+        return below if 2 * (side - below) < self.step else self.up(side)
+
     def near(self, height: int, width: int) -> str:
         """The legal sizes (height x width) just below and above a size, for messages."""
         smaller = f"{self.down(height)} x {self.down(width)}"

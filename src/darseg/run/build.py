@@ -313,9 +313,10 @@ def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
         "evaluation.window": evaluation_protocol(recipe).window,
     }
     lines = []
-    for key, (height, width) in sizes.items():
-        if only not in ("", key):
+    for key, size in sizes.items():
+        if only not in ("", key) or size == "whole":
             continue
+        height, width = size
         try:
             network.sides.check(height, width)
         except SizeError as error:
@@ -326,7 +327,7 @@ def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
 
 def _protocol(recipe: Recipe, config: ProtocolConfig | LabelingConfig) -> Protocol:
     return Protocol(
-        window=tuple(config.window or recipe.labeling.window or recipe.training.crop),
+        window=config.window or recipe.labeling.window or recipe.training.crop,
         base_size=config.base_size,
         mirror=config.mirror,
         scales=tuple(config.scales),

@@ -72,7 +72,10 @@ def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: 
     """
     smaller = [scale for scale in protocol.scales if scale <= 1] or [1.0]
     remedies = [f"{section}.scales={smaller}"] if max(protocol.scales) > 1 else []
-    remedies += _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+    if protocol.window == "whole":
+        remedies.append(f"{section}.window={list(recipe.training.crop)} (now whole images)")
+    else:
+        remedies += _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
     if not begun:
         return f"Change the recipe: {_either(remedies)}."
     return (
