@@ -116,7 +116,7 @@ class Timed:
     def step(self, round_: Round) -> float:
         """Processor seconds of a step, loading and augmentation included. Both feeds have true labels here."""
         recipe, marks = self.recipe, list[float]()
-        method = method_of(recipe, round_, self.network)
+        method = method_of(recipe, round_, self.network, counts=[1] * len(self.manifest.classes))
         cache = Cache(1 << 40)  # decoded images are kept, as in a run of hundreds of steps
 
         def streams(first: int) -> Sequence[Iterator[Batch]]:

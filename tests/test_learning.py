@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import darseg
@@ -17,18 +20,20 @@ from conftest import recipe_dict
 from darseg.config.text import load_recipe
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
+from darseg.data.labels import read_label
 from darseg.errors import RecipeError
 from darseg.methods.self_training import self_training, self_training_loss
 from darseg.model.footprint import training_memory
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.recompute import recompute_blocks
+from darseg.run.build import classes_of, manifest_of
 from darseg.run.check import check, groups_of, plan
 from darseg.run.plan import LearnerSettings, learner_of, plan_rounds, syncs_batchnorm
 from darseg.run.remedies import less_to_train
 from darseg.run.rounds import train
 from darseg.run.steps import train as train_step
 from darseg.training.checkpoint import Checkpoint
-from darseg.training.loss import LabeledLoss, cross_entropy
+from darseg.training.loss import LabeledLoss, balanced_weights, cross_entropy
 from darseg.training.method import Figures, Learner, Method
 from darseg.training.optimize import SGD, AdamW, build_optimizer, faster_heads
 from darseg.training.processes import Processes
@@ -344,6 +349,21 @@ def test_a_batch_without_labels_costs_nothing(way: str) -> None:
     assert float(loss.detach()) == 0 and logits.grad is not None and not logits.grad.any()
 
 
+@given(st.lists(st.integers(0, 10**9), min_size=2, max_size=30).filter(any))
+def test_balanced_weights_give_each_class_the_same_share(counts: list[int]) -> None:
+    weights = balanced_weights(counts)
+    shares = [count * weight for count, weight in zip(counts, weights, strict=True)]
+    present = [share for share in shares if share]
+    assert present == pytest.approx([present[0]] * len(present))
+    assert sum(shares) == pytest.approx(sum(counts))  # the mean over the pixels is 1
+    assert all(weight == 1 for count, weight in zip(counts, weights, strict=True) if not count)
+
+
+def test_balanced_weights_as_scikit_learn_has_them() -> None:
+    # compute_class_weight("balanced", classes=[0, 1, 2], y=[0] * 6 + [1] * 3 + [2])
+    assert balanced_weights([6, 3, 1]) == pytest.approx([10 / 18, 10 / 9, 10 / 3])
+
+
 def test_pseudo_labels_are_learned_from_as_before() -> None:
     network = build(NetworkSpec("linear", VIT, CLASSES)).eval()
     batches = [batch_of(32, 0), batch_of(32, 1)]
@@ -401,6 +421,42 @@ def test_what_a_network_or_its_classes_cannot_do_is_said_before_a_run(
     assert len(check(recipe).faults) == 1
     with pytest.raises(RecipeError):
         plan(recipe)
+
+
+def test_balanced_class_weights_are_those_of_the_labeled_masks(
+    recipe_file: Path, tmp_path: Path, call: Callable
+) -> None:
+    """A run with them has the bytes of one with their numbers; plan shows the same numbers."""
+    changes = ["rounds=[{steps: 2}]", "result.align=off"]
+    recipe = load_recipe(recipe_file, [*changes, "training.class_weights=balanced"])
+    labels = [read_label(sample.label) for sample in manifest_of(recipe).labeled if sample.label]
+    names = classes_of(recipe).names
+    counts = [sum(int((label == k).sum()) for label in labels) for k in range(len(names))]
+    present = sum(count > 0 for count in counts)
+    wanted = {
+        name: sum(counts) / present / count if count else 1.0
+        for name, count in zip(names, counts, strict=True)
+    }
+    assert plan(recipe).class_weights == pytest.approx(wanted)
+    code, out, _ = call("plan", recipe_file, *changes, "training.class_weights=balanced")
+    assert code == 0
+    assert ", ".join(f"{name} {weight:.4g}" for name, weight in wanted.items()) in out
+
+    train(recipe, tmp_path / "balanced")
+    numbers = yaml.safe_dump(plan(recipe).class_weights, default_flow_style=True, width=10**6).strip()
+    train(load_recipe(recipe_file, [*changes, f"training.class_weights={numbers}"]), tmp_path / "numbers")
+    train(load_recipe(recipe_file, changes), tmp_path / "plain")
+    balanced, same, plain = (
+        (tmp_path / name / "round_0" / "network.safetensors").read_bytes()
+        for name in ("balanced", "numbers", "plain")
+    )
+    assert balanced == same != plain
+    events = [json.loads(line) for line in (tmp_path / "balanced" / "journal.jsonl").read_text().splitlines()]
+    (event,) = [event for event in events if event["event"] == "class_weights"]
+    assert event["weights"] == pytest.approx(wanted)
+    assert "class_weights: balanced" in (tmp_path / "balanced" / "recipe.yaml").read_text()
+    with refused(RecipeError, "training.class_weights", "balance", "{road: 0.5}"):
+        load_recipe(recipe_file, ["training.class_weights=balance"])
 
 
 def test_batches_of_one_image_a_process(recipe_file: Path) -> None:

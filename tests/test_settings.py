@@ -36,7 +36,7 @@ def train_settings(tmp_path: Path) -> TrainSettings:
     recipe = load_recipe(path)
     network = spec_of(recipe).build()
     planned = plan_rounds(recipe, labeled=4, unlabeled=5, fill=network.fill)[0]
-    return settings_of(recipe, planned, pseudo=False)
+    return settings_of(recipe, planned, [1] * 11, pseudo=False)
 
 
 def test_format_1_is_what_0_2_recorded(tmp_path: Path) -> None:

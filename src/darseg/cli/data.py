@@ -12,6 +12,7 @@ from darseg.choices import AnnotationFormat
 from darseg.cli.options import Overrides, RecipeFile
 from darseg.cli.tables import (
     Rows,
+    class_weights_line,
     counts_by_role,
     group_line,
     plan_table,
@@ -160,6 +161,8 @@ def plan(
     say(f"network: {planned.network}, {planned.parameters / 1e6:.1f} million parameters")
     for group in planned.groups:
         say(group_line(group))
+    if planned.class_weights:
+        say(class_weights_line(planned))
     say(f"labeling: {planned.labeling}")
     say(f"evaluation: {planned.evaluation}")
     say(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")

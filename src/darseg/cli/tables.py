@@ -104,6 +104,12 @@ def group_line(group: Group) -> str:
     return f"{group.name}: {how}, {group.parameters:,} parameters"
 
 
+def class_weights_line(plan: Plan) -> str:
+    """The factors of the classes' losses."""
+    weights = ", ".join(f"{name} {weight:.4g}" for name, weight in plan.class_weights.items())
+    return f"class weights of labeled pixels: {weights}"
+
+
 def _planned_cells(planned: Round) -> list[str]:
     low, high = planned.augmentation.scale
     return [

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PlainValidator, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import (
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+)
 
 from darseg.choices import Architecture, Precision
 from darseg.config.values import (
@@ -71,6 +81,18 @@ class OhemConfig(Section):
     least: Count = 100_000  # pixels kept for an image, on average
 
 
+def _balanced_or_each(value: Any, each: ValidatorFunctionWrapHandler) -> Any:
+    if isinstance(value, str) and value != "balanced":
+        raise ValueError("should be balanced, or class: factor, as in {road: 0.5}")
+    return value if value == "balanced" else each(value)
+
+
+# Class → factor, or "balanced". Not a union, whose faults would be listed once for each of its kinds.
+ClassWeights = Annotated[
+    dict[StrictStr, Positive], WrapValidator(_balanced_or_each), PlainSerializer(lambda value: value)
+]
+
+
 class TrainingConfig(Section):
     crop: Size = (713, 713)
     batch: BatchSize = 16
@@ -87,7 +109,7 @@ class TrainingConfig(Section):
     warm_up: Annotated[StrictInt, Field(ge=0)] = 0  # steps of each round
     clip: Positive | None = None  # largest norm of the gradient
     ohem: OhemConfig | None = None
-    class_weights: dict[StrictStr, Positive] | None = None
+    class_weights: ClassWeights | None = None
     pseudo_weight: NotNegative = 1.0
     precision: Precision = "fp32"
     sync_batchnorm: StrictBool | None = None  # None: on, but not for deeplabv2 and dpt

@@ -432,7 +432,7 @@ def _whole(
     memories: Sequence[Memory | None],
     variants: Variants | None,
 ) -> list[WindowSums]:
-    """Scores of an image [1, 3, h, w] in one piece, for each variant. Its logits are scaled to `shape`, [K, H, W]."""
+    """Scores of a whole image [1, 3, h, w] for each variant; its logits are scaled to `shape`, [K, H, W]."""
     images = torch.cat([image, image.flip(3)]) if protocol.mirror else image
     all_sums = [WindowSums(shape, image.device, memory) for memory in memories]
     with _precision(protocol, images, variants):

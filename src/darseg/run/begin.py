@@ -18,7 +18,7 @@ from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
-from darseg.run.plan import describe_shares
+from darseg.run.plan import class_weights_of, describe_shares
 from darseg.run.records import read_plain
 from darseg.run.steps.align import why_off
 
@@ -79,6 +79,10 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
     absent = [name for name, count in zip(names, course.counts, strict=True) if not count]
     if absent:
         journal.warn(f"{ABSENT}: {', '.join(absent)}")
+    if course.recipe.training.class_weights == "balanced":
+        weights = dict(zip(names, class_weights_of(course.recipe, course.counts), strict=True))
+        journal.event("class_weights", weights=weights)
+        journal.say("Class weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
     if course.processes.count > 1:
         journal.say(describe_shares(course.rounds, course.processes.count))
     if not locked:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError
 from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
+from darseg.pseudo.distribution import count_labels
 from darseg.run.build import (
     IMAGES,
     LABELS,
@@ -31,6 +32,7 @@ from darseg.run.build import (
     labeling_protocol,
     layout_of,
     manifest_of,
+    masks,
     spec_of,
 )
 from darseg.run.journal import Journal
@@ -38,6 +40,7 @@ from darseg.run.label_samples import waiting_bytes
 from darseg.run.plan import (
     Round,
     check_shares,
+    class_weights_of,
     describe_shares,
     head_factor_of,
     learner_of,
@@ -161,6 +164,7 @@ class Plan:
         images: their number by role.
         parameters: number of values in the network, trained or not.
         groups: the parameters, grouped by how they learn.
+        class_weights: class → factor of the loss of its labeled pixels; empty: all are 1.
         state_bytes: memory of weights, gradients and the optimizer's averages in float32.
         activation_bytes: memory that a step keeps for its backward pass in float32, without convolutions' workspace.
         temporary_bytes: disk space needed while labeling.
@@ -173,6 +177,7 @@ class Plan:
     images: dict[str, int]
     parameters: int
     groups: tuple[Group, ...]
+    class_weights: Mapping[str, float]
     state_bytes: int
     activation_bytes: int
     temporary_bytes: int
@@ -184,6 +189,8 @@ class Plan:
 
 def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     """What a recipe will do. Trains nothing, and reads only the size of the first unlabeled image.
+
+    With balanced class weights it reads all label maps of the labeled images, too.
 
     Args:
         processes: number of processes that torchrun will start; the plan's memory is that of one process.
@@ -230,6 +237,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         images={role: len(samples) for role, samples in manifest.roles().items()},
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         groups=groups_of(learner),
+        class_weights=_class_weights(recipe, manifest),
         state_bytes=state,
         activation_bytes=activations,
         temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
@@ -238,6 +246,13 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         evaluation=evaluation_protocol(recipe).describe(),
         notes=_notes(recipe, rounds, processes),
     )
+
+
+def _class_weights(recipe: Recipe, manifest: Manifest) -> dict[str, float]:
+    counts = None
+    if recipe.training.class_weights == "balanced":
+        counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
+    return dict(zip(manifest.classes.names, class_weights_of(recipe, counts), strict=False))
 
 
 def _rates(recipe: Recipe, planned: Round) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,7 +16,7 @@ from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.model.vit import Transformer
 from darseg.run.build import auxiliary_weight_of, classes_of, pick_device
-from darseg.training.loss import LabeledLoss
+from darseg.training.loss import LabeledLoss, balanced_weights
 from darseg.training.method import Learner, Method, all_decay
 from darseg.training.optimize import SGD, AdamW, OptimizerKind, faster_heads, only_matrices, slower_layers
 from darseg.training.schedule import Schedule
@@ -161,8 +161,12 @@ def head_factor_of(recipe: Recipe) -> float:
     return recipe.training.head_factor or PUBLISHED_RATES[recipe.training.optimizer][1]
 
 
-def learner_settings(recipe: Recipe, round_: Round) -> LearnerSettings:
-    """How the network learns in a round."""
+def learner_settings(recipe: Recipe, round_: Round, counts: Sequence[int] | None = None) -> LearnerSettings:
+    """How the network learns in a round.
+
+    Args:
+        counts: labeled pixels per class; None: as yet unknown. Balanced class weights are then left out.
+    """
     training = recipe.training
     return LearnerSettings(
         learning_rate=round_.learning_rate,
@@ -171,7 +175,7 @@ def learner_settings(recipe: Recipe, round_: Round) -> LearnerSettings:
         stage4_as_head=recipe.release_quirks and recipe.network.architecture == "deeplabv2",
         decay_vectors=training.decay_vectors,
         layer_decay=training.layer_decay,
-        labeled_loss=_labeled_loss(recipe),
+        labeled_loss=_labeled_loss(recipe, counts),
     )
 
 
@@ -186,24 +190,47 @@ def _optimizer(training: TrainingConfig) -> OptimizerKind:
     )
 
 
-def _labeled_loss(recipe: Recipe) -> LabeledLoss:
-    """What the recipe says about the loss of labeled images. Raises RecipeError for unknown classes."""
-    ohem, given = recipe.training.ohem, recipe.training.class_weights
-    names = classes_of(recipe).names
-    if given and (unknown := [name for name in given if name not in names]):
-        raise RecipeError(
-            f"training.class_weights: {', '.join(unknown)}: there is no such class. The classes are {', '.join(names)}."
-        )
+def _labeled_loss(recipe: Recipe, counts: Sequence[int] | None) -> LabeledLoss:
+    ohem = recipe.training.ohem
     return LabeledLoss(
         hard_below=ohem.threshold if ohem else None,
         least=ohem.least if ohem else 0,
-        class_weights=tuple(given.get(name, 1.0) for name in names) if given else (),
+        class_weights=class_weights_of(recipe, counts),
     )
 
 
-def method_of(recipe: Recipe, round_: Round, network: Network) -> Method:
-    """The method that trains `network` in a round. Self-training is the only one so far."""
-    settings = learner_settings(recipe, round_)
+def class_weights_of(recipe: Recipe, counts: Sequence[int] | None) -> tuple[float, ...]:
+    """Factors of the classes' losses; none if all are 1, or if they are balanced and `counts` is None.
+
+    Args:
+        counts: labeled pixels per class.
+
+    Raises RecipeError for unknown classes, and if there is no labeled pixel to balance by.
+    """
+    given: Mapping[str, float] | str | None = recipe.training.class_weights
+    names = classes_of(recipe).names
+    if given == "balanced":
+        if counts is not None and not any(counts):
+            raise RecipeError(
+                "training.class_weights: balanced: there is no labeled pixel to balance by. Remove the key."
+            )
+        return balanced_weights(counts) if counts is not None else ()
+    if not isinstance(given, Mapping) or not given:
+        return ()
+    if unknown := [name for name in given if name not in names]:
+        raise RecipeError(
+            f"training.class_weights: {', '.join(unknown)}: there is no such class. The classes are {', '.join(names)}."
+        )
+    return tuple(given.get(name, 1.0) for name in names)
+
+
+def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[int]) -> Method:
+    """The method that trains `network` in a round. Self-training is the only one so far.
+
+    Args:
+        counts: labeled pixels per class.
+    """
+    settings = learner_settings(recipe, round_, counts)
     return self_training(
         learner_of(settings, network),
         batch=round_.batch,

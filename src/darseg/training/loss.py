@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,19 @@ class LabeledLoss:
     hard_below: float | None = None
     least: int = 0
     class_weights: tuple[float, ...] = ()
+
+
+def balanced_weights(counts: Sequence[int]) -> tuple[float, ...]:
+    """Class weights that give every class the same share of the loss, if all pixels lose alike.
+
+    Pixels / (classes that occur · pixels of the class): their mean over the pixels is 1, so that the loss keeps its size.
+    Classes without a pixel have 1. (King and Zeng 2001; scikit-learn's class_weight="balanced".)
+
+    Args:
+        counts: labeled pixels per class, at least one of them above 0.
+    """
+    total, present = sum(counts), sum(count > 0 for count in counts)
+    return tuple(total / (present * count) if count else 1.0 for count in counts)
 
 
 def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch, how: LabeledLoss | None = None) -> torch.Tensor:

@@ -73,11 +73,16 @@ class TrainSettings:
         )
 
 
-def settings_of(recipe: Recipe, round_: Round, *, pseudo: bool) -> TrainSettings:
-    """The settings of a round; `pseudo`: whether it has pseudo-labeled images."""
+def settings_of(recipe: Recipe, round_: Round, counts: Sequence[int], *, pseudo: bool) -> TrainSettings:
+    """The settings of a round.
+
+    Args:
+        counts: labeled pixels per class.
+        pseudo: whether it has pseudo-labeled images.
+    """
     return TrainSettings(
         stage=stage_of(recipe, round_),
-        learner=learner_settings(recipe, round_),
+        learner=learner_settings(recipe, round_, counts),
         augmentation=round_.augmentation,
         batch=(round_.batch, round_.pseudo_batch),
         auxiliary_weight=auxiliary_weight_of(recipe),
@@ -100,7 +105,7 @@ def train_round(
         network: trained in place, unless the step is finished already.
     """
     run, index = course.run, round_.index
-    settings = settings_of(course.recipe, round_, pseudo=bool(pseudo))
+    settings = settings_of(course.recipe, round_, course.counts, pseudo=bool(pseudo))
     digests = {
         "settings": settings.digest(),
         "labeled": course.data["labeled"],
@@ -143,7 +148,7 @@ class _Training:
             ]
             seconds_before = saved[-1]["seconds"] if saved else 0.0
             journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
-        method = method_of(course.recipe, self.round, self.network)
+        method = method_of(course.recipe, self.round, self.network, counts=course.counts)
         first = begin.step if begin else 0
         with (
             journal.progress(f"round {index}: train", stage.steps, first) as advance,
