@@ -36,6 +36,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parents[1]
 BUNDLE = HERE / ".gpu"
+PYTHON = (3, 12)  # for which the bundle's packages are
 WEIGHTS = "efficientnet_lite0_in1k.pth"
 PARTS = ("tests+comparison:150", "benchmarks:200", "comparison")
 GRACE = 8  # seconds between asking a process to stop and killing it
@@ -212,7 +213,8 @@ def unpacked(dry: bool) -> Iterator[tuple[Path, Path, Path]]:
     """A folder to work in, NEU-Seg and the weights; packages come onto the path of processes started later."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for name in ("site", "neu_seg"):
+        packages = ["site"] if sys.version_info[:2] == PYTHON else []
+        for name in (*packages, "neu_seg"):
             if (archive := BUNDLE / f"{name}.tar.xz").exists():
                 with tarfile.open(archive) as content:
                     content.extractall(work, filter="data")
