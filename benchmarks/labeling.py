@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from host import commit, processor, timed
 
 import darseg
 from darseg.data.files import write_whole
@@ -339,23 +340,6 @@ def against_forward(run: Path | None, count: int) -> None:
         f"| {name}, {device.type} | {forward:.3f} | {labeled:.3f} | "
         f"{ratios[2]:.3f} ({ratios[0]:.3f} – {ratios[-1]:.3f}) |"
     )
-
-
-def timed(run: Callable[[], None]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def commit() -> str:
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    return git.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
 
 
 def main() -> None:

@@ -8,9 +8,8 @@ same network, optimizer and losses over batches that are ready in memory, and no
 process; ratios are medians over the turns. Processor seconds of all threads say more than the clock if other programs
 use the machine; with --threads 1 no thread spends them waiting for another.
 
-On the CPU the network and settings are those of recipes/camvid_1of8.yaml in a round with pseudo labels, for which true
-labels are used; without --data, the images are drawn at the same size. On a CUDA GPU, if there is one, it measures
-PSPNet-50 at crops of 361 and 713 in fp32, bf16 and compiled.
+The network and settings are those of recipes/camvid_1of8.yaml in a round with pseudo labels, for which true labels are
+used; without --data, the images are drawn at the same size. The tables of a GPU are made by benchmarks/gpu.py.
 """
 
 from __future__ import annotations
@@ -20,36 +19,33 @@ import io
 import itertools
 import os
 import platform
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
+from host import commit, processor, resident, timed
 from PIL import Image
+from steps import Loop, Pace, bare, drawn, method_of, ready_batches, staged, streams_of
 
 from darseg.config.text import load_recipe
 from darseg.data.augment import Augmentation, augment
-from darseg.data.batches import Batch, StreamPlace, stream_batches
+from darseg.data.batches import StreamPlace, stream_batches
 from darseg.data.classes import ClassSet, class_set
 from darseg.data.dataset import Cache, load_example
 from darseg.data.manifest import Sample
 from darseg.data.unlabeled import StrongViews, stream_views
-from darseg.demo.scenes import draw_scene
-from darseg.methods.self_training import self_training
 from darseg.model.network import Network, NetworkSpec
 from darseg.run.build import auxiliary_weight_of, place, spec_of
 from darseg.run.machine import MOST_WORKERS, cache_limit, keep_memory, usable_cores, workers_for
 from darseg.run.plan import augmentation_of
 from darseg.training.checkpoint import Checkpoint, Optimization, load_checkpoint, save_checkpoint
-from darseg.training.method import Learner, Method
 from darseg.training.optimize import SGD, build_optimizer, faster_heads
 from darseg.training.schedule import Schedule
-from darseg.training.stage import AUTOCAST, Stage, StepReport, run_stage
+from darseg.training.stage import Stage
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
 CITYSCAPES = (1024, 2048)
@@ -61,7 +57,6 @@ CASES = [
 ]
 """Size of the images, augmentation, and its scales in words."""
 ALL = 1 << 40  # bytes: a cache without a limit
-RATE = 1e-4  # learning rate of the timed steps
 
 
 # Data
@@ -96,34 +91,12 @@ def plain(
     return np.ascontiguousarray(pixels[window]), np.ascontiguousarray(label[window])
 
 
-def drawn(folder: Path, count: int, size: tuple[int, int], suffix: str) -> tuple[list[Sample], ClassSet]:
-    """Drawn scenes as files: images in the format of `suffix` with camera noise, and PNG label maps."""
-    samples = []
-    for index in range(count):
-        image, label = draw_scene(0, index, (193, 385))
-        image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_CUBIC)
-        noise = np.random.default_rng(index).normal(0, 2, image.shape)
-        image = np.clip(image + noise, 0, 255).astype(np.uint8)
-        label = cv2.resize(label, size[::-1], interpolation=cv2.INTER_NEAREST)
-        sample = Sample(f"{index}", folder / f"{index}{suffix}", folder / f"{index}_label.png")
-        cv2.imwrite(str(sample.image), image[:, :, ::-1])
-        cv2.imwrite(str(sample.label), label)
-        samples.append(sample)
-    return samples, class_set([f"class {k}" for k in range(19)])
-
-
 def best(
     *runs: Callable[[], object], turns: int = 5, clock: Callable[[], float] = time.process_time
 ) -> list[float]:
     """The minimum seconds of each run; runs take turns. Processor seconds, unless another clock is given."""
     seconds = [[timed(run, clock) for run in runs] for _ in range(turns)]
     return [min(column) for column in zip(*seconds, strict=True)]
-
-
-def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    began = clock()
-    run()
-    return clock() - began
 
 
 def augmenting() -> None:
@@ -270,69 +243,6 @@ def streaming() -> None:
 # Steps
 
 
-def bare(
-    network: Network, batches: Sequence[Sequence[Batch]], stage: Stage, auxiliary: float, forward: Callable
-) -> tuple[float, float]:
-    """Seconds and processor seconds per step of a notebook's loop over ready batches, after a first step."""
-    backbone = set(network.backbone.parameters())
-    heads = [parameter for parameter in network.parameters() if parameter not in backbone]
-    groups = [{"params": list(backbone), "factor": 1.0}, {"params": heads, "factor": 10.0}]
-    fused = True if network.mean.device.type == "cuda" else None
-    optimizer = torch.optim.SGD(groups, lr=RATE, momentum=0.9, weight_decay=1e-4, fused=fused)
-    autocast = AUTOCAST[stage.precision]
-    network.train()
-    began, burned = 0.0, 0.0
-    for step in range(stage.steps):
-        if step == 1:
-            began, burned = now(), time.process_time()
-        for group in optimizer.param_groups:
-            group["lr"] = stage.schedule.rate(step, stage.steps, RATE) * group["factor"]
-        optimizer.zero_grad(set_to_none=True)
-        loss = torch.zeros((), device=network.mean.device)
-        for batch in batches[step % len(batches)]:
-            with torch.autocast(network.mean.device.type, autocast, enabled=autocast is not None):
-                output = forward(batch.images)
-            labels = batch.labels.long()
-            loss = loss + F.cross_entropy(output.main.float(), labels, ignore_index=255)
-            if output.auxiliary is not None:
-                loss = loss + auxiliary * F.cross_entropy(output.auxiliary.float(), labels, ignore_index=255)
-        loss.backward()
-        optimizer.step()
-    counted = stage.steps - 1
-    return (now() - began) / counted, (time.process_time() - burned) / counted
-
-
-def now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def method_of(network: Network, auxiliary: float) -> Method:
-    """Self-training of a network; the feeds are not used, since the streams are passed."""
-    learner = Learner("network", network, RATE, SGD(), faster_heads(10.0))
-    return self_training(learner, batch=8, pseudo_batch=8, auxiliary_weight=auxiliary)
-
-
-def staged(
-    network: Network, streams: Callable[[int], list[Iterator[Batch]]], stage: Stage, auxiliary: float
-) -> tuple[float, float, float]:
-    """The same for darseg's loop with its loader, and the share of the time spent waiting for data."""
-    marks: list[tuple[float, float, float]] = []
-    begins = time.monotonic()
-
-    def on_step(report: StepReport) -> None:
-        if report.step in (0, stage.steps - 1):
-            at = now()
-            marks.append((at, time.process_time(), report.waiting * (time.monotonic() - begins)))
-
-    run_stage(method_of(network, auxiliary), streams, stage, on_step=on_step)
-    (first, burned_first, waited_first), (last, burned, waited) = marks
-    counted = stage.steps - 1
-    waiting = max(0.0, waited - waited_first) / (last - first)
-    return (last - first) / counted, (burned - burned_first) / counted, waiting
-
-
 def against_bare(
     name: str,
     network: Network,
@@ -346,51 +256,29 @@ def against_bare(
 ) -> None:
     """A row of the table of steps."""
     device = network.mean.device
-    workers = workers_for(None, 1, len(roles))
     cache = Cache(ALL if cached else 0)
-
-    def streams(first: int) -> list[Iterator[Batch]]:
-        return [
-            stream_batches(
-                samples,
-                classes,
-                how,
-                batch_size=size,
-                seed=(0, role),
-                start=first,
-                place=StreamPlace(workers=workers, pin=device.type == "cuda"),
-                load=cache.load,
-            )
-            for role, (samples, size) in enumerate(roles)
-        ]
-
     if cached:
         for samples, _ in roles:
             for sample in samples:
                 cache.load(sample, classes)
-    ready = []
-    feeds = streams(0)
-    for _ in range(2):
-        batches = [next(feed) for feed in feeds]
-        ready.append([Batch(b.images.to(device), b.labels.to(device), b.ids) for b in batches])
-    for feed in feeds:
-        feed.close()  # ty: ignore[unresolved-attribute]
-    forward = torch.compile(network) if stage.compile else network
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    rows = []
-    bare(network, ready, stage, auxiliary, forward)
-    staged(network, streams, stage, auxiliary)
+    streams = streams_of(roles, classes, how, cache=cache, pin=device.type == "cuda")
+    ready = ready_batches(streams, device)
+    loop = Loop(network, stage, auxiliary)
+    bare(loop, ready, network)
+    staged(loop, streams)
+    rows: list[tuple[Pace, Pace]] = []
     for turn in range(turns):
         if turn % 2:  # the order alternates, since other work on the machine varies
-            with_loader = staged(network, streams, stage, auxiliary)
-            rows.append((*bare(network, ready, stage, auxiliary, forward), *with_loader))
+            with_loader = staged(loop, streams)
+            rows.append((bare(loop, ready, network), with_loader))
         else:
-            alone = bare(network, ready, stage, auxiliary, forward)
-            rows.append((*alone, *staged(network, streams, stage, auxiliary)))
-    plainly, _, seconds, _, waiting = (float(np.median(column)) for column in zip(*rows, strict=True))
-    ratios = sorted(row[0] / row[2] for row in rows)
-    burned = sorted(row[1] / row[3] for row in rows)
+            rows.append((bare(loop, ready, network), staged(loop, streams)))
+    plainly = float(np.median([alone.seconds for alone, _ in rows]))
+    seconds, waiting = (
+        float(np.median([getattr(pace, name) for _, pace in rows])) for name in ("seconds", "waiting")
+    )
+    ratios = sorted(alone.seconds / pace.seconds for alone, pace in rows)
+    burned = sorted(alone.burned / pace.burned for alone, pace in rows)
     memory = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident()
     print(
         f"| {name} | {1 / plainly:.3f} | {1 / seconds:.3f} | "
@@ -399,15 +287,6 @@ def against_bare(
         f"{waiting:.2%} | {memory / 1e6:.0f} |",
         flush=True,
     )
-
-
-def resident() -> int:
-    """The peak memory of this process in bytes."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return 0
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
 
 
 STEPS_TABLE = (
@@ -469,7 +348,7 @@ def build(recipe, weights: Path | None) -> Network:
 def checkpointing(network: Network, every: int) -> None:
     """Seconds to capture, write and read a checkpoint with full momentum."""
     network.train()
-    method = method_of(network, 0.0)
+    method = method_of(network, 0.0, SGD())
     optimizer = build_optimizer(network, SGD(), faster_heads(10.0))
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -492,52 +371,6 @@ def checkpointing(network: Network, every: int) -> None:
     )
 
 
-def steps_on_the_gpu(steps: int, turns: int) -> None:
-    if not torch.cuda.is_available():
-        print(
-            "\nPSPNet-50 on a GPU (crops 361 and 713; fp32, bf16, compile): not run, since this machine has no CUDA GPU."
-        )
-        return
-    print(STEPS_TABLE.format(torch.cuda.get_device_name(), turns))
-    with tempfile.TemporaryDirectory() as folder:
-        samples, classes = drawn(Path(folder), 32, CITYSCAPES, ".png")
-        for side, scale in ((361, (0.25, 1.0)), (713, (0.5, 2.0))):
-            for precision, compiled, cached in (
-                ("fp32", False, True),
-                ("bf16", False, True),
-                ("bf16", False, False),
-                ("bf16", True, True),
-            ):
-                torch.manual_seed(0)
-                network = place(NetworkSpec(backbone="resnet50_deep", classes=19).build())
-                stage = Stage(steps, Schedule(span=(0.5, 1.0)), precision, compile=compiled)
-                name = f"PSPNet-50, {side}, 8 + 8, {precision}{', compiled' if compiled else ''}"
-                name += ", decoded images kept" if cached else ", PNG decoded every time"
-                roles = [(samples[:16], 8), (samples[16:], 8)]
-                how = Augmentation((side, side), scale)
-                try:
-                    against_bare(name, network, roles, classes, how, stage, 0.4, cached, turns)
-                except torch.cuda.OutOfMemoryError:
-                    print(f"| {name} | out of memory | | | | | |")
-                del network
-                torch.cuda.empty_cache()
-        checkpointing(place(NetworkSpec(backbone="resnet50_deep", classes=19).build()), 200)
-
-
-def commit() -> str:
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
-    return git.stdout.strip() or "unknown"
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -550,7 +383,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["augment", "views", "decode", "stream", "cpu", "gpu"]
+        "--skip", nargs="*", default=[], choices=["augment", "views", "decode", "stream", "cpu"]
     )
     arguments = parser.parse_args()
     if arguments.steps < 2:
@@ -569,7 +402,6 @@ def main() -> None:
         "decode": decoding,
         "stream": streaming,
         "cpu": lambda: steps_on_the_cpu(arguments.data, arguments.weights, arguments.steps, arguments.turns),
-        "gpu": lambda: steps_on_the_gpu(max(20, arguments.steps), arguments.turns),
     }
     for name, part in parts.items():
         if name not in arguments.skip:

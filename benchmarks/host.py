@@ -1,0 +1,53 @@
+"""What the benchmarks say about the machine, and how they read its clocks."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def now() -> float:
+    """Seconds of the clock, once the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+    """The seconds that a call takes."""
+    began = clock()
+    run()
+    return clock() - began
+
+
+def resident() -> int:
+    """The peak memory of this process in bytes, as the kernel has noted it."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def commit() -> str:
+    """The commit of this folder; "unknown" without git or its history."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,101 @@
+"""The benchmark of GPUs runs on any machine in a tiny version: all rows are there, and all figures are numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import REPOSITORY
+
+pytest.importorskip("timm")
+
+FIGURES = {
+    "training": {
+        "bare_steps_per_second",
+        "steps_per_second",
+        "images_per_second",
+        "ratio",
+        "ratio_least",
+        "ratio_most",
+        "bare_memory_mb",
+        "memory_mb",
+        "bare_processor_seconds",
+        "processor_seconds",
+        "waiting",
+    },
+    "labeling": {"bare_images_per_second", "images_per_second", "ratio", "ratio_least", "ratio_most"},
+    "evaluation": {"bare_images_per_second", "images_per_second", "ratio", "ratio_least", "ratio_most"},
+    "profile": set(),
+}
+
+WITHOUT = """
+import runpy, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("pydantic", "zstandard"):
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Missing())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, "benchmarks")
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All numbers in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from numbers(item)
+    elif isinstance(value, int | float):
+        yield float(value)
+
+
+def run(out: Path, *options: str, program: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The file that a dry run writes; it also has to print each row."""
+    command = [sys.executable, *program, "benchmarks/gpu.py", "--dry", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    for row in content["rows"]:
+        assert f"| {row['name']} |" in done.stdout
+    return content
+
+
+@pytest.mark.slow  # 27 rows with 10 networks
+def test_all_rows_are_measured_in_a_dry_run(tmp_path: Path) -> None:
+    content = run(tmp_path / "gpu.json", "--seconds", "600")
+    assert content["not_started"] == [] and len(content["rows"]) == 27
+    for row in content["rows"]:
+        assert "failed" not in row, row
+        assert all(map(math.isfinite, numbers(row))), row
+        assert row.keys() >= FIGURES[row["table"]]
+    profiles = {row["name"].partition(":")[0]: row for row in content["rows"] if row["table"] == "profile"}
+    assert all(profiles["step"][side]["cpu_ms"] > 0 for side in ("bare", "darseg"))
+    assert profiles["labeling"]["stages_ms"].keys() >= {"read", "forward passes and sums", "decide", "write"}
+
+
+def test_rows_that_fail_say_why_and_the_others_go_on(tmp_path: Path) -> None:
+    # Without these packages training can be measured, but not labeling.
+    names = ["EfficientNet-Lite0 PSPNet, images 65x65, fp32", "EfficientNet-Lite0 PSPNet, 193, fp32"]
+    only = ["labeling: " + names[0], "training: " + names[1]]
+    content = run(tmp_path / "gpu.json", "--only", *only, program=("-c", WITHOUT))
+    rows = {row["name"]: row for row in content["rows"]}
+    labeling, training = (rows[name] for name in names)
+    assert "zstandard is not installed" in labeling["failed"]
+    assert "failed" not in training and training["ratio"] > 0
+
+
+def test_no_row_begins_after_the_time_is_up(tmp_path: Path) -> None:
+    content = run(tmp_path / "gpu.json", "--only", "labeling", "--seconds", "1e-9")
+    assert content["rows"] == [] and len(content["not_started"]) == 6
