@@ -12,7 +12,7 @@ when the time is up is stopped. Whatever is there by then is in OUT:
     scores.json        scores of every round of the comparison that was scored in time (scripts/aligned_scores.py)
     *.log              what the processes printed
 
---dry does the same with tiny sizes on the CPU.
+--dry does the same with tiny sizes and drawn images on the CPU.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def unpacked(dry: bool) -> Iterator[tuple[Path, Path, Path]]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         packages = ["site"] if sys.version_info[:2] == PYTHON else []
-        for name in (*packages, "neu_seg"):
+        for name in (*packages, *([] if dry else ["neu_seg"])):
             if (archive := BUNDLE / f"{name}.tar.xz").exists():
                 with tarfile.open(archive) as content:
                     content.extractall(work, filter="data")
