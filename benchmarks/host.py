@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import time
@@ -35,7 +36,9 @@ def resident() -> int:
 
 
 def commit() -> str:
-    """The commit of this folder; "unknown" without git or its history."""
+    """The commit of this folder: DARSEG_COMMIT, or what git says; "unknown" without its history."""
+    if given := os.environ.get("DARSEG_COMMIT"):
+        return given
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)

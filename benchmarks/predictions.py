@@ -38,6 +38,7 @@ from darseg.training.processes import Processes
 
 RATIO = 0.4  # share of the pixels that are labeled
 PROFILED = 3  # images of a profile
+BARE_SECONDS = 0.5  # of the bare passes of a turn, at least
 
 
 @dataclass(frozen=True)
@@ -155,25 +156,31 @@ def evaluate(job: Job, samples: Sequence[Sample]) -> float:
 def against_passes(job: Job, run: Callable[[Job, Sequence[Sample]], float]) -> dict[str, Any]:
     """The figures of a row: bare forward passes and `run` take turns."""
     device, windows = job.network.mean.device, job.windows()
-    size, _ = fastest_passes(job)
+    size, window_seconds = fastest_passes(job)
     few = job.data.samples[:4]
     run(job, few)
     each = run(job, few) / len(few)
     count = max(len(few), min(len(job.data.samples), int(job.most_seconds / each)))
     samples = job.data.samples[:count]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    pairs, burned = [], []
+    # Small images take the GPU only milliseconds, so the passes are repeated.
+    repeats = max(1, round(min(BARE_SECONDS, job.most_seconds) / (window_seconds * windows * count)))
+
+    def alone() -> float:
+        return passes(job, windows * count * repeats, size) / repeats
+
+    pairs, burned, peaks = [], [], []
     for turn in range(job.turns):
         # The order alternates, since other work on the machine varies.
-        alone = passes(job, windows * count, size) if turn % 2 == 0 else None
+        before = alone() if turn % 2 == 0 else None
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         began = time.process_time()
         seconds = run(job, samples)
         burned.append((time.process_time() - began) / count)
-        pairs.append((alone or passes(job, windows * count, size), seconds))
-    ratios = sorted(seconds / alone for alone, seconds in pairs)
+        peaks.append(torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else 0.0)
+        pairs.append((before or alone(), seconds))
+    ratios = sorted(seconds / forward for forward, seconds in pairs)
     bare, seconds = (float(np.median(column)) / count for column in zip(*pairs, strict=True))
-    memory = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else None
     return {
         "images": count,
         "windows": windows,
@@ -184,7 +191,7 @@ def against_passes(job: Job, run: Callable[[Job, Sequence[Sample]], float]) -> d
         "ratio_least": ratios[0],
         "ratio_most": ratios[-1],
         "processor_seconds": float(np.median(burned)),
-        "memory_mb": memory,
+        "memory_mb": max(peaks) or None,
     }
 
 

@@ -16,6 +16,7 @@ WAITS = (
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
     "cudaEventSynchronize",
+    "cudaEventQuery",
     "cudaMemcpy",
     "cudaMalloc",
     "cudaFree",
@@ -24,7 +25,7 @@ WAITS = (
     "cudaFreeHost",
     "aten::_local_scalar_dense",
 )
-"""Calls that make the host wait for the GPU, or that take long by themselves."""
+"""Calls that make the host wait or ask for the GPU, or that take long by themselves."""
 
 LAUNCHES = (
     "cudaLaunchKernel",
@@ -83,7 +84,8 @@ def summarized(recording: profile, seconds: float, count: int) -> dict[str, Any]
 
     Returns:
         `ms`: by the clock; `gpu_ms`: kernels and copies on the GPU; `cpu_ms`: operations on the host; `kernels`,
-        `launches`; `waits`: name → number and milliseconds; `top_gpu`, `top_cpu`: name, milliseconds, number.
+        `launches`; `waits`, and `runtime` for all of CUDA's calls: name → milliseconds and number; `top_gpu`, `top_cpu`:
+        what takes longest.
     """
     kernels: dict[str, list[float]] = {}
     host: dict[str, list[float]] = {}
@@ -96,12 +98,12 @@ def summarized(recording: profile, seconds: float, count: int) -> dict[str, Any]
         entry[0] += microseconds / 1000
         entry[1] += 1
 
+    def each(entry: list[float]) -> dict[str, float]:
+        return {"ms": entry[0] / count, "calls": entry[1] / count}
+
     def top(table: dict[str, list[float]]) -> list[dict[str, Any]]:
         largest = sorted(table.items(), key=lambda item: -item[1][0])[:SHOWN]
-        return [
-            {"name": name[:120], "ms": milliseconds / count, "calls": calls / count}
-            for name, (milliseconds, calls) in largest
-        ]
+        return [{"name": name[:120]} | each(entry) for name, entry in largest]
 
     copies = [name for name in kernels if name.startswith(("Memcpy", "Memset"))]
     return {
@@ -111,11 +113,8 @@ def summarized(recording: profile, seconds: float, count: int) -> dict[str, Any]
         "kernels": sum(entry[1] for name, entry in kernels.items() if name not in copies) / count,
         "launches": sum(host[name][1] for name in LAUNCHES if name in host) / count,
         "copies": {name: kernels[name][1] / count for name in copies},
-        "waits": {
-            name: {"calls": host[name][1] / count, "ms": host[name][0] / count}
-            for name in WAITS
-            if name in host
-        },
+        "waits": {name: each(host[name]) for name in WAITS if name in host},
+        "runtime": {name: each(entry) for name, entry in host.items() if name.startswith("cu")},
         "top_gpu": top(kernels),
         "top_cpu": top(host),
     }
