@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one call on a bare machine: tests, benchmarks, a comparison of methods.
 
-    python3 scripts/gpu.py OUT [--seconds 540] [--parts tests+comparison:150 benchmarks:200] [--dry]
+    python3 scripts/gpu.py OUT [--seconds 540] [--parts tests:150 comparison] [--dry]
 
 It needs Python 3.10 or later and torch with CUDA, no network, and what `make gpu-bundle` put into .gpu/ (packages,
 NEU-Seg, ImageNet weights). Parts joined by + run side by side; a part may have a limit in seconds. What is not finished
@@ -41,19 +41,11 @@ WEIGHTS = "efficientnet_lite0_in1k.pth"
 PARTS = ("tests+comparison:150", "benchmarks:200", "comparison")
 GRACE = 8  # seconds between asking a process to stop and killing it
 
-# Runs of scripts/neu_seg_results.py in order of value, with the run whose round 0 they begin with.
-RUNS = {
-    "dars": None,
-    "control": None,
-    "aligned": "dars",
-    "all": None,
-    "aligned_large": "dars",
-    "dars_large": "dars",
-    "long": None,
-    "continued": "control",
-}
-SEEDS = (0, 1, 2)
-REGIME = "half"
+# Run of scripts/neu_seg_results.py → the run whose round 0 it begins with.
+FIRST = {"aligned": "dars", "aligned_large": "dars", "dars_large": "dars", "continued": "control"}
+# Regime, number of labels, seeds and runs of the comparison, in order of value.
+GROUPS = ("half:48:0,1,2:dars,control,aligned,all,aligned_large,dars_large,long,continued",)
+DRY_GROUPS = ("half:48:0:dars",)
 
 
 @dataclass
@@ -115,13 +107,14 @@ class Job:
         )
 
 
-def run_jobs(jobs: Sequence[Job], out: Path, deadline: float) -> dict[str, str]:
+def run_jobs(jobs: Sequence[Job], out: Path, deadline: float, *, at_once: int) -> dict[str, str]:
     """Run jobs side by side until all have ended or the deadline (time.monotonic) has come. How each ended."""
     waiting = list(jobs)
-    while time.monotonic() < deadline:
-        waiting = [job for job in waiting if job.advance(out)]
-        if not waiting:
-            break
+    while waiting and time.monotonic() < deadline:
+        for job in list(waiting):
+            running = sum(job.process is not None for job in waiting)
+            if (job.process is not None or running < at_once) and not job.advance(out):
+                waiting.remove(job)
         time.sleep(0.2)
     for how, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1)):
         for job in waiting:
@@ -154,34 +147,36 @@ def benchmarks(out: Path, dry: bool, seconds: float) -> list[Job]:
     return [Job("benchmarks", [[*command, f"--seconds={seconds:.0f}", *(["--dry"] if dry else [])]])]
 
 
-def comparison(work: Path, data: Path, weights: Path, dry: bool) -> list[Job]:
+def comparison(work: Path, data: Path, weights: Path, groups: Sequence[str], dry: bool) -> list[Job]:
     """A job for each run and seed: train, then score every round."""
-    script = HERE / "scripts"
-    settings = [f"--regime={REGIME}", "--labels=48", "--threads=1", f"--data={data}", f"--weights={weights}"]
     jobs = []
-    for seed in SEEDS[:1] if dry else SEEDS:
-        runs = {
-            run: work / "runs" / f"{REGIME}_{'all' if run == 'all' else 48}_seed_{seed}" / run for run in RUNS
-        }
-        for run in list(RUNS)[:1] if dry else RUNS:
-            train = [sys.executable, str(script / "neu_seg_results.py"), str(work / "runs"), *settings]
-            train += [f"--seed={seed}", *(["--steps=1"] if dry else []), run]
-            score = [
-                sys.executable,
-                str(script / "aligned_scores.py"),
-                "score",
-                str(work / "scores"),
-                str(runs[run]),
-            ]
-            first = RUNS[run]
-            jobs.append(
-                Job(
-                    f"comparison_{seed}_{run}",
-                    [train, [*score, f"--unlabeled-of={runs['dars']}"]],
-                    {"OMP_NUM_THREADS": "1"},
-                    after=runs[first] / "round_0" / "evaluate.json" if first else None,
+    for group in groups:
+        regime, labels, seeds, runs = group.split(":")
+        settings = [
+            f"--regime={regime}",
+            f"--labels={labels}",
+            "--threads=1",
+            f"--data={data}",
+            f"--weights={weights}",
+        ]
+        for seed in seeds.split(","):
+            for run in runs.split(","):
+                folders = work / "runs" / f"{regime}_{labels}_seed_{seed}"
+                folder = work / "runs" / f"{regime}_all_seed_{seed}" / run if run == "all" else folders / run
+                train = ["neu_seg_results.py", str(work / "runs"), *settings, f"--seed={seed}", run]
+                score = ["aligned_scores.py", "score", str(work / "scores"), str(folder)]
+                commands = [
+                    [*train, *(["--steps=1"] if dry else [])],
+                    [*score, f"--unlabeled-of={folders / 'dars'}"],
+                ]
+                jobs.append(
+                    Job(
+                        f"{regime}_{labels}_{seed}_{run}",
+                        [[sys.executable, str(HERE / "scripts" / name), *rest] for name, *rest in commands],
+                        {"OMP_NUM_THREADS": "1"},
+                        after=folders / FIRST[run] / "round_0" / "evaluate.json" if run in FIRST else None,
+                    )
                 )
-            )
     return jobs
 
 
@@ -267,12 +262,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--groups", nargs="+", help="REGIME:LABELS:SEEDS:RUNS of the comparison")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
     began = time.monotonic()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
+    groups = args.groups or (DRY_GROUPS if args.dry else GROUPS)
     sys.path.insert(0, str(HERE / "scripts"))
     with unpacked(args.dry) as (work, data, weights):
         summary["machine"] = machine()
@@ -291,11 +288,11 @@ def main() -> None:
                 elif name == "benchmarks":
                     jobs += benchmarks(out, args.dry, seconds)
                 elif name == "comparison":
-                    jobs += comparison(work, data, weights, args.dry)
+                    jobs += comparison(work, data, weights, groups, args.dry)
                 else:
                     parser.error(f"no part is called {name}; there are tests, benchmarks, comparison")
             at = time.monotonic()
-            ended = run_jobs(jobs, out, at + seconds)
+            ended = run_jobs(jobs, out, at + seconds, at_once=len(os.sched_getaffinity(0)))
             summary[part] = {"seconds": round(time.monotonic() - at, 1), "ended": ended}
             print(json.dumps({part: summary[part]}), flush=True)
             collect_scores(work, out)

@@ -20,7 +20,7 @@ def test_the_comparison_runs_on_drawn_images_and_leaves_its_scores(tmp_path: Pat
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["comparison"]["ended"] == {"comparison_0_dars": "2 of 2 commands done"}
+    assert summary["comparison"]["ended"] == {"half_48_0_dars": "2 of 2 commands done"}
     scores = json.loads((out / "scores.json").read_text())["scores"]
     assert sorted(scores) == [f"half_48_seed_0/dars.round_{index}.json" for index in range(3)]
     assert all(0 <= score["test"]["plain"]["mean_iou"] <= 1 for score in scores.values())
@@ -38,7 +38,7 @@ def test_what_is_not_done_in_time_is_stopped_and_told(tmp_path: Path) -> None:
     commands = {"whole": [quick, quick], "failed": [failing, quick], "slow": [quick, slow], "deaf": [deaf]}
     jobs = [Job(name, lines) for name, lines in commands.items()]
     began = time.monotonic()
-    ended = run_jobs(jobs, tmp_path, began + 3)
+    ended = run_jobs(jobs, tmp_path, began + 3, at_once=3)
     assert time.monotonic() - began < 30
     assert ended == {
         "whole": "2 of 2 commands done",
