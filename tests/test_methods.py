@@ -26,7 +26,11 @@ from darseg.data.batches import Batch, split_together
 from darseg.data.classes import IGNORE
 from darseg.data.views import Views
 from darseg.errors import NumericsError, RecipeError, RunError
+from darseg.methods.acceptance import Above
+from darseg.methods.consistency import Consistency, fixmatch
+from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.self_training import self_training
+from darseg.methods.teacher import TeacherSettings, with_teacher
 from darseg.model.network import Network
 from darseg.training import stage as stage_module
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -65,7 +69,8 @@ def stream_of(feed: Feed, number: int, first: int, share: tuple[int, int]) -> It
         )
         ids = tuple(f"{number}/{step}/{index}" for index in range(IMAGES))[own]
         if feed.role == "unlabeled":
-            boxes = torch.zeros(feed.strong, IMAGES, 4, dtype=torch.int32)
+            corners = torch.randint(0, SIDE // 2, (feed.strong, IMAGES, 2), generator=generator)
+            boxes = torch.cat([corners, corners + SIDE // 2], 2).to(torch.int32)
             strong = (pixels // 2)[None].repeat(feed.strong, 1, 1, 1, 1)
             positions = step * IMAGES + torch.arange(IMAGES)
             yield Views(pixels[own], strong[:, own], ~unused[own], boxes[:, own], positions[own], ids)
@@ -153,7 +158,25 @@ def rounds(network: Network, optimizer: OptimizerKind | None = None) -> Method:
     return self_training(learner, batch=IMAGES, pseudo_batch=IMAGES, auxiliary_weight=0.4, pseudo_weight=0.7)
 
 
-METHODS: Mapping[str, Callable[..., Method]] = {"self_training": rounds, "everything": everything}
+def online(how: Consistency) -> Callable[..., Method]:
+    def make(network: Network, optimizer: OptimizerKind | None = None) -> Method:
+        learner = network_learner(network, optimizer or SGD())
+        make_method = {"fixmatch": fixmatch, "mean_teacher": mean_teacher}[how.method]
+        return make_method(learner, how, batch=IMAGES, seed=(0, 0), auxiliary_weight=0.4)
+
+    return make
+
+
+FIXMATCH = Consistency("fixmatch", batch=IMAGES, views=2, accept=Above(0.4))
+
+METHODS: Mapping[str, Callable[..., Method]] = {
+    "self_training": rounds,
+    "everything": everything,
+    "self_training_with_teacher": lambda *of: with_teacher(rounds(*of), TeacherSettings(0.9)),
+    "fixmatch": online(FIXMATCH),
+    "fixmatch_without_teacher": online(replace(FIXMATCH, teacher=None, views=1, mixing="classmix")),
+    "mean_teacher": online(replace(FIXMATCH, method="mean_teacher", views=1)),
+}
 each_method = pytest.mark.parametrize("name", METHODS)
 
 
@@ -506,11 +529,21 @@ def test_micro_batches_cut_every_tensor(size: int | None) -> None:
     weights = torch.rand(IMAGES, SIDE, SIDE, generator=generator)
     masks = (torch.rand(IMAGES, 5, generator=generator), torch.rand(IMAGES, 7, 1, 1, generator=generator))
     ids = tuple(map(str, range(IMAGES)))
-    batch = Batch(pixels, labels, ids, weights=weights, feature_masks=masks, divisor=torch.tensor(77))
+    targets = torch.rand(IMAGES, CLASSES, SIDE, SIDE, generator=generator)
+    batch = Batch(
+        pixels,
+        labels,
+        ids,
+        weights=weights,
+        feature_masks=masks,
+        targets=targets,
+        divisor=torch.tensor(77),
+    )
     parts = batch.split(size)
     assert torch.equal(torch.cat([part.images for part in parts]), pixels)
     assert torch.equal(torch.cat([part.labels for part in parts]), labels)
     assert torch.equal(torch.cat([part.weights for part in parts if part.weights is not None]), weights)
+    assert torch.equal(torch.cat([part.targets for part in parts if part.targets is not None]), targets)
     for level, mask in enumerate(masks):
         assert torch.equal(torch.cat([part.feature_masks[level] for part in parts]), mask)
     assert sum((part.ids for part in parts), ()) == ids

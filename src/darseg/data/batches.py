@@ -39,6 +39,7 @@ class Batch:
         ids: of the samples, B of them.
         weights: float [B, H, W], the weight of each pixel in the loss; None: 1 everywhere.
         feature_masks: float [B, C, …] by feature level, multiplied with features (feature dropout as data); empty: none.
+        targets: float [B, K, H, W], the probabilities to match at each pixel, for losses that match them; None: none.
         divisor: int64 [], what the sum of the loss over pixels is divided by: counted over the whole batch, of all
             processes, before it is split. None: the labeled pixels of this batch.
     """
@@ -48,6 +49,7 @@ class Batch:
     ids: tuple[str, ...]
     weights: Tensor | None = None
     feature_masks: tuple[Tensor, ...] = ()
+    targets: Tensor | None = None
     divisor: Tensor | None = None
 
     def count(self) -> Tensor:
@@ -70,6 +72,7 @@ class Batch:
                 ids=self.ids[start:end],
                 weights=None if self.weights is None else self.weights[start:end],
                 feature_masks=tuple(mask[start:end] for mask in self.feature_masks),
+                targets=None if self.targets is None else self.targets[start:end],
                 divisor=divisor,
             )
             for start, end in itertools.pairwise(bounds)

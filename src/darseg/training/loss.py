@@ -83,6 +83,19 @@ def _chosen(logits: torch.Tensor, labels: torch.Tensor, batch: Batch, how: Label
     return mean * labeled.sum()
 
 
+def squared_error(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """The weighted squared distance to `batch.targets`, added up over classes, over `batch.count()`.
+
+    Distances are of probabilities. The result of a micro-batch is its share of the whole batch's.
+    """
+    assert batch.targets is not None
+    precise = torch.promote_types(logits_BKHW.dtype, torch.float32)
+    distances = (logits_BKHW.to(precise).softmax(1) - batch.targets).square().sum(1)
+    if batch.weights is not None:
+        distances = distances * batch.weights
+    return distances.sum() / batch.count().clamp(min=1)
+
+
 def supervised(
     network: Callable, batch: Batch, auxiliary_weight: float, how: LabeledLoss | None = None
 ) -> torch.Tensor:

@@ -236,11 +236,20 @@ class Processes:
         """
         if self.count == 1:
             return
-        for name, buffer in module.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                total = buffer.double()
-                dist.all_reduce(total)
-                buffer.copy_(total / self.count)
+        statistics = [
+            buffer
+            for name, buffer in module.named_buffers()
+            if name.endswith(("running_mean", "running_var"))
+        ]
+        if not statistics:
+            return
+        total = torch.cat([buffer.double().flatten() for buffer in statistics])
+        dist.all_reduce(total)
+        total /= self.count
+        for buffer, average in zip(
+            statistics, total.split([item.numel() for item in statistics]), strict=True
+        ):
+            buffer.copy_(average.view_as(buffer))
 
 
 def _world_size() -> int:

@@ -15,7 +15,7 @@ from darseg.choices import Precision
 from darseg.data.batches import Batch, split_together
 from darseg.errors import Interrupted, RecipeError, faults
 from darseg.training.checkpoint import Checkpoint, Optimization, Part, part_of
-from darseg.training.method import Method, Streamed
+from darseg.training.method import Method, Streamed, as_streamed, stay
 from darseg.training.optimize import (
     build_optimizer,
     clip_gradients,
@@ -156,6 +156,9 @@ class _Loop:
         self.optimization = Optimization(tuple(optimizers), scaler)
         self.module = self.processes.wrap(method.network, self.device)
         self.forward = torch.compile(self.module) if stage.compile else self.module
+        # A label phase may predict with BatchNorm's statistics, and a teacher follows them. They are then kept equal in
+        # all processes at every step; otherwise a step would depend on when the last checkpoint averaged them.
+        self.looks_at_statistics = method.label is not as_streamed or method.moved is not stay
         self.watch = Watch(self.processes, self.device, steps=stage.steps, precision=stage.precision)
 
     def start(self, begin: Checkpoint | None, before: Mapping[str, Part]) -> int:
@@ -194,6 +197,8 @@ class _Loop:
                 clip_gradients(learner.module, own, stage.clip)
         optimization.step()
         with torch.no_grad():
+            if self.looks_at_statistics:
+                self.processes.average_statistics(method.network)
             method.moved(method.state, method.network, self.processes.sum_seen(labeled.seen), step)
         if stage.reports(step):
             figures = self.processes.add_figures(figures)

@@ -1,0 +1,234 @@
+"""Learn from unlabeled images while training: a strong view shall show what is predicted for the weak view.
+
+FixMatch, as UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025) has it for segmentation. What all such methods share is
+here too: their settings (`Consistency`), their state, the prediction of weak views, and counts of what was accepted. A
+further method is a function like `fixmatch`, here or in a file of its own (mean_teacher.py), a value of `OnlineMethod`
+(choices.py), and a case of `online_method` in run/online.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from darseg.choices import Mixing, OnlineMethod
+from darseg.data.batches import Batch
+from darseg.data.classes import IGNORE
+from darseg.data.unlabeled import StrongViews
+from darseg.data.views import Views
+from darseg.errors import RecipeError
+from darseg.methods.acceptance import (
+    Above,
+    Acceptance,
+    Accepted,
+    Predicted,
+    accept,
+    acceptance_state,
+    advance,
+)
+from darseg.methods.mixing import box_mask, class_mask, mix, partners_of
+from darseg.methods.teacher import Teacher, TeacherSettings
+from darseg.model.network import Network
+from darseg.training.loss import LabeledLoss, supervised
+from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
+
+INSIDE, ACCEPTED, KNOWN, RIGHT = "pixels_inside", "pixels_accepted", "pixels_known", "pixels_right"
+"""Figures of the label phase: pixels of the weak views that are not padding, of those the accepted ones, of those with a
+known truth, of those with the right label. Counts, so that they add up over processes; reports divide them."""
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """How a network learns from unlabeled images while it trains.
+
+    Attributes:
+        method: what is done with the views.
+        batch: unlabeled images of a step, over all processes.
+        views: strong views of each.
+        strong: how they are made.
+        mixing: how images of a batch are mixed in pairs, with their labels.
+        accept: which predictions are learned from.
+        weight: of the loss of the unlabeled images; at 0 they are labeled and counted, but not learned from.
+        teacher: labels the weak views; None: the network itself does, in eval mode.
+    """
+
+    method: OnlineMethod
+    batch: int
+    views: int = 1
+    strong: StrongViews = field(default_factory=StrongViews)
+    mixing: Mixing = "cutmix"
+    accept: Acceptance = field(default_factory=Above)
+    weight: float = 1.0
+    teacher: TeacherSettings | None = field(default_factory=TeacherSettings)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.views < 1:
+            raise RecipeError(
+                f"Found {self.batch} unlabeled images with {self.views} strong views. Give at least 1 of both."
+            )
+        if self.mixing != "none" and self.batch % 2:
+            raise RecipeError(
+                f"Images are mixed in pairs, but there are {self.batch} unlabeled images a step. Make online.batch even, "
+                "or set online.mixing: none."
+            )
+
+
+class OnlineState(nn.Module):
+    """What moves with the steps: the teacher, if there is one, and what the rule of acceptance remembers."""
+
+    def __init__(self, network: Network, how: Consistency) -> None:
+        super().__init__()
+        self.teacher = Teacher(network) if how.teacher is not None else None
+        self.acceptance = acceptance_state(how.accept)
+
+
+def fixmatch(
+    learner: Learner,
+    how: Consistency,
+    *,
+    batch: int,
+    seed: Sequence[int],
+    auxiliary_weight: float = 0.0,
+    labeled_loss: LabeledLoss | None = None,
+) -> Method:
+    """CE(labeled) + weight · CE(strong views against the labels of the weak view), averaged over the views.
+
+    The second loss divides by all pixels that are not padding, not only by the accepted ones: if few are accepted, little
+    is learned from them.
+
+    Args:
+        learner: the network with its optimizer.
+        batch: labeled images of a step.
+        seed: of the draws that choose classes to mix.
+        auxiliary_weight: of the auxiliary head's loss.
+        labeled_loss: of the labeled images, if it is more than cross-entropy.
+    """
+    network = learner.module
+    assert isinstance(network, Network)
+
+    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
+        labeled, views = streamed
+        assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
+        predicted = Predicted(predict_weak(state, network, views).softmax(1), views.inside, views.positions)
+        accepted = accept(how.accept, state.acceptance, predicted)
+        classes = predicted.probabilities.shape[1]
+        masks = mixing_masks(how.mixing, views, accepted, classes=classes, seed=seed)
+        batches = [_mixed(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
+        return Labeled([labeled, *batches], counts_of(views, accepted), accepted.seen)
+
+    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
+        labeled, *unlabeled = batches
+        total = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
+        figures = {"loss_labeled": total.detach()}
+        if how.weight == 0:
+            return total, figures
+        parts = [supervised(network, view, auxiliary_weight) for view in unlabeled]
+        consistency = torch.stack(parts).mean()
+        figures["loss_unlabeled"] = consistency.detach()
+        return total + how.weight * consistency, figures
+
+    return with_state(learner, how, batch=batch, label=label, loss=loss)
+
+
+def with_state(learner: Learner, how: Consistency, *, batch: int, label: Callable, loss: Callable) -> Method:
+    """A method with these two phases; teacher and acceptance follow after each step."""
+    network = learner.module
+    assert isinstance(network, Network)
+
+    def moved(state: nn.Module, network: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
+        assert isinstance(state, OnlineState)
+        if how.teacher is not None and state.teacher is not None:
+            state.teacher.follow(network, how.teacher, step)
+        advance(how.accept, state.acceptance, seen, step)
+
+    def outcome(state: nn.Module, network: nn.Module) -> nn.Module:
+        assert isinstance(state, OnlineState)
+        saved = how.teacher is not None and how.teacher.result and state.teacher is not None
+        return state.teacher.network if saved else network
+
+    return Method(
+        feeds=(Feed("labeled", batch), Feed("unlabeled", how.batch, strong=how.views)),
+        learners=(learner,),
+        loss=loss,
+        label=label,
+        moved=moved,
+        state=OnlineState(network, how),
+        outcome=outcome,
+    )
+
+
+def predict_weak(state: OnlineState, network: nn.Module, views: Views) -> Tensor:
+    """Logits of the weak views, float32 or higher [B, K, H, W]: the teacher's, or in eval mode the network's own."""
+    if state.teacher is not None:
+        logits = state.teacher.network(views.weak).main
+    else:
+        with in_eval_mode(network):
+            logits = network(views.weak).main
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def in_eval_mode(network: nn.Module) -> Generator[None]:
+    """Every module in eval mode inside the block, so that predicting moves no statistics."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def mixing_masks(
+    mixing: Mixing, views: Views, accepted: Accepted, *, classes: int, seed: Sequence[int]
+) -> list[tuple[Tensor, Tensor] | None]:
+    """For each strong view: partners and mask of what to take from them; None if nothing is mixed."""
+    count, device = len(views.ids), views.inside.device
+    masks: list[tuple[Tensor, Tensor] | None] = []
+    for view in range(len(views.strong)):
+        match mixing:
+            case "none":
+                masks.append(None)
+            case "cutmix":
+                height, width = views.inside.shape[1:]
+                masks.append((partners_of(count, device), box_mask(views.boxes[view], (height, width))))
+            case "classmix":
+                partners = partners_of(count, device)
+                mask = class_mask(
+                    accepted.predicted,
+                    classes,
+                    partners,
+                    seed=(*seed, view),
+                    positions=views.positions,
+                )
+                masks.append((partners, mask))
+    return masks
+
+
+def mixed_with(own: Tensor, mask: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A tensor of images, mixed by partners and mask; as it is without them."""
+    return own if mask is None else mix(own, *mask)
+
+
+def _mixed(views: Views, accepted: Accepted, view: int, *, mask: tuple[Tensor, Tensor] | None) -> Batch:
+    """A strong view with the accepted labels, all mixed alike."""
+    return Batch(
+        images=mixed_with(views.strong[view], mask),
+        labels=mixed_with(accepted.labels, mask),
+        ids=views.ids,
+        divisor=mixed_with(views.inside, mask).sum(),
+    )
+
+
+def counts_of(views: Views, accepted: Accepted) -> Figures:
+    """Pixels inside, accepted, and, if some truth is known, of the accepted ones known and right."""
+    kept = accepted.labels != IGNORE
+    counts = {INSIDE: views.inside.sum(), ACCEPTED: kept.sum()}
+    if views.truth is not None:
+        known = kept & (views.truth != IGNORE)
+        counts |= {KNOWN: known.sum(), RIGHT: (known & (accepted.labels == views.truth)).sum()}
+    return counts

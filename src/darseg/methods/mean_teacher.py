@@ -1,0 +1,84 @@
+"""CutMix mean teacher (French et al., BMVC 2020): match a teacher's probabilities on mixed images.
+
+Two points are not as released. A box is not inverted at random: both images of a pair are mixed with each other, so
+inverted boxes would draw from the same distribution. And the share of confident pixels that scales the loss is that of
+each mixed image, not of the batch, so that micro-batches and processes add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from darseg.data.batches import Batch
+from darseg.data.classes import IGNORE
+from darseg.data.views import Views
+from darseg.methods.acceptance import Predicted, accept
+from darseg.methods.consistency import (
+    Consistency,
+    OnlineState,
+    counts_of,
+    mixed_with,
+    mixing_masks,
+    predict_weak,
+    with_state,
+)
+from darseg.training.loss import LabeledLoss, squared_error, supervised
+from darseg.training.method import Figures, Labeled, Learner, Method, Streamed
+
+
+def mean_teacher(
+    learner: Learner,
+    how: Consistency,
+    *,
+    batch: int,
+    seed: Sequence[int],
+    auxiliary_weight: float = 0.0,
+    labeled_loss: LabeledLoss | None = None,
+) -> Method:
+    """CE(labeled) + weight · squared difference of probabilities on mixed images, averaged over the views.
+
+    The teacher predicts the weak views; its logits are mixed like the images, then become probabilities. The loss of an
+    image is multiplied by the share of its pixels that are accepted. Arguments as of `fixmatch`.
+    """
+
+    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
+        labeled, views = streamed
+        assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
+        logits = predict_weak(state, network, views)
+        accepted = accept(
+            how.accept, state.acceptance, Predicted(logits.softmax(1), views.inside, views.positions)
+        )
+        masks = mixing_masks(how.mixing, views, accepted, classes=logits.shape[1], seed=seed)
+        batches = []
+        for view, mask in enumerate(masks):
+            inside = mixed_with(views.inside, mask)
+            confident = (mixed_with(accepted.labels, mask) != IGNORE).sum((1, 2)) / inside.sum((1, 2)).clamp(
+                min=1
+            )
+            batches.append(
+                Batch(
+                    images=mixed_with(views.strong[view], mask),
+                    labels=mixed_with(accepted.predicted, mask),
+                    ids=views.ids,
+                    weights=confident.to(logits.dtype)[:, None, None] * inside,
+                    targets=mixed_with(logits, mask).softmax(1),
+                    divisor=inside.sum(),
+                )
+            )
+        return Labeled([labeled, *batches], counts_of(views, accepted), accepted.seen)
+
+    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
+        labeled, *unlabeled = batches
+        total = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
+        figures = {"loss_labeled": total.detach()}
+        if how.weight == 0:
+            return total, figures
+        parts = [squared_error(network(view.images).main, view) for view in unlabeled]
+        consistency = torch.stack(parts).mean()
+        figures["loss_unlabeled"] = consistency.detach()
+        return total + how.weight * consistency, figures
+
+    return with_state(learner, how, batch=batch, label=label, loss=loss)
