@@ -143,7 +143,7 @@ def with_state(learner: Learner, how: Consistency, *, batch: int, label: Callabl
         assert isinstance(state, OnlineState)
         if how.teacher is not None and state.teacher is not None:
             state.teacher.follow(network, how.teacher, step)
-        advance(how.accept, state.acceptance, seen, step)
+        advance(how.accept, state.acceptance, seen, step=step)
 
     def outcome(state: nn.Module, network: nn.Module) -> nn.Module:
         assert isinstance(state, OnlineState)
