@@ -1,4 +1,4 @@
-"""Learn from unlabeled images while training: a strong view shall show what is predicted for the weak view.
+"""Learn from unlabeled images while training: strong views get the labels of the weak view.
 
 FixMatch, as UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025) has it for segmentation. What all such methods share is
 here too: their settings (`Consistency`), their state, the prediction of weak views, and counts of what was accepted. A
@@ -95,7 +95,7 @@ def fixmatch(
     auxiliary_weight: float = 0.0,
     labeled_loss: LabeledLoss | None = None,
 ) -> Method:
-    """CE(labeled) + weight · CE(strong views against the labels of the weak view), averaged over the views.
+    """CE(labeled) + weight · mean over the strong views of CE(view against labels of the weak one).
 
     The second loss divides by all pixels that are not padding, not only by the accepted ones: if few are accepted, little
     is learned from them.
@@ -162,7 +162,7 @@ def with_state(learner: Learner, how: Consistency, *, batch: int, label: Callabl
 
 
 def predict_weak(state: OnlineState, network: nn.Module, views: Views) -> Tensor:
-    """Logits of the weak views, float32 or higher [B, K, H, W]: the teacher's, or in eval mode the network's own."""
+    """Logits of the weak views, float [B, K, H, W]: the teacher's, or the network's in eval mode."""
     if state.teacher is not None:
         logits = state.teacher.network(views.weak).main
     else:

@@ -38,7 +38,7 @@ def mean_teacher(
     auxiliary_weight: float = 0.0,
     labeled_loss: LabeledLoss | None = None,
 ) -> Method:
-    """CE(labeled) + weight · squared difference of probabilities on mixed images, averaged over the views.
+    """CE(labeled) + weight · squared difference of probabilities on mixed strong views.
 
     The teacher predicts the weak views; its logits are mixed like the images, then become probabilities. The loss of an
     image is multiplied by the share of its pixels that are accepted. Arguments as of `fixmatch`.
