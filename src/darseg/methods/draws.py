@@ -1,4 +1,4 @@
-"""Random numbers by key: seed, position of an image, pixel or class – on any device, in any order, without a state.
+"""Random numbers by key – seed, position of an image, pixel, class – on any device, without a state.
 
 Draws during the label phase must not depend on how many processes share a batch, and must not wait for the device. A
 generator's numbers depend on how many were drawn before; these depend on their keys alone.
@@ -20,7 +20,7 @@ BITS = 24
 
 
 def uniform(seed: Sequence[int], *keys: Tensor) -> Tensor:
-    """Numbers in [0, 1), float32, of the shape to which the keys broadcast; each decided by the seed and its keys.
+    """Numbers in [0, 1), each decided by the seed and its keys; float32, of the keys' broadcast shape.
 
     Args:
         seed: integers below 2^63.
