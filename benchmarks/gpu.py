@@ -70,7 +70,7 @@ class Effort:
     limit: float
 
 
-FULL = Effort(seconds=0.8, least=3, most=120, skipped=3, turns=3, limit=8.0)
+FULL = Effort(seconds=0.6, least=3, most=120, skipped=3, turns=3, limit=8.0)
 DRY = Effort(seconds=0.0, least=1, most=1, skipped=1, turns=1, limit=0.0)
 
 
