@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,15 @@ import pytest
 
 from conftest import REPOSITORY
 from darseg.data.labels import read_label
+from darseg.demo.scenes import SCENE_CLASSES
 from darseg.run.directory import RunDirectory
 from draw_layouts import VOC_FURTHER, VOC_TRAIN, draw_cityscapes, draw_voc
 
 FULL = os.environ.get("DARSEG_FULL") == "1"
-CITYSCAPES_RECIPES = [path.stem for path in sorted((REPOSITORY / "recipes").glob("cityscapes_*.yaml"))]
+RECIPES = REPOSITORY / "recipes"
+CITYSCAPES_RECIPES = [
+    path.stem for path in sorted(RECIPES.glob("cityscapes_*.yaml")) if "dinov2" not in path.stem
+]
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +157,82 @@ def test_a_run_with_release_quirks_and_micro_batches(downloads, call, tmp_path: 
     assert [rate for index, step, rate in rates if (index, step) == (1, 1)] == [
         pytest.approx(0.001 * 0.25**0.9)
     ]
+
+
+def vit(root: Path, data: str, rounds: int, full: bool = False) -> list[str]:
+    """Changes of a recipe with DINOv2: two steps a round on small crops, of DINOv2-S unless it is `full`."""
+    later = ", {steps: 2, labeling_ratio: 0.5}" * (rounds - 1)
+    changes = [
+        f"data.root={root / data}",
+        "network.weights=none",
+        "threads=1",
+        "training.crop=42",
+        "labeling.window=98",
+        "training.batch=4",
+        "training.micro_batch=2",
+        "training.precision=fp32",  # bf16 is emulated on many CPUs
+        f"rounds=[{{steps: 2}}{later}]",
+    ]
+    return changes if full or FULL else [*changes, "network.backbone=timm/vit_small_patch14_dinov2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["cityscapes_1of8_dinov2_base_supervised", "cityscapes_1of8_dinov2_base_dars"]
+)
+def test_cityscapes_on_dinov2(name: str, downloads, call, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    root, truth = downloads
+    rounds = 1 if "supervised" in name else 2
+    changes = [
+        *vit(root, "cityscapes", rounds),
+        "data.labeled={every: 4}",
+        "data.unlabeled={except_every: 4}",
+    ]
+    code, _, err = call("train", RECIPES / f"{name}.yaml", *changes, "--out", tmp_path / "run")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run" / f"round_{rounds - 1}" / "scores.json").read_text())
+    assert "own size, windows 98x98 with stride 2/3, no mirror" in scores["protocol"]
+    pixels = np.concatenate([truth[f"frankfurt_{i:06d}_000019"].ravel() for i in range(2)])
+    assert np.array_equal(
+        np.array(scores["confusion"]).sum(1), np.bincount(pixels[pixels != 255], minlength=19)
+    )
+    labels = {path for path in files_of(tmp_path / "run") if path.startswith("round_1/labels/")}
+    assert len(labels) == (0 if rounds == 1 else 9)
+
+
+@pytest.mark.slow
+def test_voc_on_dinov2(downloads, call, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    root, truth = downloads
+    recipe = RECIPES / "voc_1464_dinov2_base_supervised.yaml"
+    changes = vit(root, "VOCdevkit/VOC2012", 1)
+    code, _, err = call("train", recipe, *changes, "--out", tmp_path / "run")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run" / "round_0" / "scores.json").read_text())
+    assert "whole images scaled to the nearest legal sides" in scores["protocol"]
+    pixels = np.concatenate([truth[name].ravel() for name in ("2007_000033", "2007_000042", "2008_000009")])
+    assert np.array_equal(
+        np.array(scores["confusion"]).sum(1), np.bincount(pixels[pixels != 255], minlength=21)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["own_images_dinov2_small", "own_images_cpu"])
+def test_own_images(name: str, tiny_data: Path, call, tmp_path: Path) -> None:
+    """A folder as the recipe describes it: images, and label maps of some of them."""
+    pytest.importorskip("timm")
+    for number, path in enumerate(sorted((tiny_data / "images").rglob("*.png"))):
+        label = tiny_data / "labels" / path.relative_to(tiny_data / "images")
+        for folder, source in (("images", path), ("labels", label)):
+            (tmp_path / "photos" / folder).mkdir(parents=True, exist_ok=True)
+            if folder == "images" or number < 7:
+                shutil.copy(source, tmp_path / "photos" / folder)
+    changes = vit(tmp_path, "photos", 2, full=True)
+    if name == "own_images_cpu":
+        changes += ["training.crop=49", "training.micro_batch=null", "labeling.window=65"]
+    changes += [f"data.classes=[{', '.join(SCENE_CLASSES.names)}]"]
+    code, _, err = call("train", RECIPES / f"{name}.yaml", *changes, "--out", tmp_path / "run")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run" / "round_1" / "scores.json").read_text())
+    assert sum(map(sum, scores["confusion"])) > 0

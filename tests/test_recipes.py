@@ -14,8 +14,9 @@ from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
-from darseg.run.plan import learner_settings, plan_rounds
-from darseg.training.optimize import SGD
+from darseg.run.plan import learner_settings, plan_rounds, stage_of
+from darseg.training.loss import LabeledLoss
+from darseg.training.optimize import SGD, AdamW
 from wording import says
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -104,7 +105,9 @@ def draw_voc_names(root: Path, labeled: int, unlabeled: int, validation: int) ->
 @pytest.fixture(scope="module")
 def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], Path]:
     """Folders of empty files, by the number of images in each role. One image is real: its size is read."""
-    roots = {}
+    roots: dict[tuple[int, int, int], Path] = {}
+    roots[OWN] = tmp_path_factory.mktemp("own")
+    draw_own_names(roots[OWN])
     for counts in {published.images for published in PUBLISHED.values()}:
         root = roots[counts] = tmp_path_factory.mktemp("names")
         voc = counts[0] == 1464
@@ -115,8 +118,113 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int]
     return roots
 
 
-def test_every_recipe_of_the_paper_is_there() -> None:
-    assert {path.stem for path in RECIPES} == {*PUBLISHED, "camvid_1of8", "neu_seg_48"}
+class OnDino(NamedTuple):
+    """The settings of a recipe with DPT on DINOv2; those of its optimizer are UniMatch V2's in all of them."""
+
+    network: str
+    crop: int
+    batch: int
+    micro_batch: int | None
+    ohem: tuple[float, int] | None
+    steps: tuple[int, ...]
+    ratios: tuple[float | None, ...]
+    scales: tuple[tuple[float, float], ...]
+    evaluation: str
+    images: tuple[int, int, int]
+
+
+# UniMatch V2's supervised.py on 4 GPUs: 3,000 images an epoch, whole batches only. VOC: 60 epochs, 8 images a GPU;
+# Cityscapes: 180 epochs, 4 images and 200,000 hard pixels a GPU.
+VOC_STEPS, CITYSCAPES_STEPS = 60 * (3000 // 4 // 8), 180 * (3000 // 4 // 4)
+OWN = (80, 900, 20)
+SLIDING = "own size, windows 798x798 with stride 2/3, no mirror"
+BASE, SMALL_VIT = "dpt, timm/vit_base_patch14_dinov2", "dpt, timm/vit_small_patch14_dinov2"
+THIRDS, RATIOS = (CITYSCAPES_STEPS // 3,) * 3, (None, 0.4, 0.65)
+ON_DINO = {
+    "voc_1464_dinov2_base_supervised": OnDino(
+        BASE, 518, 32, 8, None, (VOC_STEPS,), (None,), (LARGE,),
+        "own size, whole images scaled to the nearest legal sides, no mirror", (1464, 9118, 1449),
+    ),
+    "cityscapes_1of8_dinov2_base_supervised": OnDino(
+        BASE, 798, 16, 4, (0.7, 200_000 // 4), (CITYSCAPES_STEPS,), (None,), (LARGE,), SLIDING, EIGHTH
+    ),
+    "cityscapes_1of8_dinov2_base_dars": OnDino(
+        BASE, 798, 16, 4, (0.7, 200_000 // 4), THIRDS, RATIOS, (LARGE, LARGE, (0.5, 3.0)), SLIDING, EIGHTH
+    ),
+    "own_images_dinov2_small": OnDino(
+        SMALL_VIT, 518, 16, None, None, (2000,) * 3, RATIOS, (LARGE,) * 3,
+        "own size, windows 518x518 with stride 2/3, no mirror", OWN,
+    ),
+}  # fmt: skip
+OTHERS = {"camvid_1of8", "neu_seg_48", "own_images_cpu"}
+
+
+def draw_own_names(root: Path) -> None:
+    """Write empty files: 1,000 images, of which every tenth has a label map. One image is real."""
+    for number in range(1000):
+        touch(root / f"images/{number:04d}.jpg")
+        if number % 10 == 0:
+            touch(root / f"labels/{number:04d}.png")
+    assert cv2.imwrite(str(root / "images/0001.jpg"), np.zeros((600, 800, 3), np.uint8))
+
+
+def test_every_recipe_is_tested() -> None:
+    assert {path.stem for path in RECIPES} == {*PUBLISHED, *ON_DINO, *OTHERS}
+
+
+@pytest.mark.parametrize("name", ON_DINO)
+def test_a_recipe_on_dinov2_plans_its_settings(
+    name: str, names: dict[Any, Path], call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the docs show the plan as the command prints it."""
+    pytest.importorskip("timm")
+    wanted = ON_DINO[name]
+    path, change = REPOSITORY / "recipes" / f"{name}.yaml", f"data.root={names[wanted.images]}"
+    recipe = load_recipe(path, [change])
+    planned = plan(recipe)
+    assert planned.network == f"{wanted.network}, crops {wanted.crop}x{wanted.crop}"
+    assert planned.images == dict(
+        zip(("labeled", "unlabeled", "validation", "test"), (*wanted.images, 0), strict=True)
+    )
+    assert planned.evaluation.startswith(f"{wanted.evaluation}, scales [1.0], probabilities averaged")
+    assert tuple(row.steps for row in planned.rounds) == wanted.steps
+    assert tuple(row.labeling_ratio for row in planned.rounds) == wanted.ratios
+    assert tuple(row.augmentation.scale for row in planned.rounds) == wanted.scales
+    half = wanted.batch // 2
+    assert [(row.batch, row.pseudo_batch) for row in planned.rounds] == [
+        (wanted.batch, 0),
+        *[(half, half)] * (len(wanted.steps) - 1),
+    ]
+    assert recipe.training.micro_batch == wanted.micro_batch
+    assert [(group.name, group.rate, group.weight_decay) for group in planned.groups] == [
+        ("backbone", 5e-6, 0.01),
+        ("heads", pytest.approx(2e-4), 0.01),
+    ]
+    first = planned.rounds[0]
+    learner, stage = learner_settings(recipe, first), stage_of(recipe, first)
+    assert learner.optimizer == AdamW(betas=(0.9, 0.999), weight_decay=0.01)
+    assert learner.labeled_loss == (LabeledLoss(*wanted.ohem) if wanted.ohem else LabeledLoss())
+    assert (learner.decay_vectors, learner.layer_decay) == (True, 1)
+    assert (stage.schedule.power, stage.schedule.warm_up_steps, stage.clip) == (0.9, 0, None)
+    how = first.augmentation
+    assert (how.rotate, how.blur, how.mirror) == (0, False, True)
+    if name.endswith("supervised"):
+        assert (recipe.result.align, stage.precision) == ("off", "fp32")
+    # Micro-batches: there is no BatchNorm, and hard pixels are chosen in each.
+    assert len(planned.notes) == bool(wanted.micro_batch) and "BatchNorm" not in "".join(planned.notes)
+    assert ("hard pixels" in "".join(planned.notes)) == bool(wanted.ohem)
+    monkeypatch.setattr(
+        "darseg.run.check.plan", lambda *_: planned
+    )  # building the network again takes seconds
+    code, out, _ = call("plan", path, change)
+    assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
+
+
+def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:
+    pytest.importorskip("timm")
+    path = REPOSITORY / "recipes" / "own_images_cpu.yaml"
+    code, out, _ = call("plan", path, f"data.root={names[OWN]}")
+    assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

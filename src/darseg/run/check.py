@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from darseg.config.recipe import Recipe
 from darseg.data.examine import Findings, examine
@@ -21,6 +22,7 @@ from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError
 from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
+from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
 from darseg.run.build import (
     IMAGES,
@@ -244,7 +246,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         network=_describe_network(recipe),
         labeling=f"{recipe.labeling.method}{aligned}, {labeling_protocol(recipe).describe('logits')}",
         evaluation=evaluation_protocol(recipe).describe(),
-        notes=_notes(recipe, rounds, processes),
+        notes=_notes(recipe, rounds, network, processes=processes),
     )
 
 
@@ -272,7 +274,11 @@ def _describe_network(recipe: Recipe) -> str:
     return f"{network.architecture}, {network.backbone}{stride}, crops {height_width}"
 
 
-def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str, ...]:
+def _has_batchnorm(network: Network) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
+
+
+def _notes(recipe: Recipe, rounds: Sequence[Round], network: Network, *, processes: int) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
     if steps := recipe.training.warm_up:
         notes.append(f"the rate first rises to the curve, over {steps} steps of each round")
@@ -280,9 +286,12 @@ def _notes(recipe: Recipe, rounds: Sequence[Round], processes: int) -> tuple[str
     shares = {planned.index: planned.batch // processes for planned in rounds}
     if micro and any(share > micro for share in shares.values()):
         passes = ", ".join(f"round {index}: {max(1, share // micro)}" for index, share in shares.items())
+        of_parts = ["BatchNorm sees"] if _has_batchnorm(network) else []
+        of_parts += ["hard pixels are chosen in"] if recipe.training.ohem else []
+        exception = f", but {' and '.join(of_parts)} micro-batches" if of_parts else ""
         notes.append(
             f"gradients are accumulated over micro-batches of {micro} images (number per batch: {passes}); the loss is "
-            "that of whole batches, but BatchNorm sees micro-batches"
+            f"that of whole batches{exception}"
         )
     if recipe.release_quirks:
         quirks = ["the first step of each later round has learning rate 0"] if len(rounds) > 1 else []
