@@ -4,7 +4,8 @@
 
 That machine has Python 3.12, torch and what usually comes with it (numpy, OpenCV, timm, safetensors, typer, rich, pyyaml,
 jinja2, pillow, tifffile, pytest). The rest is downloaded here, in the versions of constraints.txt, and unpacked into one
-folder for `sys.path`, which is what a wheel holds. Plotly's parts for Jupyter are left out.
+folder for `sys.path`, which is what a wheel holds. Plotly's parts for Jupyter are left out, and
+Zstandard's second backend.
 
 The ImageNet weights lose the classifier, which no darseg network has, so that everything fits.
 """
@@ -33,10 +34,16 @@ PACKAGES = (
     "starlette",
     "typing-inspection",
     "uvicorn",
+    "zstandard",
 )
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
-LEFT_OUT = ("plotly/labextension/", "plotly/package_data/widgetbundle.js", "plotly/package_data/datasets/")
+LEFT_OUT = (
+    "plotly/labextension/",
+    "plotly/package_data/widgetbundle.js",
+    "plotly/package_data/datasets/",
+    "zstandard/_cffi",
+)
 WEIGHTS = "efficientnet_lite0_in1k.pth"
 MIB = 1 << 20
 
