@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from rich.console import Console
 
 from conftest import write_png
 from darseg.config.text import load_recipe
+from darseg.data.video import VideoWriter
 from darseg.errors import DataError, MemoryLimit, StorageError
+from darseg.model import predict as sliding
 from darseg.model.weights import save_network
+from darseg.run import evaluate as evaluate_module
 from darseg.run import predict as predict_module
 from darseg.run import rounds
 from darseg.run.build import build_initial_network, manifest_of, spec_of
@@ -20,7 +25,7 @@ from darseg.run.check import read_all
 from darseg.run.directory import RunDirectory
 from darseg.run.predict import predict_folder
 from darseg.run.rehearse import rehearse
-from darseg.run.remedies import memory_reason
+from darseg.run.remedies import less_at_once, memory_reason
 from darseg.run.settings import digest_state
 from wording import refused, says
 
@@ -92,7 +97,65 @@ def test_memory_of_the_machine_and_of_the_gpu_are_told_from_other_errors() -> No
     assert memory_reason(torch.cuda.OutOfMemoryError("CUDA out of memory.")) == (
         "The GPU has too little memory (CUDA out of memory.)"
     )
+    for text in (
+        "CUDA error: out of memory\nCUDA kernel errors might be …",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ):
+        reason = memory_reason(RuntimeError(text))
+        assert reason == f"The GPU has too little memory ({text.splitlines()[0]})"
     assert memory_reason(RuntimeError("shapes differ")) is None
+
+
+def exhausted(*arguments: Any, **options: Any) -> Any:
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("command", ["evaluate", "label", "align"])
+def test_a_command_that_predicts_says_what_to_do_without_memory(
+    command: str, project: Path, tmp_path: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, images = project / "runs" / "tiny", project / "data" / "images" / "u"
+    arguments = {
+        "evaluate": (run,),
+        "label": (run, images, tmp_path / "labels"),
+        "align": (run, images, "--out", tmp_path / "aligned.safetensors"),
+    }
+    section = "labeling" if command == "label" else "evaluation"
+    with monkeypatch.context() as patch:
+        patch.setattr(sliding, "_slide", exhausted)
+        code, _, err = call(command, *arguments[command])
+    assert code == 2
+    says(err, "Tried to allocate 2.00 GiB", f"{section}.window=[33, 33]", "--recipe")
+
+
+def test_a_network_without_memory_is_no_traceback(
+    project: Path, call: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_module, "load_to_predict", exhausted)
+    code, _, err = call("evaluate", project / "runs" / "tiny")
+    assert code == 2
+    says(err, "The network alone", "Tried to allocate 2.00 GiB")
+
+
+def test_advice_where_nothing_smaller_is_known(recipe_file: Path) -> None:
+    says(less_at_once(None), "--recipe", "evaluation.window")
+    smallest = load_recipe(recipe_file, ["labeling.window=[17, 17]"])
+    assert less_at_once(smallest, "labeling") == "Close other programs that use it."
+
+
+def test_a_frame_without_memory_ends_the_video_with_a_message(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, network = load_recipe(recipe_file), tmp_path / "network.safetensors"
+    save_network(build_initial_network(recipe)[0], network, spec_of(recipe))
+    writer = VideoWriter(tmp_path / "in.mp4", 5)
+    for _ in range(3):
+        writer.add(np.zeros((32, 48, 3), np.uint8))
+    writer.close()
+    monkeypatch.setattr(predict_module, "predict", exhausted)
+    with refused(MemoryLimit, "in.mp4, frame 1", "2.00 GiB", "cut it into pieces"):
+        predict_folder(network, tmp_path / "in.mp4", tmp_path / "out", ["index"], console=QUIET)
 
 
 def test_one_huge_picture_does_not_end_predict_for_the_others(

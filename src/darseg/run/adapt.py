@@ -32,6 +32,7 @@ from darseg.run.evaluate import Trained, load_trained
 from darseg.run.journal import Journal
 from darseg.run.media import Medium, list_media, unread_lines
 from darseg.run.prior import Prior, class_shares
+from darseg.run.remedies import explain_memory, less_at_once
 from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
 
 OTHER_BOUND = 20.0
@@ -307,7 +308,10 @@ def _sample(
             raise NumericsError(str(error)) from None
         images += 1
 
-    with Journal(None, None, console or Console()).progress(title, len(shots.chosen)) as advance:
+    with (
+        Journal(None, None, console or Console()).progress(title, len(shots.chosen)) as advance,
+        explain_memory(less_at_once(trained.recipe)),
+    ):
         overlapped(
             with_frames(shots.chosen, failed),
             read=partial(read_shot, reading=trained.reading()),

@@ -40,6 +40,7 @@ from darseg.run.class_names import order_by_recipe
 from darseg.run.directory import RESULT, RunDirectory, digest_path
 from darseg.run.journal import Journal
 from darseg.run.records import read_scored
+from darseg.run.remedies import ALONE, explain_memory, less_at_once
 from darseg.run.result import score_variants
 from darseg.run.steps.align import chosen_record
 from darseg.training.scores import Scores
@@ -173,7 +174,8 @@ def load_trained(
     unaligned = plain and read_alignment(path) is not None
     spec = read_spec(path)
     order = None if recipe is None else order_by_recipe(source, spec, classes_of(recipe))
-    network = load_to_predict(path, plain)
+    with explain_memory(ALONE):
+        network = load_to_predict(path, plain)
     if order is not None:
         network, spec = reorder_classes(network, order), reordered_spec(spec, order)
     return Trained(network, spec, recipe, path=path, unaligned=unaligned, order=order)
@@ -307,7 +309,10 @@ def evaluate_result(
     records = [network.alignment]
     if network.alignment is not None or unused is not None:
         records.append(unused)
-    with Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance:
+    with (
+        Journal(None, None, console or Console()).progress("evaluate", len(samples)) as advance,
+        explain_memory(less_at_once(recipe)),
+    ):
         scored = score_variants(
             network, records, samples, classes=classes, protocol=protocol, advance=advance
         )

@@ -32,6 +32,7 @@ from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.journal import Journal
 from darseg.run.label_files import FolderJob, label_into_folder
 from darseg.run.label_samples import network_predictor, network_scores
+from darseg.run.remedies import explain_memory, less_at_once
 from darseg.run.settings import digest_settings
 from darseg.training.processes import Processes
 
@@ -93,7 +94,8 @@ def label_folder(
     )
     _report(job, trained, console=console if processes.first else Console(quiet=True))
     size_of = partial(image_size, reading=trained.reading())
-    return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
+    with explain_memory(less_at_once(trained.recipe, "labeling")):
+        return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
 
 
 def describe_labeling(

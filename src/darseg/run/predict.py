@@ -25,7 +25,7 @@ from darseg.data.pipeline import ahead_of, overlapped
 from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts, writable_rate
 from darseg.data.walk import PREDICTED
-from darseg.errors import DataError, RunError
+from darseg.errors import DataError, MemoryLimit, RunError
 from darseg.model.predict import Memory, predict
 from darseg.run.build import check_overrides, evaluation_protocol
 from darseg.run.directory import RunDirectory, digest_path, write_json
@@ -324,8 +324,10 @@ class _Work:
         try:
             prediction = self._predicted(shot, image)
         except Exception as error:
-            if (reason := memory_reason(error)) is None or shot.number:
+            if (reason := memory_reason(error)) is None:
                 raise
+            if shot.number:  # all frames are of one size
+                raise MemoryLimit(f"{shot}: {reason}. {SMALLER}") from error
             self.failed.append(f"{shot}: {reason}. {SMALLER}")
             self._memory = Memory()  # a part of it may be what the others need
             return None

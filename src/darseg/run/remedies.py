@@ -14,13 +14,16 @@ from darseg.model.backbone import RESNETS
 from darseg.model.predict import Protocol
 from darseg.model.sides import Sides
 from darseg.model.vit import is_transformer
-from darseg.run.build import spec_of
+from darseg.run.build import evaluation_protocol, labeling_protocol, spec_of
 from darseg.run.plan import Round
 
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|std::bad_alloc|[Oo]ut of memory"
 )
 """How PyTorch says that the CPU has no memory left: a plain RuntimeError."""
+
+_NO_GPU_MEMORY = re.compile(r"CUDA error: out of memory|CU\w+_STATUS_ALLOC_FAILED|CUDA_ERROR_OUT_OF_MEMORY")
+"""How CUDA and its libraries say that the GPU has none left, outside PyTorch's own allocations: a RuntimeError too."""
 
 
 @contextlib.contextmanager
@@ -37,7 +40,9 @@ def explain_memory(remedy: str) -> Generator[None]:
 def memory_reason(error: BaseException) -> str | None:
     """What has too little memory, as a sentence; None if the error is another one."""
     text = (str(error).splitlines() or [""])[0]
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    if isinstance(error, torch.cuda.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and _NO_GPU_MEMORY.search(str(error))
+    ):
         return f"The GPU has too little memory ({text})"
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         wanted = re.search(r"tried to allocate (\d+) bytes", str(error))
@@ -82,6 +87,34 @@ def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: 
         f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. --reuse THIS_FOLDER copies the finished steps "
         "that do not depend on it."
     )
+
+
+def less_at_once(recipe: Recipe | None, section: str = "evaluation") -> str:
+    """The advice for a command that predicts outside a run's steps.
+
+    Args:
+        recipe: of the network; None: whole images are predicted.
+        section: the recipe's section that says how.
+    """
+    if recipe is None:
+        return (
+            "Without a recipe, whole images are predicted in one window: give --recipe RECIPE.yaml with a smaller "
+            f"{section}.window, or close other programs that use it."
+        )
+    protocol = labeling_protocol(recipe) if section == "labeling" else evaluation_protocol(recipe)
+    smaller = _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+    if not smaller:
+        return "Close other programs that use it."
+    return (
+        "Close other programs that use it. Or copy the run's recipe.yaml, set there "
+        f"{smaller[0]}, and give the network's file and --recipe COPY.yaml."
+    )
+
+
+ALONE = (
+    "The network alone does not fit. Close other programs that use it, or choose a smaller network.backbone."
+)
+"""The advice if not even the weights have room."""
 
 
 def _recomputes(recipe: Recipe) -> bool:

@@ -44,6 +44,7 @@ from darseg.run.journal import Journal
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
 from darseg.run.rehearse import rehearse
+from darseg.run.remedies import ALONE, explain_memory
 from darseg.run.reuse import Judgment, judge_contents
 from darseg.run.settings import digest_state
 from darseg.run.signals import catch_signals
@@ -135,7 +136,8 @@ def run_rounds(course: Course, network: Network) -> dict[str, Any]:
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
     before = digest_state(network.state_dict())
-    place(network)
+    with explain_memory(ALONE):
+        place(network)
     worked = False
     for round_ in course.rounds:
         was_done = run.record_path(round_.index, "evaluate").exists()
