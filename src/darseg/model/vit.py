@@ -194,4 +194,5 @@ def resizing(before: int, after: int, scale: Tensor, *, like: Tensor) -> Tensor:
         place = (first + neighbor).clamp(0, before - 1).long()
         at_place = (place[:, None] == torch.arange(before)).to(weights)
         weights = weights + torch.where(distance <= 1, near, far)[:, None] * at_place
-    return weights.to(like)
+    # A few kilobytes; without non_blocking the host would wait for a GPU in every pass.
+    return weights.to(like, non_blocking=True)

@@ -67,7 +67,8 @@ def _chosen(logits: torch.Tensor, labels: torch.Tensor, batch: Batch, how: Label
     labeled = labels != IGNORE
     weights = torch.ones_like(losses) if batch.weights is None else batch.weights.to(losses)
     if how.class_weights:
-        by_class = torch.tensor(how.class_weights, device=losses.device, dtype=losses.dtype)
+        # Made on a GPU from Python's numbers, it would make the host wait for the GPU.
+        by_class = torch.tensor(how.class_weights, dtype=losses.dtype).to(losses.device, non_blocking=True)
         weights = weights * by_class[labels.clamp(max=len(how.class_weights) - 1)]
     if how.hard_below is None:
         return (losses * weights * labeled).sum()
@@ -76,7 +77,7 @@ def _chosen(logits: torch.Tensor, labels: torch.Tensor, batch: Batch, how: Label
     least = min(how.least * len(labels), flat.numel())
     # The least-th smallest; infinite if fewer are labeled, so that all count.
     limit = (
-        flat.kthvalue(least).values.clamp(min=how.hard_below) if least else flat.new_tensor(how.hard_below)
+        flat.kthvalue(least).values.clamp(min=how.hard_below) if least else flat.new_full((), how.hard_below)
     )
     kept = (probability <= limit) & labeled
     mean = (losses * weights * kept).sum() / kept.sum().clamp(min=1)
