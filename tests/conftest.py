@@ -48,6 +48,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 KILL_BEFORE = """
 import itertools, os, signal
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a GPU that this process had used would be lost to its forks
+
 def kill_before(at):
     '''SIGKILL for this process before its at-th change of the disk; 0: never.'''
     changes = itertools.count(1)
