@@ -142,6 +142,8 @@ def test_advice_where_nothing_smaller_is_known(recipe_file: Path) -> None:
     says(less_at_once(None), "--recipe", "evaluation.window")
     smallest = load_recipe(recipe_file, ["labeling.window=[17, 17]"])
     assert less_at_once(smallest, "labeling") == "Close other programs that use it."
+    whole = load_recipe(recipe_file, ["labeling.window=whole"])
+    assert "labeling.window=[49, 65] (now whole images)" in less_at_once(whole, "labeling")
 
 
 def test_a_frame_without_memory_ends_the_video_with_a_message(

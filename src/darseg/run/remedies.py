@@ -77,10 +77,7 @@ def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: 
     """
     smaller = [scale for scale in protocol.scales if scale <= 1] or [1.0]
     remedies = [f"{section}.scales={smaller}"] if max(protocol.scales) > 1 else []
-    if protocol.window == "whole":
-        remedies.append(f"{section}.window={list(recipe.training.crop)} (now whole images)")
-    else:
-        remedies += _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+    remedies += _smaller_windows(recipe, section, protocol)
     if not begun:
         return f"Change the recipe: {_either(remedies)}."
     return (
@@ -102,7 +99,7 @@ def less_at_once(recipe: Recipe | None, section: str = "evaluation") -> str:
             f"{section}.window, or close other programs that use it."
         )
     protocol = labeling_protocol(recipe) if section == "labeling" else evaluation_protocol(recipe)
-    smaller = _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+    smaller = _smaller_windows(recipe, section, protocol)
     if not smaller:
         return "Close other programs that use it."
     return (
@@ -121,6 +118,13 @@ def _recomputes(recipe: Recipe) -> bool:
     """Whether training.recompute works on the backbone and saves memory."""
     name = recipe.network.backbone
     return recipe.network.freeze == "none" and (name in RESNETS or is_transformer(name))
+
+
+def _smaller_windows(recipe: Recipe, section: str, protocol: Protocol) -> list[str]:
+    """The section's window, smaller; nothing if it cannot be."""
+    if protocol.window == "whole":
+        return [f"{section}.window={list(recipe.training.crop)} (now whole images)"]
+    return _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
 
 
 def _smaller(key: str, size: tuple[int, int], sides: Sides) -> list[str]:
