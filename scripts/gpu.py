@@ -10,7 +10,7 @@ when the time is up is stopped. Whatever is there by then is in OUT:
     tests.txt          what pytest said
     benchmarks.json    tables of benchmarks/gpu.py
     scores.json        scores of every round of the comparison that was scored in time (scripts/aligned_scores.py)
-    *.log              what the processes printed
+    logs.tar.gz        what the processes printed
 
 --dry does the same with tiny sizes and drawn images on the CPU.
 """
@@ -191,6 +191,14 @@ def collect_scores(work: Path, out: Path) -> None:
     (out / "scores.json").write_text(json.dumps({"scores": scores, "runs": journals}))
 
 
+def collect_logs(logs: Path, out: Path) -> None:
+    """All logs in one archive, that of the tests also by itself."""
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+        archive.add(logs, "logs")
+    if (logs / "tests.log").exists():
+        shutil.copy(logs / "tests.log", out / "tests.txt")
+
+
 def _events(path: Path) -> dict[str, Any]:
     """What a run did and how long it took, from its journal; the last step, also of a run that was stopped."""
     lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
@@ -273,6 +281,8 @@ def main() -> None:
     sys.path.insert(0, str(HERE / "scripts"))
     with unpacked(args.dry) as (work, data, weights):
         summary["machine"] = machine()
+        logs = work / "logs"
+        logs.mkdir()
         print(json.dumps(summary["machine"]), flush=True)
         for part in args.parts:
             names, _, limit = part.partition(":")
@@ -292,10 +302,11 @@ def main() -> None:
                 else:
                     parser.error(f"no part is called {name}; there are tests, benchmarks, comparison")
             at = time.monotonic()
-            ended = run_jobs(jobs, out, at + seconds, at_once=len(os.sched_getaffinity(0)))
+            ended = run_jobs(jobs, logs, at + seconds, at_once=len(os.sched_getaffinity(0)))
             summary[part] = {"seconds": round(time.monotonic() - at, 1), "ended": ended}
             print(json.dumps({part: summary[part]}), flush=True)
             collect_scores(work, out)
+            collect_logs(logs, out)
             (out / "summary.json").write_text(json.dumps(summary, indent=1))
         if (work / "runs").exists() and args.dry:
             shutil.rmtree(work / "runs")
