@@ -15,10 +15,11 @@ import torch
 import yaml
 from PIL import Image
 
+from conftest import REPOSITORY
 from darseg.config.text import flow, load_recipe
 from darseg.data.classes import CAMVID, VOC
 from darseg.data.labels import read_label
-from darseg.errors import DataError
+from darseg.errors import DataError, RecipeError
 from darseg.init import fit, propose
 from darseg.init.draft import Draft
 from darseg.init.guess import guess_classes
@@ -646,6 +647,66 @@ def test_the_network_of_a_given_file_is_taken_over(tmp_path: Path) -> None:
         assert plan(recipe).parameters == sum(value.numel() for value in spec.build().parameters())
 
 
+GPU = fit.Machine("cuda", "a GPU (drawn)", budget=8 << 30, bf16=True)
+
+
+def test_a_gpu_gets_dinov2_and_the_file_to_get_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    plain(tmp_path / "in")
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml", machine=GPU)
+    recipe, file = load_recipe(proposal.recipe), tmp_path / "dinov2_vits14_pretrain.pth"
+    assert (recipe.network.architecture, recipe.network.backbone, recipe.network.weights) == (
+        "dpt",
+        "timm/vit_small_patch14_dinov2",
+        str(file.resolve()),
+    )
+    assert (recipe.training.optimizer, recipe.training.precision) == ("adamw", "bf16")
+    address = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
+    (warning,) = [line for line in proposal.warnings if file.name in line]
+    says(warning, address, "88 MB", str(file))
+    docs = (REPOSITORY / "docs" / "networks.md").read_text()
+    assert "`https://dl.fbaipublicfiles.com/dinov2/`" in docs and f"`dinov2_vits14/{file.name}`" in docs
+    assert [str(file) in fault for fault in check(recipe).faults] == [True]  # and nothing else is wrong
+    # With the file everything works, and nothing is left to get. DINOv2-S goes before other files.
+    backbone = NetworkSpec("dpt", recipe.network.backbone, 2).build().backbone.body
+    torch.save(backbone.state_dict(), file)
+    torch.save(
+        NetworkSpec(backbone="resnet50", classes=2).build().backbone.state_dict(), tmp_path / "resnet50.pth"
+    )
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml", machine=GPU, overwrite=True)
+    assert not any(file.name in line for line in proposal.warnings)
+    assert load_recipe(proposal.recipe) == recipe and not check(recipe).faults
+
+
+def test_a_gpu_with_a_resnet_at_hand(tmp_path: Path) -> None:
+    """The file at hand is taken, and a note names DINOv2's."""
+    pytest.importorskip("timm")
+    plain(tmp_path / "in")
+    backbone = NetworkSpec(backbone="resnet34", classes=2).build().backbone
+    torch.save(backbone.state_dict(), tmp_path / "resnet34.pth")
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml", machine=GPU)
+    network = load_recipe(proposal.recipe).network
+    assert (network.architecture, network.backbone, network.output_stride) == ("pspnet", "resnet34", 8)
+    assert any("dinov2_vits14_pretrain.pth" in note for note in proposal.notes)
+
+
+def test_a_gpu_without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise RecipeError("no timm")
+
+    monkeypatch.setattr(fit, "import_timm", absent)
+    plain(tmp_path / "in")
+    proposal = propose_recipe(tmp_path / "in", tmp_path / "r.yaml", machine=GPU)
+    network = load_recipe(proposal.recipe).network
+    assert (network.architecture, network.backbone, network.weights) == ("pspnet", "resnet50", "none")
+    assert any("darseg[timm]" in note for note in proposal.notes)
+
+
+def test_a_machine_that_is_not_possible() -> None:
+    with refused(DataError, "'tpu'", "cuda"):
+        fit.Machine("tpu", "", budget=1, bf16=False)
+
+
 def test_given_weights_must_fit(call, tmp_path: Path) -> None:
     plain(tmp_path / "in")
     (tmp_path / "resnet18.pth").write_bytes(b"nothing")
@@ -660,7 +721,9 @@ def test_crop_and_batch_fit_the_memory() -> None:
     spec = NetworkSpec(backbone="resnet18", classes=5, output_stride=16, head_channels=128)
 
     def choose(budget: int) -> tuple[tuple[int, int], int, int]:
-        return fit.crop_and_batch(spec, smallest=(1000, 2000), target=257, labeled=100, budget=budget)
+        return fit.crop_and_batch(
+            spec, smallest=(1000, 2000), target=257, labeled=100, budget=budget, kind="cpu"
+        )
 
     crop, batch, whole = choose(1 << 40)
     assert crop == (257, 257) and batch == 8
@@ -668,7 +731,7 @@ def test_crop_and_batch_fit_the_memory() -> None:
         crop, batch, memory = choose(budget)
         assert memory <= budget and (crop, batch) < ((257, 257), 8)
     assert choose(1)[1] == 4  # nothing fits: the smallest
-    tiny = fit.crop_and_batch(spec, smallest=(5, 9), target=257, labeled=1, budget=1 << 40)
+    tiny = fit.crop_and_batch(spec, smallest=(5, 9), target=257, labeled=1, budget=1 << 40, kind="cpu")
     assert tiny[:2] == ((17, 17), 4)
 
 

@@ -39,7 +39,7 @@ def init(
     weights: Annotated[
         Path | None,
         typer.Option(
-            help="Pretrained weights. Default: resnet*.pth in FOLDER or the current folder, otherwise none."
+            help="Pretrained weights. Default: resnet*.pth, or DINOv2's for a GPU, in FOLDER or here, otherwise none."
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier recipe and its lists.")] = False,

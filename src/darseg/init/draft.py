@@ -24,6 +24,7 @@ class Draft:
         roles: role → (image, label) as intended; None: as the layout says.
         sizes: (height, width) of images.
         labeled, unlabeled: numbers of images.
+        missing: the weight file that the recipe names and that has yet to be got.
         notes, warnings: what init prints; warnings must be looked at.
     """
 
@@ -37,6 +38,7 @@ class Draft:
     sizes: list[tuple[int, int]] = field(default_factory=list)
     labeled: int = 0
     unlabeled: int = 0
+    missing: Path | None = None
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 

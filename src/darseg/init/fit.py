@@ -13,10 +13,11 @@ import torch
 from torch.nn import functional as F
 
 from darseg.data.classes import BUILT_IN
-from darseg.errors import DarsegError, WeightsError
+from darseg.errors import DarsegError, DataError, RecipeError, WeightsError
 from darseg.init.draft import Draft, path_from
 from darseg.model.footprint import training_memory
 from darseg.model.network import NetworkSpec
+from darseg.model.timm_backbones import import_timm
 from darseg.model.weights import load_weights, read_spec
 from darseg.run.build import pick_device, place
 from darseg.run.machine import free_memory, usable_cores
@@ -29,6 +30,8 @@ UNKNOWN_MEMORY = 4 << 30
 """Bytes of free memory to expect if the system does not say: any current machine has as much."""
 
 PAPER_CROP = 713
+DINO_CROP = 518
+"""DINOv2's largest crop in its pretraining, and UniMatch V2's on VOC: 37 patches of 14."""
 SMALL_CROP = 257
 """Crop on CPUs: a step with crops of 713 takes eight times as long there."""
 
@@ -43,6 +46,50 @@ FEWEST_STEPS, MOST_STEPS = 100, 20_000
 
 LARGEST_WINDOW = {"cpu": 513, "cuda": 1025}
 """Sides of images that are predicted in one window; larger images are predicted in windows of the crop's size."""
+
+
+DINO = "timm/vit_small_patch14_dinov2"
+DINO_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+DINO_FILE = "dinov2_vits14_pretrain.pth"
+DINO_SOURCE = f"https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/{DINO_FILE} (88 MB)"
+"""Backbone for GPUs, and where its weights are (docs/networks.md). init downloads nothing."""
+
+WEIGHT_FILES = {"cpu": ("resnet*.pth",), "cuda": ("dinov2_vit*14_*pretrain.pth", "resnet*.pth")}
+"""Files that are taken for pretrained weights."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machine that a recipe is for.
+
+    Attributes:
+        kind: "cpu" or "cuda"; `described`: the machine in words.
+        budget: bytes that a step may take.
+        bf16: whether it computes bfloat16 fast.
+    """
+
+    kind: str
+    described: str
+    budget: int
+    bf16: bool
+
+    def __post_init__(self) -> None:
+        if self.kind not in HOURS or self.budget < 1:
+            raise DataError(
+                f"A machine of kind {self.kind!r} with {self.budget} bytes is not possible. Its kind is "
+                f"{' or '.join(HOURS)}, and it has memory."
+            )
+
+
+def this_machine() -> Machine:
+    """The machine that this process runs on, with its GPU if it has one."""
+    device = pick_device()
+    if device.type == "cuda":
+        free, described = torch.cuda.mem_get_info(device)[0], f"a GPU ({torch.cuda.get_device_name(device)})"
+    else:
+        free, described = free_memory() or UNKNOWN_MEMORY, f"{usable_cores()} CPU core(s) without GPU"
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return Machine(device.type, described, budget=max(1, int(free * MEMORY_SHARE)), bf16=bf16)
 
 
 @dataclass(frozen=True)
@@ -74,42 +121,39 @@ class Fit:
     described: str
 
 
-def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | None) -> Fit:
-    """Choose network and training settings; notes about weights go to the draft.
+def fit_machine(
+    draft: Draft, folder: Path, out: Path, *, weights: Path | str | None, machine: Machine | None = None
+) -> Fit:
+    """Choose network and training settings; notes and warnings about weights go to the draft.
 
     Args:
         folder: the images; weights are looked for there, next to `out`, and in the current folder.
         out: the recipe to be written.
         weights: the user's choice.
+        machine: None: this one.
 
     Raises WeightsError if the user's weights do not fit.
     """
-    device = pick_device()
-    kind = device.type
-    if kind == "cuda":
-        budget = int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE)
-        described = f"a GPU ({torch.cuda.get_device_name(device)})"
-    else:
-        budget = int((free_memory() or UNKNOWN_MEMORY) * MEMORY_SHARE)
-        described = f"{usable_cores()} CPU core(s) without GPU"
+    machine = machine or this_machine()
+    kind = machine.kind
     names = BUILT_IN[draft.classes].names if isinstance(draft.classes, str) else tuple(draft.classes)
-    count = len(names)
-    if kind == "cuda":
-        spec = NetworkSpec(backbone="resnet50", classes=count)
-    else:
-        spec = NetworkSpec(backbone="resnet18", classes=count, output_stride=16, head_channels=128)
+    spec = _network_for(kind, len(names), draft)
     if weights is not None:
         spec, chosen = _given_weights(spec, Path(weights), names, out=out)
     else:
         places = dict.fromkeys([out.parent.absolute(), folder.absolute(), Path.cwd()])
-        spec, chosen = _find_weights(spec, draft, list(places), names=names, out=out)
+        paths = [
+            path for place in places for files in WEIGHT_FILES[kind] for path in sorted(place.glob(files))
+        ]
+        spec, chosen = _find_weights(spec, draft, paths, names=names, out=out)
     heights, widths = (sorted(side) for side in zip(*(draft.sizes or [(PAPER_CROP,) * 2]), strict=True))
     crop, batch, memory = crop_and_batch(
         spec,
         smallest=(heights[len(heights) // 10], widths[len(widths) // 10]),  # the few smaller ones are padded
-        target=PAPER_CROP if kind == "cuda" else SMALL_CROP,
+        target=SMALL_CROP if kind == "cpu" else DINO_CROP if _is_dino(spec) else PAPER_CROP,
         labeled=draft.labeled,
-        budget=budget,
+        budget=machine.budget,
+        kind=kind,
     )
     whole = max(spec.sides.up(heights[-1]), crop[0]), max(spec.sides.up(widths[-1]), crop[1])
     window = whole if max(whole) <= max(*crop, LARGEST_WINDOW[kind]) else crop
@@ -121,14 +165,33 @@ def fit_machine(draft: Draft, folder: Path, out: Path, *, weights: Path | str | 
         window=window,
         covers=window == whole,
         batch=batch,
-        bf16=kind == "cuda" and torch.cuda.is_bf16_supported(),
+        bf16=machine.bf16,
         memory=memory,
-        budget=budget,
+        budget=machine.budget,
         seconds=seconds,
         steps=steps_of_rounds(draft, batch=batch, seconds=seconds, limit=HOURS[kind] * 3600),
         device=kind,
-        described=described,
+        described=machine.described,
     )
+
+
+def _network_for(kind: str, classes: int, draft: Draft) -> NetworkSpec:
+    """The network to propose if no weight file asks for another one."""
+    if kind == "cpu":
+        return NetworkSpec(backbone="resnet18", classes=classes, output_stride=16, head_channels=128)
+    try:
+        import_timm(DINO)
+    except RecipeError:
+        draft.notes.append(
+            'timm is not installed, so ResNet-50 is proposed. With it (pip install "darseg[timm]") init proposes DPT on '
+            "DINOv2-S, which needs fewer labels"
+        )
+        return NetworkSpec(backbone="resnet50", classes=classes)
+    return NetworkSpec("dpt", DINO, classes)
+
+
+def _is_dino(spec: NetworkSpec) -> bool:
+    return spec.backbone.endswith("_dinov2")
 
 
 def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
@@ -143,8 +206,13 @@ def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
             head_channels=own.head_channels,
             auxiliary=None,
         )
-    known = re.search(r"resnet(18|34|50|101)(?!\d)", weights.name)
-    return replace(spec, backbone=f"resnet{known[1]}") if known else spec
+    if dino := re.match(r"dinov2_vit([sblg])14_(reg4_)?pretrain", weights.name):
+        backbone = f"timm/vit_{DINO_SIZES[dino[1]]}_patch14_{dino[2] or ''}dinov2"
+        return NetworkSpec("dpt", backbone, spec.classes)
+    if known := re.search(r"resnet(18|34|50|101)(?!\d)", weights.name):
+        network = NetworkSpec(classes=spec.classes) if _is_dino(spec) else spec
+        return replace(network, backbone=f"resnet{known[1]}")
+    return spec
 
 
 def _given_weights(
@@ -157,12 +225,13 @@ def _given_weights(
 
 
 def _find_weights(
-    spec: NetworkSpec, draft: Draft, places: Sequence[Path], *, names: Sequence[str], out: Path
+    spec: NetworkSpec, draft: Draft, paths: Sequence[Path], *, names: Sequence[str], out: Path
 ) -> tuple[NetworkSpec, str]:
-    """The first weight file that fits, or "none". Files for this backbone are tried first."""
-    paths = [path for place in places for path in sorted(place.glob("resnet*.pth"))]
-    paths.sort(key=lambda path: _with_backbone_of(spec, path).backbone != spec.backbone)
-    for path in paths:
+    """The first weight file that fits. Files for this backbone are tried first.
+
+    If there is none: "none"; for DINOv2 the file to get, since a transformer learns little from random numbers.
+    """
+    for path in sorted(paths, key=lambda path: _with_backbone_of(spec, path).backbone != spec.backbone):
         suited = _with_backbone_of(spec, path)
         try:
             load_weights(suited.build(), path, class_names=names)
@@ -170,12 +239,23 @@ def _find_weights(
             draft.notes.append(f"{path} is not used as pretrained weights: {error}")
             continue
         draft.notes.append(f"pretrained weights: {path}")
+        if _is_dino(spec) and not _is_dino(suited):
+            draft.notes.append(
+                f"DPT on DINOv2-S needs fewer labels than {suited.backbone}: get {DINO_SOURCE}, and run init again"
+            )
         return suited, path_from(out.parent, path)
-    return spec, "none"
+    if not _is_dino(spec):
+        return spec, "none"
+    draft.missing = out.parent / DINO_FILE
+    draft.warnings.append(
+        f"the recipe needs a file that is not here: get {DINO_SOURCE}, and put it next to the recipe, as "
+        f"{draft.missing}. Until then check and train refuse the recipe"
+    )
+    return spec, path_from(out.parent, draft.missing)
 
 
 def crop_and_batch(
-    spec: NetworkSpec, *, smallest: tuple[int, int], target: int, labeled: int, budget: int
+    spec: NetworkSpec, *, smallest: tuple[int, int], target: int, labeled: int, budget: int, kind: str
 ) -> tuple[tuple[int, int], int, int]:
     """The largest crop, and for it the largest batch, whose step fits the memory; otherwise the smallest.
 
@@ -184,6 +264,7 @@ def crop_and_batch(
         target: side that crops must not exceed.
         labeled: number of labeled images.
         budget: bytes that a step may take.
+        kind: "cpu" or "cuda".
 
     Returns:
         height and width of the crop, images of a batch, bytes of a step.
@@ -191,7 +272,7 @@ def crop_and_batch(
     sides = spec.sides
     crop = sides.down(min(target, smallest[0])), sides.down(min(target, smallest[1]))
     batches = [size for size in (LARGE_BATCH, 8, 4) if size <= max(4, labeled)]
-    if pick_device().type == "cpu":
+    if kind == "cpu":
         batches = [size for size in batches if size <= 8]
     while True:
         for batch in batches:

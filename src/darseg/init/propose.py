@@ -20,7 +20,7 @@ from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError, RunError
 from darseg.init.data import draft_unknown
 from darseg.init.draft import Draft
-from darseg.init.fit import Fit, fit_machine
+from darseg.init.fit import Fit, Machine, fit_machine
 from darseg.init.published import LAYOUT_FOLDERS, draft_published, find_published
 from darseg.init.text import data_lines, header_text, recipe_text
 from darseg.run.build import manifest_of
@@ -57,8 +57,12 @@ def propose_recipe(
     weights: Path | str | None = None,
     overwrite: bool = False,
     console: Console | None = None,
+    machine: Machine | None = None,
 ) -> Proposal:
     """Write a commented recipe, which `check` accepts, for a folder of images of which some have labels.
+
+    On a GPU it names DINOv2's weights. If they are not there, a warning says where to get them, and `check` refuses the
+    recipe until then.
 
     All images and labels are read. Files that cannot be read are reported, and list files next to the recipe leave them
     out. Nothing is written into the folder.
@@ -66,8 +70,10 @@ def propose_recipe(
     Args:
         folder: images and labels in any of the usual arrangements (docs/init.md).
         out: the recipe; default: the folder's name with .yaml, in the current folder.
-        weights: pretrained weights; default: a file resnet*.pth in the folder or next to the recipe, otherwise none.
+        weights: pretrained weights; default: a file resnet*.pth, or for a GPU dinov2_vit*14_pretrain.pth, in the folder
+            or next to the recipe, otherwise none.
         overwrite: replace an earlier recipe and its lists.
+        machine: the machine that the recipe is for; None: this one.
 
     Raises DataError if there is nothing to learn from, saying what to do first; RunError if the recipe exists;
     WeightsError for given weights that do not fit.
@@ -92,7 +98,7 @@ def propose_recipe(
     draft.warnings += filter(None, (unread, unreadable(folder)))
     if draft.roles is None:
         _count_images(draft, out)
-    fit = fit_machine(draft, folder, out, weights=weights)
+    fit = fit_machine(draft, folder, out, weights=weights, machine=machine)
     return _write(draft, fit, out, lists=lists, console=console)
 
 
@@ -141,7 +147,11 @@ def _write(draft: Draft, fit: Fit, out: Path, *, lists: Path, console: Console) 
         draft.warnings += [
             line
             for line in (*findings.faults, *findings.warnings)
-            if line not in draft.warnings and not _counted(line)
+            if line not in draft.warnings
+            and not _counted(line)
+            and not (
+                draft.missing and str(draft.missing.absolute()) in line
+            )  # the draft's own warning says it
         ]
         draft.notes += findings.notes
         write_whole(out, header_text(draft, out) + text)

@@ -10,7 +10,7 @@ from typing import Any
 from darseg.config.text import flow
 from darseg.init.data import quoted
 from darseg.init.draft import Draft, Form, path_from
-from darseg.init.fit import Fit, takes_adamw
+from darseg.init.fit import DINO, DINO_SOURCE, Fit, takes_adamw
 from darseg.model.network import HEAD_CHANNELS
 
 
@@ -68,13 +68,20 @@ def _entry(key: str, value: Any, comment: str) -> str:
 
 def _network_lines(fit: Fit) -> Iterator[str]:
     spec, gpu, stride = fit.spec, fit.device == "cuda", fit.spec.output_stride
-    alternative = "resnet101 is larger, as in the paper" if gpu else "with a GPU, use resnet50"
+    dino = spec.backbone.endswith("_dinov2")
+    alternative = "resnet101 is larger, as in the paper" if gpu else "with a GPU, use DINOv2"
+    if dino:
+        alternative = "vit_base_patch14_dinov2 is larger, and takes three times the work"
     yield "network:"
     if spec.architecture != "pspnet":
-        yield f"  architecture: {spec.architecture}  # as in the weight file"
+        reason = "the head of UniMatch V2 for DINOv2" if dino else "as in the weight file"
+        yield f"  architecture: {spec.architecture}  # {reason}"
     yield f"  backbone: {spec.backbone}  # the main part of the network, for {fit.described}; {alternative}"
+    pretrained = "DINOv2's own weights" if dino else "ImageNet weights, as in the paper"
+    if spec.backbone == DINO:
+        pretrained += f": {DINO_SOURCE}"
     weights = (
-        "ImageNet weights, as in the paper"
+        pretrained
         if fit.weights != "none"
         else "the network starts from random numbers, which gives much lower scores if there are few labels. Better: "
         f"give torchvision's {spec.backbone} (download.pytorch.org/models), as a file or as "
