@@ -118,10 +118,16 @@ def _planned_cells(planned: Round) -> list[str]:
         "-" if planned.epochs is None else str(planned.epochs),
         str(planned.epoch_steps),
         str(planned.steps),
-        f"{planned.batch} + {planned.pseudo_batch}" if planned.pseudo_batch else str(planned.batch),
+        " + ".join(map(str, _images(planned))),
         f"{low:g} – {high:g}",
         f"{planned.span[0]:.4g} – {planned.span[1]:.4g}",
     ]
+
+
+def _images(planned: Round) -> list[int]:
+    """Labeled images of a step, and those with pseudo labels or without labels."""
+    others = planned.online.batch if planned.online else planned.pseudo_batch
+    return [planned.batch, *([others] if others else [])]
 
 
 def print_split(record: dict) -> None:

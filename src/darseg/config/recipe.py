@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictF
 
 from darseg.choices import ResultAlign
 from darseg.config.data import DataConfig
+from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
 from darseg.config.values import Count, Fraction, Key, Positive, Section, Window, falling
 from darseg.pseudo.labeling import (
@@ -87,6 +88,7 @@ class ResultConfig(Section):
 
 
 class RoundConfig(Section):
+    use: Literal["online"] | None = None  # None: labeled images in round 0, then pseudo labels
     epochs: Count | None = None
     steps: Count | None = None
     epoch_over: Literal["labeled", "unlabeled"] | None = None  # None: labeled in round 0, then unlabeled
@@ -116,10 +118,25 @@ class Recipe(Section):
     network: NetworkConfig
     augmentation: AugmentationConfig = AugmentationConfig()
     training: TrainingConfig = TrainingConfig()
+    online: OnlineConfig = OnlineConfig()
     labeling: LabelingConfig = LabelingConfig()
     evaluation: ProtocolConfig = ProtocolConfig()
     result: ResultConfig = ResultConfig()
     rounds: Annotated[tuple[RoundConfig, ...], Field(min_length=1)]
+
+    def pseudo_labels(self, index: int) -> bool:
+        """Whether a round begins with pseudo labels."""
+        return index > 0 and self.rounds[index].use is None
+
+    @property
+    def pseudo_rounds(self) -> list[RoundConfig]:
+        """The rounds that begin with pseudo labels."""
+        return [config for index, config in enumerate(self.rounds) if self.pseudo_labels(index)]
+
+    @property
+    def halves(self) -> bool:
+        """Whether there are rounds with labeled and unlabeled images."""
+        return len(self.rounds) > 1 or self.rounds[0].use == "online"
 
     def spans(self) -> list[tuple[float, float]]:
         """Which part of the poly curve each round uses.
@@ -143,7 +160,7 @@ class Recipe(Section):
         for above, section in sections:
             for key, message in section.conflicts():
                 yield (*above, *key), message
-        if len(self.rounds) > 1:
+        if self.halves:
             for key, message in self.training.conflicts_of_halves():
                 yield ("training", *key), message
         network = self.network
@@ -167,7 +184,10 @@ class Recipe(Section):
     def _conflicts_of_rounds(self) -> Iterator[tuple[Key, str]]:
         for index, config in enumerate(self.rounds):
             key: Key = ("rounds", index)
-            if index == 0 and config.labeling_ratio is not None:
+            if config.use == "online":
+                if config.labeling_ratio is not None:
+                    yield (*key, "labeling_ratio"), "has no effect in a round with use: online; remove it"
+            elif index == 0 and config.labeling_ratio is not None:
                 yield (
                     (*key, "labeling_ratio"),
                     "round 0 trains on labeled images alone, without a ratio; remove it",
@@ -176,6 +196,8 @@ class Recipe(Section):
                 for name, message in self.labeling.faults(config.labeling_ratio):
                     if name == "labeling_ratio":
                         yield (*key, name), message
+        if self.training.teacher is not None and all(config.use == "online" for config in self.rounds):
+            yield ("training", "teacher"), "is for rounds that are not online; use online.teacher instead"
         with_steps = [config.steps is not None for config in self.rounds]
         complete = all((config.epochs is None) != (config.steps is None) for config in self.rounds)
         if complete and any(with_steps) and not all(with_steps):

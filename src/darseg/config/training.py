@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from darseg.choices import Architecture, Precision
+from darseg.config.online import ColorsConfig, TeacherConfig
 from darseg.config.values import (
     Count,
     Key,
@@ -64,10 +65,13 @@ class AugmentationConfig(Section):
     rotate: Annotated[StrictFloat, Field(ge=0, le=180)] = 10.0
     blur: StrictBool = True
     mirror: StrictBool = True
+    colors: ColorsConfig | None = None  # None: colors stay as they are
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         if message := falling(self.scale):
             yield ("scale",), message
+        for key, message in self.colors.conflicts() if self.colors else ():
+            yield ("colors", *key), message
 
 
 # BatchNorm over means of whole images (pspnet, deeplabv3plus) needs at least two.
@@ -111,6 +115,7 @@ class TrainingConfig(Section):
     ohem: OhemConfig | None = None
     class_weights: ClassWeights | None = None
     pseudo_weight: NotNegative = 1.0
+    teacher: TeacherConfig | None = None  # of rounds that are not online; None: none
     precision: Precision = "fp32"
     sync_batchnorm: StrictBool | None = None  # None: on, but not for deeplabv2 and dpt
     compile: StrictBool = False
@@ -124,6 +129,11 @@ class TrainingConfig(Section):
         yield from self._undivided("batch", self.batch)
         if self.optimizer == "adamw" and self.momentum is not None:
             yield ("momentum",), "is for sgd; adamw has its own averages. Remove it"
+        if self.teacher is not None and not self.teacher.result:
+            yield (
+                ("teacher", "result"),
+                "found false; a teacher that only follows has no effect. Remove training.teacher",
+            )
         if self.recompute and self.compile:
             # Compiled, BatchNorm's statistics of the two passes of a step move wrongly, or the backward pass fails.
             yield ("recompute",), "does not work with training.compile; set only one of them"

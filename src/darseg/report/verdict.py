@@ -97,6 +97,10 @@ def _cards(facts: RunFacts, best: RoundFacts) -> list[Card]:
     for round_ in facts.scored:
         mean = mean_iou(round_)
         note = "labeled images only" if round_.index == 0 else "best" if round_ is best else ""
+        if facts.recipe.rounds[round_.index].use == "online":
+            note = ", ".join(
+                [facts.recipe.online.method.replace("_", " "), *(["best"] if round_ is best else [])]
+            )
         change = None if before is None else mean - before
         cards.append(
             Card(round_.index, mean, change, note=note, best=round_ is best and len(facts.scored) > 1)

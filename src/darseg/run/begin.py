@@ -18,6 +18,7 @@ from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
+from darseg.run.online import describe_online
 from darseg.run.plan import class_weights_of, describe_shares
 from darseg.run.records import read_plain
 from darseg.run.steps.align import why_off
@@ -83,6 +84,9 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
         weights = dict(zip(names, class_weights_of(course.recipe, course.counts), strict=True))
         journal.event("class_weights", weights=weights)
         journal.say("Class weights: " + ", ".join(f"{name} {weight:.4g}" for name, weight in weights.items()))
+    for round_ in course.rounds:
+        if round_.online is not None:
+            journal.say(f"Round {round_.index}: {describe_online(round_.online)}")
     if course.processes.count > 1:
         journal.say(describe_shares(course.rounds, course.processes.count))
     if not locked:

@@ -87,7 +87,7 @@ def open_round(root: Path | str, index: int | None = None, overrides: Sequence[s
     recipe = recipe_of(root, overrides)
     done = run.rounds_with("label")
     if not done or (index is not None and index not in done):
-        raise RunError(f"{run.root}: {_nothing_to_open(index, done, rounds=len(recipe.rounds))}")
+        raise RunError(f"{run.root}: {_nothing_to_open(index, done, recipe)}")
     index = done[-1] if index is None else index
     manifest = manifest_of(recipe)
     read_marks(run, {sample.id for sample in manifest.unlabeled})
@@ -105,9 +105,14 @@ def _as_begun(run: RunDirectory, manifest: Manifest) -> bool:
     return recorded.get("unlabeled") == digest_samples(manifest.unlabeled)
 
 
-def _nothing_to_open(index: int | None, done: Sequence[int], *, rounds: int) -> str:
+def _nothing_to_open(index: int | None, done: Sequence[int], recipe: Recipe) -> str:
     """Why a round cannot be opened, and what to do."""
-    if rounds == 1:
+    if len(recipe.rounds) > 1 and not recipe.pseudo_rounds:
+        return (
+            "the rounds of this run are online: they learn from unlabeled images while they train, and write no pseudo "
+            "labels."
+        )
+    if len(recipe.rounds) == 1:
         return (
             "the recipe of this run has only round 0, which never has pseudo labels. Add rounds and unlabeled images to "
             "the recipe, and train a new run."

@@ -39,6 +39,7 @@ from darseg.run.build import (
 )
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
+from darseg.run.online import describe_online, teacher_of
 from darseg.run.plan import (
     Round,
     check_shares,
@@ -215,19 +216,15 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
             len(manifest.classes),
             predict_twice=recipe.labeling.predict_twice,
         )
-        for planned in rounds[1:]
+        for planned in rounds
+        if planned.pseudo_batch
     ]
     waiting = max(per_pixel, default=0)
-    # Both halves of a step are kept until the backward pass.
-    images_in_memory = max(
-        (2 if planned.pseudo_batch else 1) * min(planned.micro_batch, planned.batch // processes)
-        for planned in rounds
-    )
     aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
     height, width = recipe.training.crop
     state, activations = training_memory(
         spec_of(recipe),
-        max(2, images_in_memory),
+        max(2, *(_images_in_memory(planned, processes) for planned in rounds)),
         height=height,
         width=width,
         averages=1 if isinstance(learner.optimizer, SGD) else 2,
@@ -240,7 +237,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         groups=groups_of(learner),
         class_weights=_class_weights(recipe, manifest),
-        state_bytes=state,
+        state_bytes=state + _teacher_bytes(recipe, rounds, network),
         activation_bytes=activations,
         temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
         network=_describe_network(recipe),
@@ -248,6 +245,24 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         evaluation=evaluation_protocol(recipe).describe(),
         notes=_notes(recipe, rounds, network, processes=processes),
     )
+
+
+def _images_in_memory(planned: Round, processes: int) -> int:
+    """Images whose activations a process keeps until the backward pass: of all parts of a micro-batch."""
+    own = min(planned.micro_batch, planned.batch // processes)
+    if planned.online is None:
+        return (2 if planned.pseudo_batch else 1) * own
+    parts = max(1, planned.batch // processes // own)
+    unlabeled = -(-planned.online.batch // processes // parts)
+    return own + (planned.online.views * unlabeled if planned.online.weight else 0)
+
+
+def _teacher_bytes(recipe: Recipe, rounds: Sequence[Round], network: nn.Module) -> int:
+    """Bytes of a teacher's weights, if any round has one."""
+    taught = any(
+        teacher_of(recipe) if planned.online is None else planned.online.teacher for planned in rounds
+    )
+    return sum(parameter.nbytes for parameter in network.parameters()) if taught else 0
 
 
 def _class_weights(recipe: Recipe, manifest: Manifest) -> dict[str, float]:
@@ -280,6 +295,15 @@ def _has_batchnorm(network: Network) -> bool:
 
 def _notes(recipe: Recipe, rounds: Sequence[Round], network: Network, *, processes: int) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
+    notes += [
+        f"round {planned.index} learns from unlabeled images while it trains, by {describe_online(planned.online)}"
+        for planned in rounds
+        if planned.online is not None
+    ]
+    if teacher := teacher_of(recipe):
+        notes.append(
+            f"rounds that are not online save the running average of the weights, decay {teacher.decay:g}"
+        )
     if steps := recipe.training.warm_up:
         notes.append(f"the rate first rises to the curve, over {steps} steps of each round")
     micro = recipe.training.micro_batch

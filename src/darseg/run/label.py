@@ -194,7 +194,7 @@ def _complete_labeling(
     config = recipe.labeling if recipe else LabelingConfig()
     method = method or config.method
     if ratio is None and method != "global" and recipe:
-        ratio = recipe.rounds[-1].labeling_ratio
+        ratio = [*recipe.rounds, *recipe.pseudo_rounds][-1].labeling_ratio
     if threshold is None and method == config.method:
         threshold = config.threshold
     if align is None:

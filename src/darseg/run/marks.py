@@ -144,11 +144,16 @@ def read_excluded(run: RunDirectory, index: int) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> tuple[str, ...]:
+def fix_excluded(
+    run: RunDirectory, index: int, unlabeled: Sequence[Sample], begun: bool = False
+) -> tuple[str, ...]:
     """The ids that a round leaves out: those it began with, or the current marks, which are recorded.
 
     Without marks nothing is recorded. So if a round has counted its confidences, or has class weights, and has no
     `excluded.json`, it began without marks; before, nothing in it depends on which images are left out.
+
+    Args:
+        begun: the round has trained on the images that were not left out.
 
     Raises RunError for damaged files, for unknown ids, and if no image would be left.
     """
@@ -159,7 +164,7 @@ def fix_excluded(run: RunDirectory, index: int, unlabeled: Sequence[Sample]) -> 
         run.round(index) / "histogram.npz",
         run.round(index) / "thresholds.json",
     )
-    if path.exists() or any(file.exists() for file in counted):
+    if begun or path.exists() or any(file.exists() for file in counted):
         ids = read_excluded(run, index)
         _check_known(f"{path} names", ids, known)
         return ids

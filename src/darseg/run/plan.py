@@ -11,11 +11,14 @@ from darseg.config.recipe import Recipe
 from darseg.config.training import TrainingConfig
 from darseg.data.augment import Augmentation
 from darseg.errors import RecipeError, faults
+from darseg.methods.consistency import Consistency
 from darseg.methods.self_training import self_training
+from darseg.methods.teacher import with_teacher
 from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.model.vit import Transformer
 from darseg.run.build import auxiliary_weight_of, classes_of, pick_device
+from darseg.run.online import colors_of, online_method, online_of, teacher_of
 from darseg.training.loss import LabeledLoss, balanced_weights
 from darseg.training.method import Learner, Method, all_decay
 from darseg.training.optimize import SGD, AdamW, OptimizerKind, faster_heads, only_matrices, slower_layers
@@ -45,6 +48,7 @@ def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]
         blur=how.blur,
         mirror=how.mirror,
         fill=fill,
+        colors=colors_of(how.colors),
     )
 
 
@@ -78,10 +82,11 @@ class Round:
             threshold decides.
         span: fractions of the poly curve that its steps cover.
         batch: labeled images of a step.
-        pseudo_batch: pseudo-labeled images of a step; 0 in round 0.
+        pseudo_batch: pseudo-labeled images of a step; 0 in round 0 and in online rounds.
         epoch_steps: steps of one epoch.
         epochs: how many; None if the recipe counts in steps.
         micro_batch: images per forward pass.
+        online: how it learns from unlabeled images while it trains; None: it does not.
     """
 
     index: int
@@ -95,12 +100,14 @@ class Round:
     epoch_steps: int
     epochs: int | None
     micro_batch: int
+    online: Consistency | None = None
 
 
 def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
-    Images are the labeled ones in round 0, the unlabeled ones later, unless the round says otherwise (epoch_over).
+    Images are the labeled ones in round 0, the unlabeled ones later and in online rounds, unless the round says otherwise
+    (epoch_over).
     Raises RecipeError if rounds need unlabeled images and there are none.
     """
     if len(recipe.rounds) > 1 and unlabeled == 0:
@@ -108,12 +115,20 @@ def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int
             f"The recipe has {len(recipe.rounds)} rounds, but there are no unlabeled images, and rounds after the first "
             "learn from those. Set data.unlabeled, or keep only the first round."
         )
+    if recipe.rounds[0].use == "online" and unlabeled == 0:
+        raise RecipeError(
+            "Round 0 has use: online, but there are no unlabeled images to learn from. Set data.unlabeled, or remove the "
+            "key."
+        )
     half = recipe.training.half_batch or recipe.training.batch // 2
     rounds = []
     for index, (config, span) in enumerate(zip(recipe.rounds, recipe.spans(), strict=True)):
-        batch = recipe.training.batch if index == 0 else half
-        over = config.epoch_over or ("labeled" if index == 0 else "unlabeled")
-        epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // batch)
+        alone = index == 0 and config.use is None  # labeled images without others
+        batch = recipe.training.batch if alone else half
+        online = online_of(recipe, batch) if config.use == "online" else None
+        over = config.epoch_over or ("labeled" if alone else "unlabeled")
+        size = online.batch if online is not None and over == "unlabeled" else batch
+        epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // size)
         rounds.append(
             Round(
                 index=index,
@@ -125,10 +140,11 @@ def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int
                 or recipe.training.learning_rate
                 or PUBLISHED_RATES[recipe.training.optimizer][0],
                 batch=batch,
-                pseudo_batch=0 if index == 0 else half,
+                pseudo_batch=half if recipe.pseudo_labels(index) else 0,
                 epoch_steps=epoch_steps,
                 epochs=config.epochs,
                 micro_batch=min(batch, recipe.training.micro_batch or batch),
+                online=online,
             )
         )
     return rounds
@@ -225,20 +241,32 @@ def class_weights_of(recipe: Recipe, counts: Sequence[int] | None) -> tuple[floa
 
 
 def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[int]) -> Method:
-    """The method that trains `network` in a round. Self-training is the only one so far.
+    """The method that trains `network` in a round: an online one, or self-training.
 
     Args:
         counts: labeled pixels per class.
     """
-    settings = learner_settings(recipe, round_, counts)
-    return self_training(
-        learner_of(settings, network),
+    settings, auxiliary_weight = learner_settings(recipe, round_, counts), auxiliary_weight_of(recipe)
+    learner = learner_of(settings, network)
+    if round_.online is not None:
+        return online_method(
+            learner,
+            round_.online,
+            batch=round_.batch,
+            seed=(recipe.seed, round_.index),
+            auxiliary_weight=auxiliary_weight,
+            labeled_loss=settings.labeled_loss,
+        )
+    method = self_training(
+        learner,
         batch=round_.batch,
         pseudo_batch=round_.pseudo_batch,
-        auxiliary_weight=auxiliary_weight_of(recipe),
+        auxiliary_weight=auxiliary_weight,
         pseudo_weight=recipe.training.pseudo_weight,
         labeled_loss=settings.labeled_loss,
     )
+    teacher = teacher_of(recipe)
+    return method if teacher is None else with_teacher(method, teacher)
 
 
 def learner_of(settings: LearnerSettings, network: Network) -> Learner:
@@ -291,6 +319,7 @@ def describe_shares(rounds: Sequence[Round], processes: int) -> str:
     shares = ", ".join(
         f"round {planned.index}: {planned.batch // processes}"
         + (f" + {planned.pseudo_batch // processes}" if planned.pseudo_batch else "")
+        + (f" + {planned.online.batch // processes} unlabeled" if planned.online else "")
         for planned in rounds
     )
     return (
@@ -302,10 +331,11 @@ def describe_shares(rounds: Sequence[Round], processes: int) -> str:
 def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
     """Raise RecipeError if batches cannot be divided among the processes."""
     lines = []
-    for name, size in {
-        "batch": rounds[0].batch,
-        **({"half_batch": rounds[-1].batch} if len(rounds) > 1 else {}),
-    }.items():
+    sizes = {
+        "batch" if index == 0 and planned.online is None else "half_batch": planned.batch
+        for index, planned in enumerate(rounds)
+    }
+    for name, size in sizes.items():
         own, micro = size // processes, recipe.training.micro_batch
         if size % processes:
             lines.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
@@ -315,6 +345,14 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
             lines.append(
                 f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over means of whole "
                 f"images ({recipe.network.architecture}) needs two"
+            )
+    for how in {planned.online for planned in rounds if planned.online is not None}:
+        if how.batch % processes:
+            lines.append(f"online.batch: {how.batch} images cannot be divided among {processes} processes")
+        elif how.mixing != "none" and how.batch // processes % 2:
+            lines.append(
+                f"online.batch: {how.batch // processes} image(s) for each of {processes} processes, and images are "
+                "mixed in pairs"
             )
     if lines:
         raise RecipeError(faults(f"{processes} processes share every batch, which is not possible", lines))

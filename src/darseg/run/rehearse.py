@@ -38,13 +38,13 @@ def rehearse(
 
     Raises DarsegError, as those steps would: for windows, scales, memory, class counts and disk space.
     """
-    labels = len(recipe.rounds) > 1
+    labels = recipe.pseudo_rounds
     if labels:
         ClassDistribution.from_counts(counts)
         check_disk(
             run.root,
             count_pixels(manifest.unlabeled),
-            recipe.labeling.at(recipe.rounds[1].labeling_ratio),
+            recipe.labeling.at(labels[0].labeling_ratio),
             classes=network.classes,
             predict_twice=recipe.labeling.predict_twice,
             twice="set labeling.predict_twice=true",

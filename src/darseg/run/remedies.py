@@ -56,7 +56,7 @@ def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
     training = recipe.training
     own = round_.batch // processes
     present = min(training.micro_batch or own, own)
-    half = (training.half_batch or training.batch // 2) if len(recipe.rounds) > 1 else training.batch
+    half = (training.half_batch or training.batch // 2) if recipe.halves else training.batch
     shares = (training.batch // processes, half // processes)
     fits = [size for size in range(2, present // 2 + 1) if not any(share % size for share in shares)]
     remedies = [f"training.micro_batch={fits[-1]} (now {present} images at once)"] if fits else []

@@ -143,7 +143,7 @@ def run_rounds(course: Course, network: Network) -> dict[str, Any]:
         was_done = run.record_path(round_.index, "evaluate").exists()
         worked |= not was_done
         records, pseudo = [], ()
-        if round_.index > 0:
+        if round_.pseudo_batch:
             pseudo, record = label_round(course, round_, before)
             records.append(record)
         records.append(train_round(course, round_, before, pseudo=pseudo, network=network))

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from darseg.config.recipe import Recipe
 from darseg.data.augment import Augmentation
-from darseg.data.batches import Batch, StreamPlace, stream_batches
+from darseg.data.batches import StreamPlace, stream_batches
 from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
+from darseg.data.unlabeled import stream_views
 from darseg.errors import FormatError, RunError, faults
+from darseg.methods.consistency import Consistency
+from darseg.methods.teacher import TeacherSettings
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import load_network, save_network
 from darseg.run.build import auxiliary_weight_of, pick_device, spec_of
@@ -21,12 +24,14 @@ from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
 from darseg.run.machine import cache_limit, workers_for
+from darseg.run.marks import fix_excluded, without
+from darseg.run.online import teacher_of, with_shares
 from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
 from darseg.run.remedies import explain_memory, less_to_train
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.checkpoint import OPTIMIZER, Checkpoint, Part, load_checkpoint, part_of, save_checkpoint
-from darseg.training.method import Feed, Method
+from darseg.training.method import Feed, Method, Streamed
 from darseg.training.optimize import fits
 from darseg.training.stage import Stage, StepReport, run_stage
 
@@ -45,6 +50,8 @@ class TrainSettings:
     recompute: bool = False
     freeze: str = "none"
     drop_path: float = 0.0
+    online: Consistency | None = None
+    teacher: TeacherSettings | None = None
 
     def digest(self) -> str:
         """The digest that a record holds."""
@@ -56,7 +63,7 @@ class TrainSettings:
 
     def earlier_digests(self) -> list[str]:
         """What earlier formats of the run folder recorded for these settings."""
-        if self.freeze != "none" or self.drop_path:
+        if self.freeze != "none" or self.drop_path or self.online or self.teacher:
             return []  # format 1 did not know them
         return earlier_digests(
             lambda: digest_format_1(
@@ -91,6 +98,8 @@ def settings_of(recipe: Recipe, round_: Round, counts: Sequence[int], *, pseudo:
         recompute=recipe.training.recompute,
         freeze=recipe.network.freeze,
         drop_path=recipe.network.drop_path,
+        online=round_.online,
+        teacher=None if round_.online else teacher_of(recipe),
     )
 
 
@@ -101,7 +110,7 @@ def train_round(
 
     Args:
         before: digest of the network as the round begins.
-        pseudo: the unlabeled samples with their pseudo labels; empty in round 0.
+        pseudo: the unlabeled samples with their pseudo labels; empty in round 0 and in online rounds.
         network: trained in place, unless the step is finished already.
     """
     run, index = course.run, round_.index
@@ -112,7 +121,15 @@ def train_round(
         "labels": digest_path(run.labels(index)) if pseudo else "none",
         "network": before,
     }
-    training = _Training(course, round_, settings.stage, pseudo=pseudo, network=network)
+    unlabeled: Sequence[Sample] = ()
+    if round_.online is not None:
+        excluded = course.processes.from_first(lambda: _left_out(course, index))
+        unlabeled = without(course.manifest.unlabeled, excluded)
+        digests["unlabeled"] = course.data["unlabeled"]
+        if excluded:
+            digests["excluded"] = digest_settings(ids=list(excluded))
+    samples = {"labeled": course.manifest.labeled, "pseudo": tuple(pseudo), "unlabeled": tuple(unlabeled)}
+    training = _Training(course, round_, settings.stage, samples=samples, network=network)
     step = Step(
         "train",
         index,
@@ -123,14 +140,32 @@ def train_round(
     return complete(course, step)
 
 
+def _left_out(course: Course, index: int) -> tuple[str, ...]:
+    """The unlabeled images that an online round leaves out: those marked as bad when it began."""
+    run = course.run
+    begun = bool(run.checkpoints(index)) or run.record_path(index, "train").exists()
+    excluded = fix_excluded(run, index, course.manifest.unlabeled, begun=begun)
+    if excluded and not begun:
+        total = len(course.manifest.unlabeled)
+        course.journal.event("excluded", round=index, images=len(excluded), of=total)
+        course.journal.say(
+            f"round {index}: {len(excluded)} of {total} unlabeled images are marked as bad and left out"
+        )
+    return excluded
+
+
 @dataclass(frozen=True)
 class _Training:
-    """A round's training at work."""
+    """A round's training at work.
+
+    Attributes:
+        samples: role of a feed → its samples.
+    """
 
     course: Course
     round: Round
     stage: Stage
-    pseudo: Sequence[Sample]
+    samples: Mapping[str, Sequence[Sample]]
     network: Network
 
     def run(self) -> Work:
@@ -206,10 +241,9 @@ class _Training:
             return None
         return whole[0] if whole else load_checkpoint(path)
 
-    def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Batch]]]:
+    def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Streamed]]]:
         """First step → the streams that the method asks for."""
         course, recipe, processes = self.course, self.course.recipe, self.course.processes
-        samples = {"labeled": course.manifest.labeled, "pseudo": tuple(self.pseudo)}
         cache = Cache(cache_limit(recipe.training.cache, processes.here_together))
         place = StreamPlace(
             rank=processes.rank,
@@ -218,31 +252,44 @@ class _Training:
             pin=pick_device().type == "cuda",
         )
 
-        def streams(first: int) -> Sequence[Iterator[Batch]]:
-            return [
-                stream_batches(
-                    samples[feed.role],
-                    course.manifest.classes,
-                    self.round.augmentation,
+        def stream(feed: Feed, number: int, first: int) -> Iterator[Streamed]:
+            seed = (recipe.seed, self.round.index, number)
+            if feed.role == "unlabeled":
+                assert self.round.online is not None
+                return stream_views(
+                    self.samples[feed.role],
+                    replace(self.round.augmentation, blur=False, colors=None),  # the weak view
+                    self.round.online.strong,
+                    views=feed.strong,
                     batch_size=feed.size,
-                    seed=(recipe.seed, self.round.index, number),
+                    seed=seed,
                     start=first,
                     place=place,
-                    load=cache.load,
+                    load=cache.load_image,
+                    truth_every=self.stage.report_every,
                 )
-                for number, feed in enumerate(feeds)
-            ]
+            return stream_batches(
+                self.samples[feed.role],
+                course.manifest.classes,
+                self.round.augmentation,
+                batch_size=feed.size,
+                seed=seed,
+                start=first,
+                place=place,
+                load=cache.load,
+            )
 
-        return streams
+        return lambda first: [stream(feed, number, first) for number, feed in enumerate(feeds)]
 
     def _report(self, report: StepReport, advance: Callable[[str], None]) -> None:
         """Note a step whose figures are those of all processes in the journal and on TensorBoard."""
         note, journal = "", self.course.journal
         if self.stage.reports(report.step):
             # fp16 skips steps whose gradient is beyond its range: they have no norm.
-            numbers = {name: float(value) for name, value in report.figures.items()}
+            numbers = with_shares({name: float(value) for name, value in report.figures.items()})
             values = {
-                name: round(value, 6) if math.isfinite(value) else None for name, value in numbers.items()
+                name: round(value, 6) if value is not None and math.isfinite(value) else None
+                for name, value in numbers.items()
             }
             fields = {"learning_rate": report.rate, **values, "waiting_for_data": round(report.waiting, 4)}
             journal.event("step", round=self.round.index, step=report.step, **fields)

@@ -1,0 +1,85 @@
+"""The recipe's section `online` – learning from unlabeled images while training – and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field, StrictBool, StrictFloat
+
+from darseg.choices import Mixing, OnlineMethod
+from darseg.config.values import Count, Fraction, Key, NotNegative, Positive, Section, falling
+
+
+class ColorsConfig(Section):
+    """How colors are changed at random; data/colors.py has what the numbers mean."""
+
+    jitter: tuple[NotNegative, NotNegative, NotNegative, Annotated[StrictFloat, Field(ge=0, le=0.5)]] = (
+        0.5,
+        0.5,
+        0.5,
+        0.25,
+    )
+    jitter_share: Fraction = 0.8
+    gray_share: Fraction = 0.2
+    blur: tuple[Positive, Positive] = (0.1, 2.0)
+    blur_share: Fraction = 0.5
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if message := falling(self.blur):
+            yield ("blur",), message
+
+
+Area = Annotated[StrictFloat, Field(gt=0, le=1)]
+
+
+class BoxesConfig(Section):
+    """How boxes of CutMix are drawn; data/unlabeled.py has what the numbers mean."""
+
+    share: Fraction = 0.5
+    area: tuple[Area, Area] = (0.02, 0.4)
+    aspect: tuple[Positive, Positive] | None = (0.3, 1 / 0.3)
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        for name in ("area", "aspect"):
+            if message := falling(getattr(self, name)):
+                yield (name,), message
+
+
+class TeacherConfig(Section):
+    """A running average of the network's weights."""
+
+    decay: Annotated[StrictFloat, Field(ge=0, lt=1)] | None = None  # None: as published
+    result: StrictBool = True  # the round saves it
+
+
+class OnlineConfig(Section):
+    """What rounds with `use: online` do; None: as published for the method."""
+
+    method: OnlineMethod = "fixmatch"
+    batch: Count | None = None  # None: as many unlabeled images a step as labeled ones
+    strong_views: Count = 1
+    above: Fraction | None = None
+    weight: NotNegative = 1.0
+    mixing: Mixing | None = None
+    labels_from: Literal["teacher", "student"] = "teacher"
+    teacher: TeacherConfig | None = None
+    colors: ColorsConfig | None = None
+    boxes: BoxesConfig | None = None
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        for name in ("teacher", "colors", "boxes"):
+            section: Section | None = getattr(self, name)
+            for key, message in section.conflicts() if section else ():
+                yield (name, *key), message
+        if self.labels_from == "student" and self.teacher is not None:
+            yield ("teacher",), "has no effect with online.labels_from: student; remove one of them"
+        if self.labels_from == "student" and self.method == "mean_teacher":
+            yield ("labels_from",), "mean_teacher is defined by its teacher; remove the key, or use fixmatch"
+        if self.boxes is not None and self.mixing in ("classmix", "none"):
+            yield ("boxes",), f"has no effect with online.mixing: {self.mixing}; remove it"
+        if self.mixing != "none" and self.batch is not None and self.batch % 2:
+            yield (
+                ("batch",),
+                f"found {self.batch}; images are mixed in pairs, so it should be even. Or set online.mixing: none",
+            )

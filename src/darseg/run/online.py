@@ -1,0 +1,132 @@
+"""Rounds with `use: online`: from the recipe's section to the method, and what is reported of it.
+
+A further method needs its published settings (PUBLISHED) and a case in `online_method`; a further rule of acceptance its
+key in config/online.py, and a line in `online_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from darseg.choices import OnlineMethod
+from darseg.config.online import ColorsConfig
+from darseg.config.recipe import Recipe
+from darseg.data.colors import UNCHANGED, Colors
+from darseg.data.unlabeled import Boxes, StrongViews
+from darseg.methods.acceptance import Above
+from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, fixmatch
+from darseg.methods.mean_teacher import mean_teacher
+from darseg.methods.teacher import TeacherSettings
+from darseg.training.loss import LabeledLoss
+from darseg.training.method import Learner, Method
+
+PUBLISHED: Mapping[OnlineMethod, Consistency] = {
+    "fixmatch": Consistency("fixmatch", batch=2),
+    "mean_teacher": Consistency(
+        "mean_teacher",
+        batch=2,
+        strong=StrongViews(UNCHANGED, Boxes(share=1.0, area=(0.5, 0.5), aspect=None)),
+        accept=Above(0.97),
+        teacher=TeacherSettings(0.99),
+    ),
+}
+"""Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al."""
+
+
+def colors_of(config: ColorsConfig | None) -> Colors | None:
+    """How the recipe has colors changed."""
+    return None if config is None else Colors(**config.model_dump())
+
+
+def teacher_of(recipe: Recipe) -> TeacherSettings | None:
+    """The teacher of the rounds that are not online; None: none."""
+    config = recipe.training.teacher
+    if config is None:
+        return None
+    usual = TeacherSettings()
+    return TeacherSettings(usual.decay if config.decay is None else config.decay, config.result)
+
+
+def online_of(recipe: Recipe, batch: int) -> Consistency:
+    """What the recipe's online rounds do.
+
+    Args:
+        batch: labeled images of a step.
+
+    Raises RecipeError if unlabeled images cannot be mixed in pairs.
+    """
+    config, usual = recipe.online, PUBLISHED[recipe.online.method]
+    teacher = usual.teacher
+    if config.labels_from == "student":
+        teacher = None
+    elif config.teacher is not None and teacher is not None:
+        decay = teacher.decay if config.teacher.decay is None else config.teacher.decay
+        teacher = TeacherSettings(decay, config.teacher.result)
+    strong = replace(
+        usual.strong,
+        colors=colors_of(config.colors) or usual.strong.colors,
+        boxes=usual.strong.boxes if config.boxes is None else Boxes(**config.boxes.model_dump()),
+    )
+    return replace(
+        usual,
+        batch=config.batch or batch,
+        views=config.strong_views,
+        strong=strong,
+        mixing=config.mixing or usual.mixing,
+        accept=usual.accept if config.above is None else Above(config.above),
+        weight=config.weight,
+        teacher=teacher,
+    )
+
+
+def online_method(
+    learner: Learner,
+    how: Consistency,
+    *,
+    batch: int,
+    seed: Sequence[int],
+    auxiliary_weight: float,
+    labeled_loss: LabeledLoss,
+) -> Method:
+    """The method of an online round; arguments as of `fixmatch`."""
+    make = {"fixmatch": fixmatch, "mean_teacher": mean_teacher}[how.method]
+    return make(
+        learner,
+        how,
+        batch=batch,
+        seed=seed,
+        auxiliary_weight=auxiliary_weight,
+        labeled_loss=labeled_loss,
+    )
+
+
+def describe_online(how: Consistency) -> str:
+    """What an online round does, as a part of a sentence."""
+    match how.accept:
+        case Above(threshold):
+            accepted = f"labels at confidences from {threshold:g} on"
+    labels = "by the network itself"
+    if how.teacher is not None:
+        saved = "which the round saves" if how.teacher.result else "which is not saved"
+        labels = f"by a teacher of decay {how.teacher.decay:g}, {saved}"
+    return (
+        f"{how.method}: {how.batch} unlabeled images a step with {how.views} strong view(s), mixing {how.mixing}; "
+        f"{accepted}, {labels}; weight {how.weight:g}"
+    )
+
+
+def with_shares(figures: Mapping[str, float]) -> dict[str, Any]:
+    """The figures of a step with shares instead of counts of pixels.
+
+    "accepted" is the share of the pixels inside of the weak views; "precision" the share of the accepted ones that are
+    right, among those whose truth is known, None without any.
+    """
+    counts = (INSIDE, ACCEPTED, KNOWN, RIGHT)
+    shares: dict[str, Any] = {name: value for name, value in figures.items() if name not in counts}
+    if INSIDE in figures:
+        shares["accepted"] = figures[ACCEPTED] / max(1.0, figures[INSIDE])
+    if KNOWN in figures:
+        shares["precision"] = figures[RIGHT] / figures[KNOWN] if figures[KNOWN] else None
+    return shares

@@ -1,0 +1,346 @@
+"""Whole runs with online rounds: keys, plans, files, resuming after kills, processes, marks, the journal."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import forks
+from conftest import recipe_dict
+from darseg.config.text import load_recipe
+from darseg.data.colors import UNCHANGED, Colors
+from darseg.data.unlabeled import Boxes
+from darseg.errors import RecipeError
+from darseg.methods.acceptance import Above
+from darseg.methods.teacher import TeacherSettings
+from darseg.model.weights import load_network
+from darseg.run.check import plan
+from darseg.run.marks import mark_bad
+from darseg.run.plan import plan_rounds
+from darseg.run.rounds import train
+from darseg.run.steps.train import settings_of
+from test_run import outcome
+from wording import refused, says
+
+FILL = (124, 116, 104)
+
+
+def online_recipe(data: Path, **online: Any) -> dict:
+    """An online round, a DARS round, and an online round again; most pixels are accepted (of 11 classes)."""
+    recipe = recipe_dict(data)
+    recipe["online"] = {"above": 0.12} | online
+    recipe["rounds"] = [
+        {"steps": 5, "use": "online"},
+        {"steps": 3, "labeling_ratio": 0.4},
+        {"steps": 4, "use": "online"},
+    ]
+    return recipe
+
+
+def write(recipe: dict, folder: Path, name: str = "online.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("online")
+    ended = forks.python(
+        "-m", "darseg", "train", write(online_recipe(tiny_data), folder), "--out", folder / "run"
+    )
+    assert ended.returncode == 0, ended.stderr
+    return folder / "run"
+
+
+def events_of(run: Path, name: str) -> list[dict]:
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    return [event for event in events if event["event"] == name]
+
+
+# --- whole runs
+
+
+def test_online_rounds_before_and_after_a_dars_round(finished: Path) -> None:
+    with_labels = {path.parent.name for path in finished.glob("round_*/label.json")}
+    assert with_labels == {"round_1"}
+    for index in range(3):
+        inputs = json.loads((finished / f"round_{index}" / "train.json").read_text())["inputs"]
+        assert ("unlabeled" in inputs) == (index != 1)
+        assert (inputs["labels"] == "none") == (index != 1)
+    assert len(json.loads((finished / "summary.json").read_text())["rounds"]) == 3
+    page = (finished / "report.html").read_text()
+    assert "fixmatch" in page and "labeled images only" not in page
+
+
+def test_the_journal_has_shares_of_accepted_pixels_and_their_precision(finished: Path) -> None:
+    steps = events_of(finished, "step")
+    assert {event["round"] for event in steps} == {0, 1, 2}
+    for event in steps:
+        online = event["round"] != 1
+        assert ("loss_unlabeled" in event) == online and not any(name.startswith("pixels") for name in event)
+        if online:
+            assert 0 < event["accepted"] <= 1
+        # The truth is read every tenth step.
+        assert ("precision" in event) == (online and event["step"] % 10 == 0)
+        assert event.get("precision") is None or 0 <= event["precision"] <= 1
+
+
+def test_the_teacher_is_what_the_round_saves(tiny_data: Path, tmp_path: Path) -> None:
+    """With a decay of 0 the teacher is the network that learns."""
+    recipe = online_recipe(tiny_data)
+    recipe["rounds"] = [{"steps": 4, "use": "online"}]
+    weights = {}
+    for name, teacher in (
+        ("student", {"decay": 0.9, "result": False}),
+        ("follows", {"decay": 0.0}),
+        ("average", {"decay": 0.9}),
+    ):
+        recipe["online"]["teacher"] = teacher
+        recipe["online"]["weight"] = 0.0  # what the teacher labels does not matter then
+        train(write(recipe, tmp_path), tmp_path / name)
+        weights[name] = load_network(tmp_path / name / "round_0" / "network.safetensors").state_dict()
+    assert all(torch.equal(value, weights["follows"][key]) for key, value in weights["student"].items())
+    assert any(not torch.equal(value, weights["average"][key]) for key, value in weights["student"].items())
+
+
+def test_an_average_in_rounds_that_are_not_online(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = recipe_dict(tiny_data)
+    recipe["rounds"] = [{"steps": 4}, {"steps": 3, "labeling_ratio": 0.4}]
+    networks = []
+    for name, teacher in (("plain", None), ("average", {"decay": 0.7})):
+        if teacher:
+            recipe["training"]["teacher"] = teacher
+        train(write(recipe, tmp_path), tmp_path / name)
+        networks.append(load_network(tmp_path / name / "round_0" / "network.safetensors").state_dict())
+    assert any(not torch.equal(value, networks[1][key]) for key, value in networks[0].items())
+    # The next round labels and goes on from the average.
+    summary = json.loads((tmp_path / "average" / "summary.json").read_text())
+    assert [round_["steps"] for round_ in summary["rounds"]] == [4, 3]
+
+
+KILLED = """
+import itertools, os, signal, sys
+from darseg.run.rounds import train
+from darseg.run.steps import train as step
+real, count = step.save_checkpoint, itertools.count(1)
+def save(checkpoint, path):
+    real(checkpoint, path)
+    if next(count) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+step.save_checkpoint = save
+train(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_killed_in_online_rounds_it_ends_with_the_same_bytes(
+    finished: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, out = write(online_recipe(tiny_data), tmp_path), tmp_path / "run"
+    for at in (2, 3, 3):  # checkpoints and ends: within round 0, at its end, within round 2
+        ended = forks.python("-c", KILLED, recipe, out, str(at))
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert (out / "round_1" / "train.json").exists()
+    train(recipe, out)
+    assert outcome(out) == outcome(finished)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
+    """Stopped by a signal between two checkpoints, though each process has BatchNorm statistics of its own."""
+    recipe = online_recipe(tiny_data, batch=4, strong_views=2)
+    recipe["training"] |= {"half_batch": 4, "checkpoint_every": 100}
+    recipe["rounds"] = [{"steps": 5, "use": "online"}]
+    path = write(recipe, tmp_path)
+    script = """
+import os, signal, sys
+from darseg.run.rounds import train
+from darseg.run.steps import train as step
+real = step._Training._report
+def report(self, told, advance):
+    real(self, told, advance)
+    if told.step == 2 and sys.argv[3] == 'stop':
+        os.kill(os.getpid(), signal.SIGTERM)
+step._Training._report = report
+train(sys.argv[1], sys.argv[2])
+"""
+    (tmp_path / "run.py").write_text(script)
+    for name, modes in (("whole", ("go",)), ("stopped", ("stop", "go"))):
+        for mode in modes:
+            ended = forks.torchrun("run.py", path, tmp_path / name, mode, cwd=tmp_path)
+            assert (ended.returncode == 0) == (mode == "go"), ended.stderr
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+
+
+def test_images_marked_as_bad_are_left_out_of_online_rounds(
+    finished: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, out = online_recipe(tiny_data), tmp_path / "run"
+    recipe["rounds"] = [{"steps": 5, "use": "online"}, {"steps": 3, "use": "online"}]
+    path = write(recipe, tmp_path)
+
+    def mark(run: Path) -> None:
+        if not (run / "bad_images.json").exists():
+            mark_bad(run, ["u/07", "u/09"])
+
+    train(path, out, after_round=mark)
+    assert not (out / "round_0" / "excluded.json").exists()
+    assert json.loads((out / "round_1" / "excluded.json").read_text()) == ["u/07", "u/09"]
+    inputs = json.loads((out / "round_1" / "train.json").read_text())["inputs"]
+    assert "excluded" in inputs
+    train(path, out)  # round 0 keeps what it began with
+    assert [event["round"] for event in events_of(out, "excluded")] == [1]
+
+
+# --- the recipe
+
+
+def planned(recipe: dict, folder: Path, *, labeled: int = 40, unlabeled: int = 60) -> list:
+    loaded = load_recipe(write(recipe, folder))
+    return plan_rounds(loaded, labeled=labeled, unlabeled=unlabeled, fill=FILL)
+
+
+def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = recipe_dict(tiny_data)
+    recipe["rounds"] = [{"epochs": 2, "use": "online"}]
+    (round_,) = planned(recipe, tmp_path)
+    how = round_.online
+    assert (round_.batch, how.batch, round_.pseudo_batch, round_.epoch_steps) == (2, 2, 0, 30)
+    assert (how.method, how.accept, how.teacher) == ("fixmatch", Above(0.95), TeacherSettings(0.996))
+    assert (how.strong.colors, how.strong.boxes, how.mixing, how.weight) == (Colors(), Boxes(), "cutmix", 1.0)
+    recipe["online"] = {"method": "mean_teacher"}
+    how = planned(recipe, tmp_path)[0].online
+    assert (how.accept, how.teacher, how.strong.colors) == (Above(0.97), TeacherSettings(0.99), UNCHANGED)
+    assert how.strong.boxes == Boxes(1.0, (0.5, 0.5), None)
+    recipe["online"] = {
+        "batch": 6,
+        "strong_views": 2,
+        "above": 0.8,
+        "weight": 0.5,
+        "teacher": {"result": False},
+        "colors": {"jitter": [0.2, 0.2, 0.0, 0.0], "gray_share": 0.0},
+        "boxes": {"share": 1.0},
+    }
+    recipe["rounds"][0]["epochs"] = 3
+    (round_,) = planned(recipe, tmp_path)
+    how = round_.online
+    assert (how.batch, how.views, how.accept, how.weight) == (6, 2, Above(0.8), 0.5)
+    assert how.teacher == TeacherSettings(0.996, result=False) and round_.epoch_steps == 10
+    assert how.strong.colors == Colors(jitter=(0.2, 0.2, 0.0, 0.0), gray_share=0.0)
+    assert how.strong.boxes == Boxes(share=1.0)
+    recipe["online"] = {"labels_from": "student", "mixing": "classmix"}
+    how = planned(recipe, tmp_path)[0].online
+    assert how.teacher is None and how.mixing == "classmix"
+
+
+def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
+    recipe, digests = recipe_dict(tiny_data), set()
+    recipe["rounds"] = [{"steps": 2}]
+
+    def digest() -> str:
+        loaded = load_recipe(write(recipe, tmp_path))
+        (round_,) = plan_rounds(loaded, labeled=4, unlabeled=6, fill=FILL)
+        settings = settings_of(loaded, round_, [1] * 11, pseudo=False)
+        assert len(settings.earlier_digests()) == (not digests)  # only the first is one that 0.2 knew
+        return settings.digest()
+
+    digests.add(digest())
+    recipe["training"]["teacher"] = {"decay": 0.5}
+    digests.add(digest())
+    del recipe["training"]["teacher"]
+    recipe["rounds"][0]["use"] = "online"
+    digests.add(digest())
+    changes = (
+        {"method": "mean_teacher"},
+        {"above": 0.9},
+        {"batch": 4},
+        {"strong_views": 2},
+        {"weight": 0.5},
+        {"mixing": "none"},
+        {"labels_from": "student"},
+        {"teacher": {"decay": 0.9}},
+        {"teacher": {"result": False}},
+        {"colors": {"gray_share": 0.0}},
+        {"boxes": {"aspect": None}},
+    )
+    for change in changes:
+        recipe["online"] = change
+        digests.add(digest())
+    assert len(digests) == 3 + len(changes)
+
+
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        ({"rounds": [{"steps": 2, "use": "online", "labeling_ratio": 0.4}]}, ["rounds.0.labeling_ratio"]),
+        ({"rounds": [{"steps": 2, "use": "pseudo"}]}, ["rounds.0.use", "'online'"]),
+        ({"online": {"method": "fixmatsch"}}, ["online.method", "'fixmatch' or 'mean_teacher'"]),
+        ({"online": {"batch": 3}}, ["online.batch", "found 3", "even"]),
+        ({"online": {"above": 1.5}}, ["online.above", "1.5"]),
+        ({"online": {"labels_from": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
+        ({"online": {"labels_from": "student", "method": "mean_teacher"}}, ["online.labels_from"]),
+        ({"online": {"boxes": {"share": 1.0}, "mixing": "none"}}, ["online.boxes", "mixing: none"]),
+        ({"online": {"colors": {"blur": [2.0, 1.0]}}}, ["online.colors.blur"]),
+        ({"online": {"colors": {"jitter": [0.1, 0.1, 0.1, 0.7]}}}, ["online.colors.jitter.3"]),
+        ({"augmentation": {"colors": {"blur": [2.0, 1.0]}}}, ["augmentation.colors.blur"]),
+        ({"training": {"teacher": {"result": False}}}, ["training.teacher.result"]),
+    ],
+)
+def test_keys_that_do_not_work_together(
+    change: dict, parts: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_dict(tiny_data)
+    recipe["rounds"] = [{"steps": 2, "use": "online"}, {"steps": 2, "labeling_ratio": 0.4}]
+    for section, values in change.items():
+        recipe[section] = values if section == "rounds" else recipe.get(section, {}) | values
+    with refused(RecipeError, *parts):
+        load_recipe(write(recipe, tmp_path))
+
+
+def test_a_teacher_of_no_round_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = recipe_dict(tiny_data)
+    recipe["rounds"] = [{"steps": 2, "use": "online"}]
+    recipe["training"]["teacher"] = {"decay": 0.9}
+    with refused(RecipeError, "training.teacher", "online.teacher"):
+        load_recipe(write(recipe, tmp_path))
+
+
+def test_an_online_round_without_unlabeled_images_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = recipe_dict(tiny_data)
+    recipe["rounds"] = [{"steps": 2, "use": "online"}]
+    with refused(RecipeError, "Round 0", "data.unlabeled"):
+        planned(recipe, tmp_path, unlabeled=0)
+
+
+def test_processes_that_cannot_share_pairs_are_refused(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = recipe_dict(tiny_data)
+    recipe["training"] |= {"batch": 8}
+    recipe["rounds"] = [{"steps": 2, "use": "online"}]
+    recipe["network"] = {"architecture": "deeplabv2", "backbone": "resnet18_half", "weights": "none"}
+    recipe["network"]["output_stride"] = 16
+    assert plan(load_recipe(write(recipe, tmp_path)), processes=2).rounds[0].online is not None
+    with refused(RecipeError, "online.batch", "1 image(s) for each of 4 processes"):
+        plan(load_recipe(write(recipe, tmp_path)), processes=4)
+    recipe["online"] = {"batch": 6}
+    with refused(RecipeError, "online.batch", "6 images cannot be divided among 4 processes"):
+        plan(load_recipe(write(recipe, tmp_path)), processes=4)
+
+
+def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = online_recipe(tiny_data, method="mean_teacher", strong_views=2, batch=4)
+    taught = plan(load_recipe(write(recipe, tmp_path)))
+    notes = [note for note in taught.notes if "learns from unlabeled images" in note]
+    assert len(notes) == 2
+    says(notes[0], "round 0", "mean_teacher", "4 unlabeled", "2 strong", "0.99")
+    recipe["online"] = {"labels_from": "student", "batch": 2}
+    alone = plan(load_recipe(write(recipe, tmp_path)))
+    parameters = 4 * taught.parameters
+    assert taught.state_bytes - alone.state_bytes == parameters
+    # 2 + 2 · 4 images instead of 2 + 2.
+    assert taught.activation_bytes == pytest.approx(alone.activation_bytes * 10 / 4, rel=0.1)
