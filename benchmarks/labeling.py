@@ -318,9 +318,7 @@ def against_forward(run: Path | None, count: int) -> None:
         def whole() -> None:
             for kind in ("predictions", "labels"):
                 shutil.rmtree(root / kind, ignore_errors=True)
-            predictor = network_predictor(
-                network, lambda image: protocol, FLOAT16, folder=root / "predictions"
-            )
+            predictor = network_predictor(network, protocol, FLOAT16, folder=root / "predictions")
             histogram = count_predictions(samples, network.classes, predictor)
             thresholds = choose_dars(histogram, darseg.ClassDistribution(prior), RATIO)
             assign_labels(samples, LabelRule(thresholds, 0, 1), predictor, labels=root / "labels")

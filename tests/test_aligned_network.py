@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
+from darseg.data.prediction import FINE, Prediction
 from darseg.errors import DataError, WeightsError
-from darseg.model.aligned import AlignmentRecord, Variants, classifier_bias, fold_alignment, unfold_alignment
+from darseg.model.aligned import AlignmentRecord, classifier_bias, fold_alignment, unfold_alignment
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import ARCHITECTURES, Network, NetworkSpec
-from darseg.model.predict import Memory, Protocol, predict, predict_scores, predict_variants
+from darseg.model.predict import predict, predict_scores
+from darseg.model.together import Picture, Together
 from darseg.model.weights import load_network, load_weights, read_alignment, read_spec, save_network
+from darseg.model.windows import Protocol
 from darseg.pseudo.align import align
 from wording import refused
 
@@ -183,13 +187,22 @@ def test_a_file_whose_weights_were_changed_after_aligning_is_refused(tmp_path: P
             load_network(path)
 
 
+def predict_variants(
+    network: Network, protocol: Protocol, records: Sequence[AlignmentRecord | None]
+) -> list[Prediction]:
+    """The predictions of `image()` by each variant."""
+    together = Together(network, protocol, average="probabilities", scale=FINE, records=records)
+    ((_, finish),) = together.predict(iter([(0, Picture.of(image(), "image", together.device))]))
+    return finish()
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("spec", SPECS[:2], ids=lambda spec: spec.architecture)
 def test_variants_are_bit_for_bit_the_folded_networks(spec: NetworkSpec, bf16: bool) -> None:
     protocol = Protocol((33, 33), scales=(1.0, 1.5), bf16=bf16)
     network = build(spec)
-    variants = Variants(network, [None, RECORD, replace(RECORD, weights=(9.0, 0.2, 1.0)), None])
-    found = predict_variants(variants, image(), protocol, memories=[Memory() for _ in range(len(variants))])
+    records = [None, RECORD, replace(RECORD, weights=(9.0, 0.2, 1.0)), None]
+    found = predict_variants(network, protocol, records)
     expected = [predict(network, image(), protocol)]
     for record in (RECORD, replace(RECORD, weights=(9.0, 0.2, 1.0))):
         expected.append(predict(fold_alignment(build(spec), record), image(), protocol))
@@ -202,8 +215,7 @@ def test_variants_are_bit_for_bit_the_folded_networks(spec: NetworkSpec, bf16: b
     # On an aligned network, too, None is the plain one; the network itself stays as it was.
     fold_alignment(network, RECORD)
     before = classifier_bias(network).clone()
-    variants = Variants(network, [None, RECORD])
-    plain, aligned = predict_variants(variants, image(), protocol, memories=[Memory(), Memory()])
+    plain, aligned = predict_variants(network, protocol, [None, RECORD])
     np.testing.assert_array_equal(plain.codes, expected[0].codes)
     np.testing.assert_array_equal(aligned.codes, expected[1].codes)
     assert torch.equal(classifier_bias(network), before)

@@ -33,6 +33,7 @@ class ProtocolConfig(Section):
     window: Window | None = None
     mirror: StrictBool = True
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
+    windows_at_once: Count | None = None  # None: by the device
 
 
 class LabelingConfig(ProtocolConfig):

@@ -7,7 +7,8 @@ classes and codes are copied to the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -125,8 +126,60 @@ def decide_strips(
         fill(top, bottom, scores)
         if probabilities:
             _check_probabilities(scores, name)
-        decided[top:bottom], codes[top:bottom] = decide_strip(scores, buffers, probabilities, name=name)
+        decided[top:bottom], codes[top:bottom] = decide_strip(scores, buffers, probabilities)
+        low, high = torch.aminmax(codes[top:bottom])
+        if not 0 <= int(low) <= int(high) < scale.codes:
+            raise DataError(overflow_message(scores, name))
     return Prediction(decided.cpu().numpy(), codes.cpu().numpy().astype(np.uint16), scale)
+
+
+def decide_later(
+    scores_KBHW: Tensor, *, scale: ConfidenceScale, probabilities: bool, names: Sequence[str]
+) -> list[Callable[[], Prediction]]:
+    """`decide` for several images on a GPU, without waiting for it: for each image what waits and returns.
+
+    Args:
+        scores_KBHW: float32; they are overwritten.
+        names: of the B images, for error messages.
+
+    What is returned raises DataError as `decide` does. It may be called in another thread.
+    """
+    axes = (0, 2, 3)
+    facts = [scores_KBHW.abs().nan_to_num(float("inf")).amax(axes)]
+    if probabilities:
+        off = _off_one(scores_KBHW).amax((1, 2))
+        facts += [scores_KBHW.amin(axes), scores_KBHW.amax(axes), off]
+    decide_all = _float16 if scale is FLOAT16 else _fine
+    buffers = _Buffers(scores_KBHW.numel(), scores_KBHW.device)
+    classes_BHW, codes_BHW = decide_all(scores_KBHW, buffers, probabilities)
+    facts += [codes_BHW.amin((1, 2)).float(), codes_BHW.amax((1, 2)).float()]
+    copies = [
+        _copy_to_host(tensor) for tensor in (torch.stack(facts), classes_BHW, codes_BHW.to(torch.int16))
+    ]
+    copied = None
+    if scores_KBHW.device.type == "cuda":
+        copied = torch.cuda.Event()
+        copied.record()
+
+    def finish(index: int, name: str) -> Prediction:
+        if copied is not None:
+            copied.synchronize()
+        known, classes, codes = (copy.numpy() for copy in copies)
+        largest, *probable, low, high = known[:, index].tolist()
+        if probable:
+            _refuse_improbable(*probable, name=name)
+        if not 0 <= low <= high < scale.codes:
+            raise DataError(_overflow(largest, name))
+        return Prediction(classes[index], codes[index].view(np.uint16), scale)
+
+    return [partial(finish, index, name) for index, name in enumerate(names)]
+
+
+def _copy_to_host(tensor: Tensor) -> Tensor:
+    """A copy on the host, which a GPU makes while others go on: whole once an event recorded after it has passed."""
+    if tensor.device.type == "cpu":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 class _Buffers:
@@ -142,7 +195,8 @@ class _Buffers:
         return self.blocks[dtype, use][: math.prod(shape)].view(shape)
 
 
-def _float16(scores: Tensor, buffers: _Buffers, probabilities: bool, *, name: str) -> tuple[Tensor, Tensor]:
+def _float16(scores: Tensor, buffers: _Buffers, probabilities: bool) -> tuple[Tensor, Tensor]:
+    """Classes and codes of scores [K, ...]; codes outside of the scale where confidences are not numbers."""
     shape = scores.shape
     half = buffers.view(torch.float16, *shape).copy_(scores)
     if not probabilities:
@@ -151,33 +205,32 @@ def _float16(scores: Tensor, buffers: _Buffers, probabilities: bool, *, name: st
     if probabilities:
         keys.clamp_(0, FLOAT16.codes - 1)  # 1.0004 is a rounded 1
     # One number that is largest for the largest probability and, of equal ones, for the first class.
+    best = (keys.bitwise_left_shift_(8).add_(_descending(keys))).amax(dim=0)
     last = shape[0] - 1
-    order = torch.arange(last, -1, -1, dtype=torch.int32, device=keys.device)[:, None, None]
-    best = (keys.bitwise_left_shift_(8).add_(order)).amax(dim=0)
-    codes = best >> 8
-    low, high = torch.aminmax(codes)
-    if not 0 <= int(low) <= int(high) < FLOAT16.codes:
-        raise DataError(overflow_message(scores, name))
-    return (last - (best & 255)).to(torch.uint8), codes
+    return (last - (best & 255)).to(torch.uint8), best >> 8
 
 
-def _fine(scores: Tensor, buffers: _Buffers, probabilities: bool, *, name: str) -> tuple[Tensor, Tensor]:
+def _fine(scores: Tensor, buffers: _Buffers, probabilities: bool) -> tuple[Tensor, Tensor]:
+    """As `_float16`."""
     if probabilities:
         scores.clamp_(min=0)
     top = scores.amax(dim=0)
     best = scores == top
     last = len(scores) - 1
-    order = torch.arange(last, -1, -1, dtype=torch.int32, device=scores.device)[:, None, None]
-    classes = last - (best * order).amax(dim=0)
+    classes = last - (best * _descending(scores)).amax(dim=0)
     # The sum of all others: 1 minus the best would lose small probabilities.
     others = scores if probabilities else (scores - top).exp_()
     rest = others.masked_fill(best, 0).sum(dim=0)
     rest += (best.sum(dim=0) - 1) * (top if probabilities else 1)
     log_odds = (top.log() if probabilities else 0) - rest.log()
-    if bool(torch.isnan(log_odds).any()):
-        raise DataError(overflow_message(scores, name))
     codes = ((log_odds - FINE_LOWEST) * FINE_STEPS).round().clamp(0, 65535).int()
-    return classes.to(torch.uint8), codes
+    return classes.to(torch.uint8), codes.masked_fill_(log_odds.isnan(), -1)
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """K - 1, …, 0, along the first axis of scores [K, ...]."""
+    order = torch.arange(len(scores) - 1, -1, -1, dtype=torch.int32, device=scores.device)
+    return order.view(-1, *[1] * (scores.dim() - 1))
 
 
 def _check(scores: Tensor, name: str) -> None:
@@ -202,7 +255,15 @@ def _check(scores: Tensor, name: str) -> None:
 
 def _check_probabilities(scores: Tensor, name: str) -> None:
     low, high = float(scores.min()), float(scores.max())
-    off = float((scores.float().sum(dim=0) - 1).abs().max())
+    _refuse_improbable(low, high, float(_off_one(scores).max()), name=name)
+
+
+def _off_one(scores: Tensor) -> Tensor:
+    """How far the sum of each pixel of scores [K, ...] is from 1."""
+    return (scores.float().sum(dim=0) - 1).abs()
+
+
+def _refuse_improbable(low: float, high: float, off: float, *, name: str) -> None:
     if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE or off > PROBABILITY_TOLERANCE:
         raise DataError(
             f"{name}: these are not probabilities: values are from {low:g} to {high:g}, and their sums over the classes "
@@ -211,7 +272,11 @@ def _check_probabilities(scores: Tensor, name: str) -> None:
 
 
 def overflow_message(scores: Tensor, name: str) -> str:
-    largest = float(scores.float().abs().nan_to_num(float("inf")).max())
+    """What to say of confidences that are not numbers."""
+    return _overflow(float(scores.float().abs().nan_to_num(float("inf")).max()), name)
+
+
+def _overflow(largest: float, name: str) -> str:
     return (
         f"{name}: confidences are not numbers (largest score {largest:g}). Scores above 65504 are infinite in float16: "
         "use the confidence scale fine. If the scores are NaN or infinite, the network has diverged: train it again with "

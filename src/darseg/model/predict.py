@@ -1,149 +1,24 @@
-"""Whole-image prediction: scales, windows, mirror. The only sliding window in darseg.
+"""Predictions of one image: by scales, windows and mirror.
 
 `predict` averages probabilities (softmax per window), as evaluation does; `predict_for_labeling` averages logits, as
 the release labels.
-Shape letters: K classes, H, W pixels of the image, h, w of a window, N windows.
+Shape letters: K classes, H, W pixels of the image.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Generator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
-from darseg.model.aligned import Variants
 from darseg.model.decide import STRIP, decide_strips, overflow_message, relative_to_largest, scores_dtype
 from darseg.model.network import Network
-
-WINDOWS_AT_ONCE = 4
-"""Windows (and as many mirrored ones) in one forward pass; fixed, because another number can change last bits."""
-
-STRIDE = 2 / 3
-"""Share of a window's side from one window to the next (the release's overlap)."""
-
-Window = tuple[int, int] | Literal["whole"]
-"""What the network predicts at once; `Protocol` says more."""
-
-Average = Literal["logits", "probabilities"]
-"""What is averaged over windows, mirror and scales."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How whole images are predicted.
-
-    Attributes:
-        window: height and width of the sliding window in pixels (one number for both); legal sides of the network.
-            "whole": each side of the image is scaled to the nearest legal one, and the logits are scaled back, both
-            with corners on corners. UniMatch V2 scores VOC so.
-        base_size: pixels of the long side to which the image is scaled first; None: its own size.
-        mirror: average each window with its mirror image.
-        scales: factors on top of base_size; the results are averaged.
-        bf16: run the network under bfloat16 autocast.
-
-    Raises DataError for sizes and scales that are not possible.
-    """
-
-    window: Window
-    base_size: int | None = None
-    mirror: bool = True
-    scales: tuple[float, ...] = (1.0,)
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        window = (self.window, self.window) if isinstance(self.window, int) else self.window
-        if not isinstance(window, str):
-            window = tuple(window)
-        legal = window == "whole" if isinstance(window, str) else len(window) == 2 and min(window) >= 1
-        if not legal or not self.scales or min(self.scales) <= 0:
-            raise DataError(
-                f"A protocol with window {self.window} and scales {self.scales} is not possible. It takes two sides of "
-                'at least 1 pixel, or "whole", and one or more scales above 0.'
-            )
-        object.__setattr__(self, "window", window)
-
-    def describe(self, average: Average = "probabilities") -> str:
-        """The protocol in words, with the precision that the network computes in."""
-        if self.window == "whole":
-            window = "whole images scaled to the nearest legal sides"
-        else:
-            window = f"windows {self.window[0]}x{self.window[1]} with stride 2/3"
-        size = f"long side {self.base_size}" if self.base_size else "own size"
-        mirror = "with mirror" if self.mirror else "no mirror"
-        precision = "bf16" if self.bf16 else "fp32"
-        return f"{size}, {window}, {mirror}, scales {list(self.scales)}, {average} averaged, {precision}"
-
-
-def window_starts(side: int, window: int) -> list[int]:
-    """First pixels of the windows along a side; the last window is moved back inside."""
-    stride = math.ceil(window * STRIDE)
-    count = math.ceil((side - window) / stride) + 1
-    return [min(index * stride, side - window) for index in range(count)]
-
-
-class Memory:
-    """Memory for the sums of one image, reused: fresh pages cost as much as the additions."""
-
-    def __init__(self) -> None:
-        self._flat = torch.empty(0)
-
-    def zeros(self, device: torch.device, *shape: int) -> torch.Tensor:
-        """float32 zeros of this shape, valid until the next call."""
-        size = math.prod(shape)
-        if len(self._flat) < size or self._flat.device != device:
-            self._flat = torch.zeros(size, device=device)
-            return self._flat.view(shape)
-        return self._flat[:size].view(shape).zero_()
-
-
-class WindowSums:
-    """Sums of window scores float32 [K, H, W], and how many windows each pixel's sum is of.
-
-    Adds plane by plane: one plane fits in the cache, all K do not.
-    """
-
-    def __init__(
-        self, shape: tuple[int, int, int], device: torch.device, memory: Memory | None = None
-    ) -> None:
-        self.total_KHW = (memory or Memory()).zeros(device, *shape)
-        self.count_HW = torch.zeros(shape[1:], device=device)
-
-    def add(
-        self, scores_Khw: torch.Tensor, top: int, left: int, mirrored: torch.Tensor | None = None
-    ) -> None:
-        """Add the scores of a window whose corner is at `top`, `left`, and those of its mirror image."""
-        height, width = scores_Khw.shape[1:]
-        rows, columns = slice(top, top + height), slice(left, left + width)
-        window = self.total_KHW[:, rows, columns]
-        if window.device.type == "cpu":
-            for k in range(len(window)):
-                if mirrored is None:
-                    window[k] += scores_Khw[k]
-                else:
-                    window[k] += mirrored[k].flip(1).add_(scores_Khw[k])
-        else:
-            window += scores_Khw
-            if mirrored is not None:
-                window += mirrored.flip(2)
-        self.count_HW[rows, columns] += 1 if mirrored is None else 2
-
-    def crop(self, top: int, left: int, *, height: int, width: int) -> None:
-        """Keep this part only, without the padding of a small image."""
-        self.total_KHW = self.total_KHW[:, top : top + height, left : left + width]
-        self.count_HW = self.count_HW[top : top + height, left : left + width]
-
-    def mean(self, top: int, bottom: int, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Averages of the rows from `top` to `bottom`, float32 [K, bottom - top, W]."""
-        return torch.div(self.total_KHW[:, top:bottom], self.count_HW[top:bottom], out=out)
+from darseg.model.windows import Average, Memory, Protocol, WindowSums, sum_windows
 
 
 def predict(
@@ -172,12 +47,12 @@ def predict(
     Raises DataError for other arrays, SizeError for windows the network does not take, NumericsError if probabilities are
     not numbers (the network has diverged).
     """
-    image = _checked(image, name)
+    image = checked_image(image, name)
     with _eval_mode(network):
         sums = predict_scores(
             network, image, protocol or whole_image(network, image), average="probabilities", memory=memory
         )
-        return _decide(sums, scale=FINE, probabilities=True, name=name)
+        return decide_sums(sums, scale=FINE, probabilities=True, name=name)
 
 
 def predict_for_labeling(
@@ -197,10 +72,10 @@ def predict_for_labeling(
     Raises DataError for other arrays, SizeError for windows the network does not take, NumericsError if a confidence is
     not a number (logits above float16's 65,504, or a network that has diverged).
     """
-    image = _checked(image, name)
+    image = checked_image(image, name)
     with _eval_mode(network):
         sums = predict_scores(network, image, protocol, average="logits", memory=memory)
-        return _decide(sums, scale=scale, probabilities=False, name=name)
+        return decide_sums(sums, scale=scale, probabilities=False, name=name)
 
 
 def scores_for_labeling(
@@ -216,7 +91,7 @@ def scores_for_labeling(
 
     Raises the errors of `predict_for_labeling`; NumericsError if a largest logit is not finite.
     """
-    image = _checked(image, name)
+    image = checked_image(image, name)
     with _eval_mode(network), torch.inference_mode():
         sums = predict_scores(network, image, protocol, average="logits", memory=memory)
         (classes, height, width), device = sums.total_KHW.shape, sums.total_KHW.device
@@ -246,7 +121,7 @@ def predict_scores(
         image: uint8 [H, W, 3], RGB.
         memory: for the sums; the sums of the image before are overwritten.
     """
-    return _scores(network, image, protocol, average=average, memories=[memory])[0]
+    return sum_windows(network, [torch.from_numpy(image)], protocol, average=average, memories=[memory])[0]
 
 
 @torch.inference_mode()
@@ -261,75 +136,13 @@ def predict_probabilities(
     return sums.mean(0, len(image)).cpu().numpy()
 
 
-@torch.inference_mode()
-def predict_variants(
-    variants: Variants,
-    image: NDArray[np.uint8],
-    protocol: Protocol,
-    *,
-    name: str = "image",
-    memories: Sequence[Memory],
-) -> list[Prediction]:
-    """The predictions of an image by each variant of a network, bit for bit those of `predict`.
-
-    Args:
-        variants: of a network in eval mode.
-        memories: one for each variant.
-    """
-    sums = _scores(
-        variants.network,
-        _checked(image, name),
-        protocol,
-        average="probabilities",
-        memories=memories,
-        variants=variants,
-    )
-    return [_decide(part, scale=FINE, probabilities=True, name=name) for part in sums]
-
-
-def _scores(
-    network: Network,
-    image: NDArray[np.uint8],
-    protocol: Protocol,
-    *,
-    average: Average,
-    memories: Sequence[Memory | None],
-    variants: Variants | None = None,
-) -> list[WindowSums]:
-    """`predict_scores` for each variant of a network; without variants, for the network itself."""
-    device = network.mean.device
-    image_HWC = torch.from_numpy(image).to(device, non_blocking=True)
-    normalized = network.normalize(image_HWC.permute(2, 0, 1)[None])
-    height, width = image.shape[:2]
-    shape, whole = (network.classes, height, width), protocol.window == "whole"
-    all_scales: list[WindowSums] = []
-    for scale in protocol.scales:
-        size = _scaled(height, width, round(scale * (protocol.base_size or max(height, width))))
-        size = (network.sides.nearest(size[0]), network.sides.nearest(size[1])) if whole else size
-        same = size == (height, width)
-        scaled = normalized if same else _resize(normalized, size, corners=whole)
-        how: dict = {"average": average, "memories": memories, "variants": variants}
-        if whole:
-            same = True  # the scores have the image's size
-            sums = _whole(network, scaled, protocol, shape=shape, **how)
-        else:
-            sums = _slide(network, scaled, protocol, **how)
-        if same and len(protocol.scales) == 1:
-            return sums
-        all_scales = all_scales or [WindowSums(shape, device) for _ in memories]
-        for total, part in zip(all_scales, sums, strict=True):
-            scores = part.mean(0, len(part.count_HW))
-            total.add(scores if same else _resize(scores[None], (height, width), corners=False)[0], 0, 0)
-    return all_scales
-
-
 def whole_image(network: Network, image: NDArray[np.uint8]) -> Protocol:
     """The protocol of one window over the whole image [H, W, 3], padded to a legal size, and its mirror."""
     height, width = image.shape[:2]
     return Protocol((network.sides.up(height), network.sides.up(width)))
 
 
-def _checked(image: np.ndarray, name: str) -> np.ndarray:
+def checked_image(image: np.ndarray, name: str) -> np.ndarray:
     """The image in torch's memory layout. Raises DataError unless it is uint8 [H, W, 3] with pixels."""
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,):
         kind = (
@@ -359,7 +172,7 @@ def _eval_mode(network: Network) -> Generator[None, None, None]:
             module.training = True
 
 
-def _decide(sums: WindowSums, *, scale: ConfidenceScale, probabilities: bool, name: str) -> Prediction:
+def decide_sums(sums: WindowSums, *, scale: ConfidenceScale, probabilities: bool, name: str) -> Prediction:
     try:
         with torch.inference_mode():
             return decide_strips(
@@ -367,84 +180,3 @@ def _decide(sums: WindowSums, *, scale: ConfidenceScale, probabilities: bool, na
             )
     except DataError as error:
         raise NumericsError(str(error)) from None
-
-
-def _scaled(height: int, width: int, long_side: int) -> tuple[int, int]:
-    if height >= width:
-        return long_side, max(1, round(long_side / height * width))
-    return max(1, round(long_side / width * height)), long_side
-
-
-def _resize(images: torch.Tensor, size: tuple[int, int], *, corners: bool) -> torch.Tensor:
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=corners)
-
-
-def _slide(
-    network: Network,
-    image: torch.Tensor,
-    protocol: Protocol,
-    *,
-    average: Average,
-    memories: Sequence[Memory | None],
-    variants: Variants | None,
-) -> list[WindowSums]:
-    """Scores of all windows of an image [1, 3, H, W], summed where they overlap, for each variant."""
-    height, width = image.shape[2:]
-    assert not isinstance(protocol.window, str)
-    window_h, window_w = protocol.window
-    pad_h, pad_w = max(window_h - height, 0), max(window_w - width, 0)
-    # The mean color is 0 after normalization.
-    padded = F.pad(image, (pad_w // 2, pad_w - pad_w // 2, pad_h // 2, pad_h - pad_h // 2))
-    corners = [
-        (top, left)
-        for top in window_starts(padded.shape[2], window_h)
-        for left in window_starts(padded.shape[3], window_w)
-    ]
-    shape = (network.classes, padded.shape[2], padded.shape[3])
-    all_sums = [WindowSums(shape, image.device, memory) for memory in memories]
-    for start in range(0, len(corners), WINDOWS_AT_ONCE):
-        batch = corners[start : start + WINDOWS_AT_ONCE]
-        windows = torch.cat(
-            [padded[:, :, top : top + window_h, left : left + window_w] for top, left in batch]
-        )
-        if protocol.mirror:
-            windows = torch.cat([windows, windows.flip(3)])
-        with _precision(protocol, windows, variants):
-            logits = variants.logits(windows) if variants else [network(windows).main]
-            for sums, scores in zip(all_sums, logits, strict=True):
-                if average == "probabilities":
-                    scores = scores.float().softmax(dim=1)
-                for index, (top, left) in enumerate(batch):
-                    mirrored = scores[len(batch) + index] if protocol.mirror else None
-                    sums.add(scores[index], top, left, mirrored=mirrored)
-    for sums in all_sums:
-        sums.crop(pad_h // 2, pad_w // 2, height=height, width=width)
-    return all_sums
-
-
-def _whole(
-    network: Network,
-    image: torch.Tensor,
-    protocol: Protocol,
-    *,
-    shape: tuple[int, int, int],
-    average: Average,
-    memories: Sequence[Memory | None],
-    variants: Variants | None,
-) -> list[WindowSums]:
-    """Scores of a whole image [1, 3, h, w] for each variant; its logits are scaled to `shape`, [K, H, W]."""
-    images = torch.cat([image, image.flip(3)]) if protocol.mirror else image
-    all_sums = [WindowSums(shape, image.device, memory) for memory in memories]
-    with _precision(protocol, images, variants):
-        logits = variants.logits(images) if variants else [network(images).main]
-        for sums, scores in zip(all_sums, logits, strict=True):
-            scores = _resize(scores.float(), shape[1:], corners=True)
-            if average == "probabilities":
-                scores = scores.softmax(dim=1)
-            sums.add(scores[0], 0, 0, mirrored=scores[1] if protocol.mirror else None)
-    return all_sums
-
-
-def _precision(protocol: Protocol, images: torch.Tensor, variants: Variants | None) -> torch.autocast:
-    # Variants change the classifier's bias in between, which a cached cast of it would hide.
-    return torch.autocast(images.device.type, torch.bfloat16, protocol.bf16, cache_enabled=variants is None)

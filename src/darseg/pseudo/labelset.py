@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from darseg.data.files import (
 )
 from darseg.data.manifest import Sample
 from darseg.data.maps import is_whole, label_path, path_of_id, write_map
-from darseg.data.pipeline import overlapped
+from darseg.data.pipeline import ONE_BY_ONE, Finish, Flow, each, overlapped_groups
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
 from darseg.pseudo.alignment import Alignment
@@ -221,38 +223,128 @@ class Predictor:
         predict: (Sample, what was read) → Prediction; called for one image at a time.
         folder: where predictions wait for the second pass; None: every image is predicted twice.
         written: called when a new prediction is in `folder`.
+        groups: predicts groups of images instead; None: each by `predict`.
     """
 
     read: Callable[[Sample], Any]
     predict: Callable[[Sample, Any], Prediction]
     folder: Path | None
     written: Callable[[Sample], object] = lambda _: None
+    groups: Groups | None = None
+
+    @property
+    def images(self) -> int:
+        """How many consecutive images of a set are predicted as a group, always together."""
+        return 1 if self.groups is None else self.groups.images
 
     def run(
         self,
         samples: Sequence[Sample],
         use: Callable[[Sample, Prediction], object],
         advance: Callable[[], object] = lambda: None,
+        *,
+        wanted: Collection[str] | None = None,
     ) -> None:
-        """Call `use` with every sample's prediction, in threads; new predictions are first kept in `folder`."""
+        """Call `use` with every sample's prediction, in threads; new predictions are first kept in `folder`.
 
-        def read(sample: Sample) -> Any:
-            waiting = None if self.folder is None else read_prediction(self.folder, sample.id)
-            return self.read(sample) if waiting is None else waiting
+        Args:
+            samples: beginning with a whole group, all of the same lengths but the last.
+            wanted: ids of the samples to use; None: all. Others are predicted only if they belong to a group that is
+                predicted again: without them, the last bits of its scores may differ.
+        """
+        left = iter(range(len(samples) if wanted is None else len(wanted)))
 
-        def work(sample: Sample, content: Any) -> tuple[bool, Prediction]:
-            if isinstance(content, Prediction):
-                return False, content
-            return True, self.predict(sample, content)
+        def read(task: _Task) -> Any:
+            waiting = read_prediction(self.folder, task.sample.id) if task.waits and self.folder else None
+            if waiting is not None:
+                return waiting
+            return self.read(task.sample) if self.groups is None else self.groups.read(task.sample)
 
-        def write(sample: Sample, result: tuple[bool, Prediction]) -> None:
-            new, prediction = result
-            if new and self.folder is not None:
-                write_whole(prediction_path(self.folder, sample.id), prediction.to_bytes())
+        def write(task: _Task, made: _Made) -> None:
+            sample = task.sample
+            if made.new and self.folder is not None:
+                write_whole(prediction_path(self.folder, sample.id), made.prediction.to_bytes())
                 self.written(sample)
-            use(sample, prediction)
+            if wanted is None or sample.id in wanted:
+                use(sample, made.prediction)
 
-        overlapped(samples, read=read, work=work, write=write, advance=advance)
+        overlapped_groups(
+            self._tasks(samples, wanted),
+            read=read,
+            work=self._work,
+            write=write,
+            # Images that are not wanted were counted before.
+            advance=lambda: next(left, None) is not None and advance(),
+            flow=ONE_BY_ONE if self.groups is None else self.groups.flow,
+        )
+
+    def _tasks(self, samples: Sequence[Sample], wanted: Collection[str] | None) -> Iterator[list[_Task]]:
+        """Groups of samples, without those of which nothing has to be done."""
+        for start in range(0, len(samples), self.images):
+            group = samples[start : start + self.images]
+            needed = [sample for sample in group if wanted is None or sample.id in wanted]
+            waits = self.folder is not None and (
+                self.images == 1 or all(prediction_path(self.folder, sample.id).exists() for sample in group)
+            )
+            if needed:
+                yield [_Task(sample, waits) for sample in (needed if waits else group)]
+
+    def _work(self, contents: Iterator[tuple[_Task, Any]]) -> Iterator[tuple[_Task, Finish[_Made]]]:
+        """The predictions of a group: those that wait, or new ones."""
+        first = next(contents, None)
+        if first is None:
+            return
+        rest = chain([first], contents)
+        if not first[0].waits:
+            yield from self._new(rest)
+            return
+        for task, content in rest:
+            if isinstance(content, Prediction):
+                yield task, partial(_Made, False, content)
+            else:  # it did not wait, or was damaged
+                yield from self._new(iter([(task, content)]))
+
+    def _new(self, images: Iterator[tuple[_Task, Any]]) -> Iterator[tuple[_Task, Finish[_Made]]]:
+        alone = each(lambda task, image: self.predict(task.sample, image))
+        predicted = alone(images) if self.groups is None else self.groups.predict(images)
+        return ((task, partial(_made, finish)) for task, finish in predicted)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Predicts groups of images.
+
+    Attributes:
+        images: how many are a group.
+        read: Sample → what `predict` needs of it; called ahead, in threads.
+        predict: the images of a group → each with what returns its prediction.
+        flow: how many are read ahead and wait to be written.
+    """
+
+    images: int
+    read: Callable[[Sample], Any]
+    predict: Callable[[Iterator[tuple[Any, Any]]], Iterator[tuple[Any, Finish[Prediction]]]]
+    flow: Flow = ONE_BY_ONE
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """An image to predict; or its prediction may wait, and is used if so."""
+
+    sample: Sample
+    waits: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A prediction, and whether it was made now."""
+
+    new: bool
+    prediction: Prediction
+
+
+def _made(finish: Finish[Prediction]) -> _Made:
+    return _Made(True, finish())
 
 
 def count_predictions(
@@ -307,16 +399,16 @@ def assign_labels(
             log.add(sample.id, ImageFacts.of_labeling(prediction, counts))
         write_map(label_path(labels, sample.id), label_map)
 
-    missing = []
+    missing = set()
     for sample in samples:
         path = label_path(labels, sample.id)
         existing = _read_map(path)
         if existing is None:
-            missing.append(sample)
+            missing.add(sample.id)
         else:
             count(existing)
             advance()
-    predictor.run(missing, write, advance)
+    predictor.run(samples, write, advance, wanted=missing)
     return kept
 
 

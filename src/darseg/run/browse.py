@@ -232,8 +232,8 @@ class Repredictor(RememberedPredictions):
             protocol, scale = labeling_protocol(recipe), SCALES[recipe.labeling.confidence]
             alignment = self.round.run.label_set(self.round.index).alignment
             if alignment is None:
-                self._predictor = network_predictor(network, lambda image: protocol, scale)
+                self._predictor = network_predictor(network, protocol, scale)
             else:
-                scores = network_scores(network, lambda image: protocol, scale)
+                scores = network_scores(network, protocol, scale)
                 self._predictor = scores.predictor(alignment.factors)
         return self._predictor.predict(sample, read_image(sample.image, sample.reading))

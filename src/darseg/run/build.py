@@ -332,6 +332,7 @@ def _protocol(recipe: Recipe, config: ProtocolConfig | LabelingConfig) -> Protoc
         mirror=config.mirror,
         scales=tuple(config.scales),
         bf16=recipe.training.precision == "bf16",
+        windows_at_once=config.windows_at_once,
     )
 
 

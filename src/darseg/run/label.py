@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from darseg.config.recipe import LabelingConfig, Recipe
@@ -223,9 +222,6 @@ def _digest_predictor(trained: Trained) -> dict[str, str]:
     return {"network": digest_path(trained.path), "protocol": digests[0], **decisions}
 
 
-def _protocol_of(trained: Trained) -> Callable[[np.ndarray], Protocol]:
-    """How images are predicted for labeling; without a recipe, each as a whole."""
-    if trained.recipe is None:
-        return trained.protocol
-    protocol = labeling_protocol(trained.recipe)
-    return lambda image: protocol
+def _protocol_of(trained: Trained) -> Protocol | None:
+    """How images are predicted for labeling; None without a recipe: each as a whole."""
+    return None if trained.recipe is None else labeling_protocol(trained.recipe)

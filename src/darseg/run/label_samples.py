@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +17,20 @@ from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Pre
 from darseg.errors import StorageError
 from darseg.model.decide import decide
 from darseg.model.network import Network
-from darseg.model.predict import Memory, Protocol, predict_for_labeling, scores_for_labeling
+from darseg.model.predict import predict_for_labeling, scores_for_labeling, whole_image
+from darseg.model.together import Picture, Together, flow_for
+from darseg.model.windows import Memory, Protocol
 from darseg.pseudo.assign import LabelRule
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labeling import Labeling
-from darseg.pseudo.labelset import FactsLog, Predictor, PseudoLabelSet, assign_labels, count_predictions
+from darseg.pseudo.labelset import (
+    FactsLog,
+    Groups,
+    Predictor,
+    PseudoLabelSet,
+    assign_labels,
+    count_predictions,
+)
 from darseg.pseudo.scores import ScoreSource, scores_bytes_per_pixel
 from darseg.pseudo.thresholds import choose_thresholds
 from darseg.run.align_samples import align_samples
@@ -53,7 +62,7 @@ def label_samples(
             samples, task, predictor, files=files, processes=processes, progress=progress
         )
         predictor = predictor.predictor(alignment.factors)
-    own = processes.share(samples)
+    own = processes.share(samples, predictor.images)
     if files.histogram.exists():
         histogram = ConfidenceHistogram.from_bytes(read_file(files.histogram))
         processes.wait()
@@ -80,7 +89,7 @@ def label_samples(
 
 def network_predictor(
     network: Network,
-    protocol: Callable[[np.ndarray], Protocol],
+    protocol: Protocol | None,
     scale: ConfidenceScale,
     *,
     folder: Path | None = None,
@@ -88,22 +97,28 @@ def network_predictor(
     """A predictor of images by a network in eval mode.
 
     Args:
-        protocol: image, uint8 [H, W, 3] → how it is predicted.
+        protocol: how images are predicted; None: each in one window, and its mirror.
         folder: where predictions wait for the second pass; None: images are predicted twice.
     """
-    memory = Memory()
+    memory, together = Memory(), Together(network, protocol, average="logits", scale=scale)
 
     def run(sample: Sample, image: np.ndarray) -> Prediction:
-        return predict_for_labeling(
-            network, image, protocol(image), name=str(sample.image), scale=scale, memory=memory
-        )
+        how = protocol or whole_image(network, image)
+        return predict_for_labeling(network, image, how, name=str(sample.image), scale=scale, memory=memory)
 
-    return Predictor(lambda sample: read_image(sample.image, sample.reading), run, folder)
+    def read(sample: Sample) -> np.ndarray:
+        return read_image(sample.image, sample.reading)
+
+    def picture(sample: Sample) -> Picture:
+        return Picture.of(read(sample), str(sample.image), together.device)
+
+    groups = Groups(together.images, picture, together.predict_each, flow_for(together.device))
+    return Predictor(read, run, folder, groups=groups)
 
 
 def network_scores(
     network: Network,
-    protocol: Callable[[np.ndarray], Protocol],
+    protocol: Protocol | None,
     scale: ConfidenceScale,
     *,
     scores: Path | None = None,
@@ -112,7 +127,7 @@ def network_scores(
     """The scores of images by a network in eval mode, for aligned decisions.
 
     Args:
-        protocol: image, uint8 [H, W, 3] → how it is predicted.
+        protocol: how images are predicted; None: each in one window, and its mirror.
         scores, predictions: where they wait; see `ScoreSource`.
     """
     memory = Memory()
@@ -121,7 +136,7 @@ def network_scores(
         return scores_for_labeling(
             network,
             image,
-            protocol(image),
+            protocol or whole_image(network, image),
             scale=scale,
             name=str(sample.image),
             memory=memory,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,20 +13,18 @@ from numpy.typing import NDArray
 
 from darseg.choices import ResultAlign
 from darseg.data.classes import ClassSet
-from darseg.data.dataset import Example, load_example
+from darseg.data.dataset import load_example
 from darseg.data.manifest import Sample
-from darseg.data.pipeline import overlapped
-from darseg.model.aligned import AlignmentRecord, Variants
+from darseg.data.pipeline import Finish, overlapped_groups
+from darseg.data.prediction import FINE, Prediction
+from darseg.model.aligned import AlignmentRecord
 from darseg.model.network import Network
-from darseg.model.predict import Memory, Protocol, predict_variants
+from darseg.model.together import Picture, Together, flow_for
+from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
 from darseg.run.journal import Advance
 from darseg.training.bootstrap import LEVEL, RESAMPLES, Difference, counts_of_image, paired_difference
 from darseg.training.scores import Scores, number
-
-SUMS_IN_MEMORY = 1 << 30
-"""Bytes of the probabilities of all variants of one image; what is more is predicted in several passes."""
-
 
 DECISION_VERSION = 2
 """Of the rule by which the result is decided: another rule, another decision."""
@@ -52,40 +52,51 @@ def score_variants(
     protocol: Protocol,
     advance: Advance,
 ) -> VariantScores:
-    """Scores of a network (in eval mode) with each of the class weights; None: without."""
-    memories = [Memory() for _ in records]
-    counts: list[NDArray[np.int64]] = []
-    totals = np.zeros((len(records), len(classes), len(classes)), np.int64)
+    """Scores of a network (in eval mode) with each of the class weights; None: without.
 
-    def score(sample: Sample, example: Example) -> None:
-        sums = 4 * len(classes) * example.label.size
-        at_once = max(1, SUMS_IN_MEMORY // sums)
-        of_image = []
-        for start in range(0, len(records), at_once):
-            part = slice(start, start + at_once)
-            predictions = predict_variants(
-                Variants(network, records[part]),
-                example.image,
-                protocol,
-                name=str(sample.image),
-                memories=memories[part],
-            )
-            of_image += [
-                Scores.empty(len(classes)).plus(example.label, prediction.classes).confusion
-                for prediction in predictions
-            ]
-        totals[:] += of_image
-        counts.append(np.stack([counts_of_image(confusion) for confusion in of_image]))
+    Args:
+        samples: beginning with a whole group of `group_size`, all of the same lengths but the last.
+    """
+    together = Together(network, protocol, average="probabilities", scale=FINE, records=records)
+    counts: dict[str, NDArray[np.int64]] = {}
 
-    overlapped(
-        samples,
-        read=lambda sample: load_example(sample, classes),
-        work=score,
-        write=lambda *_: None,
+    def read(sample: Sample) -> tuple[NDArray[np.uint8], Picture]:
+        example = load_example(sample, classes)
+        return example.label, Picture.of(example.image, str(sample.image), together.device)
+
+    def work(
+        contents: Iterator[tuple[Sample, tuple[NDArray[np.uint8], Picture]]],
+    ) -> Iterator[tuple[Sample, Finish[NDArray[np.int64]]]]:
+        pictures = (((sample, label), picture) for sample, (label, picture) in contents)
+        for (sample, label), finish in together.predict(pictures):
+            yield sample, partial(_confusions, label, finish, len(classes))
+
+    def count(sample: Sample, confusions: NDArray[np.int64]) -> None:
+        with lock:
+            totals[:] += confusions
+            counts[sample.id] = np.stack([counts_of_image(confusion) for confusion in confusions])
+
+    totals, lock = np.zeros((len(records), len(classes), len(classes)), np.int64), threading.Lock()
+    overlapped_groups(
+        (samples[start : start + together.images] for start in range(0, len(samples), together.images)),
+        read=read,
+        work=work,
+        write=count,
         advance=advance,
+        flow=flow_for(together.device),
     )
-    shape = (len(counts), len(records), 3, len(classes))
-    return VariantScores(totals, np.stack(counts) if counts else np.zeros(shape, np.int64))
+    shape = (0, len(records), 3, len(classes))
+    in_order = [counts[sample.id] for sample in samples]
+    return VariantScores(totals, np.stack(in_order) if in_order else np.zeros(shape, np.int64))
+
+
+def _confusions(
+    label: NDArray[np.uint8], finish: Finish[list[Prediction]], classes: int
+) -> NDArray[np.int64]:
+    """The confusion of each variant in one image, int64 [M, K, K]."""
+    return np.stack(
+        [Scores.empty(classes).plus(label, prediction.classes).confusion for prediction in finish()]
+    )
 
 
 @dataclass(frozen=True)

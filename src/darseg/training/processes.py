@@ -84,9 +84,16 @@ class Processes:
 
     # --- work and its results
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """The items that this process works on; each item belongs to one process."""
-        return items[self.rank :: self.count]
+    def share(self, items: Sequence[T], group: int = 1) -> Sequence[T]:
+        """The items that this process works on; each item belongs to one process.
+
+        Args:
+            group: so many consecutive items stay together: the groups are the same for any number of processes.
+        """
+        if group == 1 or self.count == 1:
+            return items[self.rank :: self.count]
+        starts = range(self.rank * group, len(items), self.count * group)
+        return [item for start in starts for item in items[start : start + group]]
 
     def add_up(self, counts: np.ndarray) -> np.ndarray:
         """int64 counts, added up over all processes."""

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darseg.model.aligned import AlignmentRecord, fold_alignment
-from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, read_spec, save_network
+from darseg.model.windows import Protocol, group_size
 from darseg.run.build import evaluation_protocol, load_to_predict
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
@@ -126,7 +126,8 @@ class _Evaluation:
         course, round_ = self.course, self.round
         samples, processes = course.manifest.validation, course.processes
         network = load_to_predict(course.run.network(round_.index))
-        share = processes.share(samples)
+        group = group_size(self.protocol, network.mean.device)
+        share = processes.share(samples, group)
         with (
             course.journal.progress(f"round {round_.index}: evaluate", len(share)) as advance,
             explain_memory(less_to_predict(course.recipe, "evaluation", self.protocol)),
@@ -145,7 +146,7 @@ class _Evaluation:
         if not self.records:
             return confusions, own.counts
         # In the order of the images, whatever the number of processes: the bootstrap draws by position.
-        places = processes.to_first(np.array(processes.share(range(len(samples))), np.int64))
+        places = processes.to_first(np.array(processes.share(range(len(samples)), group), np.int64))
         return confusions, processes.to_first(own.counts)[np.argsort(places)]
 
     def _write(self, described: Mapping[str, Any], decision: Decision | None) -> Result:

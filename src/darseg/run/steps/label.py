@@ -122,10 +122,10 @@ def _predictor(
     scale, waits = SCALES[config.confidence], not config.predict_twice
     if config.align == "none":
         folder = predictions if waits else None
-        return network_predictor(network, lambda image: protocol, scale, folder=folder)
+        return network_predictor(network, protocol, scale, folder=folder)
     return network_scores(
         network,
-        lambda image: protocol,
+        protocol,
         scale,
         scores=course.path(round_, WAITING_SCORES) if waits else None,
         predictions=predictions,
