@@ -131,9 +131,7 @@ def label(job: Job, samples: Sequence[Sample]) -> float:
     classes = job.network.classes
     task = LabelTask(Labeling(ratio=RATIO), ClassDistribution(np.full(classes, 1 / classes)), seed=0)
     files = LabelFiles(out / "maps", out / "histogram.npz", out / "alignment.json")
-    predictor = network_predictor(
-        job.network, lambda image: job.protocol, FLOAT16, folder=out / "predictions"
-    )
+    predictor = network_predictor(job.network, job.protocol, FLOAT16, folder=out / "predictions")
     began = now()
     label_samples(samples, task, predictor, files=files, processes=Processes(), progress=silent)
     return now() - began

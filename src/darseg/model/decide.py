@@ -136,13 +136,15 @@ def decide_strips(
 def decide_later(
     scores_KBHW: Tensor, *, scale: ConfidenceScale, probabilities: bool, names: Sequence[str]
 ) -> list[Callable[[], Prediction]]:
-    """`decide` for several images on a GPU, without waiting for it: for each image what waits and returns.
+    """`decide` for several images on a GPU, without waiting for it.
 
     Args:
         scores_KBHW: float32; they are overwritten.
         names: of the B images, for error messages.
 
-    What is returned raises DataError as `decide` does. It may be called in another thread.
+    Returns:
+        for each image what waits for its prediction and returns it, or raises DataError as `decide` does. It may be
+        called in another thread.
     """
     axes = (0, 2, 3)
     facts = [scores_KBHW.abs().nan_to_num(float("inf")).amax(axes)]
@@ -176,7 +178,7 @@ def decide_later(
 
 
 def _copy_to_host(tensor: Tensor) -> Tensor:
-    """A copy on the host, which a GPU makes while others go on: whole once an event recorded after it has passed."""
+    """A copy on the host; of a GPU's tensor it is whole once an event that is recorded later has passed."""
     if tensor.device.type == "cpu":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

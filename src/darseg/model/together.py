@@ -115,12 +115,11 @@ class Together:
         """
         waiting: dict[tuple[Protocol, tuple[int, int]], list[tuple[Item, Picture]]] = {}
         for item, picture in pictures:
-            height, width = picture.size
             protocol = self.protocol or whole_image(self.network, picture.pixels.numpy())
-            key = protocol, like_size(protocol, height, width)
+            key = protocol, like_size(protocol, *picture.size)
             alike = waiting.setdefault(key, [])
             alike.append((item, picture))
-            if len(alike) == images_in_pass(protocol, self.network, height, width):
+            if len(alike) == images_in_pass(protocol, self.network, picture.size):
                 yield from self._predict(protocol, waiting.pop(key))
         for (protocol, _), alike in waiting.items():
             yield from self._predict(protocol, alike)

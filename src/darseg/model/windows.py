@@ -1,4 +1,4 @@
-"""Windows of images through a network, summed where they overlap: the arithmetic of whole-image prediction.
+"""Windows of images through a network, summed where they overlap. The only sliding window in darseg.
 
 Shape letters: B images, K classes, H, W pixels of an image, h, w of a window.
 """
@@ -20,8 +20,7 @@ from darseg.model.aligned import Variants
 from darseg.model.network import Network
 
 WINDOWS_OF_IMAGE = 4
-"""Windows (and as many mirrored ones) in one forward pass on a CPU; fixed, because another number can change last bits.
-More do not make a CPU faster (docs/performance.md)."""
+"""Windows (and as many mirrored ones) in one forward pass on a CPU. Fixed: another number can change last bits."""
 
 PIXELS_AT_ONCE = 1 << 22
 """Pixels, mirrored ones included, in one forward pass on a GPU: four windows of 713x713 and their mirror images."""
@@ -178,7 +177,7 @@ def windows_at_once(protocol: Protocol, device: torch.device, window: tuple[int,
 
 
 def group_size(protocol: Protocol | None, device: torch.device) -> int:
-    """How many consecutive images may share forward passes. Which of them do follows from these images alone.
+    """How many consecutive images are a group, in which images may share forward passes.
 
     If all images have one window each, or each has two, and so on, all passes of a group are full.
 
@@ -195,24 +194,27 @@ def group_size(protocol: Protocol | None, device: torch.device) -> int:
 
 
 def like_size(protocol: Protocol, height: int, width: int) -> tuple[int, int]:
-    """Equal for images that can go through the network together: their size, or the window that each fits into."""
+    """A size that images have in common if they can go through the network together.
+
+    It is their own, or the window that each of them fits into.
+    """
     window = protocol.window
     if not isinstance(window, str) and protocol.keeps_size and height <= window[0] and width <= window[1]:
         return window
     return height, width
 
 
-def images_in_pass(protocol: Protocol, network: Network, height: int, width: int) -> int:
+def images_in_pass(protocol: Protocol, network: Network, size: tuple[int, int]) -> int:
     """How many images like this one go through the network in one pass; at least 1."""
-    device, sizes = network.mean.device, _sizes(protocol, network, height, width)
+    device, sizes = network.mean.device, _sizes(protocol, network, size)
     if isinstance(protocol.window, str):
         return windows_at_once(protocol, device, max(sizes))
     counts = (
         math.prod(
             len(window_starts(max(side, window), window))
-            for side, window in zip(size, protocol.window, strict=True)
+            for side, window in zip(scaled, protocol.window, strict=True)
         )
-        for size in sizes
+        for scaled in sizes
     )
     return max(1, windows_at_once(protocol, device, protocol.window) // max(counts))
 
@@ -243,7 +245,7 @@ def sum_windows(
     height, width = normalized.shape[2:]
     shape = (len(images) * network.classes, height, width)
     all_scales: list[WindowSums] = []
-    for size in _sizes(protocol, network, height, width):
+    for size in _sizes(protocol, network, (height, width)):
         same = size == (height, width)
         scaled = normalized if same else _resize(normalized, size, corners=whole)
         how: dict = {"average": average, "memories": memories, "variants": variants}
@@ -267,7 +269,10 @@ def place(image: Tensor, height: int, width: int) -> tuple[int, int]:
 
 
 def _normalized(network: Network, images: Sequence[Tensor], protocol: Protocol) -> Tensor:
-    """The images as the network takes them, float32 [B, 3, H, W]; those of several sizes are padded to a window."""
+    """The images as the network takes them, float32 [B, 3, H, W].
+
+    Those of several sizes are padded to a window.
+    """
     moved = [image.to(network.mean.device, non_blocking=True)[None].permute(0, 3, 1, 2) for image in images]
     if len({image.shape for image in images}) == 1:
         return network.normalize(moved[0] if len(moved) == 1 else torch.cat(moved))
@@ -282,12 +287,13 @@ def _normalized(network: Network, images: Sequence[Tensor], protocol: Protocol) 
     return padded
 
 
-def _sizes(protocol: Protocol, network: Network, height: int, width: int) -> list[tuple[int, int]]:
-    """Height and width of an image on each scale."""
+def _sizes(protocol: Protocol, network: Network, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Height and width of an image of this size on each scale."""
+    height, width = size
     long_sides = (round(scale * (protocol.base_size or max(height, width))) for scale in protocol.scales)
     sizes = [_scaled(height, width, long_side) for long_side in long_sides]
     if protocol.window == "whole":
-        return [(network.sides.nearest(size[0]), network.sides.nearest(size[1])) for size in sizes]
+        return [(network.sides.nearest(high), network.sides.nearest(wide)) for high, wide in sizes]
     return sizes
 
 
@@ -357,7 +363,11 @@ def _whole(
     memories: Sequence[Memory | None],
     variants: Variants | None,
 ) -> list[WindowSums]:
-    """Scores of images [B, 3, h, w] in one piece, for each variant. Their logits are scaled to `shape`, [B * K, H, W]."""
+    """Scores of images [B, 3, h, w] in one piece, for each variant.
+
+    Args:
+        shape: [B * K, H, W], to which logits are scaled.
+    """
     count = len(images)
     both = torch.cat([images, images.flip(3)]) if protocol.mirror else images
     all_sums = [WindowSums(shape, images.device, memory) for memory in memories]

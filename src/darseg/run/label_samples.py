@@ -112,7 +112,9 @@ def network_predictor(
     def picture(sample: Sample) -> Picture:
         return Picture.of(read(sample), str(sample.image), together.device)
 
-    groups = Groups(together.images, picture, together.predict_each, flow_for(together.device))
+    groups = Groups(
+        together.images, read=picture, predict=together.predict_each, flow=flow_for(together.device)
+    )
     return Predictor(read, run, folder, groups=groups)
 
 

@@ -11,10 +11,10 @@ import torch
 from darseg.config.recipe import Recipe
 from darseg.errors import MemoryLimit
 from darseg.model.backbone import RESNETS
-from darseg.model.predict import Protocol
 from darseg.model.sides import Sides
 from darseg.model.vit import is_transformer
-from darseg.run.build import evaluation_protocol, labeling_protocol, spec_of
+from darseg.model.windows import Protocol, windows_at_once
+from darseg.run.build import evaluation_protocol, labeling_protocol, pick_device, spec_of
 from darseg.run.plan import Round
 
 _NO_MEMORY = re.compile(
@@ -77,6 +77,7 @@ def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: 
     """
     smaller = [scale for scale in protocol.scales if scale <= 1] or [1.0]
     remedies = [f"{section}.scales={smaller}"] if max(protocol.scales) > 1 else []
+    remedies += _fewer_windows(section, protocol)
     remedies += _smaller_windows(recipe, section, protocol)
     if not begun:
         return f"Change the recipe: {_either(remedies)}."
@@ -118,6 +119,14 @@ def _recomputes(recipe: Recipe) -> bool:
     """Whether training.recompute works on the backbone and saves memory."""
     name = recipe.network.backbone
     return recipe.network.freeze == "none" and (name in RESNETS or is_transformer(name))
+
+
+def _fewer_windows(section: str, protocol: Protocol) -> list[str]:
+    """Half as many windows in one forward pass; nothing if one goes alone, or it is not known how many do."""
+    if isinstance(protocol.window, str):
+        return []
+    present = windows_at_once(protocol, pick_device(), protocol.window)
+    return [f"{section}.windows_at_once={present // 2} (now {present})"] if present > 1 else []
 
 
 def _smaller_windows(recipe: Recipe, section: str, protocol: Protocol) -> list[str]:
