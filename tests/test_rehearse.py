@@ -15,7 +15,7 @@ from conftest import write_png
 from darseg.config.text import load_recipe
 from darseg.data.video import VideoWriter
 from darseg.errors import DataError, MemoryLimit, StorageError
-from darseg.model import predict as sliding
+from darseg.model import windows as sliding
 from darseg.model.weights import save_network
 from darseg.run import evaluate as evaluate_module
 from darseg.run import predict as predict_module

@@ -101,6 +101,8 @@ def less_at_once(recipe: Recipe | None, section: str = "evaluation") -> str:
         )
     protocol = labeling_protocol(recipe) if section == "labeling" else evaluation_protocol(recipe)
     smaller = _smaller_windows(recipe, section, protocol)
+    if pick_device().type == "cuda":  # a CPU predicts a small image by a single window in any case
+        smaller = _fewer_windows(section, protocol) + smaller
     if not smaller:
         return "Close other programs that use it."
     return (
@@ -122,7 +124,7 @@ def _recomputes(recipe: Recipe) -> bool:
 
 
 def _fewer_windows(section: str, protocol: Protocol) -> list[str]:
-    """Half as many windows in one forward pass; nothing if one goes alone, or it is not known how many do."""
+    """Half as many windows in one forward pass; nothing if one goes alone, or their size is not known."""
     if isinstance(protocol.window, str):
         return []
     present = windows_at_once(protocol, pick_device(), protocol.window)
