@@ -43,11 +43,12 @@ from darseg.demo.scenes import draw_scene
 from darseg.errors import DataError, Interrupted, NumericsError
 from darseg.init.fit import step_seconds
 from darseg.methods.self_training import self_training, self_training_loss
-from darseg.model import predict as sliding
+from darseg.model import windows as sliding
 from darseg.model.decide import decide
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import Protocol, predict, predict_for_labeling, scores_for_labeling
 from darseg.model.recompute import recompute_blocks
+from darseg.model.together import Picture, Together
 from darseg.pseudo.labeling import AlignSettings
 from darseg.run import build as build_module
 from darseg.run import rounds as rounds_module
@@ -740,6 +741,46 @@ def test_predictions_are_those_of_the_cpu(finished: Path, monkeypatch: pytest.Mo
         assert np.abs(codes - others).max() < 0.02 * FINE_STEPS
     scores, others = (scores_for_labeling(each, images[0], protocols[0]) for each in (network, plain))
     np.testing.assert_allclose(scores.astype(float), others.astype(float), rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("average", ["logits", "probabilities"])
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_images_share_passes_and_nothing_waits_for_the_gpu(
+    average: Any, bf16: bool, finished: Path, tmp_path: Path
+) -> None:
+    """Decisions are those of one image at a time but for rounding; a group made again has the same bytes."""
+    network, protocol = load_to_predict(RunDirectory(finished).network(1)), Protocol((65, 97), bf16=bf16)
+    sizes = [(65, 97), (60, 90), (65, 97), (130, 194), (1, 5), (65, 130)] * 9
+    scenes = [draw_scene(7, index, (130, 194))[0] for index in range(len(sizes))]
+    images = [scene[:height, :width] for scene, (height, width) in zip(scenes, sizes, strict=True)]
+    records = None if average == "logits" else [None]
+    together = Together(network, protocol, average=average, scale=FINE, records=records)
+    assert together.images == (64 if GPU else 1)
+
+    def predicted() -> dict[int, Any]:
+        pictures = [(index, Picture.of(image, str(index), device())) for index, image in enumerate(images)]
+        try:
+            waiting_is_an_error(True)
+            finishes = list(together.predict_each(iter(pictures)))
+        finally:
+            waiting_is_an_error(False)
+        return {index: finish() for index, finish in finishes}
+
+    predicted()  # what is made once, such as memory
+    first, again = predicted(), predicted()
+    differing = codes = 0
+    for index, image in enumerate(images):
+        assert first[index].to_bytes() == again[index].to_bytes()
+        if average == "logits":
+            alone = predict_for_labeling(network, image, protocol, scale=FINE)
+        else:
+            alone = predict(network, image, protocol)
+        same = first[index].classes == alone.classes
+        differing += int((~same).sum())
+        pair = (first[index].codes.astype(int)[same], alone.codes.astype(int)[same])
+        codes = max(codes, int(np.abs(pair[0] - pair[1]).max(initial=0)))
+    pixels = sum(height * width for height, width in sizes)
+    assert differing < (1e-2 if bf16 else 1e-3) * pixels and codes < (0.5 if bf16 else 0.02) * FINE_STEPS
 
 
 @pytest.mark.parametrize("align", [False, True], ids=["plain", "aligned"])

@@ -148,10 +148,13 @@ class Variants:
     def __init__(self, network: Network, records: Sequence[AlignmentRecord | None]) -> None:
         plain = network.alignment.plain_bias if network.alignment else classifier_bias(network).tolist()
         self.network = network
-        self._biases = [
+        biases = (
             plain if record is None else folded_bias(dataclasses.replace(record, plain_bias=plain))
             for record in records
-        ]
+        )
+        # On the device once: each copy from the host would wait for a GPU.
+        device = classifier_bias(network).device
+        self._biases = [torch.tensor(values, dtype=torch.float64, device=device) for values in biases]
 
     def __len__(self) -> int:
         return len(self._biases)
@@ -166,7 +169,7 @@ class Variants:
         before = bias.clone()
         try:
             for values in self._biases:
-                _set(bias, values)
+                bias.copy_(values)
                 yield upsample(head.classify(prepared), (height, width))
         finally:
             bias.copy_(before)
