@@ -33,6 +33,7 @@ from darseg.methods.mixing import box_mask, class_mask, mix, partners_of
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import Teacher, TeacherSettings, with_teacher
 from darseg.model.decide import decide
+from darseg.model.recompute import recompute_blocks
 from darseg.training.loss import squared_error
 from darseg.training.method import Feed, Streamed, stay
 from darseg.training.optimize import SGD
@@ -102,6 +103,19 @@ def test_a_teacher_always_is_in_eval_mode_and_gets_no_gradients() -> None:
     assert state.teacher is not None
     assert not any(module.training for module in state.teacher.network.modules())
     assert not any(parameter.requires_grad for parameter in state.parameters())
+
+
+def test_a_teacher_of_a_network_that_recomputes_stands_on_its_own() -> None:
+    """Blocks that recompute have a forward method that is bound to them."""
+    network = build(DEEPLAB)
+    recompute_blocks(network)
+    teacher = Teacher(network)
+    views = views_at()
+    with torch.no_grad():
+        before = teacher.network(views.weak).main.clone()
+        for parameter in network.parameters():
+            parameter += 1
+        assert torch.equal(teacher.network(views.weak).main, before)
 
 
 def test_an_average_changes_nothing_in_how_the_network_learns() -> None:

@@ -16,10 +16,11 @@ from conftest import recipe_dict
 from darseg.config.text import load_recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes
-from darseg.errors import RecipeError
+from darseg.errors import RecipeError, RunError
 from darseg.methods.acceptance import Above
 from darseg.methods.teacher import TeacherSettings
 from darseg.model.weights import load_network
+from darseg.run.browse import open_round
 from darseg.run.check import plan
 from darseg.run.marks import mark_bad
 from darseg.run.plan import plan_rounds
@@ -77,6 +78,7 @@ def test_online_rounds_before_and_after_a_dars_round(finished: Path) -> None:
     assert len(json.loads((finished / "summary.json").read_text())["rounds"]) == 3
     page = (finished / "report.html").read_text()
     assert "fixmatch" in page and "labeled images only" not in page
+    assert "Accepted while training" in page and "share of accepted pixels by step" in page
 
 
 def test_the_journal_has_shares_of_accepted_pixels_and_their_precision(finished: Path) -> None:
@@ -196,6 +198,14 @@ def test_images_marked_as_bad_are_left_out_of_online_rounds(
     assert "excluded" in inputs
     train(path, out)  # round 0 keeps what it began with
     assert [event["round"] for event in events_of(out, "excluded")] == [1]
+
+
+def test_a_run_without_pseudo_labels_has_none_to_look_through(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = online_recipe(tiny_data)
+    recipe["rounds"] = [{"steps": 2, "use": "online"}]
+    train(write(recipe, tmp_path), tmp_path / "run")
+    with refused(RunError, "online", "no pseudo labels"):
+        open_round(tmp_path / "run")
 
 
 # --- the recipe

@@ -108,6 +108,21 @@ def test_the_weak_view_is_that_of_a_labeled_image(samples: tuple[Sample, ...]) -
     assert views.inside.any() and not views.inside.all()
 
 
+def test_colors_of_labeled_images_change_only_inside() -> None:
+    image, label = picture(), np.arange(48 * 60, dtype=np.uint32).astype(np.uint8).reshape(48, 60)
+    how = replace(HOW, scale=(0.2, 0.45))
+    for seed in range(20):
+        plain, colored = (
+            augment(image, label, replace(how, colors=colors), generator=np.random.default_rng(seed))
+            for colors in (None, Colors(jitter_share=1.0))
+        )
+        assert np.array_equal(plain[1], colored[1])
+        zeros = np.zeros_like(label)
+        outside = augment(image, zeros, how, generator=np.random.default_rng(seed))[1] == IGNORE
+        changed = (plain[0] != colored[0]).any(2)
+        assert changed.any() and outside.any() and not (changed & outside).any()
+
+
 def test_without_changes_of_color_the_strong_view_is_the_weak_view(samples: tuple[Sample, ...]) -> None:
     (views,) = take(samples, 1, strong=StrongViews(UNCHANGED, Boxes(share=0.0)))
     assert torch.equal(views.strong[0], views.weak) and torch.equal(views.strong[1], views.weak)

@@ -144,7 +144,8 @@ def augment(
     drawn = draw((height, width), how, generator=generator)
     cropped, moved = move_image(image, drawn, how), move_label(label, drawn, how)
     if how.colors is not None:
-        cropped[drawn.canvas] = recolor(cropped[drawn.canvas], how.colors, generator=generator)
+        inside = inside_of((height, width), drawn, how)
+        cropped = change_colors(cropped, how.colors, drawn, inside=inside, generator=generator)
     return cropped, moved
 
 
@@ -169,6 +170,21 @@ def move_label(label: np.ndarray, drawn: Draw, how: Augmentation) -> np.ndarray:
     )
     _fill_beyond(moved, drawn.canvas, IGNORE)
     return moved
+
+
+def inside_of(size: tuple[int, int], drawn: Draw, how: Augmentation) -> np.ndarray:
+    """Where the crop shows the image of this height and width, bool [h, w]; False on padding."""
+    return move_label(np.zeros(size, np.uint8), drawn, how) != IGNORE
+
+
+def change_colors(
+    crop: np.ndarray, colors: Colors, drawn: Draw, *, inside: np.ndarray, generator: np.random.Generator
+) -> np.ndarray:
+    """The crop with other colors; the padding keeps its color, and the canvas alone is recolored."""
+    changed = crop.copy()
+    changed[drawn.canvas] = recolor(crop[drawn.canvas], colors, generator=generator)
+    changed[~inside] = crop[~inside]
+    return changed
 
 
 def _fill_beyond(crop: np.ndarray, canvas: tuple[slice, slice], value: int | tuple[int, int, int]) -> None:

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darseg.data.augment import Augmentation, draw, move_image, move_label
+from darseg.data.augment import Augmentation, change_colors, draw, inside_of, move_image, move_label
 from darseg.data.batches import StreamPlace, ahead_of_steps, sample_index
 from darseg.data.classes import IGNORE
-from darseg.data.colors import Colors, recolor
+from darseg.data.colors import Colors
 from darseg.data.dataset import read_truth
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
@@ -220,13 +220,11 @@ def _fill(
     size = image.shape[0], image.shape[1]
     drawn = draw(size, augmentation, generator=np.random.default_rng([*stream, 1, position]))
     weak = move_image(image, drawn, augmentation)
-    inside = move_label(np.zeros(size, np.uint8), drawn, augmentation) != IGNORE
+    inside = inside_of(size, drawn, augmentation)
     memory.weak.numpy()[row], memory.inside.numpy()[row] = weak, inside
     for view in range(len(memory.strong)):
         generator = np.random.default_rng([*stream, 2, position, view])
-        changed = weak.copy()
-        changed[drawn.canvas] = recolor(weak[drawn.canvas], strong.colors, generator=generator)
-        changed[~inside] = weak[~inside]
+        changed = change_colors(weak, strong.colors, drawn, inside=inside, generator=generator)
         memory.strong.numpy()[view, row] = changed
         memory.boxes.numpy()[view, row] = draw_box(augmentation.crop, strong.boxes, generator=generator)
     if truth is not None and memory.truth is not None:

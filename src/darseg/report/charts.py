@@ -204,20 +204,21 @@ def loss_lines(rounds: Sequence[RoundFacts]) -> list[Line]:
 
 def loss_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
     """All losses at all steps that the journal noted, one round after the other."""
-    figure = _curves(rounds, loss_lines(rounds))
+    figure = curves(rounds, loss_lines(rounds))
     figure.update_yaxes(rangemode="tozero")
     return figure
 
 
 def rate_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
     """The learning rate at the noted steps."""
-    figure = _curves(rounds, [Line("learning_rate", "learning rate", "#10a37f")])
+    figure = curves(rounds, [Line("learning_rate", "learning rate", "#10a37f")])
     figure.update_layout(showlegend=False)
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
     return figure
 
 
-def _curves(rounds: Sequence[RoundFacts], lines: Sequence[Line]) -> go.Figure:
+def curves(rounds: Sequence[RoundFacts], lines: Sequence[Line]) -> go.Figure:
+    """These figures of the journal at their steps, one round after the other."""
     figure = _figure(300, hovermode="x unified")
     start, in_legend = 0, set()
     for round_ in rounds:

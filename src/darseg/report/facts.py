@@ -32,6 +32,7 @@ WORSE = 0.02  # IoU that a class may lose from one round to the next without a r
 LONGEST_PROTOCOL = 300  # characters
 
 LOSS = "loss_"  # begins the names of losses in the journal's step events
+ACCEPTANCE = ("accepted", "precision")  # of online rounds: shares of pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,8 @@ class Curve:
 
     Attributes:
         steps: int64 [N], rising, counted from the round's first step.
-        figures: name → float64 [N], NaN if undefined; "learning_rate" and all that begin with LOSS.
+        figures: name → float64 [N], NaN if undefined; "learning_rate", those of ACCEPTANCE, and all that
+            begin with LOSS.
     """
 
     steps: NDArray[np.int64]
@@ -277,7 +279,8 @@ def _curve(events: Sequence[dict]) -> Curve:
             noted = {earlier: figures for earlier, figures in noted.items() if earlier < step}
         noted[step] = event
     present = dict.fromkeys(name for event in noted.values() for name in event)
-    names = [name for name in present if name == "learning_rate" or name.startswith(LOSS)]
+    kept = ("learning_rate", *ACCEPTANCE)
+    names = [name for name in present if name in kept or name.startswith(LOSS)]
 
     def figure(name: str) -> NDArray[np.float64]:
         values = [event.get(name) for event in noted.values()]

@@ -15,6 +15,7 @@ from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
 from darseg.pseudo.alignment import Alignment
 from darseg.report import charts
+from darseg.report.acceptance import accepted_chart
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, css_color, figure_of
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
@@ -322,10 +323,12 @@ def _confidences(page: Page, facts: RunFacts) -> Markup:
 
 
 def _training(page: Page, facts: RunFacts) -> Markup:
+    accepted = accepted_chart(facts.rounds)
     return render(
         "training",
         loss=page.chart(charts.loss_chart(facts.rounds), "loss by step"),
         learning_rate=page.chart(charts.rate_chart(facts.rounds), "learning rate by step"),
+        accepted=None if accepted is None else page.chart(accepted, "share of accepted pixels by step"),
     )
 
 

@@ -107,7 +107,7 @@ def _as_begun(run: RunDirectory, manifest: Manifest) -> bool:
 
 def _nothing_to_open(index: int | None, done: Sequence[int], recipe: Recipe) -> str:
     """Why a round cannot be opened, and what to do."""
-    if len(recipe.rounds) > 1 and not recipe.pseudo_rounds:
+    if not recipe.pseudo_rounds and any(config.use == "online" for config in recipe.rounds):
         return (
             "the rounds of this run are online: they learn from unlabeled images while they train, and write no pseudo "
             "labels."
