@@ -18,6 +18,7 @@ when the time is up is stopped. Whatever is there by then is in OUT:
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -39,6 +40,7 @@ BUNDLE = HERE / ".gpu"
 PYTHON = (3, 12)  # for which the bundle's packages are
 WEIGHTS = "efficientnet_lite0_in1k.pth"
 PARTS = ("tests+comparison:150", "benchmarks:200", "comparison")
+TESTS_AT_ONCE = 8
 GRACE = 8  # seconds between asking a process to stop and killing it
 
 # Run of scripts/neu_seg_results.py → the run whose round 0 it begins with.
@@ -116,7 +118,10 @@ def run_jobs(jobs: Sequence[Job], out: Path, deadline: float, *, at_once: int) -
             if (job.process is not None or running < at_once) and not job.advance(out):
                 waiting.remove(job)
         time.sleep(0.2)
-    for how, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 1)):
+    for how, seconds in (
+        (signal.SIGINT, GRACE),
+        (signal.SIGKILL, 1),
+    ):  # pytest reports what it has after SIGINT
         for job in waiting:
             job.stop(how)
         until = time.monotonic() + seconds
@@ -126,20 +131,11 @@ def run_jobs(jobs: Sequence[Job], out: Path, deadline: float, *, at_once: int) -
 
 
 def tests(out: Path, dry: bool) -> list[Job]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-m",
-        "gpu",
-        "-q",
-        "-ra",
-        "--durations=10",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-ra", "--tb=short", "--durations=10"]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(min(TESTS_AT_ONCE, len(os.sched_getaffinity(0))))]
     dry_run = {"DARSEG_GPU_DRY": "1"} if dry else {}
-    return [Job("tests", [[*command, "tests/test_gpu.py"]], dry_run)]
+    return [Job("tests", [[*command, "-p", "no:cacheprovider", "tests/test_gpu.py"]], dry_run)]
 
 
 def benchmarks(out: Path, dry: bool, seconds: float) -> list[Job]:

@@ -119,7 +119,8 @@ def distance(mine: Tensor, theirs: Tensor) -> float:
 
 def environment(**more: str) -> dict[str, str]:
     """For processes of their own: they find darseg and these tests wherever they run."""
-    paths = os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY / "tests")])
+    here = [str(REPOSITORY / "src"), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+    paths = os.pathsep.join(filter(None, here))
     loopback = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo"}
     return os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | loopback | more
 

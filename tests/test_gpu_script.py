@@ -33,7 +33,7 @@ def test_what_is_not_done_in_time_is_stopped_and_told(tmp_path: Path) -> None:
     deaf = [
         sys.executable,
         "-c",
-        f"import signal, time; signal.signal({signal.SIGTERM:d}, lambda *_: None); time.sleep(60)",
+        f"import signal, time; signal.signal({signal.SIGINT:d}, lambda *_: None); time.sleep(60)",
     ]
     commands = {"whole": [quick, quick], "failed": [failing, quick], "slow": [quick, slow], "deaf": [deaf]}
     jobs = [Job(name, lines) for name, lines in commands.items()]
