@@ -39,12 +39,12 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import DarsegError, RunError, WeightsError
 from darseg.model.network import NetworkSpec
 from darseg.model.torchfile import read_tensors
-from darseg.model.weights import load_network, load_weights, read_spec
+from darseg.model.weights import load_network, load_weights, read_spec, save_network
 from darseg.pseudo.scores import scores_from_bytes, scores_to_bytes
 from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.run.browse import open_round, read_facts
-from darseg.run.build import recipe_of
+from darseg.run.build import build_initial_network, recipe_of, spec_of
 from darseg.run.directory import RunDirectory
 from darseg.run.redistribute import redistribute_folder
 from darseg.run.rounds import train
@@ -271,10 +271,14 @@ def test_overrides(folder: Path, key: str, value: str) -> None:
 
 @pytest.fixture(scope="module")
 def run(tiny_data: Path, folder: Path) -> Path:
-    """A finished run of two rounds."""
+    """A finished run of two rounds; another network labeled in the second."""
     values = recipe_dict(tiny_data)
     values["network"] |= {"backbone": "resnet18_half"}
     values["rounds"] = [{"steps": 2}, {"steps": 2, "labeling_ratio": 0.5}]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    recipe, teacher = load_recipe(folder / "tiny.yaml"), folder / "teacher.safetensors"
+    save_network(build_initial_network(recipe)[0], teacher, spec_of(recipe))
+    values["rounds"][1]["labels_from"] = str(teacher)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
     train(load_recipe(folder / "tiny.yaml"), folder / "run", console=Console(quiet=True))
     return folder / "run"
@@ -291,7 +295,7 @@ RECORDS = [
         "round_1/excluded.json",
     ),
     *(f"round_{index}/{step}.json" for index in (0, 1) for step in ("train", "evaluate", "scores")),
-    *(f"round_1/{name}.json" for name in ("label", "images", "thresholds", "pseudo_scores")),
+    *(f"round_1/{name}.json" for name in ("label", "images", "thresholds", "pseudo_scores", "labels_from")),
 ]
 """JSON files of a run."""
 BINARIES = ["journal.jsonl", "recipe.yaml", "round_1/histogram.npz", "round_1/labels/u/07.png"]

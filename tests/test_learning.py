@@ -493,7 +493,7 @@ def test_less_memory_for_a_transformer(recipe_file: Path) -> None:
     changes = [*TRANSFORMER, "training.crop=64", "rounds=[{steps: 4}]"]
     for more, advised in (([], True), (["network.freeze=backbone"], False)):
         recipe = load_recipe(recipe_file, [*changes, *more])
-        (planned,) = plan_rounds(recipe, labeled=4, unlabeled=6, fill=(0, 0, 0))
+        (planned,) = plan_rounds(recipe, labeled=4, unlabeled=6, fills={0: (0, 0, 0)})
         text = less_to_train(recipe, planned, processes=1)
         assert ("training.recompute=true" in text) == advised and "training.crop=[32, 32]" in text
 

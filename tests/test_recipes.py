@@ -281,7 +281,7 @@ def test_the_rest_of_the_papers_settings() -> None:
     for name in PUBLISHED:
         recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml")
         training, augmentation = recipe.training, recipe.augmentation
-        first, *_ = plan_rounds(recipe, labeled=100, unlabeled=100, fill=(0, 0, 0))
+        first, *_ = plan_rounds(recipe, labeled=100, unlabeled=100, fills={0: (0, 0, 0)})
         learner = learner_settings(recipe, first)
         assert learner.optimizer == SGD(momentum=0.9, weight_decay=1e-4)
         assert (learner.head_factor, training.power, training.pseudo_weight) == (10, 0.9, 1)

@@ -47,7 +47,9 @@ def test_one_round_needs_no_labeling(recipe_file: Path, tmp_path: Path) -> None:
     recipe = load_recipe(recipe_file, [f"labeling.scales={HUGE}", "rounds=[{steps: 1}]"])
     manifest, (network, _) = manifest_of(recipe), build_initial_network(recipe)
     largest = {"unlabeled": manifest.unlabeled[0]}
-    rehearse(recipe, network, manifest=manifest, run=RunDirectory(tmp_path), counts=[9] * 6, largest=largest)
+    rehearse(
+        recipe, {0: network}, manifest=manifest, run=RunDirectory(tmp_path), counts=[9] * 6, largest=largest
+    )
 
 
 def test_a_rehearsal_changes_neither_network_nor_random_numbers(recipe_file: Path, tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_a_rehearsal_changes_neither_network_nor_random_numbers(recipe_file: Pat
     findings = read_all(manifest, QUIET)
     before, state = digest_state(network.state_dict()), torch.get_rng_state()
     run = RunDirectory(tmp_path / "run")
-    rehearse(recipe, network, manifest=manifest, run=run, counts=[9] * 6, largest=findings.largest)
+    rehearse(recipe, {0: network}, manifest=manifest, run=run, counts=[9] * 6, largest=findings.largest)
     assert digest_state(network.state_dict()) == before and network.training
     assert torch.equal(torch.get_rng_state(), state)
     assert not (tmp_path / "run").exists()
@@ -81,7 +83,9 @@ def test_class_counts_and_disk_are_looked_at_too(
     recipe = load_recipe(recipe_file)
     manifest, (network, _) = manifest_of(recipe), build_initial_network(recipe)
     with pytest.raises(DataError):
-        rehearse(recipe, network, manifest=manifest, run=RunDirectory(tmp_path), counts=[0] * 6, largest={})
+        rehearse(
+            recipe, {0: network}, manifest=manifest, run=RunDirectory(tmp_path), counts=[0] * 6, largest={}
+        )
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1}))
     with refused(StorageError, "labeling.predict_twice=true"):
         rounds.train(recipe, tmp_path / "run", console=QUIET)

@@ -35,7 +35,7 @@ def train_settings(tmp_path: Path) -> TrainSettings:
     path.write_text((OLD / "recipe.yaml").read_text())
     recipe = load_recipe(path)
     network = spec_of(recipe).build()
-    planned = plan_rounds(recipe, labeled=4, unlabeled=5, fill=network.fill)[0]
+    planned = plan_rounds(recipe, labeled=4, unlabeled=5, fills={0: network.fill})[0]
     return settings_of(recipe, planned, [1] * 11, pseudo=False)
 
 

@@ -315,7 +315,7 @@ def test_which_images_an_epoch_covers(
         f"rounds={yaml.safe_dump(rounds, default_flow_style=True)}",
     ]
     recipe = load_recipe(recipe_file, changes)
-    planned = plan_rounds(recipe, labeled=4, unlabeled=6, fill=(0, 0, 0))
+    planned = plan_rounds(recipe, labeled=4, unlabeled=6, fills={0: (0, 0, 0)})
     expected = [(steps, 5 * steps, 5) for steps in epoch_steps]
     assert [(round_.epoch_steps, round_.steps, round_.epochs) for round_ in planned] == expected
     code, out, _ = call("plan", recipe_file, *changes)

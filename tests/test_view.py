@@ -312,7 +312,7 @@ def test_predictions_that_were_kept_are_not_made_again(run: Path, monkeypatch: p
     path = run / "round_2" / "predictions" / f"{sample.id}.prediction"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(kept.to_bytes())
-    monkeypatch.setattr(browse, "load_to_predict", lambda path: pytest.fail("predicted"))
+    monkeypatch.setattr(browse, "load_labeler", lambda *what, **how: pytest.fail("predicted"))
     with client_of(run) as client:
         values, _ = png(client.get("/images/0/prediction").content)
         assert (values == 3).all()

@@ -158,19 +158,25 @@ def plan(
     planned = run_plan(load_recipe(recipe, overrides or []), processes)
     print_table(plan_table(planned))
     say("images: " + counts_by_role(planned.images.items()))
-    say(f"network: {planned.network}, {planned.parameters / 1e6:.1f} million parameters")
-    for group in planned.groups:
-        say(group_line(group))
+    for line in planned.who_labels:
+        say(line)
+    for network in planned.networks:
+        begins = f" from round {network.begins} on" if network.begins else ""
+        say(f"network{begins}: {network.description}, {network.parameters / 1e6:.1f} million parameters")
+        for group in network.groups:
+            say(group_line(group))
     if planned.class_weights:
         say(class_weights_line(planned))
     say(f"labeling: {planned.labeling}")
     say(f"evaluation: {planned.evaluation}")
     say(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
-    say(
-        f"memory of a process while training, fp32: {planned.state_bytes / 1e9:.2f} GB weights, gradients and "
-        f"the optimizer's averages, {planned.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the "
-        "convolutions' workspace"
-    )
+    for network in planned.networks:
+        begins = f" from round {network.begins} on" if network.begins else ""
+        say(
+            f"memory of a process while training{begins}, fp32: {network.state_bytes / 1e9:.2f} GB weights, gradients "
+            f"and the optimizer's averages, {network.activation_bytes / 1e9:.2f} GB kept for the backward pass, plus the "
+            "convolutions' workspace"
+        )
     for note in planned.notes:
         say(f"note: {note}")
 

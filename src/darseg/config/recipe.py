@@ -12,7 +12,7 @@ from darseg.choices import ResultAlign
 from darseg.config.data import DataConfig
 from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
-from darseg.config.values import Count, Fraction, Key, Positive, Section, Window, falling
+from darseg.config.values import Count, FilePath, Fraction, Key, Positive, Section, Size, Window, falling
 from darseg.pseudo.labeling import (
     BOUND,
     Align,
@@ -90,6 +90,11 @@ class ResultConfig(Section):
 
 class RoundConfig(Section):
     use: Literal["online"] | None = None  # None: labeled images in round 0, then pseudo labels
+    # None: the network of the round before labels
+    labels_from: Annotated[FilePath, Field(min_length=1)] | None = None
+    labels_window: Window | None = None  # None: the window of its run; of a file, the crop, rounded up
+    network: NetworkConfig | None = None  # from this round on; None: that of the round before goes on
+    crop: Size | None = None  # from this round on; None: as before
     epochs: Count | None = None
     steps: Count | None = None
     epoch_over: Literal["labeled", "unlabeled"] | None = None  # None: labeled in round 0, then unlabeled
@@ -103,6 +108,14 @@ class RoundConfig(Section):
             yield (), "should have either epochs or steps"
         if self.steps and self.epoch_over:
             yield ("epoch_over",), "has no effect if steps are given; remove it"
+        if self.labels_window and self.labels_from is None:
+            yield (
+                ("labels_window",),
+                "is the window of a network in labels_from; remove it, or set labels_from",
+            )
+        if self.network is not None:
+            for key, message in self.network.conflicts():
+                yield ("network", *key), message
         if message := falling(self.scale):
             yield ("scale",), message
         if self.span and self.span[0] >= self.span[1]:
@@ -127,7 +140,8 @@ class Recipe(Section):
 
     def pseudo_labels(self, index: int) -> bool:
         """Whether a round begins with pseudo labels."""
-        return index > 0 and self.rounds[index].use is None
+        config = self.rounds[index]
+        return config.use is None and (index > 0 or config.labels_from is not None)
 
     @property
     def pseudo_rounds(self) -> list[RoundConfig]:
@@ -137,20 +151,41 @@ class Recipe(Section):
     @property
     def halves(self) -> bool:
         """Whether there are rounds with labeled and unlabeled images."""
-        return len(self.rounds) > 1 or self.rounds[0].use == "online"
+        return len(self.rounds) > 1 or self.rounds[0].use == "online" or self.pseudo_labels(0)
 
     def spans(self) -> list[tuple[float, float]]:
         """Which part of the poly curve each round uses.
 
         It is the round's `span`, or [before / (before + own), 1], in epochs or steps. Equal rounds give [0, 1],
-        [1/2, 1], [2/3, 1], as the growing epoch totals of the release do.
+        [1/2, 1], [2/3, 1], as the growing epoch totals of the release do. A new network begins a new curve.
         """
         spans, done = [], 0
         for config in self.rounds:
+            if config.network is not None:
+                done = 0
             own = config.steps or config.epochs or 0
             spans.append(config.span or (done / (done + own), 1.0))
             done += own
         return spans
+
+    def starts(self, index: int) -> int:
+        """The round in which the network that a round trains began."""
+        return max((at for at in range(1, index + 1) if self.rounds[at].network is not None), default=0)
+
+    def at(self, index: int) -> Recipe:
+        """The recipe as it holds in a round: `network` and `training.crop` are those of that round.
+
+        Give it the whole recipe, not what an earlier call returned.
+        """
+        reached = self.rounds[: index + 1]
+        networks = [config.network for config in reached if config.network is not None]
+        crops = [config.crop for config in reached if config.crop is not None]
+        if not networks and not crops:
+            return self
+        training = self.training.model_copy(update={"crop": crops[-1]}) if crops else self.training
+        return self.model_copy(
+            update={"network": networks[-1] if networks else self.network, "training": training}
+        )
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         """Keys whose values do not work together: those of each section, then those of several sections."""
@@ -164,7 +199,14 @@ class Recipe(Section):
         if self.halves:
             for key, message in self.training.conflicts_of_halves():
                 yield ("training", *key), message
-        network = self.network
+        for index in range(len(self.rounds)):
+            if self.starts(index) == index:
+                yield from self.at(index)._conflicts_of_network(index)
+        yield from self._conflicts_of_rounds()
+
+    def _conflicts_of_network(self, index: int) -> Iterator[tuple[Key, str]]:
+        """Keys of several sections that do not work with the network that begins in a round."""
+        network, above = self.network, f"rounds.{index}.network" if index else "network"
         if (
             self.release_quirks
             and network.architecture == "deeplabv2"
@@ -173,27 +215,31 @@ class Recipe(Section):
             yield (
                 ("release_quirks",),
                 "works with deeplabv2 only on darseg's own ResNets, because it changes the learning rate of stage 4; "
-                f"network.backbone is {network.backbone}",
+                f"{above}.backbone is {network.backbone}",
             )
         if network.freeze == "backbone":
             if self.training.recompute:
                 yield ("training", "recompute"), "has no effect on a frozen backbone; remove it"
             if self.training.layer_decay != 1:
                 yield ("training", "layer_decay"), "has no effect on a frozen backbone; remove it"
-        yield from self._conflicts_of_rounds()
 
     def _conflicts_of_rounds(self) -> Iterator[tuple[Key, str]]:
         for index, config in enumerate(self.rounds):
             key: Key = ("rounds", index)
+            if index == 0:
+                for name, place in (("network", "network"), ("crop", "training.crop")):
+                    if getattr(config, name) is not None:
+                        yield (*key, name), f"is for later rounds; the first has {place}. Write it there"
             if config.use == "online":
-                if config.labeling_ratio is not None:
-                    yield (*key, "labeling_ratio"), "has no effect in a round with use: online; remove it"
-            elif index == 0 and config.labeling_ratio is not None:
+                for name in ("labeling_ratio", "labels_from"):
+                    if getattr(config, name) is not None:
+                        yield (*key, name), "has no effect in a round with use: online; remove it"
+            elif not self.pseudo_labels(index) and config.labeling_ratio is not None:
                 yield (
                     (*key, "labeling_ratio"),
-                    "round 0 trains on labeled images alone, without a ratio; remove it",
+                    "round 0 trains on labeled images alone, without a ratio; remove it, or set labels_from",
                 )
-            elif index > 0:
+            elif self.pseudo_labels(index):
                 for name, message in self.labeling.faults(config.labeling_ratio):
                     if name == "labeling_ratio":
                         yield (*key, name), message
@@ -210,11 +256,26 @@ class Recipe(Section):
 
 def resolved(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with absolute paths; relative ones start at `folder`."""
-    data = recipe.data.model_copy(
-        update={"root": str((folder / Path(recipe.data.root).expanduser()).resolve())}
+    data = recipe.data.model_copy(update={"root": _absolute(recipe.data.root, folder)})
+    network = _with_weights_from(recipe.network, folder)
+    rounds = tuple(
+        config.model_copy(
+            update={
+                "labels_from": config.labels_from and _absolute(config.labels_from, folder),
+                "network": config.network and _with_weights_from(config.network, folder),
+            }
+        )
+        for config in recipe.rounds
     )
-    weights = recipe.network.weights
-    if isinstance(weights, str) and weights != "none":
-        weights = str((folder / Path(weights).expanduser()).resolve())
-    network = recipe.network.model_copy(update={"weights": weights})
-    return recipe.model_copy(update={"data": data, "network": network})
+    return recipe.model_copy(update={"data": data, "network": network, "rounds": rounds})
+
+
+def _with_weights_from(network: NetworkConfig, folder: Path) -> NetworkConfig:
+    weights = network.weights
+    if not isinstance(weights, str) or weights == "none":
+        return network
+    return network.model_copy(update={"weights": _absolute(weights, folder)})
+
+
+def _absolute(path: str, folder: Path) -> str:
+    return str((folder / Path(path).expanduser()).resolve())

@@ -23,6 +23,7 @@ from darseg.run.build import check_overrides, classes_of, manifest_of, masks, re
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
+from darseg.run.labelers import read_labeler
 from darseg.run.marks import read_excluded
 from darseg.run.records import is_number, read_object, read_plain, read_texts
 from darseg.training.scores import Scores
@@ -66,6 +67,7 @@ class RoundFacts:
         scores: on the validation images.
         aligned: what is known of its aligned decisions; None if the run aligns nothing.
         protocol: how these were predicted.
+        labeler: path, architecture and backbone of the network that labeled, if it is not that of the round before.
         seconds: step ("label", "train", "align", "evaluate") → how long it took.
     """
 
@@ -81,6 +83,7 @@ class RoundFacts:
     seconds: Mapping[str, float]
     curve: Curve
     aligned: AlignedFacts | None = None
+    labeler: Mapping[str, Any] | None = None
 
     @property
     def scored(self) -> bool:
@@ -263,6 +266,7 @@ def _read_round(
         protocol=protocol,
         seconds={step: record.seconds for step, record in done.items()},
         curve=_curve([event for event in events if event.get("round") == index]),
+        labeler=read_labeler(folder) if "label" in done else None,
     )
 
 

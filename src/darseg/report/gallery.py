@@ -19,10 +19,11 @@ from darseg.data.images import read_image, shrink
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError
-from darseg.pseudo.labelset import ImageFacts, prediction_path
+from darseg.pseudo.labelset import ImageFacts
 from darseg.report.facts import DataFacts, RunFacts
 from darseg.run.browse import LabeledRound, Repredictor, labeled_round
 from darseg.run.directory import RunDirectory
+from darseg.run.labelers import read_labeler
 from darseg.run.marks import without
 
 EACH = 2  # images per reason
@@ -163,16 +164,15 @@ def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
         for name, reasons in choose(known, prior, round_.classes.names).items()
     )
     if any(picture.prediction is None for picture in pictures):
-        notes.append(f"The network of round {last.index - 1} was removed, so raw predictions are missing.")
+        own = read_labeler(round_.run.round(last.index)) is None
+        gone = f"of round {last.index - 1} was removed" if own else "that labeled was removed, or has changed"
+        notes.append(f"The network {gone}, so raw predictions are missing.")
     return Gallery(last.index, pictures, tuple(notes))
 
 
 def _prediction(repredictor: Repredictor, sample: Sample) -> Prediction | None:
     """The raw prediction of an image; None if it was not kept and the network is gone."""
-    run, index = repredictor.round.run, repredictor.round.index
-    if run.network(index - 1).exists() or prediction_path(run.predictions(index), sample.id).exists():
-        return repredictor.prediction(sample)
-    return None
+    return repredictor.prediction(sample) if repredictor.reachable(sample) else None
 
 
 def _picture(repredictor: Repredictor, sample: Sample, fact: ImageFacts, *, reasons: list[str]) -> Picture:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
+from darseg.model.predict import Protocol
 from darseg.pseudo.alignment import Alignment
 from darseg.report import charts
 from darseg.report.acceptance import accepted_chart
@@ -92,8 +93,18 @@ def pictures_of(facts: RunFacts, data: DataFacts, share: bool = False) -> Markup
         gallery=gallery,
         fault=fault,
         classes=_entries(facts.classes),
-        protocol=labeling_protocol(facts.recipe).describe("logits"),
+        protocol=_labeling_protocol(facts).describe("logits"),
     )
+
+
+def _labeling_protocol(facts: RunFacts) -> Protocol:
+    """How the labels that the gallery shows were predicted."""
+    if not facts.labeled:
+        return labeling_protocol(facts.recipe)
+    last = facts.labeled[-1]
+    if last.labeler is None:
+        return labeling_protocol(facts.recipe.at(last.index - 1))
+    return replace(labeling_protocol(facts.recipe), window=last.labeler["window"])
 
 
 def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: float) -> Page:
@@ -370,6 +381,7 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
         "folder": facts.name if facts.shared else str(facts.root.resolve()),
         "initial weights": facts.weights or UNDEFINED,
     }
+    texts |= _who_labels(facts)
     texts |= {name: str(value) for name, value in facts.environment.items()}
     if data.manifest is not None:
         texts |= {f"{role} images": f"{len(samples):,}" for role, samples in data.manifest.roles().items()}
@@ -383,6 +395,28 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
     texts |= _checkpoints(facts, RunDirectory(folder), trained[-1]) if trained else {"checkpoint": UNDEFINED}
     texts["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     return texts
+
+
+def _who_labels(facts: RunFacts) -> dict[str, str]:
+    """Round → which network labeled and which learned; empty if one network does both in all rounds."""
+    recipe = facts.recipe
+    if not any(round_.labeler or recipe.starts(round_.index) for round_ in facts.rounds):
+        return {}
+    lines = {}
+    for round_ in facts.rounds:
+        learner, labeler = recipe.at(round_.index).network, round_.labeler
+        learns = f"{learner.architecture}, {learner.backbone} learns"
+        labels = "no pseudo labels"
+        if labeler:
+            path = Path(labeler["path"])
+            labels = f"{path.name if facts.shared else path} ({labeler['architecture']}, {labeler['backbone']}) labels"
+        elif recipe.pseudo_labels(round_.index):
+            before = recipe.at(round_.index - 1).network
+            labels = (
+                f"the network of round {round_.index - 1} ({before.architecture}, {before.backbone}) labels"
+            )
+        lines[f"networks of round {round_.index}"] = f"{labels}, {learns}"
+    return lines
 
 
 def _checkpoints(facts: RunFacts, run: RunDirectory, index: int) -> dict[str, str]:

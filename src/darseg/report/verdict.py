@@ -96,7 +96,7 @@ def _cards(facts: RunFacts, best: RoundFacts) -> list[Card]:
     cards, before = [], None
     for round_ in facts.scored:
         mean = mean_iou(round_)
-        note = "labeled images only" if round_.index == 0 else "best" if round_ is best else ""
+        note = "labeled images only" if round_.labels is None else "best" if round_ is best else ""
         if facts.recipe.rounds[round_.index].use == "online":
             note = ", ".join(
                 [facts.recipe.online.method.replace("_", " "), *(["best"] if round_ is best else [])]

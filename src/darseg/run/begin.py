@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
+from darseg.run.labelers import who_labels
 from darseg.run.online import describe_online
 from darseg.run.plan import class_weights_of, describe_shares
 from darseg.run.records import read_plain
@@ -51,8 +53,12 @@ def environment(processes: int) -> dict:
     }
 
 
-def announce(course: Course, weights_from: str, *, locked: bool, changes: RecipeChanges) -> None:
-    """Report what begins or goes on, and everything that a user should know before hours of work."""
+def announce(course: Course, sources: Mapping[int, str], *, locked: bool, changes: RecipeChanges) -> None:
+    """Report what begins or goes on, and everything that a user should know before hours of work.
+
+    Args:
+        sources: round → where the weights of the network that begins there come from.
+    """
     if not course.processes.first:
         return
     run, journal, now = course.run, course.journal, environment(course.processes.count)
@@ -67,9 +73,14 @@ def announce(course: Course, weights_from: str, *, locked: bool, changes: Recipe
     else:
         write_json(run.environment, now | chosen_orientation(course.recipe, course.manifest))
         unaligned = {"not_aligned": reason} if reason else {}
-        journal.event("started", environment=now, weights=weights_from, **unaligned)
+        journal.event("started", environment=now, weights=sources[0], **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
-    journal.say(f"Initial weights: {weights_from}")
+    journal.say(f"Initial weights: {sources[0]}")
+    for line in who_labels(course.recipe, course.labelers):
+        journal.say(line)
+    for index in range(1, len(course.rounds)):
+        if index in sources:
+            journal.say(f"Initial weights in round {index}: {sources[index]}")
     _warn_of_machine(course)
     for note in reading_notes(course.manifest):
         journal.event("note", text=note)

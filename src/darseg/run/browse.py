@@ -20,11 +20,9 @@ from darseg.data.maps import label_path
 from darseg.data.prediction import SCALES, Prediction
 from darseg.errors import DataError, RunError, StorageError
 from darseg.model.predict import predict
-from darseg.pseudo.labelset import ImageFacts, Predictor, read_prediction
+from darseg.pseudo.labelset import ImageFacts, Predictor, prediction_path, read_prediction
 from darseg.run.build import (
     check_overrides,
-    labeling_protocol,
-    load_to_predict,
     manifest_of,
     recipe_of,
     set_threads,
@@ -33,6 +31,7 @@ from darseg.run.data_digest import digest_samples, stranger
 from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import Trained, load_trained
 from darseg.run.label_samples import network_predictor, network_scores
+from darseg.run.labelers import is_there, load_labeler
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.records import read_texts
 
@@ -112,7 +111,7 @@ def _nothing_to_open(index: int | None, done: Sequence[int], recipe: Recipe) -> 
             "the rounds of this run are online: they learn from unlabeled images while they train, and write no pseudo "
             "labels."
         )
-    if len(recipe.rounds) == 1:
+    if len(recipe.rounds) == 1 and not recipe.pseudo_labels(0):
         return (
             "the recipe of this run has only round 0, which never has pseudo labels. Add rounds and unlabeled images to "
             "the recipe, and train a new run."
@@ -122,7 +121,8 @@ def _nothing_to_open(index: int | None, done: Sequence[int], recipe: Recipe) -> 
             f"round {index} has no pseudo labels; rounds with pseudo labels: {', '.join(map(str, done))}. Choose one of "
             "them, or continue the run with `darseg train`."
         )
-    return "no round has pseudo labels yet, and round 0 never has any. Continue the run with `darseg train`."
+    never = "" if recipe.pseudo_labels(0) else ", and round 0 never has any"
+    return f"no round has pseudo labels yet{never}. Continue the run with `darseg train`."
 
 
 def labeled_round(run: RunDirectory, index: int, *, recipe: Recipe, manifest: Manifest) -> LabeledRound:
@@ -224,13 +224,21 @@ class Repredictor(RememberedPredictions):
         kept = read_prediction(self.round.run.predictions(self.round.index), sample.id)
         return kept or self._predict(sample)
 
+    def reachable(self, sample: Sample) -> bool:
+        """Whether the prediction was kept, or the network that labeled is still there."""
+        run, index = self.round.run, self.round.index
+        if prediction_path(run.predictions(index), sample.id).exists():
+            return True
+        return is_there(run, self.round.recipe, index)
+
     def _predict(self, sample: Sample) -> Prediction:
-        recipe, before = self.round.recipe, self.round.index - 1
+        recipe, run, index = self.round.recipe, self.round.run, self.round.index
         if self._predictor is None:
             set_threads(recipe.threads)
-            network = load_to_predict(self.round.run.network(before), plain=True)
-            protocol, scale = labeling_protocol(recipe), SCALES[recipe.labeling.confidence]
-            alignment = self.round.run.label_set(self.round.index).alignment
+            alignment = run.label_set(index).alignment
+            aligns = recipe.labeling.align != "none"
+            network, protocol = load_labeler(run, recipe, index, plain=aligns)
+            scale = SCALES[recipe.labeling.confidence]
             if alignment is None:
                 self._predictor = network_predictor(network, protocol, scale)
             else:

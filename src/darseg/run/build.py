@@ -301,11 +301,23 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
     return network, source
 
 
-def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
+def build_networks(recipe: Recipe) -> dict[int, tuple[Network, str]]:
+    """Round → the network that begins there, and where its weights come from."""
+    return {index: build_initial_network(recipe.at(index)) for index in beginnings(recipe)}
+
+
+def beginnings(recipe: Recipe) -> list[int]:
+    """The rounds in which a network begins: the first, and those with a network of their own."""
+    return [index for index in range(len(recipe.rounds)) if recipe.starts(index) == index]
+
+
+def check_sizes(recipe: Recipe, network: Network, only: str = "", round_index: int = 0) -> None:
     """Raise SizeError with every crop and window that the network cannot take, and the nearest sizes.
 
     Args:
+        recipe: as it holds in the round in which the network begins (`Recipe.at`).
         only: check only the size of this key.
+        round_index: of that round.
     """
     sizes = {
         "training.crop": recipe.training.crop,
@@ -321,8 +333,17 @@ def check_sizes(recipe: Recipe, network: Network, only: str = "") -> None:
             network.sides.check(height, width)
         except SizeError as error:
             lines.append(f"{key}: {error}")
-    if lines:
+    if not lines:
+        return
+    if not round_index:
         raise SizeError(faults("The recipe has sizes that this network cannot take", lines))
+    raise SizeError(
+        faults(
+            f"The recipe has sizes that the network of round {round_index} cannot take. Set rounds.{round_index}.crop, "
+            "which is also its window if labeling.window and evaluation.window are null",
+            lines,
+        )
+    )
 
 
 def _protocol(recipe: Recipe, config: ProtocolConfig | LabelingConfig) -> Protocol:

@@ -28,8 +28,8 @@ from darseg.run.build import (
     IMAGES,
     LABELS,
     as_recipe,
-    build_initial_network,
-    check_sizes,
+    beginnings,
+    build_networks,
     evaluation_protocol,
     labeling_protocol,
     layout_of,
@@ -39,17 +39,16 @@ from darseg.run.build import (
 )
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
+from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
 from darseg.run.online import describe_online, teacher_of
 from darseg.run.plan import (
     Round,
-    check_shares,
     class_weights_of,
     describe_shares,
     head_factor_of,
     learner_of,
     learner_settings,
-    plan_rounds,
-    prepare_training,
+    plan_training,
     stage_of,
 )
 from darseg.training.method import Learner
@@ -77,17 +76,27 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     if layout:
         warnings += layout.warnings()
     warnings += [*manifest.warnings, *unread_data(recipe)]
+    notes = list(findings.notes)
     try:
-        network, _ = build_initial_network(recipe)
-        check_sizes(recipe, network)
+        networks = {index: network for index, (network, _) in build_networks(recipe).items()}
         check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
-        rounds = plan_rounds(
-            recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
+        plan_training(
+            recipe,
+            networks,
+            labeled=len(manifest.labeled),
+            unlabeled=len(manifest.unlabeled),
+            processes=1,
         )
-        prepare_training(recipe, rounds, network, processes=1)
     except DarsegError as error:
         faults.append(str(error))
-    return replace(findings, faults=tuple(faults), warnings=tuple(warnings))
+    try:
+        labelers = labelers_of(recipe)
+        for labeler in labelers.values():
+            labeler.load(plain=True)
+        notes += who_labels(recipe, labelers)
+    except DarsegError as error:
+        faults.append(str(error))
+    return replace(findings, faults=tuple(faults), warnings=tuple(warnings), notes=tuple(notes))
 
 
 def unread_data(recipe: Recipe) -> list[str]:
@@ -159,35 +168,80 @@ def _joined(layers: set[str]) -> str:
 
 
 @dataclass(frozen=True)
+class PlannedNetwork:
+    """A network that a recipe trains.
+
+    Attributes:
+        begins: the round in which it begins.
+        description: a line.
+        parameters: number of values in it, trained or not.
+        groups: the parameters, grouped by how they learn.
+        state_bytes: memory of weights, gradients and the optimizer's averages in float32.
+        activation_bytes: memory that a step keeps for its backward pass in float32, without convolutions' workspace.
+    """
+
+    begins: int
+    description: str
+    parameters: int
+    groups: tuple[Group, ...]
+    state_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a recipe will do.
 
     Attributes:
         rates: learning rate at the beginning and end of each round.
         images: their number by role.
-        parameters: number of values in the network, trained or not.
-        groups: the parameters, grouped by how they learn.
+        networks: those that are trained, one after the other.
         class_weights: class → factor of the loss of its labeled pixels; empty: all are 1.
-        state_bytes: memory of weights, gradients and the optimizer's averages in float32.
-        activation_bytes: memory that a step keeps for its backward pass in float32, without convolutions' workspace.
         temporary_bytes: disk space needed while labeling.
-        network, labeling, evaluation: a line that describes each.
+        who_labels: a line for each round, if more than one network labels and learns.
+        labeling, evaluation: a line that describes each.
         notes: what a reader might not expect.
     """
 
     rounds: tuple[Round, ...]
     rates: tuple[tuple[float, float], ...]
     images: dict[str, int]
-    parameters: int
-    groups: tuple[Group, ...]
+    networks: tuple[PlannedNetwork, ...]
     class_weights: Mapping[str, float]
-    state_bytes: int
-    activation_bytes: int
     temporary_bytes: int
-    network: str
+    who_labels: tuple[str, ...]
     labeling: str
     evaluation: str
     notes: tuple[str, ...]
+
+    @property
+    def network(self) -> str:
+        """A line that describes the network of the first round."""
+        return self.networks[0].description
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in the network of the first round, trained or not."""
+        return self.networks[0].parameters
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The parameters of the network of the first round, grouped by how they learn."""
+        return self.networks[0].groups
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of weights, gradients and the optimizer's averages, of the network that needs most in all."""
+        return self._largest.state_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Memory that a step of that network keeps for its backward pass."""
+        return self._largest.activation_bytes
+
+    @property
+    def _largest(self) -> PlannedNetwork:
+        return max(self.networks, key=lambda planned: planned.state_bytes + planned.activation_bytes)
 
 
 def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
@@ -202,14 +256,15 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     """
     recipe = as_recipe(recipe)
     manifest = manifest_of(recipe)
-    network = spec_of(recipe).build()
-    check_sizes(recipe, network)
-    rounds = plan_rounds(
-        recipe, labeled=len(manifest.labeled), unlabeled=len(manifest.unlabeled), fill=network.fill
+    networks = {index: spec_of(recipe.at(index)).build() for index in beginnings(recipe)}
+    rounds = plan_training(
+        recipe,
+        networks,
+        labeled=len(manifest.labeled),
+        unlabeled=len(manifest.unlabeled),
+        processes=processes,
     )
-    check_shares(recipe, rounds, processes)
-    prepare_training(recipe, rounds, network, processes=processes)
-    learner = learner_of(learner_settings(recipe, rounds[0]), network)
+    labelers = labelers_of(recipe)
     per_pixel = [
         waiting_bytes(
             recipe.labeling.at(planned.labeling_ratio),
@@ -217,33 +272,78 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
             predict_twice=recipe.labeling.predict_twice,
         )
         for planned in rounds
-        if planned.pseudo_batch
+        if planned.labels
     ]
     waiting = max(per_pixel, default=0)
     aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
-    height, width = recipe.training.crop
-    state, activations = training_memory(
-        spec_of(recipe),
-        max(2, *(_images_in_memory(planned, processes) for planned in rounds)),
-        height=height,
-        width=width,
-        averages=1 if isinstance(learner.optimizer, SGD) else 2,
-        frozen=network.frozen,
-    )
+    labeling = {
+        planned.index: labeling_protocol_of(recipe, planned.index, labelers.get(planned.index)).describe(
+            "logits"
+        )
+        for planned in rounds
+        if planned.labels
+    }
+    labeling = labeling or {0: labeling_protocol(recipe).describe("logits")}
+    evaluation = {
+        planned.index: evaluation_protocol(recipe.at(planned.index)).describe() for planned in rounds
+    }
     return Plan(
         rounds=tuple(rounds),
         rates=tuple(_rates(recipe, planned) for planned in rounds),
         images={role: len(samples) for role, samples in manifest.roles().items()},
+        networks=tuple(
+            _planned_network(recipe.at(index), index, network, rounds=rounds, processes=processes)
+            for index, network in networks.items()
+        ),
+        temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
+        who_labels=tuple(who_labels(recipe, labelers)),
+        labeling=f"{recipe.labeling.method}{aligned}, {_by_round(labeling)}",
+        evaluation=_by_round(evaluation),
+        class_weights=_class_weights(recipe, manifest),
+        notes=_notes(recipe, rounds, networks, processes=processes),
+    )
+
+
+def _by_round(texts: Mapping[int, str]) -> str:
+    """What holds in each round; said once if it is the same in all."""
+    if len({*texts.values()}) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"round {index}: {text}" for index, text in texts.items())
+
+
+def _planned_network(
+    recipe: Recipe, index: int, network: Network, *, rounds: Sequence[Round], processes: int
+) -> PlannedNetwork:
+    """What is planned for the network that begins in a round.
+
+    Args:
+        recipe: as it holds there.
+        rounds: all of the run.
+    """
+    learner = learner_of(learner_settings(recipe, rounds[index]), network)
+    own = [planned for planned in rounds if planned.begins == index]
+    most: dict[tuple[int, int], int] = {}  # crop → images in memory at once
+    for planned in own:
+        crop, images = planned.augmentation.crop, _images_in_memory(planned, processes)
+        most[crop] = max(2, images, most.get(crop, 0))
+    memories = [
+        training_memory(
+            spec_of(recipe),
+            images,
+            height=height,
+            width=width,
+            averages=1 if isinstance(learner.optimizer, SGD) else 2,
+            frozen=network.frozen,
+        )
+        for (height, width), images in most.items()
+    ]
+    return PlannedNetwork(
+        begins=index,
+        description=_describe_network(recipe),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         groups=groups_of(learner),
-        class_weights=_class_weights(recipe, manifest),
-        state_bytes=state + _teacher_bytes(recipe, rounds, network),
-        activation_bytes=activations,
-        temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
-        network=_describe_network(recipe),
-        labeling=f"{recipe.labeling.method}{aligned}, {labeling_protocol(recipe).describe('logits')}",
-        evaluation=evaluation_protocol(recipe).describe(),
-        notes=_notes(recipe, rounds, network, processes=processes),
+        state_bytes=memories[0][0] + _teacher_bytes(recipe, own, network),
+        activation_bytes=max(activations for _, activations in memories),
     )
 
 
@@ -293,7 +393,9 @@ def _has_batchnorm(network: Network) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
-def _notes(recipe: Recipe, rounds: Sequence[Round], network: Network, *, processes: int) -> tuple[str, ...]:
+def _notes(
+    recipe: Recipe, rounds: Sequence[Round], networks: Mapping[int, Network], *, processes: int
+) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
     notes += [
         f"round {planned.index} learns from unlabeled images while it trains, by {describe_online(planned.online)}"
@@ -310,7 +412,7 @@ def _notes(recipe: Recipe, rounds: Sequence[Round], network: Network, *, process
     shares = {planned.index: planned.batch // processes for planned in rounds}
     if micro and any(share > micro for share in shares.values()):
         passes = ", ".join(f"round {index}: {max(1, share // micro)}" for index, share in shares.items())
-        of_parts = ["BatchNorm sees"] if _has_batchnorm(network) else []
+        of_parts = ["BatchNorm sees"] if any(map(_has_batchnorm, networks.values())) else []
         of_parts += ["hard pixels are chosen in"] if recipe.training.ohem else []
         exception = f", but {' and '.join(of_parts)} micro-batches" if of_parts else ""
         notes.append(
@@ -319,7 +421,7 @@ def _notes(recipe: Recipe, rounds: Sequence[Round], network: Network, *, process
         )
     if recipe.release_quirks:
         quirks = ["the first step of each later round has learning rate 0"] if len(rounds) > 1 else []
-        if recipe.network.architecture == "deeplabv2":
+        if any(recipe.at(planned.begins).network.architecture == "deeplabv2" for planned in rounds):
             quirks += [
                 f"stage 4 learns {head_factor_of(recipe):g} times as fast, like the head",
                 f"the classifier sums {RELEASE_BRANCHES} of its {len(ATROUS_DILATIONS)} branches",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from darseg.config.recipe import Recipe
 from darseg.data.manifest import Manifest
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
+from darseg.run.labelers import Labeler
 from darseg.run.plan import Round
 from darseg.run.signals import Stop
 from darseg.training.processes import Processes
@@ -25,6 +26,7 @@ class Course:
         reuse: another run folder; its steps are copied if their inputs are the same.
         judged: whether the contents of all data files are known to be those that the run began with, and `not_reusable`.
         after_round: called with the run folder after each round.
+        labelers: round → the network that labels there, if it is not that of the round before.
     """
 
     recipe: Recipe
@@ -39,6 +41,7 @@ class Course:
     stop: Stop
     after_round: Callable[[Path], object] | None
     judged: tuple[bool, Mapping[str, str]] = (False, {})
+    labelers: Mapping[int, Labeler] = field(default_factory=dict)
 
     @property
     def not_reusable(self) -> Mapping[str, str]:

@@ -6,7 +6,7 @@
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
                    (result_alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
-                   (excluded.json)  + as round_0
+                   (excluded.json)  (labels_from.json)  + as round_0
       …
     and, only during the work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and
     round_N/images_PROCESS.jsonl.
@@ -287,7 +287,7 @@ class RunDirectory:
             return None
         if changed := inputs.differences(record.inputs):
             remedy = "Restore the data as it was"
-            if set(changed) <= {"network", "alignment"}:  # that of an earlier step, which was repeated
+            if set(changed) <= {"network", "alignment", "labels_from"}:  # an earlier step's, or a labeler's
                 remedy = f"To repeat it with this network, delete {step}.json here and all later rounds"
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "

@@ -37,7 +37,7 @@ from darseg.run.build import (
     set_threads,
 )
 from darseg.run.class_names import order_by_recipe
-from darseg.run.directory import RESULT, RunDirectory, digest_path
+from darseg.run.directory import RESULT, ROUND_FOLDER, RunDirectory, digest_path
 from darseg.run.journal import Journal
 from darseg.run.records import read_scored
 from darseg.run.remedies import ALONE, explain_memory, less_at_once
@@ -54,7 +54,7 @@ class Trained:
     """A trained network with what is known about it.
 
     Attributes:
-        recipe: None for a checkpoint given without one.
+        recipe: as it holds in the network's round (a checkpoint's: in the last); None for a checkpoint without one.
         unaligned: whether class weights in the file were left out.
         order: the recipe's order of the classes, if the file has another; network and spec have the recipe's.
     """
@@ -169,6 +169,10 @@ def load_trained(
     path = result_path(source, round_index, plain)
     if Path(source).is_dir() and recipe is None:
         recipe = as_the_run_read(recipe_of(source, overrides), RunDirectory(source))
+    if recipe is not None:
+        numbered = ROUND_FOLDER.fullmatch(path.parent.name) if Path(source).is_dir() else None
+        last = len(recipe.rounds) - 1
+        recipe = recipe.at(min(int(numbered[1]), last) if numbered else last)
     _warn_if_changed(path)
     set_threads(threads or (recipe.threads if recipe else None))
     unaligned = plain and read_alignment(path) is not None

@@ -17,7 +17,7 @@ from darseg.methods.teacher import with_teacher
 from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.model.vit import Transformer
-from darseg.run.build import auxiliary_weight_of, classes_of, pick_device
+from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
 from darseg.run.online import colors_of, online_method, online_of, teacher_of
 from darseg.training.loss import LabeledLoss, balanced_weights
 from darseg.training.method import Learner, Method, all_decay
@@ -42,7 +42,7 @@ def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]
     """How images are augmented in a round; `fill` is the color of padding (RGB, 0 to 255)."""
     how = recipe.augmentation
     return Augmentation(
-        crop=recipe.training.crop,
+        crop=recipe.at(round_index).training.crop,
         scale=tuple(recipe.rounds[round_index].scale or how.scale),
         rotate=how.rotate,
         blur=how.blur,
@@ -78,15 +78,16 @@ class Round:
     """One round: what it labels, how long it trains, on which part of the schedule.
 
     Attributes:
-        labeling_ratio: share of the unlabeled pixels to label before training; None in round 0, and if a global
-            threshold decides.
+        labeling_ratio: share of the unlabeled pixels to label before training; None in a round without pseudo labels,
+            and if a global threshold decides.
         span: fractions of the poly curve that its steps cover.
         batch: labeled images of a step.
-        pseudo_batch: pseudo-labeled images of a step; 0 in round 0 and in online rounds.
+        pseudo_batch: pseudo-labeled images of a step; 0 in a round without pseudo labels.
         epoch_steps: steps of one epoch.
         epochs: how many; None if the recipe counts in steps.
         micro_batch: images per forward pass.
         online: how it learns from unlabeled images while it trains; None: it does not.
+        begins: the round in which its network began: this one, if it does not go on with that of the round before.
     """
 
     index: int
@@ -101,19 +102,33 @@ class Round:
     epochs: int | None
     micro_batch: int
     online: Consistency | None = None
+    begins: int = 0
+
+    @property
+    def labels(self) -> bool:
+        """Whether it learns from pseudo labels."""
+        return self.pseudo_batch > 0
 
 
-def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int, int, int]) -> list[Round]:
+def plan_rounds(
+    recipe: Recipe, *, labeled: int, unlabeled: int, fills: Mapping[int, tuple[int, int, int]]
+) -> list[Round]:
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
-    Images are the labeled ones in round 0, the unlabeled ones later and in online rounds, unless the round says otherwise
-    (epoch_over).
-    Raises RecipeError if rounds need unlabeled images and there are none.
+    Images are the labeled ones in a round without unlabeled images, the unlabeled ones in others, unless the round says
+    otherwise (epoch_over). Raises RecipeError if rounds need unlabeled images and there are none.
+
+    Args:
+        fills: round in which a network begins → the color of its padding.
     """
-    if len(recipe.rounds) > 1 and unlabeled == 0:
+    indices = range(len(recipe.rounds))
+    if (len(recipe.rounds) > 1 or recipe.pseudo_labels(0)) and unlabeled == 0:
         raise RecipeError(
             f"The recipe has {len(recipe.rounds)} rounds, but there are no unlabeled images, and rounds after the first "
             "learn from those. Set data.unlabeled, or keep only the first round."
+            if recipe.rounds[0].labels_from is None
+            else "rounds.0.labels_from: there are no unlabeled images that this network could label. Set data.unlabeled, "
+            "or remove labels_from."
         )
     if recipe.rounds[0].use == "online" and unlabeled == 0:
         raise RecipeError(
@@ -122,8 +137,9 @@ def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int
         )
     half = recipe.training.half_batch or recipe.training.batch // 2
     rounds = []
-    for index, (config, span) in enumerate(zip(recipe.rounds, recipe.spans(), strict=True)):
-        alone = index == 0 and config.use is None  # labeled images without others
+    for index, config, span in zip(indices, recipe.rounds, recipe.spans(), strict=True):
+        labels = recipe.pseudo_labels(index)
+        alone = config.use is None and not labels  # labeled images without others
         batch = recipe.training.batch if alone else half
         online = online_of(recipe, batch) if config.use == "online" else None
         over = config.epoch_over or ("labeled" if alone else "unlabeled")
@@ -133,20 +149,41 @@ def plan_rounds(recipe: Recipe, *, labeled: int, unlabeled: int, fill: tuple[int
             Round(
                 index=index,
                 labeling_ratio=config.labeling_ratio,
-                augmentation=augmentation_of(recipe, index, fill),
+                augmentation=augmentation_of(recipe, index, fills[recipe.starts(index)]),
                 steps=config.steps or (config.epochs or 0) * epoch_steps,
                 span=span,
                 learning_rate=config.learning_rate
                 or recipe.training.learning_rate
                 or PUBLISHED_RATES[recipe.training.optimizer][0],
                 batch=batch,
-                pseudo_batch=half if recipe.pseudo_labels(index) else 0,
+                pseudo_batch=half if labels else 0,
                 epoch_steps=epoch_steps,
                 epochs=config.epochs,
                 micro_batch=min(batch, recipe.training.micro_batch or batch),
                 online=online,
+                begins=recipe.starts(index),
             )
         )
+    return rounds
+
+
+def plan_training(
+    recipe: Recipe, networks: Mapping[int, Network], *, labeled: int, unlabeled: int, processes: int
+) -> list[Round]:
+    """The rounds, and the networks prepared for them. Raises RecipeError, SizeError.
+
+    Args:
+        networks: round → the network that begins there, as `Recipe.starts` numbers them; changed in place.
+        labeled, unlabeled: numbers of images.
+    """
+    for index, config in enumerate(recipe.rounds):
+        if index in networks or config.crop is not None:
+            check_sizes(recipe.at(index), networks[recipe.starts(index)], round_index=index)
+    fills = {index: network.fill for index, network in networks.items()}
+    rounds = plan_rounds(recipe, labeled=labeled, unlabeled=unlabeled, fills=fills)
+    check_shares(recipe, rounds, processes)
+    for index, network in networks.items():
+        prepare_training(recipe.at(index), rounds[index], network, processes=processes)
     return rounds
 
 
@@ -289,12 +326,12 @@ def learner_of(settings: LearnerSettings, network: Network) -> Learner:
     )
 
 
-def prepare_training(recipe: Recipe, rounds: Sequence[Round], network: Network, *, processes: int) -> None:
-    """Prepare a network for training as the recipe asks, once, before its first stage.
+def prepare_training(recipe: Recipe, round_: Round, network: Network, *, processes: int) -> None:
+    """Prepare a network for training as the recipe of a round asks, once, before its first stage.
 
     Raises RecipeError if the network cannot do what the recipe asks.
     """
-    learner_of(learner_settings(recipe, rounds[0]), network)
+    learner_of(learner_settings(recipe, round_), network)
     if syncs_batchnorm(recipe, processes):
         nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if recipe.network.freeze == "backbone":
@@ -330,29 +367,33 @@ def describe_shares(rounds: Sequence[Round], processes: int) -> str:
 
 def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
     """Raise RecipeError if batches cannot be divided among the processes."""
-    lines = []
-    sizes = {
-        "batch" if index == 0 and planned.online is None else "half_batch": planned.batch
-        for index, planned in enumerate(rounds)
-    }
-    for name, size in sizes.items():
+    lines: dict[str, None] = {}  # a set in order: rounds with equal batches have the same faults
+    for planned in rounds:
+        alone, size, here = (
+            not planned.labels and planned.online is None,
+            planned.batch,
+            recipe.at(planned.index),
+        )
+        name = "batch" if alone else "half_batch"
         own, micro = size // processes, recipe.training.micro_batch
         if size % processes:
-            lines.append(f"training.{name}: {size} images cannot be divided among {processes} processes")
+            lines[f"training.{name}: {size} images cannot be divided among {processes} processes"] = None
         elif micro and own > micro and own % micro:
-            lines.append(f"training.micro_batch: {micro} does not divide the {own} images of a process")
-        elif own < 2 and not syncs_batchnorm(recipe, processes) and recipe.network.architecture in POOLED:
-            lines.append(
+            lines[f"training.micro_batch: {micro} does not divide the {own} images of a process"] = None
+        elif own < 2 and not syncs_batchnorm(here, processes) and here.network.architecture in POOLED:
+            lines[
                 f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over means of whole "
-                f"images ({recipe.network.architecture}) needs two"
-            )
+                f"images ({here.network.architecture}) needs two"
+            ] = None
     for how in {planned.online for planned in rounds if planned.online is not None}:
         if how.batch % processes:
-            lines.append(f"online.batch: {how.batch} images cannot be divided among {processes} processes")
+            lines[f"online.batch: {how.batch} images cannot be divided among {processes} processes"] = None
         elif how.mixing != "none" and how.batch // processes % 2:
-            lines.append(
+            lines[
                 f"online.batch: {how.batch // processes} image(s) for each of {processes} processes, and images are "
                 "mixed in pairs"
-            )
+            ] = None
     if lines:
-        raise RecipeError(faults(f"{processes} processes share every batch, which is not possible", lines))
+        raise RecipeError(
+            faults(f"{processes} processes share every batch, which is not possible", list(lines))
+        )

@@ -12,52 +12,72 @@ from darseg.data.images import read_image
 from darseg.data.manifest import Manifest, Sample, count_pixels
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import Network
-from darseg.model.predict import predict, predict_for_labeling
+from darseg.model.predict import Protocol, predict, predict_for_labeling
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.run.build import evaluation_protocol, labeling_protocol, place
 from darseg.run.directory import RunDirectory
 from darseg.run.label_samples import check_disk
+from darseg.run.labelers import Labeler, labeling_protocol_of
 from darseg.run.remedies import explain_memory, less_to_predict
 
 
 def rehearse(
     recipe: Recipe,
-    network: Network,
+    networks: Mapping[int, Network],
     *,
     manifest: Manifest,
     run: RunDirectory,
     counts: list[int],
     largest: Mapping[str, Sample],
+    labelers: Mapping[int, Labeler] | None = None,
 ) -> None:
     """Predict one image by each protocol of the recipe, as evaluation and labeling will.
 
     Args:
-        network: the initial one; it stays as it is. Nothing is written, and no random numbers are drawn.
+        networks: round → the network that begins there; they stay as they are. Nothing is written, and no random numbers
+            are drawn.
         counts: labeled pixels per class.
         largest: role → its largest image, which needs most memory.
+        labelers: round → the network that labels there, if it is not that of the round before.
 
     Raises DarsegError, as those steps would: for windows, scales, memory, class counts and disk space.
     """
-    labels = recipe.pseudo_rounds
-    if labels:
+    labelers = labelers or {}
+    labeled = [index for index in range(len(recipe.rounds)) if recipe.pseudo_labels(index)]
+    if labeled:
         ClassDistribution.from_counts(counts)
         check_disk(
             run.root,
             count_pixels(manifest.unlabeled),
-            recipe.labeling.at(labels[0].labeling_ratio),
-            classes=network.classes,
+            recipe.labeling.at(recipe.rounds[labeled[0]].labeling_ratio),
+            classes=networks[0].classes,
             predict_twice=recipe.labeling.predict_twice,
             twice="set labeling.predict_twice=true",
         )
-    with torch.inference_mode(False):
-        trial = place(fold_batchnorm(copy.deepcopy(network).eval()))
-    if sample := largest.get("validation"):
-        protocol = evaluation_protocol(recipe)
-        with explain_memory(less_to_predict(recipe, "evaluation", protocol, begun=False)):
-            predict(trial, read_image(sample.image, sample.reading), protocol, name=str(sample.image))
-    if labels and (sample := largest.get("unlabeled")):
-        protocol = labeling_protocol(recipe)
-        with explain_memory(less_to_predict(recipe, "labeling", protocol, begun=False)):
-            predict_for_labeling(
-                trial, read_image(sample.image, sample.reading), protocol, name=str(sample.image)
-            )
+    own = {recipe.starts(index - 1) for index in labeled if index not in labelers}
+    for begins, network in networks.items():
+        here = recipe.at(begins)
+        with torch.inference_mode(False):
+            trial = place(fold_batchnorm(copy.deepcopy(network).eval()))
+        if sample := largest.get("validation"):
+            protocol = evaluation_protocol(here)
+            with explain_memory(less_to_predict(here, "evaluation", protocol, begun=False)):
+                predict(trial, read_image(sample.image, sample.reading), protocol, name=str(sample.image))
+        if begins in own and (sample := largest.get("unlabeled")):
+            protocol = labeling_protocol(here)
+            with explain_memory(less_to_predict(here, "labeling", protocol, begun=False)):
+                _label(trial, sample, protocol)
+    for index, labeler in labelers.items():
+        if sample := largest.get("unlabeled"):
+            protocol = labeling_protocol_of(recipe, index, labeler)
+            window = f"rounds.{index}.labels_window", labeler.spec.sides
+            with (
+                torch.random.fork_rng(devices=[]),  # loading builds a network, which draws random numbers
+                explain_memory(less_to_predict(recipe, "labeling", protocol, begun=False, window=window)),
+            ):
+                _label(labeler.load(plain=recipe.labeling.align != "none"), sample, protocol)
+
+
+def _label(network: Network, sample: Sample, protocol: Protocol) -> None:
+    image = read_image(sample.image, sample.reading)
+    predict_for_labeling(network, image, protocol, name=str(sample.image))

@@ -68,17 +68,26 @@ def less_to_train(recipe: Recipe, round_: Round, processes: int) -> str:
     return f"Start a new run (--out NEW_FOLDER) with {_either(remedies)}. `darseg plan` estimates the memory of a step."
 
 
-def less_to_predict(recipe: Recipe, section: str, protocol: Protocol, *, begun: bool = True) -> str:
+def less_to_predict(
+    recipe: Recipe,
+    section: str,
+    protocol: Protocol,
+    *,
+    begun: bool = True,
+    window: tuple[str, Sides] | None = None,
+) -> str:
     """The advice for labeling or evaluation with less memory.
 
     Args:
         section: the recipe's section.
         begun: the run has a folder, with steps that can be copied.
+        window: key of the window, and the sides of the network, if it is not the section's and the recipe's network.
     """
+    key, sides = window or (f"{section}.window", spec_of(recipe).sides)
     smaller = [scale for scale in protocol.scales if scale <= 1] or [1.0]
     remedies = [f"{section}.scales={smaller}"] if max(protocol.scales) > 1 else []
     remedies += _fewer_windows(section, protocol)
-    remedies += _smaller_windows(recipe, section, protocol)
+    remedies += _smaller_windows(recipe, key, protocol, sides)
     if not begun:
         return f"Change the recipe: {_either(remedies)}."
     return (
@@ -100,7 +109,7 @@ def less_at_once(recipe: Recipe | None, section: str = "evaluation") -> str:
             f"{section}.window, or close other programs that use it."
         )
     protocol = labeling_protocol(recipe) if section == "labeling" else evaluation_protocol(recipe)
-    smaller = _smaller_windows(recipe, section, protocol)
+    smaller = _smaller_windows(recipe, f"{section}.window", protocol, spec_of(recipe).sides)
     if pick_device().type == "cuda":  # a CPU predicts a small image by a single window in any case
         smaller = _fewer_windows(section, protocol) + smaller
     if not smaller:
@@ -131,11 +140,11 @@ def _fewer_windows(section: str, protocol: Protocol) -> list[str]:
     return [f"{section}.windows_at_once={present // 2} (now {present})"] if present > 1 else []
 
 
-def _smaller_windows(recipe: Recipe, section: str, protocol: Protocol) -> list[str]:
-    """The section's window, smaller; nothing if it cannot be."""
+def _smaller_windows(recipe: Recipe, key: str, protocol: Protocol, sides: Sides) -> list[str]:
+    """The window at a key, smaller; nothing if it cannot be."""
     if protocol.window == "whole":
-        return [f"{section}.window={list(recipe.training.crop)} (now whole images)"]
-    return _smaller(f"{section}.window", protocol.window, spec_of(recipe).sides)
+        return [f"{key}={[sides.up(side) for side in recipe.training.crop]} (now whole images)"]
+    return _smaller(key, protocol.window, sides)
 
 
 def _smaller(key: str, size: tuple[int, int], sides: Sides) -> list[str]:

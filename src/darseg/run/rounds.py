@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,7 @@ from darseg.pseudo.distribution import count_labels
 from darseg.run.begin import FREE_KEYS, announce
 from darseg.run.build import (
     as_recipe,
-    build_initial_network,
-    check_sizes,
+    build_networks,
     manifest_of,
     masks,
     place,
@@ -41,8 +41,9 @@ from darseg.run.directory import (
     write_json,
 )
 from darseg.run.journal import Journal
+from darseg.run.labelers import Labeler, labelers_of
 from darseg.run.marks import read_excluded, read_marks
-from darseg.run.plan import Round, check_shares, plan_rounds, prepare_training
+from darseg.run.plan import Round, plan_training
 from darseg.run.rehearse import rehearse
 from darseg.run.remedies import ALONE, explain_memory
 from darseg.run.reuse import Judgment, judge_contents
@@ -83,15 +84,14 @@ def train(
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
-    network, weights_from = processes.together(lambda: build_initial_network(recipe))
-    rounds = processes.together(lambda: _plan(recipe, manifest, network, processes=processes.count))
+    planned = processes.together(lambda: _plan(recipe, manifest, run.root, processes=processes.count))
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, Judgment]:
-        check_names(run.labels(rounds[-1].index), [sample.id for sample in manifest.unlabeled])
+        check_names(run.labels(len(recipe.rounds) - 1), [sample.id for sample in manifest.unlabeled])
         largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
         counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
         if largest is not None:
-            rehearse(recipe, network, manifest=manifest, run=run, counts=counts, largest=largest)
+            _rehearse(recipe, planned, manifest=manifest, run=run, counts=counts, largest=largest)
         text, compare = dump_recipe(recipe), partial(_compare, recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=compare)
         locked = stack.enter_context(run.held())
@@ -106,18 +106,19 @@ def train(
             manifest=manifest,
             data=data,
             counts=counts,
-            rounds=rounds,
+            rounds=planned.rounds,
             reuse=reused,
             journal=stack.enter_context(_journal(run, processes, console)),
             processes=processes,
             stop=stop,
             after_round=after_round,
             judged=judged,
+            labelers=planned.labelers,
         )
         with _ending(course):
-            announce(course, weights_from, locked=locked, changes=changes)
+            announce(course, planned.sources, locked=locked, changes=changes)
             _warn(course.journal, warnings)
-            return run_rounds(course, network)
+            return run_rounds(course, planned.networks)
 
 
 @contextlib.contextmanager
@@ -131,21 +132,31 @@ def _journal(run: RunDirectory, processes: Processes, console: Console) -> Gener
         journal.close()
 
 
-def run_rounds(course: Course, network: Network) -> dict[str, Any]:
-    """All rounds: label (from round 1 on), train, evaluate. All processes together; the first writes."""
+def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
+    """All rounds: label, train, align, evaluate. All processes together; the first writes.
+
+    Args:
+        networks: round → the network that begins there; taken out as its round begins.
+    """
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
+    network, worked = networks.pop(0), False
     before = digest_state(network.state_dict())
     with explain_memory(ALONE):
         place(network)
-    worked = False
     for round_ in course.rounds:
         was_done = run.record_path(round_.index, "evaluate").exists()
         worked |= not was_done
         records, pseudo = [], ()
-        if round_.pseudo_batch:
+        if round_.labels:
             pseudo, record = label_round(course, round_, before)
             records.append(record)
+        if round_.index in networks:
+            network.cpu()  # a GPU need not hold both
+            network = networks.pop(round_.index)
+            before = digest_state(network.state_dict())
+            with explain_memory(ALONE):
+                place(network)
         records.append(train_round(course, round_, before, pseudo=pseudo, network=network))
         course.stop.check()  # a signal may have come in the last step
         candidates, record = align_round(course, round_)
@@ -190,14 +201,35 @@ def _as_begun(recipe: Recipe, run: RunDirectory) -> Recipe:
     return as_begun(recipe, load_saved_recipe(run.recipe))
 
 
-def _plan(recipe: Recipe, manifest: Manifest, network: Network, *, processes: int) -> list[Round]:
-    """The rounds, and the network prepared for them. Raises RecipeError, SizeError."""
-    check_sizes(recipe, network)
+@dataclass(frozen=True)
+class _Planned:
+    """What a run has before its first step.
+
+    Attributes:
+        networks: round → the network that begins there, prepared for training.
+        sources: round → where that network's weights come from.
+        labelers: round → the network that labels there, if it is not that of the round before.
+    """
+
+    rounds: list[Round]
+    networks: dict[int, Network]
+    sources: Mapping[int, str]
+    labelers: Mapping[int, Labeler]
+
+
+def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _Planned:
+    """The rounds, their networks, prepared, and labelers. Raises RecipeError, SizeError, RunError."""
+    begun = build_networks(recipe)
+    networks = {index: network for index, (network, _) in begun.items()}
     labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)
-    rounds = plan_rounds(recipe, labeled=labeled, unlabeled=unlabeled, fill=network.fill)
-    check_shares(recipe, rounds, processes)
-    prepare_training(recipe, rounds, network, processes=processes)
-    return rounds
+    rounds = plan_training(recipe, networks, labeled=labeled, unlabeled=unlabeled, processes=processes)
+    sources = {index: source for index, (_, source) in begun.items()}
+    return _Planned(rounds, networks, sources, labelers=labelers_of(recipe, out))
+
+
+def _rehearse(recipe: Recipe, planned: _Planned, **data: Any) -> None:
+    """`rehearse` with all networks of a run."""
+    rehearse(recipe, planned.networks, labelers=planned.labelers, **data)
 
 
 def _reused(folder: Path | str | None) -> RunDirectory | None:
@@ -236,18 +268,29 @@ def _compare(recipe: Recipe, saved: Path) -> RecipeChanges:
     """What differs between the recipe of a run folder and the one given now."""
     before = load_saved_recipe(saved)
     lines = recipe_differences(before, recipe)
-    keys = (*FREE_KEYS, *(["network.weights"] if _moved_weights(before, recipe) else []))
+    keys = (*FREE_KEYS, *_moved_files(before, recipe))
     free = tuple(line for line in lines if line.split(":")[0] in keys)
     return RecipeChanges(tuple(line for line in lines if line not in free), free)
 
 
-def _moved_weights(before: Recipe, now: Recipe) -> bool:
-    """Whether the initial weights are a file that moved; round 0 records what was in it."""
-    paths = before.network.weights, now.network.weights
-    if not all(isinstance(path, str) and path != "none" for path in paths):
-        return False
-    old, new = (Path(str(path)) for path in paths)
-    return old.name == new.name and not old.exists()
+def _moved_files(before: Recipe, now: Recipe) -> list[str]:
+    """Keys of weights and labelers that moved; the steps' records hold what was in them."""
+    keys = []
+    for key, old, new in zip(*_files_of(before), _files_of(now)[1], strict=False):
+        if not (isinstance(old, str) and isinstance(new, str)) or "none" in (old, new):
+            continue
+        if Path(old).name == Path(new).name and not Path(old).exists():
+            keys.append(key)
+    return keys
+
+
+def _files_of(recipe: Recipe) -> tuple[list[str], list[Any]]:
+    """The keys of a recipe that name weights or labelers, and their values."""
+    values: dict[str, Any] = {"network.weights": recipe.network.weights}
+    for index, config in enumerate(recipe.rounds):
+        values[f"rounds.{index}.network.weights"] = config.network and config.network.weights
+        values[f"rounds.{index}.labels_from"] = config.labels_from
+    return list(values), list(values.values())
 
 
 @contextlib.contextmanager
@@ -271,7 +314,7 @@ def _say_finished(course: Course) -> None:
     course.journal.say("All rounds are finished already: nothing was done.")
     marks = read_marks(run, {sample.id for sample in course.manifest.unlabeled})
     late = set(marks) - set(read_excluded(run, last))
-    if late and last:
+    if late and course.rounds[-1].labels:
         course.journal.say(
             f"{len(late)} image(s) are marked as bad, but round {last} did not leave them out. To repeat that round, "
             f"delete {run.round(last)} and run the same command again."

@@ -117,7 +117,7 @@ def align_round(course: Course, round_: Round) -> tuple[Candidates | None, StepR
     chosen = choose_images(unlabeled, course.recipe.seed)
     digests = {
         "settings": digest_settings(
-            protocol=evaluation_protocol(course.recipe),
+            protocol=evaluation_protocol(course.recipe.at(round_.index)),
             candidates=candidates_of(course.recipe.result),
             seed=course.recipe.seed,
             images=IMAGES,
@@ -162,7 +162,7 @@ def _align(course: Course, round_: Round, chosen: Sequence[Sample]) -> Work:
     )
 
     def write() -> Result:
-        protocol = evaluation_protocol(course.recipe).describe()
+        protocol = evaluation_protocol(course.recipe.at(round_.index)).describe()
         described = {"classes": list(classes.names), "images": len(chosen), "protocol": protocol} | found
         write_json(course.path(round_, ALIGNMENT), described)
         if found["fault"]:
@@ -180,7 +180,7 @@ def _sample(course: Course, round_: Round, chosen: Sequence[Sample]) -> tuple[ND
     classes, processes, protocol = (
         len(course.manifest.classes),
         course.processes,
-        evaluation_protocol(course.recipe),
+        evaluation_protocol(course.recipe.at(round_.index)),
     )
     network, memory = load_to_predict(course.run.network(round_.index)), Memory()
     pixels, unusable = PixelSample(classes, course.recipe.seed, PIXELS), []
@@ -195,7 +195,7 @@ def _sample(course: Course, round_: Round, chosen: Sequence[Sample]) -> tuple[ND
 
     with (
         course.journal.progress(f"round {round_.index}: align", len(share)) as advance,
-        explain_memory(less_to_predict(course.recipe, "evaluation", protocol)),
+        explain_memory(less_to_predict(course.recipe.at(round_.index), "evaluation", protocol)),
     ):
         processes.together(
             lambda: overlapped(

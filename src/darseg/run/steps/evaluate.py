@@ -40,7 +40,7 @@ def evaluate_round(
     Returns:
         the content of scores.json, and the step's record.
     """
-    protocol, result = evaluation_protocol(course.recipe), course.recipe.result
+    protocol, result = evaluation_protocol(course.recipe.at(round_.index)), course.recipe.result
     aligning = None if candidates is None else {"align": result.align, "fault": candidates.fault}
     deciding = None
     if candidates is not None and candidates.usable:
@@ -130,7 +130,7 @@ class _Evaluation:
         share = processes.share(samples, group)
         with (
             course.journal.progress(f"round {round_.index}: evaluate", len(share)) as advance,
-            explain_memory(less_to_predict(course.recipe, "evaluation", self.protocol)),
+            explain_memory(less_to_predict(course.recipe.at(round_.index), "evaluation", self.protocol)),
         ):
             own = processes.together(
                 lambda: score_variants(

@@ -1,4 +1,4 @@
-"""Label: pseudo labels for the unlabeled images, by the network of the round before."""
+"""Label: pseudo labels for the unlabeled images, by the network of the round before or a labeler."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from darseg.model.predict import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labelset import Predictor, PseudoLabelSet, read_facts_logs
 from darseg.pseudo.scores import ScoreSource
-from darseg.run.build import labeling_protocol, load_to_predict, masks
+from darseg.run.build import load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
@@ -30,6 +30,7 @@ from darseg.run.label_samples import (
     network_scores,
 )
 from darseg.run.label_task import LabelFiles, LabelTask
+from darseg.run.labelers import LABELS_FROM, labeling_protocol_of, read_labeler
 from darseg.run.marks import fix_excluded, without
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
@@ -47,7 +48,7 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
     Images that were marked as bad when the round began are left out; the round keeps its planned number of steps.
 
     Args:
-        before: digest of the network of the round before.
+        before: digest of the network of the round before; it counts only if that network labels.
 
     Returns:
         the unlabeled samples with their new label maps, and the step's record.
@@ -73,13 +74,19 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
 
 
 def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:
-    protocol, labeling = labeling_protocol(course.recipe), task.labeling
+    index, labeling, labeler = task.round_index, task.labeling, course.labelers.get(task.round_index)
+    protocol = labeling_protocol_of(course.recipe, index, labeler)
     digests = {
         "settings": digest_settings(protocol=protocol, labeling=labeling, seed=task.seed),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
-        "network": before,
     }
+    if labeler is None:
+        digests["network"] = before
+    else:
+        digests["labels_from"] = labeler.digest
+    if labeler is not None and labeler.order is not None:
+        digests["order"] = digest_settings(order=list(labeler.order))
     if excluded:
         digests["excluded"] = digest_settings(ids=list(excluded))
     earlier = earlier_digests(
@@ -91,10 +98,18 @@ def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[
 def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequence[Sample]) -> Work:
     """The work of all processes: predict, count, choose thresholds, assign."""
     run, journal, index = course.run, course.journal, round_.index
-    protocol = labeling_protocol(course.recipe)
+    labeler = course.labelers.get(index)
+    protocol = labeling_protocol_of(course.recipe, index, labeler)
     course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
-    network = load_to_predict(run.network(index - 1), plain=True)
-    with explain_memory(less_to_predict(course.recipe, "labeling", protocol)):
+    if labeler is None:
+        network, remedy = (
+            load_to_predict(run.network(index - 1), plain=True),
+            less_to_predict(course.recipe.at(index - 1), "labeling", protocol),
+        )
+    else:
+        network, window = labeler.load(plain=task.labeling.align != "none"), f"rounds.{index}.labels_window"
+        remedy = less_to_predict(course.recipe, "labeling", protocol, window=(window, labeler.spec.sides))
+    with explain_memory(remedy):
         labels = label_samples(
             unlabeled,
             task,
@@ -111,6 +126,8 @@ def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequenc
     outputs = ["labels", HISTOGRAM, THRESHOLDS, FACTS]
     if any(sample.label for sample in unlabeled):
         outputs.append(SCORES)
+    if labeler is not None:
+        outputs.append(LABELS_FROM)
     return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled))
 
 
@@ -136,11 +153,11 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
     """Remove what may be of another labeling, see that the disk has room, and say what is left out."""
     run, journal, index = course.run, course.journal, round_.index
     histogram, thresholds = course.path(round_, HISTOGRAM), course.path(round_, THRESHOLDS)
-    if thresholds.exists():
+    if thresholds.exists() or _note_labeler(course, round_):
         # All maps were written but not recorded; or the record was deleted, to label again.
         shutil.rmtree(run.labels(index), ignore_errors=True)
         histogram.unlink(missing_ok=True)
-        thresholds.unlink()
+        thresholds.unlink(missing_ok=True)
         run.drop_facts_logs(index)
     if not histogram.exists():
         config, classes = course.recipe.labeling, len(course.manifest.classes)
@@ -156,6 +173,28 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
     if excluded := total - len(unlabeled):
         journal.event("excluded", round=index, images=excluded, of=total)
         journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
+
+
+def _note_labeler(course: Course, round_: Round) -> bool:
+    """Write which network labels a round, if it is not that of the round before.
+
+    Returns whether an earlier call, which was stopped, labeled with another. Its predictions are removed.
+    """
+    labeler, path = course.labelers.get(round_.index), course.path(round_, LABELS_FROM)
+    if labeler is None:
+        return False
+    before = read_labeler(path.parent)
+    changed = before is not None and before["sha256"] != labeler.digest
+    if changed:
+        course.journal.warn(
+            f"round {round_.index}: {labeler.source} has changed since labeling began, so all images are labeled again"
+        )
+        shutil.rmtree(course.run.predictions(round_.index), ignore_errors=True)
+        shutil.rmtree(course.path(round_, WAITING_SCORES), ignore_errors=True)
+        course.path(round_, ALIGNMENT).unlink(missing_ok=True)
+    if before != labeler.to_json():
+        write_json(path, labeler.to_json())
+    return changed
 
 
 def _tidy(course: Course, round_: Round) -> None:
@@ -193,11 +232,13 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
     write_json(course.path(round_, THRESHOLDS), labels.to_json())
     right = f"; {facts['pixel_accuracy']:.3f} of them are right" if facts.get("pixel_accuracy") else ""
     method, aligned = course.recipe.labeling.method, ""
+    labeler = course.labelers.get(index)
+    by = "" if labeler is None else f", by {labeler.source}"
     if labels.alignment is not None:
         facts["aligned"], aligned = labels.alignment.converged, " aligned decisions and"
         for warning in labels.alignment.warnings(classes.names):
             journal.warn(f"round {index}: {warning}")
-    return Result(facts, f"{method}{aligned} labeled {facts['share']:.3f} of the unlabeled pixels{right}")
+    return Result(facts, f"{method}{aligned} labeled {facts['share']:.3f} of the unlabeled pixels{by}{right}")
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:

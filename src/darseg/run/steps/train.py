@@ -87,6 +87,7 @@ def settings_of(recipe: Recipe, round_: Round, counts: Sequence[int], *, pseudo:
         counts: labeled pixels per class.
         pseudo: whether it has pseudo-labeled images.
     """
+    recipe = recipe.at(round_.index)
     return TrainSettings(
         stage=stage_of(recipe, round_),
         learner=learner_settings(recipe, round_, counts),
@@ -110,7 +111,7 @@ def train_round(
 
     Args:
         before: digest of the network as the round begins.
-        pseudo: the unlabeled samples with their pseudo labels; empty in round 0 and in online rounds.
+        pseudo: the unlabeled samples with their pseudo labels; empty in a round without and in online rounds.
         network: trained in place, unless the step is finished already.
     """
     run, index = course.run, round_.index
@@ -169,12 +170,13 @@ class _Training:
     network: Network
 
     def run(self) -> Work:
-        """Train from the latest checkpoint, or from the network of the round before."""
+        """Train from the latest checkpoint, the network of the round before, or a new one."""
         course, index, stage = self.course, self.round.index, self.stage
+        recipe = course.recipe.at(index)
         run, journal = course.run, course.journal
         begin, seconds_before = self._latest_checkpoint(), 0.0
         before: Mapping[str, Part] = {}
-        if index > 0:
+        if self.round.begins < index:
             self.network.load_state_dict(load_network(run.network(index - 1)).state_dict())
             before = load_checkpoint(run.optimizer(index - 1)).parts
         if begin is not None:
@@ -183,12 +185,12 @@ class _Training:
             ]
             seconds_before = saved[-1]["seconds"] if saved else 0.0
             journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
-        method = method_of(course.recipe, self.round, self.network, counts=course.counts)
+        method = method_of(recipe, self.round, self.network, counts=course.counts)
         first = begin.step if begin else 0
         with (
             journal.progress(f"round {index}: train", stage.steps, first) as advance,
             course.stop.patiently() as stop,
-            explain_memory(less_to_train(course.recipe, self.round, course.processes.count)),
+            explain_memory(less_to_train(recipe, self.round, course.processes.count)),
         ):
             end = run_stage(
                 method,
@@ -205,7 +207,7 @@ class _Training:
 
         def write() -> Result:
             run.result(index).unlink(missing_ok=True)  # of a network that was trained here before
-            save_network(result, run.network(index), spec_of(course.recipe))
+            save_network(result, run.network(index), spec_of(recipe))
             save_checkpoint(end.optimizers(), run.optimizer(index))
             return Result({"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]})
 
