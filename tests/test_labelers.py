@@ -221,7 +221,10 @@ def test_a_teachers_class_weights_count_unless_labels_are_aligned(
     recipe = load_recipe(write(tmp_path / "r.yaml", values))
     labeler = labelers_of(recipe)[0]
     # A file's window is the crop, 49 x 65, rounded up.
-    assert labeler.window == (64, 80) and labeler.aligned == (align == "none")
+    assert labeler.window == (64, 80)
+    whole = labelers_of(load_recipe(tmp_path / "r.yaml", ["rounds.0.labels_window=whole"]))[0]
+    assert whole.window == "whole" and "whole images" in whole.describe()
+    assert labeler.aligned == (align == "none")
     assert (labeler.load(plain=align != "none").alignment is None) == (align != "none")
     assert ("aligned decisions" in labeler.describe()) == (align == "none")
 

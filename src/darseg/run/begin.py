@@ -105,7 +105,9 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
             f"{run.root} is on a file system without locks, so a second process in this folder would not be noticed. "
             "Start only one."
         )
-    journal.say(f"Evaluation: {evaluation_protocol(course.recipe).describe()}")
+    for index in sources:
+        begins = f" from round {index} on" if index else ""
+        journal.say(f"Evaluation{begins}: {evaluation_protocol(course.recipe.at(index)).describe()}")
     if reason:
         journal.say(f"Decisions are not aligned: {reason}. result.align: off says the same.")
 

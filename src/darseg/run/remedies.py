@@ -87,7 +87,7 @@ def less_to_predict(
     smaller = [scale for scale in protocol.scales if scale <= 1] or [1.0]
     remedies = [f"{section}.scales={smaller}"] if max(protocol.scales) > 1 else []
     remedies += _fewer_windows(section, protocol)
-    remedies += _smaller_windows(recipe, key, protocol, sides)
+    remedies += _smaller_windows(recipe, key, protocol, sides=sides)
     if not begun:
         return f"Change the recipe: {_either(remedies)}."
     return (
@@ -109,7 +109,7 @@ def less_at_once(recipe: Recipe | None, section: str = "evaluation") -> str:
             f"{section}.window, or close other programs that use it."
         )
     protocol = labeling_protocol(recipe) if section == "labeling" else evaluation_protocol(recipe)
-    smaller = _smaller_windows(recipe, f"{section}.window", protocol, spec_of(recipe).sides)
+    smaller = _smaller_windows(recipe, f"{section}.window", protocol, sides=spec_of(recipe).sides)
     if pick_device().type == "cuda":  # a CPU predicts a small image by a single window in any case
         smaller = _fewer_windows(section, protocol) + smaller
     if not smaller:
@@ -140,7 +140,7 @@ def _fewer_windows(section: str, protocol: Protocol) -> list[str]:
     return [f"{section}.windows_at_once={present // 2} (now {present})"] if present > 1 else []
 
 
-def _smaller_windows(recipe: Recipe, key: str, protocol: Protocol, sides: Sides) -> list[str]:
+def _smaller_windows(recipe: Recipe, key: str, protocol: Protocol, *, sides: Sides) -> list[str]:
     """The window at a key, smaller; nothing if it cannot be."""
     if protocol.window == "whole":
         return [f"{key}={[sides.up(side) for side in recipe.training.crop]} (now whole images)"]
