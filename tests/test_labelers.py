@@ -301,6 +301,7 @@ def test_steps_of_a_teacher_are_reused(student: Path, tmp_path: Path) -> None:
             ["rounds.1.network.output_stride"],
         ),
         (["rounds.0.labels_from=''"], ["rounds.0.labels_from"]),
+        (["rounds.0.use=online"], ["rounds.0.labels_from", "rounds.0.labeling_ratio", "use: online"]),
     ],
 )
 def test_recipes_that_cannot_work(
