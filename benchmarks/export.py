@@ -26,7 +26,8 @@ from darseg.data.manifest import find_files
 from darseg.model.export import _onnx_runner, _pt2_runner, metadata_of, write_exported
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.parity import Parity
-from darseg.model.predict import Protocol, predict_scores
+from darseg.model.predict import predict_scores
+from darseg.model.windows import Protocol
 
 NETWORKS = {
     "pspnet": (

@@ -117,7 +117,7 @@ class Bench:
         """What labeling and evaluation predict."""
         from predictions import Job, ready_to_predict  # these need more than training does
 
-        from darseg.model.predict import Protocol
+        from darseg.model.windows import Protocol
 
         case = tiny(case) if self.dry else case
         data, window = self.data(case.data), (case.window, case.window)

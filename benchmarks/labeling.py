@@ -37,7 +37,8 @@ from darseg.data.maps import write_map
 from darseg.data.prediction import FINE, FLOAT16, Prediction
 from darseg.demo.scenes import draw_scene
 from darseg.model.decide import decide_strips
-from darseg.model.predict import Memory, Protocol, WindowSums, predict_for_labeling, window_starts
+from darseg.model.predict import predict_for_labeling
+from darseg.model.windows import Memory, Protocol, WindowSums, window_starts
 from darseg.pseudo.assign import LabelRule, assign, image_generator
 from darseg.pseudo.histogram import HistogramBuilder
 from darseg.pseudo.labelset import Predictor, assign_labels, count_predictions

@@ -25,7 +25,8 @@ from darseg.data.prediction import FLOAT16, Prediction
 from darseg.model.decide import decide_strips
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Memory, Protocol, predict_for_labeling, predict_scores, window_starts
+from darseg.model.predict import predict_for_labeling, predict_scores
+from darseg.model.windows import Memory, Protocol, window_starts
 from darseg.pseudo.assign import LabelRule
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import HistogramBuilder

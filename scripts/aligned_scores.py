@@ -34,7 +34,8 @@ from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import overlapped
 from darseg.model.aligned import unfold_alignment
-from darseg.model.predict import Memory, predict_scores
+from darseg.model.predict import predict_scores
+from darseg.model.windows import Memory
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.run.build import masks

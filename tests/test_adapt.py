@@ -21,8 +21,9 @@ from darseg.data.video import VideoWriter
 from darseg.errors import DataError, NumericsError, RecipeError, RunError
 from darseg.model.aligned import classifier_bias
 from darseg.model.network import NetworkSpec
-from darseg.model.predict import Protocol, predict
+from darseg.model.predict import predict
 from darseg.model.weights import load_network, read_alignment, read_spec, save_network
+from darseg.model.windows import Protocol
 from darseg.run.adapt import align_network
 from darseg.run.build import evaluation_protocol
 from darseg.run.media import list_media

@@ -36,9 +36,10 @@ from darseg.model.export import (
 )
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.parity import CROPS, LEAST_STEPS, SUFFIXES, Parity, Runner, compare
-from darseg.model.predict import Protocol, predict_scores
+from darseg.model.predict import predict_scores
 from darseg.model.sides import Sides
 from darseg.model.weights import save_network
+from darseg.model.windows import Protocol
 from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.settings import Inputs
 from test_networks import NETWORKS, spec_of

@@ -46,9 +46,10 @@ from darseg.methods.self_training import self_training, self_training_loss
 from darseg.model import windows as sliding
 from darseg.model.decide import decide
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol, predict, predict_for_labeling, scores_for_labeling
+from darseg.model.predict import predict, predict_for_labeling, scores_for_labeling
 from darseg.model.recompute import recompute_blocks
 from darseg.model.together import Picture, Together
+from darseg.model.windows import Protocol
 from darseg.pseudo.labeling import AlignSettings
 from darseg.run import build as build_module
 from darseg.run import rounds as rounds_module

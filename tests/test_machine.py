@@ -19,8 +19,8 @@ from rich.console import Console
 from conftest import recipe_dict
 from darseg.cli import COMPUTING, app
 from darseg.config.text import load_recipe
-from darseg.model.predict import _scores
 from darseg.model.weights import save_network
+from darseg.model.windows import _slide
 from darseg.run import machine
 from darseg.run.browse import LabeledRound, Repredictor
 from darseg.run.build import classes_of, manifest_of, spec_of
@@ -270,7 +270,7 @@ def test_every_verb_on_a_run_predicts_with_the_recipes_threads(
 
         return recorded
 
-    monkeypatch.setattr("darseg.model.predict._scores", record(_scores))
+    monkeypatch.setattr("darseg.model.windows._slide", record(_slide))
     monkeypatch.setattr("darseg.run.export.write_exported", record(lambda *_, **__: None))
     torch.set_num_threads(1)
     verb(run, tiny_data / "images" / "v")

@@ -20,10 +20,10 @@ from darseg.errors import DataError, RecipeError, SizeError
 from darseg.model.backbone import RESNETS, Features
 from darseg.model.heads import BINS, AtrousHead, DeepLabV3PlusHead, PyramidPoolingHead, upsample
 from darseg.model.network import ARCHITECTURES, Network, NetworkSpec, build_network
-from darseg.model.predict import Memory, Protocol
 from darseg.model.sides import Sides
 from darseg.model.vit import POSITION_OFFSET, resizing
 from darseg.model.weights import load_network, save_network
+from darseg.model.windows import Memory, Protocol
 from darseg.training.optimize import SGD, build_optimizer, faster_heads, set_rates
 from wording import refused, says
 

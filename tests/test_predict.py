@@ -20,8 +20,9 @@ from darseg.data.video import USUAL_RATE, VideoWriter, read_frames, video_facts,
 from darseg.demo.scenes import draw_scene
 from darseg.errors import DataError, NumericsError, RunError, SizeError, StorageError
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol, predict, predict_for_labeling, predict_scores, whole_image
+from darseg.model.predict import predict, predict_for_labeling, predict_scores, whole_image
 from darseg.model.weights import load_network, save_network
+from darseg.model.windows import Protocol
 from darseg.run.evaluate import load_trained
 from darseg.run.outputs import held_folder
 from darseg.run.predict import KINDS, RECORD, predict_folder

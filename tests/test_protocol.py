@@ -18,7 +18,8 @@ from darseg.data.encoding import label_encoding
 from darseg.data.labels import read_label
 from darseg.errors import DataError
 from darseg.model.network import Network, build_network
-from darseg.model.predict import Protocol, predict, predict_scores
+from darseg.model.predict import predict, predict_scores
+from darseg.model.windows import Protocol
 from darseg.training.scores import Scores
 from wording import refused, says
 

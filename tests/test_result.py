@@ -27,8 +27,9 @@ from darseg.demo.scenes import draw_scene
 from darseg.errors import RecipeError, RunError
 from darseg.model.aligned import AlignmentRecord, classifier_bias, fold_alignment
 from darseg.model.network import NetworkSpec
-from darseg.model.predict import Protocol, predict
+from darseg.model.predict import predict
 from darseg.model.weights import load_network, read_alignment, save_network
+from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
 from darseg.report.comparison import compare_runs
 from darseg.run.browse import open_round

@@ -14,7 +14,7 @@ import pytest
 from conftest import REPOSITORY
 from darseg.config.text import load_recipe
 from darseg.data.encoding import LabelEncoding
-from darseg.model.predict import Protocol
+from darseg.model.windows import Protocol
 from darseg.run.build import spec_of
 from darseg.run.data_digest import _described
 from darseg.run.formats import LaterSetting, as_format_1, digest_format_1, stage_format_1

@@ -59,11 +59,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.model.network import Output as Output
     from darseg.model.network import build_network as build_network
     from darseg.model.parity import Parity as Parity
-    from darseg.model.predict import Protocol as Protocol
     from darseg.model.predict import predict as predict
     from darseg.model.predict import predict_for_labeling as predict_for_labeling
     from darseg.model.weights import LoadReport as LoadReport
     from darseg.model.weights import load_weights as load_weights
+    from darseg.model.windows import Protocol as Protocol
     from darseg.pseudo.align import align as align
     from darseg.pseudo.alignment import Alignment as Alignment
     from darseg.pseudo.assign import assign as assign
@@ -169,7 +169,7 @@ _HOMES = {
     "Prediction": "data.prediction",
     "Proposal": "init.propose",
     "propose_recipe": "init.propose",
-    "Protocol": "model.predict",
+    "Protocol": "model.windows",
     "PseudoLabelSet": "pseudo.labelset",
     "rasterize_folder": "annotate.rasterize",
     "Rasterized": "annotate.rasterize",

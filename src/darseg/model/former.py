@@ -13,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from darseg.data.prediction import Prediction
     from darseg.model.network import Network
-    from darseg.model.predict import Memory, Protocol
+    from darseg.model.windows import Memory, Protocol
 
 
 def warn_renamed(former: str, new: str) -> None:

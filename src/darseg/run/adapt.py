@@ -19,8 +19,9 @@ from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, NumericsError, RunError, faults
 from darseg.model.aligned import AlignmentRecord, fold_alignment, unfold_alignment
 from darseg.model.class_order import reorder_classes
-from darseg.model.predict import Memory, predict_probabilities
+from darseg.model.predict import predict_probabilities
 from darseg.model.weights import load_network, save_network
+from darseg.model.windows import Memory
 from darseg.pseudo.align import TOLERANCE, align, check_settings
 from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.distribution import ClassDistribution, count_labels

@@ -28,8 +28,8 @@ from darseg.errors import DataError, RecipeError, RunError, SizeError, faults
 from darseg.model.download import fetch
 from darseg.model.fold import fold_batchnorm
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol
 from darseg.model.weights import load_network, load_weights
+from darseg.model.windows import Protocol
 from darseg.run.directory import RunDirectory
 from darseg.run.machine import default_threads
 from darseg.run.moved import with_moved_data

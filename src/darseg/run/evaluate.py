@@ -20,9 +20,10 @@ from darseg.errors import DarsegError, DataError, RunError
 from darseg.model.aligned import AlignmentRecord
 from darseg.model.class_order import Order, reorder_classes, reordered_spec
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol, whole_image
+from darseg.model.predict import whole_image
 from darseg.model.weights import load_network as load_weights_file
 from darseg.model.weights import read_alignment, read_spec
+from darseg.model.windows import Protocol
 from darseg.run.build import (
     as_recipe,
     as_the_run_read,

@@ -13,7 +13,7 @@ from typing import Any
 
 from darseg.data.augment import Augmentation
 from darseg.model.network import NetworkSpec
-from darseg.model.predict import Protocol
+from darseg.model.windows import Protocol
 from darseg.pseudo.labeling import Labeling
 from darseg.run.plan import LearnerSettings
 from darseg.run.settings import default_of, digest_text

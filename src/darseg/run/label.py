@@ -17,8 +17,8 @@ from darseg.data.suffixes import unread_files, unread_line
 from darseg.data.walk import unreadable
 from darseg.errors import DataError, RunError
 from darseg.model.aligned import unfold_alignment
-from darseg.model.predict import Protocol
 from darseg.model.weights import read_alignment
+from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labeling import AlignSettings, Confidence, Labeling, LabelingMethod, Sampling
 from darseg.pseudo.labelset import Predictor

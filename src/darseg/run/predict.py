@@ -26,7 +26,8 @@ from darseg.data.prediction import FINE, Prediction
 from darseg.data.video import VideoFacts, VideoWriter, read_frames, video_facts, writable_rate
 from darseg.data.walk import PREDICTED
 from darseg.errors import DataError, MemoryLimit, RunError
-from darseg.model.predict import Memory, predict
+from darseg.model.predict import predict
+from darseg.model.windows import Memory
 from darseg.run.build import check_overrides, evaluation_protocol
 from darseg.run.directory import RunDirectory, digest_path, write_json
 from darseg.run.evaluate import Trained, load_trained

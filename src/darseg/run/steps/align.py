@@ -22,7 +22,8 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
 from darseg.model.aligned import AlignmentRecord
-from darseg.model.predict import Memory, predict_probabilities
+from darseg.model.predict import predict_probabilities
+from darseg.model.windows import Memory
 from darseg.pseudo.align import align_by_strengths
 from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.distribution import ClassDistribution

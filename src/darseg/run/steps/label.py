@@ -14,7 +14,7 @@ from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, count_pixels
 from darseg.data.prediction import SCALES
 from darseg.model.network import Network
-from darseg.model.predict import Protocol
+from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labelset import Predictor, PseudoLabelSet, read_facts_logs
 from darseg.pseudo.scores import ScoreSource
