@@ -303,24 +303,24 @@ def rows_of(bench: Bench) -> list[Row]:
 
     return [
         steps(SMALL, "bf16"),
-        steps(LARGE, "bf16"),
-        labels(LARGE, "bf16"),
         labels(SMALL, "fp32"),
+        labels(LARGE, "bf16"),
         step_profile(SMALL, "bf16"),
-        step_profile(LARGE, "bf16"),
         label_profile(SMALL, "fp32"),
         label_profile(LARGE, "bf16"),
+        steps(SMALL, "bf16", compiled=True),
+        steps(LARGE, "bf16"),
+        *(steps(case, "bf16") for case in OTHERS),
         steps(SMALL, "fp32"),
         steps(LARGE, "fp32"),
-        *(steps(case, "bf16") for case in OTHERS),
         scores(LARGE, "bf16", True),
         scores(SMALL, "fp32", False),
+        step_profile(LARGE, "bf16"),
         steps(LARGE, "bf16", cached=False),
+        steps(LARGE, "bf16", compiled=True),
         *(steps(case, "fp32") for case in OTHERS),
         labels(LARGE, "fp32"),
         labels(SMALL, "bf16"),
-        steps(SMALL, "bf16", compiled=True),
-        steps(LARGE, "bf16", compiled=True),
     ]
 
 
