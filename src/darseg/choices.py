@@ -18,6 +18,8 @@ BuiltInClasses = Literal["cityscapes", "voc", "camvid"]
 """The class sets that darseg knows by name."""
 AnnotationFormat = Literal["coco", "panoptic", "labelme", "cityscapes", "cvat"]
 """The annotation files that can be drawn as label maps."""
+Trainer = Literal["yolo", "lightly-train", "mmseg"]
+"""The other trainers for which data files are written next to label maps."""
 
 Architecture = Literal["pspnet", "deeplabv2", "deeplabv3plus", "dpt", "linear"]
 """What follows the backbone of a network."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from darseg.choices import Trainer
 from darseg.cli.options import DataRoot, Plain, RoundIndex, Source
-from darseg.cli.tables import print_labels
+from darseg.cli.tables import print_labels, say
 from darseg.errors import RecipeError
 from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
 
@@ -21,6 +23,11 @@ ALIGN = "First give the decisions the class shares of the labeled pixels."
 BOUND = "Largest class weight and reciprocal of the smallest, with --align."
 STRENGTH = "Power of the class weights, from 0 to 1, with --align."
 TWICE = "Predict again instead of keeping predictions on the disk while labeling."
+
+DataFileFor = Annotated[
+    Trainer | None,
+    typer.Option("--for", help="Also write the data file with which this trainer reads the labels."),
+]
 
 
 def label(
@@ -56,6 +63,7 @@ def label(
         int | None, typer.Option(min=1, help="Number of CPU threads. Default: the recipe's.")
     ] = None,
     plain: Plain = False,
+    trainer: DataFileFor = None,
 ) -> None:
     """Pseudo-label a folder of images with a trained network; torchrun shares the work among processes."""
     from darseg.run.label import describe_labeling, label_folder
@@ -78,8 +86,18 @@ def label(
         threads=threads,
         plain=plain,
         overrides=overrides or [],
+        trainer=trainer,
     )
     print_labels(record, out, describe_labeling(record, source, round_index, plain=plain))
+    _say_data_file(trainer, out)
+
+
+def _say_data_file(trainer: Trainer | None, out: Path) -> None:
+    """Print where a trainer's data file is; only the first process prints."""
+    from darseg.run.trainers import FILES
+
+    if trainer is not None and os.environ.get("RANK", "0") == "0":
+        say(f"Data file: {out / FILES[trainer]}. Add your validation images to it; its first lines say how.")
 
 
 def redistribute(

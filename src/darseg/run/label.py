@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from darseg.choices import Trainer
 from darseg.config.recipe import LabelingConfig, Recipe
 from darseg.data.images import IMAGE_SUFFIXES, Reading, image_size
 from darseg.data.manifest import Sample, find_files
@@ -33,6 +34,7 @@ from darseg.run.label_files import FolderJob, label_into_folder
 from darseg.run.label_samples import network_predictor, network_scores
 from darseg.run.remedies import explain_memory, less_at_once
 from darseg.run.settings import digest_settings
+from darseg.run.trainers import check_trainer, write_for
 from darseg.training.processes import Processes
 
 
@@ -56,6 +58,7 @@ def label_folder(
     console: Console | None = None,
     plain: bool = False,
     overrides: Sequence[str] = (),
+    trainer: Trainer | None = None,
 ) -> dict[str, Any]:
     """Pseudo-label a folder of images with a trained network: `out/ID.png` and `out/redistribution.json`.
 
@@ -69,9 +72,11 @@ def label_folder(
         predict_twice: predict again instead of keeping predictions, or with `align` scores of all classes, on the disk.
         plain: label with the network as it was trained, also if the result's decisions are aligned.
         overrides: "data.root=PATH", if the recipe's data were moved.
+        trainer: write a data file for this trainer, too: `out/yolo.yaml`, `out/lightly_train.yaml` or `out/mmseg.py`.
     """
     processes = Processes.here()
     check_overrides(source, overrides)
+    check_trainer(trainer, Path(images), Path(out))
     trained = load_trained(source, round_index, overrides, recipe=recipe, threads=threads, plain=plain)
     job = FolderJob(
         source=Path(images),
@@ -91,10 +96,29 @@ def label_folder(
         inputs=_digest_predictor(trained),
         predict_twice=predict_twice,
     )
+    return _label(job, trained, trainer, processes=processes, console=console)
+
+
+def _label(
+    job: FolderJob,
+    trained: Trained,
+    trainer: Trainer | None,
+    *,
+    processes: Processes,
+    console: Console | None,
+) -> dict[str, Any]:
     _report(job, trained, console=console if processes.first else Console(quiet=True))
     size_of = partial(image_size, reading=trained.reading())
     with explain_memory(less_at_once(trained.recipe, "labeling")):
-        return label_into_folder(job, _source_of(job, trained), size_of, processes=processes, console=console)
+        record = label_into_folder(
+            job, _source_of(job, trained), size_of, processes=processes, console=console
+        )
+    if trainer is not None:
+        classes = trained.classes()
+        processes.from_first(
+            lambda: write_for(trainer, job.source, job.out, samples=job.samples, classes=classes)
+        )
+    return record
 
 
 def describe_labeling(
