@@ -43,8 +43,8 @@ SUMS_IN_MEMORY = 1 << 30
 """Bytes of the probabilities of all variants of images; what is more is predicted in several passes."""
 
 MOST_THREADS = 8
-"""Most threads that read images for a GPU, and as many that write. Each decodes some 30 images of 1024x2048 a second
-(docs/performance.md)."""
+"""Most threads that read images for a GPU, and as many that write. One core reads some 20 PNG files of 1024x2048
+pixels a second (docs/performance.md)."""
 
 MOST_ITEMS, MOST_BYTES = 4 * MOST_WINDOWS, 64 << 20
 """Images that are read ahead for a GPU, and as many results that wait to be written: enough for two passes of the
