@@ -102,7 +102,7 @@ def score_runs(out: Path, folders: Sequence[Path], unlabeled_of: Sequence[Path])
     """Score all trained rounds of run folders that are not scored yet."""
     for folder in folders:
         run = darseg.RunDirectory(folder)
-        for index in run.rounds_with("train"):
+        for index in reversed(list(run.rounds_with("train"))):  # the last tells most, if time runs out
             path = out / folder.parent.name / f"{folder.name}.round_{index}.json"
             if not path.exists():
                 write_json(path, score(folder, index, unlabeled_of))
