@@ -66,6 +66,10 @@ COLUMNS = {
     "long round 0, aligned": ("long", [1]),
     "control, then aligned": ("continued", [1]),
     "control, then dars": ("continued_plain", [1]),
+    "control with teacher": ("control_teacher", [0]),
+    "fixmatch": ("fixmatch", [1]),
+    "fixmatch, 0.7": ("fixmatch_70", [1]),
+    "mean teacher": ("mean_teacher", [1]),
     "all labels": ("all", [0]),
 }
 

@@ -44,7 +44,12 @@ TESTS_AT_ONCE = 8
 GRACE = 8  # seconds between asking a process to stop and killing it
 
 # Run of scripts/neu_seg_results.py → the run whose round 0 it begins with.
-FIRST = {"aligned": "dars", "aligned_large": "dars", "dars_large": "dars", "continued": "control"}
+FIRST = dict.fromkeys(("fixmatch", "fixmatch_70", "mean_teacher"), "dars") | {
+    "aligned": "dars",
+    "aligned_large": "dars",
+    "dars_large": "dars",
+    "continued": "control",
+}
 # Regime, number of labels, seeds and runs of the comparison, in order of value.
 GROUPS = ("half:48:0,1,2:dars,control,aligned,all,aligned_large,dars_large,long,continued",)
 DRY_GROUPS = ("half:48:0:dars",)

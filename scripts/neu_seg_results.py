@@ -8,6 +8,7 @@ It may be stopped and started again: finished steps are not repeated. Several ca
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import darseg
@@ -32,39 +33,63 @@ REGIMES = {
 # Augmentation scales of rounds 0 and 1, and of round 2.
 SCALES = {"full": ([0.5, 1.5], [0.4, 2.0]), "half": ([0.25, 0.75], [0.2, 1.0])}
 
-# Run → steps of round 0 and ratios of the rounds after it, in units of a round's steps; whether labels are aligned;
-# the run whose round 0 is the same.
+
+@dataclass(frozen=True)
+class Run:
+    """A run, in units of a round's steps.
+
+    Attributes:
+        first: steps of round 0.
+        ratios: labeling ratio of each round after it.
+        changes: to the recipe.
+        begins_as: the run whose round 0 is the same.
+        online: units of one round that learns from unlabeled images while it trains.
+    """
+
+    first: int = 1
+    ratios: tuple[float, ...] = ()
+    changes: tuple[str, ...] = ()
+    begins_as: str | None = None
+    online: int = 0
+
+
+ALIGNED = ("labeling.align=decisions",)
 RUNS = {
-    "control": (3, [], False, None),
-    "dars": (1, [0.4, 0.65], False, None),
-    "aligned": (1, [0.4, 0.65], True, "dars"),
-    "aligned_large": (1, [0.65, 0.9], True, "dars"),
-    "dars_large": (1, [0.65, 0.9], False, "dars"),
-    "long": (2, [0.65], True, None),
-    "continued": (3, [0.65], True, "control"),
-    "continued_plain": (3, [0.65], False, "control"),
-    "all": (3, [], False, None),
+    "control": Run(3),
+    "control_teacher": Run(3, changes=("training.teacher={decay: 0.996}",)),
+    "dars": Run(1, (0.4, 0.65)),
+    "aligned": Run(1, (0.4, 0.65), ALIGNED, "dars"),
+    "aligned_large": Run(1, (0.65, 0.9), ALIGNED, "dars"),
+    "dars_large": Run(1, (0.65, 0.9), (), "dars"),
+    "long": Run(2, (0.65,), ALIGNED),
+    "continued": Run(3, (0.65,), ALIGNED, "control"),
+    "continued_plain": Run(3, (0.65,), (), "control"),
+    "fixmatch": Run(1, (), ("online.method=fixmatch",), "dars", online=2),
+    "fixmatch_70": Run(1, (), ("online.method=fixmatch", "online.above=0.7"), "dars", online=2),
+    "mean_teacher": Run(1, (), ("online.method=mean_teacher",), "dars", online=2),
+    "all": Run(3),
 }
 
 
-def overrides(regime: str, labels: int, seed: int, run: str, steps: int) -> list[str]:
+def overrides(regime: str, labels: int, seed: int, name: str, steps: int) -> list[str]:
     """The changes to the recipe that make a run with `steps` steps a round."""
-    changes = REGIMES[regime][1]
-    first, ratios, aligned, _ = RUNS[run]
+    run = RUNS[name]
     usual, last = SCALES[regime]
-    rounds = [f"{{steps: {first * steps}}}"]
-    rounds += [f"{{steps: {steps}, labeling_ratio: {ratio}}}" for ratio in ratios]
-    if len(ratios) == 2:
-        rounds[-1] = f"{{steps: {steps}, labeling_ratio: {ratios[-1]}, scale: {last}}}"
-    source = "train.txt" if run == "all" else f"labeled_{labels}.txt"
+    rounds = [f"{{steps: {run.first * steps}}}"]
+    rounds += [f"{{steps: {steps}, labeling_ratio: {ratio}}}" for ratio in run.ratios]
+    if len(run.ratios) == 2:
+        rounds[-1] = f"{{steps: {steps}, labeling_ratio: {run.ratios[-1]}, scale: {last}}}"
+    if run.online:
+        rounds.append(f"{{steps: {run.online * steps}, use: online}}")
+    source = "train.txt" if name == "all" else f"labeled_{labels}.txt"
     return [
-        *changes,
+        *REGIMES[regime][1],
         f"seed={seed}",
         f"augmentation.scale={usual}",
         f"data.labeled={source}",
-        f"data.unlabeled={'null' if run == 'all' else f'unlabeled_{labels}.txt'}",
+        f"data.unlabeled={'null' if name == 'all' else f'unlabeled_{labels}.txt'}",
         f"rounds=[{', '.join(rounds)}]",
-        *(["labeling.align=decisions"] if aligned else []),
+        *run.changes,
     ]
 
 
@@ -92,7 +117,7 @@ def main() -> None:
         changes += [f"data.root={args.data.resolve()}"] if args.data else []
         if args.weights:
             changes.append(f"network.weights={args.weights.resolve() if args.weights.exists() else 'none'}")
-        first = RUNS[run][3]
+        first = RUNS[run].begins_as
         reuse = first and folder(args.out, args.regime, args.labels, args.seed, first)
         recipe = darseg.load_recipe(RECIPE, changes)
         darseg.train(recipe, folder(args.out, args.regime, args.labels, args.seed, run), reuse)
