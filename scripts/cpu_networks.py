@@ -19,7 +19,9 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
 import platform
+import threading
 import time
 import traceback
 import zipfile
@@ -209,8 +211,8 @@ def rounds_of(job: Job, rates: dict[str, Any], seconds: float) -> list[str]:
         return [f"{{steps: {int(seconds / cost['step'])}}}"]
     share = seconds / (1 + len(RATIOS))
     left = share - rates["unlabeled"] * cost["label_image"]
-    if left < 10 * cost["half_step"]:
-        raise SystemExit(
+    if left < cost["half_step"]:
+        raise ValueError(
             f"{job.name}: labeling alone takes {share - left:.0f} of {share:.0f} s. Give more --seconds."
         )
     later = int(left / cost["half_step"])
@@ -230,6 +232,7 @@ def run(job: Job, arguments: argparse.Namespace, rates: dict[str, Any]) -> dict[
         f"training.learning_rate={job.learning_rate}",
         f"rounds=[{', '.join(rounds)}]",
     )
+    keep_memory()  # as the command line does
     began = time.monotonic()
     out = arguments.out / job.name
     darseg.train(recipe, out)
@@ -247,6 +250,13 @@ def run(job: Job, arguments: argparse.Namespace, rates: dict[str, Any]) -> dict[
     }
 
 
+def end_with_parent() -> None:
+    """End this process as soon as its parent has ended; otherwise it would wait for jobs forever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train all runs that results.json does not have, several at once."""
     rates = json.loads((arguments.rates or arguments.out / "rates.json").read_text())
@@ -262,7 +272,7 @@ def train(arguments: argparse.Namespace) -> None:
     jobs = sorted((job for job in jobs if job.name not in results), key=lambda job: job.seed)
     arguments.out.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+    with ProcessPoolExecutor(arguments.processes, mp_context=context, initializer=end_with_parent) as pool:
         running = {pool.submit(run, job, arguments, rates): job for job in jobs}
         for done in as_completed(running):
             job = running[done]
