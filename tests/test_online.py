@@ -257,6 +257,10 @@ def test_pixels_above_the_threshold_are_accepted() -> None:
         label = numbers.index(max(numbers)) if inside[b, y, x] else IGNORE
         assert int(accepted.predicted[b, y, x]) == label
         assert int(accepted.labels[b, y, x]) == (label if max(numbers) >= how.threshold else IGNORE)
+    spoiled = probabilities.clone()
+    spoiled[0, :, 0, 0] = float("nan")  # of a network that has failed
+    accepted = accept(Above(0.0), acceptance_state(how), Predicted(spoiled, inside | True, torch.arange(2)))
+    assert int((accepted.labels == IGNORE).sum()) == 1 and int(accepted.labels[0, 0, 0]) == IGNORE
     with refused(RecipeError, "threshold 1.5"):
         Above(1.5)
 
@@ -303,6 +307,25 @@ def test_with_a_frozen_teacher_and_threshold_0_fixmatch_is_self_training() -> No
     )
     wanted = tensors(run_stage(rounds, streams, Stage(steps=STEPS)))
     assert all(torch.equal(end[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "mean_teacher"])
+def test_in_bfloat16_labels_and_targets_are_computed_in_float32(method) -> None:
+    made = make(replace(HOW, method=method, accept=Above(0.0)))
+    kept: list[Batch] = []
+
+    def keep(network, batches: Sequence[Batch], step: int):
+        kept.append(batches[1])
+        return made.loss(network, batches, step)
+
+    reports = []
+    run(replace(made, loss=keep), Stage(steps=1, precision="bf16", report_every=1), on_step=reports.append)
+    assert (
+        bool(torch.isfinite(reports[0].figures["loss"])) and float(reports[0].figures["loss_unlabeled"]) > 0
+    )
+    for tensor in (kept[0].targets, kept[0].weights):
+        assert (tensor is None) == (method == "fixmatch")
+        assert tensor is None or tensor.dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", ["fixmatch", "mean_teacher"])

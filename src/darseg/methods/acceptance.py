@@ -77,7 +77,9 @@ def accept(how: Acceptance, state: nn.Module, predicted: Predicted) -> Accepted:
         case Above(threshold):
             confidence, classes = predicted.probabilities.max(1)
             classes = classes.to(torch.uint8).masked_fill(~predicted.inside, IGNORE)
-            return Accepted(classes.masked_fill(confidence < threshold, IGNORE), classes)
+            return Accepted(
+                classes.masked_fill(~(confidence >= threshold), IGNORE), classes
+            )  # NaN is rejected
 
 
 def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:

@@ -65,8 +65,8 @@ class Teacher(nn.Module):
         mine, theirs = self.network.state_dict(), network.state_dict()
         numbers = [name for name, value in mine.items() if value.is_floating_point()]
         torch._foreach_lerp_([mine[name] for name in numbers], [theirs[name] for name in numbers], 1 - decay)
-        for name in mine.keys() - set(numbers):
-            mine[name].copy_(theirs[name])
+        if counters := [name for name, value in mine.items() if not value.is_floating_point()]:
+            torch._foreach_copy_([mine[name] for name in counters], [theirs[name] for name in counters])
 
 
 class TeacherState(nn.Module):

@@ -275,7 +275,6 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         if planned.labels
     ]
     waiting = max(per_pixel, default=0)
-    aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
     labeling = {
         planned.index: labeling_protocol_of(recipe, planned.index, labelers.get(planned.index)).describe(
             "logits"
@@ -283,7 +282,6 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         for planned in rounds
         if planned.labels
     }
-    labeling = labeling or {0: labeling_protocol(recipe).describe("logits")}
     evaluation = {
         planned.index: evaluation_protocol(recipe.at(planned.index)).describe() for planned in rounds
     }
@@ -297,7 +295,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         ),
         temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
         who_labels=tuple(who_labels(recipe, labelers)),
-        labeling=f"{recipe.labeling.method}{aligned}, {_by_round(labeling)}",
+        labeling=_describe_labeling(recipe, labeling),
         evaluation=_by_round(evaluation),
         class_weights=_class_weights(recipe, manifest),
         notes=_notes(recipe, rounds, networks, processes=processes),
@@ -345,6 +343,19 @@ def _planned_network(
         state_bytes=memories[0][0] + _teacher_bytes(recipe, own, network),
         activation_bytes=max(activations for _, activations in memories),
     )
+
+
+def _describe_labeling(recipe: Recipe, protocols: Mapping[int, str]) -> str:
+    """A line about the labeling of the rounds that begin with pseudo labels.
+
+    Args:
+        protocols: those rounds' protocols.
+    """
+    if recipe.halves and not protocols:
+        return "none before training, all rounds are online"
+    aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
+    described = _by_round(protocols) if protocols else labeling_protocol(recipe).describe("logits")
+    return f"{recipe.labeling.method}{aligned}, {described}"
 
 
 def _images_in_memory(planned: Round, processes: int) -> int:
