@@ -213,7 +213,7 @@ def test_a_run_without_pseudo_labels_has_none_to_look_through(tiny_data: Path, t
 
 def planned(recipe: dict, folder: Path, *, labeled: int = 40, unlabeled: int = 60) -> list:
     loaded = load_recipe(write(recipe, folder))
-    return plan_rounds(loaded, labeled=labeled, unlabeled=unlabeled, fill=FILL)
+    return plan_rounds(loaded, labeled=labeled, unlabeled=unlabeled, fills={0: FILL})
 
 
 def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
 
     def digest() -> str:
         loaded = load_recipe(write(recipe, tmp_path))
-        (round_,) = plan_rounds(loaded, labeled=4, unlabeled=6, fill=FILL)
+        (round_,) = plan_rounds(loaded, labeled=4, unlabeled=6, fills={0: FILL})
         settings = settings_of(loaded, round_, [1] * 11, pseudo=False)
         assert len(settings.earlier_digests()) == (not digests)  # only the first is one that 0.2 knew
         return settings.digest()
