@@ -137,6 +137,21 @@ def test_killed_anywhere_a_student_ends_with_the_same_bytes(
     assert outcome(run) == outcome(student)
 
 
+@pytest.mark.slow  # two processes, each of which loads torch and timm
+def test_two_processes_label_by_a_teacher_as_one_does(
+    student: Path, teacher: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, run = write(tmp_path / "cnn.yaml", student_values(tiny_data, teacher, 1)), tmp_path / "run"
+    result = forks.torchrun("-m", "darseg", "train", recipe, "training.batch=8", "--out", run)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"round 0: {teacher}") == 1
+    ours, theirs = (
+        {p.relative_to(folder): p.read_bytes() for p in (folder / "round_0" / "labels").rglob("*.png")}
+        for folder in (run, student)
+    )
+    assert len(ours) == 6 and ours == theirs
+
+
 def changed_copy(teacher: Path, folder: Path) -> tuple[Path, Path]:
     """Two files of a teacher: as it is, and with another classifier."""
     weights, other = folder / "teacher.safetensors", folder / "changed.safetensors"
