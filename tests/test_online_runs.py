@@ -208,6 +208,16 @@ def test_a_run_without_pseudo_labels_has_none_to_look_through(tiny_data: Path, t
         open_round(tmp_path / "run")
 
 
+def test_an_online_round_of_another_network_and_crop(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = online_recipe(tiny_data)
+    other = recipe["network"] | {"backbone": "resnet18_half", "head_channels": 8}
+    recipe["rounds"] = [{"steps": 2}, {"steps": 3, "use": "online", "network": other, "crop": [33, 49]}]
+    train(write(recipe, tmp_path), tmp_path / "run")
+    networks = [load_network(tmp_path / "run" / f"round_{index}" / "network.safetensors") for index in (0, 1)]
+    sizes = [sum(parameter.numel() for parameter in network.parameters()) for network in networks]
+    assert sizes[1] < sizes[0]
+
+
 # --- the recipe
 
 
@@ -244,7 +254,7 @@ def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: P
     assert how.teacher == TeacherSettings(0.996, result=False) and round_.epoch_steps == 10
     assert how.strong.colors == Colors(jitter=(0.2, 0.2, 0.0, 0.0), gray_share=0.0)
     assert how.strong.boxes == Boxes(share=1.0)
-    recipe["online"] = {"labels_from": "student", "mixing": "classmix"}
+    recipe["online"] = {"labeler": "student", "mixing": "classmix"}
     how = planned(recipe, tmp_path)[0].online
     assert how.teacher is None and how.mixing == "classmix"
 
@@ -273,7 +283,7 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         {"strong_views": 2},
         {"weight": 0.5},
         {"mixing": "none"},
-        {"labels_from": "student"},
+        {"labeler": "student"},
         {"teacher": {"decay": 0.9}},
         {"teacher": {"result": False}},
         {"colors": {"gray_share": 0.0}},
@@ -293,8 +303,8 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         ({"online": {"method": "fixmatsch"}}, ["online.method", "'fixmatch' or 'mean_teacher'"]),
         ({"online": {"batch": 3}}, ["online.batch", "found 3", "even"]),
         ({"online": {"above": 1.5}}, ["online.above", "1.5"]),
-        ({"online": {"labels_from": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
-        ({"online": {"labels_from": "student", "method": "mean_teacher"}}, ["online.labels_from"]),
+        ({"online": {"labeler": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
+        ({"online": {"labeler": "student", "method": "mean_teacher"}}, ["online.labeler"]),
         ({"online": {"boxes": {"share": 1.0}, "mixing": "none"}}, ["online.boxes", "mixing: none"]),
         ({"online": {"colors": {"blur": [2.0, 1.0]}}}, ["online.colors.blur"]),
         ({"online": {"colors": {"jitter": [0.1, 0.1, 0.1, 0.7]}}}, ["online.colors.jitter.3"]),
@@ -348,7 +358,7 @@ def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tm
     notes = [note for note in taught.notes if "learns from unlabeled images" in note]
     assert len(notes) == 2
     says(notes[0], "round 0", "mean_teacher", "4 unlabeled", "2 strong", "0.99")
-    recipe["online"] = {"labels_from": "student", "batch": 2}
+    recipe["online"] = {"labeler": "student", "batch": 2}
     alone = plan(load_recipe(write(recipe, tmp_path)))
     parameters = 4 * taught.parameters
     assert taught.state_bytes - alone.state_bytes == parameters

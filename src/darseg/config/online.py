@@ -62,7 +62,7 @@ class OnlineConfig(Section):
     above: Fraction | None = None
     weight: NotNegative = 1.0
     mixing: Mixing | None = None
-    labels_from: Literal["teacher", "student"] = "teacher"
+    labeler: Literal["teacher", "student"] = "teacher"
     teacher: TeacherConfig | None = None
     colors: ColorsConfig | None = None
     boxes: BoxesConfig | None = None
@@ -72,10 +72,10 @@ class OnlineConfig(Section):
             section: Section | None = getattr(self, name)
             for key, message in section.conflicts() if section else ():
                 yield (name, *key), message
-        if self.labels_from == "student" and self.teacher is not None:
-            yield ("teacher",), "has no effect with online.labels_from: student; remove one of them"
-        if self.labels_from == "student" and self.method == "mean_teacher":
-            yield ("labels_from",), "mean_teacher is defined by its teacher; remove the key, or use fixmatch"
+        if self.labeler == "student" and self.teacher is not None:
+            yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
+        if self.labeler == "student" and self.method == "mean_teacher":
+            yield ("labeler",), "mean_teacher is defined by its teacher; remove the key, or use fixmatch"
         if self.boxes is not None and self.mixing in ("classmix", "none"):
             yield ("boxes",), f"has no effect with online.mixing: {self.mixing}; remove it"
         if self.mixing != "none" and self.batch is not None and self.batch % 2:

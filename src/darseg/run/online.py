@@ -59,7 +59,7 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
     """
     config, usual = recipe.online, PUBLISHED[recipe.online.method]
     teacher = usual.teacher
-    if config.labels_from == "student":
+    if config.labeler == "student":
         teacher = None
     elif config.teacher is not None and teacher is not None:
         decay = teacher.decay if config.teacher.decay is None else config.teacher.decay
