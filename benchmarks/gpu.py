@@ -144,6 +144,15 @@ class Bench:
 
         return against_passes(self.job(case, precision, mirror), evaluate)
 
+    def passes(self, case: Case, precision: str) -> dict:
+        """Forward passes of the same network built in several ways."""
+        from variants import paces_of_passes
+
+        case = tiny(case) if self.dry else case
+        windows = 2 if self.dry else 8 if case.window > 400 else 128
+        paces = paces_of_passes(case, precision, windows, self.device, 0.0 if self.dry else 0.8)
+        return {"windows": windows, "paces": paces}
+
     def labeling_profile(self, case: Case, precision: str) -> dict:
         """Where labeling's time goes."""
         from predictions import image_profile
@@ -297,6 +306,9 @@ def rows_of(bench: Bench) -> list[Row]:
             partial(bench.evaluation, case, precision, mirror),
         )
 
+    def passes(case: Case, precision: str) -> Row:
+        return Row("passes", f"{case.name}, {precision}", partial(bench.passes, case, precision))
+
     def label_profile(case: Case, precision: str) -> Row:
         run = partial(bench.labeling_profile, case, precision)
         return Row("profile", f"labeling: {_images(bench, case)}, {precision}", run)
@@ -305,6 +317,7 @@ def rows_of(bench: Bench) -> list[Row]:
         steps(SMALL, "bf16"),
         labels(SMALL, "fp32"),
         labels(LARGE, "bf16"),
+        passes(LARGE, "bf16"),
         step_profile(SMALL, "bf16"),
         label_profile(SMALL, "fp32"),
         label_profile(LARGE, "bf16"),

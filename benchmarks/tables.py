@@ -19,6 +19,7 @@ HEADS = {
         "profile | ms without profiler | ms | GPU ms | host ms | kernels | calls that wait (number, ms)"
     ),
 }
+HEADS["passes"] = "forward passes | windows at once | windows/s"
 HEADS["evaluation"] = HEADS["labeling"].replace("labeling", "evaluation")
 
 
@@ -41,6 +42,8 @@ def cells(table: str, figures: dict[str, Any]) -> list[list[str]]:
             + "{processor_seconds:.4f}"
         )
         return [line.format(**figures).split("|")]
+    if table == "passes":
+        return [[f"{figures['windows']} {name}", f"{pace:.1f}"] for name, pace in figures["paces"].items()]
     lines = []
     for side in ("bare", "darseg") if "darseg" in figures else ("",):
         part = figures[side] if side else figures

@@ -18,7 +18,14 @@ from torch.nn import functional as F
 import darseg
 from darseg.errors import DataError, RecipeError, SizeError
 from darseg.model.backbone import RESNETS, Features
-from darseg.model.heads import BINS, AtrousHead, DeepLabV3PlusHead, PyramidPoolingHead, upsample
+from darseg.model.heads import (
+    BINS,
+    AtrousHead,
+    DeepLabV3PlusHead,
+    PyramidPoolingHead,
+    pool_by_products,
+    upsample,
+)
 from darseg.model.network import ARCHITECTURES, Network, NetworkSpec, build_network
 from darseg.model.sides import Sides
 from darseg.model.vit import POSITION_OFFSET, resizing
@@ -494,6 +501,24 @@ def test_pyramid_pooling_against_the_oracle(size: tuple[int, int]) -> None:
     wanted = F.conv2d(y, state["classifier.weight"], state["classifier.bias"])
     with torch.no_grad():
         assert torch.allclose(head(Features(x, x, x, x)), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (13, 45), (90, 90), (1, 7)])
+@pytest.mark.parametrize("bins", BINS)
+def test_pooling_by_products_is_adaptive_pooling(bins: int, size: tuple[int, int]) -> None:
+    x = torch.randn(2, 5, *size, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    wanted = F.adaptive_avg_pool2d(x, bins)
+    pooled = pool_by_products(x, bins)
+    assert pooled.shape == wanted.shape and torch.allclose(pooled, wanted, atol=1e-6)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (pooled, wanted)]
+    assert torch.allclose(*gradients, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = pool_by_products(x.detach().bfloat16(), bins)
+    assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), wanted, atol=0.02)
+    large = torch.full((1, 2, *size), 1000.0).half()  # sums of 90 x 90 pixels are beyond fp16
+    assert torch.allclose(pool_by_products(large, bins), large[:, :, :1, :1], rtol=2e-3)
 
 
 @pytest.mark.parametrize(("branches", "size"), [(4, (29, 9)), (2, (9, 29)), (4, (1, 2))])

@@ -28,7 +28,7 @@ from darseg import __version__
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.files import write_whole_with
 from darseg.errors import ExportError
-from darseg.model.heads import PyramidPoolingHead, upsample
+from darseg.model.heads import PyramidPoolingHead, cells, upsample
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.parity import (
     LEAST_STEPS,
@@ -97,10 +97,8 @@ def mean_of_cells(features: Tensor, bins: int) -> Tensor:
 
 
 def _cells(side: int, bins: int, dtype: torch.dtype) -> Tensor:
-    """Weights [bins, side] that average over each cell; neighbors may share a pixel."""
-    at, cell = torch.arange(side)[None], torch.arange(bins)[:, None]
-    first, end = cell * side // bins, ((cell + 1) * side + bins - 1) // bins
-    inside = ((at >= first) & (at < end)).to(dtype)
+    """Weights [bins, side] that average over each cell."""
+    inside = cells(side, bins).to(dtype)
     return inside / inside.sum(dim=1, keepdim=True)
 
 

@@ -16,6 +16,9 @@ from darseg.model.backbone import Features
 BINS = (1, 2, 3, 6)
 """Sides of the grids that pyramid pooling averages over (PSPNet)."""
 
+PRODUCTS_FROM = 1024
+"""Pixels of a feature map from which a GPU pools it by matrix products."""
+
 DROPOUT = 0.1
 """Share of channels dropped before a head's last convolution, in training (PSPNet)."""
 
@@ -38,6 +41,55 @@ ATROUS_STD = 0.01
 def upsample(x: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, C, h, w] resized bilinearly to [B, C, *size]; corners stay corners (so sides are 8n + 1)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def pool_cells(features: Tensor, bins: int) -> Tensor:
+    """F.adaptive_avg_pool2d(features, bins), in the quicker way for where the features are.
+
+    On a GPU PyTorch's kernel for channels-last memory takes a third of a PSPNet's time at 713x713; two matrix products
+    read the features once.
+    """
+    height, width = features.shape[-2:]
+    if features.is_cuda and height * width >= PRODUCTS_FROM:
+        return pool_by_products(features, bins)
+    return F.adaptive_avg_pool2d(features, bins)
+
+
+def pool_by_products(features: Tensor, bins: int) -> Tensor:
+    """F.adaptive_avg_pool2d(features, bins) as two matrix products, over rows and then over columns.
+
+    The matrices hold zeros and powers of two, which every precision has exactly and which keep sums in the range of fp16;
+    what is missing to a mean is multiplied afterwards.
+    """
+    count, channels, height, width = features.shape
+    row, by_row = _sums(height, bins, features)
+    column, by_column = _sums(width, bins, features)
+    at = features.permute(0, 2, 3, 1).reshape(count, height, width * channels)
+    summed = torch.matmul(row, at).view(count, bins, width * channels) * by_row
+    summed = torch.matmul(column, summed.view(count * bins, width, channels)) * by_column
+    return summed.view(count, bins, bins, channels).permute(0, 3, 1, 2)
+
+
+def _sums(side: int, bins: int, features: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [bins, side] of zeros and 2^-k, and what its sums lack to means, [bins, 1].
+
+    2^k is at least the number of pixels of a cell.
+    """
+    inside = cells(side, bins, features.device)
+    pixels = inside.sum(dim=1, keepdim=True)
+    power = torch.exp2(torch.ceil(torch.log2(pixels)))
+    return (inside / power).to(features.dtype), (power / pixels).to(features.dtype)
+
+
+def cells(side: int, bins: int, device: torch.device | None = None) -> Tensor:
+    """The pixels of each cell of pooling, float32 [bins, side] of zeros and ones.
+
+    Neighbors may share a pixel.
+    """
+    at = torch.arange(side, device=device)[None]
+    cell = torch.arange(bins, device=device)[:, None]
+    first, end = cell * side // bins, ((cell + 1) * side + bins - 1) // bins
+    return ((at >= first) & (at < end)).float()
 
 
 class Head(nn.Module):
@@ -91,9 +143,7 @@ class PyramidPoolingHead(Head):
         self.dropout = nn.Dropout2d(DROPOUT)
         self.classifier = nn.Conv2d(channels, classes, 1)
 
-    def forward(
-        self, features: Features, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
-    ) -> Tensor:
+    def forward(self, features: Features, pool: Callable[[Tensor, int], Tensor] = pool_cells) -> Tensor:
         """Logits of the features.
 
         Args:
@@ -101,9 +151,7 @@ class PyramidPoolingHead(Head):
         """
         return self.classify(self.prepare(features, pool))
 
-    def prepare(
-        self, features: Features, pool: Callable[[Tensor, int], Tensor] = F.adaptive_avg_pool2d
-    ) -> Tensor:
+    def prepare(self, features: Features, pool: Callable[[Tensor, int], Tensor] = pool_cells) -> Tensor:
         """What the classifier sees."""
         local = features.stage4
         height, width = local.shape[-2:]
