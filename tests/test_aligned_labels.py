@@ -42,7 +42,7 @@ from darseg.pseudo.scores import scores_from_bytes, scores_to_bytes
 from darseg.report.overview import write_report
 from darseg.run import align_samples, label_samples
 from darseg.run.browse import Repredictor, open_round
-from darseg.run.build import labeling_protocol, place
+from darseg.run.build import labeling_protocol, load_to_predict
 from darseg.run.directory import RunDirectory
 from darseg.run.label import label_folder
 from darseg.run.rounds import train
@@ -101,7 +101,7 @@ def described(run: Path) -> dict[str, Any]:
 def logits_of(run: Path, images: Path) -> dict[str, torch.Tensor]:
     """The averaged logits of round 0's network, recovered from nothing but its windows."""
     torch.set_num_threads(1)
-    network = place(load_network(run / "round_0" / "network.safetensors")).eval()
+    network = load_to_predict(run / "round_0" / "network.safetensors").eval()
     protocol = labeling_protocol(load_recipe(run / "recipe.yaml"))
     with torch.inference_mode():
         return {
@@ -159,7 +159,7 @@ def test_labels_are_those_of_slow_arithmetic(
         assert np.abs(np.array(alignment["reached"]) - alignment["target"]).max() < 1e-3
         reachable = np.array(alignment["reachable"])
         factor = np.array(alignment["target"])[reachable] / np.array(counts)[reachable]
-        assert reachable.sum() >= 3 and np.allclose(factor, factor[0])
+        assert reachable.sum() >= 2 and np.allclose(factor, factor[0])
         assert np.abs(np.array(alignment["plain"]) - np.array(counts) / sum(counts)).max() > 0.05
 
 
