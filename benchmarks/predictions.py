@@ -23,7 +23,6 @@ from darseg.data.manifest import Sample
 from darseg.data.maps import write_map
 from darseg.data.prediction import FLOAT16, Prediction
 from darseg.model.decide import decide_strips
-from darseg.model.fold import fold_batchnorm
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import predict_for_labeling, predict_scores
 from darseg.model.windows import Memory, Protocol, window_starts
@@ -32,6 +31,7 @@ from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import HistogramBuilder
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.thresholds import choose_dars
+from darseg.run.build import place_to_predict
 from darseg.run.label_samples import label_samples, network_predictor
 from darseg.run.label_task import LabelFiles, LabelTask
 from darseg.run.result import score_variants
@@ -70,7 +70,7 @@ class Job:
 
 
 def ready_to_predict(spec: NetworkSpec, data: Data, window: tuple[int, int], device: torch.device) -> Network:
-    """A network with random weights as darseg loads networks to predict: BatchNorm folded, channels last.
+    """A network with random weights as darseg places networks to predict.
 
     BatchNorm first sees some images, as in training; otherwise activations grow from block to block.
     """
@@ -85,8 +85,7 @@ def ready_to_predict(spec: NetworkSpec, data: Data, window: tuple[int, int], dev
         windows[index, :, : part.shape[1], : part.shape[2]] = part
     with torch.no_grad():
         network.train()(windows.to(device))
-    network = fold_batchnorm(network.cpu().eval())
-    return network.to(device).to(memory_format=torch.channels_last)
+    return place_to_predict(network.cpu().eval())
 
 
 def fastest_passes(job: Job) -> tuple[int, float]:

@@ -1,6 +1,6 @@
 """Everything that only a GPU can show, in one call on a bare machine: tests, benchmarks, a comparison of methods.
 
-    python3 scripts/gpu.py OUT [--seconds 540] [--parts tests:150 comparison] [--dry]
+    python3 scripts/gpu.py OUT [--seconds 540] [--parts tests:110 comparison] [--dry]
 
 It needs Python 3.10 or later and torch with CUDA, no network, and what `make gpu-bundle` put into .gpu/ (packages,
 NEU-Seg, ImageNet weights). Parts joined by + run side by side; a part may have a limit in seconds. What is not finished
@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parents[1]
 BUNDLE = HERE / ".gpu"
 PYTHON = (3, 12)  # for which the bundle's packages are
 WEIGHTS = "efficientnet_lite0_in1k.pth"
-PARTS = ("tests+comparison:150", "benchmarks:200", "comparison")
+PARTS = ("tests:110", "benchmarks:220", "comparison")
 TESTS_AT_ONCE = 8
 GRACE = 8  # seconds between asking a process to stop and killing it
 

@@ -389,7 +389,7 @@ def bf16_is_emulated() -> bool:
 
 
 def load_to_predict(path: Path, plain: bool = False) -> Network:
-    """The network saved at `path`, on its device, in eval mode, BatchNorm folded: it can only predict.
+    """The network saved at `path`, on its device, in eval mode; on a CPU with BatchNorm folded: it can only predict.
 
     Args:
         plain: take away the class weights that are folded into its classifier.
@@ -399,7 +399,16 @@ def load_to_predict(path: Path, plain: bool = False) -> Network:
     """
     # The caller may be in inference mode, and autograd does not record its tensors.
     with torch.inference_mode(False):
-        return place(fold_batchnorm(load_network(path, plain)))
+        return place_to_predict(load_network(path, plain))
+
+
+def place_to_predict(network: Network) -> Network:
+    """A network in eval mode where it predicts; on a CPU BatchNorm is folded, so that it can do nothing else.
+
+    On an H200 PSPNet-50 makes 11 % more passes if it is not (docs/performance.md): convolutions with a bias take a kernel
+    more, which is slower than BatchNorm's.
+    """
+    return place(fold_batchnorm(network) if pick_device().type == "cpu" else network)
 
 
 def place(network: Network) -> Network:

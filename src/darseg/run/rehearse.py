@@ -10,11 +10,10 @@ import torch
 from darseg.config.recipe import Recipe
 from darseg.data.images import read_image
 from darseg.data.manifest import Manifest, Sample, count_pixels
-from darseg.model.fold import fold_batchnorm
 from darseg.model.network import Network
 from darseg.model.predict import Protocol, predict, predict_for_labeling
 from darseg.pseudo.distribution import ClassDistribution
-from darseg.run.build import evaluation_protocol, labeling_protocol, place
+from darseg.run.build import evaluation_protocol, labeling_protocol, place_to_predict
 from darseg.run.directory import RunDirectory
 from darseg.run.label_samples import check_disk
 from darseg.run.labelers import Labeler, labeling_protocol_of
@@ -58,7 +57,7 @@ def rehearse(
     for begins, network in networks.items():
         here = recipe.at(begins)
         with torch.inference_mode(False):
-            trial = place(fold_batchnorm(copy.deepcopy(network).eval()))
+            trial = place_to_predict(copy.deepcopy(network).eval())
         if sample := largest.get("validation"):
             protocol = evaluation_protocol(here)
             with explain_memory(less_to_predict(here, "evaluation", protocol, begun=False)):
