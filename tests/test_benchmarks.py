@@ -30,6 +30,7 @@ FIGURES = {
         "processor_seconds",
         "waiting",
     },
+    "passes": {"windows", "paces"},
     "labeling": {"bare_images_per_second", "images_per_second", "ratio", "ratio_least", "ratio_most"},
     "evaluation": {"bare_images_per_second", "images_per_second", "ratio", "ratio_least", "ratio_most"},
     "profile": set(),

@@ -389,7 +389,7 @@ def bf16_is_emulated() -> bool:
 
 
 def load_to_predict(path: Path, plain: bool = False) -> Network:
-    """The network saved at `path`, on its device, in eval mode; on a CPU with BatchNorm folded: it can only predict.
+    """The network saved at `path`, placed to predict (`place_to_predict`), in eval mode.
 
     Args:
         plain: take away the class weights that are folded into its classifier.
@@ -403,7 +403,7 @@ def load_to_predict(path: Path, plain: bool = False) -> Network:
 
 
 def place_to_predict(network: Network) -> Network:
-    """A network in eval mode where it predicts; on a CPU BatchNorm is folded, so that it can do nothing else.
+    """A network in eval mode on its device; on a CPU with BatchNorm folded: it can only predict.
 
     On an H200 PSPNet-50 makes 11 % more passes if it is not (docs/performance.md): convolutions with a bias take a kernel
     more, which is slower than BatchNorm's.
