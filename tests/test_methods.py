@@ -26,7 +26,7 @@ from darseg.data.batches import Batch, split_together
 from darseg.data.classes import IGNORE
 from darseg.data.views import Views
 from darseg.errors import NumericsError, RecipeError, RunError
-from darseg.methods.acceptance import Above
+from darseg.methods.acceptance import Above, Aligned
 from darseg.methods.consistency import Consistency, fixmatch
 from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.self_training import self_training
@@ -167,6 +167,8 @@ def online(how: Consistency) -> Callable[..., Method]:
     return make
 
 
+COUNTS = (5, 3, 2)
+"""Labeled pixels of each class."""
 FIXMATCH = Consistency("fixmatch", batch=IMAGES, views=2, accept=Above(0.4))
 
 METHODS: Mapping[str, Callable[..., Method]] = {
@@ -176,6 +178,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fixmatch": online(FIXMATCH),
     "fixmatch_without_teacher": online(replace(FIXMATCH, teacher=None, views=1, mixing="classmix")),
     "mean_teacher": online(replace(FIXMATCH, method="mean_teacher", views=1)),
+    "fixmatch_aligned": online(replace(FIXMATCH, views=1, accept=Aligned(0.5, window=2, counts=COUNTS))),
 }
 each_method = pytest.mark.parametrize("name", METHODS)
 

@@ -17,7 +17,7 @@ from darseg.config.text import load_recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes
 from darseg.errors import RecipeError, RunError
-from darseg.methods.acceptance import Above
+from darseg.methods.acceptance import Above, Aligned
 from darseg.methods.teacher import TeacherSettings
 from darseg.model.weights import load_network
 from darseg.run.browse import open_round
@@ -154,6 +154,21 @@ def test_killed_in_online_rounds_it_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
+def test_killed_within_a_window_it_ends_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = online_recipe(tiny_data, above=None, aligned={"ratio": 0.6, "window": 3})
+    recipe["training"] |= {"checkpoint_every": 2}
+    recipe["rounds"] = [{"steps": 11, "use": "online"}]
+    path = write(recipe, tmp_path)
+    train(path, tmp_path / "whole")
+    ended = forks.python("-c", KILLED, path, tmp_path / "killed", "2")
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    train(path, tmp_path / "killed")
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    accepted = {event["step"]: event["accepted"] for event in events_of(tmp_path / "whole", "step")}
+    assert accepted[0] == 0 and 0 < accepted[10] <= 1  # nothing in the first window
+
+
+@pytest.mark.slow
 def test_two_processes_go_on_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
     """Stopped by a signal between two checkpoints, though each process has BatchNorm statistics of its own."""
     recipe = online_recipe(tiny_data, batch=4, strong_views=2)
@@ -254,6 +269,8 @@ def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: P
     assert how.teacher == TeacherSettings(0.996, result=False) and round_.epoch_steps == 10
     assert how.strong.colors == Colors(jitter=(0.2, 0.2, 0.0, 0.0), gray_share=0.0)
     assert how.strong.boxes == Boxes(share=1.0)
+    recipe["online"] = {"aligned": {"ratio": 0.4, "window": 5}}
+    assert planned(recipe, tmp_path)[0].online.accept == Aligned(0.4, 5)
     recipe["online"] = {"labeler": "student", "mixing": "classmix"}
     how = planned(recipe, tmp_path)[0].online
     assert how.teacher is None and how.mixing == "classmix"
@@ -279,6 +296,8 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
     changes = (
         {"method": "mean_teacher"},
         {"above": 0.9},
+        {"aligned": {"ratio": 0.4, "window": 1}},
+        {"aligned": {"ratio": 0.5, "window": 1}},
         {"batch": 4},
         {"strong_views": 2},
         {"weight": 0.5},
@@ -303,6 +322,9 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         ({"online": {"method": "fixmatsch"}}, ["online.method", "'fixmatch' or 'mean_teacher'"]),
         ({"online": {"batch": 3}}, ["online.batch", "found 3", "even"]),
         ({"online": {"above": 1.5}}, ["online.above", "1.5"]),
+        ({"online": {"aligned": {"ratio": 0.0}}}, ["online.aligned.ratio", "0.0"]),
+        ({"online": {"aligned": {"window": 5}}}, ["online.aligned.ratio"]),
+        ({"online": {"above": 0.9, "aligned": {"ratio": 0.4}}}, ["online.above", "online.aligned"]),
         ({"online": {"labeler": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
         ({"online": {"labeler": "student", "method": "mean_teacher"}}, ["online.labeler"]),
         ({"online": {"boxes": {"share": 1.0}, "mixing": "none"}}, ["online.boxes", "mixing: none"]),
@@ -321,6 +343,14 @@ def test_keys_that_do_not_work_together(
         recipe[section] = values if section == "rounds" else recipe.get(section, {}) | values
     with refused(RecipeError, *parts):
         load_recipe(write(recipe, tmp_path))
+
+
+def test_a_round_that_ends_in_the_first_window_is_refused(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = online_recipe(tiny_data, above=None, aligned={"ratio": 0.4, "window": 4})
+    with refused(RecipeError, "Round 2", "4 steps", "online.aligned.window"):
+        planned(recipe, tmp_path)
+    recipe["online"]["aligned"]["window"] = 3
+    assert planned(recipe, tmp_path)[2].online.accept == Aligned(0.4, 3)
 
 
 def test_a_teacher_of_no_round_is_refused(tiny_data: Path, tmp_path: Path) -> None:
@@ -358,6 +388,11 @@ def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tm
     notes = [note for note in taught.notes if "learns from unlabeled images" in note]
     assert len(notes) == 2
     says(notes[0], "round 0", "mean_teacher", "4 unlabeled", "2 strong", "0.99")
+    recipe["online"] |= {"above": None, "aligned": {"ratio": 0.25, "window": 2}}
+    (note, _) = (
+        text for text in plan(load_recipe(write(recipe, tmp_path))).notes if "unlabeled images" in text
+    )
+    says(note, "0.25", "class mix", "every 2 steps, nothing in the first 2")
     recipe["online"] = {"labeler": "student", "batch": 2}
     alone = plan(load_recipe(write(recipe, tmp_path)))
     parameters = 4 * taught.parameters

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, StrictBool, StrictFloat
+from pydantic import AfterValidator, Field, StrictBool, StrictFloat
 
 from darseg.choices import Mixing, OnlineMethod
 from darseg.config.values import Count, Fraction, Key, NotNegative, Positive, Section, falling
+from darseg.pseudo.labeling import check_ratio
 
 
 class ColorsConfig(Section):
@@ -53,6 +54,13 @@ class TeacherConfig(Section):
     result: StrictBool = True  # the round saves it
 
 
+class AlignedConfig(Section):
+    """Acceptance by class shares; `Aligned` in methods/acceptance.py has what the numbers mean."""
+
+    ratio: Annotated[StrictFloat, AfterValidator(check_ratio)]
+    window: Count = 50  # steps
+
+
 class OnlineConfig(Section):
     """What rounds with `use: online` do; None: as published for the method."""
 
@@ -60,6 +68,7 @@ class OnlineConfig(Section):
     batch: Count | None = None  # None: as many unlabeled images a step as labeled ones
     strong_views: Count = 1
     above: Fraction | None = None
+    aligned: AlignedConfig | None = None  # instead of `above`
     weight: NotNegative = 1.0
     mixing: Mixing | None = None
     labeler: Literal["teacher", "student"] = "teacher"
@@ -72,6 +81,8 @@ class OnlineConfig(Section):
             section: Section | None = getattr(self, name)
             for key, message in section.conflicts() if section else ():
                 yield (name, *key), message
+        if self.aligned is not None and self.above is not None:
+            yield ("above",), "is another rule than online.aligned; remove one of them"
         if self.labeler == "student" and self.teacher is not None:
             yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
         if self.labeler == "student" and self.method == "mean_teacher":

@@ -1,7 +1,7 @@
 """Which predictions of unlabeled images are learned from: one value, matched in `accept`.
 
-A further rule is a frozen dataclass here, a case of `accept`, and a key of the recipe that makes it (config/online.py,
-run/online.py). A rule that remembers – a histogram, thresholds – keeps its tensors in the module that
+A further rule is a frozen dataclass here, a case of each `match`, and a key of the recipe that makes it
+(config/online.py, run/online.py). A rule that remembers – a histogram, thresholds – keeps its tensors in the module that
 `acceptance_state` makes; it lies in the method's state, so it is saved, resumed and placed with it. `accept` must not
 change that module: it returns in `Accepted.seen` what all processes have seen, and `advance` adds it after the step. So
 the rule of a step depends on the steps before it alone, which is the same for all processes and micro-batches.
@@ -9,14 +9,19 @@ the rule of a step depends on the steps before it alone, which is the same for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from darseg.data.classes import IGNORE
 from darseg.errors import RecipeError
+from darseg.methods.aligned import WindowThresholds, codes_of, counted
+from darseg.methods.draws import uniform
+
+KEEP_DRAWS = 1 << 20
+"""Part of the seed of draws that keep pixels, apart from those of mixing, which have the number of a view there."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,53 @@ class Above:
             raise RecipeError(f"The threshold {self.threshold} is not valid. Give a probability from 0 to 1.")
 
 
-Acceptance = Above
-"""What to accept; a union, once there are more rules."""
+@dataclass(frozen=True)
+class Aligned:
+    """Accept pixels so that the labels have the class mix of the labeled pixels (DARS).
+
+    Attributes:
+        ratio: share of the predicted pixels to accept, the labeling ratio of DARS.
+        window: steps after which thresholds and keep shares are chosen from the predictions of these steps. In the first
+            window nothing is accepted.
+        counts: labeled pixels per class, whose shares are followed; see `with_prior`.
+    """
+
+    ratio: float
+    window: int = 50
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio <= 1:
+            raise RecipeError(f"The ratio {self.ratio} is not valid. Give a share above 0 and at most 1.")
+        check_window(self.window)
+
+
+Acceptance = Above | Aligned
+"""What to accept."""
+
+
+def check_window(window: int) -> None:
+    """Raise RecipeError unless a window has steps."""
+    if window < 1:
+        raise RecipeError(f"A window of {window} steps is not valid. Give at least 1.")
+
+
+def with_prior(how: Acceptance, counts: Sequence[int]) -> Acceptance:
+    """The rule, with the labeled pixels per class if it follows them."""
+    match how:
+        case Above():
+            return how
+        case Aligned():
+            return replace(how, counts=tuple(counts))
+
+
+def first_steps(how: Acceptance) -> int:
+    """Steps of a round before the rule does what it is for."""
+    match how:
+        case Above():
+            return 0
+        case Aligned(window=window):
+            return window
 
 
 @dataclass(frozen=True)
@@ -42,11 +92,13 @@ class Predicted:
         probabilities: float [B, K, H, W].
         inside: bool [B, H, W], false on padding.
         positions: int64 [B], of the images in their stream: keys of draws (draws.py).
+        seed: of the draws.
     """
 
     probabilities: Tensor
     inside: Tensor
     positions: Tensor
+    seed: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -69,17 +121,24 @@ def acceptance_state(how: Acceptance) -> nn.Module:
     match how:
         case Above():
             return nn.Module()
+        case Aligned(counts=counts):
+            return WindowThresholds(len(counts))
 
 
 def accept(how: Acceptance, state: nn.Module, predicted: Predicted) -> Accepted:
     """Labels for the pixels that the rule accepts; of equally probable classes the first."""
+    confidence, classes = predicted.probabilities.max(1)
+    labels = classes.to(torch.uint8).masked_fill(~predicted.inside, IGNORE)
     match how:
         case Above(threshold):
-            confidence, classes = predicted.probabilities.max(1)
-            classes = classes.to(torch.uint8).masked_fill(~predicted.inside, IGNORE)
-            return Accepted(
-                classes.masked_fill(~(confidence >= threshold), IGNORE), classes
-            )  # NaN is rejected
+            kept = confidence >= threshold  # NaN is rejected
+            return Accepted(labels.masked_fill(~kept, IGNORE), labels)
+        case Aligned():
+            assert isinstance(state, WindowThresholds)
+            codes = codes_of(confidence, predicted.inside)
+            kept = state.accepts(classes, codes, _pixel_draws(predicted))
+            seen = {"confidences": counted(classes, codes, predicted.probabilities.shape[1])}
+            return Accepted(labels.masked_fill(~kept, IGNORE), labels, seen)
 
 
 def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
@@ -87,3 +146,13 @@ def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step:
     match how:
         case Above():
             pass
+        case Aligned(ratio, window, counts):
+            assert isinstance(state, WindowThresholds)
+            state.follow(seen["confidences"], counts, ratio=ratio, full=(step + 1) % window == 0)
+
+
+def _pixel_draws(predicted: Predicted) -> Tensor:
+    """A number in [0, 1) for each pixel, float32 [B, H, W], decided by seed and position."""
+    inside = predicted.inside
+    pixels = torch.arange(inside[0].numel(), device=inside.device).view(inside.shape[1:])
+    return uniform((*predicted.seed, KEEP_DRAWS), predicted.positions[:, None, None], pixels)

@@ -103,7 +103,7 @@ def fixmatch(
     Args:
         learner: the network with its optimizer.
         batch: labeled images of a step.
-        seed: of the draws that choose classes to mix.
+        seed: of the draws that choose classes to mix and pixels to keep.
         auxiliary_weight: of the auxiliary head's loss.
         labeled_loss: of the labeled images, if it is more than cross-entropy.
     """
@@ -113,9 +113,10 @@ def fixmatch(
     def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
         labeled, views = streamed
         assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
-        predicted = Predicted(predict_weak(state, network, views).softmax(1), views.inside, views.positions)
+        probabilities = predict_weak(state, network, views).softmax(1)
+        predicted = Predicted(probabilities, views.inside, views.positions, seed=seed)
         accepted = accept(how.accept, state.acceptance, predicted)
-        classes = predicted.probabilities.shape[1]
+        classes = probabilities.shape[1]
         masks = mixing_masks(how.mixing, views, accepted, classes=classes, seed=seed)
         batches = [_mixed(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
         return Labeled([labeled, *batches], counts_of(views, accepted), accepted.seen)

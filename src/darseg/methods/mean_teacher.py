@@ -49,7 +49,9 @@ def mean_teacher(
         assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
         logits = predict_weak(state, network, views)
         accepted = accept(
-            how.accept, state.acceptance, Predicted(logits.softmax(1), views.inside, views.positions)
+            how.accept,
+            state.acceptance,
+            Predicted(logits.softmax(1), views.inside, views.positions, seed=seed),
         )
         masks = mixing_masks(how.mixing, views, accepted, classes=logits.shape[1], seed=seed)
         batches = []

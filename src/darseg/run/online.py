@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from darseg.choices import OnlineMethod
-from darseg.config.online import ColorsConfig
+from darseg.config.online import ColorsConfig, OnlineConfig
 from darseg.config.recipe import Recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes, StrongViews
-from darseg.methods.acceptance import Above
+from darseg.errors import RecipeError
+from darseg.methods.acceptance import Above, Acceptance, Aligned, first_steps, with_prior
 from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, fixmatch
 from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.teacher import TeacherSettings
@@ -75,10 +76,26 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
         views=config.strong_views,
         strong=strong,
         mixing=config.mixing or usual.mixing,
-        accept=usual.accept if config.above is None else Above(config.above),
+        accept=_acceptance(config, usual.accept),
         weight=config.weight,
         teacher=teacher,
     )
+
+
+def _acceptance(config: OnlineConfig, usual: Acceptance) -> Acceptance:
+    if config.aligned is not None:
+        return Aligned(config.aligned.ratio, config.aligned.window)
+    return usual if config.above is None else Above(config.above)
+
+
+def check_steps(how: Consistency, *, index: int, steps: int) -> None:
+    """Raise RecipeError if a round ends before its rule of acceptance has seen a window of steps."""
+    first = first_steps(how.accept)
+    if steps <= first:
+        raise RecipeError(
+            f"Round {index} has {steps} steps, but online.aligned accepts nothing in the first window of {first}. Give "
+            "it more steps, or make online.aligned.window smaller."
+        )
 
 
 def online_method(
@@ -86,15 +103,20 @@ def online_method(
     how: Consistency,
     *,
     batch: int,
+    counts: Sequence[int],
     seed: Sequence[int],
     auxiliary_weight: float,
     labeled_loss: LabeledLoss,
 ) -> Method:
-    """The method of an online round; arguments as of `fixmatch`."""
+    """The method of an online round.
+
+    Args:
+        counts: labeled pixels per class; the other arguments are those of `fixmatch`.
+    """
     make = {"fixmatch": fixmatch, "mean_teacher": mean_teacher}[how.method]
     return make(
         learner,
-        how,
+        replace(how, accept=with_prior(how.accept, counts)),
         batch=batch,
         seed=seed,
         auxiliary_weight=auxiliary_weight,
@@ -107,6 +129,11 @@ def describe_online(how: Consistency) -> str:
     match how.accept:
         case Above(threshold):
             accepted = f"labels at confidences from {threshold:g} on"
+        case Aligned(ratio, window):
+            accepted = (
+                f"labels for a share of {ratio:g} of the pixels, with the class mix of the labeled ones (thresholds "
+                f"every {window} steps, nothing in the first {window})"
+            )
     labels = "by the network itself"
     if how.teacher is not None:
         saved = "which the round saves" if how.teacher.result else "which is not saved"

@@ -18,7 +18,7 @@ from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.model.vit import Transformer
 from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
-from darseg.run.online import colors_of, online_method, online_of, teacher_of
+from darseg.run.online import check_steps, colors_of, online_method, online_of, teacher_of
 from darseg.training.loss import LabeledLoss, balanced_weights
 from darseg.training.method import Learner, Method, all_decay
 from darseg.training.optimize import SGD, AdamW, OptimizerKind, faster_heads, only_matrices, slower_layers
@@ -145,12 +145,15 @@ def plan_rounds(
         over = config.epoch_over or ("labeled" if alone else "unlabeled")
         size = online.batch if online is not None and over == "unlabeled" else batch
         epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // size)
+        steps = config.steps or (config.epochs or 0) * epoch_steps
+        if online is not None:
+            check_steps(online, index=index, steps=steps)
         rounds.append(
             Round(
                 index=index,
                 labeling_ratio=config.labeling_ratio,
                 augmentation=augmentation_of(recipe, index, fills[recipe.starts(index)]),
-                steps=config.steps or (config.epochs or 0) * epoch_steps,
+                steps=steps,
                 span=span,
                 learning_rate=config.learning_rate
                 or recipe.training.learning_rate
@@ -290,6 +293,7 @@ def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[
             learner,
             round_.online,
             batch=round_.batch,
+            counts=counts,
             seed=(recipe.seed, round_.index),
             auxiliary_weight=auxiliary_weight,
             labeled_loss=settings.labeled_loss,
