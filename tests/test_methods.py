@@ -27,11 +27,11 @@ from darseg.data.classes import IGNORE
 from darseg.data.views import Views
 from darseg.errors import NumericsError, RecipeError, RunError
 from darseg.methods.acceptance import Above, Aligned
-from darseg.methods.consistency import Consistency, fixmatch
-from darseg.methods.mean_teacher import mean_teacher
+from darseg.methods.consistency import Consistency
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import TeacherSettings, with_teacher
 from darseg.model.network import Network
+from darseg.run.online import MAKERS
 from darseg.training import stage as stage_module
 from darseg.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from darseg.training.loss import cross_entropy
@@ -161,8 +161,7 @@ def rounds(network: Network, optimizer: OptimizerKind | None = None) -> Method:
 def online(how: Consistency) -> Callable[..., Method]:
     def make(network: Network, optimizer: OptimizerKind | None = None) -> Method:
         learner = network_learner(network, optimizer or SGD())
-        make_method = {"fixmatch": fixmatch, "mean_teacher": mean_teacher}[how.method]
-        return make_method(learner, how, batch=IMAGES, seed=(0, 0), auxiliary_weight=0.4)
+        return MAKERS[how.method](learner, how, batch=IMAGES, seed=(0, 0), auxiliary_weight=0.4)
 
     return make
 
@@ -179,6 +178,8 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fixmatch_without_teacher": online(replace(FIXMATCH, teacher=None, views=1, mixing="classmix")),
     "mean_teacher": online(replace(FIXMATCH, method="mean_teacher", views=1)),
     "fixmatch_aligned": online(replace(FIXMATCH, views=1, accept=Aligned(0.5, window=2, counts=COUNTS))),
+    "unimatch": online(replace(FIXMATCH, method="unimatch", teacher=None)),
+    "unimatch_v2": online(replace(FIXMATCH, method="unimatch_v2")),
 }
 each_method = pytest.mark.parametrize("name", METHODS)
 

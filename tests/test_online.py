@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from darseg.choices import OnlineMethod
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
 from darseg.data.prediction import FINE
@@ -24,16 +25,15 @@ from darseg.methods.consistency import (
     RIGHT,
     Consistency,
     OnlineState,
-    fixmatch,
     in_eval_mode,
 )
 from darseg.methods.draws import uniform
-from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.mixing import box_mask, class_mask, mix, partners_of
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import Teacher, TeacherSettings, with_teacher
 from darseg.model.decide import decide
 from darseg.model.recompute import recompute_blocks
+from darseg.run.online import MAKERS
 from darseg.training.loss import squared_error
 from darseg.training.method import Feed, Streamed, stay
 from darseg.training.optimize import SGD
@@ -46,6 +46,10 @@ torch.set_num_threads(1)
 
 HOW = Consistency("fixmatch", batch=IMAGES, accept=Above(0.4))
 STEPS = 3
+
+
+def how_of(method: OnlineMethod) -> Consistency:
+    return replace(HOW, method=method, views=2 if method == "unimatch_v2" else 1)
 
 
 def views_at(step: int = 0, strong: int = 1) -> Views:
@@ -62,8 +66,7 @@ def labeled_at(step: int = 0) -> Batch:
 
 def make(how: Consistency, network: nn.Module | None = None, **options):
     learner = network_learner(network or build(DEEPLAB), SGD())
-    method = {"fixmatch": fixmatch, "mean_teacher": mean_teacher}[how.method]
-    return method(learner, how, **({"batch": IMAGES, "seed": (0, 1)} | options))
+    return MAKERS[how.method](learner, how, **({"batch": IMAGES, "seed": (0, 1)} | options))
 
 
 # --- the teacher
@@ -212,15 +215,16 @@ def test_an_odd_number_of_images_has_no_pairs() -> None:
     Consistency("fixmatch", batch=5, mixing="none")
 
 
-@pytest.mark.parametrize("method", ["fixmatch", "mean_teacher"])
+@pytest.mark.parametrize("method", MAKERS)
 def test_a_box_of_no_area_changes_nothing(method) -> None:
-    views = views_at()
-    empty = replace(views, boxes=torch.tensor([4, 4, 4, 9], dtype=torch.int32).expand(1, IMAGES, 4))
+    how = how_of(method)
+    views = views_at(strong=how.views)
+    empty = replace(views, boxes=torch.tensor([4, 4, 4, 9], dtype=torch.int32).expand(how.views, IMAGES, 4))
     batches = []
     for mixing, given in (("cutmix", empty), ("none", views), ("cutmix", views)):
-        made = make(replace(HOW, method=method, mixing=mixing))
+        made = make(replace(how, mixing=mixing))
         with torch.no_grad():
-            batches.append(made.label(made.state, made.network, [labeled_at(), given], 0).batches[1])
+            batches.append(made.label(made.state, made.network, [labeled_at(), given], 0).batches[-1])
     unmixed, plain, mixed = batches
     assert torch.equal(unmixed.images, plain.images) and torch.equal(unmixed.labels, plain.labels)
     assert unmixed.divisor == plain.divisor
@@ -309,9 +313,9 @@ def test_with_a_frozen_teacher_and_threshold_0_fixmatch_is_self_training() -> No
     assert all(torch.equal(end[key], value) for key, value in wanted.items())
 
 
-@pytest.mark.parametrize("method", ["fixmatch", "mean_teacher"])
+@pytest.mark.parametrize("method", MAKERS)
 def test_in_bfloat16_labels_and_targets_are_computed_in_float32(method) -> None:
-    made = make(replace(HOW, method=method, accept=Above(0.0)))
+    made = make(replace(how_of(method), accept=Above(0.0)))
     kept: list[Batch] = []
 
     def keep(network, batches: Sequence[Batch], step: int):
@@ -324,13 +328,13 @@ def test_in_bfloat16_labels_and_targets_are_computed_in_float32(method) -> None:
         bool(torch.isfinite(reports[0].figures["loss"])) and float(reports[0].figures["loss_unlabeled"]) > 0
     )
     for tensor in (kept[0].targets, kept[0].weights):
-        assert (tensor is None) == (method == "fixmatch")
+        assert (tensor is None) == (method != "mean_teacher")
         assert tensor is None or tensor.dtype == torch.float32
 
 
-@pytest.mark.parametrize("method", ["fixmatch", "mean_teacher"])
+@pytest.mark.parametrize("method", MAKERS)
 def test_with_weight_0_the_network_learns_as_from_labeled_images_alone(method) -> None:
-    online = make(replace(HOW, method=method, weight=0.0))
+    online = make(replace(how_of(method), weight=0.0))
     end = tensors(run(online, Stage(steps=STEPS)))
     labeled = self_training(network_learner(build(DEEPLAB), SGD()), batch=IMAGES)
     wanted = tensors(run(labeled, Stage(steps=STEPS)))

@@ -274,6 +274,23 @@ def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: P
     recipe["online"] = {"labeler": "student", "mixing": "classmix"}
     how = planned(recipe, tmp_path)[0].online
     assert how.teacher is None and how.mixing == "classmix"
+    recipe["online"] = {"method": "unimatch_v2"}
+    how = planned(recipe, tmp_path)[0].online
+    assert (how.views, how.accept, how.teacher, how.mixing) == (
+        2,
+        Above(0.95),
+        TeacherSettings(0.996),
+        "cutmix",
+    )
+    assert (how.strong.colors, how.strong.boxes) == (Colors(), Boxes())
+    for changes, teacher in (
+        ({}, None),
+        ({"labeler": "teacher"}, TeacherSettings(0.996)),
+        ({"teacher": {"decay": 0.9}}, TeacherSettings(0.9)),
+    ):
+        recipe["online"] = {"method": "unimatch", **changes}
+        how = planned(recipe, tmp_path)[0].online
+        assert (how.views, how.accept, how.teacher, how.mixing) == (2, Above(0.95), teacher, "cutmix")
 
 
 def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
@@ -319,7 +336,10 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
     [
         ({"rounds": [{"steps": 2, "use": "online", "labeling_ratio": 0.4}]}, ["rounds.0.labeling_ratio"]),
         ({"rounds": [{"steps": 2, "use": "pseudo"}]}, ["rounds.0.use", "'online'"]),
-        ({"online": {"method": "fixmatsch"}}, ["online.method", "'fixmatch' or 'mean_teacher'"]),
+        (
+            {"online": {"method": "fixmatsch"}},
+            ["online.method", "'fixmatch', 'mean_teacher'", "'unimatch_v2'"],
+        ),
         ({"online": {"batch": 3}}, ["online.batch", "found 3", "even"]),
         ({"online": {"above": 1.5}}, ["online.above", "1.5"]),
         ({"online": {"aligned": {"ratio": 0.0}}}, ["online.aligned.ratio", "0.0"]),
@@ -327,6 +347,10 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         ({"online": {"above": 0.9, "aligned": {"ratio": 0.4}}}, ["online.above", "online.aligned"]),
         ({"online": {"labeler": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
         ({"online": {"labeler": "student", "method": "mean_teacher"}}, ["online.labeler"]),
+        (
+            {"online": {"method": "unimatch_v2", "strong_views": 1}},
+            ["online.strong_views", "found 1", "two views"],
+        ),
         ({"online": {"boxes": {"share": 1.0}, "mixing": "none"}}, ["online.boxes", "mixing: none"]),
         ({"online": {"colors": {"blur": [2.0, 1.0]}}}, ["online.colors.blur"]),
         ({"online": {"colors": {"jitter": [0.1, 0.1, 0.1, 0.7]}}}, ["online.colors.jitter.3"]),
@@ -399,3 +423,7 @@ def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tm
     assert taught.state_bytes - alone.state_bytes == parameters
     # 2 + 2 · 4 images instead of 2 + 2.
     assert taught.activation_bytes == pytest.approx(alone.activation_bytes * 10 / 4, rel=0.1)
+    recipe["online"] = {"method": "unimatch", "batch": 2}
+    dropped = plan(load_recipe(write(recipe, tmp_path)))
+    # 2 + 3 · 2 images: two strong views, and the weak one with dropped features.
+    assert dropped.activation_bytes == pytest.approx(alone.activation_bytes * 8 / 4, rel=0.1)

@@ -37,7 +37,7 @@ ResultAlign = Literal["auto", "on", "off"]
 """Whether a run's result is its aligned network: as held-out images say, always, or never."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The number format of a training step."""
-OnlineMethod = Literal["fixmatch", "mean_teacher"]
+OnlineMethod = Literal["fixmatch", "mean_teacher", "unimatch", "unimatch_v2"]
 """How unlabeled images are used while a network trains."""
 Mixing = Literal["cutmix", "classmix", "none"]
 """What is pasted from one image of a pair into the other: a box, half of its classes, or nothing."""

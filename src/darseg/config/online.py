@@ -66,12 +66,12 @@ class OnlineConfig(Section):
 
     method: OnlineMethod = "fixmatch"
     batch: Count | None = None  # None: as many unlabeled images a step as labeled ones
-    strong_views: Count = 1
+    strong_views: Count | None = None
     above: Fraction | None = None
     aligned: AlignedConfig | None = None  # instead of `above`
     weight: NotNegative = 1.0
     mixing: Mixing | None = None
-    labeler: Literal["teacher", "student"] = "teacher"
+    labeler: Literal["teacher", "student"] | None = None
     teacher: TeacherConfig | None = None
     colors: ColorsConfig | None = None
     boxes: BoxesConfig | None = None
@@ -87,6 +87,11 @@ class OnlineConfig(Section):
             yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
         if self.labeler == "student" and self.method == "mean_teacher":
             yield ("labeler",), "mean_teacher is defined by its teacher; remove the key, or use fixmatch"
+        if self.method == "unimatch_v2" and self.strong_views not in (None, 2):
+            yield (
+                ("strong_views",),
+                f"found {self.strong_views}; unimatch_v2 drops complementary channels of two views; remove the key",
+            )
         if self.boxes is not None and self.mixing in ("classmix", "none"):
             yield ("boxes",), f"has no effect with online.mixing: {self.mixing}; remove it"
         if self.mixing != "none" and self.batch is not None and self.batch % 2:

@@ -38,7 +38,8 @@ class Batch:
         labels: uint8 [B, H, W]; 255: nothing to learn at this pixel.
         ids: of the samples, B of them.
         weights: float [B, H, W], the weight of each pixel in the loss; None: 1 everywhere.
-        feature_masks: float [B, C, …] by feature level, multiplied with features (feature dropout as data); empty: none.
+        feature_masks: float [B, C] for each of the network's four feature maps, the factors of its channels (feature
+            dropout as data); empty: none.
         targets: float [B, K, H, W], the probabilities to match at each pixel, for losses that match them; None: none.
         divisor: int64 [], what the sum of the loss over pixels is divided by: counted over the whole batch, of all
             processes, before it is split. None: the labeled pixels of this batch.

@@ -2,8 +2,8 @@
 
 FixMatch, as UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025) has it for segmentation. What all such methods share is
 here too: their settings (`Consistency`), their state, the prediction of weak views, and counts of what was accepted. A
-further method is a function like `fixmatch`, here or in a file of its own (mean_teacher.py), a value of `OnlineMethod`
-(choices.py), and a case of `online_method` in run/online.py.
+further method is a function like `fixmatch`, here or in a file of its own (unimatch.py, mean_teacher.py), a value of
+`OnlineMethod` (choices.py), and a case of `online_method` in run/online.py.
 """
 
 from __future__ import annotations
@@ -75,6 +75,16 @@ class Consistency:
                 f"Images are mixed in pairs, but there are {self.batch} unlabeled images a step. Make online.batch even, "
                 "or set online.mixing: none."
             )
+        if self.method == "unimatch_v2" and self.views != 2:
+            raise RecipeError(
+                f"unimatch_v2 drops complementary channels of two strong views, but there are {self.views}. Set "
+                "online.strong_views: 2, or choose online.method: fixmatch."
+            )
+
+    @property
+    def passes(self) -> int:
+        """Images that go through the network for the loss of an unlabeled image."""
+        return self.views + (self.method == "unimatch")
 
 
 class OnlineState(nn.Module):
@@ -113,12 +123,7 @@ def fixmatch(
     def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
         labeled, views = streamed
         assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
-        probabilities = predict_weak(state, network, views).softmax(1)
-        predicted = Predicted(probabilities, views.inside, views.positions, seed=seed)
-        accepted = accept(how.accept, state.acceptance, predicted)
-        classes = probabilities.shape[1]
-        masks = mixing_masks(how.mixing, views, accepted, classes=classes, seed=seed)
-        batches = [_mixed(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
+        accepted, batches = strong_batches(state, network, views, how=how, seed=seed)
         return Labeled([labeled, *batches], counts_of(views, accepted), accepted.seen)
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
@@ -133,6 +138,18 @@ def fixmatch(
         return total + how.weight * consistency, figures
 
     return with_state(learner, how, batch=batch, label=label, loss=loss)
+
+
+def strong_batches(
+    state: OnlineState, network: nn.Module, views: Views, *, how: Consistency, seed: Sequence[int]
+) -> tuple[Accepted, list[Batch]]:
+    """What is accepted of the weak views, and the strong views with these labels, mixed in pairs."""
+    probabilities = predict_weak(state, network, views).softmax(1)
+    predicted = Predicted(probabilities, views.inside, views.positions, seed=seed)
+    accepted = accept(how.accept, state.acceptance, predicted)
+    classes = probabilities.shape[1]
+    masks = mixing_masks(how.mixing, views, accepted, classes=classes, seed=seed)
+    return accepted, [_mixed(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
 
 
 def with_state(learner: Learner, how: Consistency, *, batch: int, label: Callable, loss: Callable) -> Method:

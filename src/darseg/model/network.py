@@ -5,7 +5,7 @@ Letters: B images, K classes, H x W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from darseg.choices import Architecture
 from darseg.errors import DataError, RecipeError, faults, shortened
-from darseg.model.backbone import OUTPUT_STRIDES, RESNETS, Backbone, ResNet
+from darseg.model.backbone import OUTPUT_STRIDES, RESNETS, Backbone, Features, ResNet
 from darseg.model.dpt import DPTHead
 from darseg.model.former import FormerMethods
 from darseg.model.heads import (
@@ -124,8 +124,12 @@ class Network(FormerMethods, nn.Module):
             return (images.to(self.mean.dtype) - self.mean[:, None, None]) / self.std[:, None, None]
         return images
 
-    def forward(self, images: Tensor) -> Output:
+    def forward(self, images: Tensor, feature_masks: Sequence[Tensor] = ()) -> Output:
         """Logits of `images` [B, 3, H, W]: uint8 RGB, or floats that are normalized already.
+
+        Args:
+            feature_masks: for each of the four feature maps, float [B, C], the factors of its C channels at all places,
+                before any head sees them (feature dropout as data); empty: none.
 
         Raises SizeError for sides the network does not take, DataError for other shapes or types.
         """
@@ -142,11 +146,19 @@ class Network(FormerMethods, nn.Module):
         self.sides.check(height, width)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.backbone(self.normalize(images))
+        if feature_masks:
+            features = masked(features, feature_masks)
         main = upsample(self.head(features), (height, width))
         auxiliary = None
         if self.training and self.auxiliary_head is not None:
             auxiliary = upsample(self.auxiliary_head(features), (height, width))
         return Output(main, auxiliary)
+
+
+def masked(features: Features, masks: Sequence[Tensor]) -> Features:
+    """Each feature map [B, C, h, w] times its mask [B, C], in the precision of the map."""
+    pairs = zip(features, masks, strict=True)
+    return Features(*(level * mask.to(level.dtype)[:, :, None, None] for level, mask in pairs))
 
 
 def _is_tuple_of(values: Any, fits: Callable[[Any], bool]) -> bool:

@@ -365,7 +365,7 @@ def _images_in_memory(planned: Round, processes: int) -> int:
         return (2 if planned.pseudo_batch else 1) * own
     parts = max(1, planned.batch // processes // own)
     unlabeled = -(-planned.online.batch // processes // parts)
-    return own + (planned.online.views * unlabeled if planned.online.weight else 0)
+    return own + (planned.online.passes * unlabeled if planned.online.weight else 0)
 
 
 def _teacher_bytes(recipe: Recipe, rounds: Sequence[Round], network: nn.Module) -> int:

@@ -6,7 +6,7 @@ key in config/online.py, and a line in `online_of`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from darseg.methods.acceptance import Above, Acceptance, Aligned, first_steps, w
 from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, fixmatch
 from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.teacher import TeacherSettings
+from darseg.methods.unimatch import unimatch, unimatch_v2
 from darseg.training.loss import LabeledLoss
 from darseg.training.method import Learner, Method
 
@@ -32,8 +33,19 @@ PUBLISHED: Mapping[OnlineMethod, Consistency] = {
         accept=Above(0.97),
         teacher=TeacherSettings(0.99),
     ),
+    "unimatch": Consistency("unimatch", batch=2, views=2, teacher=None),
+    "unimatch_v2": Consistency("unimatch_v2", batch=2, views=2),
 }
-"""Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al."""
+"""Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al.;
+UniMatch, whose network labels for itself; UniMatch V2."""
+
+MAKERS: Mapping[OnlineMethod, Callable[..., Method]] = {
+    "fixmatch": fixmatch,
+    "mean_teacher": mean_teacher,
+    "unimatch": unimatch,
+    "unimatch_v2": unimatch_v2,
+}
+"""Method → the function that makes it; arguments as of `fixmatch`."""
 
 
 def colors_of(config: ColorsConfig | None) -> Colors | None:
@@ -62,9 +74,11 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
     teacher = usual.teacher
     if config.labeler == "student":
         teacher = None
-    elif config.teacher is not None and teacher is not None:
-        decay = teacher.decay if config.teacher.decay is None else config.teacher.decay
-        teacher = TeacherSettings(decay, config.teacher.result)
+    elif config.labeler == "teacher" or config.teacher is not None:
+        teacher = teacher or TeacherSettings()
+        if config.teacher is not None:
+            decay = teacher.decay if config.teacher.decay is None else config.teacher.decay
+            teacher = TeacherSettings(decay, config.teacher.result)
     strong = replace(
         usual.strong,
         colors=colors_of(config.colors) or usual.strong.colors,
@@ -73,7 +87,7 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
     return replace(
         usual,
         batch=config.batch or batch,
-        views=config.strong_views,
+        views=config.strong_views or usual.views,
         strong=strong,
         mixing=config.mixing or usual.mixing,
         accept=_acceptance(config, usual.accept),
@@ -113,8 +127,7 @@ def online_method(
     Args:
         counts: labeled pixels per class; the other arguments are those of `fixmatch`.
     """
-    make = {"fixmatch": fixmatch, "mean_teacher": mean_teacher}[how.method]
-    return make(
+    return MAKERS[how.method](
         learner,
         replace(how, accept=with_prior(how.accept, counts)),
         batch=batch,

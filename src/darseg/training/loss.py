@@ -101,8 +101,7 @@ def supervised(
     network: Callable, batch: Batch, auxiliary_weight: float, how: LabeledLoss | None = None
 ) -> torch.Tensor:
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
-    assert not batch.feature_masks, "no network takes feature masks yet"
-    output = network(batch.images)
+    output = network(batch.images, batch.feature_masks) if batch.feature_masks else network(batch.images)
     loss = cross_entropy(output.main, batch, how)
     if output.auxiliary is not None and auxiliary_weight > 0:
         loss = loss + auxiliary_weight * cross_entropy(output.auxiliary, batch, how)
