@@ -181,6 +181,27 @@ def test_a_teacher_that_changes_while_it_labels_labels_all_again(
     assert outcome(run) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("damage", [None, "{"])
+def test_a_round_repeated_by_another_teacher_takes_nothing_from_the_first(
+    teacher: Path, tiny_data: Path, tmp_path: Path, damage: str | None
+) -> None:
+    weights, changed = changed_copy(teacher, tmp_path)
+    values = student_values(tiny_data, weights, 1, labels_window=[48, 64], steps=1)
+    values["labeling"] = {"keep_predictions": True}
+    recipe, run, fresh = write(tmp_path / "cnn.yaml", values), tmp_path / "run", tmp_path / "fresh"
+    train(load_recipe(recipe), run, console=QUIET)
+    shutil.copy(changed, weights)
+    for step in ("label", "train", "evaluate"):
+        (run / "round_0" / f"{step}.json").unlink()
+    if damage:
+        (run / "round_0" / "labels_from.json").write_text(damage)
+    for folder in (run, fresh):
+        train(load_recipe(recipe), folder, console=QUIET)
+    for name in ("labels_from.json", "histogram.npz", "thresholds.json"):
+        assert (run / "round_0" / name).read_bytes() == (fresh / "round_0" / name).read_bytes(), name
+    assert json.loads((run / "round_0" / "labels_from.json").read_text())["sha256"] == digest_path(changed)
+
+
 def test_a_teacher_that_changed_afterwards_is_noticed(teacher: Path, tiny_data: Path, tmp_path: Path) -> None:
     weights, changed = changed_copy(teacher, tmp_path)
     values = student_values(tiny_data, weights, 1, labels_window=[48, 64], steps=1)

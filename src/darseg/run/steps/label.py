@@ -13,6 +13,7 @@ from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, count_pixels
 from darseg.data.prediction import SCALES
+from darseg.errors import RunError
 from darseg.model.network import Network
 from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
@@ -153,12 +154,16 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
     """Remove what may be of another labeling, see that the disk has room, and say what is left out."""
     run, journal, index = course.run, course.journal, round_.index
     histogram, thresholds = course.path(round_, HISTOGRAM), course.path(round_, THRESHOLDS)
-    if thresholds.exists() or _note_labeler(course, round_):
+    another = _drop_predictions_of_another(course, round_)
+    if thresholds.exists() or another:
         # All maps were written but not recorded; or the record was deleted, to label again.
         shutil.rmtree(run.labels(index), ignore_errors=True)
         histogram.unlink(missing_ok=True)
         thresholds.unlink(missing_ok=True)
         run.drop_facts_logs(index)
+    if (labeler := course.labelers.get(index)) is not None:
+        # Only now: a kill before this drops the same again.
+        write_json(course.path(round_, LABELS_FROM), labeler.to_json())
     if not histogram.exists():
         config, classes = course.recipe.labeling, len(course.manifest.classes)
         check_disk(
@@ -175,26 +180,34 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
 
 
-def _note_labeler(course: Course, round_: Round) -> bool:
-    """Write which network labels a round, if it is not that of the round before.
+def _drop_predictions_of_another(course: Course, round_: Round) -> bool:
+    """Remove predictions that wait, or were kept, if they may be of another network than the round's labeler.
 
-    Returns whether an earlier call, which was stopped, labeled with another. Its predictions are removed.
+    Returns whether there are any.
     """
-    labeler, path = course.labelers.get(round_.index), course.path(round_, LABELS_FROM)
+    run, index, labeler = course.run, round_.index, course.labelers.get(round_.index)
     if labeler is None:
         return False
-    before = read_labeler(path.parent)
-    changed = before is not None and before["sha256"] != labeler.digest
-    if changed:
-        course.journal.warn(
-            f"round {round_.index}: {labeler.source} has changed since labeling began, so all images are labeled again"
-        )
-        shutil.rmtree(course.run.predictions(round_.index), ignore_errors=True)
-        shutil.rmtree(course.path(round_, WAITING_SCORES), ignore_errors=True)
-        course.path(round_, ALIGNMENT).unlink(missing_ok=True)
-    if before != labeler.to_json():
-        write_json(path, labeler.to_json())
-    return changed
+    path, now = course.path(round_, LABELS_FROM), labeler.to_json()
+    try:
+        before = read_labeler(path.parent)
+    except RunError:  # the step is still to be done, so the file will be written again
+        before = {}
+    places = run.predictions(index), course.path(round_, WAITING_SCORES), course.path(round_, HISTOGRAM)
+    if before is None and not any(place.exists() for place in places):
+        return False
+    if before and all(before[name] == now[name] for name in ("sha256", "window")):
+        return False
+    what = (
+        "has changed since labeling began"
+        if before
+        else f"may not be what labeled before ({path} is missing or damaged)"
+    )
+    course.journal.warn(f"round {index}: {labeler.source} {what}, so all images are labeled again")
+    shutil.rmtree(run.predictions(index), ignore_errors=True)
+    shutil.rmtree(course.path(round_, WAITING_SCORES), ignore_errors=True)
+    course.path(round_, ALIGNMENT).unlink(missing_ok=True)
+    return True
 
 
 def _tidy(course: Course, round_: Round) -> None:
