@@ -319,6 +319,8 @@ def test_camvid_recipe_on_the_real_images(shared: Path, tmp_path: Path) -> None:
 def test_the_recipe_page_shows_every_key_with_its_default(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs" / "recipe.md").read_text()
     defaults = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.S).group(1))
+    of_online = (REPOSITORY / "docs" / "online.md").read_text().partition("## The keys\n")[2]
+    defaults |= yaml.safe_load(re.search(r"```yaml\n(.*?)```", of_online, re.S).group(1))
     (tmp_path / "page.yaml").write_text(yaml.safe_dump(defaults))
     recipe = load_recipe(tmp_path / "page.yaml").model_dump(mode="json")
     for section, keys in recipe.items():

@@ -110,6 +110,16 @@ rounds: []
         load_recipe(write(tmp_path, text))
 
 
+def test_a_value_instead_of_keys_is_told_the_keys(tmp_path: Path) -> None:
+    with refused(RecipeError, "training.teacher: found 0.9; should be keys with values", "decay, result"):
+        load_recipe(write(tmp_path), ["training.teacher=0.9"])
+
+
+def test_a_fault_in_the_only_round_is_the_only_fault(tmp_path: Path) -> None:
+    with refused(RecipeError, "rounds.0.use: found 'offline'; should be 'online'\n"):
+        load_recipe(write(tmp_path), ["rounds=[{steps: 1, use: offline, crop: no}]"])
+
+
 def test_all_conflicts_at_once_with_their_sections(tmp_path: Path) -> None:
     overrides = [
         "data.ignore=1",

@@ -206,7 +206,8 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
         lines += [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in recipe.conflicts()]
     except ValidationError as error:
-        lines += [_describe(detail, text) for detail in error.errors()]
+        details = error.errors()
+        lines += [_describe(detail, text) for detail in details if not _follows(detail, details)]
     if lines or recipe is None:
         raise RecipeError(faults(f"{path} cannot be used", lines)) from None
     try:
@@ -283,6 +284,14 @@ def _override(values: dict, override: str, text: _Text) -> None:
         text.faults.append(f"{place}: the recipe has no {name}")
 
 
+def _follows(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+    """Whether a list is too short only because an entry has a fault of its own and was left out."""
+    loc = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in details
+    )
+
+
 def _describe(detail: ErrorDetails, text: _Text) -> str:
     loc, message = detail["loc"], detail["msg"]
     key, place = dotted(loc), text.place(loc)
@@ -307,6 +316,8 @@ def _describe(detail: ErrorDetails, text: _Text) -> str:
     )
     if detail["type"] == "too_short":
         message = "should have at least one entry"
+    if detail["type"] == "model_type":
+        message = f"should be keys with values; the keys here are {', '.join(_keys_at(loc))}"
     found = repr(detail["input"])
     found = found if len(found) <= LONGEST else f"{found[: LONGEST - 1]}…"
     return f"{place}: {key}: found {found}; {message}"
