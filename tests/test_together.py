@@ -14,9 +14,9 @@ import torch
 
 from darseg.data.manifest import Sample
 from darseg.data.pipeline import AHEAD, Finish, Flow, overlapped_groups
-from darseg.data.prediction import FINE, FLOAT16, Prediction
+from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
-from darseg.model.decide import decide, decide_later
+from darseg.model.decide import decide, decide_later, decide_strips
 from darseg.model.network import Network, Output, build_network
 from darseg.model.predict import predict, predict_for_labeling
 from darseg.model.together import Picture, Together
@@ -176,6 +176,25 @@ def test_decisions_of_several_images_are_those_of_each(scale: object, probabilit
     assert first().classes.shape == third().classes.shape == (8, 64)
     with refused(DataError, "b:", *(["probabilities"] if probabilities else []), vary=[r"from \S+ to"]):
         second()
+
+
+@pytest.mark.parametrize("scale", [FLOAT16, FINE], ids=lambda scale: scale.name)
+def test_probabilities_that_are_not_numbers_are_refused(scale: ConfidenceScale) -> None:
+    scores = torch.full((4, 2, 3, 5), 0.25)
+    scores[:, 1, 2, 3] = float("nan")
+    first, second = decide_later(scores.clone(), scale=scale, probabilities=True, names=["a", "b"])
+    assert first().classes.shape == (3, 5)
+    with refused(DataError, "b: confidences are not numbers"):
+        second()
+    alone = scores[:, 1].contiguous()
+    with refused(DataError, "b: confidences are not numbers"):
+        decide_strips(
+            lambda top, bottom, out: out.copy_(alone[:, top:bottom]),
+            alone,
+            scale=scale,
+            probabilities=True,
+            name="b",
+        )
 
 
 # Labeling in groups.

@@ -206,8 +206,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(values)
         lines += [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in recipe.conflicts()]
     except ValidationError as error:
-        details = error.errors()
-        lines += [_describe(detail, text) for detail in details if not _follows(detail, details)]
+        lines += [_describe(detail, text) for detail in error.errors() if not _follows(detail, error)]
     if lines or recipe is None:
         raise RecipeError(faults(f"{path} cannot be used", lines)) from None
     try:
@@ -284,11 +283,11 @@ def _override(values: dict, override: str, text: _Text) -> None:
         text.faults.append(f"{place}: the recipe has no {name}")
 
 
-def _follows(detail: ErrorDetails, details: Sequence[ErrorDetails]) -> bool:
+def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
     """Whether a list is too short only because an entry has a fault of its own and was left out."""
     loc = detail["loc"]
     return detail["type"] == "too_short" and any(
-        len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in details
+        len(other["loc"]) > len(loc) and other["loc"][: len(loc)] == loc for other in error.errors()
     )
 
 

@@ -266,6 +266,8 @@ def _off_one(scores: Tensor) -> Tensor:
 
 
 def _refuse_improbable(low: float, high: float, off: float, *, name: str) -> None:
+    if math.isnan(off):  # comparisons below would let it pass
+        raise DataError(_overflow(math.inf, name))
     if low < -PROBABILITY_TOLERANCE or high > 1 + PROBABILITY_TOLERANCE or off > PROBABILITY_TOLERANCE:
         raise DataError(
             f"{name}: these are not probabilities: values are from {low:g} to {high:g}, and their sums over the classes "
