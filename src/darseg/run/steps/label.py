@@ -181,7 +181,7 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
 
 
 def _drop_predictions_of_another(course: Course, round_: Round) -> bool:
-    """Remove predictions that wait, or were kept, if they may be of another network than the round's labeler.
+    """Remove predictions that wait or were kept, unless the round's labeler made them.
 
     Returns whether there are any.
     """
