@@ -13,24 +13,36 @@ from darseg.data.classes import IGNORE
 from darseg.data.prediction import Prediction
 from darseg.errors import RecipeError
 from darseg.methods.acceptance import (
+    MOVED,
+    UNALIGNED,
+    Above,
     Acceptance,
     Accepted,
     Aligned,
     Predicted,
+    Realigned,
     accept,
     acceptance_state,
     advance,
     with_prior,
 )
+from darseg.methods.aligned import codes_of, counted
+from darseg.methods.consistency import Consistency
+from darseg.methods.realigned import UNUSED, WeightSearch
+from darseg.pseudo.align import align
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.thresholds import choose_dars
+from darseg.training.stage import Stage
+from test_methods import online, run, tensors
+from test_stage import DEEPLAB, build
 from wording import refused
 
 torch.set_num_threads(1)
 
-CLASSES, HEIGHT, WIDTH = 4, 40, 50
-COUNTS = (700, 100, 150, 50)
+CLASSES, HEIGHT, WIDTH, IMAGES = 4, 40, 50, 2
+COUNTS, SHARES = (700, 100, 150, 50), (480, 150, 190, 180)
+"""Labeled pixels per class; class weights from 1/4 to 4 reach the second."""
 
 
 def predicted_at(step: int, images: int = 1, sharpness: float = 3.0) -> Predicted:
@@ -69,7 +81,7 @@ def kept_shares(labels: Tensor, inside: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
 def test_aligned_on_one_image_equals_choose_dars(ratio: float) -> None:
     how, predicted = Aligned(ratio, window=1, counts=COUNTS), predicted_at(0)
-    state = acceptance_state(how)
+    state = acceptance_state(how, IMAGES)
     seen_by(how, state, predicted, 0)
     prediction = as_prediction(predicted, 0)
     histogram = ConfidenceHistogram.count(prediction, CLASSES)
@@ -92,7 +104,7 @@ def test_the_labels_have_the_class_mix_of_the_labeled_pixels() -> None:
     chances.scatter_(1, classes.expand(2, 1, 100, 100), 0.97)
     predicted = Predicted(chances, torch.ones(2, 100, 100, dtype=torch.bool), torch.arange(2), (1,))
     how = Aligned(0.2, window=1, counts=(50, 30, 20, 0))
-    state = acceptance_state(how)
+    state = acceptance_state(how, IMAGES)
     assert (seen_by(how, state, predicted, 0).labels == IGNORE).all()
     again = accept(how, state, replace(predicted, positions=torch.arange(2, 4)))
     shares = kept_shares(again.labels, predicted.inside)
@@ -103,7 +115,7 @@ def test_the_labels_have_the_class_mix_of_the_labeled_pixels() -> None:
 
 def test_a_window_is_the_sum_of_its_steps_and_then_begins_anew() -> None:
     how = Aligned(0.3, window=3, counts=COUNTS)
-    state, histogram = acceptance_state(how), ConfidenceHistogram.empty(CLASSES)
+    state, histogram = acceptance_state(how, IMAGES), ConfidenceHistogram.empty(CLASSES)
     for step in range(6):
         predicted = predicted_at(step, images=2, sharpness=1 + step)
         chosen = state.lowest.clone()
@@ -121,7 +133,7 @@ def test_a_window_is_the_sum_of_its_steps_and_then_begins_anew() -> None:
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
     how, predicted = Aligned(0.1, window=1, counts=COUNTS), predicted_at(0, images=4)
-    state = acceptance_state(how)
+    state = acceptance_state(how, IMAGES)
     seen_by(how, state, predicted, 0)
     state.keep.fill_(0.5)
     whole = accept(how, state, predicted)
@@ -137,7 +149,7 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
 
 def test_what_is_not_a_number_is_neither_counted_nor_accepted() -> None:
     how, predicted = Aligned(1.0, window=1, counts=(1,) * CLASSES), predicted_at(0)
-    state = acceptance_state(how)
+    state = acceptance_state(how, IMAGES)
     seen_by(how, state, predicted, 0)
     chosen = state.lowest.clone()
     predicted.probabilities[:] = float("nan")
@@ -146,10 +158,136 @@ def test_what_is_not_a_number_is_neither_counted_nor_accepted() -> None:
     assert torch.equal(state.lowest, chosen)  # of an empty window nothing can be chosen
 
 
+# --- aligned decisions
+
+
+def shares_of(classes: np.ndarray) -> np.ndarray:
+    return np.bincount(classes.ravel(), minlength=CLASSES)[:CLASSES] / classes.size
+
+
+def test_the_weights_give_all_decisions_of_the_window_the_shares_of_the_labeled_pixels() -> None:
+    """Over all pixels, though only half of them were looked at: about 3600, with a standard error of at most 0.0083."""
+    how = Realigned(Above(0.0), window=2, counts=SHARES)
+    state = acceptance_state(how, IMAGES)
+    state.weights.sample = state.weights.sample[:, :, :1000]
+    plain, steps = [], [predicted_at(step, IMAGES) for step in range(2)]
+    for step, predicted in enumerate(steps):
+        accepted = seen_by(how, state, predicted, step)
+        plain.append(accepted.predicted[predicted.inside].numpy())
+        assert int(accepted.figures[UNALIGNED]) == int(predicted.inside.sum())
+        assert int(accepted.figures[MOVED]) == 0
+        assert torch.equal(accepted.predicted.long()[predicted.inside], argmax_of(predicted))
+    after = [accept(how, state, predicted) for predicted in steps]
+    aligned = [accepted.predicted[step.inside].numpy() for accepted, step in zip(after, steps, strict=True)]
+    wanted = np.array(SHARES) / 1000
+    assert np.abs(shares_of(np.concatenate(plain)) - wanted).max() > 0.1
+    assert np.abs(shares_of(np.concatenate(aligned)) - wanted).max() < 0.025
+    for accepted, before, now in zip(after, plain, aligned, strict=True):
+        assert int(accepted.figures[MOVED]) == int((before != now).sum()) > 0
+        assert int(accepted.figures[UNALIGNED]) == 0
+
+
+def argmax_of(predicted: Predicted) -> Tensor:
+    return predicted.probabilities.argmax(1)[predicted.inside]
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_the_weights_are_those_of_align_on_the_sample(strength: float) -> None:
+    how = Realigned(Above(0.4), window=1, search=WeightSearch(strength, 4.0), counts=SHARES)
+    state, predicted = acceptance_state(how, IMAGES), predicted_at(0, IMAGES)
+    accepted = seen_by(how, state, predicted, 0)
+    rows = accepted.seen["sample"].flatten(0, 1)
+    used = (rows != UNUSED).all(1)
+    assert len(rows) == 1 << 16 and bool((rows[~used] == UNUSED).all())
+    pixels = predicted.probabilities.movedim(1, -1)[predicted.inside].log()
+    relative = (pixels - pixels.amax(1, keepdim=True)).half()
+    assert sorted(rows[used].tolist()) == sorted(relative.tolist())  # there are fewer pixels than it holds
+    wanted = align(relative.numpy(), np.array(SHARES) / 1000, bound=4.0, strength=strength)
+    assert np.array_equal(state.weights.weights.numpy(), wanted.weights) and (wanted.weights != 1).any()
+    chances = predicted.probabilities.double() * torch.from_numpy(wanted.weights.copy())[:, None, None]
+    confidence, classes = (chances / chances.sum(1, keepdim=True)).max(1)
+    after = accept(how, state, predicted)
+    assert torch.equal(after.predicted[predicted.inside].long(), classes[predicted.inside])
+    kept = (after.labels != IGNORE)[predicted.inside & ((confidence - 0.4).abs() > 1e-6)]
+    assert torch.equal(kept, (confidence >= 0.4)[predicted.inside & ((confidence - 0.4).abs() > 1e-6)])
+
+
+def test_without_weights_decisions_are_plain_and_that_is_counted() -> None:
+    """Class 0 is all that is predicted, then the others appear, then nothing is a number."""
+    how = Realigned(Above(0.4), window=1, counts=SHARES)
+    state, predicted = acceptance_state(how, IMAGES), predicted_at(0, IMAGES)
+    alone = predicted_at(1, IMAGES)
+    alone.probabilities[:] = torch.tensor([0.7, 0.1, 0.1, 0.1])[:, None, None]
+    for given, found in ((alone, False), (predicted, True), (alone, False)):
+        seen_by(how, state, given, 0)
+        assert bool(state.weights.found) == found == bool((state.weights.weights != 1).any())
+        accepted, plain = (
+            accept(rule, part, predicted) for rule, part in ((how, state), (how.accept, nn.Module()))
+        )
+        assert torch.equal(accepted.labels, plain.labels) == (not found)
+        assert int(accepted.figures[UNALIGNED]) == (0 if found else int(predicted.inside.sum()))
+    spoiled = replace(predicted, probabilities=torch.full_like(predicted.probabilities, float("nan")))
+    assert (seen_by(how, state, spoiled, 0).labels == IGNORE).all()
+    assert not state.weights.found and bool((state.weights.sample == UNUSED).all())
+
+
+def test_the_samples_of_two_processes_add_up_to_that_of_one() -> None:
+    how, predicted = Realigned(Above(0.4), window=3, counts=COUNTS), predicted_at(7, images=4)
+    state = acceptance_state(how, 4)
+    halves = [
+        replace(
+            predicted,
+            probabilities=predicted.probabilities[part],
+            inside=predicted.inside[part],
+            positions=predicted.positions[part],
+        )
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    parts = [accept(how, state, half).seen["sample"] for half in halves]
+    assert torch.equal(parts[0] + parts[1], accept(how, state, predicted).seen["sample"])
+    assert (parts[0][2:] == 0).all() and (parts[1][:2] == 0).all()
+    state.weights.sample = state.weights.sample[
+        :, :, :400
+    ]  # fewer than there are pixels: seed and position choose
+    chosen = accept(how, state, predicted).seen["sample"]
+    again = accept(how, state, halves[1]).seen["sample"]
+    other = accept(how, state, replace(halves[1], seed=(9,))).seen["sample"]
+    assert torch.equal(again[2:], chosen[2:]) and not torch.equal(other, again)
+    assert abs(float((chosen != UNUSED).any(2).float().mean()) - 0.9) < 0.06  # a tenth is outside
+
+
+def test_aligned_shares_count_the_aligned_decisions() -> None:
+    how = with_prior(Realigned(Aligned(0.3, window=1), window=1), SHARES)
+    state, predicted = acceptance_state(how, IMAGES), predicted_at(0, IMAGES)
+    seen_by(how, state, predicted, 0)
+    weighted = predicted.probabilities * state.weights.weights.float()[:, None, None]
+    confidence, classes = (weighted / weighted.sum(1, keepdim=True)).max(1)
+    seen = accept(how, state, predicted).seen
+    assert torch.equal(seen["confidences"], counted(classes, codes_of(confidence, predicted.inside), CLASSES))
+    assert set(seen) == {"confidences", "sample"}
+
+
+def test_alignment_of_strength_0_is_none_bit_for_bit() -> None:
+    plain = Consistency("fixmatch", batch=8, accept=Above(0.4))
+    ends = []
+    for accepts in (
+        Above(0.4),
+        Realigned(Above(0.4), window=1, search=WeightSearch(strength=0.0), counts=(5, 3, 2)),
+        Realigned(Above(0.4), window=1, counts=(5, 3, 2)),
+    ):
+        ends.append(tensors(run(online(replace(plain, accept=accepts))(build(DEEPLAB)), Stage(steps=4))))
+    networks = [{key: value for key, value in end.items() if key in ends[0]} for end in ends]
+    assert all(torch.equal(networks[1][key], value) for key, value in ends[0].items())
+    assert any(not torch.equal(networks[2][key], value) for key, value in ends[0].items())
+
+
 def test_the_rules_settings() -> None:
     assert with_prior(Aligned(0.4), COUNTS) == Aligned(0.4, counts=COUNTS)
+    inner = with_prior(Realigned(Aligned(0.4)), COUNTS)
+    assert inner == Realigned(Aligned(0.4, counts=COUNTS), counts=COUNTS)
     for ratio in (0.0, 1.5):
         with refused(RecipeError, f"ratio {ratio}"):
             Aligned(ratio)
-    with refused(RecipeError, "window of 0 steps"):
-        Aligned(0.4, window=0)
+    for rule in (lambda: Aligned(0.4, window=0), lambda: Realigned(Above(), window=0)):
+        with refused(RecipeError, "window of 0 steps"):
+            rule()

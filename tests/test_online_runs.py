@@ -17,7 +17,8 @@ from darseg.config.text import load_recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes
 from darseg.errors import RecipeError, RunError
-from darseg.methods.acceptance import Above, Aligned
+from darseg.methods.acceptance import Above, Aligned, Realigned
+from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
 from darseg.model.weights import load_network
 from darseg.run.browse import open_round
@@ -155,7 +156,8 @@ def test_killed_in_online_rounds_it_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_killed_within_a_window_it_ends_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
-    recipe = online_recipe(tiny_data, above=None, aligned={"ratio": 0.6, "window": 3})
+    recipe = online_recipe(tiny_data, above=None, aligned={"ratio": 0.6, "window": 3}, align="decisions")
+    recipe["online"] |= {"align_window": 5, "bound": 1000.0}
     recipe["training"] |= {"checkpoint_every": 2}
     recipe["rounds"] = [{"steps": 11, "use": "online"}]
     path = write(recipe, tmp_path)
@@ -164,8 +166,14 @@ def test_killed_within_a_window_it_ends_with_the_same_bytes(tiny_data: Path, tmp
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     train(path, tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
-    accepted = {event["step"]: event["accepted"] for event in events_of(tmp_path / "whole", "step")}
-    assert accepted[0] == 0 and 0 < accepted[10] <= 1  # nothing in the first window
+    first, last = events_of(tmp_path / "whole", "step")
+    assert (first["step"], last["step"]) == (0, 10)
+    assert (first["accepted"], first["unaligned"], first["moved"]) == (
+        0,
+        1,
+        0,
+    )  # nothing in the first windows
+    assert 0 < last["accepted"] <= 1 and last["unaligned"] in (0, 1) and 0 <= last["moved"] <= 1
 
 
 @pytest.mark.slow
@@ -271,6 +279,12 @@ def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: P
     assert how.strong.boxes == Boxes(share=1.0)
     recipe["online"] = {"aligned": {"ratio": 0.4, "window": 5}}
     assert planned(recipe, tmp_path)[0].online.accept == Aligned(0.4, 5)
+    recipe["online"] |= {"align": "decisions"}
+    recipe["rounds"][0]["epochs"] = 4
+    assert planned(recipe, tmp_path)[0].online.accept == Realigned(Aligned(0.4, 5), 50)
+    recipe["online"] = {"align": "decisions", "align_window": 20, "strength": 0.5, "bound": 3.0}
+    accept = planned(recipe, tmp_path)[0].online.accept
+    assert accept == Realigned(Above(0.95), 20, WeightSearch(0.5, 3.0))
     recipe["online"] = {"labeler": "student", "mixing": "classmix"}
     how = planned(recipe, tmp_path)[0].online
     assert how.teacher is None and how.mixing == "classmix"
@@ -315,6 +329,9 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         {"above": 0.9},
         {"aligned": {"ratio": 0.4, "window": 1}},
         {"aligned": {"ratio": 0.5, "window": 1}},
+        {"align": "decisions", "align_window": 1},
+        {"align": "decisions", "align_window": 1, "strength": 0.5},
+        {"align": "decisions", "align_window": 1, "aligned": {"ratio": 0.5, "window": 1}},
         {"batch": 4},
         {"strong_views": 2},
         {"weight": 0.5},
@@ -345,6 +362,10 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         ({"online": {"aligned": {"ratio": 0.0}}}, ["online.aligned.ratio", "0.0"]),
         ({"online": {"aligned": {"window": 5}}}, ["online.aligned.ratio"]),
         ({"online": {"above": 0.9, "aligned": {"ratio": 0.4}}}, ["online.above", "online.aligned"]),
+        ({"online": {"align": "decisions", "bound": 1.0}}, ["online.bound", "above 1"]),
+        ({"online": {"strength": 0.5}}, ["online.strength", "without online.align"]),
+        ({"online": {"align_window": 10}}, ["online.align_window", "without online.align"]),
+        ({"online": {"align": "decisions", "method": "mean_teacher"}}, ["online.align", "use fixmatch"]),
         ({"online": {"labeler": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
         ({"online": {"labeler": "student", "method": "mean_teacher"}}, ["online.labeler"]),
         (
@@ -373,7 +394,10 @@ def test_a_round_that_ends_in_the_first_window_is_refused(tiny_data: Path, tmp_p
     recipe = online_recipe(tiny_data, above=None, aligned={"ratio": 0.4, "window": 4})
     with refused(RecipeError, "Round 2", "4 steps", "online.aligned.window"):
         planned(recipe, tmp_path)
-    recipe["online"]["aligned"]["window"] = 3
+    recipe["online"] = {"align": "decisions", "align_window": 5}
+    with refused(RecipeError, "Round 0", "5 steps", "online.align_window"):
+        planned(recipe, tmp_path)
+    recipe["online"] = {"aligned": {"ratio": 0.4, "window": 3}}
     assert planned(recipe, tmp_path)[2].online.accept == Aligned(0.4, 3)
 
 
@@ -417,6 +441,11 @@ def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tm
         text for text in plan(load_recipe(write(recipe, tmp_path))).notes if "unlabeled images" in text
     )
     says(note, "0.25", "class mix", "every 2 steps, nothing in the first 2")
+    recipe["online"] = {"align": "decisions", "align_window": 3, "strength": 0.5}
+    (note, _) = (
+        text for text in plan(load_recipe(write(recipe, tmp_path))).notes if "unlabeled images" in text
+    )
+    says(note, "strength 0.5", "bound 5", "every 3 steps, plain in the first 3", "0.95")
     recipe["online"] = {"labeler": "student", "batch": 2}
     alone = plan(load_recipe(write(recipe, tmp_path)))
     parameters = 4 * taught.parameters

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, StrictBool, StrictFloat
 
 from darseg.choices import Mixing, OnlineMethod
 from darseg.config.values import Count, Fraction, Key, NotNegative, Positive, Section, falling
-from darseg.pseudo.labeling import check_ratio
+from darseg.pseudo.labeling import BOUND, Align, check_bound, check_ratio, check_strength
 
 
 class ColorsConfig(Section):
@@ -69,6 +69,10 @@ class OnlineConfig(Section):
     strong_views: Count | None = None
     above: Fraction | None = None
     aligned: AlignedConfig | None = None  # instead of `above`
+    align: Align = "none"
+    align_window: Count = 50  # steps
+    bound: Annotated[StrictFloat, AfterValidator(check_bound)] = BOUND
+    strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
     weight: NotNegative = 1.0
     mixing: Mixing | None = None
     labeler: Literal["teacher", "student"] | None = None
@@ -83,6 +87,15 @@ class OnlineConfig(Section):
                 yield (name, *key), message
         if self.aligned is not None and self.above is not None:
             yield ("above",), "is another rule than online.aligned; remove one of them"
+        if self.align == "none":
+            for name in ("align_window", "bound", "strength"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield (name,), "has no effect without online.align; remove it, or align the decisions"
+        elif self.method == "mean_teacher":
+            yield (
+                ("align",),
+                "mean_teacher learns probabilities, not decisions; remove the key, or use fixmatch",
+            )
         if self.labeler == "student" and self.teacher is not None:
             yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
         if self.labeler == "student" and self.method == "mean_teacher":

@@ -19,9 +19,13 @@ from darseg.data.classes import IGNORE
 from darseg.errors import RecipeError
 from darseg.methods.aligned import WindowThresholds, codes_of, counted
 from darseg.methods.draws import uniform
+from darseg.methods.realigned import WeightSearch, WindowWeights
 
-KEEP_DRAWS = 1 << 20
-"""Part of the seed of draws that keep pixels, apart from those of mixing, which have the number of a view there."""
+KEEP_DRAWS, SAMPLE_DRAWS = 1 << 20, 1 << 21
+"""Part of the seed of draws that keep and sample pixels; those of mixing have the number of a view there."""
+
+MOVED, UNALIGNED = "pixels_moved", "pixels_unaligned"
+"""Figures of `Realigned`: pixels inside whose class the weights changed, and those decided without weights."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,28 @@ class Aligned:
         check_window(self.window)
 
 
-Acceptance = Above | Aligned
+@dataclass(frozen=True)
+class Realigned:
+    """Give the decisions the class shares of the labeled pixels; then accept by another rule.
+
+    Attributes:
+        accept: the rule, for the probabilities times the weights.
+        window: steps after which weights are found from the predictions of these steps. In the first window, and if none
+            can be found, the decisions are the teacher's own.
+        search: how they are found.
+        counts: labeled pixels per class; see `with_prior`.
+    """
+
+    accept: Above | Aligned
+    window: int = 50
+    search: WeightSearch = field(default_factory=WeightSearch)
+    counts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_window(self.window)
+
+
+Acceptance = Above | Aligned | Realigned
 """What to accept."""
 
 
@@ -73,6 +98,8 @@ def with_prior(how: Acceptance, counts: Sequence[int]) -> Acceptance:
             return how
         case Aligned():
             return replace(how, counts=tuple(counts))
+        case Realigned(accept=rule):
+            return replace(how, accept=with_prior(rule, counts), counts=tuple(counts))
 
 
 def first_steps(how: Acceptance) -> int:
@@ -82,6 +109,8 @@ def first_steps(how: Acceptance) -> int:
             return 0
         case Aligned(window=window):
             return window
+        case Realigned(accept=rule, window=window):
+            return max(window, first_steps(rule))
 
 
 @dataclass(frozen=True)
@@ -109,24 +138,44 @@ class Accepted:
         labels: uint8 [B, H, W]; 255: not accepted, or outside.
         predicted: uint8 [B, H, W], the classes before anything was rejected; 255: outside.
         seen: tensors that `advance` gets, added up over processes.
+        figures: counts of pixels to report.
     """
 
     labels: Tensor
     predicted: Tensor
     seen: Mapping[str, Tensor] = field(default_factory=dict)
+    figures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def acceptance_state(how: Acceptance) -> nn.Module:
-    """What a rule remembers from step to step, as buffers."""
+class RealignedState(nn.Module):
+    """What finding weights remembers, and what the rule after it does."""
+
+    def __init__(self, weights: WindowWeights, rule: nn.Module) -> None:
+        super().__init__()
+        self.weights, self.rule = weights, rule
+
+
+def acceptance_state(how: Acceptance, images: int) -> nn.Module:
+    """What a rule remembers from step to step, as buffers.
+
+    Args:
+        images: unlabeled ones of a step, over all processes.
+    """
     match how:
         case Above():
             return nn.Module()
         case Aligned(counts=counts):
             return WindowThresholds(len(counts))
+        case Realigned(rule, window, counts=counts):
+            weights = WindowWeights(len(counts), window=window, images=images)
+            return RealignedState(weights, acceptance_state(rule, images))
 
 
 def accept(how: Acceptance, state: nn.Module, predicted: Predicted) -> Accepted:
     """Labels for the pixels that the rule accepts; of equally probable classes the first."""
+    if isinstance(how, Realigned):
+        assert isinstance(state, RealignedState)
+        return _accept_realigned(how, state, predicted)
     confidence, classes = predicted.probabilities.max(1)
     labels = classes.to(torch.uint8).masked_fill(~predicted.inside, IGNORE)
     match how:
@@ -149,6 +198,23 @@ def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step:
         case Aligned(ratio, window, counts):
             assert isinstance(state, WindowThresholds)
             state.follow(seen["confidences"], counts, ratio=ratio, full=(step + 1) % window == 0)
+        case Realigned(rule, search=search, counts=counts):
+            assert isinstance(state, RealignedState)
+            state.weights.follow(seen["sample"], step, share=counts, search=search)
+            advance(rule, state.rule, seen, step=step)
+
+
+def _accept_realigned(how: Realigned, state: RealignedState, predicted: Predicted) -> Accepted:
+    """What the rule after the weights accepts, with the step's sample and counts of what the weights did."""
+    probabilities, inside = predicted.probabilities, predicted.inside
+    weighted = state.weights.weighted(probabilities)
+    accepted = accept(how.accept, state.rule, replace(predicted, probabilities=weighted))
+    sample = state.weights.sampled(
+        probabilities, inside, positions=predicted.positions, seed=(*predicted.seed, SAMPLE_DRAWS)
+    )
+    moved = (accepted.predicted != probabilities.argmax(1)) & inside
+    figures = {MOVED: moved.sum(), UNALIGNED: inside.sum() * (1 - state.weights.found)}
+    return replace(accepted, seen={**accepted.seen, "sample": sample}, figures=figures)
 
 
 def _pixel_draws(predicted: Predicted) -> Tensor:

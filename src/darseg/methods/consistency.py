@@ -93,7 +93,7 @@ class OnlineState(nn.Module):
     def __init__(self, network: Network, how: Consistency) -> None:
         super().__init__()
         self.teacher = Teacher(network) if how.teacher is not None else None
-        self.acceptance = acceptance_state(how.accept)
+        self.acceptance = acceptance_state(how.accept, how.batch)
 
 
 def fixmatch(
@@ -243,9 +243,9 @@ def _mixed(views: Views, accepted: Accepted, view: int, *, mask: tuple[Tensor, T
 
 
 def counts_of(views: Views, accepted: Accepted) -> Figures:
-    """Pixels inside, accepted, and, if some truth is known, of the accepted ones known and right."""
+    """Pixels inside, accepted, those that the rule counts, and accepted ones known and right."""
     kept = accepted.labels != IGNORE
-    counts = {INSIDE: views.inside.sum(), ACCEPTED: kept.sum()}
+    counts = {INSIDE: views.inside.sum(), ACCEPTED: kept.sum()} | dict(accepted.figures)
     if views.truth is not None:
         known = kept & (views.truth != IGNORE)
         counts |= {KNOWN: known.sum(), RIGHT: (known & (accepted.labels == views.truth)).sum()}

@@ -16,9 +16,19 @@ from darseg.config.recipe import Recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes, StrongViews
 from darseg.errors import RecipeError
-from darseg.methods.acceptance import Above, Acceptance, Aligned, first_steps, with_prior
+from darseg.methods.acceptance import (
+    MOVED,
+    UNALIGNED,
+    Above,
+    Acceptance,
+    Aligned,
+    Realigned,
+    first_steps,
+    with_prior,
+)
 from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, fixmatch
 from darseg.methods.mean_teacher import mean_teacher
+from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
 from darseg.methods.unimatch import unimatch, unimatch_v2
 from darseg.training.loss import LabeledLoss
@@ -97,9 +107,13 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
 
 
 def _acceptance(config: OnlineConfig, usual: Acceptance) -> Acceptance:
+    rule = usual if config.above is None else Above(config.above)
     if config.aligned is not None:
-        return Aligned(config.aligned.ratio, config.aligned.window)
-    return usual if config.above is None else Above(config.above)
+        rule = Aligned(config.aligned.ratio, config.aligned.window)
+    if config.align == "none":
+        return rule
+    assert isinstance(rule, Above | Aligned)
+    return Realigned(rule, config.align_window, WeightSearch(config.strength, config.bound))
 
 
 def check_steps(how: Consistency, *, index: int, steps: int) -> None:
@@ -107,8 +121,9 @@ def check_steps(how: Consistency, *, index: int, steps: int) -> None:
     first = first_steps(how.accept)
     if steps <= first:
         raise RecipeError(
-            f"Round {index} has {steps} steps, but online.aligned accepts nothing in the first window of {first}. Give "
-            "it more steps, or make online.aligned.window smaller."
+            f"Round {index} has {steps} steps, but online.aligned and online.align have an effect only after their first "
+            f"window, here of {first} steps. Give it more steps, or make online.aligned.window and online.align_window "
+            "smaller."
         )
 
 
@@ -139,34 +154,44 @@ def online_method(
 
 def describe_online(how: Consistency) -> str:
     """What an online round does, as a part of a sentence."""
-    match how.accept:
-        case Above(threshold):
-            accepted = f"labels at confidences from {threshold:g} on"
-        case Aligned(ratio, window):
-            accepted = (
-                f"labels for a share of {ratio:g} of the pixels, with the class mix of the labeled ones (thresholds "
-                f"every {window} steps, nothing in the first {window})"
-            )
     labels = "by the network itself"
     if how.teacher is not None:
         saved = "which the round saves" if how.teacher.result else "which is not saved"
         labels = f"by a teacher of decay {how.teacher.decay:g}, {saved}"
     return (
         f"{how.method}: {how.batch} unlabeled images a step with {how.views} strong view(s), mixing {how.mixing}; "
-        f"{accepted}, {labels}; weight {how.weight:g}"
+        f"{_described(how.accept)}, {labels}; weight {how.weight:g}"
     )
+
+
+def _described(rule: Acceptance) -> str:
+    match rule:
+        case Above(threshold):
+            return f"labels at confidences from {threshold:g} on"
+        case Aligned(ratio, window):
+            return (
+                f"labels for a share of {ratio:g} of the pixels, with the class mix of the labeled ones (thresholds "
+                f"every {window} steps, nothing in the first {window})"
+            )
+        case Realigned(inner, window, search):
+            return (
+                f"decisions aligned with the labeled pixels, strength {search.strength:g}, bound {search.bound:g} "
+                f"(weights every {window} steps, plain in the first {window}); {_described(inner)}"
+            )
 
 
 def with_shares(figures: Mapping[str, float]) -> dict[str, Any]:
     """The figures of a step with shares instead of counts of pixels.
 
-    "accepted" is the share of the pixels inside of the weak views; "precision" the share of the accepted ones that are
+    Of the pixels inside of the weak views, "accepted", "moved" (to another class by class weights) and "unaligned"
+    (decided without weights, since there were none) are shares; "precision" is the share of the accepted ones that are
     right, among those whose truth is known, None without any.
     """
-    counts = (INSIDE, ACCEPTED, KNOWN, RIGHT)
+    counts = (INSIDE, ACCEPTED, KNOWN, RIGHT, MOVED, UNALIGNED)
     shares: dict[str, Any] = {name: value for name, value in figures.items() if name not in counts}
-    if INSIDE in figures:
-        shares["accepted"] = figures[ACCEPTED] / max(1.0, figures[INSIDE])
+    for name, count in (("accepted", ACCEPTED), ("moved", MOVED), ("unaligned", UNALIGNED)):
+        if count in figures:
+            shares[name] = figures[count] / max(1.0, figures[INSIDE])
     if KNOWN in figures:
         shares["precision"] = figures[RIGHT] / figures[KNOWN] if figures[KNOWN] else None
     return shares
