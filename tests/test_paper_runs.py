@@ -218,6 +218,54 @@ def test_voc_on_dinov2(downloads, call, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "voc_1464_dinov2_base_unimatch_v2",
+        "cityscapes_1of8_dinov2_base_unimatch_v2",
+        "voc_1464_unimatch_r101",
+        "voc_1464_fixmatch_r101",
+    ],
+)
+def test_online_recipes(name: str, downloads, call, tmp_path: Path) -> None:
+    """Two steps. The DeepLabv3+ with its own ResNet-101 only if all recipes train their own networks."""
+    root, truth = downloads
+    voc = name.startswith("voc")
+    changes = [
+        f"data.root={root / ('VOCdevkit/VOC2012' if voc else 'cityscapes')}",
+        "network.weights=none",
+        "threads=1",
+        "training.half_batch=4",
+        "training.micro_batch=2",
+        "rounds=[{steps: 2, use: online}]",
+    ]
+    if "dinov2" in name:
+        pytest.importorskip("timm")
+        changes += ["training.crop=42", "labeling.window=98"]
+        changes += [] if FULL else ["network.backbone=timm/vit_small_patch14_dinov2"]
+    else:
+        changes += ["training.crop=49"] + ([] if FULL else ["network.backbone=resnet18_half"])
+    if not voc:
+        changes += ["data.labeled={every: 4}", "data.unlabeled={except_every: 4}"]
+    code, _, err = call("train", RECIPES / f"{name}.yaml", *changes, "--out", tmp_path / "run")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run" / "round_0" / "scores.json").read_text())
+    assert ("whole images" if voc else "windows 98x98 with stride 2/3, no mirror") in scores["protocol"]
+    names = (
+        ("2007_000033", "2007_000042", "2008_000009")
+        if voc
+        else [f"frankfurt_{i:06d}_000019" for i in range(2)]
+    )
+    pixels = np.concatenate([truth[name].ravel() for name in names])
+    counts = np.bincount(pixels[pixels != 255], minlength=21 if voc else 19)
+    assert np.array_equal(np.array(scores["confusion"]).sum(1), counts)
+    events = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    figures = [event for event in events if event["event"] == "step"]
+    assert figures and all(0 <= event["accepted"] <= 1 and "loss_unlabeled" in event for event in figures)
+    assert ("loss_features" in figures[0]) == (name == "voc_1464_unimatch_r101")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own_images_dinov2_small", "own_images_cpu"])
 def test_own_images(name: str, tiny_data: Path, call, tmp_path: Path) -> None:
     """A folder as the recipe describes it: images, and label maps of some of them."""

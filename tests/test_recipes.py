@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from conftest import REPOSITORY
+from darseg.choices import OnlineMethod
 from darseg.config.text import load_recipe
+from darseg.data.colors import Colors
+from darseg.data.unlabeled import Boxes
+from darseg.methods.acceptance import Above
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
 from darseg.run.plan import learner_settings, plan_rounds, stage_of
 from darseg.training.loss import LabeledLoss
-from darseg.training.optimize import SGD, AdamW
+from darseg.training.optimize import SGD, AdamW, OptimizerKind
 from wording import says
 
 RECIPES = sorted((REPOSITORY / "recipes").glob("*.yaml"))
@@ -156,6 +160,50 @@ ON_DINO = {
         "own size, windows 518x518 with stride 2/3, no mirror", OWN,
     ),
 }  # fmt: skip
+
+
+class Online(NamedTuple):
+    """The settings of a recipe that learns from unlabeled images while it trains."""
+
+    network: str
+    crop: int
+    batch: int
+    micro_batch: int | None
+    learner: tuple[float, float, OptimizerKind]
+    ohem: tuple[float, int] | None
+    steps: int
+    method: tuple[OnlineMethod, int, float | None]
+    evaluation: str
+    images: tuple[int, int, int]
+
+
+def epochs_of_4_gpus(unlabeled: int, batch: int, epochs: int) -> int:
+    """Steps of a release: a GPU has a quarter of the images, filled up, and takes whole batches only."""
+    return epochs * (-(-unlabeled // 4) // batch)
+
+
+# Tables of UniMatch and UniMatch V2: rate of the backbone, factor of the heads. With SGD half the published rate and
+# twice the decay, because our loss is twice the published one.
+VOC, PLUS = (1464, 9118, 1449), "deeplabv3plus, resnet101_deep, output stride 16"
+WHOLE = "own size, whole images scaled to the nearest legal sides, no mirror"
+ADAMW = (5e-6, 40.0, AdamW(betas=(0.9, 0.999), weight_decay=0.01))
+HALF_SGD = (0.001 / 2, 10.0, SGD(momentum=0.9, weight_decay=2 * 1e-4))
+VOC_V1_STEPS = epochs_of_4_gpus(9118, 2, 80)
+ONLINE = {
+    "voc_1464_dinov2_base_unimatch_v2": Online(
+        BASE, 518, 4 * 4, 4, ADAMW, None, epochs_of_4_gpus(9118, 4, 60), ("unimatch_v2", 2, 0.996), WHOLE, VOC
+    ),
+    "cityscapes_1of8_dinov2_base_unimatch_v2": Online(
+        BASE, 798, 4 * 2, 2, ADAMW, (0.7, 200_000 // 2), epochs_of_4_gpus(2603, 2, 180), ("unimatch_v2", 2, 0.996),
+        SLIDING, EIGHTH,
+    ),
+    "voc_1464_unimatch_r101": Online(
+        PLUS, 321, 4 * 2, None, HALF_SGD, None, VOC_V1_STEPS, ("unimatch", 2, None), WHOLE, VOC
+    ),
+    "voc_1464_fixmatch_r101": Online(
+        PLUS, 321, 4 * 2, None, HALF_SGD, None, VOC_V1_STEPS, ("fixmatch", 1, None), WHOLE, VOC
+    ),
+}  # fmt: skip
 OTHERS = {"camvid_1of8", "neu_seg_48", "own_images_cpu"}
 
 
@@ -169,7 +217,7 @@ def draw_own_names(root: Path) -> None:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in RECIPES} == {*PUBLISHED, *ON_DINO, *OTHERS}
+    assert {path.stem for path in RECIPES} == {*PUBLISHED, *ON_DINO, *ONLINE, *OTHERS}
 
 
 @pytest.mark.parametrize("name", ON_DINO)
@@ -218,6 +266,41 @@ def test_a_recipe_on_dinov2_plans_its_settings(
     )  # building the network again takes seconds
     code, out, _ = call("plan", path, change)
     assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_an_online_recipe_plans_its_settings(name: str, names: dict[Any, Path]) -> None:
+    wanted = ONLINE[name]
+    if wanted.network == BASE:
+        pytest.importorskip("timm")
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", [f"data.root={names[wanted.images]}"])
+    planned = plan(recipe)
+    assert planned.network == f"{wanted.network}, crops {wanted.crop}x{wanted.crop}"
+    assert tuple(planned.images.values()) == (*wanted.images, 0)
+    assert planned.evaluation.startswith(f"{wanted.evaluation}, scales [1.0], probabilities averaged")
+    assert recipe.result.align == "off"
+    (row,) = planned.rounds
+    assert (row.steps, row.batch, row.pseudo_batch) == (wanted.steps, wanted.batch, 0)
+    assert (row.augmentation.scale, row.augmentation.rotate) == ((0.5, 2.0), 0)
+    assert (row.augmentation.blur, row.augmentation.mirror) == (False, True)
+    assert recipe.training.micro_batch == wanted.micro_batch
+    learner, stage = learner_settings(recipe, row), stage_of(recipe, row)
+    assert (row.learning_rate, learner.head_factor, learner.optimizer) == wanted.learner
+    assert learner.labeled_loss == (LabeledLoss(*wanted.ohem) if wanted.ohem else LabeledLoss())
+    schedule = stage.schedule
+    assert (schedule.kind, schedule.power, schedule.warm_up_steps, stage.clip, stage.precision) == (
+        "poly", 0.9, 0, None, "fp32",
+    )  # fmt: skip
+    how = row.online
+    assert how is not None
+    assert (how.method, how.views, how.teacher and how.teacher.decay) == wanted.method
+    assert (how.batch, how.accept, how.weight, how.mixing) == (wanted.batch, Above(0.95), 1, "cutmix")
+    assert (how.strong.colors, how.strong.boxes) == (
+        Colors((0.5, 0.5, 0.5, 0.25), 0.8, 0.2),
+        Boxes(0.5, (0.02, 0.4)),
+    )
+    assert how.strong.colors.blur == (0.1, 2.0) and how.strong.colors.blur_share == 0.5
+    assert how.strong.boxes.aspect == (0.3, 1 / 0.3)
 
 
 def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:
