@@ -15,7 +15,7 @@ from darseg import __version__
 from darseg.cli.data import check, init, plan, rasterize, split
 from darseg.cli.labeling import label, redistribute
 from darseg.cli.networks import align, convert, evaluate, export, predict
-from darseg.cli.runs import demo, report, train, view
+from darseg.cli.runs import demo, preview, report, train, view
 from darseg.cli.tables import say
 from darseg.data.files import explained
 from darseg.errors import DarsegError, Interrupted
@@ -24,7 +24,19 @@ from darseg.run.machine import keep_memory
 
 INTERRUPTED = 130  # exit code after Ctrl-C: 128 + SIGINT
 
-COMPUTING = ("demo", "init", "train", "report", "evaluate", "predict", "align", "view", "export", "label")
+COMPUTING = (
+    "demo",
+    "init",
+    "train",
+    "report",
+    "evaluate",
+    "predict",
+    "align",
+    "view",
+    "export",
+    "label",
+    "preview",
+)
 """Commands that run networks, and so allocate the same tensors again and again."""
 
 app = typer.Typer(
@@ -70,7 +82,7 @@ for command in (
     redistribute,
 ):
     app.command()(command)
-for command in (rasterize, check, plan, split):
+for command in (rasterize, check, plan, preview, split):
     app.command()(command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -38,3 +39,13 @@ def without_root(words: Sequence[Path]) -> tuple[list[Path], list[str]]:
     """The paths among the words of a command line, and `data.root=PATH`, which may be among them."""
     overrides = [str(word) for word in words if str(word).startswith("data.root=")]
     return [word for word in words if not str(word).startswith("data.root=")], overrides
+
+
+CHANGE = re.compile(r"[\w.]+=")
+"""How a change of the recipe begins: the key, and the sign."""
+
+
+def without_changes(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The paths among the words of a command line, and changes of the recipe, which may be among them."""
+    changes = [word for word in words if CHANGE.match(word)]
+    return [word for word in words if not CHANGE.match(word)], changes

@@ -7,9 +7,12 @@ from typing import Annotated
 
 import typer
 
-from darseg.cli.options import DataRoot, Overrides, Plain, RecipeFile, without_root
+from darseg.cli.options import DataRoot, Overrides, Plain, RecipeFile, without_changes, without_root
 from darseg.cli.tables import print_table, rounds_table, say
 from darseg.errors import RunError
+
+MOST_STEPS = 50
+"""Steps that a preview shows at most: of 16 crops each, such a page has about 100 MB."""
 
 
 def demo(
@@ -96,6 +99,40 @@ def report(
     for warning in compared.warnings:
         say(f"warning: {warning}")
     say(f"Written to {compared.out}")
+
+
+def preview(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE.yaml|RUN",
+            help="A recipe, or a run folder, which also has the labels that networks make.",
+        ),
+    ],
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[OUT.html] [section.key=value …]",
+            help="The page to write (default: preview.html in the current folder), and keys of the recipe to change; of "
+            "a run folder only data.root.",
+        ),
+    ] = None,
+    round_index: Annotated[int, typer.Option("--round", min=0, help="Round whose images to show.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=1, max=MOST_STEPS, help="Steps to show, from the round's first on.")
+    ] = 1,
+) -> None:
+    """Write a page with what the network will see: the images of a round's first steps and their labels."""
+    from darseg.report.preview import write_preview
+
+    outs, overrides = without_changes(words or [])
+    if len(outs) > 1:
+        raise RunError(f"Found {len(outs)} names of pages: {', '.join(outs)}. Give one.")
+    out = Path(outs[0]) if outs else None
+    written = write_preview(source, out, round_index=round_index, steps=steps, overrides=overrides)
+    for note in written.notes:
+        say(f"note: {note}")
+    say(f"Written to {written.out}")
 
 
 def view(

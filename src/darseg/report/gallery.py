@@ -210,7 +210,7 @@ def _right(values: np.ndarray | None, truth: np.ndarray | None) -> float | None:
 
 def jpeg_url(image: np.ndarray) -> str:
     """Shrink an image (uint8 [H, W, 3], RGB) and return it as the data URL of a JPEG."""
-    return _url(Image.fromarray(shrink(image, SIDE, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
+    return data_url(Image.fromarray(shrink(image, SIDE, cv2.INTER_AREA)), "jpeg", quality=JPEG_QUALITY)
 
 
 def map_url(label: np.ndarray, classes: ClassSet) -> str:
@@ -232,10 +232,11 @@ def map_url(label: np.ndarray, classes: ClassSet) -> str:
         colored = palette[small]
         colored[dark] = CHECKS[1]
         picture = Image.fromarray(colored)
-    return _url(picture, "png", optimize=True)
+    return data_url(picture, "png", optimize=True)
 
 
-def _url(picture: Image.Image, kind: str, **options: object) -> str:
+def data_url(picture: Image.Image, kind: str, **options: object) -> str:
+    """A picture as the data URL of a file of this kind; options are those of Pillow."""
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -59,6 +59,7 @@
   }
 
   const packed = document.getElementById("plotly").textContent;
+  if (!packed) return; // no charts
   const bytes = Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");

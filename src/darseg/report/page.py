@@ -87,7 +87,8 @@ class Page:
 
     def html(self) -> str:
         """The whole document."""
-        script, (plotly, packed) = _asset("page.js"), _plotly()
+        script = _asset("page.js")
+        plotly, packed = _plotly() if self._charts else ("", "")
         return render(
             "page",
             title=self.title,
@@ -95,11 +96,12 @@ class Page:
             sections=self._sections,
             mark=Markup(MARK),
             version=darseg.__version__,
-            policy=_policy(script, plotly),
+            policy=_policy(*filter(None, (script, plotly))),
             style=Markup(_asset("page.css")),
             # No name can end the script element; JSON reads the escape as the sign.
             charts=Markup(f"[{','.join(self._charts)}]".replace("<", "\\u003c")),
             plotly=packed,
+            charts_drawn=bool(self._charts),
             script=Markup(script),
         )
 
@@ -110,17 +112,20 @@ class Page:
             RunError: `out` is a folder, or a file that darseg did not write.
             StorageError: the file cannot be written.
         """
-        if out.is_dir():
-            raise RunError(
-                f"{out} is a folder. Give the name of a file for the page, for example report.html."
-            )
-        if is_taken(out) and MARK.encode() not in _beginning(out):
-            raise RunError(
-                f"{named(out)} exists and was not written by darseg. Choose another name for the page, or "
-                "move the file away."
-            )
+        check_out(out)
         write_whole(out, self.html())
         return out
+
+
+def check_out(out: Path) -> None:
+    """Raise RunError if a page cannot be written to `out`: a folder, or a file that darseg did not write."""
+    if out.is_dir():
+        raise RunError(f"{out} is a folder. Give the name of a file for the page, for example report.html.")
+    if is_taken(out) and MARK.encode() not in _beginning(out):
+        raise RunError(
+            f"{named(out)} exists and was not written by darseg. Choose another name for the page, or "
+            "move the file away."
+        )
 
 
 def _json(value: Mapping[str, Any]) -> str:

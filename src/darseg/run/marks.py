@@ -147,7 +147,18 @@ def read_excluded(run: RunDirectory, index: int) -> tuple[str, ...]:
 def fix_excluded(
     run: RunDirectory, index: int, unlabeled: Sequence[Sample], begun: bool = False
 ) -> tuple[str, ...]:
-    """The ids that a round leaves out: those it began with, or the current marks, which are recorded.
+    """The ids that a round leaves out, recorded. Arguments and errors as of `expect_excluded`."""
+    ids = expect_excluded(run, index, unlabeled, begun)
+    path = run.excluded(index)
+    if ids and not path.exists():
+        write_json(path, list(ids))
+    return ids
+
+
+def expect_excluded(
+    run: RunDirectory, index: int, unlabeled: Sequence[Sample], begun: bool = False
+) -> tuple[str, ...]:
+    """The ids that a round leaves out: those it began with, or the current marks. Nothing is written.
 
     Without marks nothing is recorded. So if a round has counted its confidences, or has class weights, and has no
     `excluded.json`, it began without marks; before, nothing in it depends on which images are left out.
@@ -174,8 +185,6 @@ def fix_excluded(
             f"{run.bad_images}: all {len(ids)} unlabeled images are marked as bad, so round {index} has none to label. "
             f"Remove marks with `darseg view {run.root}`, or delete the file."
         )
-    if ids:
-        write_json(path, list(ids))
     return ids
 
 

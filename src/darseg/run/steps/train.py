@@ -10,10 +10,9 @@ from pathlib import Path
 
 from darseg.config.recipe import Recipe
 from darseg.data.augment import Augmentation
-from darseg.data.batches import StreamPlace, stream_batches
+from darseg.data.batches import StreamPlace
 from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
-from darseg.data.unlabeled import stream_views
 from darseg.errors import FormatError, RunError, faults
 from darseg.methods.consistency import Consistency
 from darseg.methods.teacher import TeacherSettings
@@ -30,6 +29,7 @@ from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of,
 from darseg.run.remedies import explain_memory, less_to_train
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.step import Result, Step, Work, complete
+from darseg.run.streams import open_stream
 from darseg.training.checkpoint import OPTIMIZER, Checkpoint, Part, load_checkpoint, part_of, save_checkpoint
 from darseg.training.method import Feed, Method, Streamed
 from darseg.training.optimize import fits
@@ -255,30 +255,18 @@ class _Training:
         )
 
         def stream(feed: Feed, number: int, first: int) -> Iterator[Streamed]:
-            seed = (recipe.seed, self.round.index, number)
-            if feed.role == "unlabeled":
-                assert self.round.online is not None
-                return stream_views(
-                    self.samples[feed.role],
-                    replace(self.round.augmentation, blur=False, colors=None),  # the weak view
-                    self.round.online.strong,
-                    views=feed.strong,
-                    batch_size=feed.size,
-                    seed=seed,
-                    start=first,
-                    place=place,
-                    load=cache.load_image,
-                    truth_every=self.stage.report_every,
-                )
-            return stream_batches(
-                self.samples[feed.role],
-                course.manifest.classes,
-                self.round.augmentation,
-                batch_size=feed.size,
-                seed=seed,
+            return open_stream(
+                self.round,
+                feed,
+                number=number,
+                seed=recipe.seed,
+                samples=self.samples[feed.role],
+                classes=course.manifest.classes,
                 start=first,
                 place=place,
                 load=cache.load,
+                load_views=cache.load_image,
+                truth_every=self.stage.report_every,
             )
 
         return lambda first: [stream(feed, number, first) for number, feed in enumerate(feeds)]

@@ -1,0 +1,509 @@
+"""What a round's network will see: the images of its first steps, as training draws them, beside their labels.
+
+Nothing is trained, and nothing is written. Labels that only a network can give are shown if the run folder has the
+network that the round starts from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from darseg.config.recipe import Recipe
+from darseg.config.text import load_recipe
+from darseg.data.batches import Batch
+from darseg.data.classes import IGNORE, ClassSet
+from darseg.data.colors import Colors
+from darseg.data.dataset import Cache, Example
+from darseg.data.files import refuse_link
+from darseg.data.manifest import Manifest, Sample
+from darseg.data.views import Views
+from darseg.errors import RunError
+from darseg.methods.consistency import Consistency, mixed_with
+from darseg.methods.mixing import box_mask, partners_of
+from darseg.model.torchfile import read_bare_part
+from darseg.model.weights import load_network
+from darseg.run.build import (
+    beginnings,
+    check_overrides,
+    check_sizes,
+    manifest_of,
+    recipe_of,
+    set_threads,
+    spec_of,
+)
+from darseg.run.data_digest import digest_samples
+from darseg.run.directory import RunDirectory
+from darseg.run.marks import expect_excluded, without
+from darseg.run.online import describe_online
+from darseg.run.plan import Round, method_of, plan_rounds
+from darseg.run.records import read_texts
+from darseg.run.streams import feeds_of, open_stream
+from darseg.training.method import Feed, Method, Streamed
+
+CACHED = 1 << 30
+"""Bytes of decoded images that are kept: each labeled one is needed twice."""
+
+TITLES = {"labeled": "labeled images", "pseudo": "pseudo-labeled images", "unlabeled": "unlabeled images"}
+"""Role of a feed → title of its pictures."""
+
+TRUTH = "truth, not used"
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """One picture.
+
+    Attributes:
+        pixels: uint8 [H, W, 3], an image in RGB; or uint8 [H, W], a label map, 255: nothing to learn.
+        inside: bool [H, W], False on padding.
+        box: top, left, bottom and right of the region that comes from the partner; None: none.
+    """
+
+    caption: str
+    pixels: NDArray[np.uint8]
+    inside: NDArray[np.bool_]
+    box: tuple[int, int, int, int] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SeenImage:
+    """What the network sees of an image.
+
+    Attributes:
+        own: the image as it was cut out, and its label.
+        views: for each strong view: the view, what it becomes by mixing, and its label.
+    """
+
+    id: str
+    own: tuple[Tile, ...]
+    views: tuple[tuple[Tile, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class SeenBatch:
+    """The images of one stream at a step. note: what a reader should know about their labels."""
+
+    step: int
+    title: str
+    images: tuple[SeenImage, ...]
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Preview:
+    """What a round's network will see.
+
+    Attributes:
+        name: of the recipe or the run folder.
+        settings: what decides how images are cut out and changed, as name and text.
+        boxes: whether boxes of images are mixed.
+        notes: of the streams, each once.
+        batches: step by step, the streams of each in order; drawn as they are asked for, once.
+    """
+
+    name: str
+    round: int
+    steps: int
+    classes: ClassSet
+    settings: tuple[tuple[str, str], ...]
+    boxes: bool
+    notes: tuple[str, ...]
+    batches: Iterator[SeenBatch]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A recipe with its data. run: the folder it was trained in; None: there is none."""
+
+    name: str
+    recipe: Recipe
+    manifest: Manifest
+    round: Round
+    run: RunDirectory | None
+
+    @property
+    def index(self) -> int:
+        """Number of the round."""
+        return self.round.index
+
+
+def preview_round(
+    source: Path | str, *, round_index: int = 0, steps: int = 1, overrides: Sequence[str] = ()
+) -> Preview:
+    """Show what the network sees in the first steps of a round.
+
+    Args:
+        source: a recipe, or a run folder, which has networks and pseudo labels.
+        overrides: keys of the recipe to change; of a run folder only data.root.
+
+    Raises:
+        RecipeError, DataError: as `train` does, before and while images are drawn.
+        RunError: there is no such round, or a run's data have changed.
+    """
+    opened = _open(Path(source), round_index, overrides)
+    set_threads(opened.recipe.threads)
+    feeds = [_feed(opened, number, feed) for number, feed in enumerate(feeds_of(opened.round))]
+    return Preview(
+        name=opened.name,
+        round=round_index,
+        steps=steps,
+        classes=opened.manifest.classes,
+        settings=tuple(_settings(opened)),
+        boxes=opened.round.online is not None and opened.round.online.mixing == "cutmix",
+        notes=tuple(feed.note for feed in feeds if feed.note),
+        batches=_batches(opened, feeds, steps),
+    )
+
+
+def _open(source: Path, index: int, overrides: Sequence[str]) -> _Source:
+    run = RunDirectory(source) if source.is_dir() else None
+    if run is None:
+        recipe = load_recipe(source, overrides)
+    else:
+        run.refuse_links()
+        check_overrides(source, overrides)
+        recipe = recipe_of(source, overrides)
+    last = len(recipe.rounds) - 1
+    if index > last:
+        known = f"rounds 0 to {last}" if last else "only round 0"
+        raise RunError(
+            f"{source}: there is no round {index}; the recipe has {known}. Choose one with --round."
+        )
+    manifest = manifest_of(recipe)
+    if run is not None:
+        _check_as_begun(run, recipe, manifest)
+    rounds = plan_rounds(
+        recipe,
+        labeled=len(manifest.labeled),
+        unlabeled=len(manifest.unlabeled),
+        fills={begins: _fill(recipe.at(begins), begins) for begins in beginnings(recipe)},
+    )
+    name = source.resolve().name if run is not None else source.stem
+    return _Source(name, recipe, manifest, rounds[index], run)
+
+
+def _check_as_begun(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> None:
+    """Raise RunError if labeled or unlabeled images are not those that a run began with."""
+    try:
+        recorded = read_texts(run.data, "Restore it from a copy.")
+    except FileNotFoundError:
+        recorded = {}
+    roles = {"labeled": manifest.labeled, "unlabeled": manifest.unlabeled}
+    changed = [role for role, samples in roles.items() if recorded.get(role) != digest_samples(samples)]
+    if changed:
+        raise RunError(
+            f"{run.root}: the images in {recipe.data.root} are not those that the run began with ({', '.join(changed)}: "
+            "other files or sizes), so its streams cannot be shown. Restore the data, say where they are now with "
+            "data.root=PATH, or preview a recipe."
+        )
+
+
+def _fill(recipe: Recipe, begins: int) -> tuple[int, int, int]:
+    """The color of padding of a network that has not been built: the mean of its backbone, or of its weights.
+
+    Raises SizeError if it cannot take the recipe's crop, WeightsError for damaged weights.
+    """
+    with torch.device("meta"):  # no memory and no random numbers
+        network = spec_of(recipe).build()
+    check_sizes(recipe, network, "training.crop", begins)
+    mean: Sequence[float] = network.backbone.mean
+    weights = recipe.network.weights
+    if isinstance(weights, str) and weights != "none" and Path(weights).is_file():
+        _, tensors = read_bare_part(Path(weights))
+        if "mean" in tensors:  # a whole network of darseg
+            mean = tensors["mean"].tolist()
+    red, green, blue = (round(part) for part in mean)
+    return red, green, blue
+
+
+# --- streams
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A feed with its images.
+
+    Attributes:
+        open: opens the stream anew; given labels replace those of its images.
+        known: ids of the samples that have a label to show.
+        caption: of that label.
+    """
+
+    feed: Feed
+    open: Callable[..., Iterator[Streamed]]
+    known: frozenset[str]
+    caption: str
+    note: str = ""
+
+
+def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
+    samples, caption, note = _samples_of(source, feed)
+    cache = Cache(CACHED)
+    labeled = frozenset(sample.id for sample in samples if sample.label is not None)
+
+    def load(sample: Sample, classes: ClassSet) -> Example:
+        if sample.label is not None:
+            if source.run is not None and feed.role == "pseudo" and caption != TRUTH:
+                refuse_link(sample.label, source.run.root)
+            return cache.load(sample, classes)
+        image = cache.load_image(sample)
+        return Example(sample.id, image, np.full(image.shape[:2], IGNORE, np.uint8))
+
+    def load_inside(sample: Sample, classes: ClassSet) -> Example:
+        """With a label of zeros, the label of a crop is 255 exactly on padding."""
+        example = load(sample, classes)
+        return replace(example, label=np.zeros_like(example.label))
+
+    def open_feed(inside: bool = False) -> Iterator[Streamed]:
+        return open_stream(
+            source.round,
+            feed,
+            number=number,
+            seed=source.recipe.seed,
+            samples=samples,
+            classes=source.manifest.classes,
+            load=load_inside if inside else load,
+            truth_every=1,
+        )
+
+    return _Shown(feed, open_feed, labeled, caption, note)
+
+
+def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str]:
+    """The samples of a feed, the caption of their labels, and a note."""
+    if feed.role == "labeled":
+        return source.manifest.labeled, "label", ""
+    run, index, unlabeled = source.run, source.index, source.manifest.unlabeled
+    note = "Labels need a trained network: train first, then preview the run folder."
+    if run is not None:
+        begun = feed.role == "unlabeled" and (
+            bool(run.checkpoints(index)) or run.record_path(index, "train").exists()
+        )
+        unlabeled = without(unlabeled, expect_excluded(run, index, unlabeled, begun))
+        if feed.role == "pseudo":
+            if index in run.rounds_with("label"):
+                return run.label_set(index).samples(unlabeled), "pseudo label", ""
+            note = f"The pseudo labels of round {index} are not made yet; `darseg train` makes them as the round begins."
+        elif source.round.begins == index:
+            note = f"The network of round {index} starts untrained, so its labels are not shown."
+        elif not run.network(index - 1).exists():
+            note = f"Labels need the network of round {index - 1}, which is not trained yet."
+        else:
+            note = (
+                f"Labels are made by the network of round {index - 1}, from which this round starts. In training, "
+                "what labels changes with every step."
+            )
+    if any(sample.label is not None for sample in unlabeled):
+        note += " The truth is shown where it is known; nothing is learned from it."
+    return unlabeled, TRUTH, note
+
+
+def _batches(source: _Source, feeds: Sequence[_Shown], steps: int) -> Iterator[SeenBatch]:
+    """The batches of all feeds, step by step."""
+    labeler = _Labeler.of(source)
+    with ExitStack() as stack:
+
+        def opened(shown: _Shown, **options: bool) -> Iterator[Any]:
+            return stack.enter_context(closing(shown.open(**options)))  # ty: ignore[invalid-argument-type]
+
+        streams = [opened(shown) for shown in feeds]
+        insides = [opened(shown, inside=True) if shown.feed.role != "unlabeled" else None for shown in feeds]
+        for step in range(steps):
+            streamed = [next(stream) for stream in streams]
+            for shown, stream, drawn in zip(feeds, insides, streamed, strict=True):
+                if stream is None:
+                    assert source.round.online is not None
+                    labels = None if labeler is None else labeler.label(streamed, step)
+                    images = _unlabeled(drawn, source.round.online, labels)
+                else:
+                    images = _labeled(drawn, next(stream).labels.numpy() != IGNORE, shown)
+                yield SeenBatch(step, TITLES[shown.feed.role], tuple(images), shown.note)
+
+
+def _labeled(batch: Batch, inside: NDArray[np.bool_], shown: _Shown) -> Iterator[SeenImage]:
+    """Images and labels as a stream of labeled or pseudo-labeled images gave them."""
+    for row, name in enumerate(batch.ids):
+        tiles = [Tile("image", _image(batch.images[row]), inside[row])]
+        if name in shown.known:
+            tiles.append(_label_tile(shown.caption, batch.labels[row], inside=inside[row]))
+        yield SeenImage(name, tuple(tiles))
+
+
+# --- unlabeled images
+
+
+@dataclass(frozen=True, eq=False)
+class _Labels:
+    """What a method makes of unlabeled images.
+
+    Attributes:
+        weak: the weak views with labels, not mixed; None: what the method learns has no such form.
+        mixed: what the loss gets, a batch for each strong view.
+        insides: bool [B, H, W] for each of these, False on padding.
+    """
+
+    weak: Batch
+    mixed: Sequence[Batch]
+    insides: Sequence[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class _Labeler:
+    """The label phase of an online round, with the network that the round starts from."""
+
+    method: Method
+    unmixed: Method
+
+    @classmethod
+    def of(cls, source: _Source) -> _Labeler | None:
+        """The labeler of a round; None if the round has none, or none yet."""
+        round_, run = source.round, source.run
+        if round_.online is None or run is None or round_.begins == round_.index:
+            return None
+        if not (path := run.network(round_.index - 1)).exists():
+            return None
+        network = load_network(path).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+
+        def method(online: Consistency) -> Method:
+            # Pixels per class weigh the loss, which is not computed here.
+            counts = [1] * len(source.manifest.classes)
+            recipe = source.recipe.at(round_.index)
+            return method_of(recipe, replace(round_, online=online), network, counts=counts)
+
+        return cls(method(round_.online), method(replace(round_.online, mixing="none")))
+
+    def label(self, streamed: Sequence[Streamed], step: int) -> _Labels:
+        """The labels of a step's unlabeled images."""
+        labeled, views = streamed
+        assert isinstance(views, Views)
+        # Mixed like the strong views, the mask of padding says where a mixed image is padded.
+        masks = views.inside[None, :, None].expand_as(views.strong).to(torch.uint8)
+        with torch.no_grad():
+            _, *mixed = _label(self.method, streamed, step)
+            _, *insides = _label(self.method, [labeled, replace(views, strong=masks)], step)
+            _, weak, *_ = _label(self.unmixed, streamed, step)
+        return _Labels(weak, mixed, [batch.images[:, 0] > 0 for batch in insides])
+
+
+def _label(method: Method, streamed: Sequence[Streamed], step: int) -> Sequence[Batch]:
+    return method.label(method.state, method.network, streamed, step).batches
+
+
+def _unlabeled(views: Views, how: Consistency, labels: _Labels | None) -> Iterator[SeenImage]:
+    """Weak and strong views of each image, with labels and mixing as far as they are known."""
+    inside = views.inside.numpy()
+    masks = [_box_mask(views, view, how) for view in range(len(views.strong))]
+    truths = [None if views.truth is None else mixed_with(views.truth, mask) for mask in masks]
+    for row, name in enumerate(views.ids):
+        own = [Tile("weak view", _image(views.weak[row]), inside[row])]
+        if labels is not None:
+            own.append(_learned_tile(labels.weak, row, inside=inside[row]))
+        if views.truth is not None and bool((views.truth[row] != IGNORE).any()):
+            own.append(_label_tile(TRUTH, views.truth[row], inside=inside[row]))
+        tiles = []
+        for view, (mask, truth) in enumerate(zip(masks, truths, strict=True)):
+            number = f" {view + 1}" if len(masks) > 1 else ""
+            box = tuple(views.boxes[view, row].tolist()) if how.mixing == "cutmix" else None
+            box = box if box is not None and box[2] > box[0] and box[3] > box[1] else None
+            parts = [Tile(f"strong view{number}", _image(views.strong[view, row]), inside[row], box)]
+            if labels is not None:
+                there = labels.insides[view].numpy()[row]
+                if how.mixing != "none":
+                    parts.append(Tile(f"mixed{number}", _image(labels.mixed[view].images[row]), there, box))
+                parts.append(_learned_tile(labels.mixed[view], row, inside=there))
+            elif mask is not None:
+                there = mixed_with(views.inside, mask).numpy()[row]
+                mixed = mixed_with(views.strong[view], mask)
+                parts.append(Tile(f"mixed{number}", _image(mixed[row]), there, box))
+                if truth is not None and bool((truth[row] != IGNORE).any()):
+                    parts.append(_label_tile("mixed truth, not used", truth[row], inside=there))
+            tiles.append(tuple(parts))
+        yield SeenImage(name, tuple(own), tuple(tiles))
+
+
+def _box_mask(views: Views, view: int, how: Consistency) -> tuple[Tensor, Tensor] | None:
+    """Partners and mask of CutMix, which no label decides; None for other mixing."""
+    if how.mixing != "cutmix":
+        return None
+    height, width = views.inside.shape[1:]
+    partners = partners_of(len(views.ids), views.inside.device)
+    return partners, box_mask(views.boxes[view], (height, width))
+
+
+def _learned_tile(batch: Batch, row: int, *, inside: NDArray[np.bool_]) -> Tile:
+    """What is learned from an image: classes, or, for losses that match probabilities, the most probable."""
+    if batch.targets is None:
+        return _label_tile("label", batch.labels[row], inside=inside)
+    weight = 1.0 if batch.weights is None else float(batch.weights[row].max())
+    return Tile(f"most probable class, weight {weight:.2f}", batch.labels[row].numpy(), inside)
+
+
+def _label_tile(caption: str, label: Tensor, *, inside: NDArray[np.bool_]) -> Tile:
+    """A label map, with the share of its pixels that have a class; padding does not count."""
+    classes = label.numpy()
+    share = float((classes[inside] != IGNORE).mean()) if inside.any() else 0.0
+    return Tile(f"{caption}: {share:.0%} of the pixels", classes, inside)
+
+
+def _image(pixels: Tensor) -> NDArray[np.uint8]:
+    """uint8 [3, H, W] → [H, W, 3]."""
+    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+
+
+# --- settings
+
+
+def _settings(source: _Source) -> Iterator[tuple[str, str]]:
+    """Name and text of what decides how images are cut out and changed."""
+    round_, how = source.round, source.round.augmentation
+    last = len(source.recipe.rounds) - 1
+    kind = (
+        "online"
+        if round_.online
+        else "labeled and pseudo-labeled images"
+        if round_.labels
+        else "labeled images"
+    )
+    yield "round", f"{round_.index} of 0 to {last}: {kind}, {round_.steps:,} steps"
+    batch = f"{round_.batch} labeled"
+    batch += f" + {round_.pseudo_batch} pseudo-labeled" if round_.pseudo_batch else ""
+    batch += f" + {round_.online.batch} unlabeled" if round_.online else ""
+    yield "images of a step", batch
+    yield "crop", f"{how.crop[0]} x {how.crop[1]} pixels (height x width)"
+    yield "scale", f"{how.scale[0]:g} to {how.scale[1]:g} times the image"
+    yield "rotation", f"half of the images, by up to {how.rotate:g}° either way" if how.rotate else "none"
+    yield "mirror", "half of the images, left to right" if how.mirror else "none"
+    but_weak = ", not the unlabeled ones" if round_.online else ""
+    yield "blur", f"half of the images, 5 x 5 pixels{but_weak}" if how.blur else "none"
+    yield "colors", f"{_describe_colors(how.colors)}{but_weak}" if how.colors else "unchanged"
+    yield "padding", "color {}, {}, {} (RGB)".format(*how.fill)
+    if round_.online is not None:
+        yield "online", describe_online(round_.online)
+        yield "colors of strong views", _describe_colors(round_.online.strong.colors)
+        if round_.online.mixing == "cutmix":
+            boxes = round_.online.strong.boxes
+            area = f"{boxes.area[0]:.0%} to {boxes.area[1]:.0%} of the crop"
+            yield "boxes", f"{boxes.share:.0%} of the views, {area}"
+    yield "seed", f"{source.recipe.seed}"
+
+
+def _describe_colors(colors: Colors) -> str:
+    parts = []
+    if colors.jitter_share:
+        names = ("brightness", "contrast", "saturation", "hue")
+        strengths = ", ".join(f"{name} {value:g}" for name, value in zip(names, colors.jitter, strict=True))
+        parts.append(f"jitter of {colors.jitter_share:.0%} ({strengths})")
+    if colors.gray_share:
+        parts.append(f"gray {colors.gray_share:.0%}")
+    if colors.blur_share:
+        parts.append(f"blur of {colors.blur_share:.0%} ({colors.blur[0]:g} to {colors.blur[1]:g} pixels)")
+    return "; ".join(parts) or "unchanged"
