@@ -16,7 +16,8 @@ from darseg.data.images import shrink
 from darseg.report.elements import Entry, Row, Table, css_color
 from darseg.report.gallery import CHECK, CHECKS, SIDE, PictureMap, data_url
 from darseg.report.page import Page, check_out, render
-from darseg.run.preview import Preview, SeenBatch, SeenImage, Tile, preview_round
+from darseg.run.preview import Preview, SeenBatch, preview_round
+from darseg.run.seen import SeenImage, Tile
 
 NAME = "preview.html"
 """The page, in the current folder, if no other is given."""

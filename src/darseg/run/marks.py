@@ -148,7 +148,7 @@ def fix_excluded(
     run: RunDirectory, index: int, unlabeled: Sequence[Sample], begun: bool = False
 ) -> tuple[str, ...]:
     """The ids that a round leaves out, recorded. Arguments and errors as of `expect_excluded`."""
-    ids = expect_excluded(run, index, unlabeled, begun)
+    ids = expect_excluded(run, index, unlabeled, begun=begun)
     path = run.excluded(index)
     if ids and not path.exists():
         write_json(path, list(ids))

@@ -14,21 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
-from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.colors import Colors
 from darseg.data.dataset import Cache, Example
 from darseg.data.files import refuse_link
 from darseg.data.manifest import Manifest, Sample
-from darseg.data.views import Views
 from darseg.errors import RunError
-from darseg.methods.consistency import Consistency, mixed_with
-from darseg.methods.mixing import box_mask, partners_of
+from darseg.methods.consistency import Consistency
 from darseg.model.torchfile import read_bare_part
 from darseg.model.weights import load_network
 from darseg.run.build import (
@@ -46,6 +41,7 @@ from darseg.run.marks import expect_excluded, without
 from darseg.run.online import describe_online
 from darseg.run.plan import Round, method_of, plan_rounds
 from darseg.run.records import read_texts
+from darseg.run.seen import TRUTH, SeenImage, labeled_images, labels_of, unlabeled_images
 from darseg.run.streams import feeds_of, open_stream
 from darseg.training.method import Feed, Method, Streamed
 
@@ -54,38 +50,6 @@ CACHED = 1 << 30
 
 TITLES = {"labeled": "labeled images", "pseudo": "pseudo-labeled images", "unlabeled": "unlabeled images"}
 """Role of a feed → title of its pictures."""
-
-TRUTH = "truth, not used"
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """One picture.
-
-    Attributes:
-        pixels: uint8 [H, W, 3], an image in RGB; or uint8 [H, W], a label map, 255: nothing to learn.
-        inside: bool [H, W], False on padding.
-        box: top, left, bottom and right of the region that comes from the partner; None: none.
-    """
-
-    caption: str
-    pixels: NDArray[np.uint8]
-    inside: NDArray[np.bool_]
-    box: tuple[int, int, int, int] | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class SeenImage:
-    """What the network sees of an image.
-
-    Attributes:
-        own: the image as it was cut out, and its label.
-        views: for each strong view: the view, what it becomes by mixing, and its label.
-    """
-
-    id: str
-    own: tuple[Tile, ...]
-    views: tuple[tuple[Tile, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,7 +178,7 @@ def _fill(recipe: Recipe, begins: int) -> tuple[int, int, int]:
     """
     with torch.device("meta"):  # no memory and no random numbers
         network = spec_of(recipe).build()
-    check_sizes(recipe, network, "training.crop", begins)
+    check_sizes(recipe, network, only="training.crop", round_index=begins)
     mean: Sequence[float] = network.backbone.mean
     weights = recipe.network.weights
     if isinstance(weights, str) and weights != "none" and Path(weights).is_file():
@@ -243,6 +207,27 @@ class _Shown:
     known: frozenset[str]
     caption: str
     note: str = ""
+
+
+def _methods(source: _Source) -> tuple[Method, Method] | None:
+    """The method of an online round with the network that it starts from, and the same without mixing.
+
+    None if the round is not online, or if that network is not trained.
+    """
+    round_, run = source.round, source.run
+    if round_.online is None or run is None or round_.begins == round_.index:
+        return None
+    if not (path := run.network(round_.index - 1)).exists():
+        return None
+    network = load_network(path).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
+    recipe = source.recipe.at(round_.index)
+
+    def method(online: Consistency) -> Method:
+        # Pixels per class weigh the loss, which is not computed here.
+        counts = [1] * len(source.manifest.classes)
+        return method_of(recipe, replace(round_, online=online), network, counts=counts)
+
+    return method(round_.online), method(replace(round_.online, mixing="none"))
 
 
 def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
@@ -288,7 +273,7 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
         begun = feed.role == "unlabeled" and (
             bool(run.checkpoints(index)) or run.record_path(index, "train").exists()
         )
-        unlabeled = without(unlabeled, expect_excluded(run, index, unlabeled, begun))
+        unlabeled = without(unlabeled, expect_excluded(run, index, unlabeled, begun=begun))
         if feed.role == "pseudo":
             if index in run.rounds_with("label"):
                 return run.label_set(index).samples(unlabeled), "pseudo label", ""
@@ -299,8 +284,8 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
             note = f"Labels need the network of round {index - 1}, which is not trained yet."
         else:
             note = (
-                f"Labels are made by the network of round {index - 1}, from which this round starts. In training, "
-                "what labels changes with every step."
+                f"Labels are made by the network of round {index - 1}, from which this round starts. Those of the first "
+                "step are training's; then training labels with a network that has moved on."
             )
     if any(sample.label is not None for sample in unlabeled):
         note += " The truth is shown where it is known; nothing is learned from it."
@@ -309,7 +294,7 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
 
 def _batches(source: _Source, feeds: Sequence[_Shown], steps: int) -> Iterator[SeenBatch]:
     """The batches of all feeds, step by step."""
-    labeler = _Labeler.of(source)
+    methods = _methods(source)
     with ExitStack() as stack:
 
         def opened(shown: _Shown, **options: bool) -> Iterator[Any]:
@@ -322,141 +307,12 @@ def _batches(source: _Source, feeds: Sequence[_Shown], steps: int) -> Iterator[S
             for shown, stream, drawn in zip(feeds, insides, streamed, strict=True):
                 if stream is None:
                     assert source.round.online is not None
-                    labels = None if labeler is None else labeler.label(streamed, step)
-                    images = _unlabeled(drawn, source.round.online, labels)
+                    labels = None if methods is None else labels_of(methods, streamed, step)
+                    images = unlabeled_images(drawn, source.round.online, labels)
                 else:
-                    images = _labeled(drawn, next(stream).labels.numpy() != IGNORE, shown)
-                yield SeenBatch(step, TITLES[shown.feed.role], tuple(images), shown.note)
-
-
-def _labeled(batch: Batch, inside: NDArray[np.bool_], shown: _Shown) -> Iterator[SeenImage]:
-    """Images and labels as a stream of labeled or pseudo-labeled images gave them."""
-    for row, name in enumerate(batch.ids):
-        tiles = [Tile("image", _image(batch.images[row]), inside[row])]
-        if name in shown.known:
-            tiles.append(_label_tile(shown.caption, batch.labels[row], inside=inside[row]))
-        yield SeenImage(name, tuple(tiles))
-
-
-# --- unlabeled images
-
-
-@dataclass(frozen=True, eq=False)
-class _Labels:
-    """What a method makes of unlabeled images.
-
-    Attributes:
-        weak: the weak views with labels, not mixed; None: what the method learns has no such form.
-        mixed: what the loss gets, a batch for each strong view.
-        insides: bool [B, H, W] for each of these, False on padding.
-    """
-
-    weak: Batch
-    mixed: Sequence[Batch]
-    insides: Sequence[Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class _Labeler:
-    """The label phase of an online round, with the network that the round starts from."""
-
-    method: Method
-    unmixed: Method
-
-    @classmethod
-    def of(cls, source: _Source) -> _Labeler | None:
-        """The labeler of a round; None if the round has none, or none yet."""
-        round_, run = source.round, source.run
-        if round_.online is None or run is None or round_.begins == round_.index:
-            return None
-        if not (path := run.network(round_.index - 1)).exists():
-            return None
-        network = load_network(path).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
-
-        def method(online: Consistency) -> Method:
-            # Pixels per class weigh the loss, which is not computed here.
-            counts = [1] * len(source.manifest.classes)
-            recipe = source.recipe.at(round_.index)
-            return method_of(recipe, replace(round_, online=online), network, counts=counts)
-
-        return cls(method(round_.online), method(replace(round_.online, mixing="none")))
-
-    def label(self, streamed: Sequence[Streamed], step: int) -> _Labels:
-        """The labels of a step's unlabeled images."""
-        labeled, views = streamed
-        assert isinstance(views, Views)
-        # Mixed like the strong views, the mask of padding says where a mixed image is padded.
-        masks = views.inside[None, :, None].expand_as(views.strong).to(torch.uint8)
-        with torch.no_grad():
-            _, *mixed = _label(self.method, streamed, step)
-            _, *insides = _label(self.method, [labeled, replace(views, strong=masks)], step)
-            _, weak, *_ = _label(self.unmixed, streamed, step)
-        return _Labels(weak, mixed, [batch.images[:, 0] > 0 for batch in insides])
-
-
-def _label(method: Method, streamed: Sequence[Streamed], step: int) -> Sequence[Batch]:
-    return method.label(method.state, method.network, streamed, step).batches
-
-
-def _unlabeled(views: Views, how: Consistency, labels: _Labels | None) -> Iterator[SeenImage]:
-    """Weak and strong views of each image, with labels and mixing as far as they are known."""
-    inside = views.inside.numpy()
-    masks = [_box_mask(views, view, how) for view in range(len(views.strong))]
-    truths = [None if views.truth is None else mixed_with(views.truth, mask) for mask in masks]
-    for row, name in enumerate(views.ids):
-        own = [Tile("weak view", _image(views.weak[row]), inside[row])]
-        if labels is not None:
-            own.append(_learned_tile(labels.weak, row, inside=inside[row]))
-        if views.truth is not None and bool((views.truth[row] != IGNORE).any()):
-            own.append(_label_tile(TRUTH, views.truth[row], inside=inside[row]))
-        tiles = []
-        for view, (mask, truth) in enumerate(zip(masks, truths, strict=True)):
-            number = f" {view + 1}" if len(masks) > 1 else ""
-            box = tuple(views.boxes[view, row].tolist()) if how.mixing == "cutmix" else None
-            box = box if box is not None and box[2] > box[0] and box[3] > box[1] else None
-            parts = [Tile(f"strong view{number}", _image(views.strong[view, row]), inside[row], box)]
-            if labels is not None:
-                there = labels.insides[view].numpy()[row]
-                if how.mixing != "none":
-                    parts.append(Tile(f"mixed{number}", _image(labels.mixed[view].images[row]), there, box))
-                parts.append(_learned_tile(labels.mixed[view], row, inside=there))
-            elif mask is not None:
-                there = mixed_with(views.inside, mask).numpy()[row]
-                mixed = mixed_with(views.strong[view], mask)
-                parts.append(Tile(f"mixed{number}", _image(mixed[row]), there, box))
-                if truth is not None and bool((truth[row] != IGNORE).any()):
-                    parts.append(_label_tile("mixed truth, not used", truth[row], inside=there))
-            tiles.append(tuple(parts))
-        yield SeenImage(name, tuple(own), tuple(tiles))
-
-
-def _box_mask(views: Views, view: int, how: Consistency) -> tuple[Tensor, Tensor] | None:
-    """Partners and mask of CutMix, which no label decides; None for other mixing."""
-    if how.mixing != "cutmix":
-        return None
-    height, width = views.inside.shape[1:]
-    partners = partners_of(len(views.ids), views.inside.device)
-    return partners, box_mask(views.boxes[view], (height, width))
-
-
-def _learned_tile(batch: Batch, row: int, *, inside: NDArray[np.bool_]) -> Tile:
-    """What is learned from an image: classes, or, for losses that match probabilities, the most probable."""
-    if batch.targets is None:
-        return _label_tile("label", batch.labels[row], inside=inside)
-    weight = 1.0 if batch.weights is None else float(batch.weights[row].max())
-    return Tile(f"most probable class, weight {weight:.2f}", batch.labels[row].numpy(), inside)
-
-
-def _label_tile(caption: str, label: Tensor, *, inside: NDArray[np.bool_]) -> Tile:
-    """A label map, with the share of its pixels that have a class; padding does not count."""
-    classes = label.numpy()
-    share = float((classes[inside] != IGNORE).mean()) if inside.any() else 0.0
-    return Tile(f"{caption}: {share:.0%} of the pixels", classes, inside)
-
-
-def _image(pixels: Tensor) -> NDArray[np.uint8]:
-    """uint8 [3, H, W] → [H, W, 3]."""
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+                    inside = next(stream).labels.numpy() != IGNORE
+                    images = labeled_images(drawn, inside, known=shown.known, caption=shown.caption)
+                yield SeenBatch(step, TITLES[shown.feed.role], tuple(images), note=shown.note)
 
 
 # --- settings
@@ -466,13 +322,8 @@ def _settings(source: _Source) -> Iterator[tuple[str, str]]:
     """Name and text of what decides how images are cut out and changed."""
     round_, how = source.round, source.round.augmentation
     last = len(source.recipe.rounds) - 1
-    kind = (
-        "online"
-        if round_.online
-        else "labeled and pseudo-labeled images"
-        if round_.labels
-        else "labeled images"
-    )
+    kind = "labeled and pseudo-labeled images" if round_.labels else "labeled images"
+    kind = "online" if round_.online else kind
     yield "round", f"{round_.index} of 0 to {last}: {kind}, {round_.steps:,} steps"
     batch = f"{round_.batch} labeled"
     batch += f" + {round_.pseudo_batch} pseudo-labeled" if round_.pseudo_batch else ""
@@ -491,8 +342,9 @@ def _settings(source: _Source) -> Iterator[tuple[str, str]]:
         yield "colors of strong views", _describe_colors(round_.online.strong.colors)
         if round_.online.mixing == "cutmix":
             boxes = round_.online.strong.boxes
-            area = f"{boxes.area[0]:.0%} to {boxes.area[1]:.0%} of the crop"
-            yield "boxes", f"{boxes.share:.0%} of the views, {area}"
+            smallest, largest = (f"{area:.0%}" for area in boxes.area)
+            area = smallest if smallest == largest else f"{smallest} to {largest}"
+            yield "boxes", f"{boxes.share:.0%} of the views, {area} of the crop"
     yield "seed", f"{source.recipe.seed}"
 
 
