@@ -197,6 +197,9 @@ def test_labels_are_those_of_the_network_the_round_starts_from(trained: tuple[Pa
         ({"mixing": "none"}, ["strong view", "label"]),
         ({"method": "mean_teacher"}, ["strong view", "mixed", "most probable class, weight"]),
         ({"labeler": "student"}, ["strong view", "mixed", "label"]),
+        ({"aligned": {"ratio": 0.5, "window": 1}, "above": None}, ["strong view", "mixed", "label: 0%"]),
+        ({"method": "unimatch"}, ["strong view", "mixed", "label"]),
+        ({"method": "unimatch_v2"}, ["strong view", "mixed", "label"]),
     ],
 )
 def test_every_method_and_mixing(
@@ -208,13 +211,30 @@ def test_every_method_and_mixing(
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(saved))
     images = drawn(tmp_path / "run", round_index=1)[1].images
     for image in images:
-        (view,) = image.views
-        assert all(tile.caption.startswith(name) for tile, name in zip(view, captions, strict=True))
-        assert (view[-1].pixels[~view[-1].inside] == IGNORE).all()
-        assert view[-1].pixels[view[-1].inside].min() < 11
+        assert len(image.views) == (2 if "unimatch" in online.get("method", "") else 1)
+        for view in image.views:
+            assert all(tile.caption.startswith(name) for tile, name in zip(view, captions, strict=True))
+            assert (view[-1].pixels[~view[-1].inside] == IGNORE).all()
+            assert view[-1].pixels[view[-1].inside].min() < 11 or "aligned" in online
     mixes = online.get("mixing") != "none"
     changed = [not np.array_equal(image.views[0][0].pixels, image.views[0][1].pixels) for image in images]
     assert not mixes or any(changed)
+    # UniMatch drops about half of the weak view's channels; V2 half of a strong view's, of every second image.
+    shares = [
+        [
+            re.findall(r"(\d+)% of channels dropped", tile.caption)
+            for tile in (image.own[0], image.views[0][1])
+        ]
+        for image in images
+    ]
+    match online.get("method"):
+        case "unimatch":
+            assert all(35 <= int(*weak) <= 65 and not mixed for weak, mixed in shares)
+        case "unimatch_v2":
+            low, high = sorted(int(*mixed) for _, mixed in shares)
+            assert low == 0 and 35 <= high <= 65 and not any(weak for weak, _ in shares)
+        case _:
+            assert shares == [[[], []]] * 2
 
 
 @pytest.mark.parametrize("name", get_args(OnlineMethod))

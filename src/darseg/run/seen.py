@@ -55,12 +55,14 @@ class Labels:
     """What a method makes of unlabeled images.
 
     Attributes:
-        weak: the weak views with their labels, not mixed.
-        mixed: what the loss gets, a batch for each strong view.
+        weak: a strong view with its labels, not mixed: these are the labels of the weak views.
+        others: what the loss gets besides the strong views: the weak view with features dropped, for example.
+        mixed: what the loss gets for each strong view, a batch.
         insides: bool [B, H, W] for each of these, False on padding.
     """
 
     weak: Batch
+    others: Sequence[Batch]
     mixed: Sequence[Batch]
     insides: Sequence[Tensor]
 
@@ -69,7 +71,8 @@ def labels_of(methods: tuple[Method, Method], streamed: Sequence[Streamed], step
     """What an online method makes of a step's unlabeled images.
 
     Args:
-        methods: that of the round, and the same without mixing.
+        methods: that of the round, and the same without mixing. Of the batches that their label phase makes, the first
+            is the labeled one, and the last are those of the strong views.
         streamed: a labeled batch, and views.
     """
     method, unmixed = methods
@@ -78,10 +81,16 @@ def labels_of(methods: tuple[Method, Method], streamed: Sequence[Streamed], step
     # Mixed like the strong views, the mask of padding says where a mixed image is padded.
     masks = views.inside[None, :, None].expand_as(views.strong).to(torch.uint8)
     with torch.no_grad():
-        _, *mixed = _label(method, streamed, step)
-        _, *insides = _label(method, [labeled, replace(views, strong=masks)], step)
-        _, weak, *_ = _label(unmixed, streamed, step)
-    return Labels(weak, mixed, [batch.images[:, 0] > 0 for batch in insides])
+        _, *learned = _label(method, streamed, step)
+        insides = _label(method, [labeled, replace(views, strong=masks)], step)
+        *_, weak = _label(unmixed, streamed, step)
+    count = len(views.strong)
+    return Labels(
+        weak,
+        others=learned[:-count],
+        mixed=learned[-count:],
+        insides=[batch.images[:, 0] > 0 for batch in insides[-count:]],
+    )
 
 
 def labeled_images(
@@ -117,7 +126,8 @@ def unlabeled_images(views: Views, how: Consistency, labels: Labels | None) -> I
     inside = views.inside.numpy()
     masks = [_box_mask(views, view, how) for view in range(len(views.strong))]
     for row, name in enumerate(views.ids):
-        own = [Tile("weak view", _image(views.weak[row]), inside[row])]
+        dropped = "".join(_dropped(batch, row) for batch in labels.others) if labels is not None else ""
+        own = [Tile(f"weak view{dropped}", _image(views.weak[row]), inside[row])]
         if labels is not None:
             own.append(_learned_tile(labels.weak, row, inside=inside[row]))
         own += _truth_tile(TRUTH, views.truth, row, inside=inside[row])
@@ -149,6 +159,7 @@ def _view_tiles(
     parts = [Tile(f"strong view{number}", _image(views.strong[view, row]), views.inside[row].numpy(), box)]
     if labels is not None:
         inside = labels.insides[view][row].numpy()
+        mixed_name += _dropped(labels.mixed[view], row)
         if mixes:
             parts.append(Tile(mixed_name, _image(labels.mixed[view].images[row]), inside, box))
         parts.append(_learned_tile(labels.mixed[view], row, inside=inside))
@@ -159,6 +170,14 @@ def _view_tiles(
         truth = None if views.truth is None else mixed_with(views.truth, mask)
         parts += _truth_tile(f"mixed {TRUTH}", truth, row, inside=inside)
     return tuple(parts)
+
+
+def _dropped(batch: Batch, row: int) -> str:
+    """The share of an image's channels that are dropped in feature maps, as the end of a caption."""
+    if not batch.feature_masks:
+        return ""
+    channels = torch.cat([mask[row].flatten() for mask in batch.feature_masks])
+    return f", {float((channels == 0).float().mean()):.0%} of channels dropped"
 
 
 def _truth_tile(caption: str, truth: Tensor | None, row: int, *, inside: NDArray[np.bool_]) -> list[Tile]:
