@@ -152,7 +152,7 @@ def _open(source: Path, index: int, overrides: Sequence[str]) -> _Source:
         fills={begins: _fill(recipe.at(begins), begins) for begins in beginnings(recipe)},
     )
     name = source.resolve().name if run is not None else source.stem
-    return _Source(name, recipe, manifest, rounds[index], run)
+    return _Source(name, recipe, manifest, round=rounds[index], run=run)
 
 
 def _check_as_begun(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> None:
@@ -260,7 +260,7 @@ def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
             truth_every=1,
         )
 
-    return _Shown(feed, open_feed, labeled, caption, note)
+    return _Shown(feed, open_feed, labeled, caption=caption, note=note)
 
 
 def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str]:

@@ -156,17 +156,20 @@ def _view_tiles(
     number = f" {view + 1}" if len(views.strong) > 1 else ""
     box = None if mask is None else _box_of(views, view, row)
     mixed_name = f"mixed{number}" if mask is None or box else f"mixed{number}, no box"
-    parts = [Tile(f"strong view{number}", _image(views.strong[view, row]), views.inside[row].numpy(), box)]
+    strong_name = f"strong view{number}"
+    if labels is not None and not mixes:
+        strong_name += _dropped(labels.mixed[view], row)
+    parts = [Tile(strong_name, _image(views.strong[view, row]), views.inside[row].numpy(), box=box)]
     if labels is not None:
         inside = labels.insides[view][row].numpy()
         mixed_name += _dropped(labels.mixed[view], row)
         if mixes:
-            parts.append(Tile(mixed_name, _image(labels.mixed[view].images[row]), inside, box))
+            parts.append(Tile(mixed_name, _image(labels.mixed[view].images[row]), inside, box=box))
         parts.append(_learned_tile(labels.mixed[view], row, inside=inside))
     elif mask is not None:
         inside = mixed_with(views.inside, mask)[row].numpy()
         mixed = mixed_with(views.strong[view], mask)
-        parts.append(Tile(mixed_name, _image(mixed[row]), inside, box))
+        parts.append(Tile(mixed_name, _image(mixed[row]), inside, box=box))
         truth = None if views.truth is None else mixed_with(views.truth, mask)
         parts += _truth_tile(f"mixed {TRUTH}", truth, row, inside=inside)
     return tuple(parts)
