@@ -1,4 +1,4 @@
-"""What a round's network will see: the images of its first steps, as training draws them, beside their labels.
+"""What a round's network will see: images and labels of its first steps, as training draws them.
 
 Nothing is trained, and nothing is written. Labels that only a network can give are shown if the run folder has the
 network that the round starts from.
@@ -172,7 +172,7 @@ def _check_as_begun(run: RunDirectory, recipe: Recipe, manifest: Manifest) -> No
 
 
 def _fill(recipe: Recipe, begins: int) -> tuple[int, int, int]:
-    """The color of padding of a network that has not been built: the mean of its backbone, or of its weights.
+    """The color of padding, without building the network: the mean of its backbone or weights.
 
     Raises SizeError if it cannot take the recipe's crop, WeightsError for damaged weights.
     """
