@@ -19,6 +19,8 @@ from darseg.methods.acceptance import (
     Acceptance,
     Accepted,
     Aligned,
+    ClassThresholds,
+    MeanAligned,
     Predicted,
     Realigned,
     accept,
@@ -81,7 +83,7 @@ def kept_shares(labels: Tensor, inside: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("ratio", [0.05, 0.5, 1.0])
 def test_aligned_on_one_image_equals_choose_dars(ratio: float) -> None:
     how, predicted = Aligned(ratio, window=1, counts=COUNTS), predicted_at(0)
-    state = acceptance_state(how, IMAGES)
+    state = acceptance_state(how, IMAGES, CLASSES)
     seen_by(how, state, predicted, 0)
     prediction = as_prediction(predicted, 0)
     histogram = ConfidenceHistogram.count(prediction, CLASSES)
@@ -104,7 +106,7 @@ def test_the_labels_have_the_class_mix_of_the_labeled_pixels() -> None:
     chances.scatter_(1, classes.expand(2, 1, 100, 100), 0.97)
     predicted = Predicted(chances, torch.ones(2, 100, 100, dtype=torch.bool), torch.arange(2), (1,))
     how = Aligned(0.2, window=1, counts=(50, 30, 20, 0))
-    state = acceptance_state(how, IMAGES)
+    state = acceptance_state(how, IMAGES, CLASSES)
     assert (seen_by(how, state, predicted, 0).labels == IGNORE).all()
     again = accept(how, state, replace(predicted, positions=torch.arange(2, 4)))
     shares = kept_shares(again.labels, predicted.inside)
@@ -115,7 +117,7 @@ def test_the_labels_have_the_class_mix_of_the_labeled_pixels() -> None:
 
 def test_a_window_is_the_sum_of_its_steps_and_then_begins_anew() -> None:
     how = Aligned(0.3, window=3, counts=COUNTS)
-    state, histogram = acceptance_state(how, IMAGES), ConfidenceHistogram.empty(CLASSES)
+    state, histogram = acceptance_state(how, IMAGES, CLASSES), ConfidenceHistogram.empty(CLASSES)
     for step in range(6):
         predicted = predicted_at(step, images=2, sharpness=1 + step)
         chosen = state.lowest.clone()
@@ -133,7 +135,7 @@ def test_a_window_is_the_sum_of_its_steps_and_then_begins_anew() -> None:
 
 def test_draws_depend_on_seed_and_position_alone() -> None:
     how, predicted = Aligned(0.1, window=1, counts=COUNTS), predicted_at(0, images=4)
-    state = acceptance_state(how, IMAGES)
+    state = acceptance_state(how, IMAGES, CLASSES)
     seen_by(how, state, predicted, 0)
     state.keep.fill_(0.5)
     whole = accept(how, state, predicted)
@@ -149,7 +151,7 @@ def test_draws_depend_on_seed_and_position_alone() -> None:
 
 def test_what_is_not_a_number_is_neither_counted_nor_accepted() -> None:
     how, predicted = Aligned(1.0, window=1, counts=(1,) * CLASSES), predicted_at(0)
-    state = acceptance_state(how, IMAGES)
+    state = acceptance_state(how, IMAGES, CLASSES)
     seen_by(how, state, predicted, 0)
     chosen = state.lowest.clone()
     predicted.probabilities[:] = float("nan")
@@ -168,7 +170,7 @@ def shares_of(classes: np.ndarray) -> np.ndarray:
 def test_the_weights_give_all_decisions_of_the_window_the_shares_of_the_labeled_pixels() -> None:
     """Over all pixels, though only half of them were looked at: about 3600, with a standard error of at most 0.0083."""
     how = Realigned(Above(0.0), window=2, counts=SHARES)
-    state = acceptance_state(how, IMAGES)
+    state = acceptance_state(how, IMAGES, CLASSES)
     state.weights.sample = state.weights.sample[:, :, :1000]
     plain, steps = [], [predicted_at(step, IMAGES) for step in range(2)]
     for step, predicted in enumerate(steps):
@@ -194,7 +196,7 @@ def argmax_of(predicted: Predicted) -> Tensor:
 @pytest.mark.parametrize("strength", [0.5, 1.0])
 def test_the_weights_are_those_of_align_on_the_sample(strength: float) -> None:
     how = Realigned(Above(0.4), window=1, search=WeightSearch(strength, 4.0), counts=SHARES)
-    state, predicted = acceptance_state(how, IMAGES), predicted_at(0, IMAGES)
+    state, predicted = acceptance_state(how, IMAGES, CLASSES), predicted_at(0, IMAGES)
     accepted = seen_by(how, state, predicted, 0)
     rows = accepted.seen["sample"].flatten(0, 1)
     used = (rows != UNUSED).all(1)
@@ -215,7 +217,7 @@ def test_the_weights_are_those_of_align_on_the_sample(strength: float) -> None:
 def test_without_weights_decisions_are_plain_and_that_is_counted() -> None:
     """Class 0 is all that is predicted, then the others appear, then nothing is a number."""
     how = Realigned(Above(0.4), window=1, counts=SHARES)
-    state, predicted = acceptance_state(how, IMAGES), predicted_at(0, IMAGES)
+    state, predicted = acceptance_state(how, IMAGES, CLASSES), predicted_at(0, IMAGES)
     alone = predicted_at(1, IMAGES)
     alone.probabilities[:] = torch.tensor([0.7, 0.1, 0.1, 0.1])[:, None, None]
     for given, found in ((alone, False), (predicted, True), (alone, False)):
@@ -233,7 +235,7 @@ def test_without_weights_decisions_are_plain_and_that_is_counted() -> None:
 
 def test_the_samples_of_two_processes_add_up_to_that_of_one() -> None:
     how, predicted = Realigned(Above(0.4), window=3, counts=COUNTS), predicted_at(7, images=4)
-    state = acceptance_state(how, 4)
+    state = acceptance_state(how, 4, CLASSES)
     halves = [
         replace(
             predicted,
@@ -258,7 +260,7 @@ def test_the_samples_of_two_processes_add_up_to_that_of_one() -> None:
 
 def test_aligned_shares_count_the_aligned_decisions() -> None:
     how = with_prior(Realigned(Aligned(0.3, window=1), window=1), SHARES)
-    state, predicted = acceptance_state(how, IMAGES), predicted_at(0, IMAGES)
+    state, predicted = acceptance_state(how, IMAGES, CLASSES), predicted_at(0, IMAGES)
     seen_by(how, state, predicted, 0)
     weighted = predicted.probabilities * state.weights.weights.float()[:, None, None]
     confidence, classes = (weighted / weighted.sum(1, keepdim=True)).max(1)
@@ -281,8 +283,71 @@ def test_alignment_of_strength_0_is_none_bit_for_bit() -> None:
     assert any(not torch.equal(networks[2][key], value) for key, value in ends[0].items())
 
 
+# --- for comparison
+
+
+def test_class_thresholds_are_those_of_freematch() -> None:
+    """Against the published formulas, pixel by pixel."""
+    how = ClassThresholds()
+    state = acceptance_state(how, IMAGES, CLASSES)
+    level, means = 1 / CLASSES, np.full(CLASSES, 1 / CLASSES)
+    for step in range(3):
+        predicted = predicted_at(step, IMAGES)
+        thresholds = level * means / means.max()
+        labels = seen_by(how, state, predicted, step).labels
+        pixels = predicted.probabilities.movedim(1, -1)[predicted.inside].double().numpy()
+        wanted = np.where(pixels.max(1) >= thresholds[pixels.argmax(1)], pixels.argmax(1), IGNORE)
+        assert np.array_equal(labels[predicted.inside].numpy(), wanted)
+        level = 0.999 * level + 0.001 * pixels.max(1).mean()
+        means = 0.999 * means + 0.001 * pixels.mean(0)
+    assert float(state.confidence) == pytest.approx(level, rel=1e-12)
+    assert state.shares.numpy() == pytest.approx(means, rel=1e-12)
+    state.confidence.fill_(0.9)  # after many steps
+    state.shares.copy_(torch.tensor([0.6, 0.2, 0.15, 0.05]))
+    accepted = accept(how, state, predicted)
+    confidence, classes = predicted.probabilities.max(1)
+    kept = accepted.labels != IGNORE
+    for k, threshold in enumerate((0.9, 0.3, 0.225, 0.075)):
+        assert torch.equal(kept[classes == k], ((confidence >= threshold) & predicted.inside)[classes == k])
+
+
+def test_mean_alignment_is_that_of_remixmatch() -> None:
+    """With means that have settled, the mean of p · wanted / mean is the wanted one before it is normalized."""
+    how = MeanAligned(Above(0.6), counts=COUNTS)
+    state, predicted = acceptance_state(how, IMAGES, CLASSES), predicted_at(0, IMAGES)
+    seen_by(how, state, predicted, 0)
+    pixels = predicted.probabilities.movedim(1, -1)[predicted.inside].double().numpy()
+    means = 0.999 / CLASSES + 0.001 * pixels.mean(0)
+    assert state.weights.shares.numpy() == pytest.approx(means, rel=1e-12)
+    state.weights.shares.copy_(torch.from_numpy(pixels.mean(0)))
+    product = pixels * (np.array(COUNTS) / 1000 + 1e-6) / (pixels.mean(0) + 1e-6)
+    assert product.mean(0) == pytest.approx(np.array(COUNTS) / 1000, abs=1e-5)
+    wanted = product / product.sum(1, keepdims=True)
+    accepted = accept(how, state, predicted)
+    clear = np.abs(wanted.max(1) - 0.6) > 1e-5
+    labels = np.where(wanted.max(1) >= 0.6, wanted.argmax(1), IGNORE)
+    assert np.array_equal(accepted.labels[predicted.inside].numpy()[clear], labels[clear])
+    assert int(accepted.figures[MOVED]) == int((wanted.argmax(1) != pixels.argmax(1)).sum()) > 0
+
+
+def test_means_stay_without_pixels() -> None:
+    how = MeanAligned(ClassThresholds(), counts=COUNTS)
+    state, predicted = acceptance_state(how, IMAGES, CLASSES), predicted_at(0, IMAGES)
+    seen_by(how, state, predicted, 0)
+    before = {key: value.clone() for key, value in state.state_dict().items()}
+    assert len(before) == 4
+    for spoiled in (
+        replace(predicted, inside=torch.zeros_like(predicted.inside)),
+        replace(predicted, probabilities=torch.full_like(predicted.probabilities, float("nan"))),
+    ):
+        assert (seen_by(how, state, spoiled, 1).labels == IGNORE).all()
+        assert all(torch.equal(value, before[key]) for key, value in state.state_dict().items())
+
+
 def test_the_rules_settings() -> None:
     assert with_prior(Aligned(0.4), COUNTS) == Aligned(0.4, counts=COUNTS)
+    assert with_prior(ClassThresholds(), COUNTS) == ClassThresholds()
+    assert with_prior(MeanAligned(Above()), COUNTS) == MeanAligned(Above(), COUNTS)
     inner = with_prior(Realigned(Aligned(0.4)), COUNTS)
     assert inner == Realigned(Aligned(0.4, counts=COUNTS), counts=COUNTS)
     for ratio in (0.0, 1.5):

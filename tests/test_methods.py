@@ -26,7 +26,7 @@ from darseg.data.batches import Batch, split_together
 from darseg.data.classes import IGNORE
 from darseg.data.views import Views
 from darseg.errors import NumericsError, RecipeError, RunError
-from darseg.methods.acceptance import Above, Aligned, Realigned
+from darseg.methods.acceptance import Above, Aligned, ClassThresholds, MeanAligned, Realigned
 from darseg.methods.consistency import Consistency
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import TeacherSettings, with_teacher
@@ -179,6 +179,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "mean_teacher": online(replace(FIXMATCH, method="mean_teacher", views=1)),
     "fixmatch_realigned": online(
         replace(FIXMATCH, views=1, accept=Realigned(Aligned(0.5, 2, COUNTS), window=2, counts=COUNTS))
+    ),
+    "fixmatch_class_thresholds": online(
+        replace(FIXMATCH, views=1, accept=MeanAligned(ClassThresholds(), COUNTS))
     ),
     "fixmatch_aligned": online(replace(FIXMATCH, views=1, accept=Aligned(0.5, window=2, counts=COUNTS))),
     "unimatch": online(replace(FIXMATCH, method="unimatch", teacher=None)),

@@ -255,7 +255,7 @@ def test_pixels_above_the_threshold_are_accepted() -> None:
     probabilities = torch.rand(2, 4, 5, 6, generator=generator).mul(3).softmax(1)
     inside = torch.rand(2, 5, 6, generator=generator) < 0.8
     how = Above(float(probabilities.max(1).values.flatten()[7]))  # reached exactly by one pixel
-    accepted = accept(how, acceptance_state(how, 2), Predicted(probabilities, inside, torch.arange(2)))
+    accepted = accept(how, acceptance_state(how, 2, 4), Predicted(probabilities, inside, torch.arange(2)))
     for b, y, x in np.ndindex(2, 5, 6):
         numbers = probabilities[b, :, y, x].tolist()
         label = numbers.index(max(numbers)) if inside[b, y, x] else IGNORE
@@ -264,7 +264,7 @@ def test_pixels_above_the_threshold_are_accepted() -> None:
     spoiled = probabilities.clone()
     spoiled[0, :, 0, 0] = float("nan")  # of a network that has failed
     accepted = accept(
-        Above(0.0), acceptance_state(how, 2), Predicted(spoiled, inside | True, torch.arange(2))
+        Above(0.0), acceptance_state(how, 2, 4), Predicted(spoiled, inside | True, torch.arange(2))
     )
     assert int((accepted.labels == IGNORE).sum()) == 1 and int(accepted.labels[0, 0, 0]) == IGNORE
     with refused(RecipeError, "threshold 1.5"):

@@ -17,7 +17,7 @@ from darseg.config.text import load_recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes
 from darseg.errors import RecipeError, RunError
-from darseg.methods.acceptance import Above, Aligned, Realigned
+from darseg.methods.acceptance import Above, Aligned, ClassThresholds, MeanAligned, Realigned
 from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
 from darseg.model.weights import load_network
@@ -285,6 +285,8 @@ def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: P
     recipe["online"] = {"align": "decisions", "align_window": 20, "strength": 0.5, "bound": 3.0}
     accept = planned(recipe, tmp_path)[0].online.accept
     assert accept == Realigned(Above(0.95), 20, WeightSearch(0.5, 3.0))
+    recipe["online"] = {"align": "probabilities", "class_thresholds": True}
+    assert planned(recipe, tmp_path)[0].online.accept == MeanAligned(ClassThresholds())
     recipe["online"] = {"labeler": "student", "mixing": "classmix"}
     how = planned(recipe, tmp_path)[0].online
     assert how.teacher is None and how.mixing == "classmix"
@@ -330,6 +332,9 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         {"aligned": {"ratio": 0.4, "window": 1}},
         {"aligned": {"ratio": 0.5, "window": 1}},
         {"align": "decisions", "align_window": 1},
+        {"align": "probabilities"},
+        {"class_thresholds": True},
+        {"align": "probabilities", "class_thresholds": True},
         {"align": "decisions", "align_window": 1, "strength": 0.5},
         {"align": "decisions", "align_window": 1, "aligned": {"ratio": 0.5, "window": 1}},
         {"batch": 4},
@@ -361,10 +366,12 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         ({"online": {"above": 1.5}}, ["online.above", "1.5"]),
         ({"online": {"aligned": {"ratio": 0.0}}}, ["online.aligned.ratio", "0.0"]),
         ({"online": {"aligned": {"window": 5}}}, ["online.aligned.ratio"]),
-        ({"online": {"above": 0.9, "aligned": {"ratio": 0.4}}}, ["online.above", "online.aligned"]),
+        ({"online": {"above": 0.9, "aligned": {"ratio": 0.4}}}, ["online.aligned", "online.above"]),
+        ({"online": {"above": 0.9, "class_thresholds": True}}, ["online.class_thresholds", "online.above"]),
+        ({"online": {"align": "probabilities", "strength": 0.5}}, ["online.strength", "align: decisions"]),
         ({"online": {"align": "decisions", "bound": 1.0}}, ["online.bound", "above 1"]),
-        ({"online": {"strength": 0.5}}, ["online.strength", "without online.align"]),
-        ({"online": {"align_window": 10}}, ["online.align_window", "without online.align"]),
+        ({"online": {"strength": 0.5}}, ["online.strength", "online.align: decisions"]),
+        ({"online": {"align_window": 10}}, ["online.align_window", "online.align: decisions"]),
         ({"online": {"align": "decisions", "method": "mean_teacher"}}, ["online.align", "use fixmatch"]),
         ({"online": {"labeler": "student", "teacher": {"decay": 0.9}}}, ["online.teacher"]),
         ({"online": {"labeler": "student", "method": "mean_teacher"}}, ["online.labeler"]),
@@ -445,6 +452,11 @@ def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tm
     (note, _) = (
         text for text in plan(load_recipe(write(recipe, tmp_path))).notes if "unlabeled images" in text
     )
+    recipe["online"] = {"align": "probabilities", "class_thresholds": True}
+    (means, _) = (
+        text for text in plan(load_recipe(write(recipe, tmp_path))).notes if "unlabeled images" in text
+    )
+    says(means, "ReMixMatch", "FreeMatch")
     says(note, "strength 0.5", "bound 5", "every 3 steps, plain in the first 3", "0.95")
     recipe["online"] = {"labeler": "student", "batch": 2}
     alone = plan(load_recipe(write(recipe, tmp_path)))

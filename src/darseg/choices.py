@@ -39,6 +39,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """The number format of a training step."""
 OnlineMethod = Literal["fixmatch", "mean_teacher", "unimatch", "unimatch_v2"]
 """How unlabeled images are used while a network trains."""
+OnlineAlign = Literal["none", "decisions", "probabilities"]
+"""What gets the class shares of the labeled pixels before labels are accepted while training."""
 Mixing = Literal["cutmix", "classmix", "none"]
 """What is pasted from one image of a pair into the other: a box, half of its classes, or nothing."""
 

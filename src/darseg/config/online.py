@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictFloat
 
-from darseg.choices import Mixing, OnlineMethod
+from darseg.choices import Mixing, OnlineAlign, OnlineMethod
 from darseg.config.values import Count, Fraction, Key, NotNegative, Positive, Section, falling
-from darseg.pseudo.labeling import BOUND, Align, check_bound, check_ratio, check_strength
+from darseg.pseudo.labeling import BOUND, check_bound, check_ratio, check_strength
 
 
 class ColorsConfig(Section):
@@ -69,7 +69,8 @@ class OnlineConfig(Section):
     strong_views: Count | None = None
     above: Fraction | None = None
     aligned: AlignedConfig | None = None  # instead of `above`
-    align: Align = "none"
+    class_thresholds: StrictBool = False  # instead of `above`
+    align: OnlineAlign = "none"
     align_window: Count = 50  # steps
     bound: Annotated[StrictFloat, AfterValidator(check_bound)] = BOUND
     strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
@@ -85,17 +86,7 @@ class OnlineConfig(Section):
             section: Section | None = getattr(self, name)
             for key, message in section.conflicts() if section else ():
                 yield (name, *key), message
-        if self.aligned is not None and self.above is not None:
-            yield ("above",), "is another rule than online.aligned; remove one of them"
-        if self.align == "none":
-            for name in ("align_window", "bound", "strength"):
-                if getattr(self, name) != type(self).model_fields[name].default:
-                    yield (name,), "has no effect without online.align; remove it, or align the decisions"
-        elif self.method == "mean_teacher":
-            yield (
-                ("align",),
-                "mean_teacher learns probabilities, not decisions; remove the key, or use fixmatch",
-            )
+        yield from self._faults_of_acceptance()
         if self.labeler == "student" and self.teacher is not None:
             yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
         if self.labeler == "student" and self.method == "mean_teacher":
@@ -112,3 +103,18 @@ class OnlineConfig(Section):
                 ("batch",),
                 f"found {self.batch}; images are mixed in pairs, so it should be even. Or set online.mixing: none",
             )
+
+    def _faults_of_acceptance(self) -> Iterator[tuple[Key, str]]:
+        rules = {"above": self.above is not None, "aligned": self.aligned is not None}
+        given = [
+            name for name, there in (rules | {"class_thresholds": self.class_thresholds}).items() if there
+        ]
+        for name in given[1:]:
+            yield (name,), f"is another rule than online.{given[0]}; remove one of them"
+        if self.align != "decisions":
+            for name in ("align_window", "bound", "strength"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    yield (name,), "has an effect only with online.align: decisions; remove it, or set that"
+        if self.align != "none" and self.method == "mean_teacher":
+            message = "mean_teacher learns probabilities, not decisions; remove the key, or use fixmatch"
+            yield ("align",), message

@@ -20,12 +20,13 @@ from darseg.errors import RecipeError
 from darseg.methods.aligned import WindowThresholds, codes_of, counted
 from darseg.methods.draws import uniform
 from darseg.methods.realigned import WeightSearch, WindowWeights
+from darseg.methods.running_means import RunningMeans, sums_of
 
 KEEP_DRAWS, SAMPLE_DRAWS = 1 << 20, 1 << 21
 """Part of the seed of draws that keep and sample pixels; those of mixing have the number of a view there."""
 
 MOVED, UNALIGNED = "pixels_moved", "pixels_unaligned"
-"""Figures of `Realigned`: pixels inside whose class the weights changed, and those decided without weights."""
+"""Figures of alignments: pixels inside whose class they changed, and those that were decided without weights."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ class Aligned:
 
 
 @dataclass(frozen=True)
+class ClassThresholds:
+    """Accept by a threshold per class that follows the predictions (FreeMatch); see `RunningMeans`."""
+
+
+Rule = Above | Aligned | ClassThresholds
+"""What decides for each pixel."""
+
+
+@dataclass(frozen=True)
 class Realigned:
     """Give the decisions the class shares of the labeled pixels; then accept by another rule.
 
@@ -72,7 +82,7 @@ class Realigned:
         counts: labeled pixels per class; see `with_prior`.
     """
 
-    accept: Above | Aligned
+    accept: Rule
     window: int = 50
     search: WeightSearch = field(default_factory=WeightSearch)
     counts: tuple[int, ...] = ()
@@ -81,7 +91,20 @@ class Realigned:
         check_window(self.window)
 
 
-Acceptance = Above | Aligned | Realigned
+@dataclass(frozen=True)
+class MeanAligned:
+    """Give mean probabilities the labeled class shares (ReMixMatch); then accept by another rule.
+
+    Attributes:
+        accept: the rule, for these probabilities.
+        counts: labeled pixels per class; see `with_prior`.
+    """
+
+    accept: Rule
+    counts: tuple[int, ...] = ()
+
+
+Acceptance = Rule | Realigned | MeanAligned
 """What to accept."""
 
 
@@ -94,19 +117,21 @@ def check_window(window: int) -> None:
 def with_prior(how: Acceptance, counts: Sequence[int]) -> Acceptance:
     """The rule, with the labeled pixels per class if it follows them."""
     match how:
-        case Above():
+        case Above() | ClassThresholds():
             return how
         case Aligned():
             return replace(how, counts=tuple(counts))
-        case Realigned(accept=rule):
+        case Realigned(accept=rule) | MeanAligned(accept=rule):
             return replace(how, accept=with_prior(rule, counts), counts=tuple(counts))
 
 
 def first_steps(how: Acceptance) -> int:
     """Steps of a round before the rule does what it is for."""
     match how:
-        case Above():
+        case Above() | ClassThresholds():
             return 0
+        case MeanAligned(accept=rule):
+            return first_steps(rule)
         case Aligned(window=window):
             return window
         case Realigned(accept=rule, window=window):
@@ -147,47 +172,57 @@ class Accepted:
     figures: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class RealignedState(nn.Module):
-    """What finding weights remembers, and what the rule after it does."""
+class AlignmentState(nn.Module):
+    """What an alignment remembers, and what the rule after it does."""
 
-    def __init__(self, weights: WindowWeights, rule: nn.Module) -> None:
+    def __init__(self, weights: WindowWeights | RunningMeans, rule: nn.Module) -> None:
         super().__init__()
         self.weights, self.rule = weights, rule
 
 
-def acceptance_state(how: Acceptance, images: int) -> nn.Module:
+def acceptance_state(how: Acceptance, images: int, classes: int) -> nn.Module:
     """What a rule remembers from step to step, as buffers.
 
     Args:
         images: unlabeled ones of a step, over all processes.
+        classes: K.
     """
     match how:
         case Above():
             return nn.Module()
-        case Aligned(counts=counts):
-            return WindowThresholds(len(counts))
-        case Realigned(rule, window, counts=counts):
-            weights = WindowWeights(len(counts), window=window, images=images)
-            return RealignedState(weights, acceptance_state(rule, images))
+        case Aligned():
+            return WindowThresholds(classes)
+        case ClassThresholds():
+            return RunningMeans(classes)
+        case Realigned(rule, window):
+            weights = WindowWeights(classes, window=window, images=images)
+            return AlignmentState(weights, acceptance_state(rule, images, classes))
+        case MeanAligned(rule, counts):
+            return AlignmentState(RunningMeans(classes, counts), acceptance_state(rule, images, classes))
 
 
 def accept(how: Acceptance, state: nn.Module, predicted: Predicted) -> Accepted:
     """Labels for the pixels that the rule accepts; of equally probable classes the first."""
-    if isinstance(how, Realigned):
-        assert isinstance(state, RealignedState)
-        return _accept_realigned(how, state, predicted)
-    confidence, classes = predicted.probabilities.max(1)
-    labels = classes.to(torch.uint8).masked_fill(~predicted.inside, IGNORE)
+    if isinstance(how, Realigned | MeanAligned):
+        assert isinstance(state, AlignmentState)
+        return _accept_aligned(how, state, predicted)
+    probabilities, inside = predicted.probabilities, predicted.inside
+    confidence, classes = probabilities.max(1)
+    labels = classes.to(torch.uint8).masked_fill(~inside, IGNORE)
+    seen: Mapping[str, Tensor] = {}
     match how:
         case Above(threshold):
             kept = confidence >= threshold  # NaN is rejected
-            return Accepted(labels.masked_fill(~kept, IGNORE), labels)
         case Aligned():
             assert isinstance(state, WindowThresholds)
-            codes = codes_of(confidence, predicted.inside)
+            codes = codes_of(confidence, inside)
             kept = state.accepts(classes, codes, _pixel_draws(predicted))
-            seen = {"confidences": counted(classes, codes, predicted.probabilities.shape[1])}
-            return Accepted(labels.masked_fill(~kept, IGNORE), labels, seen)
+            seen = {"confidences": counted(classes, codes, probabilities.shape[1])}
+        case ClassThresholds():
+            assert isinstance(state, RunningMeans)
+            kept = confidence >= state.class_thresholds()[classes]
+            seen = {"sums": sums_of(probabilities, inside)}
+    return Accepted(labels.masked_fill(~kept, IGNORE), labels, seen)
 
 
 def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
@@ -198,23 +233,34 @@ def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step:
         case Aligned(ratio, window, counts):
             assert isinstance(state, WindowThresholds)
             state.follow(seen["confidences"], counts, ratio=ratio, full=(step + 1) % window == 0)
+        case ClassThresholds():
+            assert isinstance(state, RunningMeans)
+            state.follow(seen["sums"])
+        case MeanAligned(rule):
+            assert isinstance(state, AlignmentState) and isinstance(state.weights, RunningMeans)
+            state.weights.follow(seen["plain_sums"])
+            advance(rule, state.rule, seen, step=step)
         case Realigned(rule, search=search, counts=counts):
-            assert isinstance(state, RealignedState)
+            assert isinstance(state, AlignmentState) and isinstance(state.weights, WindowWeights)
             state.weights.follow(seen["sample"], step, share=counts, search=search)
             advance(rule, state.rule, seen, step=step)
 
 
-def _accept_realigned(how: Realigned, state: RealignedState, predicted: Predicted) -> Accepted:
-    """What the rule after the weights accepts, with the step's sample and counts of what the weights did."""
-    probabilities, inside = predicted.probabilities, predicted.inside
-    weighted = state.weights.weighted(probabilities)
-    accepted = accept(how.accept, state.rule, replace(predicted, probabilities=weighted))
-    sample = state.weights.sampled(
-        probabilities, inside, positions=predicted.positions, seed=(*predicted.seed, SAMPLE_DRAWS)
-    )
+def _accept_aligned(how: Realigned | MeanAligned, state: AlignmentState, predicted: Predicted) -> Accepted:
+    """What the rule after an alignment accepts, with what the alignment sees and counts."""
+    probabilities, inside, seed = predicted.probabilities, predicted.inside, (*predicted.seed, SAMPLE_DRAWS)
+    weights, figures = state.weights, {}
+    if isinstance(weights, WindowWeights):
+        aligned = weights.weighted(probabilities)
+        sample = weights.sampled(probabilities, inside, positions=predicted.positions, seed=seed)
+        own = {"sample": sample}
+        figures = {UNALIGNED: inside.sum() * (1 - weights.found)}
+    else:
+        aligned = weights.aligned(probabilities)
+        own = {"plain_sums": sums_of(probabilities, inside)}
+    accepted = accept(how.accept, state.rule, replace(predicted, probabilities=aligned))
     moved = (accepted.predicted != probabilities.argmax(1)) & inside
-    figures = {MOVED: moved.sum(), UNALIGNED: inside.sum() * (1 - state.weights.found)}
-    return replace(accepted, seen={**accepted.seen, "sample": sample}, figures=figures)
+    return replace(accepted, seen={**accepted.seen, **own}, figures={MOVED: moved.sum(), **figures})
 
 
 def _pixel_draws(predicted: Predicted) -> Tensor:

@@ -93,7 +93,7 @@ class OnlineState(nn.Module):
     def __init__(self, network: Network, how: Consistency) -> None:
         super().__init__()
         self.teacher = Teacher(network) if how.teacher is not None else None
-        self.acceptance = acceptance_state(how.accept, how.batch)
+        self.acceptance = acceptance_state(how.accept, how.batch, network.classes)
 
 
 def fixmatch(

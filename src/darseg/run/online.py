@@ -22,7 +22,10 @@ from darseg.methods.acceptance import (
     Above,
     Acceptance,
     Aligned,
+    ClassThresholds,
+    MeanAligned,
     Realigned,
+    Rule,
     first_steps,
     with_prior,
 )
@@ -110,10 +113,16 @@ def _acceptance(config: OnlineConfig, usual: Acceptance) -> Acceptance:
     rule = usual if config.above is None else Above(config.above)
     if config.aligned is not None:
         rule = Aligned(config.aligned.ratio, config.aligned.window)
-    if config.align == "none":
-        return rule
-    assert isinstance(rule, Above | Aligned)
-    return Realigned(rule, config.align_window, WeightSearch(config.strength, config.bound))
+    if config.class_thresholds:
+        rule = ClassThresholds()
+    assert isinstance(rule, Rule)
+    match config.align:
+        case "none":
+            return rule
+        case "decisions":
+            return Realigned(rule, config.align_window, WeightSearch(config.strength, config.bound))
+        case "probabilities":
+            return MeanAligned(rule)
 
 
 def check_steps(how: Consistency, *, index: int, steps: int) -> None:
@@ -173,6 +182,10 @@ def _described(rule: Acceptance) -> str:
                 f"labels for a share of {ratio:g} of the pixels, with the class mix of the labeled ones (thresholds "
                 f"every {window} steps, nothing in the first {window})"
             )
+        case ClassThresholds():
+            return "labels by thresholds per class that follow the predictions (FreeMatch)"
+        case MeanAligned(inner):
+            return f"mean probabilities aligned with the labeled pixels (ReMixMatch); {_described(inner)}"
         case Realigned(inner, window, search):
             return (
                 f"decisions aligned with the labeled pixels, strength {search.strength:g}, bound {search.bound:g} "
