@@ -19,7 +19,7 @@ from darseg.errors import RunError
 from darseg.model.weights import read_spec
 from darseg.run.label import label_folder
 from darseg.run.trainers import write_for
-from wording import refused
+from wording import refused, says
 
 SUFFIXES = {".png", ".jpg"}
 K = len(SCENE_CLASSES)
@@ -160,6 +160,13 @@ def test_the_command_writes_the_file_also_for_finished_labels(
     code, out, _ = call(*arguments, "--for", "lightly-train")
     assert code == 0 and str(tmp_path / "labels" / "lightly_train.yaml") in out
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    data_file = tmp_path / "labels" / "lightly_train.yaml"
+    written = data_file.read_text()
+    assert call(*arguments, "--for", "lightly-train")[0] == 0 and data_file.read_text() == written
+    data_file.write_text(written + "val: {images: a, masks: b}\n")  # as its first lines say
+    code, _, error = call(*arguments, "--for", "lightly-train")
+    assert code == 2 and data_file.read_text().endswith("val: {images: a, masks: b}\n")
+    says(error, str(data_file), "rename it")
     code, _, error = call(*arguments, "--for", "keras")
     assert code == 2 and "mmseg" in error
 

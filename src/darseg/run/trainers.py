@@ -13,7 +13,7 @@ import yaml
 
 from darseg.choices import Trainer
 from darseg.data.classes import IGNORE, ClassSet
-from darseg.data.files import write_whole
+from darseg.data.files import read_file, write_whole
 from darseg.data.manifest import Sample
 from darseg.errors import RunError
 
@@ -46,7 +46,8 @@ def write_for(
     Args:
         samples: the labeled images; their ids are their paths below `images` without suffix.
 
-    Raises RunError as `check_trainer`, StorageError if it cannot be written.
+    Raises RunError as `check_trainer` and for a file that is there with other content, StorageError if it cannot be
+    written.
     """
     path = out / FILES[trainer]
     match trainer:
@@ -56,6 +57,11 @@ def write_for(
             text = _lightly_train(images, out, classes)
         case "mmseg":
             text = _mmseg(images, out, samples=samples, classes=classes)
+    if path.is_file() and read_file(path) != text.encode():
+        raise RunError(
+            f"{path} is there and differs from what would be written, perhaps because you added to it, so it is kept. The "
+            "label maps are done. To have it written again, rename it and run the same command again."
+        )
     write_whole(path, text)
     return path
 
