@@ -59,8 +59,8 @@ def write_for(
             text = _mmseg(images, out, samples=samples, classes=classes)
     if path.is_file() and read_file(path) != text.encode():
         raise RunError(
-            f"{path} is there and differs from what would be written, perhaps because you added to it, so it is kept. The "
-            "label maps are done. To have it written again, rename it and run the same command again."
+            f"{path} is there and differs from what would be written, perhaps because you added to it, so it is kept. "
+            "The label maps are done. To have it written again, rename it and run the same command again."
         )
     write_whole(path, text)
     return path
