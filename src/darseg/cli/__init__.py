@@ -123,6 +123,13 @@ def _run() -> int | str | None:
             raise
         say(f"darseg: {message}", error=True)
         return 2
+    except RuntimeError as error:
+        from darseg.run.machines import lost_process
+
+        if not (message := lost_process(error)):
+            raise
+        say(f"darseg: {message}", error=True)
+        return 2
     except KeyboardInterrupt:  # before typer listens
         return INTERRUPTED
     except SystemExit as end:

@@ -90,9 +90,12 @@ class PseudoLabelSet:
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""
-        return tuple(
-            replace(sample, label=label_path(self.folder, sample.id), encoding=PLAIN) for sample in unlabeled
-        )
+        return labeled_by(self.folder, unlabeled)
+
+
+def labeled_by(folder: Path, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
+    """The samples with the label maps of a folder instead of any label they had."""
+    return tuple(replace(sample, label=label_path(folder, sample.id), encoding=PLAIN) for sample in unlabeled)
 
 
 def described_labels(described: Any) -> tuple[Thresholds, NDArray[np.int64], Alignment | None]:

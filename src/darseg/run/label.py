@@ -82,7 +82,7 @@ def label_folder(
         source=Path(images),
         samples=_images_in(Path(images), trained.reading()),
         out=Path(out),
-        classes=_count_classes(source, trained, class_counts),
+        classes=processes.from_first(lambda: _count_classes(source, trained, class_counts)),
         labeling=_complete_labeling(
             trained.recipe,
             method=method,

@@ -26,6 +26,7 @@ from darseg.run.directory import write_json
 from darseg.run.journal import Journal
 from darseg.run.label_samples import check_disk, label_samples, waiting_bytes
 from darseg.run.label_task import LabelFiles, LabelTask
+from darseg.run.machines import check_alike
 from darseg.run.outputs import held_folder
 from darseg.run.records import damaged, read_object
 from darseg.run.settings import digest_settings
@@ -142,6 +143,11 @@ def label_into_folder(
         inputs=digest_settings(**job.record),
     )
     journal = Journal(None, None, console or Console(quiet=not processes.first))
+    images = digest_settings(ids=[sample.id for sample in job.samples])
+    decisive = digest_settings(
+        **{**job.record, "inputs": dict(job.inputs)}
+    )  # times of copied files may differ
+    check_alike(processes, {"the files to label": images, "settings and network": decisive})
     with contextlib.ExitStack() as stack:
         if processes.from_first(lambda: _begin(job, size_of, stack, say=journal.say)):
             return _read_result(job)

@@ -42,6 +42,7 @@ from darseg.run.directory import (
 )
 from darseg.run.journal import Journal
 from darseg.run.labelers import Labeler, labelers_of
+from darseg.run.machines import check_alike
 from darseg.run.marks import read_excluded, read_marks
 from darseg.run.plan import Round, plan_training
 from darseg.run.rehearse import rehearse
@@ -84,6 +85,7 @@ def train(
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
     data = digest_manifest(manifest)
+    _check_alike(processes, recipe, data=data)
     planned = processes.together(lambda: _plan(recipe, manifest, run.root, processes=processes.count))
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, Judgment]:
@@ -225,6 +227,19 @@ def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _
     rounds = plan_training(recipe, networks, labeled=labeled, unlabeled=unlabeled, processes=processes)
     sources = {index: source for index, (_, source) in begun.items()}
     return _Planned(rounds, networks, sources, labelers=labelers_of(recipe, out))
+
+
+def _check_alike(processes: Processes, recipe: Recipe, *, data: Mapping[str, str]) -> None:
+    """Raise RunError in all processes if their recipes or data differ; paths may, see `FREE_KEYS`."""
+    theirs = processes.from_first(lambda: recipe)
+    keys = (*FREE_KEYS, *_moved_files(theirs, recipe))
+    other = [line.split(":")[0] for line in recipe_differences(theirs, recipe)]
+    changed = sorted({key for key in other if key not in keys})
+    # The line that differs names the keys; the first process has none.
+    check_alike(
+        processes,
+        {"the recipe": " ".join(changed)} | {f"the {role} images and labels": data[role] for role in data},
+    )
 
 
 def _rehearse(recipe: Recipe, planned: _Planned, **data: Any) -> None:

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import gc
 import os
+import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,12 @@ PATIENCE = timedelta(days=30)
 
 TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that torchrun sets besides WORLD_SIZE; without them processes cannot meet."""
+
+RESTARTED = {"TORCHELASTIC_MAX_RESTARTS": 0, "GROUP_WORLD_SIZE": 1}
+"""torchrun's number of restarts, and of nodes: both larger than this if it starts processes of several nodes again."""
+
+SILENCE = 240
+"""Seconds after which a machine that does not answer is gone. A cable or switch may be changed meanwhile."""
 
 REPORTING = 2.0
 """Seconds that the first process has to report an error before the others end: torchrun then ends all."""
@@ -62,6 +69,7 @@ class Processes:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
                 backend += ",cuda:nccl"
             dist.init_process_group(backend, timeout=PATIENCE)
+            notice_silence()
             atexit.register(disconnect)
         return cls(dist.get_rank(), count)
 
@@ -140,6 +148,10 @@ class Processes:
         if errors:
             self._end(errors)
         return result  # ty: ignore[invalid-explicit-return]
+
+    def end_all(self, error: DarsegError) -> NoReturn:
+        """End all processes with an error that all of them have met; the first reports it."""
+        self._end([(type(error), str(error))])
 
     def leave(self, error: BaseException) -> NoReturn:
         """End a process other than the first, which reports the error that all have met."""
@@ -270,7 +282,41 @@ def _world_size() -> int:
             f"The environment variable WORLD_SIZE is {text}, but {', '.join(missing)} are not set. torchrun sets them "
             "all: start with torchrun, or unset WORLD_SIZE to work with one process."
         )
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and all(
+        os.environ.get(name, "").isdecimal() and int(os.environ[name]) > most
+        for name, most in RESTARTED.items()
+    ):
+        # Processes meet under the number of restarts, which nodes count for themselves: a process that failed is counted,
+        # one that torchrun ends since another node begins anew is not. They would wait for each other.
+        raise RunError(
+            "torchrun --max-restarts on several nodes: processes that are started again may not find each other, since "
+            "PyTorch lets them meet where those before them met. Set the environment variable "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all nodes before torchrun, or leave --max-restarts out."
+        )
     return int(text)
+
+
+def notice_silence() -> None:
+    """Let the system end this process's connections to machines that have been silent for `SILENCE` seconds.
+
+    A process that ends closes its connections, and the others notice. A machine that loses its power or its network does
+    not, and whoever waits for it would wait for `PATIENCE`. Machines answer also while their processes compute or are
+    stopped. Nothing happens on systems other than Linux.
+    """
+    folder = "/proc/self/fd"
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        # Closed meanwhile, or no connection: a file or a pipe.
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
+            if connection.type != socket.SOCK_STREAM or connection.family == socket.AF_UNIX:
+                continue
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in (
+                (socket.TCP_KEEPIDLE, SILENCE // 4),  # seconds without data until the other machine is asked
+                (socket.TCP_KEEPINTVL, SILENCE // 8),  # seconds between questions
+                (socket.TCP_KEEPCNT, 6),
+                (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),  # milliseconds: of data that is not confirmed
+            ):
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def disconnect() -> None:

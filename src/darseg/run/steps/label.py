@@ -17,7 +17,7 @@ from darseg.errors import RunError
 from darseg.model.network import Network
 from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.labelset import Predictor, PseudoLabelSet, read_facts_logs
+from darseg.pseudo.labelset import Predictor, PseudoLabelSet, labeled_by, read_facts_logs
 from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import load_to_predict, masks
 from darseg.run.course import Course
@@ -70,8 +70,10 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
         tidy=lambda: _tidy(course, round_),
     )
     record = complete(course, step)
-    # The first process looks: on a network disk others may not see yet what it has just written.
-    return course.processes.from_first(lambda: run.label_set(index).samples(unlabeled)), record
+    # The first process looks: on a network disk others may not see yet what it has just written. Each makes its own
+    # paths, since the same folders may have other paths on other machines.
+    course.processes.from_first(lambda: run.label_set(index) and None)
+    return labeled_by(run.labels(index), unlabeled), record
 
 
 def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:

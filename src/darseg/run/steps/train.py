@@ -119,7 +119,7 @@ def train_round(
     digests = {
         "settings": settings.digest(),
         "labeled": course.data["labeled"],
-        "labels": digest_path(run.labels(index)) if pseudo else "none",
+        "labels": course.processes.from_first(lambda: digest_path(run.labels(index))) if pseudo else "none",
         "network": before,
     }
     unlabeled: Sequence[Sample] = ()
@@ -232,16 +232,18 @@ class _Training:
         course = self.course
         whole: list[Checkpoint] = []  # the first process reads it to see whether it is whole
 
-        def find() -> Path | None:
+        def find() -> str | None:
             path, checkpoint = usable_checkpoint(course, self.round.index)
-            if checkpoint is not None:
-                whole.append(checkpoint)
-            return path
+            if path is None or checkpoint is None:
+                return None
+            whole.append(checkpoint)
+            return path.name
 
-        path = course.processes.from_first(find)
-        if path is None:
+        # Its name: on another machine the run folder may have another path.
+        name = course.processes.from_first(find)
+        if name is None:
             return None
-        return whole[0] if whole else load_checkpoint(path)
+        return whole[0] if whole else load_checkpoint(course.run.round(self.round.index) / name)
 
     def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Streamed]]]:
         """First step → the streams that the method asks for."""
