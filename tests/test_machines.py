@@ -44,10 +44,10 @@ DARSEG = """
 import os, signal, sys
 
 from darseg.cli import main
-from darseg.run.steps import train as train_step
+from darseg.run import streams
 
 sys.argv[0] = "darseg"
-stream_batches = train_step.stream_batches
+stream_batches = streams.stream_batches
 
 
 def stream(*arguments, **options):
@@ -60,7 +60,7 @@ def stream(*arguments, **options):
         yield batch
 
 
-train_step.stream_batches = stream
+streams.stream_batches = stream
 main()
 """
 """The command line; as its round 0 asks for the batch of step 4, it is killed if the environment says so."""

@@ -84,8 +84,7 @@ def train(
     recipe = processes.together(lambda: _as_begun(as_recipe(recipe), run))
     set_threads(recipe.threads)
     manifest = processes.together(lambda: manifest_of(recipe))
-    data = digest_manifest(manifest)
-    _check_alike(processes, recipe, data=data)
+    data = _data_alike(processes, recipe, manifest=manifest)
     planned = processes.together(lambda: _plan(recipe, manifest, run.root, processes=processes.count))
 
     def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, Judgment]:
@@ -229,8 +228,12 @@ def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _
     return _Planned(rounds, networks, sources, labelers=labelers_of(recipe, out))
 
 
-def _check_alike(processes: Processes, recipe: Recipe, *, data: Mapping[str, str]) -> None:
-    """Raise RunError in all processes if their recipes or data differ; paths may, see `FREE_KEYS`."""
+def _data_alike(processes: Processes, recipe: Recipe, *, manifest: Manifest) -> dict[str, str]:
+    """Role → digest of its samples.
+
+    Raises RunError in all processes if their recipes or data differ; paths may, see `FREE_KEYS`.
+    """
+    data = digest_manifest(manifest)
     theirs = processes.from_first(lambda: recipe)
     keys = (*FREE_KEYS, *_moved_files(theirs, recipe))
     other = [line.split(":")[0] for line in recipe_differences(theirs, recipe)]
@@ -240,6 +243,7 @@ def _check_alike(processes: Processes, recipe: Recipe, *, data: Mapping[str, str
         processes,
         {"the recipe": " ".join(changed)} | {f"the {role} images and labels": data[role] for role in data},
     )
+    return data
 
 
 def _rehearse(recipe: Recipe, planned: _Planned, **data: Any) -> None:
