@@ -42,7 +42,7 @@ from darseg.errors import (
 )
 from darseg.model.network import Network
 from darseg.model.sides import Sides
-from darseg.run import remedies
+from darseg.run import remedies, streams
 from darseg.run.build import manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
@@ -123,7 +123,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
     """Call a function once, when the batch of a step of a round is requested."""
 
     def arrange(index: int, step: int, act: Callable[[], object]) -> None:
-        real, done = train_step.stream_batches, []
+        real, done = streams.stream_batches, []
 
         def stream(*arguments: Any, **options: Any) -> Iterator:
             inner = real(*arguments, **options)
@@ -136,7 +136,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch):
             finally:
                 inner.close()
 
-        monkeypatch.setattr(train_step, "stream_batches", stream)
+        monkeypatch.setattr(streams, "stream_batches", stream)
 
     return arrange
 
@@ -804,8 +804,8 @@ import torch.distributed as dist
 import test_unkillable as tests
 from darseg.config.text import load_recipe
 from darseg.errors import NumericsError
+from darseg.run import streams
 from darseg.run.rounds import train
-from darseg.run.steps import train as train_step
 from darseg.training.processes import Processes
 
 processes = Processes.here()
@@ -814,7 +814,7 @@ messages = {precision: tests.spoiled_message(processes.rank, precision) for prec
 json.dump(messages, open(f"messages_{processes.rank}.json", "w"))
 recipe = load_recipe(sys.argv[1])
 train(recipe, "one_then_two")
-stream_batches = train_step.stream_batches
+stream_batches = streams.stream_batches
 
 
 def stream(*arguments, **options):
@@ -824,7 +824,7 @@ def stream(*arguments, **options):
         yield batch
 
 
-train_step.stream_batches = stream
+streams.stream_batches = stream
 try:
     train(recipe, "two_then_one")
 except tests.Pulled:

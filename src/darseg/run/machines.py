@@ -1,4 +1,4 @@
-"""Processes on several machines: what they must have in common, and what it means if one of them is gone."""
+"""Processes on several machines: what they must have in common, and what to say if one is gone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def check_alike(processes: Processes, facts: Mapping[str, str]) -> None:
-    """See that all processes work on the same: each machine may have its own copy of code, recipe and data.
+    """See that all processes work on the same: machines may have copies of code, recipe and data.
 
     Args:
         facts: what must be alike, in words → its digest in this process, or what the message shows. The version of darseg

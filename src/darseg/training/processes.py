@@ -297,7 +297,7 @@ def _world_size() -> int:
 
 
 def notice_silence() -> None:
-    """Let the system end this process's connections to machines that have been silent for `SILENCE` seconds.
+    """Let the system end connections to machines that have been silent for `SILENCE` seconds.
 
     A process that ends closes its connections, and the others notice. A machine that loses its power or its network does
     not, and whoever waits for it would wait for `PATIENCE`. Machines answer also while their processes compute or are
