@@ -324,7 +324,8 @@ def _settings(source: _Source) -> Iterator[tuple[str, str]]:
     last = len(source.recipe.rounds) - 1
     kind = "labeled and pseudo-labeled images" if round_.labels else "labeled images"
     kind = "online" if round_.online else kind
-    yield "round", f"{round_.index} of 0 to {last}: {kind}, {round_.steps:,} steps"
+    steps = "1 step" if round_.steps == 1 else f"{round_.steps:,} steps"
+    yield "round", f"{round_.index} of 0 to {last}: {kind}, {steps}"
     batch = f"{round_.batch} labeled"
     batch += f" + {round_.pseudo_batch} pseudo-labeled" if round_.pseudo_batch else ""
     batch += f" + {round_.online.batch} unlabeled" if round_.online else ""
