@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from conftest import SIZE, recipe_dict, write_png
 from darseg.choices import OnlineMethod
@@ -190,6 +192,27 @@ def test_labels_are_those_of_the_network_the_round_starts_from(trained: tuple[Pa
             assert mixed.caption.endswith("no box") == (strong.box is None)
 
 
+def test_labels_by_mean_probabilities_know_the_labeled_shares(
+    trained: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained[0], tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    saved["online"] |= {"align": "probabilities"}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    given: list[Any] = []
+
+    def recording(*arguments: Any, counts: Any) -> Any:
+        given.append(counts)
+        return method_of(*arguments, counts=counts)
+
+    monkeypatch.setattr(sys.modules["darseg.run.preview"], "method_of", recording)
+    drawn(tmp_path / "run", round_index=1)
+    labeled = manifest_of(load_recipe(tmp_path / "run" / "recipe.yaml")).labeled
+    maps = [np.asarray(Image.open(sample.label)) for sample in labeled]
+    wanted = sum(np.bincount(values.ravel(), minlength=256) for values in maps)
+    assert given and all(list(counts) == wanted[:11].tolist() for counts in given)
+
+
 @pytest.mark.parametrize(
     ("online", "captions"),
     [
@@ -198,6 +221,8 @@ def test_labels_are_those_of_the_network_the_round_starts_from(trained: tuple[Pa
         ({"method": "mean_teacher"}, ["strong view", "mixed", "most probable class, weight"]),
         ({"labeler": "student"}, ["strong view", "mixed", "label"]),
         ({"aligned": {"ratio": 0.5, "window": 1}, "above": None}, ["strong view", "mixed", "label: 0%"]),
+        ({"align": "decisions", "align_window": 1}, ["strong view", "mixed", "label"]),
+        ({"align": "probabilities"}, ["strong view", "mixed", "label"]),
         ({"method": "unimatch"}, ["strong view", "mixed", "label"]),
         ({"method": "unimatch_v2"}, ["strong view", "mixed", "label"]),
     ],

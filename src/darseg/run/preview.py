@@ -23,14 +23,17 @@ from darseg.data.dataset import Cache, Example
 from darseg.data.files import refuse_link
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import RunError
+from darseg.methods.acceptance import MeanAligned
 from darseg.methods.consistency import Consistency
 from darseg.model.torchfile import read_bare_part
 from darseg.model.weights import load_network
+from darseg.pseudo.distribution import count_labels
 from darseg.run.build import (
     beginnings,
     check_overrides,
     check_sizes,
     manifest_of,
+    masks,
     recipe_of,
     set_threads,
     spec_of,
@@ -221,10 +224,13 @@ def _methods(source: _Source) -> tuple[Method, Method] | None:
         return None
     network = load_network(path).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     recipe = source.recipe.at(round_.index)
+    # Labeled pixels per class weigh the loss, which is not computed here, and act on later steps. Only this rule needs
+    # them to label the first one.
+    classes, labeled = len(source.manifest.classes), source.manifest.labeled
+    follows = isinstance(round_.online.accept, MeanAligned)
+    counts = count_labels(masks(labeled), classes).tolist() if follows else [1] * classes
 
     def method(online: Consistency) -> Method:
-        # Pixels per class weigh the loss, which is not computed here.
-        counts = [1] * len(source.manifest.classes)
         return method_of(recipe, replace(round_, online=online), network, counts=counts)
 
     return method(round_.online), method(replace(round_.online, mixing="none"))
