@@ -38,6 +38,7 @@ from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import prediction_path
 from darseg.pseudo.thresholds import choose_global
 from darseg.report import charts, gallery, overview, page
+from darseg.report.acceptance import accepted_chart
 from darseg.report.comparison import compare_runs, spread
 from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
 from darseg.report.overview import page_of, write_report
@@ -218,6 +219,30 @@ def test_every_loss_in_the_journal_is_drawn(run: Path) -> None:
     begin = sum(round_.steps or 0 for round_ in facts.rounds[:2])
     assert list(consistency[0].x) == [begin, begin + 1, begin + 2]
     assert "consistency" in write_report(run).read_text()
+
+
+def test_what_alignments_did_is_drawn_with_what_was_accepted(run: Path) -> None:
+    assert accepted_chart(read_run(run).rounds) is None
+    with open(run / "journal.jsonl", "a") as file:
+        for step in range(3):
+            shares = {"accepted": step / 10, "moved": step / 4, "unaligned": 1.0 if step < 2 else 0.0}
+            line = {
+                "time": 0,
+                "event": "step",
+                "round": 2,
+                "step": step,
+                "loss": 1.0,
+                "learning_rate": 0.1,
+            } | shares
+            file.write(json.dumps(line) + "\n")
+    chart = accepted_chart(read_run(run).rounds)
+    assert chart is not None
+    drawn = {trace.name: list(trace.y) for trace in chart.data}
+    assert drawn == {
+        "accepted pixels": [0, 0.1, 0.2],
+        "class changed by alignment": [0, 0.25, 0.5],
+        "decided without class weights": [1, 1, 0],
+    }
 
 
 def scored(index: int, correct: list[int], confused: list[int]) -> RoundFacts:

@@ -6,14 +6,20 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from darseg.report.charts import KEPT, PREDICTED, Line, curves
+from darseg.report.charts import KEPT, NEUTRAL, PREDICTED, SERIES, Line, curves
 from darseg.report.facts import ACCEPTANCE, RoundFacts
 
-LINES = [Line("accepted", "accepted pixels", KEPT), Line("precision", "right, where known", PREDICTED)]
+MOVED = SERIES[2]
+LINES = [
+    Line("accepted", "accepted pixels", KEPT),
+    Line("precision", "right, where known", PREDICTED),
+    Line("moved", "class changed by alignment", MOVED),
+    Line("unaligned", "decided without class weights", NEUTRAL),
+]
 
 
 def accepted_chart(rounds: Sequence[RoundFacts]) -> go.Figure | None:
-    """Share of pixels accepted in online rounds, and of right ones among them; None without any."""
+    """Shares of accepted pixels, of right ones among them, and of realigned ones; None without any."""
     online = [round_ for round_ in rounds if any(name in round_.curve.figures for name in ACCEPTANCE)]
     if not online:
         return None

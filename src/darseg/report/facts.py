@@ -33,7 +33,7 @@ WORSE = 0.02  # IoU that a class may lose from one round to the next without a r
 LONGEST_PROTOCOL = 300  # characters
 
 LOSS = "loss_"  # begins the names of losses in the journal's step events
-ACCEPTANCE = ("accepted", "precision")  # of online rounds: shares of pixels
+ACCEPTANCE = ("accepted", "precision", "moved", "unaligned")  # of online rounds: shares of pixels
 
 
 @dataclass(frozen=True, eq=False)
