@@ -435,7 +435,9 @@ def test_damaged_images_are_named(tiny_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a.html").exists()
 
 
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+@pytest.fixture
+def hostile_page(tmp_path: Path) -> Path:
+    """The preview of images and classes whose names are HTML."""
     data = tmp_path / "data"
     for name in (IMAGE_TRAP.replace("/", ""), "b"):
         write_png(data / "images" / f"{name}.png", np.full((*SIZE, 3), 99, np.uint8))
@@ -443,10 +445,22 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     recipe = recipe_dict(data)
     recipe["data"] = {"root": str(data), "classes": [TRAP, "b"]}
     recipe["rounds"] = [{"steps": 1}]
-    write_preview(write(recipe, tmp_path), tmp_path / "a.html")
-    page = (tmp_path / "a.html").read_text()
+    return write_preview(write(recipe, tmp_path), tmp_path / "a.html").out
+
+
+def test_hostile_names_stay_text(hostile_page: Path) -> None:
+    page = hostile_page.read_text()
     assert TRAP not in page and "<img src=x" not in page
     assert "&lt;img src=x" in page and "&lt;script&gt;" in page
+
+
+def test_the_page_in_a_browser(hostile_page: Path, visit: Any) -> None:
+    """Nothing runs or is fetched but the page's own script, which enlarges pictures."""
+    visited = visit(hostile_page.as_uri())
+    visited.page.locator("figure img").first.click()
+    assert visited.page.locator("dialog[open] img").count() == 1
+    assert "what the network sees" in visited.page.title()
+    assert not visited.errors and not visited.leaving_the_machine()
 
 
 def test_how_a_tile_is_drawn() -> None:
