@@ -21,6 +21,7 @@ import yaml
 
 import forks
 from conftest import recipe_dict
+from darseg.training.processes import SILENCE, notice_silence
 from test_processes import losses
 from wording import says
 
@@ -177,6 +178,25 @@ def test_two_nodes_go_on_after_one_was_killed(machines: Machines, tiny_data: Pat
     expected = results(tmp_path / "run")
     assert len(expected) == 8 + 6  # label maps of 6 unlabeled images
     assert results(machines.run) == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which connections a process has")
+def test_connections_to_silent_machines_end() -> None:
+    """The system is asked to; that it does was tried with a network that was switched off (docs/scale.md)."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as client:
+        client.connect(server.getsockname())
+        accepted, _ = server.accept()
+        before = len(os.listdir("/proc/self/fd"))
+        notice_silence()
+        assert len(os.listdir("/proc/self/fd")) == before
+        for connection in (client, accepted):
+            assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            idle, interval, count, unconfirmed = (
+                connection.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"))
+                for name in ("KEEPIDLE", "KEEPINTVL", "KEEPCNT", "USER_TIMEOUT")
+            )
+            assert idle + count * interval == unconfirmed / 1000 == SILENCE
+        accepted.close()
 
 
 @pytest.mark.slow

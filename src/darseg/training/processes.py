@@ -12,6 +12,7 @@ import contextlib
 import gc
 import os
 import socket
+import stat
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -305,18 +306,23 @@ def notice_silence() -> None:
     """
     folder = "/proc/self/fd"
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        # Closed meanwhile, or no connection: a file or a pipe.
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(int(name))) as connection:
-            if connection.type != socket.SOCK_STREAM or connection.family == socket.AF_UNIX:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if not stat.S_ISSOCK(os.fstat(int(name)).st_mode):
                 continue
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (
-                (socket.TCP_KEEPIDLE, SILENCE // 4),  # seconds without data until the other machine is asked
-                (socket.TCP_KEEPINTVL, SILENCE // 8),  # seconds between questions
-                (socket.TCP_KEEPCNT, 6),
-                (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),  # milliseconds: of data that is not confirmed
-            ):
-                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            with socket.socket(fileno=os.dup(int(name))) as connection:
+                if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:
+                    _end_if_silent(connection)
+
+
+def _end_if_silent(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, SILENCE // 4),  # seconds without data until the other machine is asked
+        (socket.TCP_KEEPINTVL, SILENCE // 8),  # seconds between questions
+        (socket.TCP_KEEPCNT, 6),
+        (socket.TCP_USER_TIMEOUT, 1000 * SILENCE),  # milliseconds: of data that is not confirmed
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def disconnect() -> None:
