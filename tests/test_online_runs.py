@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 import forks
 from conftest import recipe_dict
@@ -30,6 +31,7 @@ from darseg.run.steps.train import settings_of
 from test_run import outcome
 from wording import refused, says
 
+QUIET = Console(quiet=True)
 FILL = (124, 116, 104)
 
 
@@ -435,6 +437,29 @@ def test_processes_that_cannot_share_pairs_are_refused(tiny_data: Path, tmp_path
     recipe["online"] = {"batch": 6}
     with refused(RecipeError, "online.batch", "6 images cannot be divided among 4 processes"):
         plan(load_recipe(write(recipe, tmp_path)), processes=4)
+
+
+@pytest.mark.parametrize(
+    ("training", "unlabeled", "works"),
+    [
+        ({}, 2, True),
+        ({}, 1, False),
+        ({"half_batch": 8, "micro_batch": 2}, 8, True),
+        ({"half_batch": 8, "micro_batch": 2}, 6, False),  # parts of 1 and 2 unlabeled images
+        ({"half_batch": 4, "micro_batch": 2}, 8, False),  # parts of 1 labeled image
+    ],
+)
+def test_passes_of_one_image_are_refused_where_means_of_images_are_normalized(
+    tiny_data: Path, tmp_path: Path, training: dict, unlabeled: int, works: bool
+) -> None:
+    recipe = online_recipe(tiny_data, batch=unlabeled, mixing="none")
+    recipe["training"] |= training
+    recipe["rounds"] = [{"steps": 1, "use": "online"}]
+    if works:
+        train(load_recipe(write(recipe, tmp_path)), tmp_path / "run", console=QUIET)
+        return
+    with refused(RecipeError, "online.batch", "single image"):
+        plan(load_recipe(write(recipe, tmp_path)))
 
 
 def test_the_plan_says_what_is_done_and_what_memory_it_needs(tiny_data: Path, tmp_path: Path) -> None:

@@ -86,17 +86,26 @@ def split_together(batches: Sequence[Batch], size: int | None) -> list[tuple[Bat
     None leaves the batches as they are. Batches of unequal sizes are cut into equally many parts, as equal as possible.
     No part is empty, so a batch with few images limits how small the parts of the others get.
     """
-    if size is None:
-        return [tuple(batches)]
-    images = [len(batch.ids) for batch in batches]
-    count = min(-(-max(images) // size), min(images))
-    parts = []
-    for batch in batches:
-        pieces = batch.split(size)
-        if len(pieces) != count:
-            pieces = batch.cut([len(batch.ids) * part // count for part in range(1, count)])
-        parts.append(pieces)
+    sizes = part_sizes([len(batch.ids) for batch in batches], size)
+    parts = [
+        [batch] if len(own) == 1 else batch.cut([*itertools.accumulate(own)][:-1])
+        for batch, own in zip(batches, sizes, strict=True)
+    ]
     return list(zip(*parts, strict=True))
+
+
+def part_sizes(images: Sequence[int], size: int | None) -> list[list[int]]:
+    """How many images the parts of each batch have, for batches of so many images; arguments as of `split_together`."""
+    if size is None:
+        return [[count] for count in images]
+    count = min(-(-max(images) // size), min(images))
+    sizes = []
+    for own in images:
+        bounds = [*range(0, own, size), own]
+        if len(bounds) != count + 1:
+            bounds = [own * part // count for part in range(count + 1)]
+        sizes.append([end - start for start, end in itertools.pairwise(bounds)])
+    return sizes
 
 
 def sample_index(position: int, count: int, seed: Sequence[int]) -> int:

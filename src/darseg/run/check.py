@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from darseg.config.recipe import Recipe
+from darseg.data.batches import part_sizes
 from darseg.data.examine import Findings, examine
 from darseg.data.files import real
 from darseg.data.images import IMAGE_SUFFIXES
@@ -322,7 +323,10 @@ def _planned_network(
     own = [planned for planned in rounds if planned.begins == index]
     most: dict[tuple[int, int], int] = {}  # crop → images in memory at once
     for planned in own:
-        crop, images = planned.augmentation.crop, _images_in_memory(planned, processes)
+        crop, images = (
+            planned.augmentation.crop,
+            _images_in_memory(planned, recipe.training.micro_batch, processes),
+        )
         most[crop] = max(2, images, most.get(crop, 0))
     memories = [
         training_memory(
@@ -358,14 +362,14 @@ def _describe_labeling(recipe: Recipe, protocols: Mapping[int, str]) -> str:
     return f"{recipe.labeling.method}{aligned}, {described}"
 
 
-def _images_in_memory(planned: Round, processes: int) -> int:
+def _images_in_memory(planned: Round, micro_batch: int | None, processes: int) -> int:
     """Images whose activations a process keeps until the backward pass: of all parts of a micro-batch."""
-    own = min(planned.micro_batch, planned.batch // processes)
     if planned.online is None:
+        own = min(planned.micro_batch, planned.batch // processes)
         return (2 if planned.pseudo_batch else 1) * own
-    parts = max(1, planned.batch // processes // own)
-    unlabeled = -(-planned.online.batch // processes // parts)
-    return own + (planned.online.passes * unlabeled if planned.online.weight else 0)
+    shares = [planned.batch // processes, -(-planned.online.batch // processes)]
+    labeled, unlabeled = part_sizes(shares, micro_batch)
+    return max(labeled) + (planned.online.passes * max(unlabeled) if planned.online.weight else 0)
 
 
 def _teacher_bytes(recipe: Recipe, rounds: Sequence[Round], network: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import nn
 from darseg.config.recipe import Recipe
 from darseg.config.training import TrainingConfig
 from darseg.data.augment import Augmentation
+from darseg.data.batches import part_sizes
 from darseg.errors import RecipeError, faults
 from darseg.methods.consistency import Consistency
 from darseg.methods.self_training import self_training
@@ -369,6 +370,27 @@ def describe_shares(rounds: Sequence[Round], processes: int) -> str:
     )
 
 
+def _lonely_image(recipe: Recipe, planned: Round, processes: int) -> str | None:
+    """What is wrong with an online round that has forward passes with one image; None if nothing is.
+
+    Args:
+        recipe: as it holds in that round.
+    """
+    how, architecture = planned.online, recipe.network.architecture
+    if how is None or architecture not in POOLED or syncs_batchnorm(recipe, processes):
+        return None
+    labeled, unlabeled = part_sizes(
+        [planned.batch // processes, how.batch // processes], recipe.training.micro_batch
+    )
+    if min([*labeled, *(unlabeled if how.weight else [])]) > 1:
+        return None
+    return (
+        f"online.batch: {how.batch} unlabeled images beside {planned.batch} labeled ones leave a single image to a pass, "
+        f"and BatchNorm over means of whole images ({architecture}) needs two. Leave online.batch out, which makes them "
+        "as many, or set another training.micro_batch"
+    )
+
+
 def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> None:
     """Raise RecipeError if batches cannot be divided among the processes."""
     lines: dict[str, None] = {}  # a set in order: rounds with equal batches have the same faults
@@ -389,7 +411,9 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
                 f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over means of whole "
                 f"images ({here.network.architecture}) needs two"
             ] = None
-    for how in {planned.online for planned in rounds if planned.online is not None}:
+    for planned in rounds:
+        if (how := planned.online) is None:
+            continue
         if how.batch % processes:
             lines[f"online.batch: {how.batch} images cannot be divided among {processes} processes"] = None
         elif how.mixing != "none" and how.batch // processes % 2:
@@ -397,7 +421,14 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
                 f"online.batch: {how.batch // processes} image(s) for each of {processes} processes, and images are "
                 "mixed in pairs"
             ] = None
+        elif message := _lonely_image(recipe.at(planned.index), planned, processes):
+            lines[message] = None
     if lines:
         raise RecipeError(
-            faults(f"{processes} processes share every batch, which is not possible", list(lines))
+            faults(
+                f"{processes} processes share every batch, which is not possible"
+                if processes > 1
+                else "Batches cannot be divided so",
+                list(lines),
+            )
         )
