@@ -95,7 +95,12 @@ def split_together(batches: Sequence[Batch], size: int | None) -> list[tuple[Bat
 
 
 def part_sizes(images: Sequence[int], size: int | None) -> list[list[int]]:
-    """How many images the parts of each batch have, for batches of so many images; arguments as of `split_together`."""
+    """How many images each part of each batch has, as `split_together` cuts them.
+
+    Args:
+        images: of each batch.
+        size: as of `split_together`.
+    """
     if size is None:
         return [[count] for count in images]
     count = min(-(-max(images) // size), min(images))
