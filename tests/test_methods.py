@@ -511,9 +511,18 @@ def test_a_stage_goes_on_with_the_optimizer_of_the_stage_before() -> None:
 def test_everything_of_a_stream_moves_to_the_device() -> None:
     pixels, labels = images(0)
     weights = torch.rand(IMAGES, SIDE, SIDE)
-    batch = Batch(pixels, labels, ("a",) * IMAGES, weights, (torch.rand(IMAGES, 3),), torch.tensor(4))
+    batch = Batch(
+        pixels,
+        labels,
+        ("a",) * IMAGES,
+        weights=weights,
+        feature_masks=(torch.rand(IMAGES, 3),),
+        targets=torch.rand(IMAGES, 3, SIDE, SIDE),
+        divisor=torch.tensor(4),
+    )
     moved = to_device(batch, torch.device("meta"))
     assert isinstance(moved, Batch) and moved.weights is not None and moved.divisor is not None
+    assert moved.targets is not None and moved.targets.is_meta
     held = [moved.images, moved.labels, moved.weights, *moved.feature_masks, moved.divisor]
     assert all(tensor.device.type == "meta" for tensor in held) and moved.ids == batch.ids
 
