@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
+import gpu  # noqa: E402
 from gpu import Job, run_jobs  # noqa: E402
 
 
@@ -26,7 +29,10 @@ def test_the_comparison_runs_on_drawn_images_and_leaves_its_scores(tmp_path: Pat
     assert all(0 <= score["test"]["plain"]["mean_iou"] <= 1 for score in scores.values())
 
 
-def test_what_is_not_done_in_time_is_stopped_and_told(tmp_path: Path) -> None:
+def test_what_is_not_done_in_time_is_stopped_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "GRACE", 1)
     quick = [sys.executable, "-c", "print('done')"]
     failing = [sys.executable, "-c", "raise SystemExit(3)"]
     slow = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"]

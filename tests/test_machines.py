@@ -25,6 +25,10 @@ from darseg.training.processes import SILENCE, notice_silence
 from test_processes import losses
 from wording import says
 
+thorough = pytest.mark.skipif(
+    os.environ.get("DARSEG_FULL") != "1", reason="takes long: run with DARSEG_FULL=1"
+)
+
 PATIENCE = 180
 """Seconds in which a node must have ended, however busy the machine is."""
 
@@ -199,7 +203,7 @@ def test_connections_to_silent_machines_end() -> None:
         accepted.close()
 
 
-@pytest.mark.slow
+@thorough
 def test_a_killed_worker_is_started_again(machines: Machines) -> None:
     """By torchrun, on the first node, which holds the lock; both go on from the checkpoint."""
     assert machines.together(*TRAIN, restarts=1) == [1, 1]
@@ -212,7 +216,7 @@ def test_a_killed_worker_is_started_again(machines: Machines) -> None:
     assert steps[-1] == 5  # counted from 0
 
 
-@pytest.mark.slow
+@thorough
 def test_one_process_goes_on_with_the_run_of_two_nodes(machines: Machines, tmp_path: Path) -> None:
     codes = machines.together(*TRAIN, KILL_NODE="0")
     assert -signal.SIGKILL in codes and 0 not in codes, machines.said
@@ -248,7 +252,7 @@ def label(machines: Machines, count: int, out: str) -> Path:
     return machines.run.parent / out
 
 
-@pytest.mark.slow
+@thorough
 def test_two_nodes_label_as_one_process_does(machines: Machines) -> None:
     ended = forks.python("-m", "darseg", *TRAIN[1:], cwd=machines.nodes[0].folder)
     assert ended.returncode == 0, ended.stderr
@@ -259,7 +263,7 @@ def test_two_nodes_label_as_one_process_does(machines: Machines) -> None:
         assert (two / name).read_bytes() == (one / name).read_bytes()
 
 
-@pytest.mark.slow
+@thorough
 def test_two_nodes_have_the_losses_of_one_process(machines: Machines, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     expected = np.array(losses(1, 0, None))

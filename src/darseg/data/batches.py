@@ -86,6 +86,8 @@ def split_together(batches: Sequence[Batch], size: int | None) -> list[tuple[Bat
     None leaves the batches as they are. Batches of unequal sizes are cut into equally many parts, as equal as possible.
     No part is empty, so a batch with few images limits how small the parts of the others get.
     """
+    if size is None:
+        return [tuple(batches)]
     sizes = part_sizes([len(batch.ids) for batch in batches], size)
     parts = [
         [batch] if len(own) == 1 else batch.cut([*itertools.accumulate(own)][:-1])
