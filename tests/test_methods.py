@@ -228,7 +228,10 @@ def test_the_loss_is_finite_and_falls(name: str) -> None:
     method = METHODS[name](build(DEEPLAB))
     run(method, Stage(steps=24, schedule=Schedule("constant"), report_every=1), on_step=reports.append)
     losses = torch.stack([report.figures["loss"] for report in reports])
-    assert torch.isfinite(losses).all() and losses[-4:].mean() < 0.8 * losses[:4].mean()
+    assert torch.isfinite(losses).all()
+    # The loss on labels that a network gives itself goes up and down, and takes that of the true labels with it.
+    labeled = torch.stack([report.figures["loss_labeled"] for report in reports])
+    assert labeled[-8:].median() < 0.5 * labeled[:4].mean()
     assert isinstance(method.outcome(method.state, method.network), Network)
     parts = [report.figures[name] for report in reports for name in report.figures if name.startswith("loss")]
     assert torch.isfinite(torch.stack(parts)).all() and torch.isfinite(reports[0].figures["gradient_norm"])
