@@ -27,7 +27,7 @@ from darseg.data.classes import IGNORE
 from darseg.data.views import Views
 from darseg.errors import NumericsError, RecipeError, RunError
 from darseg.methods.acceptance import Above, Aligned, ClassThresholds, MeanAligned, Realigned
-from darseg.methods.consistency import Consistency
+from darseg.methods.consistency import Consistency, Supervision
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import TeacherSettings, with_teacher
 from darseg.model.network import Network
@@ -161,7 +161,7 @@ def rounds(network: Network, optimizer: OptimizerKind | None = None) -> Method:
 def online(how: Consistency) -> Callable[..., Method]:
     def make(network: Network, optimizer: OptimizerKind | None = None) -> Method:
         learner = network_learner(network, optimizer or SGD())
-        return MAKERS[how.method](learner, how, batch=IMAGES, seed=(0, 0), auxiliary_weight=0.4)
+        return MAKERS[how.method](learner, how, Supervision(IMAGES, auxiliary_weight=0.4), seed=(0, 0))
 
     return make
 

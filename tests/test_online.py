@@ -25,6 +25,7 @@ from darseg.methods.consistency import (
     RIGHT,
     Consistency,
     OnlineState,
+    Supervision,
     in_eval_mode,
 )
 from darseg.methods.draws import uniform
@@ -64,9 +65,9 @@ def labeled_at(step: int = 0) -> Batch:
     return batch
 
 
-def make(how: Consistency, network: nn.Module | None = None, **options):
+def make(how: Consistency, network: nn.Module | None = None, auxiliary_weight: float = 0.0):
     learner = network_learner(network or build(DEEPLAB), SGD())
-    return MAKERS[how.method](learner, how, **({"batch": IMAGES, "seed": (0, 1)} | options))
+    return MAKERS[how.method](learner, how, Supervision(IMAGES, auxiliary_weight), seed=(0, 1))
 
 
 # --- the teacher

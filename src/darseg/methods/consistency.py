@@ -96,15 +96,26 @@ class OnlineState(nn.Module):
         self.acceptance = acceptance_state(how.accept, how.batch, network.classes)
 
 
-def fixmatch(
-    learner: Learner,
-    how: Consistency,
-    *,
-    batch: int,
-    seed: Sequence[int],
-    auxiliary_weight: float = 0.0,
-    labeled_loss: LabeledLoss | None = None,
-) -> Method:
+Prepared = tuple[Accepted, Sequence[Batch]]
+"""What is accepted of the weak views, and what the network learns it from."""
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How the labeled images of a step are learned.
+
+    Attributes:
+        size: images of a step, over all processes.
+        auxiliary_weight: of the auxiliary head's loss.
+        loss: if it is more than cross-entropy.
+    """
+
+    size: int
+    auxiliary_weight: float = 0.0
+    loss: LabeledLoss | None = None
+
+
+def fixmatch(learner: Learner, how: Consistency, labeled: Supervision, *, seed: Sequence[int]) -> Method:
     """CE(labeled) + weight · mean over the strong views of CE(view against labels of the weak one).
 
     The second loss divides by all pixels that are not padding, not only by the accepted ones: if few are accepted, little
@@ -112,37 +123,25 @@ def fixmatch(
 
     Args:
         learner: the network with its optimizer.
-        batch: labeled images of a step.
+        labeled: how the labeled images are learned; its auxiliary weight holds for the strong views, too.
         seed: of the draws that choose classes to mix and pixels to keep.
-        auxiliary_weight: of the auxiliary head's loss.
-        labeled_loss: of the labeled images, if it is more than cross-entropy.
     """
-    network = learner.module
-    assert isinstance(network, Network)
 
-    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
-        labeled, views = streamed
-        assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
-        accepted, batches = strong_batches(state, network, views, how=how, seed=seed)
-        return Labeled([labeled, *batches], counts_of(views, accepted), accepted.seen)
+    def prepare(state: OnlineState, network: nn.Module, views: Views) -> Prepared:
+        return strong_batches(state, network, views, how=how, seed=seed)
 
-    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
-        labeled, *unlabeled = batches
-        total = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
-        figures = {"loss_labeled": total.detach()}
-        if how.weight == 0:
-            return total, figures
-        parts = [supervised(network, view, auxiliary_weight) for view in unlabeled]
-        consistency = torch.stack(parts).mean()
-        figures["loss_unlabeled"] = consistency.detach()
-        return total + how.weight * consistency, figures
+    def cost(network: Callable, unlabeled: Sequence[Batch]) -> tuple[Tensor, Figures]:
+        consistency = torch.stack(
+            [supervised(network, view, labeled.auxiliary_weight) for view in unlabeled]
+        ).mean()
+        return consistency, {"loss_unlabeled": consistency.detach()}
 
-    return with_state(learner, how, batch=batch, label=label, loss=loss)
+    return unlabeled_method(learner, how, labeled, prepare=prepare, cost=cost)
 
 
 def strong_batches(
     state: OnlineState, network: nn.Module, views: Views, *, how: Consistency, seed: Sequence[int]
-) -> tuple[Accepted, list[Batch]]:
+) -> Prepared:
     """What is accepted of the weak views, and the strong views with these labels, mixed in pairs."""
     probabilities = predict_weak(state, network, views).softmax(1)
     predicted = Predicted(probabilities, views.inside, views.positions, seed=seed)
@@ -152,10 +151,38 @@ def strong_batches(
     return accepted, [_mixed(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
 
 
-def with_state(learner: Learner, how: Consistency, *, batch: int, label: Callable, loss: Callable) -> Method:
-    """A method with these two phases; teacher and acceptance follow after each step."""
+def unlabeled_method(
+    learner: Learner,
+    how: Consistency,
+    labeled: Supervision,
+    *,
+    prepare: Callable[[OnlineState, nn.Module, Views], Prepared],
+    cost: Callable[[Callable, Sequence[Batch]], tuple[Tensor, Figures]],
+) -> Method:
+    """CE(labeled) + weight · cost(what was prepared); teacher and acceptance follow after each step.
+
+    Args:
+        labeled: how the labeled images are learned.
+        prepare: (state, network, views) → what is accepted, and the batches to learn it from.
+        cost: (network, these batches or micro-batches of them) → their loss, and figures.
+    """
     network = learner.module
     assert isinstance(network, Network)
+
+    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
+        batch, views = streamed
+        assert isinstance(batch, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
+        accepted, batches = prepare(state, network, views)
+        return Labeled([batch, *batches], counts_of(views, accepted), accepted.seen)
+
+    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
+        batch, *unlabeled = batches
+        total = supervised(network, batch, labeled.auxiliary_weight, how=labeled.loss)
+        figures: dict[str, Tensor] = {"loss_labeled": total.detach()}
+        if how.weight == 0:
+            return total, figures
+        consistency, parts = cost(network, unlabeled)
+        return total + how.weight * consistency, figures | dict(parts)
 
     def moved(state: nn.Module, network: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
         assert isinstance(state, OnlineState)
@@ -169,7 +196,7 @@ def with_state(learner: Learner, how: Consistency, *, batch: int, label: Callabl
         return state.teacher.network if saved else network
 
     return Method(
-        feeds=(Feed("labeled", batch), Feed("unlabeled", how.batch, strong=how.views)),
+        feeds=(Feed("labeled", labeled.size), Feed("unlabeled", how.batch, strong=how.views)),
         learners=(learner,),
         loss=loss,
         label=label,

@@ -19,34 +19,25 @@ from darseg.methods.acceptance import Predicted, accept
 from darseg.methods.consistency import (
     Consistency,
     OnlineState,
-    counts_of,
+    Prepared,
+    Supervision,
     mixed_with,
     mixing_masks,
     predict_weak,
-    with_state,
+    unlabeled_method,
 )
-from darseg.training.loss import LabeledLoss, squared_error, supervised
-from darseg.training.method import Figures, Labeled, Learner, Method, Streamed
+from darseg.training.loss import squared_error
+from darseg.training.method import Figures, Learner, Method
 
 
-def mean_teacher(
-    learner: Learner,
-    how: Consistency,
-    *,
-    batch: int,
-    seed: Sequence[int],
-    auxiliary_weight: float = 0.0,
-    labeled_loss: LabeledLoss | None = None,
-) -> Method:
+def mean_teacher(learner: Learner, how: Consistency, labeled: Supervision, *, seed: Sequence[int]) -> Method:
     """CE(labeled) + weight · squared difference of probabilities on mixed strong views.
 
     The teacher predicts the weak views; its logits are mixed like the images, then become probabilities. The loss of an
     image is multiplied by the share of its pixels that are accepted. Arguments as of `fixmatch`.
     """
 
-    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
-        labeled, views = streamed
-        assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
+    def prepare(state: OnlineState, network: nn.Module, views: Views) -> Prepared:
         logits = predict_weak(state, network, views)
         accepted = accept(
             how.accept,
@@ -70,17 +61,12 @@ def mean_teacher(
                     divisor=inside.sum(),
                 )
             )
-        return Labeled([labeled, *batches], counts_of(views, accepted), accepted.seen)
+        return accepted, batches
 
-    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
-        labeled, *unlabeled = batches
-        total = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
-        figures = {"loss_labeled": total.detach()}
-        if how.weight == 0:
-            return total, figures
-        parts = [squared_error(network(view.images).main, view) for view in unlabeled]
-        consistency = torch.stack(parts).mean()
-        figures["loss_unlabeled"] = consistency.detach()
-        return total + how.weight * consistency, figures
+    def cost(network: Callable, unlabeled: Sequence[Batch]) -> tuple[Tensor, Figures]:
+        consistency = torch.stack(
+            [squared_error(network(view.images).main, view) for view in unlabeled]
+        ).mean()
+        return consistency, {"loss_unlabeled": consistency.detach()}
 
-    return with_state(learner, how, batch=batch, label=label, loss=loss)
+    return unlabeled_method(learner, how, labeled, prepare=prepare, cost=cost)

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from darseg.data.batches import Batch
 from darseg.data.views import Views
-from darseg.methods.consistency import Consistency, OnlineState, counts_of, fixmatch, strong_batches
+from darseg.methods.consistency import (
+    Consistency,
+    OnlineState,
+    Prepared,
+    Supervision,
+    fixmatch,
+    strong_batches,
+    unlabeled_method,
+)
 from darseg.methods.draws import uniform
 from darseg.model.network import Network
-from darseg.training.loss import LabeledLoss, supervised
+from darseg.training.loss import supervised
 from darseg.training.method import Figures, Labeled, Learner, Method, Streamed
 
 DROPPED = 0.5
@@ -27,26 +35,15 @@ CHANNELS, SPARED = 101, 102
 """Last numbers of the seeds that draw channels and spared images: no strong view has them."""
 
 
-def unimatch(
-    learner: Learner,
-    how: Consistency,
-    *,
-    batch: int,
-    seed: Sequence[int],
-    auxiliary_weight: float = 0.0,
-    labeled_loss: LabeledLoss | None = None,
-) -> Method:
+def unimatch(learner: Learner, how: Consistency, labeled: Supervision, *, seed: Sequence[int]) -> Method:
     """CE(labeled) + weight · (½ CE of the strong views + ½ CE of the weak view, features dropped).
 
     The first is the mean over the strong views. Both learn the labels of the weak view; those of the dropped features are
     not mixed. The published loss is half of this. Arguments as of `fixmatch`.
     """
     channels = _channels_of(learner)
-    strong = fixmatch(learner, how, batch=batch, seed=seed)
 
-    def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
-        labeled, views = streamed
-        assert isinstance(labeled, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
+    def prepare(state: OnlineState, network: nn.Module, views: Views) -> Prepared:
         accepted, batches = strong_batches(state, network, views, how=how, seed=seed)
         dropped = Batch(
             images=views.weak,
@@ -55,50 +52,36 @@ def unimatch(
             feature_masks=dropout_masks(channels, views.positions, seed=seed),
             divisor=views.inside.sum(),
         )
-        return Labeled([labeled, dropped, *batches], counts_of(views, accepted), accepted.seen)
+        return accepted, [dropped, *batches]
 
-    def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
-        labeled, dropped, *unlabeled = batches
-        total = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
-        figures = {"loss_labeled": total.detach()}
-        if how.weight == 0:
-            return total, figures
-        views = torch.stack([supervised(network, view, auxiliary_weight) for view in unlabeled]).mean()
-        features = supervised(network, dropped, auxiliary_weight)
-        figures |= {"loss_unlabeled": views.detach(), "loss_features": features.detach()}
-        return total + how.weight * (0.5 * views + 0.5 * features), figures
+    def cost(network: Callable, unlabeled: Sequence[Batch]) -> tuple[Tensor, Figures]:
+        dropped, *strong = unlabeled
+        views = torch.stack([supervised(network, view, labeled.auxiliary_weight) for view in strong]).mean()
+        features = supervised(network, dropped, labeled.auxiliary_weight)
+        figures = {"loss_unlabeled": views.detach(), "loss_features": features.detach()}
+        return 0.5 * views + 0.5 * features, figures
 
-    return replace(strong, label=label, loss=loss)
+    return unlabeled_method(learner, how, labeled, prepare=prepare, cost=cost)
 
 
-def unimatch_v2(
-    learner: Learner,
-    how: Consistency,
-    *,
-    batch: int,
-    seed: Sequence[int],
-    auxiliary_weight: float = 0.0,
-    labeled_loss: LabeledLoss | None = None,
-) -> Method:
+def unimatch_v2(learner: Learner, how: Consistency, labeled: Supervision, *, seed: Sequence[int]) -> Method:
     """CE(labeled) + weight · mean over two strong views of CE, with complementary channels dropped.
 
     A channel that one view keeps, doubled, is zero in the other; half of the images keep all. The published loss is half
     of this. Arguments as of `fixmatch`.
     """
     channels = _channels_of(learner)
-    plain = fixmatch(
-        learner, how, batch=batch, seed=seed, auxiliary_weight=auxiliary_weight, labeled_loss=labeled_loss
-    )
+    plain = fixmatch(learner, how, labeled, seed=seed)
 
     def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
         views, made = streamed[1], plain.label(state, network, streamed, step)
         assert isinstance(views, Views)
-        labeled, first, second = made.batches
+        batch, first, second = made.batches
         masks = complementary_masks(channels, views.positions, seed=seed)
         kept, others = (
             replace(view, feature_masks=of) for view, of in zip((first, second), masks, strict=True)
         )
-        return replace(made, batches=[labeled, kept, others])
+        return replace(made, batches=[batch, kept, others])
 
     return replace(plain, label=label)
 

@@ -29,12 +29,11 @@ from darseg.methods.acceptance import (
     first_steps,
     with_prior,
 )
-from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, fixmatch
+from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, Supervision, fixmatch
 from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
 from darseg.methods.unimatch import unimatch, unimatch_v2
-from darseg.training.loss import LabeledLoss
 from darseg.training.method import Learner, Method
 
 PUBLISHED: Mapping[OnlineMethod, Consistency] = {
@@ -137,28 +136,15 @@ def check_steps(how: Consistency, *, index: int, steps: int) -> None:
 
 
 def online_method(
-    learner: Learner,
-    how: Consistency,
-    *,
-    batch: int,
-    counts: Sequence[int],
-    seed: Sequence[int],
-    auxiliary_weight: float,
-    labeled_loss: LabeledLoss,
+    learner: Learner, how: Consistency, labeled: Supervision, *, counts: Sequence[int], seed: Sequence[int]
 ) -> Method:
     """The method of an online round.
 
     Args:
         counts: labeled pixels per class; the other arguments are those of `fixmatch`.
     """
-    return MAKERS[how.method](
-        learner,
-        replace(how, accept=with_prior(how.accept, counts)),
-        batch=batch,
-        seed=seed,
-        auxiliary_weight=auxiliary_weight,
-        labeled_loss=labeled_loss,
-    )
+    how = replace(how, accept=with_prior(how.accept, counts))
+    return MAKERS[how.method](learner, how, labeled, seed=seed)
 
 
 def describe_online(how: Consistency) -> str:

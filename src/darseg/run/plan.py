@@ -12,7 +12,7 @@ from darseg.config.training import TrainingConfig
 from darseg.data.augment import Augmentation
 from darseg.data.batches import part_sizes
 from darseg.errors import RecipeError, faults
-from darseg.methods.consistency import Consistency
+from darseg.methods.consistency import Consistency, Supervision
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import with_teacher
 from darseg.model.network import Network
@@ -293,11 +293,9 @@ def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[
         return online_method(
             learner,
             round_.online,
-            batch=round_.batch,
+            Supervision(round_.batch, auxiliary_weight, settings.labeled_loss),
             counts=counts,
             seed=(recipe.seed, round_.index),
-            auxiliary_weight=auxiliary_weight,
-            labeled_loss=settings.labeled_loss,
         )
     method = self_training(
         learner,
