@@ -147,10 +147,10 @@ def decide_later(
         called in another thread.
     """
     axes = (0, 2, 3)
-    facts = [scores_KBHW.abs().nan_to_num(float("inf")).amax(axes)]
+    low, high = scores_KBHW.amin(axes), scores_KBHW.amax(axes)
+    facts = [torch.maximum(high, -low).nan_to_num(float("inf"))]
     if probabilities:
-        off = _off_one(scores_KBHW).amax((1, 2))
-        facts += [scores_KBHW.amin(axes), scores_KBHW.amax(axes), off]
+        facts += [low, high, _off_one(scores_KBHW).amax((1, 2))]
     decide_all = _float16 if scale is FLOAT16 else _fine
     buffers = _Buffers(scores_KBHW.numel(), scores_KBHW.device)
     classes_BHW, codes_BHW = decide_all(scores_KBHW, buffers, probabilities)

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -226,10 +227,13 @@ class Repredictor(RememberedPredictions):
 
     def reachable(self, sample: Sample) -> bool:
         """Whether the prediction was kept, or the network that labeled is still there."""
-        run, index = self.round.run, self.round.index
-        if prediction_path(run.predictions(index), sample.id).exists():
-            return True
-        return is_there(run, self.round.recipe, index)
+        kept = prediction_path(self.round.run.predictions(self.round.index), sample.id)
+        return kept.exists() or self._can_predict
+
+    @cached_property
+    def _can_predict(self) -> bool:
+        """Whether the network that labeled is still there; looked up once, since its whole file is hashed."""
+        return is_there(self.round.run, self.round.recipe, self.round.index)
 
     def _predict(self, sample: Sample) -> Prediction:
         recipe, run, index = self.round.recipe, self.round.run, self.round.index
