@@ -13,8 +13,6 @@ from pydantic import (
     StrictFloat,
     StrictInt,
     StrictStr,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
 )
 
 from darseg.choices import Architecture, Precision
@@ -29,6 +27,7 @@ from darseg.config.values import (
     WeightsFile,
     check_weights,
     falling,
+    or_word,
 )
 
 
@@ -85,15 +84,11 @@ class OhemConfig(Section):
     least: Count = 100_000  # pixels kept for an image, on average
 
 
-def _balanced_or_each(value: Any, each: ValidatorFunctionWrapHandler) -> Any:
-    if isinstance(value, str) and value != "balanced":
-        raise ValueError("should be balanced, or class: factor, as in {road: 0.5}")
-    return value if value == "balanced" else each(value)
-
-
-# Class → factor, or "balanced". Not a union, whose faults would be listed once for each of its kinds.
+# Class → factor, or "balanced".
 ClassWeights = Annotated[
-    dict[StrictStr, Positive], WrapValidator(_balanced_or_each), PlainSerializer(lambda value: value)
+    dict[StrictStr, Positive],
+    or_word("balanced", "should be balanced, or class: factor, as in {road: 0.5}"),
+    PlainSerializer(lambda value: value),
 ]
 
 

@@ -37,16 +37,24 @@ def _pair(value: Any) -> Any:
 Size = Annotated[tuple[Count, Count], BeforeValidator(_pair)]  # height and width; a single number means both
 
 
-def _size_or_whole(value: Any, size: ValidatorFunctionWrapHandler) -> Any:
-    if isinstance(value, str) and value != "whole":
-        raise ValueError("should be height and width, as in [713, 713], or whole")
-    return value if value == "whole" else size(value)
+def or_word(word: str, message: str) -> WrapValidator:
+    """Accept a word as well; another text has the fault `message`.
+
+    A union would list the faults of each of its kinds.
+    """
+
+    def check(value: Any, usual: ValidatorFunctionWrapHandler) -> Any:
+        if isinstance(value, str) and value != word:
+            raise ValueError(message)
+        return value if value == word else usual(value)
+
+    return WrapValidator(check)
 
 
-# A size, or "whole". Not a union, whose faults would be listed once for each of its kinds.
+# A size, or "whole".
 Window = Annotated[
     Size,
-    WrapValidator(_size_or_whole),
+    or_word("whole", "should be height and width, as in [713, 713], or whole"),
     PlainSerializer(lambda value: value if value == "whole" else list(value)),
 ]
 

@@ -101,8 +101,8 @@ class Draw:
 
     Attributes:
         matrix: affine map from the crop's pixel centers to those of the source, float64 [2, 3].
-        canvas: rows and columns of the crop in which the scaled image lies; all beyond is padding, even where the corners
-            of the rotated image would reach.
+        canvas: rows and columns of the crop in which the scaled image lies; everything outside is padding, even if
+            corners of the rotated image reach into it.
         blurs: whether the example is blurred.
     """
 

@@ -75,6 +75,15 @@ Load = Callable[[Sample, ClassSet], Example]
 """Reads a labeled sample: `load_example`, or `Cache.load`."""
 
 
+LoadImage = Callable[[Sample], NDArray[np.uint8]]
+"""Reads the image of a sample: `load_image`, or `Cache.load_image`."""
+
+
+def load_image(sample: Sample) -> NDArray[np.uint8]:
+    """The image of a sample, uint8 [H, W, 3]. Raises DataError if it cannot be read."""
+    return read_image(sample.image, sample.reading)
+
+
 class Cache:
     """Keeps decoded examples in memory, up to a number of bytes.
 
@@ -109,7 +118,7 @@ class Cache:
         kept = self._images.get(sample.image)
         if kept is not None:
             return kept
-        image = read_image(sample.image, sample.reading)
+        image = load_image(sample)
         with self._lock:
             if sample.image not in self._images and image.nbytes <= self._left:
                 self._left -= image.nbytes

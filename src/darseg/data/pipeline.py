@@ -66,12 +66,17 @@ def overlapped(
     overlapped_groups(([item] for item in items), read=read, work=each(work), write=write, advance=advance)
 
 
+def ready(result: Result) -> Finish[Result]:
+    """A result that is there already."""
+    return lambda: result
+
+
 def each(work: Callable[[Item, Read], Result]) -> Work[Item, Read, Result]:
     """Work on the items of a group one by one."""
 
     def result_or_error(item: Item, content: Read) -> Finish[Result]:
         try:
-            return partial(_same, work(item, content))
+            return ready(work(item, content))
         except DataError as error:
             return partial(_raise, error)
 
@@ -207,10 +212,6 @@ class _Line(Generic[Item, Read, Result]):
             self.unusable.append((met, str(error)))
             return
         self._write(item, result)
-
-
-def _same(result: Result) -> Result:
-    return result
 
 
 def _raise(error: DataError) -> NoReturn:

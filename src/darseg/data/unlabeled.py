@@ -22,8 +22,7 @@ from darseg.data.augment import Augmentation, change_colors, draw, inside_of, mo
 from darseg.data.batches import StreamPlace, ahead_of_steps, sample_index
 from darseg.data.classes import IGNORE
 from darseg.data.colors import Colors
-from darseg.data.dataset import read_truth
-from darseg.data.images import read_image
+from darseg.data.dataset import LoadImage, load_image, read_truth
 from darseg.data.manifest import Sample
 from darseg.data.views import Views
 from darseg.errors import RecipeError
@@ -100,15 +99,6 @@ def _placed(
     """A box of this height and width, at a place that is drawn uniformly."""
     top, left = (int(generator.integers(side - own + 1)) for side, own in zip(crop, size, strict=True))
     return top, left, top + size[0], left + size[1]
-
-
-LoadImage = Callable[[Sample], NDArray[np.uint8]]
-"""Reads the image of a sample: `load_image`, or `Cache.load_image`."""
-
-
-def load_image(sample: Sample) -> NDArray[np.uint8]:
-    """The image of a sample, uint8 [H, W, 3]. Raises DataError if it cannot be read."""
-    return read_image(sample.image, sample.reading)
 
 
 def stream_views(

@@ -150,7 +150,7 @@ def fit_machine(
     crop, batch, memory = crop_and_batch(
         spec,
         smallest=(heights[len(heights) // 10], widths[len(widths) // 10]),  # the few smaller ones are padded
-        target=SMALL_CROP if kind == "cpu" else DINO_CROP if _is_dino(spec) else PAPER_CROP,
+        target=SMALL_CROP if kind == "cpu" else DINO_CROP if is_dino(spec) else PAPER_CROP,
         labeled=draft.labeled,
         budget=machine.budget,
         kind=kind,
@@ -190,7 +190,7 @@ def _network_for(kind: str, classes: int, draft: Draft) -> NetworkSpec:
     return NetworkSpec("dpt", DINO, classes)
 
 
-def _is_dino(spec: NetworkSpec) -> bool:
+def is_dino(spec: NetworkSpec) -> bool:
     return spec.backbone.endswith("_dinov2")
 
 
@@ -210,7 +210,7 @@ def _with_backbone_of(spec: NetworkSpec, weights: Path) -> NetworkSpec:
         backbone = f"timm/vit_{DINO_SIZES[dino[1]]}_patch14_{dino[2] or ''}dinov2"
         return NetworkSpec("dpt", backbone, spec.classes)
     if known := re.search(r"resnet(18|34|50|101)(?!\d)", weights.name):
-        network = NetworkSpec(classes=spec.classes) if _is_dino(spec) else spec
+        network = NetworkSpec(classes=spec.classes) if is_dino(spec) else spec
         return replace(network, backbone=f"resnet{known[1]}")
     return spec
 
@@ -239,12 +239,12 @@ def _find_weights(
             draft.notes.append(f"{path} is not used as pretrained weights: {error}")
             continue
         draft.notes.append(f"pretrained weights: {path}")
-        if _is_dino(spec) and not _is_dino(suited):
+        if is_dino(spec) and not is_dino(suited):
             draft.notes.append(
                 f"DPT on DINOv2-S needs fewer labels than {suited.backbone}: get {DINO_SOURCE}, and run init again"
             )
         return suited, path_from(out.parent, path)
-    if not _is_dino(spec):
+    if not is_dino(spec):
         return spec, "none"
     draft.missing = out.parent / DINO_FILE
     draft.warnings.append(

@@ -10,7 +10,7 @@ from typing import Any
 from darseg.config.text import flow
 from darseg.init.data import quoted
 from darseg.init.draft import Draft, Form, path_from
-from darseg.init.fit import DINO, DINO_SOURCE, Fit, takes_adamw
+from darseg.init.fit import DINO, DINO_SOURCE, Fit, is_dino, takes_adamw
 from darseg.model.network import HEAD_CHANNELS
 
 
@@ -68,7 +68,7 @@ def _entry(key: str, value: Any, comment: str) -> str:
 
 def _network_lines(fit: Fit) -> Iterator[str]:
     spec, gpu, stride = fit.spec, fit.device == "cuda", fit.spec.output_stride
-    dino = spec.backbone.endswith("_dinov2")
+    dino = is_dino(spec)
     alternative = "resnet101 is larger, as in the paper" if gpu else "with a GPU, use DINOv2"
     if dino:
         alternative = "vit_base_patch14_dinov2 is larger, and takes three times the work"

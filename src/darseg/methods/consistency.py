@@ -196,7 +196,7 @@ def unlabeled_method(
         return state.teacher.network if saved else network
 
     return Method(
-        feeds=(Feed("labeled", labeled.size), Feed("unlabeled", how.batch, strong=how.views)),
+        feeds=feeds(labeled.size, how),
         learners=(learner,),
         loss=loss,
         label=label,
@@ -204,6 +204,11 @@ def unlabeled_method(
         state=OnlineState(network, how),
         outcome=outcome,
     )
+
+
+def feeds(batch: int, how: Consistency) -> tuple[Feed, ...]:
+    """The streams of a step: labeled images, and views of unlabeled ones."""
+    return Feed("labeled", batch), Feed("unlabeled", how.batch, strong=how.views)
 
 
 def predict_weak(state: OnlineState, network: nn.Module, views: Views) -> Tensor:

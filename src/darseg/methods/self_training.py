@@ -29,16 +29,19 @@ def self_training(
         pseudo_weight: λ of the paper.
         labeled_loss: of the images with true labels, if it is more than cross-entropy.
     """
-    feeds = [Feed("labeled", batch)]
-    if pseudo_batch:
-        feeds.append(Feed("pseudo", pseudo_batch))
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
         return self_training_loss(
             network, batches, auxiliary_weight, pseudo_weight=pseudo_weight, labeled_loss=labeled_loss
         )
 
-    return Method(feeds=tuple(feeds), learners=(learner,), loss=loss)
+    return Method(feeds=feeds(batch, pseudo_batch), learners=(learner,), loss=loss)
+
+
+def feeds(batch: int, pseudo_batch: int) -> tuple[Feed, ...]:
+    """The streams of a step: labeled images, and pseudo-labeled ones if there are any."""
+    labeled = Feed("labeled", batch)
+    return (labeled, Feed("pseudo", pseudo_batch)) if pseudo_batch else (labeled,)
 
 
 def self_training_loss(

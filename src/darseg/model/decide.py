@@ -198,7 +198,10 @@ class _Buffers:
 
 
 def _float16(scores: Tensor, buffers: _Buffers, probabilities: bool) -> tuple[Tensor, Tensor]:
-    """Classes and codes of scores [K, ...]; codes outside of the scale where confidences are not numbers."""
+    """Classes and codes of scores [K, ...].
+
+    Confidences that are not numbers have codes outside of the scale.
+    """
     shape = scores.shape
     half = buffers.view(torch.float16, *shape).copy_(scores)
     if not probabilities:
@@ -276,7 +279,7 @@ def _refuse_improbable(low: float, high: float, off: float, *, name: str) -> Non
 
 
 def overflow_message(scores: Tensor, name: str) -> str:
-    """What to say of confidences that are not numbers."""
+    """The error message for confidences that are not numbers."""
     return _overflow(float(scores.float().abs().nan_to_num(float("inf")).max()), name)
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from darseg.errors import ExportError, NumericsError, faults
 from darseg.model.network import Network
-from darseg.model.predict import Protocol, predict_scores
+from darseg.model.predict import predict_scores
+from darseg.model.windows import Protocol
 
 ONNX, PT2 = ".onnx", ".pt2"
 SUFFIXES = (ONNX, PT2)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from darseg.data.pipeline import AHEAD, ONE_BY_ONE, Finish, Flow
+from darseg.data.pipeline import AHEAD, ONE_BY_ONE, Finish, Flow, ready
 from darseg.data.prediction import BYTES_PER_PIXEL, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
 from darseg.model.aligned import AlignmentRecord, Variants
@@ -174,12 +174,12 @@ class Together:
             finished = []
             for index, picture in enumerate(pictures):
                 part = sums.of_image(index, count)
-                top, left = place(picture.pixels, height, width)
+                top, left = place(picture.size, height, width)
                 part.crop(top, left, height=picture.size[0], width=picture.size[1])
                 prediction = decide_sums(
                     part, scale=self._scale, probabilities=probabilities, name=picture.name
                 )
-                finished.append(partial(_same, prediction))
+                finished.append(ready(prediction))
             return finished
         total_KBHW = sums.total_KHW.unflatten(0, (count, -1)).transpose(0, 1)
         scores_KBHW = torch.empty(total_KBHW.shape, device=total_KBHW.device)
@@ -197,7 +197,7 @@ def _cropped(wait: Callable[[], Prediction], size: tuple[int, int]) -> Predictio
         raise NumericsError(str(error)) from None
     if prediction.classes.shape == size:
         return prediction
-    top, left = ((padded - side) // 2 for padded, side in zip(prediction.classes.shape, size, strict=True))
+    top, left = place(size, *prediction.classes.shape)
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
     classes, codes = prediction.classes[rows, columns], prediction.codes[rows, columns]
     return Prediction(np.ascontiguousarray(classes), np.ascontiguousarray(codes), prediction.scale)
@@ -205,10 +205,6 @@ def _cropped(wait: Callable[[], Prediction], size: tuple[int, int]) -> Predictio
 
 def _all(finishes: Sequence[Finish[Prediction]]) -> list[Prediction]:
     return [finish() for finish in finishes]
-
-
-def _same(prediction: Prediction) -> Prediction:
-    return prediction
 
 
 def _first(finish: Finish[list[Prediction]]) -> Prediction:

@@ -53,7 +53,7 @@ class Protocol:
         mirror: average each window with its mirror image.
         scales: factors on top of base_size; the results are averaged.
         bf16: run the network under bfloat16 autocast.
-        windows_at_once: windows (and as many mirrored ones) in one forward pass, of several images where each has few;
+        windows_at_once: windows (and as many mirrored ones) in one forward pass, of several images if each has few;
             None: on a CPU up to 4 of one image; on a GPU as many as have 4 million pixels.
 
     Raises DataError for sizes and scales that are not possible.
@@ -263,9 +263,9 @@ def sum_windows(
     return all_scales
 
 
-def place(image: Tensor, height: int, width: int) -> tuple[int, int]:
-    """Top and left of an image [H, W, 3] that is padded to this size."""
-    return (height - image.shape[0]) // 2, (width - image.shape[1]) // 2
+def place(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Top and left of an image of height and width `size` that is padded to this height and width."""
+    return (height - size[0]) // 2, (width - size[1]) // 2
 
 
 def _normalized(network: Network, images: Sequence[Tensor], protocol: Protocol) -> Tensor:
@@ -280,7 +280,7 @@ def _normalized(network: Network, images: Sequence[Tensor], protocol: Protocol) 
     height, width = protocol.window
     padded = torch.zeros((len(images), 3, height, width), device=network.mean.device)
     for index, image in enumerate(images):
-        top, left = place(image, height, width)
+        top, left = place((image.shape[0], image.shape[1]), height, width)
         padded[index, :, top : top + len(image), left : left + image.shape[1]] = network.normalize(
             moved[index]
         )[0]

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
-from darseg.model.predict import Protocol
+from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
 from darseg.report import charts
 from darseg.report.acceptance import accepted_chart

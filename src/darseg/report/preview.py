@@ -1,4 +1,4 @@
-"""A page with what a round's network will see: images of the first steps beside their labels."""
+"""A page with what a round's network will see: images of the first steps with their labels."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from darseg.data.files import raise_if_unreadable
 from darseg.data.manifest import Manifest
 from darseg.errors import DataError, RunError, faults
 from darseg.run.directory import RunDirectory, digest_path, write_json
-from darseg.run.records import DIGEST, damaged, read_object
+from darseg.run.records import damaged, is_digest, read_object
 
 
 class Content(NamedTuple):
@@ -119,4 +119,4 @@ def read_contents(run: RunDirectory) -> Contents | None:
 def _is_content(value: object) -> bool:
     if not isinstance(value, list) or [type(item) for item in value] != [int, int, str]:
         return False
-    return len(value[2]) == 64 and DIGEST.issuperset(value[2])
+    return is_digest(value[2])

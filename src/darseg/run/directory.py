@@ -136,6 +136,10 @@ class RunDirectory:
         """The checkpoints of a round's unfinished training, the latest first."""
         return sorted(self.round(index).glob("checkpoint_*.safetensors"), reverse=True)
 
+    def has_trained(self, index: int) -> bool:
+        """Whether a round has begun to train and left a checkpoint, or is trained."""
+        return bool(self.checkpoints(index)) or self.record_path(index, "train").exists()
+
     def drop_checkpoints(self, index: int, keep: int = 0) -> None:
         """Remove all checkpoints but the latest `keep`, and the half-written one that a kill may have left."""
         halves = self.round(index).glob(f"checkpoint_*.safetensors*{ASIDE}")

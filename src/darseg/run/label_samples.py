@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from darseg.data.dataset import load_image
 from darseg.data.files import read_file, real, write_whole
-from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
 from darseg.errors import StorageError
@@ -106,16 +106,13 @@ def network_predictor(
         how = protocol or whole_image(network, image)
         return predict_for_labeling(network, image, how, name=str(sample.image), scale=scale, memory=memory)
 
-    def read(sample: Sample) -> np.ndarray:
-        return read_image(sample.image, sample.reading)
-
     def picture(sample: Sample) -> Picture:
-        return Picture.of(read(sample), str(sample.image), together.device)
+        return Picture.of(load_image(sample), str(sample.image), together.device)
 
     groups = Groups(
         together.images, read=picture, predict=together.predict_each, flow=flow_for(together.device)
     )
-    return Predictor(read, run, folder, groups=groups)
+    return Predictor(load_image, run, folder, groups=groups)
 
 
 def network_scores(
@@ -148,7 +145,7 @@ def network_scores(
         return decide(torch.from_numpy(scores), scale, name=str(sample.image), weights=weights)
 
     return ScoreSource(
-        lambda sample: read_image(sample.image, sample.reading),
+        load_image,
         score,
         decide_scores,
         plain=network_predictor(network, protocol, scale).predict,

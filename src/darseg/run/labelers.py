@@ -14,12 +14,11 @@ from darseg.data.files import real
 from darseg.errors import DarsegError, DataError, RunError, SizeError, faults
 from darseg.model.class_order import Order, class_order, reorder_classes
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.predict import Protocol
 from darseg.model.weights import read_alignment, read_spec
-from darseg.model.windows import Window
+from darseg.model.windows import Protocol, Window
 from darseg.run.build import classes_of, labeling_protocol, load_to_predict
 from darseg.run.directory import ROUND_FOLDER, RunDirectory, digest_path
-from darseg.run.records import DIGEST, damaged, read_object
+from darseg.run.records import damaged, is_digest, read_object
 
 LABELS_FROM = "labels_from.json"
 """File in a round's folder that says which network labeled it, if it is not that of the round before."""
@@ -232,9 +231,7 @@ def read_labeler(folder: Path) -> Mapping[str, Any] | None:
         return None
     texts = ("path", "weights", "sha256", "architecture", "backbone")
     window = value.get("window")
-    if not all(isinstance(value.get(name), str) for name in texts) or not (
-        len(value["sha256"]) == 64 and DIGEST.issuperset(value["sha256"])
-    ):
+    if not all(isinstance(value.get(name), str) for name in texts) or not (is_digest(value["sha256"])):
         raise damaged(path, f"expected texts for {', '.join(texts)}, and a SHA-256 digest", REMEDY)
     if window != "whole" and not (
         isinstance(window, list)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from darseg import __version__
 from darseg.errors import RunError, faults
+from darseg.run.records import is_digest
 from darseg.training.processes import Processes
 
 LOST = re.compile(r"gloo/|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|recvValue|sendBytes")
@@ -16,8 +17,6 @@ LOST = re.compile(r"gloo/|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|
 
 GONE = re.compile(r"\[[^]\s]*/gloo/[^]]*\] *")
 """Where in its source text gloo raised an error: of no use to whoever reads the message."""
-
-DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def check_alike(processes: Processes, facts: Mapping[str, str]) -> None:
@@ -53,7 +52,7 @@ def check_alike(processes: Processes, facts: Mapping[str, str]) -> None:
 def _values(name: str, seen: Sequence[str]) -> str:
     """What the processes have for that name, unless it is digests."""
     values = [value for key, _, value in (entry.partition("\n") for entry in seen) if key == name and value]
-    return "" if all(DIGEST.fullmatch(value) for value in values) else f" ({', '.join(values)})"
+    return "" if all(map(is_digest, values)) else f" ({', '.join(values)})"
 
 
 def lost_process(error: RuntimeError) -> str:

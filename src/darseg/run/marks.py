@@ -19,6 +19,7 @@ from darseg.data.manifest import Sample
 from darseg.errors import RunError, faults
 from darseg.run.build import check_overrides, manifest_of, recipe_of
 from darseg.run.directory import RunDirectory, write_json
+from darseg.run.journal import Journal
 from darseg.run.outputs import lock
 from darseg.run.records import is_number, read_object
 
@@ -142,6 +143,13 @@ def read_excluded(run: RunDirectory, index: int) -> tuple[str, ...]:
     if damaged:
         raise RunError(faults(f"{path}: expected only ids, found", damaged) + f"\n{remedy}")
     return tuple(ids)
+
+
+def report_excluded(journal: Journal, index: int, *, excluded: int, total: int) -> None:
+    """Note how many of a round's unlabeled images are left out; nothing if none is."""
+    if excluded:
+        journal.event("excluded", round=index, images=excluded, of=total)
+        journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
 
 
 def fix_excluded(

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from darseg.choices import OnlineMethod
-from darseg.config.online import ColorsConfig, OnlineConfig
+from darseg.config.online import ColorsConfig, OnlineConfig, TeacherConfig
 from darseg.config.recipe import Recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes, StrongViews
@@ -68,9 +68,12 @@ def colors_of(config: ColorsConfig | None) -> Colors | None:
 def teacher_of(recipe: Recipe) -> TeacherSettings | None:
     """The teacher of the rounds that are not online; None: none."""
     config = recipe.training.teacher
+    return None if config is None else _teacher(config, TeacherSettings())
+
+
+def _teacher(config: TeacherConfig | None, usual: TeacherSettings) -> TeacherSettings:
     if config is None:
-        return None
-    usual = TeacherSettings()
+        return usual
     return TeacherSettings(usual.decay if config.decay is None else config.decay, config.result)
 
 
@@ -87,10 +90,7 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
     if config.labeler == "student":
         teacher = None
     elif config.labeler == "teacher" or config.teacher is not None:
-        teacher = teacher or TeacherSettings()
-        if config.teacher is not None:
-            decay = teacher.decay if config.teacher.decay is None else config.teacher.decay
-            teacher = TeacherSettings(decay, config.teacher.result)
+        teacher = _teacher(config.teacher, teacher or TeacherSettings())
     strong = replace(
         usual.strong,
         colors=colors_of(config.colors) or usual.strong.colors,

@@ -383,9 +383,9 @@ def _lonely_image(recipe: Recipe, planned: Round, processes: int) -> str | None:
     if min([*labeled, *(unlabeled if how.weight else [])]) > 1:
         return None
     return (
-        f"online.batch: {how.batch} unlabeled images beside {planned.batch} labeled ones leave a single image to a pass, "
-        f"and BatchNorm over means of whole images ({architecture}) needs two. Leave online.batch out, which makes them "
-        "as many, or set another training.micro_batch"
+        f"online.batch: {how.batch} unlabeled images next to {planned.batch} labeled ones leave a single image to a "
+        f"pass, and BatchNorm over means of whole images ({architecture}) needs two. Leave online.batch out, which makes "
+        "them as many, or set another training.micro_batch"
     )
 
 

@@ -200,7 +200,7 @@ class _Shown:
     """A feed with its images.
 
     Attributes:
-        open: opens the stream anew; given labels replace those of its images.
+        open: opens the stream again; with `inside`, labels are 0, and 255 on padding.
         known: ids of the samples that have a label to show.
         caption: of that label.
     """
@@ -276,9 +276,7 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
     run, index, unlabeled = source.run, source.index, source.manifest.unlabeled
     note = "Labels need a trained network: train first, then preview the run folder."
     if run is not None:
-        begun = feed.role == "unlabeled" and (
-            bool(run.checkpoints(index)) or run.record_path(index, "train").exists()
-        )
+        begun = feed.role == "unlabeled" and run.has_trained(index)
         unlabeled = without(unlabeled, expect_excluded(run, index, unlabeled, begun=begun))
         if feed.role == "pseudo":
             if index in run.rounds_with("label"):

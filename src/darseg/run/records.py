@@ -25,7 +25,7 @@ OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
 }
 """Step → the outputs that its record always names, and those that it may name besides: nothing else is copied or read."""
 
-DIGEST = frozenset("0123456789abcdef")
+_HEX = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,13 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
+def is_digest(text: str) -> bool:
+    """Whether a text is a SHA-256 digest in hexadecimal digits."""
+    return len(text) == 64 and _HEX.issuperset(text)
+
+
 def _is_digests(value: Any) -> bool:
-    return _is_texts(value) and all(
-        text == "missing" or (len(text) == 64 and DIGEST.issuperset(text)) for text in value.values()
-    )
+    return _is_texts(value) and all(text == "missing" or is_digest(text) for text in value.values())
 
 
 def read_object(path: Path, remedy: str, kind: type = dict) -> Any:

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 import torch
 
 from darseg.config.recipe import Recipe
-from darseg.data.images import read_image
+from darseg.data.dataset import load_image
 from darseg.data.manifest import Manifest, Sample, count_pixels
 from darseg.model.network import Network
-from darseg.model.predict import Protocol, predict, predict_for_labeling
+from darseg.model.predict import predict, predict_for_labeling
+from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.run.build import evaluation_protocol, labeling_protocol, place_to_predict
 from darseg.run.directory import RunDirectory
@@ -61,7 +62,7 @@ def rehearse(
         if sample := largest.get("validation"):
             protocol = evaluation_protocol(here)
             with explain_memory(less_to_predict(here, "evaluation", protocol, begun=False)):
-                predict(trial, read_image(sample.image, sample.reading), protocol, name=str(sample.image))
+                predict(trial, load_image(sample), protocol, name=str(sample.image))
         if begins in own and (sample := largest.get("unlabeled")):
             protocol = labeling_protocol(here)
             with explain_memory(less_to_predict(here, "labeling", protocol, begun=False)):
@@ -78,5 +79,5 @@ def rehearse(
 
 
 def _label(network: Network, sample: Sample, protocol: Protocol) -> None:
-    image = read_image(sample.image, sample.reading)
+    image = load_image(sample)
     predict_for_labeling(network, image, protocol, name=str(sample.image))

@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def train(
         counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
         if largest is not None:
             _rehearse(recipe, planned, manifest=manifest, run=run, counts=counts, largest=largest)
-        text, compare = dump_recipe(recipe), partial(_compare, recipe)
+        text, compare = dump_recipe(recipe), lambda saved: _changes(load_saved_recipe(saved), recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=compare)
         locked = stack.enter_context(run.held())
         return counts, locked, changes, judge_contents(run, reused, manifest, data=data)
@@ -234,10 +233,8 @@ def _data_alike(processes: Processes, recipe: Recipe, *, manifest: Manifest) -> 
     Raises RunError in all processes if their recipes or data differ; paths may, see `FREE_KEYS`.
     """
     data = digest_manifest(manifest)
-    theirs = processes.from_first(lambda: recipe)
-    keys = (*FREE_KEYS, *_moved_files(theirs, recipe))
-    other = [line.split(":")[0] for line in recipe_differences(theirs, recipe)]
-    changed = sorted({key for key in other if key not in keys})
+    binding = _changes(processes.from_first(lambda: recipe), recipe).binding
+    changed = sorted({line.split(":")[0] for line in binding})
     # The line that differs names the keys; the first process has none.
     check_alike(
         processes,
@@ -283,19 +280,19 @@ def _check_data(manifest: Manifest, console: Console, warnings: list[str]) -> Fi
     return findings
 
 
-def _compare(recipe: Recipe, saved: Path) -> RecipeChanges:
-    """What differs between the recipe of a run folder and the one given now."""
-    before = load_saved_recipe(saved)
-    lines = recipe_differences(before, recipe)
-    keys = (*FREE_KEYS, *_moved_files(before, recipe))
+def _changes(before: Recipe, now: Recipe) -> RecipeChanges:
+    """What differs between two recipes of a run."""
+    lines = recipe_differences(before, now)
+    keys = (*FREE_KEYS, *_moved_files(before, now))
     free = tuple(line for line in lines if line.split(":")[0] in keys)
     return RecipeChanges(tuple(line for line in lines if line not in free), free)
 
 
 def _moved_files(before: Recipe, now: Recipe) -> list[str]:
     """Keys of weights and labelers that moved; the steps' records hold what was in them."""
-    keys = []
-    for key, old, new in zip(*_files_of(before), _files_of(now)[1], strict=False):
+    keys, named_now = [], _files_of(now)
+    for key, old in _files_of(before).items():
+        new = named_now.get(key)
         if not (isinstance(old, str) and isinstance(new, str)) or "none" in (old, new):
             continue
         if Path(old).name == Path(new).name and not Path(old).exists():
@@ -303,13 +300,13 @@ def _moved_files(before: Recipe, now: Recipe) -> list[str]:
     return keys
 
 
-def _files_of(recipe: Recipe) -> tuple[list[str], list[Any]]:
-    """The keys of a recipe that name weights or labelers, and their values."""
+def _files_of(recipe: Recipe) -> dict[str, Any]:
+    """The keys of a recipe that name weights or labelers → their values."""
     values: dict[str, Any] = {"network.weights": recipe.network.weights}
     for index, config in enumerate(recipe.rounds):
         values[f"rounds.{index}.network.weights"] = config.network and config.network.weights
         values[f"rounds.{index}.labels_from"] = config.labels_from
-    return list(values), list(values.values())
+    return values
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from darseg.data.batches import StreamPlace, stream_batches
 from darseg.data.classes import ClassSet
-from darseg.data.dataset import Load, load_example
+from darseg.data.dataset import Load, LoadImage, load_example, load_image
 from darseg.data.manifest import Sample
-from darseg.data.unlabeled import LoadImage, load_image, stream_views
+from darseg.data.unlabeled import stream_views
+from darseg.methods import consistency, self_training
 from darseg.run.plan import Round
 from darseg.training.method import Feed, Streamed
 
@@ -66,9 +67,6 @@ def open_stream(
 
 def feeds_of(round_: Round) -> tuple[Feed, ...]:
     """The feeds that the method of a round has; known without its network."""
-    feeds = [Feed("labeled", round_.batch)]
-    if round_.pseudo_batch:
-        feeds.append(Feed("pseudo", round_.pseudo_batch))
     if round_.online is not None:
-        feeds.append(Feed("unlabeled", round_.online.batch, strong=round_.online.views))
-    return tuple(feeds)
+        return consistency.feeds(round_.batch, round_.online)
+    return self_training.feeds(round_.batch, round_.pseudo_batch)

@@ -29,7 +29,7 @@ class LabeledLoss:
 
 
 def balanced_weights(counts: Sequence[int]) -> tuple[float, ...]:
-    """Class weights that give every class the same share of the loss, if all pixels lose alike.
+    """Class weights that give every class the same share of the loss, if all pixels cost the same.
 
     Pixels / (classes that occur · pixels of the class): their mean over the pixels is 1, so that the loss keeps its size.
     Classes without a pixel have 1. (King and Zeng 2001; scikit-learn's class_weight="balanced".)

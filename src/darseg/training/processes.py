@@ -288,7 +288,7 @@ def _world_size() -> int:
         for name, most in RESTARTED.items()
     ):
         # Processes meet under the number of restarts, which nodes count for themselves: a process that failed is counted,
-        # one that torchrun ends since another node begins anew is not. They would wait for each other.
+        # one that torchrun ends because another node starts again is not. They would wait for each other.
         raise RunError(
             "torchrun --max-restarts on several nodes: processes that are started again may not find each other, since "
             "PyTorch lets them meet where those before them met. Set the environment variable "

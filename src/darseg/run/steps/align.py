@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darseg.config.recipe import Recipe, ResultConfig
+from darseg.data.dataset import load_image
 from darseg.data.files import read_json
-from darseg.data.images import read_image
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.pipeline import overlapped
 from darseg.errors import DataError, RunError
@@ -201,7 +201,7 @@ def _sample(course: Course, round_: Round, chosen: Sequence[Sample]) -> tuple[ND
         processes.together(
             lambda: overlapped(
                 share,
-                read=lambda sample: read_image(sample.image, sample.reading),
+                read=load_image,
                 work=work,
                 write=lambda *_: None,
                 advance=advance,

@@ -32,7 +32,7 @@ from darseg.run.label_samples import (
 )
 from darseg.run.label_task import LabelFiles, LabelTask
 from darseg.run.labelers import LABELS_FROM, labeling_protocol_of, read_labeler
-from darseg.run.marks import fix_excluded, without
+from darseg.run.marks import fix_excluded, report_excluded, without
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
@@ -164,7 +164,7 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         thresholds.unlink(missing_ok=True)
         run.drop_facts_logs(index)
     if (labeler := course.labelers.get(index)) is not None:
-        # Only now: a kill before this drops the same again.
+        # Written only now, so that a run killed earlier drops the same files again.
         write_json(course.path(round_, LABELS_FROM), labeler.to_json())
     if not histogram.exists():
         config, classes = course.recipe.labeling, len(course.manifest.classes)
@@ -177,9 +177,7 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
             twice="set labeling.predict_twice=true",
         )
     total = len(course.manifest.unlabeled)
-    if excluded := total - len(unlabeled):
-        journal.event("excluded", round=index, images=excluded, of=total)
-        journal.say(f"round {index}: {excluded} of {total} unlabeled images are marked as bad and left out")
+    report_excluded(journal, index, excluded=total - len(unlabeled), total=total)
 
 
 def _drop_predictions_of_another(course: Course, round_: Round) -> bool:

@@ -23,7 +23,7 @@ from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
 from darseg.run.machine import cache_limit, workers_for
-from darseg.run.marks import fix_excluded, without
+from darseg.run.marks import fix_excluded, report_excluded, without
 from darseg.run.online import teacher_of, with_shares
 from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
 from darseg.run.remedies import explain_memory, less_to_train
@@ -144,14 +144,10 @@ def train_round(
 def _left_out(course: Course, index: int) -> tuple[str, ...]:
     """The unlabeled images that an online round leaves out: those marked as bad when it began."""
     run = course.run
-    begun = bool(run.checkpoints(index)) or run.record_path(index, "train").exists()
+    begun = run.has_trained(index)
     excluded = fix_excluded(run, index, course.manifest.unlabeled, begun=begun)
-    if excluded and not begun:
-        total = len(course.manifest.unlabeled)
-        course.journal.event("excluded", round=index, images=len(excluded), of=total)
-        course.journal.say(
-            f"round {index}: {len(excluded)} of {total} unlabeled images are marked as bad and left out"
-        )
+    if not begun:
+        report_excluded(course.journal, index, excluded=len(excluded), total=len(course.manifest.unlabeled))
     return excluded
 
 
