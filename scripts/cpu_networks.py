@@ -20,7 +20,7 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
+import sys
 import threading
 import time
 import traceback
@@ -44,6 +44,9 @@ from darseg.run.directory import write_json
 from darseg.run.machine import keep_memory
 from darseg.run.plan import Round, method_of, plan_rounds, stage_of
 from darseg.training.stage import StepReport, run_stage
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from host import processor
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "neu_seg_48.yaml"
 
@@ -179,13 +182,6 @@ def measure(out: Path, data: Path, weights: Path, turns: int) -> None:
     machine = {"processor": processor(), "torch": torch.__version__, "processor_share": round(shares, 2)}
     write_json(out / "rates.json", {"machine": machine, "unlabeled": unlabeled, "networks": rates})
     print((out / "rates.json").read_text())
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    named = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor())
 
 
 # Training

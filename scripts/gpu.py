@@ -238,30 +238,18 @@ def unpacked(dry: bool) -> Iterator[tuple[Path, Path, Path]]:
 def machine() -> dict[str, Any]:
     import torch
 
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cpu = next(
-        (x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")),
-        platform.processor(),
-    )
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE, check=False
-    )
+    sys.path.append(str(HERE / "benchmarks"))
+    from host import commit, processor
+
     return {
-        "gpu": gpu,
-        "cpu": cpu,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": os.environ.get("DARSEG_COMMIT") or git.stdout.strip() or "unknown",
+        "commit": commit(),
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def main() -> None:

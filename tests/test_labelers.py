@@ -30,7 +30,7 @@ from darseg.run.evaluate import evaluate
 from darseg.run.label import label_folder
 from darseg.run.labelers import labelers_of
 from darseg.run.rounds import train
-from test_run import KILLED, outcome
+from test_run import KILLED, kill_and_finish, outcome
 from wording import refused, says
 
 QUIET = Console(quiet=True)
@@ -125,15 +125,15 @@ def test_killed_anywhere_a_student_ends_with_the_same_bytes(
     student: Path, teacher: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     recipe, run = write(tmp_path / "cnn.yaml", student_values(tiny_data, teacher)), tmp_path / "run"
-    for pattern, count in (
-        ("round_0/labels/**/*.png", 2),
-        ("round_0/checkpoint_*.safetensors", 1),
-        ("round_1/labels/**/*.png", 2),
-    ):
-        ended = forks.python("-c", KILLED, recipe, run, pattern, count)
-        assert ended.returncode == -signal.SIGKILL, (pattern, ended.stderr)
-    result = forks.python("-m", "darseg", "train", recipe, "--out", run)
-    assert result.returncode == 0, result.stderr
+    kill_and_finish(
+        recipe,
+        run,
+        [
+            ("round_0/labels/**/*.png", 2),
+            ("round_0/checkpoint_*.safetensors", 1),
+            ("round_1/labels/**/*.png", 2),
+        ],
+    )
     assert outcome(run) == outcome(student)
 
 

@@ -26,14 +26,19 @@ from wording import refused, says
 PAPER_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # multi-scale testing of PSPNet
 
 
-@pytest.fixture(scope="module")
-def network() -> Network:
+def decisive_network() -> Network:
+    """A small network with logits far from each other, whatever the drawn weights."""
     torch.manual_seed(0)
     network = build_network(backbone="resnet18_half", classes=4, head_channels=8, output_stride=16).eval()
-    for key, value in network.state_dict().items():  # logits far from each other, whatever the drawn weights
+    for key, value in network.state_dict().items():
         if key.endswith("classifier.weight"):
             value.mul_(40)
     return network
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    return decisive_network()
 
 
 def slow(network: Network, image: np.ndarray, protocol: Protocol, average: str) -> torch.Tensor:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -219,20 +220,29 @@ main()
 """
 
 
-def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(yaml.safe_dump(recipe_dict(tiny_data)))
-    run = tmp_path / "run"
-    for pattern, count in (
-        ("round_0/checkpoint_*.safetensors", 1),
-        ("round_1/predictions/**/*.prediction", 3),
-        ("round_1/labels/**/*.png", 2),
-        ("round_2/checkpoint_*.safetensors", 1),
-    ):
+def kill_and_finish(recipe: Path, run: Path, places: Sequence[tuple[str, int]]) -> None:
+    """Train; the process is killed at each place, once so many files have a pattern, and the last one ends."""
+    for pattern, count in places:
         ended = forks.python("-c", KILLED, recipe, run, pattern, count)
         assert ended.returncode == -signal.SIGKILL, (pattern, ended.stderr)
     result = forks.python("-m", "darseg", "train", recipe, "--out", run)
     assert result.returncode == 0, result.stderr
+
+
+def test_killed_anywhere_it_ends_with_the_same_bytes(finished: Path, tiny_data: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump(recipe_dict(tiny_data)))
+    run = tmp_path / "run"
+    kill_and_finish(
+        recipe,
+        run,
+        [
+            ("round_0/checkpoint_*.safetensors", 1),
+            ("round_1/predictions/**/*.prediction", 3),
+            ("round_1/labels/**/*.png", 2),
+            ("round_2/checkpoint_*.safetensors", 1),
+        ],
+    )
     assert outcome(run) == outcome(finished)
     assert not list(run.glob("round_*/predictions")) and not list(run.glob("round_*/checkpoint_*"))
 

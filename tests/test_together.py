@@ -17,7 +17,7 @@ from darseg.data.pipeline import AHEAD, Finish, Flow, overlapped_groups
 from darseg.data.prediction import FINE, FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError, NumericsError
 from darseg.model.decide import decide, decide_later, decide_strips
-from darseg.model.network import Network, Output, build_network
+from darseg.model.network import Network, Output
 from darseg.model.predict import predict, predict_for_labeling
 from darseg.model.together import Picture, Together
 from darseg.model.windows import Average, Protocol, group_size
@@ -27,6 +27,7 @@ from darseg.pseudo.labelset import assign_labels, count_predictions, prediction_
 from darseg.pseudo.thresholds import choose_dars
 from darseg.run.label_samples import network_predictor
 from darseg.training.processes import Processes
+from test_protocol import decisive_network
 from wording import refused
 
 GPU = torch.device("cuda")
@@ -36,12 +37,7 @@ SIZES = [(30, 40), (30, 40), (33, 49), (20, 33), (90, 130), (30, 40), (33, 60), 
 
 @pytest.fixture(scope="module")
 def network() -> Network:
-    torch.manual_seed(0)
-    network = build_network(backbone="resnet18_half", classes=4, head_channels=8, output_stride=16).eval()
-    for key, value in network.state_dict().items():  # logits far from each other, whatever the drawn weights
-        if key.endswith("classifier.weight"):
-            value.mul_(40)
-    return network
+    return decisive_network()
 
 
 @pytest.fixture(scope="module")

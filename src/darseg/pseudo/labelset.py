@@ -238,7 +238,14 @@ class Predictor:
     @property
     def images(self) -> int:
         """How many consecutive images of a set are predicted as a group, always together."""
-        return 1 if self.groups is None else self.groups.images
+        return self._grouped.images
+
+    @property
+    def _grouped(self) -> Groups:
+        """The groups; without any, each image is one."""
+        if self.groups is not None:
+            return self.groups
+        return Groups(1, self.read, each(lambda task, image: self.predict(task.sample, image)))
 
     def run(
         self,
@@ -256,12 +263,13 @@ class Predictor:
                 predicted again: without them, the last bits of its scores may differ.
         """
         left = iter(range(len(samples) if wanted is None else len(wanted)))
+        groups = self._grouped
 
         def read(task: _Task) -> Any:
             waiting = read_prediction(self.folder, task.sample.id) if task.waits and self.folder else None
             if waiting is not None:
                 return waiting
-            return self.read(task.sample) if self.groups is None else self.groups.read(task.sample)
+            return groups.read(task.sample)
 
         def write(task: _Task, made: _Made) -> None:
             sample = task.sample
@@ -278,7 +286,7 @@ class Predictor:
             write=write,
             # Images that are not wanted were counted before.
             advance=lambda: next(left, None) is not None and advance(),
-            flow=ONE_BY_ONE if self.groups is None else self.groups.flow,
+            flow=groups.flow,
         )
 
     def _tasks(self, samples: Sequence[Sample], wanted: Collection[str] | None) -> Iterator[list[_Task]]:
@@ -308,9 +316,7 @@ class Predictor:
                 yield from self._new(iter([(task, content)]))
 
     def _new(self, images: Iterator[tuple[_Task, Any]]) -> Iterator[tuple[_Task, Finish[_Made]]]:
-        alone = each(lambda task, image: self.predict(task.sample, image))
-        predicted = alone(images) if self.groups is None else self.groups.predict(images)
-        return ((task, partial(_made, finish)) for task, finish in predicted)
+        return ((task, partial(_made, finish)) for task, finish in self._grouped.predict(images))
 
 
 @dataclass(frozen=True)

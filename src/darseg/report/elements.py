@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from darseg.data.classes import ClassSet
+
 UNDEFINED = "–"
 
 
@@ -15,6 +17,11 @@ class Entry:
 
     name: str
     color: str
+
+
+def class_entries(classes: ClassSet) -> list[Entry]:
+    """The legend of the classes."""
+    return [Entry(name, css_color(color)) for name, color in zip(classes.names, classes.colors, strict=True)]
 
 
 @dataclass(frozen=True)

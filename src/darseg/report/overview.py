@@ -17,7 +17,7 @@ from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
 from darseg.report import charts
 from darseg.report.acceptance import accepted_chart
-from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, css_color, figure_of
+from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, class_entries, figure_of
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
 from darseg.report.page import Page, render
@@ -92,7 +92,7 @@ def pictures_of(facts: RunFacts, data: DataFacts, share: bool = False) -> Markup
         "gallery",
         gallery=gallery,
         fault=fault,
-        classes=_entries(facts.classes),
+        classes=class_entries(facts.classes),
         protocol=_labeling_protocol(facts).describe("logits"),
     )
 
@@ -128,10 +128,6 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
     page.section("Gallery", pictures)
     page.section("Run", _run(facts, data, seconds))
     return page
-
-
-def _entries(classes: ClassSet) -> list[Entry]:
-    return [Entry(name, css_color(color)) for name, color in zip(classes.names, classes.colors, strict=True)]
 
 
 def _tab(round_: RoundFacts, content: object) -> Tab:
@@ -184,7 +180,7 @@ def _classes(page: Page, facts: RunFacts) -> Markup:
         return [Change(value, value / largest)] if several else []
 
     rows = []
-    for k, entry in enumerate(_entries(facts.classes)):
+    for k, entry in enumerate(class_entries(facts.classes)):
         cells = [*map(figure_of, iou[:, k]), *changed(float(change[k]))]
         cells += [figure_of(last.precision[k]), figure_of(last.recall[k])]
         rows.append(Row(entry, cells, "worst" if iou[-1, k] == np.nanmin(iou[-1]) else ""))
@@ -234,7 +230,7 @@ def _shares_table(classes: ClassSet, data: DataFacts, round_: RoundFacts) -> Tab
     shares = {title: pixels / max(1, pixels.sum()) for title, pixels in counts.items() if pixels is not None}
     rows = [
         Row(entry, [f"{share[k]:.3%}" for share in shares.values()])
-        for k, entry in enumerate(_entries(classes))
+        for k, entry in enumerate(class_entries(classes))
     ]
     return Table(["share of pixels", *shares], rows)
 
@@ -263,7 +259,7 @@ def _alignments(facts: RunFacts, data: DataFacts) -> Markup:
 def _alignment_table(classes: ClassSet, data: DataFacts, alignment: Alignment) -> Table:
     wanted = None if data.counts is None else data.counts / max(1, data.counts.sum())
     rows = []
-    for k, entry in enumerate(_entries(classes)):
+    for k, entry in enumerate(class_entries(classes)):
         cells = [
             UNDEFINED if shares is None else f"{shares[k]:.3%}"
             for shares in (alignment.plain, wanted, alignment.reached)
@@ -287,7 +283,7 @@ def _thresholds_table(classes: ClassSet, round_: RoundFacts) -> Table:
     columns = ["class", "threshold", "keep share", "wanted", "predicted", "accepted", "kept", "of predicted"]
     counts = (chosen.wanted, chosen.predicted, chosen.accepted, kept)
     rows = []
-    for k, entry in enumerate(_entries(classes)):
+    for k, entry in enumerate(class_entries(classes)):
         never = bool(np.isnan(chosen.threshold[k]))
         cells = ["never predicted" if never else f"{chosen.threshold[k]:.5g}"]
         cells.append(UNDEFINED if never else f"{chosen.keep[k]:.4f}")
@@ -321,7 +317,7 @@ def _confidences(page: Page, facts: RunFacts) -> Markup:
     for round_ in rounds:
         assert round_.labels is not None
         chosen, cells, base = round_.labels.thresholds, [], page.base(charts.confidence_base(round_.labels))
-        for k, entry in enumerate(_entries(classes)):
+        for k, entry in enumerate(class_entries(classes)):
             if not chosen.predicted[k]:
                 cells.append(ConfidenceCell(entry, None))
                 continue

@@ -13,7 +13,7 @@ from PIL import Image
 
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.images import shrink
-from darseg.report.elements import Entry, Row, Table, css_color
+from darseg.report.elements import Row, Table, class_entries
 from darseg.report.gallery import CHECK, CHECKS, SIDE, PictureMap, data_url
 from darseg.report.page import Page, check_out, render
 from darseg.run.preview import Preview, SeenBatch, preview_round
@@ -87,16 +87,12 @@ def page_of(preview: Preview) -> Page:
         f"The images of the {first}, cut out and changed exactly as training draws them.",
     )
     rows = [Row(name, [text]) for name, text in preview.settings]
-    legend = [
-        Entry(name, css_color(color))
-        for name, color in zip(preview.classes.names, preview.classes.colors, strict=True)
-    ]
     page.section(
         "Settings",
         render(
             "preview_settings",
             settings=Table([], rows, "facts"),
-            classes=legend,
+            classes=class_entries(preview.classes),
             boxes=preview.boxes,
         ),
     )
