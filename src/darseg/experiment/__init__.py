@@ -1,0 +1,1 @@
+"""An experiment: variants, label budgets, seeds and controls in, statistics out."""
