@@ -5,6 +5,8 @@
     python scripts/cpu_networks.py train OUT --data DATA --weights WEIGHTS --seconds 1800 --seeds 0 1 2 --processes 8
     python scripts/cpu_networks.py table OUT
 
+Images have their own size, or half of it with --regime half (small crops, several times the steps).
+
 `rates` measures the seconds of a step and of labeling an image on one thread, as processor time, and writes
 OUT/rates.json. `train` turns a budget of such seconds into steps and trains with them, so it may run on any machine,
 also on a GPU; it goes on where it was stopped, and writes OUT/results.json. `table` prints both.
@@ -48,6 +50,8 @@ from darseg.training.stage import StepReport, run_stage
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from host import processor
 
+from neu_seg_results import REGIMES, SCALES
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "neu_seg_48.yaml"
 
 # Network → its backbone and weight file.
@@ -61,7 +65,10 @@ KINDS = ("labels", "dars")
 """The labels alone in one round, or DARS's three rounds of equal seconds."""
 
 RATIOS = (0.4, 0.65)
-LAST_SCALE = "[0.4, 2.0]"  # of the last round, as in the recipe
+OPTIMIZERS = {
+    "sgd": (),
+    "adamw": ("training.optimizer=adamw", "training.head_factor=10"),  # heads as much faster as with sgd
+}
 MEASURED_STEPS, MEASURED_IMAGES = 6, 12  # of each turn, after a first that is not counted
 
 
@@ -98,10 +105,16 @@ def rename(packages: Sequence[Path], out: Path) -> None:
 # Rates
 
 
-def recipe_of(network: str, data: Path, weights: Path, *changes: str) -> Recipe:
+def recipe_of(network: str, arguments: argparse.Namespace, *changes: str) -> Recipe:
     backbone, file = NETWORKS[network]
-    source = (weights / file).resolve() if file else "none"
-    fixed = (f"data.root={data.resolve()}", f"network.backbone={backbone}", f"network.weights={source}")
+    source = (arguments.weights / file).resolve() if file else "none"
+    fixed = [
+        f"data.root={arguments.data.resolve()}",
+        f"network.backbone={backbone}",
+        f"network.weights={source}",
+        f"augmentation.scale={SCALES[arguments.regime][0]}",
+        *REGIMES[arguments.regime][1],
+    ]
     return darseg.load_recipe(RECIPE, [*fixed, "threads=1", "result.align=off", *changes])
 
 
@@ -115,7 +128,7 @@ class Timed:
             recipe,
             labeled=len(self.manifest.labeled),
             unlabeled=len(self.manifest.unlabeled),
-            fill=self.network.fill,
+            fills={0: self.network.fill},
         )
 
     def step(self, round_: Round) -> float:
@@ -157,14 +170,15 @@ class Timed:
         return (time.process_time() - began) / MEASURED_IMAGES
 
 
-def measure(out: Path, data: Path, weights: Path, turns: int) -> None:
+def measure(arguments: argparse.Namespace) -> None:
     """Write rates.json: the least seconds of all turns, in which the networks take turns."""
+    out = arguments.out
     torch.set_num_threads(1)
     keep_memory()
-    timed = {name: Timed(recipe_of(name, data, weights)) for name in NETWORKS}
+    timed = {name: Timed(recipe_of(name, arguments)) for name in NETWORKS}
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in NETWORKS}
     load = time.process_time(), time.perf_counter()
-    for _ in range(turns):
+    for _ in range(arguments.turns):
         for name, each in timed.items():
             rows[name].append((each.step(each.rounds[0]), each.step(each.rounds[1]), each.label()))
     shares = (time.process_time() - load[0]) / (time.perf_counter() - load[1])
@@ -180,7 +194,10 @@ def measure(out: Path, data: Path, weights: Path, turns: int) -> None:
     unlabeled = len(next(iter(timed.values())).manifest.unlabeled)
     out.mkdir(parents=True, exist_ok=True)
     machine = {"processor": processor(), "torch": torch.__version__, "processor_share": round(shares, 2)}
-    write_json(out / "rates.json", {"machine": machine, "unlabeled": unlabeled, "networks": rates})
+    write_json(
+        out / "rates.json",
+        {"machine": machine, "regime": arguments.regime, "unlabeled": unlabeled, "networks": rates},
+    )
     print((out / "rates.json").read_text())
 
 
@@ -193,14 +210,15 @@ class Job(NamedTuple):
     network: str
     kind: str
     seed: int
+    optimizer: str
     learning_rate: float
 
     @property
     def name(self) -> str:
-        return f"{self.network}_{self.kind}_{self.learning_rate:g}_{self.seed}"
+        return f"{self.network}_{self.kind}_{self.optimizer}_{self.learning_rate:g}_{self.seed}"
 
 
-def rounds_of(job: Job, rates: dict[str, Any], seconds: float) -> list[str]:
+def rounds_of(job: Job, rates: dict[str, Any], *, regime: str, seconds: float) -> list[str]:
     """The rounds of a run, of which each takes the same share of the seconds, labeling included."""
     cost = rates["networks"][job.network]["seconds"]
     if job.kind == "labels":
@@ -214,16 +232,16 @@ def rounds_of(job: Job, rates: dict[str, Any], seconds: float) -> list[str]:
     later = int(left / cost["half_step"])
     rounds = [f"{{steps: {int(share / cost['step'])}}}"]
     rounds += [f"{{steps: {later}, labeling_ratio: {ratio}}}" for ratio in RATIOS]
-    return [*rounds[:-1], f"{rounds[-1][:-1]}, scale: {LAST_SCALE}}}"]
+    return [*rounds[:-1], f"{rounds[-1][:-1]}, scale: {SCALES[regime][1]}}}"]
 
 
 def run(job: Job, arguments: argparse.Namespace, rates: dict[str, Any]) -> dict[str, Any]:
     """Train a run and score its plain network on the validation and test images."""
-    rounds = rounds_of(job, rates, arguments.seconds)
+    rounds = rounds_of(job, rates, regime=arguments.regime, seconds=arguments.seconds)
     recipe = recipe_of(
         job.network,
-        arguments.data,
-        arguments.weights,
+        arguments,
+        *OPTIMIZERS[job.optimizer],
         f"seed={job.seed}",
         f"training.learning_rate={job.learning_rate}",
         f"rounds=[{', '.join(rounds)}]",
@@ -238,6 +256,7 @@ def run(job: Job, arguments: argparse.Namespace, rates: dict[str, Any]) -> dict[
     }
     return {
         **job._asdict(),
+        "regime": arguments.regime,
         "seconds": arguments.seconds,
         "rounds": rounds,
         "device": pick_device().type,
@@ -256,12 +275,20 @@ def end_with_parent() -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Train all runs that results.json does not have, several at once."""
     rates = json.loads((arguments.rates or arguments.out / "rates.json").read_text())
+    if rates["regime"] != arguments.regime:
+        raise SystemExit(
+            f"rates.json is of the regime {rates['regime']}, not {arguments.regime}: measure again"
+        )
     path = arguments.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     jobs = [
         Job(*values)
         for values in itertools.product(
-            arguments.networks, arguments.kinds, arguments.seeds, arguments.learning_rates
+            arguments.networks,
+            arguments.kinds,
+            arguments.seeds,
+            (arguments.optimizer,),
+            arguments.learning_rates,
         )
     ]
     # Seeds come first: if time runs out, all networks have equally many.
@@ -294,11 +321,14 @@ def table(out: Path) -> None:
     path = out / "results.json"
     results = list(json.loads(path.read_text()).values()) if path.exists() else []
     print(
-        "\n| network | kind | rate | seeds | val | test | test, least – most |\n|---|---|---|---|---|---|---|"
+        "\n| network | kind | optimizer | rate | seeds | val | test | test, least – most |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
-    keys = sorted({(r["network"], r["kind"], r["learning_rate"]) for r in results})
-    for key in keys:
-        own = [r for r in results if (r["network"], r["kind"], r["learning_rate"]) == key]
+    groups: dict[tuple[str, str, str, float], list[dict[str, Any]]] = {}
+    for each in results:
+        key = (each["network"], each["kind"], each["optimizer"], each["learning_rate"])
+        groups.setdefault(key, []).append(each)
+    for key, own in sorted(groups.items()):
         test = [r["test"]["mean_iou"] for r in own]
         val = mean(r["validation"]["mean_iou"] for r in own)
         print(
@@ -320,6 +350,7 @@ def main() -> None:
         if name in ("rates", "train"):
             command.add_argument("--data", type=Path, required=True)
             command.add_argument("--weights", type=Path, required=True)
+            command.add_argument("--regime", choices=list(REGIMES), default="full")
         if name == "rates":
             command.add_argument("--turns", type=int, default=3)
         if name == "train":
@@ -328,6 +359,7 @@ def main() -> None:
             command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
             command.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
             command.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+            command.add_argument("--optimizer", choices=list(OPTIMIZERS), default="sgd")
             command.add_argument("--learning-rates", type=float, nargs="+", default=[0.03])
             command.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()
@@ -335,7 +367,7 @@ def main() -> None:
         case "weights":
             rename(arguments.packages, arguments.out)
         case "rates":
-            measure(arguments.out, arguments.data, arguments.weights, arguments.turns)
+            measure(arguments)
         case "train":
             train(arguments)
         case "table":
