@@ -17,21 +17,26 @@ from darseg.data.classes import IGNORE
 from darseg.data.prediction import FINE
 from darseg.data.views import Views
 from darseg.errors import RecipeError
-from darseg.methods.acceptance import Above, Predicted, accept, acceptance_state
-from darseg.methods.consistency import (
+from darseg.methods.acceptance import Above, Aligned, Predicted, accept, acceptance_state
+from darseg.methods.consistency import Consistency, OnlineState, Supervision
+from darseg.methods.draws import uniform
+from darseg.methods.figures import (
     ACCEPTED,
+    ACCEPTED_BY,
+    AGREED,
     INSIDE,
     KNOWN,
+    KNOWN_BY,
     RIGHT,
-    Consistency,
-    OnlineState,
-    Supervision,
-    in_eval_mode,
+    RIGHT_BY,
+    STUDENT_RIGHT,
+    TEACHER_RIGHT,
+    THRESHOLDS,
+    TRUE,
 )
-from darseg.methods.draws import uniform
 from darseg.methods.mixing import box_mask, class_mask, mix, partners_of
 from darseg.methods.self_training import self_training
-from darseg.methods.teacher import Teacher, TeacherSettings, with_teacher
+from darseg.methods.teacher import Teacher, TeacherSettings, in_eval_mode, with_teacher
 from darseg.model.decide import decide
 from darseg.model.recompute import recompute_blocks
 from darseg.run.online import MAKERS
@@ -284,6 +289,54 @@ def test_what_is_accepted_is_counted() -> None:
     assert int(figures[INSIDE]) == int(views.inside.sum()) and int(figures[ACCEPTED]) == int(kept.sum()) > 0
     assert int(figures[KNOWN]) == int(kept[:3].sum()) > 0
     assert int(figures[RIGHT]) == int((kept[:3] & (classes[:3] == 1)).sum())
+    for k in range(CLASSES):
+        labeled = kept & (classes == k)
+        assert int(figures[ACCEPTED_BY][k]) == int(labeled.sum())
+        assert int(figures[KNOWN_BY][k]) == int(labeled[:3].sum())
+        assert int(figures[RIGHT_BY][k]) == (int(labeled[:3].sum()) if k == 1 else 0)
+    assert THRESHOLDS not in figures  # one for all, which the recipe has
+
+
+def test_the_student_is_compared_with_its_teacher() -> None:
+    made, views = make(HOW), views_at()
+    truth = torch.full((IMAGES, SIDE, SIDE), IGNORE, dtype=torch.uint8)
+    truth[2:] = 1
+    with torch.no_grad():
+        for parameter in made.network.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    before = {name: value.clone() for name, value in made.network.state_dict().items()}
+    streamed = [labeled_at(), replace(views, truth=truth)]
+    with torch.no_grad():
+        figures = made.label(made.state, made.network, streamed, 10).figures
+        teacher = made.state.teacher.network(views.weak).main.argmax(1)
+        with in_eval_mode(made.network):
+            student = made.network(views.weak).main.argmax(1)
+    known = views.inside.clone()
+    known[:2] = False
+    assert 0 < int(figures[AGREED]) == int((views.inside & (teacher == student)).sum()) < int(figures[INSIDE])
+    assert int(figures[TRUE]) == int(known.sum()) > 0
+    assert int(figures[TEACHER_RIGHT]) == int((known & (teacher == 1)).sum())
+    assert int(figures[STUDENT_RIGHT]) == int((known & (student == 1)).sum())
+    assert all(torch.equal(before[name], value) for name, value in made.network.state_dict().items())
+    with torch.no_grad():
+        other_step = made.label(made.state, made.network, streamed, 11).figures
+        alone = make(replace(HOW, teacher=None))
+        without = alone.label(alone.state, alone.network, streamed, 10).figures
+    assert AGREED not in other_step and ACCEPTED_BY not in other_step and KNOWN in other_step
+    assert AGREED not in without and ACCEPTED_BY in without
+
+
+def test_thresholds_by_class_are_noted() -> None:
+    made, views = make(replace(HOW, accept=Aligned(0.5, window=1, counts=(1,) * CLASSES))), views_at()
+    state = made.state.acceptance
+    with torch.no_grad():
+        nothing = made.label(made.state, made.network, [labeled_at(), views], 0).figures[THRESHOLDS]
+        state.lowest[:] = int(torch.tensor(0.25).half().view(torch.int16))
+        state.lowest[0] = state.counts.shape[1]  # accepts nothing
+        figures = made.label(made.state, made.network, [labeled_at(), views], 0).figures
+    assert nothing.isnan().all()
+    thresholds = figures[THRESHOLDS] / figures[INSIDE]
+    assert thresholds[0].isnan() and thresholds[1:].tolist() == [0.25] * (CLASSES - 1)
 
 
 # --- what the methods are equal to

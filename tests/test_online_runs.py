@@ -95,6 +95,16 @@ def test_the_journal_has_shares_of_accepted_pixels_and_their_precision(finished:
         # The truth is read every tenth step.
         assert ("precision" in event) == (online and event["step"] % 10 == 0)
         assert event.get("precision") is None or 0 <= event["precision"] <= 1
+        looked = online and event["step"] % 10 == 0
+        for name in ("accepted_by_class", "precision_by_class"):
+            assert len(event.get(name, ())) == (11 if looked else 0)
+        if looked:
+            assert sum(event["accepted_by_class"]) == pytest.approx(1, abs=1e-4)
+            assert all(share is None or 0 <= share <= 1 for share in event["precision_by_class"])
+            assert all(0 <= event[name] <= 1 for name in ("agreement", "teacher_right", "student_right"))
+    page = (finished / "report.html").read_text()
+    assert "Teacher and student" in page and "Right ones among the accepted, by class" in page
+    assert "Smallest accepted confidence" not in page
 
 
 def test_the_teacher_is_what_the_round_saves(tiny_data: Path, tmp_path: Path) -> None:
@@ -169,6 +179,7 @@ def test_killed_within_a_window_it_ends_with_the_same_bytes(tiny_data: Path, tmp
     train(path, tmp_path / "killed")
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
     first, last = events_of(tmp_path / "whole", "step")
+    assert first["thresholds"] == [None] * 11 and any(share is not None for share in last["thresholds"])
     assert (first["step"], last["step"]) == (0, 10)
     assert (first["accepted"], first["unaligned"], first["moved"]) == (
         0,
@@ -203,6 +214,8 @@ train(sys.argv[1], sys.argv[2])
             ended = forks.torchrun("run.py", path, tmp_path / name, mode, cwd=tmp_path)
             assert (ended.returncode == 0) == (mode == "go"), ended.stderr
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    first = events_of(tmp_path / "whole", "step")[0]  # vectors are added up over processes, too
+    assert sum(first["accepted_by_class"]) == pytest.approx(1, abs=1e-4)
 
 
 def test_images_marked_as_bad_are_left_out_of_online_rounds(

@@ -37,10 +37,11 @@ from darseg.model.weights import load_network
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labelset import prediction_path
 from darseg.pseudo.thresholds import choose_global
-from darseg.report import charts, gallery, overview, page
-from darseg.report.acceptance import accepted_chart
+from darseg.report import charts, gallery, overview, page, step_charts
+from darseg.report.acceptance import accepted_chart, class_charts, teacher_chart
 from darseg.report.comparison import compare_runs, spread
-from darseg.report.facts import Curve, RoundFacts, read_data, read_run, remarks
+from darseg.report.curve import Curve
+from darseg.report.facts import RoundFacts, read_data, read_run, remarks
 from darseg.report.overview import page_of, write_report
 from darseg.run.browse import open_round
 from darseg.run.build import labeling_protocol, manifest_of
@@ -208,7 +209,7 @@ def test_every_loss_in_the_journal_is_drawn(run: Path) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
     facts = read_run(run)
     assert facts.rounds[2].curve.figures["loss_consistency"].tolist() == [0.5, 1.5, 2.5]
-    chart = charts.loss_chart(facts.rounds)
+    chart = step_charts.loss_chart(facts.rounds)
     in_legend = [trace for trace in chart.data if trace.showlegend]
     names = [trace.name for trace in in_legend]
     assert names[:3] == ["labeled", "pseudo-labeled", "consistency"] and len(names) == 4
@@ -243,6 +244,37 @@ def test_what_alignments_did_is_drawn_with_what_was_accepted(run: Path) -> None:
         "class changed by alignment": [0, 0.25, 0.5],
         "decided without class weights": [1, 1, 0],
     }
+
+
+def test_what_is_accepted_of_each_class_is_drawn_against_the_labeled_shares(run: Path) -> None:
+    facts = read_run(run)
+    number = len(facts.classes)
+    assert class_charts(facts.rounds, facts.classes, None) == {} and teacher_chart(facts.rounds) is None
+    with open(run / "journal.jsonl", "a") as file:
+        for step in (0, 10):
+            line = {"time": 0, "event": "step", "round": 2, "step": step, "loss": 1.0, "learning_rate": 0.1}
+            line["accepted_by_class"] = [0.5, *[0.1] * (number - 1)] if step else None
+            line["thresholds"] = [None, *[0.25] * (number - 1)]
+            line["precision_by_class"] = [1.0] * (number + 3)  # of other classes: damaged
+            line["agreement"] = 0.75
+            file.write(json.dumps(line) + "\n")
+    facts = read_run(run)
+    counts = np.array([4, 0, *[1] * (number - 2)])
+    drawn = class_charts(facts.rounds, facts.classes, counts)
+    assert set(drawn) == {"accepted_by_class", "thresholds"}
+    ratios = {trace.name: list(trace.y) for trace in drawn["accepted_by_class"].data}
+    names = [charts.short(name) for name in facts.classes.names]
+    wanted = 4 / counts.sum()
+    assert names[1] not in ratios and ratios[names[0]][0] is None
+    assert ratios[names[0]][1] == pytest.approx(0.5 / wanted)
+    assert ratios[names[2]][1] == pytest.approx(0.1 * counts.sum())
+    thresholds = {trace.name: list(trace.y) for trace in drawn["thresholds"].data}
+    assert thresholds[names[0]] == [None, None] and thresholds[names[1]] == [0.25, 0.25]
+    shares = class_charts(facts.rounds, facts.classes, None)["accepted_by_class"].data
+    assert [list(trace.y)[1] for trace in shares] == [0.5, *[0.1] * (number - 1)]
+    teacher = teacher_chart(facts.rounds)
+    assert teacher is not None and [list(trace.y) for trace in teacher.data] == [[0.75, 0.75]]
+    assert "Smallest accepted confidence, by class" in write_report(run).read_text()
 
 
 def scored(index: int, correct: list[int], confused: list[int]) -> RoundFacts:
@@ -383,11 +415,12 @@ def test_only_dars_aims_at_the_labeled_images(run: Path, method: str) -> None:
 def test_a_long_curve_is_averaged() -> None:
     steps = np.arange(0, 100_000, 10)
     values = np.where(steps == 0, np.nan, steps * 2.0)
-    thinned, means = charts.thin(steps, values)
-    assert len(thinned) == charts.POINTS and thinned[0] == 45 and thinned[-1] == 99_945
+    thinned, means = step_charts.thin(steps, values)
+    assert len(thinned) == step_charts.POINTS and thinned[0] == 45 and thinned[-1] == 99_945
     assert means[-1] == pytest.approx(2 * 99_945) and means[0] == pytest.approx(2 * 50)
     assert (
-        charts.thin(steps[:7], values[:7])[1] is not None and len(charts.thin(steps[:7], values[:7])[0]) == 7
+        step_charts.thin(steps[:7], values[:7])[1] is not None
+        and len(step_charts.thin(steps[:7], values[:7])[0]) == 7
     )
 
 

@@ -164,12 +164,15 @@ class Accepted:
         predicted: uint8 [B, H, W], the classes before anything was rejected; 255: outside.
         seen: tensors that `advance` gets, added up over processes.
         figures: counts of pixels to report.
+        thresholds: float [K], smallest accepted confidence of each class; NaN for classes of which nothing is accepted.
+            None: the rule has one for all, which does not change.
     """
 
     labels: Tensor
     predicted: Tensor
     seen: Mapping[str, Tensor] = field(default_factory=dict)
     figures: Mapping[str, Tensor] = field(default_factory=dict)
+    thresholds: Tensor | None = None
 
 
 class AlignmentState(nn.Module):
@@ -210,6 +213,7 @@ def accept(how: Acceptance, state: nn.Module, predicted: Predicted) -> Accepted:
     confidence, classes = probabilities.max(1)
     labels = classes.to(torch.uint8).masked_fill(~inside, IGNORE)
     seen: Mapping[str, Tensor] = {}
+    thresholds = None
     match how:
         case Above(threshold):
             kept = confidence >= threshold  # NaN is rejected
@@ -218,11 +222,13 @@ def accept(how: Acceptance, state: nn.Module, predicted: Predicted) -> Accepted:
             codes = codes_of(confidence, inside)
             kept = state.accepts(classes, codes, _pixel_draws(predicted))
             seen = {"confidences": counted(classes, codes, probabilities.shape[1])}
+            thresholds = state.thresholds()
         case ClassThresholds():
             assert isinstance(state, RunningMeans)
-            kept = confidence >= state.class_thresholds()[classes]
+            thresholds = state.class_thresholds()
+            kept = confidence >= thresholds[classes]
             seen = {"sums": sums_of(probabilities, inside)}
-    return Accepted(labels.masked_fill(~kept, IGNORE), labels, seen)
+    return Accepted(labels.masked_fill(~kept, IGNORE), labels, seen, thresholds=thresholds)
 
 
 def advance(how: Acceptance, state: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:

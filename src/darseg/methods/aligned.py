@@ -49,6 +49,11 @@ class WindowThresholds(nn.Module):
         """
         return (codes >= self.lowest[classes]) & (draws < self.keep[classes])
 
+    def thresholds(self) -> Tensor:
+        """Smallest accepted confidence of each class, float32 [K]; NaN where nothing is accepted."""
+        codes = self.lowest.clamp(max=CODES - 1).to(torch.int16)
+        return codes.view(torch.float16).float().masked_fill(self.lowest == CODES, torch.nan)
+
     def follow(self, seen: Tensor, share: Sequence[int], *, ratio: float, full: bool) -> None:
         """Add what all processes saw; after the last step of a window, choose and begin the next one.
 

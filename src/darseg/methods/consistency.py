@@ -1,15 +1,14 @@
 """Learn from unlabeled images while training: strong views get the labels of the weak view.
 
 FixMatch, as UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025) has it for segmentation. What all such methods share is
-here too: their settings (`Consistency`), their state, the prediction of weak views, and counts of what was accepted. A
+here too: their settings (`Consistency`), their state, and the prediction of weak views. A
 further method is a function like `fixmatch`, here or in a file of its own (unimatch.py, mean_teacher.py), a value of
 `OnlineMethod` (choices.py), and a case of `online_method` in run/online.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from darseg.choices import Mixing, OnlineMethod
 from darseg.data.batches import Batch
-from darseg.data.classes import IGNORE
 from darseg.data.unlabeled import StrongViews
 from darseg.data.views import Views
 from darseg.errors import RecipeError
@@ -30,15 +28,12 @@ from darseg.methods.acceptance import (
     acceptance_state,
     advance,
 )
+from darseg.methods.figures import LOOK_EVERY, counts_by_class, counts_of, student_counts
 from darseg.methods.mixing import box_mask, class_mask, mix, partners_of
-from darseg.methods.teacher import Teacher, TeacherSettings
+from darseg.methods.teacher import Teacher, TeacherSettings, in_eval_mode
 from darseg.model.network import Network
 from darseg.training.loss import LabeledLoss, supervised
 from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
-
-INSIDE, ACCEPTED, KNOWN, RIGHT = "pixels_inside", "pixels_accepted", "pixels_known", "pixels_right"
-"""Figures of the label phase: pixels of the weak views that are not padding, of those the accepted ones, of those with a
-known truth, of those with the right label. Counts, so that they add up over processes; reports divide them."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +163,18 @@ def unlabeled_method(
     """
     network = learner.module
     assert isinstance(network, Network)
+    classes = network.classes
 
     def label(state: nn.Module, network: nn.Module, streamed: Sequence[Streamed], step: int) -> Labeled:
         batch, views = streamed
         assert isinstance(batch, Batch) and isinstance(views, Views) and isinstance(state, OnlineState)
         accepted, batches = prepare(state, network, views)
-        return Labeled([batch, *batches], counts_of(views, accepted), accepted.seen)
+        counts = dict(counts_of(views, accepted))
+        if step % LOOK_EVERY == 0:
+            counts |= counts_by_class(views, accepted, classes)
+            if state.teacher is not None:
+                counts |= student_counts(network, views, accepted)
+        return Labeled([batch, *batches], counts, accepted.seen)
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
         batch, *unlabeled = batches
@@ -221,18 +222,6 @@ def predict_weak(state: OnlineState, network: nn.Module, views: Views) -> Tensor
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@contextlib.contextmanager
-def in_eval_mode(network: nn.Module) -> Generator[None]:
-    """Every module in eval mode inside the block, so that predicting moves no statistics."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def mixing_masks(
     mixing: Mixing, views: Views, accepted: Accepted, *, classes: int, seed: Sequence[int]
 ) -> list[tuple[Tensor, Tensor] | None]:
@@ -272,13 +261,3 @@ def _mixed(views: Views, accepted: Accepted, view: int, *, mask: tuple[Tensor, T
         ids=views.ids,
         divisor=mixed_with(views.inside, mask).sum(),
     )
-
-
-def counts_of(views: Views, accepted: Accepted) -> Figures:
-    """Pixels inside, accepted, those that the rule counts, and accepted ones known and right."""
-    kept = accepted.labels != IGNORE
-    counts = {INSIDE: views.inside.sum(), ACCEPTED: kept.sum()} | dict(accepted.figures)
-    if views.truth is not None:
-        known = kept & (views.truth != IGNORE)
-        counts |= {KNOWN: known.sum(), RIGHT: (known & (accepted.labels == views.truth)).sum()}
-    return counts

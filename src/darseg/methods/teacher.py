@@ -6,8 +6,9 @@ and labels with. `with_teacher` gives one to any method that has no state of its
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,3 +92,15 @@ def with_teacher(method: Method, settings: TeacherSettings) -> Method:
         return state.teacher.network if settings.result else network
 
     return replace(method, state=TeacherState(network), moved=moved, outcome=outcome)
+
+
+@contextlib.contextmanager
+def in_eval_mode(network: nn.Module) -> Generator[None]:
+    """Every module in eval mode inside the block, so that predicting moves no statistics."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

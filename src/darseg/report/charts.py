@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import html
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from darseg.data.prediction import FLOAT16, ConfidenceScale
 from darseg.pseudo.labelset import PseudoLabelSet
-from darseg.report.facts import LOSS, RoundFacts
+from darseg.report.facts import RoundFacts
 
 # Neither light nor dark, so that they stand out from white and from near-black.
 TRUTH, PREDICTED, KEPT, NEUTRAL = "#8b95a5", "#e08a1e", "#3b82f6", "#94a3b8"
@@ -27,16 +25,12 @@ SERIES = ("#3b82f6", "#e08a1e", "#10a37f", "#d4537e", "#8b5cf6", "#64a30d", "#06
 
 LONGEST_NAME = 22  # characters of a name on an axis; the hover text has all of them
 ROW = 24  # pixels per class in charts with a row for each class
-POINTS = 1000  # of a curve; more are averaged
 
 BINS = 60  # of confidences up to DETAIL
 CONFIDENCE_HEIGHT = 150  # pixels of the chart of a class
 DETAIL_BINS = 5  # of confidences above DETAIL
 DETAIL = {"float16": 0.998, "fine": 0.999999}  # scale → above it, codes are spaced evenly, not by log-odds
 TICKS = (0.1, 0.5, 0.9, 0.99)
-
-TITLES = {"loss_labeled": "labeled", "loss_pseudo": "pseudo-labeled"}  # others: the name without LOSS
-LOSS_COLORS = {"loss_labeled": PREDICTED, "loss_pseudo": KEPT}  # others: the rest of SERIES
 
 
 def text_of(name: str) -> str:
@@ -49,7 +43,8 @@ def short(name: str) -> str:
     return text_of(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
 
 
-def _figure(height: int, **layout: Any) -> go.Figure:
+def figure_of(height: int, **layout: Any) -> go.Figure:
+    """An empty figure in the manner of all."""
     figure = go.Figure()
     figure.update_layout(
         template=go.layout.Template(),
@@ -106,7 +101,7 @@ def shares_chart(
     positive = np.concatenate([shares[shares > 0] for _, shares, _, _ in series if shares is not None])
     low = 10.0 ** np.floor(np.log10(positive.min()))
     edge = low / 2  # where shares of 0 are drawn
-    figure = _figure(_rows_height(len(names)))
+    figure = figure_of(_rows_height(len(names)))
     assert raw is not None and kept is not None
     # A line from raw to kept: in which direction labeling moved the class.
     _row_lines(figure, np.maximum(raw, edge), np.maximum(kept, edge))
@@ -153,7 +148,7 @@ def _row_lines(figure: go.Figure, starts: NDArray[np.float64], ends: NDArray[np.
 def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
     """IoU of every class, with a dot for each scored round; undefined values are left out."""
     values = np.array([round_.iou for round_ in rounds])
-    figure = _figure(_rows_height(len(names)))
+    figure = figure_of(_rows_height(len(names)))
     _row_lines(figure, np.fmin.reduce(values), np.fmax.reduce(values))
     for round_, row, color in zip(rounds, values, ramp(len(rounds)), strict=True):
         figure.add_scatter(
@@ -177,92 +172,10 @@ def ramp(count: int) -> list[str]:
     return ["rgb({}, {}, {})".format(*(start + (end - start) * part).round().astype(int)) for part in parts]
 
 
-@dataclass(frozen=True)
-class Line:
-    """How a figure of the journal is drawn. figure: its name in a curve."""
-
-    figure: str
-    title: str
-    color: str
-
-
-def loss_lines(rounds: Sequence[RoundFacts]) -> list[Line]:
-    """A line for every loss that the journal noted in any of the rounds; those on labels first."""
-    noted = dict.fromkeys(name for round_ in rounds for name in round_.curve.figures if name.startswith(LOSS))
-    names = [name for name in LOSS_COLORS if name in noted]
-    names += [name for name in noted if name not in LOSS_COLORS]
-    others = itertools.cycle(color for color in SERIES if color not in LOSS_COLORS.values())
-    return [
-        Line(
-            figure=name,
-            title=TITLES.get(name) or short(name.removeprefix(LOSS).replace("_", " ")),
-            color=LOSS_COLORS.get(name) or next(others),
-        )
-        for name in names
-    ]
-
-
-def loss_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
-    """All losses at all steps that the journal noted, one round after the other."""
-    figure = curves(rounds, loss_lines(rounds))
-    figure.update_yaxes(rangemode="tozero")
-    return figure
-
-
-def rate_chart(rounds: Sequence[RoundFacts]) -> go.Figure:
-    """The learning rate at the noted steps."""
-    figure = curves(rounds, [Line("learning_rate", "learning rate", "#10a37f")])
-    figure.update_layout(showlegend=False)
-    figure.update_yaxes(rangemode="tozero", exponentformat="power")
-    return figure
-
-
-def curves(rounds: Sequence[RoundFacts], lines: Sequence[Line]) -> go.Figure:
-    """These figures of the journal at their steps, one round after the other."""
-    figure = _figure(300, hovermode="x unified")
-    start, in_legend = 0, set()
-    for round_ in rounds:
-        curve = round_.curve
-        for line in lines:
-            if line.figure not in curve.figures:
-                continue
-            steps, values = thin(curve.steps, curve.figures[line.figure])
-            figure.add_scatter(
-                x=(steps + start).tolist(),
-                y=[None if np.isnan(value) else float(value) for value in values],
-                name=line.title,
-                legendgroup=line.figure,
-                showlegend=line.figure not in in_legend,
-                mode="lines+markers" if len(steps) < 3 else "lines",
-                line={"color": line.color, "width": 2},
-                hovertemplate="%{y:.4g}",
-            )
-            in_legend.add(line.figure)
-        label = {"text": f"round {round_.index}", "font": {"size": 11}}
-        figure.add_annotation(
-            x=start, y=1, yref="paper", xanchor="left", yanchor="top", showarrow=False, xshift=3, **label
-        )
-        if start:
-            figure.add_vline(x=start, line={"color": NEUTRAL, "width": 1, "dash": "dot"})
-        start += round_.steps or int(curve.steps.max(initial=-1)) + 1
-    figure.update_xaxes(title="step", zeroline=False)
-    return figure
-
-
-def thin(steps: NDArray, values: NDArray, points: int = POINTS) -> tuple[NDArray, NDArray]:
-    """Reduce a curve to at most `points` points, each the mean of its neighbors, NaN left out."""
-    if len(steps) <= points:
-        return steps, values
-    groups = np.array_split(np.arange(len(steps)), points)
-    known = [values[group][~np.isnan(values[group])] for group in groups]
-    means = np.array([numbers.mean() if len(numbers) else np.nan for numbers in known])
-    return np.array([steps[group].mean() for group in groups]), means
-
-
 def confusion_base(names: Sequence[str]) -> dict[str, Any]:
     """What the confusion matrices of all rounds share: names, and the layout of the figure."""
     count = len(names)
-    figure = _figure(150 + max(ROW, 18) * count)
+    figure = figure_of(150 + max(ROW, 18) * count)
     _class_rows(figure, names)
     figure.update_xaxes(
         tickvals=list(range(count)),
@@ -335,7 +248,7 @@ def confidence_base(labels: PseudoLabelSet) -> dict[str, Any]:
     """What the charts of all classes of a round share: edges of the bins, their texts, and the layout."""
     scale, classes = labels.histogram.scale, len(labels.histogram.counts)
     _, edges = places(scale, classes)
-    figure = _figure(CONFIDENCE_HEIGHT, bargap=0, showlegend=False)
+    figure = figure_of(CONFIDENCE_HEIGHT, bargap=0, showlegend=False)
     _confidence_axes(figure, labels, edges)
     figure.update_layout(margin={"l": 4, "r": 8, "t": 4, "b": 4}, font={"size": 10})
     ends = [_end(scale, edge, classes=classes) for edge in edges]
@@ -389,7 +302,7 @@ def compared_chart(groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
     Args:
         groups: name, float64 [runs].
     """
-    figure = _figure(100 + 46 * len(groups), showlegend=False, bargap=0.35)
+    figure = figure_of(100 + 46 * len(groups), showlegend=False, bargap=0.35)
     rows = list(range(len(groups)))
     deviations = [float(np.std(values, ddof=1)) if len(values) > 1 else 0 for _, values in groups]
     figure.add_bar(
@@ -419,7 +332,7 @@ def compared_classes_chart(names: Sequence[str], groups: Sequence[tuple[str, NDA
         names: of the classes.
         groups: name, float64 [runs, K].
     """
-    figure = _figure(_rows_height(len(names)) + 8 * len(names) * max(1, len(groups) - 1))
+    figure = figure_of(_rows_height(len(names)) + 8 * len(names) * max(1, len(groups) - 1))
     for at, (group, values) in enumerate(groups):
         offset = (
             0.0 if len(groups) == 1 else 0.56 * (at / (len(groups) - 1) - 0.5) * min(1.0, len(groups) / 4)

@@ -18,6 +18,7 @@ from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError, printable
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.labelset import PseudoLabelSet
+from darseg.report.curve import Curve, curve_of
 from darseg.report.result import AlignedFacts
 from darseg.run.build import check_overrides, classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
@@ -25,33 +26,12 @@ from darseg.run.directory import RunDirectory
 from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
 from darseg.run.labelers import read_labeler
 from darseg.run.marks import read_excluded
-from darseg.run.records import is_number, read_object, read_plain, read_texts
+from darseg.run.records import read_object, read_plain, read_texts
 from darseg.training.scores import Scores
 
 WORSE = 0.02  # IoU that a class may lose from one round to the next without a remark
 
 LONGEST_PROTOCOL = 300  # characters
-
-LOSS = "loss_"  # begins the names of losses in the journal's step events
-ACCEPTANCE = ("accepted", "precision", "moved", "unaligned")  # of online rounds: shares of pixels
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """Figures that the journal noted of a round's steps.
-
-    Attributes:
-        steps: int64 [N], rising, counted from the round's first step.
-        figures: name → float64 [N], NaN if undefined; "learning_rate", those of ACCEPTANCE, and all that
-            begin with LOSS.
-    """
-
-    steps: NDArray[np.int64]
-    figures: Mapping[str, NDArray[np.float64]]
-
-    def __post_init__(self) -> None:
-        if any(len(values) != len(self.steps) for values in self.figures.values()):
-            raise ValueError("A curve needs one value of every figure for each step.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -265,32 +245,9 @@ def _read_round(
         aligned=aligned,
         protocol=protocol,
         seconds={step: record.seconds for step, record in done.items()},
-        curve=_curve([event for event in events if event.get("round") == index]),
+        curve=curve_of([event for event in events if event.get("round") == index], classes=len(names)),
         labeler=read_labeler(folder) if "label" in done else None,
     )
-
-
-def _curve(events: Sequence[dict]) -> Curve:
-    """The curve of a round's step events.
-
-    If step numbers go backwards (a resumed run, a repeated round), earlier entries for those steps and later ones are
-    dropped.
-    """
-    noted: dict[int, dict] = {}  # step → its event
-    for event in events:
-        step = event["step"]
-        if noted and step <= next(reversed(noted)):
-            noted = {earlier: figures for earlier, figures in noted.items() if earlier < step}
-        noted[step] = event
-    present = dict.fromkeys(name for event in noted.values() for name in event)
-    kept = ("learning_rate", *ACCEPTANCE)
-    names = [name for name in present if name in kept or name.startswith(LOSS)]
-
-    def figure(name: str) -> NDArray[np.float64]:
-        values = [event.get(name) for event in noted.values()]
-        return np.array([value if is_number(value) else np.nan for value in values], np.float64)
-
-    return Curve(np.array(list(noted), np.int64), {name: figure(name) for name in names})
 
 
 def _read(path: Path) -> Any:

@@ -15,8 +15,8 @@ from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
 from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
-from darseg.report import charts
-from darseg.report.acceptance import accepted_chart
+from darseg.report import charts, step_charts
+from darseg.report.acceptance import MOST_CLASSES, accepted_chart, class_charts, teacher_chart
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, class_entries, figure_of
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
@@ -122,7 +122,7 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
         page.section("Thresholds", _thresholds(facts))
         page.section("Confidences", _confidences(page, facts))
     if any(len(round_.curve.steps) for round_ in facts.rounds):
-        page.section("Training", _training(page, facts))
+        page.section("Training", _training(page, facts, data))
     if facts.scored:
         page.section("Confusion", _confusion(page, facts))
     page.section("Gallery", pictures)
@@ -329,13 +329,18 @@ def _confidences(page: Page, facts: RunFacts) -> Markup:
     return render("confidences", rounds=tabs, omitted=omitted)
 
 
-def _training(page: Page, facts: RunFacts) -> Markup:
-    accepted = accepted_chart(facts.rounds)
+def _training(page: Page, facts: RunFacts, data: DataFacts) -> Markup:
+    accepted, teacher = accepted_chart(facts.rounds), teacher_chart(facts.rounds)
+    by_class = class_charts(facts.rounds, facts.classes, data.counts)
     return render(
         "training",
-        loss=page.chart(charts.loss_chart(facts.rounds), "loss by step"),
-        learning_rate=page.chart(charts.rate_chart(facts.rounds), "learning rate by step"),
+        loss=page.chart(step_charts.loss_chart(facts.rounds), "loss by step"),
+        learning_rate=page.chart(step_charts.rate_chart(facts.rounds), "learning rate by step"),
         accepted=None if accepted is None else page.chart(accepted, "share of accepted pixels by step"),
+        teacher=None if teacher is None else page.chart(teacher, "teacher and student by step"),
+        by_class={name: page.chart(chart, f"{name} by step") for name, chart in by_class.items()},
+        counted=data.counts is not None,
+        most=MOST_CLASSES if len(facts.classes) > MOST_CLASSES else None,
     )
 
 

@@ -29,7 +29,21 @@ from darseg.methods.acceptance import (
     first_steps,
     with_prior,
 )
-from darseg.methods.consistency import ACCEPTED, INSIDE, KNOWN, RIGHT, Consistency, Supervision, fixmatch
+from darseg.methods.consistency import Consistency, Supervision, fixmatch
+from darseg.methods.figures import (
+    ACCEPTED,
+    ACCEPTED_BY,
+    AGREED,
+    INSIDE,
+    KNOWN,
+    KNOWN_BY,
+    RIGHT,
+    RIGHT_BY,
+    STUDENT_RIGHT,
+    TEACHER_RIGHT,
+    THRESHOLDS,
+    TRUE,
+)
 from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
@@ -135,6 +149,26 @@ def check_steps(how: Consistency, *, index: int, steps: int) -> None:
         )
 
 
+Figure = float | list[Any]
+"""A number, or a list of one for each class."""
+
+SHARES = {
+    "accepted": (ACCEPTED, INSIDE),
+    "moved": (MOVED, INSIDE),
+    "unaligned": (UNALIGNED, INSIDE),
+    "precision": (RIGHT, KNOWN),
+    "agreement": (AGREED, INSIDE),
+    "teacher_right": (TEACHER_RIGHT, TRUE),
+    "student_right": (STUDENT_RIGHT, TRUE),
+    "accepted_by_class": (ACCEPTED_BY, ACCEPTED),
+    "precision_by_class": (RIGHT_BY, KNOWN_BY),
+    "thresholds": (THRESHOLDS, INSIDE),
+}
+"""Name in the journal → the figure that is divided, and by which."""
+
+COUNTS = {figure for pair in SHARES.values() for figure in pair}
+
+
 def online_method(
     learner: Learner, how: Consistency, labeled: Supervision, *, counts: Sequence[int], seed: Sequence[int]
 ) -> Method:
@@ -179,18 +213,27 @@ def _described(rule: Acceptance) -> str:
             )
 
 
-def with_shares(figures: Mapping[str, float]) -> dict[str, Any]:
-    """The figures of a step with shares instead of counts of pixels.
+def with_shares(figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """The figures of a step with shares instead of counts of pixels; None where they are undefined.
 
-    Of the pixels inside of the weak views, "accepted", "moved" (to another class by class weights) and "unaligned"
-    (decided without weights, since there were none) are shares; "precision" is the share of the accepted ones that are
-    right, among those whose truth is known, None without any.
+    Of the pixels inside of the weak views, "accepted", "moved" (to another class by class weights), "unaligned" (decided
+    without weights, since there were none) and "agreement" (of the networks that label and that learn) are shares.
+    "precision" is the share of the accepted ones that are right, among those whose truth is known; "teacher_right" and
+    "student_right" are the shares of all pixels with a known truth. By class, lists in class order: "accepted_by_class",
+    shares of the accepted pixels; "precision_by_class"; "thresholds", smallest accepted confidences.
     """
-    counts = (INSIDE, ACCEPTED, KNOWN, RIGHT, MOVED, UNALIGNED)
-    shares: dict[str, Any] = {name: value for name, value in figures.items() if name not in counts}
-    for name, count in (("accepted", ACCEPTED), ("moved", MOVED), ("unaligned", UNALIGNED)):
-        if count in figures:
-            shares[name] = figures[count] / max(1.0, figures[INSIDE])
-    if KNOWN in figures:
-        shares["precision"] = figures[RIGHT] / figures[KNOWN] if figures[KNOWN] else None
+    shares: dict[str, Any] = {name: value for name, value in figures.items() if name not in COUNTS}
+    for name, (part, whole) in SHARES.items():
+        if part in figures:
+            shares[name] = _divided(figures[part], figures[whole])
     return shares
+
+
+def _divided(part: Figure, whole: Figure) -> Figure | None:
+    """Their quotient, class by class for lists; None where it is undefined."""
+    if not isinstance(part, list):
+        assert not isinstance(whole, list)
+        return part / whole if whole else None
+    if not isinstance(whole, list):
+        whole = [whole] * len(part)
+    return [_divided(own, count) for own, count in zip(part, whole, strict=True)]

@@ -18,8 +18,8 @@ from darseg.data.views import Views
 from darseg.training.optimize import SGD, OptimizerKind
 
 Figures = Mapping[str, Tensor]
-"""Numbers to report, by name. Those of the micro-batches and processes of a step are added up; the loop adds "loss", the
-total. Reports draw "loss" and every "loss_*"."""
+"""Numbers to report, or vectors of one for each class, by name. Those of the micro-batches and processes of a step are
+added up; the loop adds "loss", the total. Reports draw "loss" and every "loss_*"."""
 
 Streamed = Batch | Views
 """What a stream yields at a step."""

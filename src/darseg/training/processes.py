@@ -232,13 +232,15 @@ class Processes:
         return total
 
     def add_figures(self, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Figures added up over all processes; the gradient's norm is the same in all."""
+        """Figures, numbers or vectors, added up over all processes; the gradient's norm is the same in all."""
         if self.count == 1:
             return dict(figures)
         names = sorted(set(figures) - {"gradient_norm"})
-        total = torch.stack([figures[name].float() for name in names])
+        total = torch.cat([figures[name].float().flatten() for name in names])
         dist.all_reduce(total)
-        return dict(zip(names, total, strict=True)) | {"gradient_norm": figures["gradient_norm"]}
+        parts = total.split([figures[name].numel() for name in names])
+        summed = {name: part.view_as(figures[name]) for name, part in zip(names, parts, strict=True)}
+        return summed | {"gradient_norm": figures["gradient_norm"]}
 
     def total(self, loss: Tensor) -> Tensor:
         """The loss of the whole batch; not finite if that of any process is not."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from darseg.config.recipe import Recipe
 from darseg.data.augment import Augmentation
@@ -274,15 +275,13 @@ class _Training:
         note, journal = "", self.course.journal
         if self.stage.reports(report.step):
             # fp16 skips steps whose gradient is beyond its range: they have no norm.
-            numbers = with_shares({name: float(value) for name, value in report.figures.items()})
-            values = {
-                name: round(value, 6) if value is not None and math.isfinite(value) else None
-                for name, value in numbers.items()
-            }
+            numbers = with_shares({name: value.tolist() for name, value in report.figures.items()})
+            values = {name: rounded(value) for name, value in numbers.items()}
             fields = {"learning_rate": report.rate, **values, "waiting_for_data": round(report.waiting, 4)}
             journal.event("step", round=self.round.index, step=report.step, **fields)
             steps_before = sum(planned.steps for planned in self.course.rounds[: self.round.index])
-            journal.scalars(steps_before + report.step, "train", fields)
+            single = {name: value for name, value in fields.items() if not isinstance(value, list)}
+            journal.scalars(steps_before + report.step, "train", single)
             note = (
                 f"loss {numbers['loss']:.3f}, rate {report.rate:.2e}, {report.waiting:.0%} waiting for data"
             )
@@ -301,6 +300,13 @@ class _Training:
             course.journal.event("checkpoint", round=index, step=checkpoint.step, seconds=seconds)
 
         return save
+
+
+def rounded(value: Any) -> Any:
+    """A number, or each of a list, as the journal has it; None if it is undefined or not finite."""
+    if isinstance(value, list):
+        return [rounded(own) for own in value]
+    return round(value, 6) if value is not None and math.isfinite(value) else None
 
 
 def usable_checkpoint(course: Course, index: int) -> tuple[Path | None, Checkpoint | None]:
