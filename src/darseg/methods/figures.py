@@ -1,4 +1,4 @@
-"""What the label phase of an online round reports: how much is accepted of which class, and how right.
+"""What the label phase of an online round reports: how much is accepted of which class, how right.
 
 All figures are sums over pixels, so that they add up over processes; `with_shares` in run/online.py divides them. Those
 by class, and those of the student, are of every `LOOK_EVERY`th step only.
