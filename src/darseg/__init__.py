@@ -2,8 +2,8 @@
 
 This package offers the functions behind the commands – `train`, `evaluate`, `predict_folder`, `align_network`,
 `label_folder`, `redistribute_folder`, `rasterize_folder`, `propose_recipe`, `export_network`, `check`, `plan`,
-`draw_split`, `view_run`, `mark_bad`, `write_report`, `compare_runs`, `run_demo` – and the values that they take and
-return. A name is loaded when it is first used, because importing torch takes seconds.
+`draw_split`, `suggest`, `view_run`, `mark_bad`, `write_report`, `compare_runs`, `run_demo` – and the values that they
+take and return. A name is loaded when it is first used, because importing torch takes seconds.
 """
 
 # `signal` itself takes milliseconds, in which Ctrl-C would print a traceback.
@@ -85,6 +85,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.report.comparison import Comparison as Comparison
     from darseg.report.comparison import compare_runs as compare_runs
     from darseg.report.overview import write_report as write_report
+    from darseg.report.suggestions import suggest as suggest
     from darseg.run.adapt import Adapted as Adapted
     from darseg.run.adapt import align_network as align_network
     from darseg.run.build import manifest_of as manifest_of
@@ -103,6 +104,8 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.run.redistribute import redistribute_folder as redistribute_folder
     from darseg.run.rounds import train as train
     from darseg.run.split import draw_split as draw_split
+    from darseg.run.suggestions import Suggested as Suggested
+    from darseg.run.suggestions import SuggestedImage as SuggestedImage
     from darseg.training.scores import Scores as Scores
     from darseg.training.stage import Stage as Stage
     from darseg.training.stage import run_stage as run_stage
@@ -187,6 +190,9 @@ _HOMES = {
     "Scores": "training.scores",
     "Shift": "pseudo.shift",
     "Stage": "training.stage",
+    "suggest": "report.suggestions",
+    "Suggested": "run.suggestions",
+    "SuggestedImage": "run.suggestions",
     "Thresholds": "pseudo.thresholds",
     "train": "run.rounds",
     "view_run": "view.viewer",

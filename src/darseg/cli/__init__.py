@@ -13,7 +13,7 @@ import typer
 
 from darseg import __version__
 from darseg.cli.data import check, init, plan, rasterize, split
-from darseg.cli.labeling import label, redistribute
+from darseg.cli.labeling import label, redistribute, suggest
 from darseg.cli.networks import align, convert, evaluate, export, predict
 from darseg.cli.runs import demo, preview, report, train, view
 from darseg.cli.tables import say
@@ -36,6 +36,7 @@ COMPUTING = (
     "export",
     "label",
     "preview",
+    "suggest",
 )
 """Commands that run networks, and so allocate the same tensors again and again."""
 
@@ -80,6 +81,7 @@ for command in (
     convert,
     label,
     redistribute,
+    suggest,
 ):
     app.command()(command)
 for command in (rasterize, check, plan, preview, split):

@@ -11,7 +11,7 @@ import typer
 from darseg.choices import Trainer
 from darseg.cli.options import DataRoot, Plain, RoundIndex, Source
 from darseg.cli.tables import print_labels, say
-from darseg.errors import RecipeError
+from darseg.errors import RecipeError, faults
 from darseg.pseudo.labeling import AlignSettings, Confidence, LabelingMethod, Sampling
 
 METHOD = "How thresholds are chosen."
@@ -98,6 +98,40 @@ def _say_data_file(trainer: Trainer | None, out: Path) -> None:
 
     if trainer is not None and os.environ.get("RANK", "0") == "0":
         say(f"Data file: {out / FILES[trainer]}. Add your validation images to it; its first lines say how.")
+
+
+def suggest(
+    run: Annotated[Path, typer.Argument(help="A run folder whose round 0, at least, is finished.")],
+    out: Annotated[
+        Path, typer.Argument(help="New folder for suggested.txt, suggestions.html, and pre-labels.")
+    ],
+    overrides: DataRoot = None,
+    count: Annotated[int, typer.Option(min=1, help="Number of images to suggest.")] = 24,
+    pool: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most unlabeled images to look at, chosen by a seed. Default: all."),
+    ] = None,
+    round_index: RoundIndex = None,
+    plain: Plain = False,
+) -> None:
+    """Suggest which unlabeled images of a run to label next, with reasons and pre-labels to correct."""
+    from darseg.report.suggestions import NAME
+    from darseg.report.suggestions import suggest as suggest_images
+    from darseg.run.suggest import LIST
+
+    done = suggest_images(
+        run, out, count=count, round_index=round_index, pool=pool, plain=plain, overrides=overrides or []
+    )
+    for place, image in enumerate(done.images, 1):
+        say(f"{place}. {image.id}: {image.reasons[0]}")
+    say(done.decisions)
+    for note in done.notes:
+        say(f"note: {note}")
+    if done.failed:
+        say("warning: " + faults("these files could not be read and were left out", done.failed))
+    say(
+        f"{len(done.images)} images of {done.looked_at:,} that were looked at: {out / LIST}. Page: {out / NAME}"
+    )
 
 
 def redistribute(

@@ -334,7 +334,7 @@ class _Work:
             return None
         if shot.movie is not None:
             self._movie = shot.movie
-            self._movie.add(lambda: _overlay(image, self._palette[prediction.classes]))
+            self._movie.add(lambda: draw_overlay(image, self._palette[prediction.classes]))
         if shot.number:
             self.frames += 1
         else:
@@ -409,8 +409,8 @@ def _draw(kind: str, image: np.ndarray, prediction: Prediction, *, palette: np.n
     if kind == "confidence":
         return CONFIDENCE_VALUES[prediction.codes]
     colored = palette[prediction.classes]
-    return cv2.cvtColor(_overlay(image, colored) if kind == "overlay" else colored, cv2.COLOR_RGB2BGR)
+    return cv2.cvtColor(draw_overlay(image, colored) if kind == "overlay" else colored, cv2.COLOR_RGB2BGR)
 
 
-def _overlay(image: np.ndarray, colored: np.ndarray) -> np.ndarray:
+def draw_overlay(image: np.ndarray, colored: np.ndarray) -> np.ndarray:
     return cv2.addWeighted(colored, OVERLAY_OPACITY, image, 1 - OVERLAY_OPACITY, 0)
