@@ -64,7 +64,8 @@ def slow_choice(pool: Candidates, labeled: Described, counts: np.ndarray, count:
         for name, vector in zip(images.ids, images.features.astype(np.float64), strict=True)
     }
     known, near = counts.astype(float), list(labeled.ids)
-    left = sorted(pool.images.ids)
+    everyone = sorted(pool.images.ids)
+    left = list(everyone)
 
     def distance(name: str) -> float:
         return min(float(np.linalg.norm(unit[name] - unit[taken])) for taken in near)
@@ -72,11 +73,16 @@ def slow_choice(pool: Candidates, labeled: Described, counts: np.ndarray, count:
     typical = float(np.median([distance(name) for name in left]))
     known += known.sum() / 1000
 
-    def score(name: str, known: np.ndarray) -> float:
+    def gain(name: str, known: np.ndarray) -> float:
         at = pool.images.ids.index(name)
         useful = (pool.expected[at] + pool.uncertain[at]) / 2
-        gain = sum(np.log((k + u) / k) for k, u in zip(known, useful, strict=True))
-        return gain * min(1, 2 * distance(name) / typical)
+        return sum(np.log((k + u) / k) for k, u in zip(known, useful, strict=True))
+
+    def score(name: str, known: np.ndarray) -> float:
+        nearer = {
+            other: distance(other) - float(np.linalg.norm(unit[name] - unit[other])) for other in everyone
+        }
+        return sum(gain(other, known) * max(0, nearer[other]) for other in everyone)
 
     chosen: list[str] = []
     while len(chosen) < count:
@@ -158,6 +164,17 @@ def test_the_image_with_the_class_that_has_few_labels_comes_first() -> None:
     assert names(pool, labeled, [90_000, 30, 9_000], 1) == ["u3"]
     # Once its class is labeled, the others are next.
     assert names(pool, labeled, [90_000, 9_000, 30], 2)[1] == "u3"
+
+
+def test_an_image_that_stands_for_many_comes_before_a_freak() -> None:
+    """All have the same gain; ten resemble each other, one resembles nothing."""
+    rng, far = np.random.default_rng(0), np.eye(6)
+    crowd = far[0] + 0.3 * rng.random((10, 1)) * far[2] + 0.3 * rng.random((10, 1)) * far[3]
+    expected = np.full((11, 2), 100.0)
+    pool = Candidates(described(np.concatenate([far[1:2], crowd])), expected, expected)
+    first, second = choose_images(pool, described(far[5:], "l"), counts=[50, 50], count=2)
+    assert first.index > 0 and first.stands_for == 10
+    assert second.index == 0 and second.stands_for == 1 and second.newness == 1
 
 
 def test_certain_pixels_count_half() -> None:

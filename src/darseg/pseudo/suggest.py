@@ -6,15 +6,18 @@ probably of this class: each counts with the probability of k, wholly if the net
 it is certain. Probabilities and not decisions count, since a network that saw few labels of a class hardly ever decides
 for it.
 
-The images are chosen one after the other; the next one has the largest product of gain and newness. The pixels that a
-chosen image probably has then count as labeled, and it makes the images that resemble it less new (a soft form of greedy
-k-center: Sener, Savarese, "Active learning for convolutional neural networks: a core-set approach", ICLR 2018).
+The images are chosen one after the other. The next one stands best for the gains of all images: it has the largest sum,
+over all images, of their gain times the distance by which it is nearer to them than what is labeled or chosen. So freaks
+that resemble nothing are not chosen, and neither are images like those that are chosen already. The pixels that a chosen
+image probably has then count as labeled. (Weighted k-medoids, chosen greedily: "facility location"; Wei, Iyer, Bilmes,
+"Submodularity in data subset selection and active learning", ICML 2015.)
 
 Letters: N images, K classes, D numbers of a feature.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +26,14 @@ from numpy.typing import NDArray
 
 from darseg.errors import DataError
 
-NEW = 0.5
-"""An image is wholly new from this part of the typical distance on. Farther ones are no better: many are freaks."""
-
 DUPLICATE = 0.1
 """An image is a near-duplicate if its distance to another one is at most this part of the typical distance."""
+
+ROUNDING = 1e-3
+"""Part of the typical distance by which an image must be nearer to count: more than float32 loses."""
+
+BLOCK = 256
+"""Images whose distances to all others are computed at once."""
 
 FLOOR = 0.001
 """Share of all labeled pixels that is added to those of each class, so that classes without labels have a finite gain."""
@@ -85,15 +91,18 @@ class Pick:
 
     Attributes:
         index: among the candidates.
-        gain: the sum of `parts`.
+        gain: of the image itself, the sum of `parts`.
         parts: float64 [K], of each class.
-        newness: 0 to 1, by the distance to the nearest image that is labeled or chosen before.
+        stands_for: number of candidates that are nearer to it than to what was labeled or chosen before; itself too.
+        newness: 0 to 1, its distance to the nearest image that was labeled or chosen before, as a part of the typical
+            one.
         nearest: id of that image.
     """
 
     index: int
     gain: float
     parts: NDArray[np.float64]
+    stands_for: int
     newness: float
     nearest: str
 
@@ -117,7 +126,7 @@ def choose_images(
 ) -> list[Pick]:
     """Choose images to label next; fewer than `count` if the others are near-duplicates.
 
-    The result does not depend on the order of the candidates. Ties go to the newer image, then to the smaller id.
+    The result does not depend on the order of the candidates. Ties go to the smaller id.
 
     Args:
         labeled: the images that are labeled; at least one.
@@ -129,20 +138,20 @@ def choose_images(
     known = np.array(counts, np.float64)
     known += max(FLOOR * known.sum(), 1)
     picks: list[Pick] = []
-    while len(picks) < count and (possible := field.possible()).any():
-        parts, newness = gain_parts(known, useful), field.newness()
-        scores = np.where(possible, parts.sum(axis=1) * newness, -1.0)
-        best = int(np.lexsort((-newness, -scores))[0])
+    gains = gain_parts(known, useful)
+    while len(picks) < count and (best := field.best(gains.sum(axis=1))) is not None:
         pick = Pick(
             index=int(order[best]),
-            gain=float(parts[best].sum()),
-            parts=parts[best],
-            newness=float(newness[best]),
+            gain=float(gains[best].sum()),
+            parts=gains[best],
+            stands_for=field.stands_for(best),
+            newness=field.newness(best),
             nearest=field.nearest(best),
         )
         picks.append(pick)
-        known += candidates.expected[pick.index]
         field.take(best)
+        known += candidates.expected[pick.index]
+        gains = gain_parts(known, useful)
     return picks
 
 
@@ -153,32 +162,71 @@ class _Field:
         self._names = [*(images.ids[index] for index in order), *labeled.ids]
         self._digests = np.array([images.digests[index] for index in order], object)
         self._directions = images.directions()[order]
-        self._distances = np.full(len(order), np.inf)
+        self._distances = np.full(len(order), np.inf, np.float32)
         self._nearest = np.zeros(len(order), np.intp)
         self._same = np.isin(self._digests, list(labeled.digests))
         directions = labeled.directions()
         for at in sorted(range(len(labeled.ids)), key=lambda at: labeled.ids[at]):
-            self._approach(directions[at], len(order) + at)
+            self._approach(self._away(directions[at : at + 1])[0], len(order) + at)
         apart = self._distances[self._distances > 0]
         self._typical = float(np.median(apart)) if len(apart) else 1.0
+        self._bounds: list[tuple[float, int]] = []
 
-    def possible(self) -> NDArray[np.bool_]:
-        """Whether each candidate may be chosen: it is no near-duplicate."""
-        return (self._distances > DUPLICATE * self._typical) & ~self._same
+    def best(self, gains: NDArray[np.float64]) -> int | None:
+        """The candidate that stands best for these gains; None if all that are left are near-duplicates.
 
-    def newness(self) -> NDArray[np.float64]:
-        return np.minimum(1, self._distances / (NEW * self._typical))
+        What a candidate stands for never grows, as gains and distances do not. So an earlier value bounds it, and only
+        those are computed again whose bound is the largest (Minoux 1978).
+        """
+        if not self._bounds:
+            for start in range(0, len(gains), BLOCK):
+                nearer = self._nearer(slice(start, start + BLOCK))
+                values = (nearer @ gains).tolist()
+                self._bounds += [(-value, start + at) for at, value in enumerate(values)]
+            heapq.heapify(self._bounds)
+        fresh: set[int] = set()
+        while self._bounds:
+            value, place = heapq.heappop(self._bounds)
+            if self._is_near_duplicate(place):
+                continue
+            if place in fresh:
+                return place
+            fresh.add(place)
+            value = float(self._nearer(slice(place, place + 1))[0] @ gains)
+            heapq.heappush(self._bounds, (-value, place))
+        return None
+
+    def newness(self, place: int) -> float:
+        return min(1.0, float(self._distances[place]) / self._typical)
 
     def nearest(self, place: int) -> str:
         return self._names[self._nearest[place]]
 
+    def stands_for(self, place: int) -> int:
+        return int((self._nearer(slice(place, place + 1)) > ROUNDING * self._typical).sum())
+
     def take(self, place: int) -> None:
         """A candidate is chosen: those that resemble it are less new."""
         self._same |= self._digests == self._digests[place]
-        self._approach(self._directions[place], place)
+        self._approach(self._away(self._directions[place : place + 1])[0], place)
 
-    def _approach(self, direction: NDArray[np.float32], number: int) -> None:
-        """An image with this feature, whose id is `_names[number]`, is labeled or chosen."""
-        away = np.linalg.norm(self._directions - direction, axis=1).astype(np.float64)
+    def _is_near_duplicate(self, place: int) -> bool:
+        return bool(self._same[place]) or float(self._distances[place]) <= DUPLICATE * self._typical
+
+    def _nearer(self, places: slice) -> NDArray[np.float32]:
+        """By how much candidates are nearer to each candidate than what is labeled or chosen, [places, N]."""
+        away = self._away(self._directions[places])
+        rows = np.arange(len(away))
+        away[rows, rows + places.start] = 0  # rounding
+        return np.maximum(self._distances - away, 0)
+
+    def _away(self, directions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Distances of features [B, D] to all candidates, float32 [B, N]."""
+        own, others = (np.einsum("nd,nd->n", rows, rows) for rows in (directions, self._directions))
+        squares = own[:, None] + others - 2 * (directions @ self._directions.T)
+        return np.sqrt(np.maximum(squares, 0))
+
+    def _approach(self, away: NDArray[np.float32], number: int) -> None:
+        """An image is labeled or chosen: its distances to all candidates, and its place in `_names`."""
         closer = away < self._distances
         self._distances[closer], self._nearest[closer] = away[closer], number

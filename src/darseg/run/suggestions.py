@@ -60,7 +60,9 @@ class SuggestedImage:
 
     Attributes:
         gain: what its labels would add (`darseg.pseudo.suggest`), and of each class by name.
-        newness: 0 to 1, by the distance to the nearest image that is labeled or suggested before.
+        stands_for: unlabeled images that are nearer to it than to what is labeled or suggested before; itself too.
+        newness: 0 to 1, its distance to the nearest image that is labeled or suggested before, as a part of the
+            typical one.
         nearest: id of that image.
         shares: class name → share of the pixels that are decided as it.
         expected: class name → its mean probability.
@@ -71,6 +73,7 @@ class SuggestedImage:
     id: str
     gain: float
     gain_of: Mapping[str, float]
+    stands_for: int
     newness: float
     nearest: str
     shares: Mapping[str, float]
@@ -146,6 +149,7 @@ def describe_picks(
             id=ids[pick.index],
             gain=pick.gain,
             gain_of=dict(zip(classes.names, pick.parts.tolist(), strict=True)),
+            stands_for=pick.stands_for,
             newness=pick.newness,
             nearest=pick.nearest,
             shares=dict(zip(classes.names, seen.shares.tolist(), strict=True)),
@@ -173,10 +177,9 @@ def _reasons(image: SuggestedImage, names: Sequence[str], counts: NDArray[np.int
         if image.disagreements.get(view, 0) >= 0.01:
             lines.append(text.format(share=percent(image.disagreements[view])))
     lines.append(f"the second class is {image.margin:.2f} less likely than the first, on average")
-    far = (
-        "as far from it as most" if image.newness >= 1 else f"at {image.newness:.2f} of the typical distance"
-    )
-    lines.append(f"the most similar image that is labeled or suggested is {image.nearest}, {far}")
+    if image.stands_for > 1:
+        lines.append(f"it stands for {image.stands_for:,} images that resemble nothing labeled as much")
+    lines.append(f"the most similar image that is labeled or suggested before is {image.nearest}")
     return tuple(lines)
 
 
