@@ -74,6 +74,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.pseudo.labeling import AlignSettings as AlignSettings
     from darseg.pseudo.labeling import Labeling as Labeling
     from darseg.pseudo.labelset import PseudoLabelSet as PseudoLabelSet
+    from darseg.pseudo.precision import ExpectedPrecision as ExpectedPrecision
+    from darseg.pseudo.precision import HeldOutBuilder as HeldOutBuilder
+    from darseg.pseudo.precision import HeldOutCounts as HeldOutCounts
+    from darseg.pseudo.precision import choose_by_precision as choose_by_precision
     from darseg.pseudo.redistribute import Redistribution as Redistribution
     from darseg.pseudo.redistribute import redistribute as redistribute
     from darseg.pseudo.shift import Shift as Shift
@@ -125,6 +129,7 @@ _HOMES = {
     "build_network": "model.network",
     "CAMVID": "data.classes",
     "check": "run.check",
+    "choose_by_precision": "pseudo.precision",
     "choose_cbst": "pseudo.thresholds",
     "choose_dars": "pseudo.thresholds",
     "choose_global": "pseudo.thresholds",
@@ -142,10 +147,13 @@ _HOMES = {
     "estimate_shift": "pseudo.shift",
     "evaluate": "run.evaluate",
     "Example": "data.dataset",
+    "ExpectedPrecision": "pseudo.precision",
     "export_network": "run.export",
     "Findings": "data.examine",
     "FINE": "data.prediction",
     "FLOAT16": "data.prediction",
+    "HeldOutBuilder": "pseudo.precision",
+    "HeldOutCounts": "pseudo.precision",
     "HistogramBuilder": "pseudo.histogram",
     "image_generator": "pseudo.assign",
     "label_encoding": "data.encoding",

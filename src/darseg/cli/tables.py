@@ -110,11 +110,16 @@ def class_weights_line(plan: Plan) -> str:
     return f"class weights of labeled pixels: {weights}"
 
 
+def ratio_text(ratio: float | str) -> str:
+    """A labeling ratio: its number, or auto."""
+    return ratio if isinstance(ratio, str) else f"{ratio:g}"
+
+
 def _planned_cells(planned: Round) -> list[str]:
     low, high = planned.augmentation.scale
     return [
         str(planned.index),
-        "-" if planned.labeling_ratio is None else f"{planned.labeling_ratio:g}",
+        "-" if planned.labeling_ratio is None else ratio_text(planned.labeling_ratio),
         "-" if planned.epochs is None else str(planned.epochs),
         str(planned.epoch_steps),
         str(planned.steps),

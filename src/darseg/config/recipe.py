@@ -6,23 +6,45 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictFloat, StrictInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+)
 
 from darseg.choices import ResultAlign
 from darseg.config.data import DataConfig
 from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
-from darseg.config.values import Count, FilePath, Fraction, Key, Positive, Section, Size, Window, falling
+from darseg.config.values import (
+    Count,
+    FilePath,
+    Fraction,
+    Key,
+    Positive,
+    Section,
+    Size,
+    Window,
+    falling,
+    or_word,
+)
 from darseg.pseudo.labeling import (
     BOUND,
+    TARGET_PRECISION,
     Align,
     Confidence,
     Labeling,
     LabelingMethod,
+    Ratio,
     Sampling,
     check_bound,
     check_ratio,
     check_strength,
+    check_target_precision,
     check_threshold,
     labeling_faults,
 )
@@ -44,6 +66,7 @@ class LabelingConfig(ProtocolConfig):
     align: Align = "none"
     bound: Annotated[StrictFloat, AfterValidator(check_bound)] = BOUND
     strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
+    target_precision: Annotated[StrictFloat, AfterValidator(check_target_precision)] = TARGET_PRECISION
     keep_predictions: StrictBool = False
     predict_twice: StrictBool = False
 
@@ -57,16 +80,18 @@ class LabelingConfig(ProtocolConfig):
                 "writes no predictions that labeling.keep_predictions could keep; set only one of them",
             )
 
-    def at(self, ratio: float | None) -> Labeling:
+    def at(self, ratio: Ratio | None) -> Labeling:
         """What a round with this labeling ratio labels by."""
-        return Labeling(**self._settings(), ratio=ratio)
+        return Labeling(**self._settings(ratio), ratio=ratio)
 
-    def faults(self, ratio: float | None) -> Iterator[tuple[str, str]]:
+    def faults(self, ratio: Ratio | None) -> Iterator[tuple[str, str]]:
         """Key and fault of everything that keeps `at` from working."""
-        return labeling_faults(**self._settings(), ratio=ratio)
+        return labeling_faults(**self._settings(ratio), ratio=ratio)
 
-    def _settings(self) -> dict[str, Any]:
-        names = ("method", "threshold", "confidence", "sampling", "align", "bound", "strength")
+    def _settings(self, ratio: Ratio | None) -> dict[str, Any]:
+        names = ["method", "threshold", "confidence", "sampling", "align", "bound", "strength"]
+        if ratio == "auto":  # no other round has a target
+            names.append("target_precision")
         return {name: getattr(self, name) for name in names}
 
 
@@ -88,6 +113,15 @@ class ResultConfig(Section):
             yield ("strength",), "found 0.0, which aligns nothing; set result.align: off instead"
 
 
+# A share, or "auto".
+LabelingRatio = Annotated[
+    StrictFloat,
+    AfterValidator(check_ratio),
+    or_word("auto", "should be a share above 0 and at most 1, or auto"),
+    PlainSerializer(lambda value: value),
+]
+
+
 class RoundConfig(Section):
     use: Literal["online"] | None = None  # None: labeled images in round 0, then pseudo labels
     # None: the network of the round before labels
@@ -98,7 +132,7 @@ class RoundConfig(Section):
     epochs: Count | None = None
     steps: Count | None = None
     epoch_over: Literal["labeled", "unlabeled"] | None = None  # None: labeled in round 0, then unlabeled
-    labeling_ratio: Annotated[StrictFloat, AfterValidator(check_ratio)] | None = None
+    labeling_ratio: LabelingRatio | None = None
     scale: tuple[Positive, Positive] | None = None
     learning_rate: Positive | None = None
     span: tuple[Fraction, Fraction] | None = None
@@ -152,6 +186,15 @@ class Recipe(Section):
     def halves(self) -> bool:
         """Whether there are rounds with labeled and unlabeled images."""
         return len(self.rounds) > 1 or self.rounds[0].use == "online" or self.pseudo_labels(0)
+
+    @property
+    def follows_precision(self) -> list[int]:
+        """The rounds with pseudo labels whose ratio is auto."""
+        return [
+            index
+            for index, config in enumerate(self.rounds)
+            if self.pseudo_labels(index) and config.labeling_ratio == "auto"
+        ]
 
     def spans(self) -> list[tuple[float, float]]:
         """Which part of the poly curve each round uses.
@@ -243,6 +286,11 @@ class Recipe(Section):
                 for name, message in self.labeling.faults(config.labeling_ratio):
                     if name == "labeling_ratio":
                         yield (*key, name), message
+        if self.labeling.target_precision != TARGET_PRECISION and not self.follows_precision:
+            yield (
+                ("labeling", "target_precision"),
+                "has no effect without a round with labeling_ratio: auto; remove it",
+            )
         if self.training.teacher is not None and all(config.use == "online" for config in self.rounds):
             yield ("training", "teacher"), "is for rounds that are not online; use online.teacher instead"
         with_steps = [config.steps is not None for config in self.rounds]

@@ -21,8 +21,14 @@ Sampling = Literal["random", "none"]
 Align = Literal["none", "decisions"]
 """Whether decisions are first moved to the class shares of the labeled pixels; see `align`."""
 
+Ratio = float | Literal["auto"]
+"""Share of the unlabeled pixels to label; "auto": as much of each class as keeps to the target precision."""
+
 BOUND = 5.0
 """Default largest weight of a class that is aligned."""
+
+TARGET_PRECISION = 0.9
+"""Default precision of pseudo labels with ratio "auto"."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Labeling:
 
     Attributes:
         method: how thresholds are chosen.
-        ratio: share of the unlabeled pixels to label, above 0 and at most 1; None with method "global".
+        ratio: share of the unlabeled pixels to label, above 0 and at most 1; "auto" (method "dars" only) follows
+            `target_precision`; None with method "global".
         threshold: confidence from 0 to 1 with method "global"; None with the others.
         confidence: the scale that confidences are counted on.
         sampling: "random" drops the surplus that ties let in; "none" keeps it (method "dars" only).
@@ -67,6 +74,8 @@ class Labeling:
             labeled pixels, before thresholds are chosen.
         bound: largest class weight and reciprocal of the smallest, above 1.
         strength: power of the class weights, from 0 to 1.
+        target_precision: with ratio "auto", the precision that held-out images should show of each class's labels, from 0
+            to below 1.
 
     Raises RecipeError naming every setting that cannot work.
 
@@ -75,13 +84,14 @@ class Labeling:
     """
 
     method: LabelingMethod = "dars"
-    ratio: float | None = None
+    ratio: Ratio | None = None
     threshold: float | None = None
     confidence: Confidence = "float16"
     sampling: Sampling = "random"
     align: Align = "none"
     bound: float = BOUND
     strength: float = 1.0
+    target_precision: float = TARGET_PRECISION
 
     def __post_init__(self) -> None:
         lines = [f"{name}: {message}" for name, message in labeling_faults(**vars(self))]
@@ -97,6 +107,8 @@ class Labeling:
             "confidence": self.confidence,
             "sampling": self.sampling,
         }
+        if self.ratio == "auto":
+            settings["target_precision"] = self.target_precision
         if self.align == "none":
             return settings  # as earlier versions wrote them
         return settings | {"align": self.align, "bound": self.bound, "strength": self.strength}
@@ -105,13 +117,14 @@ class Labeling:
 def labeling_faults(
     *,
     method: str,
-    ratio: float | None,
+    ratio: Ratio | None,
     threshold: float | None,
     confidence: str,
     sampling: str,
     align: str = "none",
     bound: float = BOUND,
     strength: float = 1.0,
+    target_precision: float = TARGET_PRECISION,
 ) -> Iterator[tuple[str, str]]:
     """Every fault of labeling settings: the setting's name in a recipe, and what is wrong with it."""
     for name, value, choices in (
@@ -131,6 +144,9 @@ def labeling_faults(
             yield name, "has no effect without align; remove it, or align the decisions"
     if method not in get_args(LabelingMethod):
         return  # what else it needs is unknown
+    yield from _bound_faults("target_precision", check_target_precision, target_precision)
+    if target_precision != TARGET_PRECISION and ratio != "auto":
+        yield "target_precision", "has no effect without labeling_ratio: auto; remove it"
     if sampling == "none" and method != "dars":
         yield "sampling", f"none is only for method dars, and the method is {method}; remove it"
     if method == "global":
@@ -143,10 +159,19 @@ def labeling_faults(
     else:
         if ratio is None:
             yield "labeling_ratio", f"missing; method {method} needs a share above 0 and at most 1"
+        elif ratio == "auto":
+            yield from _auto_faults(method, sampling)
         else:
             yield from _bound_faults("labeling_ratio", check_ratio, ratio)
         if threshold is not None:
             yield "threshold", f"is only for method global, and the method is {method}; remove it"
+
+
+def _auto_faults(method: str, sampling: str) -> Iterator[tuple[str, str]]:
+    if method != "dars":
+        yield "labeling_ratio", f"auto is only for method dars, and the method is {method}; give a number"
+    elif sampling == "none":
+        yield "labeling_ratio", "auto drops what is above a class's share at random; remove sampling: none"
 
 
 def check_ratio(ratio: float) -> float:
@@ -161,6 +186,13 @@ def check_threshold(threshold: float) -> float:
     if not 0 <= threshold <= 1:
         raise ValueError("should be from 0 to 1")
     return threshold
+
+
+def check_target_precision(precision: float) -> float:
+    """The target precision itself. Raises ValueError if it is out of bounds."""
+    if not 0 <= precision < 1:
+        raise ValueError("should be at least 0 and below 1")
+    return precision
 
 
 def check_bound(bound: float) -> float:

@@ -39,6 +39,7 @@ from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
+from darseg.pseudo.precision import ExpectedPrecision
 from darseg.pseudo.thresholds import Thresholds
 
 LARGEST_COUNT = 1 << 53
@@ -53,6 +54,7 @@ class PseudoLabelSet:
         folder: holds the label maps.
         kept: int64 [K], labeled pixels per class over all maps.
         alignment: the class weights that the decisions were made with; None if they were not aligned.
+        expected: how precise held-out images say the labels are; None unless the ratio was auto.
     """
 
     folder: Path
@@ -60,11 +62,15 @@ class PseudoLabelSet:
     thresholds: Thresholds
     kept: NDArray[np.int64]
     alignment: Alignment | None = None
+    expected: ExpectedPrecision | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Thresholds and counts, each a list of K; with the alignment, if there is one."""
+        """Thresholds and counts, each a list of K; with alignment and expected precision, if there are any."""
         described = self.thresholds.to_json() | {"kept": self.kept.tolist()}
-        return described if self.alignment is None else described | {"alignment": self.alignment.to_json()}
+        for name, value in (("alignment", self.alignment), ("expected_precision", self.expected)):
+            if value is not None:
+                described[name] = value.to_json()
+        return described
 
     @classmethod
     def load(cls, folder: Path, histogram: Path, thresholds: Path) -> PseudoLabelSet:
@@ -76,7 +82,11 @@ class PseudoLabelSet:
         """
         path = thresholds
         try:
-            read, kept, alignment = described_labels(read_json(thresholds))
+            content = read_json(thresholds)
+            read, kept, alignment = described_labels(content)
+            expected = content.get("expected_precision")
+            if expected is not None:
+                expected = ExpectedPrecision.from_json(expected, len(kept))
             path = histogram
             counts = ConfidenceHistogram.from_bytes(read_file(histogram))
             if len(counts.counts) != len(kept):
@@ -86,7 +96,9 @@ class PseudoLabelSet:
             raise DataError(
                 f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or label again."
             ) from error
-        return cls(folder=folder, histogram=counts, thresholds=read, kept=kept, alignment=alignment)
+        return cls(
+            folder, histogram=counts, thresholds=read, kept=kept, alignment=alignment, expected=expected
+        )
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""

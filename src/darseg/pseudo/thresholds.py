@@ -10,10 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from darseg.data.prediction import FLOAT16, SCALES, ConfidenceScale
-from darseg.errors import DataError, faults
+from darseg.errors import DataError, RecipeError, faults
 from darseg.pseudo.distribution import ClassDistribution, check_class_count
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labeling import Labeling
+
+AUTO = (
+    "labeling_ratio: auto is for the rounds of `darseg train`, which predict held-out labeled images too. Give a share "
+    "of the pixels here, above 0 and at most 1."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +131,11 @@ def choose_thresholds(
     Args:
         distribution: shares of the classes among labeled pixels; only method "dars" follows them.
 
-    Raises DataError for an empty histogram or one of another number of classes.
+    Raises DataError for an empty histogram or one of another number of classes; RecipeError for ratio "auto", which needs
+    held-out images (`choose_by_precision`).
     """
+    if labeling.ratio == "auto":
+        raise RecipeError(AUTO)
     match labeling.method:
         case "global":
             assert labeling.threshold is not None  # checked by Labeling

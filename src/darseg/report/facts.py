@@ -17,13 +17,14 @@ from darseg.data.files import raise_if_unreadable, read_text
 from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError, printable
 from darseg.pseudo.distribution import count_labels
+from darseg.pseudo.labeling import Ratio
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.report.curve import Curve, curve_of
 from darseg.report.result import AlignedFacts
 from darseg.run.build import check_overrides, classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
-from darseg.run.journal import ABSENT, NEVER, Journal, in_current_words
+from darseg.run.journal import ABSENT, NEVER, UNSHOWN, Journal, in_current_words
 from darseg.run.labelers import read_labeler
 from darseg.run.marks import read_excluded
 from darseg.run.records import read_object, read_plain, read_texts
@@ -52,7 +53,7 @@ class RoundFacts:
     """
 
     index: int
-    labeling_ratio: float | None
+    labeling_ratio: Ratio | None
     labels: PseudoLabelSet | None
     pseudo: Scores | None
     truth: NDArray[np.int64] | None
@@ -197,7 +198,7 @@ def read_run(root: Path | str, overrides: Sequence[str] = ()) -> RunFacts:
 def _read_round(
     run: RunDirectory,
     index: int,
-    labeling_ratio: float | None,
+    labeling_ratio: Ratio | None,
     *,
     events: Sequence[dict],
     precision: str,
@@ -301,14 +302,22 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
         predicted, kept = round_.labels.thresholds.predicted, round_.labels.kept
         if never := _named(names, predicted == 0):
             listed.append(Remark(f"round {round_.index}: {NEVER}: {never}"))
-        if vanished := _named(names, (predicted > 0) & (kept == 0)):
+        unshown = predicted < 0  # none
+        if (expected := round_.labels.expected) is not None:
+            unshown = np.array([basis == "none" for basis in expected.basis]) & (predicted > 0)
+            if text := _named(names, unshown):
+                target = f"precision {expected.target:g}"
+                listed.append(Remark(f"round {round_.index}: {UNSHOWN} ({target}): {text}"))
+        if vanished := _named(names, (predicted > 0) & (kept == 0) & ~unshown):
             listed.append(Remark(f"round {round_.index}: predicted, but no pixel was kept: {vanished}"))
     if facts.scored:
         last = facts.scored[-1]
         if zero := _named(names, last.iou == 0):
             listed.append(Remark(f"IoU 0 after round {last.index}: {zero}"))
     # For what was never predicted the files count: a round may have been repeated since the journal's warning.
-    listed += [Remark(text) for text in facts.warnings if f": {NEVER}: " not in text]
+    listed += [
+        Remark(text) for text in facts.warnings if f": {NEVER}: " not in text and f": {UNSHOWN} (" not in text
+    ]
     return list({remark.text: remark for remark in listed}.values())
 
 

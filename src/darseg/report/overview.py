@@ -15,9 +15,11 @@ from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
 from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
+from darseg.pseudo.labeling import Ratio
 from darseg.report import charts, step_charts
 from darseg.report.acceptance import MOST_CLASSES, accepted_chart, class_charts, teacher_chart
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, class_entries, figure_of
+from darseg.report.expected import expected_section
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
 from darseg.report.page import Page, render
@@ -119,6 +121,8 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
         page.section("Class shares", _shares(page, facts, data))
         if any(round_.labels and round_.labels.alignment for round_ in facts.labeled):
             page.section("Aligned decisions", _alignments(facts, data))
+        if any(round_.labels and round_.labels.expected for round_ in facts.labeled):
+            page.section("Expected precision", _expected(facts))
         page.section("Thresholds", _thresholds(facts))
         page.section("Confidences", _confidences(page, facts))
     if any(len(round_.curve.steps) for round_ in facts.rounds):
@@ -270,6 +274,12 @@ def _alignment_table(classes: ClassSet, data: DataFacts, alignment: Alignment) -
     return Table(["share of pixels", "without weights", "labeled images", "with weights", "weight"], rows)
 
 
+def _expected(facts: RunFacts) -> Markup:
+    following = [round_ for round_ in facts.labeled if round_.labels and round_.labels.expected]
+    rounds, omitted = shown(following, MOST_ROWS // len(facts.classes))
+    return expected_section(facts.classes, rounds, omitted)
+
+
 def _thresholds(facts: RunFacts) -> Markup:
     rounds, omitted = shown(facts.labeled, MOST_ROWS // len(facts.classes))
     tabs = [_tab(round_, _thresholds_table(facts.classes, round_)) for round_ in rounds]
@@ -285,7 +295,8 @@ def _thresholds_table(classes: ClassSet, round_: RoundFacts) -> Table:
     rows = []
     for k, entry in enumerate(class_entries(classes)):
         never = bool(np.isnan(chosen.threshold[k]))
-        cells = ["never predicted" if never else f"{chosen.threshold[k]:.5g}"]
+        why = "accepts nothing" if chosen.predicted[k] else "never predicted"
+        cells = [why if never else f"{chosen.threshold[k]:.5g}"]
         cells.append(UNDEFINED if never else f"{chosen.keep[k]:.4f}")
         cells += [f"{int(pixels[k]):,}" for pixels in counts]
         cells.append(f"{kept[k] / chosen.predicted[k]:.1%}" if chosen.predicted[k] else UNDEFINED)
@@ -370,10 +381,16 @@ def _work(round_: RoundFacts) -> list[str]:
     seconds = [round_.seconds.get(step) for step in STEPS]
     return [
         UNDEFINED if round_.steps is None else f"{round_.steps:,}",
-        UNDEFINED if round_.labeling_ratio is None else f"{round_.labeling_ratio:g}",
+        _ratio(round_.labeling_ratio),
         *(UNDEFINED if value is None else f"{value:,.1f}" for value in seconds),
         f"{sum(value or 0 for value in seconds):,.1f}",
     ]
+
+
+def _ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return UNDEFINED
+    return ratio if isinstance(ratio, str) else f"{ratio:g}"
 
 
 def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:

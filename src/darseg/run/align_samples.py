@@ -70,6 +70,8 @@ def _remove_labeling(samples: Sequence[Sample], source: ScoreSource, files: Labe
     The weights themselves go last, so that a kill before leaves a trace.
     """
     files.histogram.unlink(missing_ok=True)
+    if files.held_out is not None:
+        files.held_out.unlink(missing_ok=True)
     for sample in samples:
         label_path(files.labels, sample.id).unlink(missing_ok=True)
     for log in files.logs.glob("images_*.jsonl") if files.logs else ():

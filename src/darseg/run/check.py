@@ -38,6 +38,7 @@ from darseg.run.build import (
     masks,
     spec_of,
 )
+from darseg.run.held_out import check_held_out, describe_auto
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
@@ -81,6 +82,7 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     try:
         networks = {index: network for index, (network, _) in build_networks(recipe).items()}
         check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
+        check_held_out(recipe, manifest)
         plan_training(
             recipe,
             networks,
@@ -257,6 +259,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     """
     recipe = as_recipe(recipe)
     manifest = manifest_of(recipe)
+    check_held_out(recipe, manifest)
     networks = {index: spec_of(recipe.at(index)).build() for index in beginnings(recipe)}
     rounds = plan_training(
         recipe,
@@ -299,7 +302,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         labeling=_describe_labeling(recipe, labeling),
         evaluation=_by_round(evaluation),
         class_weights=_class_weights(recipe, manifest),
-        notes=_notes(recipe, rounds, networks, processes=processes),
+        notes=(*describe_auto(recipe, manifest), *_notes(recipe, rounds, networks, processes=processes)),
     )
 
 

@@ -32,6 +32,8 @@ ABSENT = "No label map has pixels of these classes, so they are never pseudo-lab
 """Begins the warning of classes without pixels in the labeled masks; the report lists the same sentence."""
 NEVER = "never predicted, so not pseudo-labeled"
 """Part of the warning of classes that a round never predicts; the report lists the same sentence."""
+UNSHOWN = "no confidence shows the target on held-out images, so not pseudo-labeled"
+"""Part of the warning of classes that a round with ratio auto does not label; the report lists the same sentence."""
 _FORMER = {
     "absent from all labelled masks, so never pseudo-labelled": ABSENT,
     "never predicted, so not pseudo-labelled": NEVER,

@@ -16,11 +16,12 @@ from darseg.data.files import ASIDE, real, refuse_links_out_of, remove_leftovers
 from darseg.data.manifest import Sample, count_pixels
 from darseg.data.maps import is_whole, label_path
 from darseg.data.prediction import SCALES, ConfidenceScale
-from darseg.errors import DarsegError, DataError, RunError, faults, shortened
+from darseg.errors import DarsegError, DataError, RecipeError, RunError, faults, shortened
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.labelset import Predictor, described_labels, prediction_path
 from darseg.pseudo.scores import ScoreSource, scores_path
+from darseg.pseudo.thresholds import AUTO
 from darseg.run.class_counts import ClassCounts
 from darseg.run.directory import write_json
 from darseg.run.journal import Journal
@@ -132,6 +133,8 @@ def label_into_folder(
     Returns:
         the content of `redistribution.json`.
     """
+    if job.labeling.ratio == "auto":
+        raise RecipeError(AUTO)
     if job.source.is_dir() and real(job.source) in (real(job.out), *real(job.out).parents):
         raise RunError(
             f"{job.out} lies in {job.source}, whose files are to be labeled. Choose a folder elsewhere."

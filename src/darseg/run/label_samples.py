@@ -31,9 +31,11 @@ from darseg.pseudo.labelset import (
     assign_labels,
     count_predictions,
 )
+from darseg.pseudo.precision import ExpectedPrecision, HeldOutCounts, choose_by_precision
 from darseg.pseudo.scores import ScoreSource, scores_bytes_per_pixel
-from darseg.pseudo.thresholds import choose_thresholds
+from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.align_samples import align_samples
+from darseg.run.held_out import HeldOut, count_held_out
 from darseg.run.label_task import LabelFiles, LabelTask, Progress
 from darseg.training.processes import Processes
 
@@ -46,6 +48,7 @@ def label_samples(
     files: LabelFiles,
     processes: Processes,
     progress: Progress,
+    held_out: HeldOut | None = None,
 ) -> PseudoLabelSet:
     """Count, choose, assign: write the label maps of all samples, each by one of the processes.
 
@@ -54,14 +57,24 @@ def label_samples(
 
     Args:
         predictor: for aligned decisions the source of scores; their class weights are found first.
+        held_out: images that are predicted and compared with their labels first; only if the ratio is auto.
     """
-    alignment = None
+    alignment = counts = None
     assert isinstance(predictor, ScoreSource) == (task.labeling.align != "none")
     if isinstance(predictor, ScoreSource):
         alignment = align_samples(
             samples, task, predictor, files=files, processes=processes, progress=progress
         )
         predictor = predictor.predictor(alignment.factors)
+    if held_out is not None:
+        counts = count_held_out(
+            held_out,
+            classes=len(task.distribution),
+            scale=task.scale,
+            factors=None if alignment is None else alignment.factors,
+            processes=processes,
+            progress=progress,
+        )
     own = processes.share(samples, predictor.images)
     if files.histogram.exists():
         histogram = ConfidenceHistogram.from_bytes(read_file(files.histogram))
@@ -72,7 +85,7 @@ def label_samples(
             part = processes.together(lambda: count(scale=task.scale, advance=advance))
         histogram = ConfidenceHistogram(processes.add_up(part.counts), task.scale)
         processes.from_first(lambda: write_whole(files.histogram, histogram.to_bytes()))
-    thresholds = processes.together(lambda: choose_thresholds(histogram, task.labeling, task.distribution))
+    thresholds, expected = processes.together(lambda: _choose(histogram, task, counts))
     rule = LabelRule(thresholds, task.seed, task.round_index)
     log = None if files.logs is None else FactsLog(files.logs / f"images_{processes.rank}.jsonl")
     with progress("label", len(own)) as advance:
@@ -84,7 +97,17 @@ def label_samples(
         thresholds=thresholds,
         kept=processes.add_up(kept),
         alignment=alignment,
+        expected=expected,
     )
+
+
+def _choose(
+    histogram: ConfidenceHistogram, task: LabelTask, counts: HeldOutCounts | None
+) -> tuple[Thresholds, ExpectedPrecision | None]:
+    """The thresholds of a labeling, and the precision they should give, if that decides."""
+    if counts is None:
+        return choose_thresholds(histogram, task.labeling, task.distribution), None
+    return choose_by_precision(histogram, task.distribution, counts, task.labeling.target_precision)
 
 
 def network_predictor(

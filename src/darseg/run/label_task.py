@@ -47,9 +47,11 @@ class LabelFiles:
         histogram: file of the confidences of all images, written between counting and assigning.
         alignment: file of the class weights, written before counting, if decisions are aligned.
         logs: folder for the facts of images, one file per process; None: they are not kept.
+        held_out: file of the counts of held-out images, written before the histogram, if the ratio is auto.
     """
 
     labels: Path
     histogram: Path
     alignment: Path
     logs: Path | None = None
+    held_out: Path | None = None

@@ -18,6 +18,7 @@ from darseg.methods.teacher import with_teacher
 from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.model.vit import Transformer
+from darseg.pseudo.labeling import Ratio
 from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
 from darseg.run.online import check_steps, colors_of, online_method, online_of, teacher_of
 from darseg.training.loss import LabeledLoss, balanced_weights
@@ -79,8 +80,8 @@ class Round:
     """One round: what it labels, how long it trains, on which part of the schedule.
 
     Attributes:
-        labeling_ratio: share of the unlabeled pixels to label before training; None in a round without pseudo labels,
-            and if a global threshold decides.
+        labeling_ratio: share of the unlabeled pixels to label before training, or "auto"; None in a round without pseudo
+            labels, and if a global threshold decides.
         span: fractions of the poly curve that its steps cover.
         batch: labeled images of a step.
         pseudo_batch: pseudo-labeled images of a step; 0 in a round without pseudo labels.
@@ -92,7 +93,7 @@ class Round:
     """
 
     index: int
-    labeling_ratio: float | None
+    labeling_ratio: Ratio | None
     augmentation: Augmentation
     steps: int
     span: tuple[float, float]

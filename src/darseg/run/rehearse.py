@@ -54,6 +54,8 @@ def rehearse(
             predict_twice=recipe.labeling.predict_twice,
             twice="set labeling.predict_twice=true",
         )
+    roles = ("unlabeled", "validation") if recipe.follows_precision else ("unlabeled",)
+    to_label = [largest[role] for role in roles if role in largest]
     own = {recipe.starts(index - 1) for index in labeled if index not in labelers}
     for begins, network in networks.items():
         here = recipe.at(begins)
@@ -63,12 +65,12 @@ def rehearse(
             protocol = evaluation_protocol(here)
             with explain_memory(less_to_predict(here, "evaluation", protocol, begun=False)):
                 predict(trial, load_image(sample), protocol, name=str(sample.image))
-        if begins in own and (sample := largest.get("unlabeled")):
+        for sample in to_label if begins in own else ():
             protocol = labeling_protocol(here)
             with explain_memory(less_to_predict(here, "labeling", protocol, begun=False)):
                 _label(trial, sample, protocol)
     for index, labeler in labelers.items():
-        if sample := largest.get("unlabeled"):
+        for sample in to_label:
             protocol = labeling_protocol_of(recipe, index, labeler)
             window = f"rounds.{index}.labels_window", labeler.spec.sides
             with (

@@ -39,6 +39,7 @@ from darseg.run.directory import (
     open_run,
     write_json,
 )
+from darseg.run.held_out import check_held_out
 from darseg.run.journal import Journal
 from darseg.run.labelers import Labeler, labelers_of
 from darseg.run.machines import check_alike
@@ -219,6 +220,7 @@ class _Planned:
 
 def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _Planned:
     """The rounds, their networks, prepared, and labelers. Raises RecipeError, SizeError, RunError."""
+    check_held_out(recipe, manifest)
     begun = build_networks(recipe)
     networks = {index: network for index, (network, _) in begun.items()}
     labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)

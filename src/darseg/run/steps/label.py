@@ -23,7 +23,8 @@ from darseg.run.build import load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, write_json
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
-from darseg.run.journal import NEVER
+from darseg.run.held_out import HeldOut
+from darseg.run.journal import NEVER, UNSHOWN
 from darseg.run.label_samples import (
     check_disk,
     label_samples,
@@ -40,7 +41,14 @@ from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.scores import Scores
 
 HISTOGRAM, THRESHOLDS, FACTS, SCORES = "histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json"
-ALIGNMENT, WAITING_SCORES = "alignment.json", "waiting_scores"  # only until the step is done
+ALIGNMENT, WAITING_SCORES, HELD_OUT = (
+    "alignment.json",
+    "waiting_scores",
+    "held_out.npz",
+)  # until the step is done
+
+PRECISION_VERSION = 1
+"""Of the rule by which thresholds follow a target precision."""
 
 
 def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], StepRecord]:
@@ -79,11 +87,16 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
 def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:
     index, labeling, labeler = task.round_index, task.labeling, course.labelers.get(task.round_index)
     protocol = labeling_protocol_of(course.recipe, index, labeler)
+    rule = PRECISION_VERSION if labeling.ratio == "auto" else None
     digests = {
-        "settings": digest_settings(protocol=protocol, labeling=labeling, seed=task.seed),
+        "settings": digest_settings(
+            protocol=protocol, labeling=labeling, seed=task.seed, precision_rule=rule
+        ),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
     }
+    if rule is not None:
+        digests["validation"] = course.data["validation"]
     if labeler is None:
         digests["network"] = before
     else:
@@ -122,9 +135,11 @@ def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequenc
                 histogram=course.path(round_, HISTOGRAM),
                 alignment=course.path(round_, ALIGNMENT),
                 logs=run.round(index),
+                held_out=course.path(round_, HELD_OUT),
             ),
             processes=course.processes,
             progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
+            held_out=_held_out(course, round_, network=network, protocol=protocol),
         )
     outputs = ["labels", HISTOGRAM, THRESHOLDS, FACTS]
     if any(sample.label for sample in unlabeled):
@@ -152,6 +167,16 @@ def _predictor(
     )
 
 
+def _held_out(course: Course, round_: Round, *, network: Network, protocol: Protocol) -> HeldOut | None:
+    """The validation images, if their precision decides how much is labeled."""
+    if round_.labeling_ratio != "auto":
+        return None
+    config = course.recipe.labeling
+    source = network_predictor if config.align == "none" else network_scores
+    predictor = source(network, protocol, SCALES[config.confidence])
+    return HeldOut(course.manifest.validation, predictor, course.path(round_, HELD_OUT))
+
+
 def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None:
     """Remove what may be of another labeling, see that the disk has room, and say what is left out."""
     run, journal, index = course.run, course.journal, round_.index
@@ -161,6 +186,7 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
         # All maps were written but not recorded; or the record was deleted, to label again.
         shutil.rmtree(run.labels(index), ignore_errors=True)
         histogram.unlink(missing_ok=True)
+        course.path(round_, HELD_OUT).unlink(missing_ok=True)
         thresholds.unlink(missing_ok=True)
         run.drop_facts_logs(index)
     if (labeler := course.labelers.get(index)) is not None:
@@ -193,7 +219,8 @@ def _drop_predictions_of_another(course: Course, round_: Round) -> bool:
         before = read_labeler(path.parent)
     except RunError:  # the step is still to be done, so the file will be written again
         before = {}
-    places = run.predictions(index), course.path(round_, WAITING_SCORES), course.path(round_, HISTOGRAM)
+    places = [course.path(round_, name) for name in (WAITING_SCORES, HISTOGRAM, HELD_OUT)]
+    places.append(run.predictions(index))
     if before is None and not any(place.exists() for place in places):
         return False
     if before and all(before[name] == now[name] for name in ("sha256", "window")):
@@ -213,7 +240,8 @@ def _drop_predictions_of_another(course: Course, round_: Round) -> bool:
 def _tidy(course: Course, round_: Round) -> None:
     index = round_.index
     course.run.drop_facts_logs(index)
-    course.path(round_, ALIGNMENT).unlink(missing_ok=True)
+    for name in (ALIGNMENT, HELD_OUT):
+        course.path(round_, name).unlink(missing_ok=True)
     shutil.rmtree(course.path(round_, WAITING_SCORES), ignore_errors=True)
     if not course.recipe.labeling.keep_predictions:
         shutil.rmtree(course.run.predictions(index), ignore_errors=True)
@@ -243,6 +271,7 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
     facts_of_images = {sample.id: logs[sample.id].to_json() for sample in unlabeled if sample.id in logs}
     write_whole(course.path(round_, FACTS), json.dumps(facts_of_images) + "\n")
     write_json(course.path(round_, THRESHOLDS), labels.to_json())
+    expected = _say_precision(course, round_, labels, facts=facts)
     right = f"; {facts['pixel_accuracy']:.3f} of them are right" if facts.get("pixel_accuracy") else ""
     method, aligned = course.recipe.labeling.method, ""
     labeler = course.labelers.get(index)
@@ -251,7 +280,30 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
         facts["aligned"], aligned = labels.alignment.converged, " aligned decisions and"
         for warning in labels.alignment.warnings(classes.names):
             journal.warn(f"round {index}: {warning}")
-    return Result(facts, f"{method}{aligned} labeled {facts['share']:.3f} of the unlabeled pixels{by}{right}")
+    return Result(
+        facts, f"{method}{aligned} labeled {facts['share']:.3f} of the unlabeled pixels{by}{expected}{right}"
+    )
+
+
+def _say_precision(course: Course, round_: Round, labels: PseudoLabelSet, *, facts: dict[str, Any]) -> str:
+    """Say which classes do not follow their own precision; the end of the step's sentence. Adds to its facts."""
+    expected, names = labels.expected, course.manifest.classes.names
+    if expected is None:
+        return ""
+    predicted = labels.thresholds.predicted > 0  # others have a warning of their own
+    unshown = [name for name in expected.named("none", names) if predicted[names.index(name)]]
+    if unshown:
+        course.journal.warn(
+            f"round {round_.index}: {UNSHOWN} (precision {expected.target:g}): {', '.join(unshown)}"
+        )
+    if few := [name for name in expected.named("all classes", names) if predicted[names.index(name)]]:
+        course.journal.say(
+            f"round {round_.index}: too few held-out images show these classes, so the precision of all classes together "
+            f"decides: {', '.join(few)}"
+        )
+    share = expected.of_all(labels.kept)
+    facts["expected_precision"] = None if share is None else round(share, 4)
+    return "" if share is None else f", with expected precision {share:.3f}"
 
 
 def pseudo_scores(samples: Sequence[Sample], labels: PseudoLabelSet, classes: ClassSet) -> Scores:
