@@ -116,7 +116,9 @@ def test_thresholds_are_those_of_the_slow_rule(
     classes = 3
     known, fresh = (draw_images(seed, classes, held_out, scale), draw_images(seed, classes, 9, scale))
     histogram, distribution = histogram_of(fresh, classes), draw_distribution(seed, classes)
-    thresholds, expected = choose_by_precision(histogram, distribution, count(known, classes), target)
+    thresholds, expected = choose_by_precision(
+        histogram, distribution, count(known, classes), target_precision=target
+    )
     dars = choose_dars(histogram, distribution, 1.0)
     # Between two confidences that occur nothing changes, but the code just above one begins that stretch.
     occurring = {int(code) for prediction, _ in [*known, *fresh] for code in np.unique(prediction.codes)}
@@ -164,10 +166,10 @@ def test_laws_of_the_target(seed: int, classes: int, targets: list[float]) -> No
     histogram = histogram_of(draw_images(seed, classes, 8), classes)
     distribution = draw_distribution(seed, classes)
     dars = choose_dars(histogram, distribution, 1.0)
-    assert choose_by_precision(histogram, distribution, known, 0.0)[0] == dars
+    assert choose_by_precision(histogram, distribution, known, target_precision=0.0)[0] == dars
     before = np.minimum(dars.wanted, dars.accepted)
     for target in sorted(targets):
-        thresholds, expected = choose_by_precision(histogram, distribution, known, target)
+        thresholds, expected = choose_by_precision(histogram, distribution, known, target_precision=target)
         taken = np.minimum(thresholds.wanted, thresholds.accepted)
         assert (taken <= before).all()  # a higher target never labels more of a class
         before = taken
@@ -195,7 +197,7 @@ def test_a_less_sure_threshold_is_used_where_only_that_is_precise_and_the_surplu
     histogram = histogram_of(images, 2)
     shares = ClassDistribution(np.array([0.1, 0.9]))
     assert choose_dars(histogram, shares, 1.0).accept[0] == code[1]
-    thresholds, expected = choose_by_precision(histogram, shares, count(images, 2), 0.8)
+    thresholds, expected = choose_by_precision(histogram, shares, count(images, 2), target_precision=0.8)
     assert thresholds.accept[0] == code[0] and thresholds.accepted[0] == 4000
     assert thresholds.keep[0] == 0.1 and thresholds.wanted[0] == 400
     assert expected.expected == (0.9, None) and expected.ratio == (1.0, 0.0)
@@ -244,7 +246,7 @@ def test_fresh_images_keep_the_target_in_nearly_all_draws(name: str, held_out: i
     held, accepted = [], 0.0
     for _ in range(repeats):
         counts = count(draw_scenes(rng, held_out, CURVES[name]), 3)
-        thresholds, _ = choose_by_precision(histogram, distribution, counts, target)
+        thresholds, _ = choose_by_precision(histogram, distribution, counts, target_precision=target)
         for k in np.flatnonzero(thresholds.accepted):
             held.append(right[(classes == k) & (codes >= thresholds.accept[k])].mean() >= target)
         accepted += thresholds.accepted.sum() / histogram.predicted.sum() / repeats
@@ -261,11 +263,11 @@ def test_what_cannot_be_measured_is_refused() -> None:
     histogram, counts = histogram_of(images, 3), count(images, 3)
     shares = ClassDistribution(np.array([0.5, 0.25, 0.25]))
     with refused(RecipeError, "1.0", "below 1"):
-        choose_by_precision(histogram, shares, counts, 1.0)
+        choose_by_precision(histogram, shares, counts, target_precision=1.0)
     with refused(DataError, "9 held-out", "10"):
-        choose_by_precision(histogram, shares, count(images[:9], 3), 0.9)
+        choose_by_precision(histogram, shares, count(images[:9], 3), target_precision=0.9)
     with refused(DataError, "2 classes", "float16", "3"):
-        choose_by_precision(histogram, shares, count(draw_images(1, 2, 12), 2), 0.9)
+        choose_by_precision(histogram, shares, count(draw_images(1, 2, 12), 2), target_precision=0.9)
     with refused(DataError, "3 and 2 classes"):
         counts + count(draw_images(1, 2, 12), 2)
     with refused(DataError, "[1, 1]", "[2, 2]"):
@@ -285,7 +287,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_damaged_records_are_refused() -> None:
     images = draw_images(2, 3, 12)
     _, expected = choose_by_precision(
-        histogram_of(images, 3), ClassDistribution(np.array([0.5, 0.25, 0.25])), count(images, 3), 0.5
+        histogram_of(images, 3),
+        ClassDistribution(np.array([0.5, 0.25, 0.25])),
+        count(images, 3),
+        target_precision=0.5,
     )
     good = expected.to_json()
     for change in (

@@ -1,4 +1,4 @@
-"""How much to accept of each class so that a target precision holds, from predictions of held-out labeled images.
+"""How much of each class keeps a target precision, from predictions of held-out labeled images.
 
 Letters: K classes, M held-out images, t a confidence code, a_i(t) the labeled pixels of image i that are predicted as a
 class with a code of at least t, w_i(t) those of them that are wrong. Sums over images of a, w, a², aw and w² are
@@ -181,9 +181,9 @@ class HeldOutCounts:
 
 
 class HeldOutBuilder:
-    """Counts predictions of held-out images one after the other, in 40 bytes · (K + 1) · codes of the scale.
+    """Counts predictions of held-out images one after the other.
 
-    Several threads may use it at once.
+    It takes 40 bytes · (K + 1) · codes of the scale. Several threads may use it at once.
     """
 
     def __init__(self, classes: int, scale: ConfidenceScale = FLOAT16) -> None:
@@ -311,6 +311,7 @@ def choose_by_precision(
     histogram: ConfidenceHistogram,
     distribution: ClassDistribution,
     held_out: HeldOutCounts,
+    *,
     target_precision: float,
 ) -> tuple[Thresholds, ExpectedPrecision]:
     """As much of each class as DARS accepts at ratio 1, if the held-out images show the target precision.
@@ -364,7 +365,7 @@ def choose_by_precision(
 
 
 def _nearest(usable: NDArray[np.integer], wanted: int, nothing: int) -> int:
-    """The largest usable code that is not above the wanted one, otherwise the smallest; `nothing` without any."""
+    """The largest usable code not above the wanted one, otherwise the smallest; else `nothing`."""
     if wanted == nothing or not len(usable):
         return nothing
     below = int(np.searchsorted(usable, wanted, side="right"))

@@ -1,4 +1,4 @@
-"""The section about rounds whose ratio is auto: the precision that held-out images promise, and what came of it."""
+"""The section about rounds whose ratio is auto: what held-out images promise, and what came of it."""
 
 from __future__ import annotations
 

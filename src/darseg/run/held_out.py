@@ -50,7 +50,7 @@ def describe_auto(recipe: Recipe, manifest: Manifest) -> list[str]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Labeled images that a network was not trained on, and how it predicts them: as it predicts the unlabeled ones.
+    """Labeled images that a network was not trained on, predicted as it predicts the unlabeled ones.
 
     Attributes:
         predictor: keeps nothing on the disk.
@@ -71,7 +71,7 @@ def count_held_out(
     processes: Processes,
     progress: Progress,
 ) -> HeldOutCounts:
-    """The counts of all held-out images, each predicted by one of the processes, or those that an earlier call kept.
+    """The counts of all held-out images, each predicted by a process; or those of an earlier call.
 
     Args:
         factors: class weights of aligned decisions; None: decisions are plain.

@@ -107,7 +107,8 @@ def _choose(
     """The thresholds of a labeling, and the precision they should give, if that decides."""
     if counts is None:
         return choose_thresholds(histogram, task.labeling, task.distribution), None
-    return choose_by_precision(histogram, task.distribution, counts, task.labeling.target_precision)
+    target = task.labeling.target_precision
+    return choose_by_precision(histogram, task.distribution, counts, target_precision=target)
 
 
 def network_predictor(

@@ -286,7 +286,11 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
 
 
 def _say_precision(course: Course, round_: Round, labels: PseudoLabelSet, *, facts: dict[str, Any]) -> str:
-    """Say which classes do not follow their own precision; the end of the step's sentence. Adds to its facts."""
+    """The end of the step's sentence; says which classes do not follow their own precision.
+
+    Args:
+        facts: of the step; gets the precision of all labels.
+    """
     expected, names = labels.expected, course.manifest.classes.names
     if expected is None:
         return ""
