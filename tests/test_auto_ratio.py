@@ -159,6 +159,7 @@ def test_the_page_compares_expected_and_measured_precision(run: Path, tmp_path: 
         assert text in page
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_bytes(run: Path, data: Path, tmp_path: Path) -> None:
     """Round 0 is that of the other run."""
     recipe = write(tmp_path / "auto.yaml", values_of(data))
@@ -206,6 +207,7 @@ def from_labeler(data: Path, labeler: Path, **labeling: Any) -> dict[str, Any]:
     return values_of(data, **labeling) | {"rounds": rounds}
 
 
+@pytest.mark.slow
 def test_a_labeler_and_two_processes_give_the_same_labels(
     run: Path, data: Path, labeler: Path, tmp_path: Path
 ) -> None:
