@@ -458,8 +458,8 @@ def test_what_cannot_be_suggested(project: Path, tmp_path: Path) -> None:
         suggest(run, tmp_path / "out", count=7)
     with refused(DataError, "3 images", "only 2"):
         suggest(run, tmp_path / "out", count=3, pool=2)
-    with refused(RunError, "not a run folder"):
-        suggest(tmp_path, tmp_path / "out")
+    with refused(RunError, "network.safetensors is a checkpoint"):
+        suggest(run / "round_0" / "network.safetensors", tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with refused(RunError, str(tmp_path / "mine"), "other files"):

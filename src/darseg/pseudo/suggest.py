@@ -30,7 +30,7 @@ DUPLICATE = 0.1
 """An image is a near-duplicate if its distance to another one is at most this part of the typical distance."""
 
 ROUNDING = 1e-3
-"""Part of the typical distance by which an image must be nearer to count: more than float32 loses."""
+"""Distances of features of length 1 that are smaller are 0, but for float32's rounding."""
 
 BLOCK = 256
 """Images whose distances to all others are computed at once."""
@@ -162,6 +162,7 @@ class _Field:
         self._names = [*(images.ids[index] for index in order), *labeled.ids]
         self._digests = np.array([images.digests[index] for index in order], object)
         self._directions = images.directions()[order]
+        self._squares = np.einsum("nd,nd->n", self._directions, self._directions)
         self._distances = np.full(len(order), np.inf, np.float32)
         self._nearest = np.zeros(len(order), np.intp)
         self._same = np.isin(self._digests, list(labeled.digests))
@@ -203,7 +204,7 @@ class _Field:
         return self._names[self._nearest[place]]
 
     def stands_for(self, place: int) -> int:
-        return int((self._nearer(slice(place, place + 1)) > ROUNDING * self._typical).sum())
+        return int((self._nearer(slice(place, place + 1)) > ROUNDING).sum())
 
     def take(self, place: int) -> None:
         """A candidate is chosen: those that resemble it are less new."""
@@ -215,16 +216,13 @@ class _Field:
 
     def _nearer(self, places: slice) -> NDArray[np.float32]:
         """By how much candidates are nearer to each candidate than what is labeled or chosen, [places, N]."""
-        away = self._away(self._directions[places])
-        rows = np.arange(len(away))
-        away[rows, rows + places.start] = 0  # rounding
-        return np.maximum(self._distances - away, 0)
+        return np.maximum(self._distances - self._away(self._directions[places]), 0)
 
     def _away(self, directions: NDArray[np.float32]) -> NDArray[np.float32]:
         """Distances of features [B, D] to all candidates, float32 [B, N]."""
-        own, others = (np.einsum("nd,nd->n", rows, rows) for rows in (directions, self._directions))
-        squares = own[:, None] + others - 2 * (directions @ self._directions.T)
-        return np.sqrt(np.maximum(squares, 0))
+        own = np.einsum("nd,nd->n", directions, directions)
+        squares = own[:, None] + self._squares - 2 * (directions @ self._directions.T)
+        return np.sqrt(np.where(squares < ROUNDING**2, 0, squares))
 
     def _approach(self, away: NDArray[np.float32], number: int) -> None:
         """An image is labeled or chosen: its distances to all candidates, and its place in `_names`."""

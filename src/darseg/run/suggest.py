@@ -25,7 +25,7 @@ from darseg.model.network import Network
 from darseg.model.uncertain import Uncertain, UncertainPredictor
 from darseg.pseudo.distribution import count_labels
 from darseg.pseudo.suggest import Candidates, Described, choose_images
-from darseg.run.build import check_overrides, labeling_protocol, manifest_of, masks, recipe_of
+from darseg.run.build import check_overrides, labeling_protocol, manifest_of, masks
 from darseg.run.data_digest import digest_samples
 from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.evaluate import Trained, describe_decisions, load_trained, result_path
@@ -157,10 +157,10 @@ def _open(
 ) -> _Task:
     """The run with all that is needed. Raises DataError if it has no image to suggest."""
     check_overrides(run, overrides)
-    recipe_of(run, overrides)  # refuses what is no run folder
     trained = load_trained(run, round_index, overrides, plain=plain)
     recipe = trained.recipe
-    assert recipe is not None
+    if recipe is None or not run.is_dir():
+        raise RunError(f"{run} is a checkpoint, but images are suggested for a run. Give its run folder.")
     manifest = manifest_of(recipe)
     if not manifest.unlabeled:
         raise DataError(
