@@ -37,7 +37,7 @@ def expanded_tail(level: float, images: int) -> float:
 
 
 def student_t(share: float, freedom: int) -> float:
-    """The quantile of Student's t distribution, to 0.002 for shares from 0.05 to 0.95.
+    """The quantile of Student's t distribution, to 0.004 for shares from 0.025 to 0.975.
 
     Source: exact for 1 and 2 degrees of freedom; otherwise the expansion around the normal distribution in Abramowitz
     and Stegun, Handbook of Mathematical Functions 1964, 26.7.5.
@@ -64,14 +64,62 @@ def counts_of_image(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.stack([np.diag(confusion), confusion.sum(1), confusion.sum(0)])
 
 
-def mean_iou_of(counts_S3K: NDArray) -> NDArray[np.float64]:
-    """float64 [S]: mean IoU of sets of images whose `counts_of_image` are added up; NaN without pixels."""
-    right, true, predicted = np.moveaxis(counts_S3K.astype(np.float64), 1, 0)
+def iou_of(counts_S3K: NDArray) -> NDArray[np.float64]:
+    """float64 [..., K]: IoU of sets of images whose `counts_of_image` are added up, [..., 3, K]; NaN without pixels."""
+    right, true, predicted = np.moveaxis(counts_S3K.astype(np.float64), -2, 0)
     union = true + predicted - right
-    occurs = union > 0
-    iou = np.divide(right, union, out=np.zeros_like(right), where=occurs)
-    classes = occurs.sum(axis=1)
-    return np.divide(iou.sum(axis=1), classes, out=np.full(len(iou), np.nan), where=classes > 0)
+    return np.divide(right, union, out=np.full_like(right, np.nan), where=union > 0)
+
+
+def mean_iou_of(counts_S3K: NDArray) -> NDArray[np.float64]:
+    """float64 [...]: mean IoU of sets of images, as `iou_of`, over the classes that occur; NaN without pixels."""
+    return mean_over_classes(iou_of(counts_S3K))
+
+
+def mean_over_classes(iou: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean over the last axis, the classes, of those that are not NaN; NaN if all are."""
+    occurs = ~np.isnan(iou)
+    classes = occurs.sum(axis=-1)
+    total = np.where(occurs, iou, 0).sum(axis=-1)
+    return np.divide(total, classes, out=np.full(classes.shape, np.nan), where=classes > 0)
+
+
+def drawn_counts(
+    counts_RN3K: NDArray[np.int64], *, seed: int, resamples: int = RESAMPLES
+) -> NDArray[np.float64]:
+    """float64 [R, S, 3, K]: added counts of S sets of images, drawn with replacement, as many as there are.
+
+    Args:
+        counts_RN3K: `counts_of_image` of the same images by R networks; each set holds the same images for all of them.
+        seed: of the drawing; the same seed draws the same sets.
+    """
+    networks, images, _, classes = counts_RN3K.shape
+    parts_RNC = counts_RN3K.reshape(networks, images, -1).astype(np.float64)
+    generator = np.random.default_rng(seed)
+    share = np.full(images, 1 / images)
+    drawn = [
+        generator.multinomial(images, share, size=min(BLOCK, resamples - at)) @ parts_RNC
+        for at in range(0, resamples, BLOCK)
+    ]
+    return np.concatenate(drawn, axis=1).reshape(networks, resamples, 3, classes)
+
+
+def expanded_interval(
+    drawn_S: NDArray[np.float64], *, level: float, images: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The ends of the interval that holds the true value with chance `level`, from those of drawn sets of images.
+
+    Few images vary less among themselves than those they are drawn from, so the interval holds more than `level` of the
+    drawn values: as much more as one of Student's t is wider than one of the normal distribution. NaN is left out.
+
+    Source: expanded percentile interval, Hesterberg, What Teachers Should Know About the Bootstrap, 2015.
+
+    Args:
+        drawn_S: float64 [S, ...].
+    """
+    tail = expanded_tail(level, images)
+    low, high = np.nanquantile(drawn_S, [tail, 1 - tail], axis=0)
+    return low, high
 
 
 def paired_difference(
@@ -84,12 +132,8 @@ def paired_difference(
 ) -> Difference:
     """Mean IoU of `other` minus that of `counts`, and how far it varies with the images.
 
-    Images are drawn with replacement, as many as there are, the same ones for both; the interval holds the middle of the
-    differences. Few images vary less among themselves than those they are drawn from, so the interval holds more than
-    `level` of the differences: as much more as one of Student's t is wider than one of the normal distribution. NaN
-    without a scored pixel.
-
-    Source: expanded percentile interval, Hesterberg, What Teachers Should Know About the Bootstrap, 2015.
+    Images are drawn with replacement, the same ones for both (`drawn_counts`). The interval is an `expanded_interval` of
+    the differences. NaN without a scored pixel.
 
     Args:
         counts_N3K, other_N3K: `counts_of_image` of the same images.
@@ -102,19 +146,8 @@ def paired_difference(
     images = len(counts_N3K)
     if not images or not counts_N3K.any():
         return Difference(np.nan, low=np.nan, high=np.nan)
-    generator = np.random.default_rng(seed)
-    both = np.stack([counts_N3K, other_N3K]).astype(np.float64).reshape(2, images, -1)
-
-    def difference(times_SN: NDArray) -> NDArray[np.float64]:
-        plain, other = (mean_iou_of((times_SN @ part).reshape(len(times_SN), 3, -1)) for part in both)
-        return other - plain
-
-    drawn = [
-        difference(
-            generator.multinomial(images, np.full(images, 1 / images), size=min(BLOCK, resamples - at))
-        )
-        for at in range(0, resamples, BLOCK)
-    ]
-    tail = expanded_tail(level, images)
-    low, high = np.nanquantile(np.concatenate(drawn), [tail, 1 - tail])
-    return Difference(float(difference(np.ones((1, images)))[0]), low=float(low), high=float(high))
+    both_RN3K = np.stack([counts_N3K, other_N3K])
+    plain, other = mean_iou_of(both_RN3K.sum(axis=1))
+    plain_S, other_S = mean_iou_of(drawn_counts(both_RN3K, seed=seed, resamples=resamples))
+    low, high = expanded_interval(other_S - plain_S, level=level, images=images)
+    return Difference(float(other - plain), low=float(low), high=float(high))
