@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from darseg.experiment.statistics import (
+    FEW_SHOWING,
     LEVEL,
     MOST_SEEDS,
     POINT,
@@ -27,7 +28,7 @@ def interval_text(estimate: Estimate) -> str:
 
 
 def answer(comparison: Comparison) -> tuple[str, ...]:
-    """A paragraph for each number of labels: which variants differ from their control, by validation images."""
+    """A paragraph per number of labels: which variants differ from their control, by validation."""
     if not any(row.seeds for row in comparison.variants):
         return ("No run of a variant has ended yet.",)
     if "validation" not in comparison.images:
@@ -205,18 +206,19 @@ def _about_scores(comparison: Comparison) -> Iterator[str]:
     for role, images in comparison.images.items():
         if images < FEW_IMAGES:
             yield f"There are only {images} {role} images. Intervals of fewer than {FEW_IMAGES} are too narrow."
-    if wide := wide_classes(comparison):
+    if uncertain := uncertain_classes(comparison):
         yield (
-            f"Little is known of {', '.join(wide)}: in at least one row the {LEVEL:.0%} interval of its validation IoU "
-            f"is wider than {WIDE:g}. Mean IoU counts such a class like any other."
+            f"Little is known of {', '.join(uncertain)}: in at least one row, the {LEVEL:.0%} interval of the validation "
+            f"IoU is wider than {WIDE:g}, or fewer than {FEW_SHOWING} images show the class. Mean IoU counts it like any "
+            "other class."
         )
 
 
-def wide_classes(comparison: Comparison) -> list[str]:
-    """Classes that occur in validation images and whose plain IoU has a wide interval in some row."""
+def uncertain_classes(comparison: Comparison) -> list[str]:
+    """Classes that occur in validation images and whose plain IoU says little in some row."""
     scores = [score for row in comparison.rows if (score := row.score("validation")) is not None]
     return [
         name
         for k, name in enumerate(comparison.evidence.classes)
-        if any(score.classes[k].images and score.classes[k].wide for score in scores)
+        if any(score.classes[k].images and score.classes[k].uncertain for score in scores)
     ]

@@ -46,6 +46,8 @@ MOST_SEEDS = 1000
 """Numbers of seeds above are not given."""
 WIDE = 0.5
 """The score of a class says little if its interval is wider: half of all scores are possible."""
+FEW_SHOWING = 5
+"""Nor does it if fewer images show the class: an interval over so few images is too narrow."""
 BOOTSTRAP_SEED = 0
 """Of the drawing of images, the same for all arms, so that the same trials give the same intervals."""
 
@@ -79,9 +81,9 @@ class ClassScore:
     images: int
 
     @property
-    def wide(self) -> bool:
-        """Whether the score says little: the interval is wider than WIDE, or there is none."""
-        return not self.iou.width <= WIDE
+    def uncertain(self) -> bool:
+        """Whether the score says little: a wide interval or none, or too few images for an interval."""
+        return self.images < FEW_SHOWING or not self.iou.width <= WIDE
 
 
 @dataclass(frozen=True)
@@ -315,7 +317,9 @@ def _differences(
 
 
 def estimate(values_R: NDArray[np.float64], drawn_RS: NDArray[np.float64], *, images: int) -> Estimate:
-    """The mean over seeds, and the interval of its true value for other images and, of several seeds, other seeds.
+    """The mean over seeds and the interval of its true value.
+
+    The interval is for other images and, with several seeds, for other seeds.
 
     Args:
         values_R: float64 [R]: of all images, by seed.
@@ -350,7 +354,7 @@ def within(iou: Estimate) -> Estimate:
 
 
 def seeds_needed(deviation: float, difference: float = POINT) -> int | None:
-    """How many seeds tell a difference on the same images, with chance POWER at LEVEL; None above MOST_SEEDS.
+    """How many seeds tell a difference, with chance POWER at LEVEL; None above MOST_SEEDS.
 
     Source: the sample size of a paired t test: n ≥ (t(1 - α/2, n - 1) + t(power, n - 1))² · deviation² / difference².
 

@@ -80,14 +80,20 @@ def _row(comparison: Comparison, row: Summary) -> dict[str, Any]:
         "aligned_test_difference_to_control": _difference(row.difference("test", "aligned")),
         "difference_missing": missing_reason(comparison, row) or None,
         "all_differences": [
-            {"role": it.role, "decisions": it.decisions, **(_difference(it) or {})} for it in row.differences
+            {
+                "role": it.role,
+                "decisions": it.decisions,
+                **(_difference(it) or {}),
+                "iou": {name: _interval(value) for name, value in zip(names, it.classes, strict=True)},
+            }
+            for it in row.differences
         ],
         "classes": [
             {
                 "role": score.role,
                 "decisions": score.decisions,
                 "iou": {
-                    name: {**_interval(it.iou), "images": it.images, "wide": it.wide}
+                    name: {**_interval(it.iou), "images": it.images, "uncertain": it.uncertain}
                     for name, it in zip(names, score.classes, strict=True)
                 },
             }

@@ -60,7 +60,7 @@ def figure_of(height: int, **layout: Any) -> go.Figure:
     return figure
 
 
-def _class_rows(figure: go.Figure, names: Sequence[str]) -> None:
+def class_rows(figure: go.Figure, names: Sequence[str]) -> None:
     """Give each class a row, the first at the top."""
     figure.update_yaxes(
         tickvals=list(range(len(names))),
@@ -70,7 +70,8 @@ def _class_rows(figure: go.Figure, names: Sequence[str]) -> None:
     )
 
 
-def _rows_height(count: int) -> int:
+def rows_height(count: int) -> int:
+    """Pixels of a chart with so many rows."""
     return 90 + ROW * count
 
 
@@ -101,7 +102,7 @@ def shares_chart(
     positive = np.concatenate([shares[shares > 0] for _, shares, _, _ in series if shares is not None])
     low = 10.0 ** np.floor(np.log10(positive.min()))
     edge = low / 2  # where shares of 0 are drawn
-    figure = figure_of(_rows_height(len(names)))
+    figure = figure_of(rows_height(len(names)))
     assert raw is not None and kept is not None
     # A line from raw to kept: in which direction labeling moved the class.
     _row_lines(figure, np.maximum(raw, edge), np.maximum(kept, edge))
@@ -117,7 +118,7 @@ def shares_chart(
             text=[f"{text_of(name)}: {share:.4%}" for name, share in zip(names, shares, strict=True)],
             hovertemplate="%{text}<extra>" + title + "</extra>",
         )
-    _class_rows(figure, names)
+    class_rows(figure, names)
     powers = list(range(int(np.log10(low)), 1))
     figure.update_xaxes(
         type="log",
@@ -148,7 +149,7 @@ def _row_lines(figure: go.Figure, starts: NDArray[np.float64], ends: NDArray[np.
 def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
     """IoU of every class, with a dot for each scored round; undefined values are left out."""
     values = np.array([round_.iou for round_ in rounds])
-    figure = figure_of(_rows_height(len(names)))
+    figure = figure_of(rows_height(len(names)))
     _row_lines(figure, np.fmin.reduce(values), np.fmax.reduce(values))
     for round_, row, color in zip(rounds, values, ramp(len(rounds)), strict=True):
         figure.add_scatter(
@@ -160,7 +161,7 @@ def iou_chart(names: Sequence[str], rounds: Sequence[RoundFacts]) -> go.Figure:
             text=[text_of(name) for name in names],
             hovertemplate="%{text}: %{x:.4f}<extra>round " + str(round_.index) + "</extra>",
         )
-    _class_rows(figure, names)
+    class_rows(figure, names)
     figure.update_xaxes(range=[-0.02, 1.02], zeroline=False, dtick=0.2)
     return figure
 
@@ -176,7 +177,7 @@ def confusion_base(names: Sequence[str]) -> dict[str, Any]:
     """What the confusion matrices of all rounds share: names, and the layout of the figure."""
     count = len(names)
     figure = figure_of(150 + max(ROW, 18) * count)
-    _class_rows(figure, names)
+    class_rows(figure, names)
     figure.update_xaxes(
         tickvals=list(range(count)),
         ticktext=[short(name) for name in names],
@@ -320,7 +321,7 @@ def compared_chart(groups: Sequence[tuple[str, NDArray]]) -> go.Figure:
         marker={"color": NEUTRAL, "size": 8, "line": {"width": 1, "color": "#475569"}},
         hovertemplate="%{x:.4f}<extra>a run</extra>",
     )
-    _class_rows(figure, [name for name, _ in groups])
+    class_rows(figure, [name for name, _ in groups])
     figure.update_xaxes(rangemode="tozero", zeroline=False, title="mean IoU")
     return figure
 
@@ -332,7 +333,7 @@ def compared_classes_chart(names: Sequence[str], groups: Sequence[tuple[str, NDA
         names: of the classes.
         groups: name, float64 [runs, K].
     """
-    figure = figure_of(_rows_height(len(names)) + 8 * len(names) * max(1, len(groups) - 1))
+    figure = figure_of(rows_height(len(names)) + 8 * len(names) * max(1, len(groups) - 1))
     for at, (group, values) in enumerate(groups):
         offset = (
             0.0 if len(groups) == 1 else 0.56 * (at / (len(groups) - 1) - 0.5) * min(1.0, len(groups) / 4)
@@ -352,6 +353,6 @@ def compared_classes_chart(names: Sequence[str], groups: Sequence[tuple[str, NDA
             text=[f"{text_of(name)}, {text_of(group)}" for name in names],
             hovertemplate="%{text}: %{x:.4f}<extra></extra>",
         )
-    _class_rows(figure, names)
+    class_rows(figure, names)
     figure.update_xaxes(range=[-0.02, 1.02], zeroline=False, dtick=0.2, title="IoU")
     return figure

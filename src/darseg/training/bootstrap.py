@@ -65,14 +65,14 @@ def counts_of_image(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def iou_of(counts_S3K: NDArray) -> NDArray[np.float64]:
-    """float64 [..., K]: IoU of sets of images whose `counts_of_image` are added up, [..., 3, K]; NaN without pixels."""
+    """float64 [..., K]: IoU of added `counts_of_image`, [..., 3, K]; NaN without pixels."""
     right, true, predicted = np.moveaxis(counts_S3K.astype(np.float64), -2, 0)
     union = true + predicted - right
     return np.divide(right, union, out=np.full_like(right, np.nan), where=union > 0)
 
 
 def mean_iou_of(counts_S3K: NDArray) -> NDArray[np.float64]:
-    """float64 [...]: mean IoU of sets of images, as `iou_of`, over the classes that occur; NaN without pixels."""
+    """float64 [...]: the mean of `iou_of` over the classes that occur; NaN without pixels."""
     return mean_over_classes(iou_of(counts_S3K))
 
 
@@ -87,7 +87,9 @@ def mean_over_classes(iou: NDArray[np.float64]) -> NDArray[np.float64]:
 def drawn_counts(
     counts_RN3K: NDArray[np.int64], *, seed: int, resamples: int = RESAMPLES
 ) -> NDArray[np.float64]:
-    """float64 [R, S, 3, K]: added counts of S sets of images, drawn with replacement, as many as there are.
+    """float64 [R, S, 3, K]: added counts of S drawn sets of images.
+
+    A set has as many images as there are, drawn with replacement.
 
     Args:
         counts_RN3K: `counts_of_image` of the same images by R networks; each set holds the same images for all of them.
@@ -107,7 +109,7 @@ def drawn_counts(
 def expanded_interval(
     drawn_S: NDArray[np.float64], *, level: float, images: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The ends of the interval that holds the true value with chance `level`, from those of drawn sets of images.
+    """The ends of the interval that holds the true value with chance `level`.
 
     Few images vary less among themselves than those they are drawn from, so the interval holds more than `level` of the
     drawn values: as much more as one of Student's t is wider than one of the normal distribution. NaN is left out.
@@ -115,7 +117,8 @@ def expanded_interval(
     Source: expanded percentile interval, Hesterberg, What Teachers Should Know About the Bootstrap, 2015.
 
     Args:
-        drawn_S: float64 [S, ...].
+        drawn_S: float64 [S, ...]: the values of drawn sets of images.
+        images: in a set.
     """
     tail = expanded_tail(level, images)
     low, high = np.nanquantile(drawn_S, [tail, 1 - tail], axis=0)
