@@ -138,6 +138,7 @@ def become(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
+    import torch._dynamo  # loading weights imports it, in 2 s
     import torch.distributed
     import torch.utils.tensorboard  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""The YAML text of a recipe: read with line numbers and overrides, and written with every key."""
+"""The YAML text of a recipe or experiment: read with line numbers and overrides, and written."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from darseg.config.recipe import Recipe, ResultConfig, resolved
-from darseg.config.values import Key
+from darseg.config.values import Key, Section
 from darseg.data.files import read_text
 from darseg.errors import RecipeError, faults
 
@@ -43,6 +43,8 @@ DEEPEST = 50
 """Lists and mappings in each other."""
 
 
+Checked = TypeVar("Checked", bound=Section)
+
 OVERRIDE = "override "
 """Begins the places of what a command line changes."""
 
@@ -55,11 +57,11 @@ class _TooMuchError(Exception):
         self.problem, self.problem_mark = problem, mark
 
 
-class _Text:
+class Text:
     """The plain values of a YAML text, the place of each key, and the faults of the text itself."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, model: type[Section]) -> None:
+        self.name, self.model = name, model
         self.places: dict[Key, str] = {}
         self.faults: list[str] = []
         self.values = 0  # read so far
@@ -159,6 +161,65 @@ def dotted(key: Sequence[str | int]) -> str:
     return ".".join(map(str, key))
 
 
+def load_section(
+    model: type[Checked], path: Path, overrides: Sequence[str] = (), *, kind: str
+) -> tuple[Checked, Text]:
+    """The values in a YAML file, typed and checked, and the places of its keys.
+
+    Args:
+        kind: what the file is called in messages.
+
+    Raises RecipeError with all faults at once.
+    """
+    text = Text(path.name, model)
+    values = text.read(_content(path, kind))
+    if not text.faults and not isinstance(values, dict):
+        found = "nothing" if values is None else f"a value of type {type(values).__name__}"
+        article = "an" if kind[0] in "aeiou" else "a"
+        text.faults.append(
+            f"{path.name}:1: found {found}; {article} {kind} is a mapping with the keys {', '.join(model.model_fields)}"
+        )
+    if text.faults:
+        raise RecipeError(faults(f"{path} cannot be used", text.faults))
+    for override in overrides:
+        _override(values, override, text, kind=kind)
+    section, lines = None, list(text.faults)
+    try:
+        section = model.model_validate(values)
+        lines += [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in section.conflicts()]
+    except ValidationError as error:
+        lines += [_describe(detail, text) for detail in error.errors() if not _follows(detail, error)]
+    if lines or section is None:
+        raise RecipeError(faults(f"{path} cannot be used", lines)) from None
+    return section, text
+
+
+def _content(path: Path, kind: str) -> str:
+    """The text of a YAML file. Raises RecipeError if it cannot be read."""
+    try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise RecipeError(
+                f"{path} has {size:,} bytes, and a {kind} may have {LARGEST:,}. Name images in list files, not in the "
+                f"{kind}."
+            )
+        return read_text(path, "utf-8-sig")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: this {kind} does not exist. Give the path of a YAML file.") from None
+    except IsADirectoryError:
+        remedy = (
+            ": `darseg init` writes one for a folder of images, and a run folder has its own, recipe.yaml"
+            if kind == "recipe"
+            else ""
+        )
+        raise RecipeError(
+            f"{path} is a folder, not a {kind}. Give the path of a YAML file{remedy}."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{path} cannot be read as UTF-8 text ({error}). Give the path of a YAML file."
+        ) from error
+
+
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply the changes from a command line.
 
@@ -172,43 +233,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with all faults at once, each with its line and, for an unknown key, the nearest known one.
     """
     path = Path(path)
-    try:
-        if (size := path.stat().st_size) > LARGEST:
-            raise RecipeError(
-                f"{path} has {size:,} bytes, and a recipe may have {LARGEST:,}. Name images in list files, not in the "
-                "recipe."
-            )
-        content = read_text(path, "utf-8-sig")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: this recipe does not exist. Give the path of a YAML file.") from None
-    except IsADirectoryError:
-        raise RecipeError(
-            f"{path} is a folder, not a recipe. Give the path of a YAML file: `darseg init` writes one for a folder of "
-            "images, and a run folder has its own, recipe.yaml."
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"{path} cannot be read as UTF-8 text ({error}). Give the path of a YAML file."
-        ) from error
-    text = _Text(path.name)
-    values = text.read(content)
-    if not text.faults and not isinstance(values, dict):
-        kind = "nothing" if values is None else f"a value of type {type(values).__name__}"
-        text.faults.append(
-            f"{path.name}:1: found {kind}; a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}"
-        )
-    if text.faults:
-        raise RecipeError(faults(f"{path} cannot be used", text.faults))
-    for override in overrides:
-        _override(values, override, text)
-    recipe, lines = None, list(text.faults)
-    try:
-        recipe = Recipe.model_validate(values)
-        lines += [f"{text.place(key)}: {dotted(key)}: {message}" for key, message in recipe.conflicts()]
-    except ValidationError as error:
-        lines += [_describe(detail, text) for detail in error.errors() if not _follows(detail, error)]
-    if lines or recipe is None:
-        raise RecipeError(faults(f"{path} cannot be used", lines)) from None
+    recipe, text = load_section(Recipe, path, overrides, kind="recipe")
     try:
         return resolved(_from_here(recipe, text, path.resolve().parent), path.resolve().parent)
     except (
@@ -221,7 +246,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
 
 
-def _from_here(recipe: Recipe, text: _Text, folder: Path) -> Recipe:
+def _from_here(recipe: Recipe, text: Text, folder: Path) -> Recipe:
     """The recipe; a relative `data.root` that a command line gave begins at the current folder.
 
     If nothing is there, but in the recipe's folder, it begins at that one, as in 0.2.
@@ -248,7 +273,7 @@ def as_begun(recipe: Recipe, saved: Recipe) -> Recipe:
     )
 
 
-def _override(values: dict, override: str, text: _Text) -> None:
+def _override(values: dict, override: str, text: Text, *, kind: str) -> None:
     place = f"{OVERRIDE}{override if len(override) <= LONGEST else override[: LONGEST - 1] + '…'}"
     name, equals, value = override.partition("=")
     if not equals or not name:
@@ -274,13 +299,13 @@ def _override(values: dict, override: str, text: _Text) -> None:
                 into[part] = {"list": into[part]}
             into = into[part]
         else:
-            text.faults.append(f"{place}: the recipe has no {dotted(key[: depth + 1])}")
+            text.faults.append(f"{place}: the {kind} has no {dotted(key[: depth + 1])}")
             return
     last = key[-1]
     if isinstance(into, dict) or (isinstance(into, list) and isinstance(last, int) and last < len(into)):
         into[last] = new
     else:
-        text.faults.append(f"{place}: the recipe has no {name}")
+        text.faults.append(f"{place}: the {kind} has no {name}")
 
 
 def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
@@ -291,13 +316,13 @@ def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
     )
 
 
-def _describe(detail: ErrorDetails, text: _Text) -> str:
+def _describe(detail: ErrorDetails, text: Text) -> str:
     loc, message = detail["loc"], detail["msg"]
     key, place = dotted(loc), text.place(loc)
     if detail["type"] == "extra_forbidden":
-        known = _keys_at(loc[:-1])
+        known = _keys_at(text.model, loc[:-1])
         near = difflib.get_close_matches(str(loc[-1]), known, 1, 0.5)
-        everywhere = {dotted(path) for path in _all_keys()}
+        everywhere = {dotted(path) for path in _all_keys(text.model)}
         elsewhere = sorted(path for path in everywhere if path.rsplit(".", 1)[-1] == str(loc[-1]))
         if near:
             hint = f"the nearest known key is {dotted((*loc[:-1], near[0]))}"
@@ -316,7 +341,7 @@ def _describe(detail: ErrorDetails, text: _Text) -> str:
     if detail["type"] == "too_short":
         message = "should have at least one entry"
     if detail["type"] == "model_type":
-        message = f"should be keys with values; the keys here are {', '.join(_keys_at(loc))}"
+        message = f"should be keys with values; the keys here are {', '.join(_keys_at(text.model, loc))}"
     found = repr(detail["input"])
     found = found if len(found) <= LONGEST else f"{found[: LONGEST - 1]}…"
     return f"{place}: {key}: found {found}; {message}"
@@ -328,15 +353,14 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
-def _keys_at(loc: Key) -> list[str]:
-    model: type[BaseModel] = Recipe
+def _keys_at(model: type[BaseModel], loc: Key) -> list[str]:
     for part in loc:
         if isinstance(part, str) and part in model.model_fields:
             model = _model_in(model.model_fields[part].annotation) or model
     return list(model.model_fields)
 
 
-def _all_keys(model: type[BaseModel] = Recipe, above: Key = ()) -> Iterator[Key]:
+def _all_keys(model: type[BaseModel], above: Key = ()) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         yield (*above, name)
         inner = _model_in(field.annotation)
@@ -360,7 +384,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 _Dumper.yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: Section) -> str:
     """The recipe as YAML with every key; `load_recipe` reads it back as an equal recipe."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
@@ -378,7 +402,7 @@ def flow(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
-def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
+def recipe_differences(old: Section, new: Section) -> list[str]:
     """A line "key: old → new" for each key that differs."""
     before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
     keys = sorted({*before, *after})
