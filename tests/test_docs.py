@@ -164,7 +164,11 @@ def test_python_runs(
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml" and b.why is None], ids=str)
 def test_recipes_load(block: Block, tmp_path: Path) -> None:
     recipe = yaml.safe_load(block.text)
-    if not {"data", "network", "rounds"} <= set(recipe):
+    if "variants" in recipe:
+        (tmp_path / recipe["recipe"]).write_text(yaml.safe_dump(MINIMAL))
+        (tmp_path / "experiment.yaml").write_text(block.text)
+        assert darseg.load_experiment(tmp_path / "experiment.yaml").recipes
+    elif not {"data", "network", "rounds"} <= set(recipe):
         assert recipe_fault(merged(MINIMAL, recipe), tmp_path, []) is None
     else:
         (tmp_path / "whole.yaml").write_text(block.text)

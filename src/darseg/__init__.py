@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any  # noqa: E402
 if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.annotate.rasterize import Rasterized as Rasterized
     from darseg.annotate.rasterize import rasterize_folder as rasterize_folder
+    from darseg.config.experiment import ExperimentFile as ExperimentFile
+    from darseg.config.experiment import load_experiment as load_experiment
     from darseg.config.recipe import Recipe as Recipe
     from darseg.config.text import load_recipe as load_recipe
     from darseg.data.augment import Augmentation as Augmentation
@@ -50,6 +52,10 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.data.prediction import Prediction as Prediction
     from darseg.demo.demo import run_demo as run_demo
     from darseg.errors import DarsegError as DarsegError
+    from darseg.experiment.compare import Compared as Compared
+    from darseg.experiment.compare import compare as compare
+    from darseg.experiment.plan import ExperimentPlan as ExperimentPlan
+    from darseg.experiment.plan import plan_experiment as plan_experiment
     from darseg.init.propose import Proposal as Proposal
     from darseg.init.propose import propose_recipe as propose_recipe
     from darseg.model.convert import convert as convert
@@ -90,6 +96,7 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time
     from darseg.report.comparison import compare_runs as compare_runs
     from darseg.report.overview import write_report as write_report
     from darseg.report.suggestions import suggest as suggest
+    from darseg.report.variants import publish_comparison as publish_comparison
     from darseg.run.adapt import Adapted as Adapted
     from darseg.run.adapt import align_network as align_network
     from darseg.run.build import manifest_of as manifest_of
@@ -137,7 +144,9 @@ _HOMES = {
     "class_set": "data.classes",
     "ClassDistribution": "pseudo.distribution",
     "ClassSet": "data.classes",
+    "compare": "experiment.compare",
     "compare_runs": "report.comparison",
+    "Compared": "experiment.compare",
     "Comparison": "report.comparison",
     "ConfidenceHistogram": "pseudo.histogram",
     "convert": "model.convert",
@@ -148,6 +157,8 @@ _HOMES = {
     "evaluate": "run.evaluate",
     "Example": "data.dataset",
     "ExpectedPrecision": "pseudo.precision",
+    "ExperimentFile": "config.experiment",
+    "ExperimentPlan": "experiment.plan",
     "export_network": "run.export",
     "Findings": "data.examine",
     "FINE": "data.prediction",
@@ -160,6 +171,7 @@ _HOMES = {
     "label_folder": "run.label",
     "LabelEncoding": "data.encoding",
     "Labeling": "pseudo.labeling",
+    "load_experiment": "config.experiment",
     "load_network": "run.evaluate",
     "load_recipe": "config.text",
     "load_weights": "model.weights",
@@ -172,6 +184,7 @@ _HOMES = {
     "Parity": "model.parity",
     "Plan": "run.check",
     "plan": "run.check",
+    "plan_experiment": "experiment.plan",
     "predict": "model.predict",
     "predict_classes": "model.former",
     "predict_folder": "run.predict",
@@ -182,6 +195,7 @@ _HOMES = {
     "propose_recipe": "init.propose",
     "Protocol": "model.windows",
     "PseudoLabelSet": "pseudo.labelset",
+    "publish_comparison": "report.variants",
     "rasterize_folder": "annotate.rasterize",
     "Rasterized": "annotate.rasterize",
     "read_image": "data.images",

@@ -13,6 +13,7 @@ import typer
 
 from darseg import __version__
 from darseg.cli.data import check, init, plan, rasterize, split
+from darseg.cli.experiments import compare
 from darseg.cli.labeling import label, redistribute, suggest
 from darseg.cli.networks import align, convert, evaluate, export, predict
 from darseg.cli.runs import demo, preview, report, train, view
@@ -28,6 +29,7 @@ COMPUTING = (
     "demo",
     "init",
     "train",
+    "compare",
     "report",
     "evaluate",
     "predict",
@@ -72,6 +74,7 @@ for command in (
     demo,
     init,
     train,
+    compare,
     report,
     evaluate,
     predict,

@@ -76,7 +76,7 @@ class Trial:
     Attributes:
         steps: of training, of all its rounds.
         images: that it saw in training, counted as often as it saw them.
-        seconds: of the whole run, its share of what it took over from other runs included.
+        seconds: of labeling and training, without scores; of rounds that it took over, those of the run that did them.
         validation, test: None if they were not scored.
     """
 

@@ -97,8 +97,8 @@ class Journal:
         except OSError as error:  # raised by the writer's own thread
             raise storage_error(error, self._tensorboard_folder) from error
 
-    def events(self, name: str) -> list[dict]:
-        """All events with that name so far. Lines that are not whole events are skipped (a kill)."""
+    def events(self, *names: str) -> list[dict]:
+        """All events with these names so far, in order. Lines that a kill cut off are skipped."""
         if self.path is None or not self.path.exists():
             return []
         try:
@@ -113,7 +113,7 @@ class Journal:
                 entry = parse_json(line)
             except ValueError:
                 continue
-            if isinstance(entry, dict) and entry.get("event") == name and _is_whole(entry):
+            if isinstance(entry, dict) and entry.get("event") in names and _is_whole(entry):
                 entries.append(entry)
         return entries
 

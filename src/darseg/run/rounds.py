@@ -93,7 +93,7 @@ def train(
         counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
         if largest is not None:
             _rehearse(recipe, planned, manifest=manifest, run=run, counts=counts, largest=largest)
-        text, compare = dump_recipe(recipe), lambda saved: _changes(load_saved_recipe(saved), recipe)
+        text, compare = dump_recipe(recipe), lambda saved: changes_of(load_saved_recipe(saved), recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=compare)
         locked = stack.enter_context(run.held())
         return counts, locked, changes, judge_contents(run, reused, manifest, data=data)
@@ -235,7 +235,7 @@ def _data_alike(processes: Processes, recipe: Recipe, *, manifest: Manifest) -> 
     Raises RunError in all processes if their recipes or data differ; paths may, see `FREE_KEYS`.
     """
     data = digest_manifest(manifest)
-    binding = _changes(processes.from_first(lambda: recipe), recipe).binding
+    binding = changes_of(processes.from_first(lambda: recipe), recipe).binding
     changed = sorted({line.split(":")[0] for line in binding})
     # The line that differs names the keys; the first process has none.
     check_alike(
@@ -282,7 +282,7 @@ def _check_data(manifest: Manifest, console: Console, warnings: list[str]) -> Fi
     return findings
 
 
-def _changes(before: Recipe, now: Recipe) -> RecipeChanges:
+def changes_of(before: Recipe, now: Recipe) -> RecipeChanges:
     """What differs between two recipes of a run."""
     lines = recipe_differences(before, now)
     keys = (*FREE_KEYS, *_moved_files(before, now))

@@ -63,7 +63,7 @@ def draw_split(
         raise RecipeError("Give either a fraction or a count of images to be labeled, not both.")
     share = None if fraction is None else _fraction(fraction)
     recipe, manifest = as_recipe(recipe), manifest_of(recipe)
-    pool = _pool(recipe, (*manifest.labeled, *manifest.unlabeled))
+    pool = pool_of(recipe, (*manifest.labeled, *manifest.unlabeled))
     if balanced:
         _check_all_labeled(pool)
     ids = [image.id for image in pool]
@@ -86,7 +86,7 @@ def draw_split(
         "lists": lists,
         "absent": _absent(lists["labeled"]),
     }
-    _write_new(Path(out), {**texts, "split.json": json.dumps(record, indent=2, allow_nan=False) + "\n"})
+    write_new(Path(out), {**texts, "split.json": json.dumps(record, indent=2, allow_nan=False) + "\n"})
     return record
 
 
@@ -98,7 +98,7 @@ def _fraction(value: str | float | Fraction) -> Fraction:
 
 
 @dataclass(frozen=True)
-class _PoolImage:
+class PoolImage:
     """An image that may be drawn, with its id and its line in a list."""
 
     id: str
@@ -106,7 +106,7 @@ class _PoolImage:
     line: str
 
 
-def _pool(recipe: Recipe, samples: Sequence[Sample]) -> list[_PoolImage]:
+def pool_of(recipe: Recipe, samples: Sequence[Sample]) -> list[PoolImage]:
     """The images to draw from, sorted by id. Raises DataError for paths that a list cannot name.
 
     If a layout knows the labels, which may be elsewhere (SBD's), lines name the images alone.
@@ -128,7 +128,7 @@ def _pool(recipe: Recipe, samples: Sequence[Sample]) -> list[_PoolImage]:
         # Lists are read as stripped lines of UTF-8, so line breaks, blanks at the ends and other bytes would be lost.
         if line.encode(errors="ignore").decode().splitlines() != [line.strip()]:
             problems.append(f"{line!r} cannot be a line of a list; rename the file")
-        pool.append(_PoolImage(sample_id(sample.image.relative_to(root)), sample, line))
+        pool.append(PoolImage(sample_id(sample.image.relative_to(root)), sample, line))
     times = Counter(image.id.casefold() for image in pool)
     problems += [
         f"{image.sample.image} has the same id as another file"
@@ -147,7 +147,7 @@ def _pool(recipe: Recipe, samples: Sequence[Sample]) -> list[_PoolImage]:
     return sorted(pool, key=lambda image: image.id)
 
 
-def _check_all_labeled(pool: Sequence[_PoolImage]) -> None:
+def _check_all_labeled(pool: Sequence[PoolImage]) -> None:
     bare = [image.id for image in pool if image.sample.label is None]
     if bare:
         raise DataError(
@@ -157,7 +157,7 @@ def _check_all_labeled(pool: Sequence[_PoolImage]) -> None:
 
 
 def _both_lists(
-    pool: Sequence[_PoolImage],
+    pool: Sequence[PoolImage],
     chosen: np.ndarray,
     pixels: np.ndarray,
     *,
@@ -228,7 +228,7 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
     return pixels
 
 
-def _write_new(folder: Path, texts: dict[str, str]) -> None:
+def write_new(folder: Path, texts: dict[str, str]) -> None:
     """Write the files that do not exist. Raises RunError before writing if one exists and differs."""
     for name, text in texts.items():
         path = folder / name

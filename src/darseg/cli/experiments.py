@@ -1,0 +1,92 @@
+"""Commands about experiments: several runs that answer one question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from darseg.cli.tables import Rows, print_table, say
+from darseg.errors import RunError, faults
+
+if TYPE_CHECKING:
+    from darseg.experiment.plan import ExperimentPlan
+
+
+def compare(
+    experiment: Annotated[
+        Path,
+        typer.Argument(metavar="EXPERIMENT.yaml", help="What to compare: a recipe, variants, labels, seeds."),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder of the experiment; the same one resumes it.")
+    ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[key=value …]",
+            help="Change keys of the experiment, e.g. seeds=[0]; changes.KEY=value changes the base recipe.",
+        ),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time; they share the cores, or have a GPU each.")
+    ] = 1,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Only show runs, steps, hours and disk; measures a few steps.")
+    ] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Score the test images also if runs have failed.")
+    ] = False,
+) -> None:
+    """Compare variants of a recipe with fair controls: run what is missing, and say what helps."""
+    from darseg.config.experiment import load_experiment
+
+    file = load_experiment(experiment, changes or [])
+    if plan:
+        from darseg.experiment.plan import plan_experiment
+
+        _print_plan(plan_experiment(file, out, jobs=jobs))
+        return
+    from darseg.experiment.compare import compare as run_compare
+    from darseg.report.variants import NAME, publish_comparison
+
+    compared = run_compare(file, out, jobs=jobs, test=test, publish=publish_comparison)
+    evidence = compared.evidence
+    say(f"{len(evidence.trials)} of {evidence.planned} runs are finished. Written to {out / NAME}")
+    if compared.untested:
+        say(f"warning: test images are not scored; the ledger, {out / 'ledger.jsonl'}, says why")
+    if evidence.failures:
+        lines = [
+            f"{failure.variant}, {failure.labels} labels, seed {failure.seed}: {failure.reason}"
+            for failure in evidence.failures
+        ]
+        raise RunError(
+            faults(f"{len(lines)} run(s) failed; what they printed is in {out / 'logs'}", lines)
+            + "\nThe same command tries them again."
+            + (
+                " Test images are scored when all runs are finished, or with --test."
+                if compared.untested
+                else ""
+            )
+        )
+
+
+def _print_plan(planned: ExperimentPlan) -> None:
+    columns = ("run", "labels", "runs", "finished", "steps", "of these shared", "images", "hours", "GB")
+    rows: Rows = [list(columns)]
+    for arm in planned.arms:
+        numbers = [arm.labels, arm.runs, arm.finished, f"{arm.steps:,}", f"{arm.shared:,}", f"{arm.images:,}"]
+        rows.append([arm.name, *numbers, f"{arm.seconds / 3600:.2f}", f"{arm.bytes / 1e9:.2f}"])
+    print_table(rows)
+    for line in planned.sharing:
+        say(line)
+    for name in planned.timed:
+        say(f"{name}: its steps are known when its variant is finished, and in no number here")
+    runs = sum(arm.runs - arm.finished for arm in planned.arms)
+    say(
+        f"{runs} runs to do, about {planned.hours:.1f} hours with {planned.jobs} at a time and {planned.threads} "
+        f"thread(s) each, {planned.bytes / 1e9:.1f} GB of disk"
+    )
+    if planned.measured:
+        say(f"Rates: from {planned.measured}")
