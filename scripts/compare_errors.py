@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 import numpy as np
+from scipy import stats
 
 from darseg.experiment.statistics import compare_trials
 from darseg.experiment.trial import Arm, Evidence, RoleScores, Trial
@@ -65,6 +66,43 @@ def told_apart(
     return count / draws, total / draws
 
 
+MIXTURES = (
+    (0.01, 0, 0.02),
+    (0.01, 0.05, 0.05),
+    (0.01, 0.1, 0.05),
+    (0.003, 0.1, 0.05),
+    (0.0001, 0.1, 0.05),
+    (0, 0, 0.1),
+)
+"""Standard deviations: of a training, of an image's difference, and of both together."""
+
+
+def print_rules(draws: int, images: int = 100) -> None:
+    """False alarms of two rules for normal differences: added ends of intervals, and Satterthwaite's."""
+    generator = np.random.default_rng(0)
+    for seeds in (2, 3, 5):
+        for training, image, both in MIXTURES:
+            alarms = np.zeros(2)
+            for _ in range(10):  # for less memory
+                shape = (draws // 10, seeds, images)
+                values = generator.normal(0, both, shape) + generator.normal(0, image, (shape[0], 1, images))
+                values += generator.normal(0, training * np.sqrt(2), (shape[0], seeds, 1))
+                mean = abs(values.mean((1, 2)))
+                parts = [
+                    values.mean(2).var(1, ddof=1) / seeds,
+                    values.mean(1).var(1, ddof=1) / images,
+                ]
+                freedom = (seeds - 1, images - 1)
+                ends = [stats.t.ppf(0.975, n) ** 2 * part for n, part in zip(freedom, parts, strict=True)]
+                total = parts[0] + parts[1]
+                shared = total**2 / sum(part**2 / n for n, part in zip(freedom, parts, strict=True))
+                alarms[0] += (mean > np.sqrt(ends[0] + ends[1])).mean() / 10
+                alarms[1] += (mean > stats.t.ppf(0.975, shared) * np.sqrt(total)).mean() / 10
+            print(
+                f"{seeds} seeds, noise {training}, {image}, {both}: {alarms[0]:.1%}, Satterthwaite {alarms[1]:.1%}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,7 +110,10 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--images", type=int, nargs="+", default=[40, 150])
     parser.add_argument("--noise", type=float, default=0.01)
+    parser.add_argument("--rules", action="store_true", help="only compare rules, on normal differences")
     arguments = parser.parse_args()
+    if arguments.rules:
+        return print_rules(20_000)
     effects = (0.0, 0.01, 0.02, 0.04)
     for images in arguments.images:
         for seeds in (2, 3, 5, 8):
