@@ -80,6 +80,7 @@ def student(tiny_data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFac
 def test_a_run_with_a_teacher_leaves_exactly_these_files(student: Path, teacher: Path) -> None:
     files = {p.relative_to(student).as_posix() for p in student.glob("round_*/*")}
     trained = ["network.safetensors", "optimizer.safetensors", "train.json", "scores.json", "evaluate.json"]
+    trained += ["image_counts.npz"]
     labeled = [
         "labels",
         "histogram.npz",

@@ -304,6 +304,7 @@ def test_a_run_finds_the_weights_decides_and_leaves_these_files(run: Path) -> No
         "result_alignment.json",
         "align.json",
         "scores.json",
+        "image_counts.npz",
         "evaluate.json",
         "result.safetensors",
     }
@@ -440,7 +441,13 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(
     run: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
     """What a kill can leave: records missing from some step on, with or without the files that the step wrote."""
-    names = ("network.safetensors", "result_alignment.json", "scores.json", "result.safetensors")
+    names = (
+        "network.safetensors",
+        "result_alignment.json",
+        "scores.json",
+        "image_counts.npz",
+        "result.safetensors",
+    )
     wanted = {name: (run / "round_1" / name).read_bytes() for name in names}
     for number, (gone, changed) in enumerate(
         [
@@ -461,7 +468,7 @@ def test_interrupted_after_any_step_it_ends_with_the_same_bytes(
 @pytest.mark.slow
 def test_two_processes_find_and_decide_the_same(run: Path, recipe_file: Path, tmp_path: Path) -> None:
     """The bootstrap draws by position, so images that were shared out must come back in their order."""
-    found = ("result_alignment.json", "scores.json", "result.safetensors")
+    found = ("result_alignment.json", "scores.json", "image_counts.npz", "result.safetensors")
     shutil.copytree(run, tmp_path / "run")
     for name in (*found, "align.json", "evaluate.json"):
         (tmp_path / "run/round_1" / name).unlink()

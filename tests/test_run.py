@@ -39,6 +39,7 @@ COMPARED = (
     "histogram.npz",
     "images.json",
     "scores.json",
+    "image_counts.npz",
     "pseudo_scores.json",
 )
 
@@ -72,6 +73,7 @@ def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
     events = {name for name in files if name.startswith("tensorboard/events.out.tfevents.")}
     unlabeled = [f"u/{index:02d}" for index in range(7, 13)]
     trained = ["network.safetensors", "optimizer.safetensors", "train.json", "scores.json", "evaluate.json"]
+    trained += ["image_counts.npz"]
     labeled = ["histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json", "label.json"]
     expected = {"recipe.yaml", "run.json", "environment.json", "data.json", "journal.jsonl", "summary.json"}
     expected |= {"report.html", "contents.json"}

@@ -35,6 +35,8 @@ ReleasedNetwork = Literal[
 """The networks of released checkpoints: of DARS (the first two) and of UniMatch (versions 1 and 2)."""
 ResultAlign = Literal["auto", "on", "off"]
 """Whether a run's result is its aligned network: as held-out images say, always, or never."""
+ResultKeep = Literal["best", "last"]
+"""Which round is a run's result, and what later rounds go on from: the best on the validation images, or the last."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The number format of a training step."""
 OnlineMethod = Literal["fixmatch", "mean_teacher", "unimatch", "unimatch_v2"]

@@ -20,7 +20,12 @@ Source = Annotated[
     Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")
 ]
 RoundIndex = Annotated[
-    int | None, typer.Option("--round", min=0, help="Round of the run. Default: the last finished one.")
+    int | None,
+    typer.Option(
+        "--round",
+        min=0,
+        help="Round of the run. Default: the run's result, its last finished round or its best.",
+    ),
 ]
 TrainedWith = Annotated[
     Path | None, typer.Option("--recipe", help="For a checkpoint: the recipe it was trained with.")

@@ -66,6 +66,7 @@ def counts_by_role(counts: Iterable[tuple[str, int]]) -> str:
 
 def rounds_table(summary: dict) -> Rows:
     """The validation scores of a run, a column for each round; two if its decisions were also aligned."""
+    best = summary.get("result", {}).get("round")
     columns: list[tuple[str, dict, str, str]] = []  # title, scores, whether they are the result's, seconds
     for scored in summary["rounds"]:
         title, seconds, aligned = (
@@ -73,17 +74,20 @@ def rounds_table(summary: dict) -> Rows:
             f"{scored['seconds']:.0f}",
             scored.get("aligned"),
         )
+        is_result = best is None or best == scored["round"]
         if aligned is None or "mean_iou" not in aligned:
-            columns.append((title, scored, "plain", seconds))
+            columns.append((title, scored, "plain" if is_result else "", seconds))
             continue
         plain_used, aligned_used = ("", "aligned") if aligned["used"] else ("plain", "")
+        if not is_result:
+            plain_used = aligned_used = ""
         columns.append((title, scored, plain_used, seconds))
         columns.append((f"{title} aligned", aligned, aligned_used, ""))
     rows: Rows = [["validation", *(title for title, *_ in columns)]]
     rows += [[name, *(scores["iou"][name] for _, scores, *_ in columns)] for name in summary["classes"]]
     for key in ("mean_iou", "mean_accuracy", "pixel_accuracy"):
         rows.append([key.replace("_", " "), *(scores[key] for _, scores, *_ in columns)])
-    if len(columns) > len(summary["rounds"]):
+    if best is not None or len(columns) > len(summary["rounds"]):
         rows.append(["the result", *(used for *_, used, _ in columns)])
     rows.append(["seconds", *(seconds for *_, seconds in columns)])
     return rows

@@ -16,7 +16,7 @@ from pydantic import (
     StrictInt,
 )
 
-from darseg.choices import ResultAlign
+from darseg.choices import ResultAlign, ResultKeep
 from darseg.config.data import DataConfig
 from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
@@ -104,6 +104,7 @@ class ResultConfig(Section):
     align: Annotated[ResultAlign, BeforeValidator(_on_or_off)] = "auto"
     strength: Annotated[StrictFloat, AfterValidator(check_strength)] | None = None  # None: 1; auto: 1/2 or 1
     bound: Annotated[StrictFloat, AfterValidator(check_bound)] | None = None  # None: 5; auto: 2 or 5
+    keep: ResultKeep = "last"
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         for name in ("strength", "bound"):

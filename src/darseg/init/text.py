@@ -12,6 +12,7 @@ from darseg.init.data import quoted
 from darseg.init.draft import Draft, Form, path_from
 from darseg.init.fit import DINO, DINO_SOURCE, Fit, is_dino, takes_adamw
 from darseg.model.network import HEAD_CHANNELS
+from darseg.training.bootstrap import LEAST_HELD_OUT
 
 
 def header_text(draft: Draft, out: Path) -> str:
@@ -38,6 +39,7 @@ def recipe_text(draft: Draft, fit: Fit, form: Form, *, out: Path) -> str:
         *data_lines(draft, form, out),
         *_network_lines(fit),
         *_training_lines(draft, fit),
+        *_result_lines(draft, fit),
         *_rounds_lines(draft, fit),
     ]
     return "\n".join(lines) + "\n"
@@ -118,6 +120,13 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     cover = "one covers an image" if fit.covers else "several, as large as the crops, cover an image"
     yield "labeling:"
     yield f"  window: {flow(list(fit.window))}  # height and width of the pieces to predict; {cover}"
+
+
+def _result_lines(draft: Draft, fit: Fit) -> Iterator[str]:
+    """Keep the best round of several, if there are enough validation images to tell; as published otherwise."""
+    if len(fit.steps) > 1 and draft.roles and len(draft.roles.get("validation", ())) >= LEAST_HELD_OUT:
+        yield "result:"
+        yield "  keep: best  # the round that scores best on the validation images; later rounds go on from it"
 
 
 def _rounds_lines(draft: Draft, fit: Fit) -> Iterator[str]:

@@ -25,7 +25,7 @@ FIGURES = {"mean IoU": "mean_iou", "mean accuracy": "mean_accuracy", "pixel accu
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Runs of one recipe with different seeds, represented by their last scored rounds.
+    """Runs of one recipe with different seeds, represented by the rounds that are their results.
 
     Attributes:
         differences: from the recipe of the first group, one line each.
@@ -37,8 +37,8 @@ class Group:
 
     @property
     def last(self) -> tuple[RoundFacts, ...]:
-        """The last scored round of each run."""
-        return tuple(run.scored[-1] for run in self.runs)
+        """The round of each run that is its result: the last scored one, or the best."""
+        return tuple(run.result for run in self.runs)
 
     @property
     def iou(self) -> NDArray[np.float64]:
@@ -56,7 +56,7 @@ class Group:
         return float(np.std(self.mean_iou, ddof=1)) if len(self.runs) > 1 else None
 
     def figure(self, name: str) -> NDArray[np.float64]:
-        """float64 [runs]: a figure of the last scored rounds."""
+        """float64 [runs]: a figure of the rounds that are the results."""
         return np.array([getattr(round_.scores, name) for round_ in self.last])
 
     @property
@@ -93,7 +93,7 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[Path | str], out: Path | str = NAME) -> Comparison:
-    """Write a page that compares the last scored rounds of two or more run folders.
+    """Write a page that compares the results of two or more run folders: of each the last scored round, or the best.
 
     Raises:
         RunError: a folder is not a run folder, is given twice, has no scores, or has other classes.
@@ -188,16 +188,16 @@ def _check(facts: Sequence[RunFacts]) -> None:
 
 def _warnings(facts: Sequence[RunFacts], groups: Sequence[Group]) -> list[str]:
     warnings, reference = [], facts[0]
-    protocol = reference.scored[-1].protocol
+    protocol = reference.result.protocol
     for run in facts[1:]:
         if run.data.get("validation") != reference.data.get("validation"):
             warnings.append(
                 f"{run.root} and {reference.root} were scored on different validation images. Their figures cannot be "
                 "compared."
             )
-        elif run.scored[-1].protocol != protocol:
+        elif run.result.protocol != protocol:
             warnings.append(
-                f"{run.root} and {reference.root} were scored by different protocols: {run.scored[-1].protocol} / "
+                f"{run.root} and {reference.root} were scored by different protocols: {run.result.protocol} / "
                 f"{protocol}"
             )
     warnings += [

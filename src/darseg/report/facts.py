@@ -21,6 +21,7 @@ from darseg.pseudo.labeling import Ratio
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.report.curve import Curve, curve_of
 from darseg.report.result import AlignedFacts
+from darseg.run.best import Standing, describe_result, labeling_round, standings_of
 from darseg.run.build import check_overrides, classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
@@ -48,7 +49,8 @@ class RoundFacts:
         scores: on the validation images.
         aligned: what is known of its aligned decisions; None if the run aligns nothing.
         protocol: how these were predicted.
-        labeler: path, architecture and backbone of the network that labeled, if it is not that of the round before.
+        labeling_round: the round whose network labeled, if the run's own did.
+        labeler: path, architecture and backbone of the network that labeled, if it is none of the run's.
         seconds: step ("label", "train", "align", "evaluate") → how long it took.
     """
 
@@ -64,6 +66,7 @@ class RoundFacts:
     seconds: Mapping[str, float]
     curve: Curve
     aligned: AlignedFacts | None = None
+    labeling_round: int = 0
     labeler: Mapping[str, Any] | None = None
 
     @property
@@ -89,6 +92,7 @@ class RunFacts:
         data: role → digest of its samples.
         started: seconds since 1970; None if the journal does not say.
         weights: where the initial weights came from.
+        standings: how the scored rounds compare with the best before each.
         warnings: those in the journal, in this version's words, without repetitions, in order.
         shared: whether the page is for others, and so names no places of this machine (see `shareable`).
     """
@@ -106,6 +110,7 @@ class RunFacts:
     started: float | None
     weights: str | None
     finished: bool
+    standings: tuple[Standing, ...]
     warnings: tuple[str, ...]
     shared: bool = False
 
@@ -117,6 +122,24 @@ class RunFacts:
     def scored(self) -> tuple[RoundFacts, ...]:
         """The rounds with scores."""
         return tuple(round_ for round_ in self.rounds if round_.scored)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best round is the result, and not the last."""
+        return self.recipe.result.keep == "best"
+
+    @property
+    def result(self) -> RoundFacts:
+        """The round that is the result so far, of a run with a scored round."""
+        best = self.standings[-1].best if self.keeps_best and self.standings else None
+        return next((round_ for round_ in self.scored if round_.index == best), self.scored[-1])
+
+    @property
+    def chosen(self) -> str:
+        """Sentences about which round is the result; empty if there is nothing to say."""
+        if len(self.standings) < 2:
+            return ""
+        return describe_result(self.standings, keep=self.recipe.result.keep, finished=self.finished)
 
     @property
     def labeled(self) -> tuple[RoundFacts, ...]:
@@ -189,6 +212,7 @@ def read_run(root: Path | str, overrides: Sequence[str] = ()) -> RunFacts:
         started=started.get("time"),
         weights=str(started["weights"]) if "weights" in started else None,
         finished="evaluate" in rounds[-1].seconds,
+        standings=standings_of(run, recipe.seed),
         warnings=tuple(
             dict.fromkeys(in_current_words(str(event.get("text"))) for event in journal.events("warning"))
         ),
@@ -247,6 +271,7 @@ def _read_round(
         protocol=protocol,
         seconds={step: record.seconds for step, record in done.items()},
         curve=curve_of([event for event in events if event.get("round") == index], classes=len(names)),
+        labeling_round=labeling_round(run, index),
         labeler=read_labeler(folder) if "label" in done else None,
     )
 
@@ -311,9 +336,9 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
         if vanished := _named(names, (predicted > 0) & (kept == 0) & ~unshown):
             listed.append(Remark(f"round {round_.index}: predicted, but no pixel was kept: {vanished}"))
     if facts.scored:
-        last = facts.scored[-1]
-        if zero := _named(names, last.iou == 0):
-            listed.append(Remark(f"IoU 0 after round {last.index}: {zero}"))
+        result = facts.result
+        if zero := _named(names, result.iou == 0):
+            listed.append(Remark(f"IoU 0 after round {result.index}: {zero}"))
     # For what was never predicted the files count: a round may have been repeated since the journal's warning.
     listed += [
         Remark(text) for text in facts.warnings if f": {NEVER}: " not in text and f": {UNSHOWN} (" not in text

@@ -165,7 +165,11 @@ def draw_gallery(facts: RunFacts, data: DataFacts) -> Gallery | None:
     )
     if any(picture.prediction is None for picture in pictures):
         own = read_labeler(round_.run.round(last.index)) is None
-        gone = f"of round {last.index - 1} was removed" if own else "that labeled was removed, or has changed"
+        gone = (
+            f"of round {last.labeling_round} was removed"
+            if own
+            else "that labeled was removed, or has changed"
+        )
         notes.append(f"The network {gone}, so raw predictions are missing.")
     return Gallery(last.index, pictures, tuple(notes))
 

@@ -26,6 +26,7 @@ from darseg.report.page import Page, render
 from darseg.report.result import result_section
 from darseg.report.share import shareable, without_places
 from darseg.report.verdict import mean_iou, verdict
+from darseg.run.best import BEST
 from darseg.run.build import labeling_protocol
 from darseg.run.data_digest import sources
 from darseg.run.directory import RunDirectory
@@ -105,7 +106,7 @@ def _labeling_protocol(facts: RunFacts) -> Protocol:
         return labeling_protocol(facts.recipe)
     last = facts.labeled[-1]
     if last.labeler is None:
-        return labeling_protocol(facts.recipe.at(last.index - 1))
+        return labeling_protocol(facts.recipe.at(last.labeling_round))
     return replace(labeling_protocol(facts.recipe), window=last.labeler["window"])
 
 
@@ -171,13 +172,13 @@ def _about(facts: RunFacts, data: DataFacts) -> str:
 
 
 def _classes(page: Page, facts: RunFacts) -> Markup:
-    rounds = facts.scored
-    last = rounds[-1].scores
+    rounds, result = facts.scored, facts.result
+    at, last = rounds.index(result), result.scores
     assert last is not None
     iou = np.array([round_.iou for round_ in rounds])
     means = [mean_iou(round_) for round_ in rounds]
     several = len(rounds) > 1
-    change = iou[-1] - iou[0]
+    change = iou[at] - iou[0]
     largest = max(FULL_BAR, float(np.nanmax(abs(change), initial=0)))
 
     def changed(value: float) -> list[Change]:
@@ -187,11 +188,14 @@ def _classes(page: Page, facts: RunFacts) -> Markup:
     for k, entry in enumerate(class_entries(facts.classes)):
         cells = [*map(figure_of, iou[:, k]), *changed(float(change[k]))]
         cells += [figure_of(last.precision[k]), figure_of(last.recall[k])]
-        rows.append(Row(entry, cells, "worst" if iou[-1, k] == np.nanmin(iou[-1]) else ""))
-    cells = [*map(figure_of, means), *changed(means[-1] - means[0]), "", figure_of(last.mean_accuracy)]
+        rows.append(Row(entry, cells, "worst" if iou[at, k] == np.nanmin(iou[at]) else ""))
+    cells = [*map(figure_of, means), *changed(means[at] - means[0]), "", figure_of(last.mean_accuracy)]
     rows.append(Row("mean", cells, "total"))
     columns = ["IoU", *(f"round {round_.index}" for round_ in rounds)]
-    columns += [f"change since round {rounds[0].index}"] * several + ["precision", "recall"]
+    title, of = f"change since round {rounds[0].index}", ""
+    if result is not rounds[-1]:
+        title, of = f"round {result.index} since round {rounds[0].index}", f" of round {result.index}"
+    columns += [title] * several + [f"precision{of}", f"recall{of}"]
     return render(
         "classes",
         protocol=rounds[-1].protocol,
@@ -410,7 +414,11 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
     }
     trained = [round_.index for round_ in facts.rounds if round_.steps is not None]
     folder = Path(facts.name) if facts.shared else facts.root
-    texts |= _checkpoints(facts, RunDirectory(folder), trained[-1]) if trained else {"checkpoint": UNDEFINED}
+    if trained:
+        of_result = facts.result.index if facts.keeps_best and facts.scored else trained[-1]
+        texts |= _checkpoints(facts, RunDirectory(folder), of_result)
+    else:
+        texts["checkpoint"] = UNDEFINED
     texts["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     return texts
 
@@ -418,7 +426,10 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
 def _who_labels(facts: RunFacts) -> dict[str, str]:
     """Round → which network labeled and which learned; empty if one network does both in all rounds."""
     recipe = facts.recipe
-    if not any(round_.labeler or recipe.starts(round_.index) for round_ in facts.rounds):
+    if not any(
+        round_.labeler or recipe.starts(round_.index) or round_.labeling_round != round_.index - 1
+        for round_ in facts.rounds
+    ):
         return {}
     lines = {}
     for round_ in facts.rounds:
@@ -429,10 +440,8 @@ def _who_labels(facts: RunFacts) -> dict[str, str]:
             path = Path(labeler["path"])
             labels = f"{path.name if facts.shared else path} ({labeler['architecture']}, {labeler['backbone']}) labels"
         elif recipe.pseudo_labels(round_.index):
-            before = recipe.at(round_.index - 1).network
-            labels = (
-                f"the network of round {round_.index - 1} ({before.architecture}, {before.backbone}) labels"
-            )
+            before = recipe.at(round_.labeling_round).network
+            labels = f"the network of round {round_.labeling_round} ({before.architecture}, {before.backbone}) labels"
         lines[f"networks of round {round_.index}"] = f"{labels}, {learns}"
     return lines
 
@@ -440,7 +449,10 @@ def _who_labels(facts: RunFacts) -> dict[str, str]:
 def _checkpoints(facts: RunFacts, run: RunDirectory, index: int) -> dict[str, str]:
     """The weights that commands use after a round, and the plain ones if these are others."""
     aligned = next(round_.aligned for round_ in facts.rounds if round_.index == index)
-    plain = str(run.network(index))
-    if aligned is None or not aligned.used:
-        return {"checkpoint": plain}
-    return {"checkpoint": f"{run.result(index)} (aligned decisions)", "plain checkpoint": plain}
+    plain, used = str(run.network(index)), aligned is not None and aligned.used
+    path = str(run.result(index) if used else run.network(index))
+    if facts.keeps_best and facts.scored:
+        path = f"{run.root / BEST} (round {index})"
+    if not used:
+        return {"checkpoint": path}
+    return {"checkpoint": f"{path} (aligned decisions)", "plain checkpoint": plain}

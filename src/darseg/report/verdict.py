@@ -43,8 +43,8 @@ def verdict(facts: RunFacts, data: DataFacts) -> Markup:
     listed = render("remarks", remarks=remarks(facts, data))
     if not facts.scored:
         return render("unscored", text=_unscored(facts)) + listed
-    first, last = facts.scored[0], facts.scored[-1]
-    best = max(facts.scored, key=mean_iou)
+    first, last = facts.scored[0], facts.result
+    best = last if facts.keeps_best else max(facts.scored, key=mean_iou)
     gain, loss = _extremes(facts)
     iou = last.iou
     lowest = float(np.nanmin(iou))
@@ -52,6 +52,8 @@ def verdict(facts: RunFacts, data: DataFacts) -> Markup:
     return (
         render(
             "verdict",
+            chosen=facts.chosen,
+            of_result=facts.keeps_best,
             cards=_cards(facts, best),
             first={"index": first.index, "mean_iou": mean_iou(first)},
             last={"index": last.index, "mean_iou": mean_iou(last)},
@@ -64,7 +66,9 @@ def verdict(facts: RunFacts, data: DataFacts) -> Markup:
             aligned=_aligned(last),
             pseudo=_pseudo(facts),
             # Later rounds train on. Without a control nobody knows whether the pseudo labels helped.
-            steps=sum(round_.steps or 0 for round_ in facts.rounds) if several else 0,
+            steps=sum(round_.steps or 0 for round_ in facts.rounds if round_.index <= last.index)
+            if several
+            else 0,
         )
         + listed
     )
@@ -79,7 +83,7 @@ class AlignedMean:
 
 
 def _aligned(round_: RoundFacts) -> AlignedMean | None:
-    """What the last round's aligned decisions reach; None if there are none."""
+    """What a round's aligned decisions reach; None if there are none."""
     aligned = round_.aligned
     if aligned is None or aligned.scores is None:
         return None
@@ -94,12 +98,13 @@ def mean_iou(round_: RoundFacts) -> float:
 
 def _cards(facts: RunFacts, best: RoundFacts) -> list[Card]:
     cards, before = [], None
+    mark = "the result" if facts.keeps_best else "best"
     for round_ in facts.scored:
         mean = mean_iou(round_)
-        note = "labeled images only" if round_.labels is None else "best" if round_ is best else ""
+        note = "labeled images only" if round_.labels is None else mark if round_ is best else ""
         if facts.recipe.rounds[round_.index].use == "online":
             note = ", ".join(
-                [facts.recipe.online.method.replace("_", " "), *(["best"] if round_ is best else [])]
+                [facts.recipe.online.method.replace("_", " "), *([mark] if round_ is best else [])]
             )
         change = None if before is None else mean - before
         cards.append(
@@ -126,7 +131,7 @@ def _unscored(facts: RunFacts) -> str:
 
 def _extremes(facts: RunFacts) -> tuple[ClassChange | None, ClassChange | None]:
     """The class that gained most since the first scored round, and the one that lost most, if any did."""
-    change = facts.scored[-1].iou - facts.scored[0].iou
+    change = facts.result.iou - facts.scored[0].iou
     known = np.flatnonzero(~np.isnan(change))
     if not len(known):
         return None, None

@@ -115,7 +115,7 @@ def align_network(
     the recipe's labeled masks, or `prior`, or estimated from the images (`shift`, see `estimate_shift`).
 
     Args:
-        source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint. Class weights that it
+        source: run folder (its result, or the round `round_index`) or .safetensors checkpoint. Class weights that it
             has already are taken away first.
         images: an image, a video, a folder, a pattern such as "photos/**/*.jpg", or several of these.
         out: the .safetensors file to write; None: NAME_aligned.safetensors next to the source.

@@ -13,6 +13,7 @@ import darseg
 from darseg.config.text import dump_recipe
 from darseg.data.examine import reading_notes
 from darseg.data.files import write_whole
+from darseg.run.best import describe_keep
 from darseg.run.build import bf16_is_emulated, chosen_orientation, evaluation_protocol, pick_device
 from darseg.run.check import unread_data
 from darseg.run.course import Course
@@ -76,7 +77,7 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.event("started", environment=now, weights=sources[0], **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {sources[0]}")
-    for line in who_labels(course.recipe, course.labelers):
+    for line in (*who_labels(course.recipe, course.labelers), *describe_keep(course.recipe)):
         journal.say(line)
     for index in range(1, len(course.rounds)):
         if index in sources:

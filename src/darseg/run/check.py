@@ -25,6 +25,7 @@ from darseg.model.footprint import training_memory
 from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
+from darseg.run.best import describe_keep
 from darseg.run.build import (
     IMAGES,
     LABELS,
@@ -74,8 +75,7 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
         raise DataError("\n".join([str(error), *fresh])) from None
     findings = read_all(manifest, console or Console())
     faults, warnings = list(findings.faults), list(findings.warnings)
-    layout = layout_of(recipe)
-    if layout:
+    if layout := layout_of(recipe):
         warnings += layout.warnings()
     warnings += [*manifest.warnings, *unread_data(recipe)]
     notes = list(findings.notes)
@@ -88,6 +88,7 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
             networks,
             labeled=len(manifest.labeled),
             unlabeled=len(manifest.unlabeled),
+            validation=len(manifest.validation),
             processes=1,
         )
     except DarsegError as error:
@@ -201,7 +202,7 @@ class Plan:
         networks: those that are trained, one after the other.
         class_weights: class → factor of the loss of its labeled pixels; empty: all are 1.
         temporary_bytes: disk space needed while labeling.
-        who_labels: a line for each round, if more than one network labels and learns.
+        who_labels: a line for each round, if more than one network labels and learns, and one about `result.keep`.
         labeling, evaluation: a line that describes each.
         notes: what a reader might not expect.
     """
@@ -266,6 +267,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         networks,
         labeled=len(manifest.labeled),
         unlabeled=len(manifest.unlabeled),
+        validation=len(manifest.validation),
         processes=processes,
     )
     labelers = labelers_of(recipe)
@@ -286,9 +288,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         for planned in rounds
         if planned.labels
     }
-    evaluation = {
-        planned.index: evaluation_protocol(recipe.at(planned.index)).describe() for planned in rounds
-    }
+    evaluation = {at: evaluation_protocol(recipe.at(at)).describe() for at in range(len(rounds))}
     return Plan(
         rounds=tuple(rounds),
         rates=tuple(_rates(recipe, planned) for planned in rounds),
@@ -298,7 +298,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
             for index, network in networks.items()
         ),
         temporary_bytes=waiting * count_pixels(manifest.unlabeled) if waiting else 0,
-        who_labels=tuple(who_labels(recipe, labelers)),
+        who_labels=(*who_labels(recipe, labelers), *describe_keep(recipe)),
         labeling=_describe_labeling(recipe, labeling),
         evaluation=_by_round(evaluation),
         class_weights=_class_weights(recipe, manifest),

@@ -2,9 +2,9 @@
 
     RUN/
       recipe.yaml  run.json  environment.json  data.json  contents.json  journal.jsonl  tensorboard/  summary.json
-      report.html  (bad_images.json)
+      report.html  (bad_images.json)  (best.safetensors  best.json)
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
-                   (result_alignment.json  align.json  result.safetensors)
+                   (image_counts.npz)  (result_alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
                    (excluded.json)  (labels_from.json)  + as round_0
       …

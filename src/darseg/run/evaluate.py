@@ -24,6 +24,7 @@ from darseg.model.predict import whole_image
 from darseg.model.weights import load_network as load_weights_file
 from darseg.model.weights import read_alignment, read_spec
 from darseg.model.windows import Protocol
+from darseg.run.best import Weights, run_weights
 from darseg.run.build import (
     as_recipe,
     as_the_run_read,
@@ -38,7 +39,7 @@ from darseg.run.build import (
     set_threads,
 )
 from darseg.run.class_names import order_by_recipe
-from darseg.run.directory import RESULT, ROUND_FOLDER, RunDirectory, digest_path
+from darseg.run.directory import RESULT, RunDirectory, digest_path
 from darseg.run.journal import Journal
 from darseg.run.records import read_scored
 from darseg.run.remedies import ALONE, explain_memory, less_at_once
@@ -58,6 +59,7 @@ class Trained:
         recipe: as it holds in the network's round (a checkpoint's: in the last); None for a checkpoint without one.
         unaligned: whether class weights in the file were left out.
         order: the recipe's order of the classes, if the file has another; network and spec have the recipe's.
+        round: of a run folder, that trained it; None for a checkpoint.
     """
 
     network: Network
@@ -66,6 +68,7 @@ class Trained:
     path: Path
     unaligned: bool = False
     order: Order | None = None
+    round: int | None = None
 
     @property
     def alignment(self) -> AlignmentRecord | None:
@@ -91,28 +94,24 @@ class Trained:
 
 
 def result_path(source: Path | str, round_index: int | None = None, plain: bool = False) -> Path:
-    """The weights of a run's result after its last finished round, or `round_index`; or `source`.
+    """The weights of a run's result, or of the round `round_index`; or `source`.
 
     Args:
         plain: the network as it was trained, also if the aligned one is the result.
 
     Raises RunError if there are none.
     """
+    return _find(source, round_index, plain).path
+
+
+def _find(source: Path | str, round_index: int | None, plain: bool) -> Weights:
+    """`result_path` with the round that the weights are of."""
     source = Path(source)
     if not source.is_dir():
         if not source.exists():
             raise RunError(f"{source}: there is no such run folder or checkpoint. Check the path.")
-        return source
-    run = RunDirectory(source)
-    index = run.last_round() if round_index is None else round_index
-    path = run.network(index)
-    if not path.exists():
-        raise RunError(
-            f"{source}: round {round_index} is not finished ({path} does not exist). Choose an earlier round, or "
-            "continue the run."
-        )
-    aligned = run.result(index)
-    return aligned if aligned.exists() and not plain else path
+        return Weights(source)
+    return run_weights(RunDirectory(source), round_index, plain)
 
 
 def load_network(source: Path | str, round_index: int | None = None, plain: bool = False) -> Network:
@@ -121,7 +120,7 @@ def load_network(source: Path | str, round_index: int | None = None, plain: bool
     If class weights are folded into its classifier, `network.alignment` is their record.
 
     Args:
-        round_index: of a run folder; None: the last finished round.
+        round_index: of a run folder; None: its result.
         plain: take class weights away, so that the network is as it was trained.
 
     Raises RunError, WeightsError, and RecipeError if the backbone cannot be built here (timm is not installed).
@@ -158,7 +157,7 @@ def load_trained(
     order, the network gets the recipe's order.
 
     Args:
-        round_index: of a run folder; None: the last finished round.
+        round_index: of a run folder; None: its result.
         overrides: changes of the run folder's recipe, or of the one at the path `recipe`.
         recipe: or its path; used instead of the run folder's own.
         threads: CPU threads, whatever the recipe says.
@@ -167,13 +166,13 @@ def load_trained(
     Raises RunError, WeightsError, RecipeError; DataError if the recipe has other classes.
     """
     recipe = _changed_recipe(source, recipe, overrides)
-    path = result_path(source, round_index, plain)
+    weights = _find(source, round_index, plain)
+    path = weights.path
     if Path(source).is_dir() and recipe is None:
         recipe = as_the_run_read(recipe_of(source, overrides), RunDirectory(source))
     if recipe is not None:
-        numbered = ROUND_FOLDER.fullmatch(path.parent.name) if Path(source).is_dir() else None
         last = len(recipe.rounds) - 1
-        recipe = recipe.at(min(int(numbered[1]), last) if numbered else last)
+        recipe = recipe.at(last if weights.round is None else min(weights.round, last))
     _warn_if_changed(path)
     set_threads(threads or (recipe.threads if recipe else None))
     unaligned = plain and read_alignment(path) is not None
@@ -183,7 +182,7 @@ def load_trained(
         network = load_to_predict(path, plain)
     if order is not None:
         network, spec = reorder_classes(network, order), reordered_spec(spec, order)
-    return Trained(network, spec, recipe, path=path, unaligned=unaligned, order=order)
+    return Trained(network, spec, recipe, path=path, unaligned=unaligned, order=order, round=weights.round)
 
 
 def _changed_recipe(
@@ -333,10 +332,9 @@ def evaluate_result(
 
 def _unused_alignment(trained: Trained, source: Path) -> AlignmentRecord | None:
     """The class weights that a run found for a network and did not use."""
-    numbered = re.fullmatch(r"round_(\d+)", trained.path.parent.name)
-    if not source.is_dir() or numbered is None or trained.order is not None:
+    if trained.round is None or trained.order is not None:
         return None
-    run, index = RunDirectory(source), int(numbered[1])
+    run, index = RunDirectory(source), trained.round
     if run.read_record(index, "evaluate") is None:
         return None
     run.scores(index)  # says what is damaged

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from darseg.data.manifest import find_files
 from darseg.errors import DataError, ExportError, RunError, faults
 from darseg.model.export import check_suffix, metadata_of, write_exported
 from darseg.model.parity import Parity
+from darseg.run.best import BEST
 from darseg.run.build import check_overrides, evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.evaluate import Trained, load_trained
@@ -27,6 +27,9 @@ COMPARED = 8
 
 SELECTED = "on the validation images, on which use, strength and bound of the class weights were also decided"
 """How the mean IoU of aligned decisions was measured: it is a little optimistic."""
+
+KEPT = "on the validation images, on which the round was also chosen among the run's rounds"
+"""How the mean IoU of a run's best round was measured: the best of several is a little optimistic, too."""
 
 ROLES = ("validation", "unlabeled", "labeled")
 """Roles of a recipe's images to compare on; the first role that has images is used."""
@@ -48,7 +51,7 @@ def export_network(
     Args:
         source: run folder or .safetensors checkpoint.
         out: OUT.onnx, or OUT.pt2 for torch.export; must not exist yet.
-        round_index: of a run folder; None: the last finished round.
+        round_index: of a run folder; None: its result.
         images: a folder (or file) of images to compare on, of which at most 8 are used; None: the recipe's validation
             images, or the unlabeled ones if there are none.
         plain: export the network as it was trained, also if the result's decisions are aligned.
@@ -112,10 +115,9 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
     facts: dict[str, Any] = {"source_sha256": digest_path(trained.path)}
     if trained.alignment is not None:
         facts["alignment"] = trained.alignment.to_json()
-    numbered = re.fullmatch(r"round_(\d+)", trained.path.parent.name)
-    if trained.recipe is None or numbered is None:
+    if trained.recipe is None or trained.round is None:
         return facts
-    run, index = RunDirectory(source), int(numbered[1])
+    run, index = RunDirectory(source), trained.round
     training: dict[str, Any] = {
         "round": index,
         "labeling_ratio": trained.recipe.rounds[index].labeling_ratio,
@@ -124,10 +126,13 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
         training["steps"] = record.steps
     if run.read_record(index, "evaluate"):
         training["mean_iou"] = number(run.scores(index, len(trained.classes())).mean_iou)
-        if trained.path == run.result(index):
+        notes = [KEPT] if trained.path == run.root / BEST else []
+        if trained.path in (run.result(index), run.root / BEST) and trained.alignment is not None:
             training["mean_iou"] = (
                 read_scored(run.round(index) / "scores.json").get("aligned", {}).get("mean_iou")
             )
-            training["mean_iou_note"] = SELECTED
+            notes = [SELECTED, *notes]
+        if notes:
+            training["mean_iou_note"] = "; ".join(notes)
         training["mean_iou_protocol"] = evaluation_protocol(trained.recipe).describe()
     return facts | {"training": training}

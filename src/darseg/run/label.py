@@ -65,7 +65,7 @@ def label_folder(
     What is not given comes from the recipe: the run's own, or `recipe` for a checkpoint. Returns that JSON content.
 
     Args:
-        source: run folder (its last finished round, or `round_index`) or .safetensors checkpoint.
+        source: run folder (its result, or the round `round_index`) or .safetensors checkpoint.
         images: folder of images, with subfolders; or one image.
         class_counts: JSON file of labeled pixels per class; None: they are counted in the recipe's labeled masks.
         align: first give decisions the labeled pixels' class shares; see `align`.

@@ -16,6 +16,7 @@ from darseg.model.class_order import Order, class_order, reorder_classes
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import read_alignment, read_spec
 from darseg.model.windows import Protocol, Window
+from darseg.run.best import labeling_round, run_weights
 from darseg.run.build import classes_of, labeling_protocol, load_to_predict
 from darseg.run.directory import ROUND_FOLDER, RunDirectory, digest_path
 from darseg.run.records import damaged, is_digest, read_object
@@ -114,33 +115,41 @@ def labelers_of(recipe: Recipe, out: Path | None = None) -> dict[int, Labeler]:
     return labelers
 
 
-def labeling_protocol_of(recipe: Recipe, index: int, labeler: Labeler | None) -> Protocol:
+def labeling_protocol_of(
+    recipe: Recipe, index: int, labeler: Labeler | None, *, labeling_round: int | None = None
+) -> Protocol:
     """How the unlabeled images are predicted in a round; the window is that of the network which labels.
 
     Args:
-        labeler: None: the network of the round before labels.
+        labeler: None: the network of an earlier round labels.
+        labeling_round: that round; None: the one before.
     """
     if labeler is None:
-        return labeling_protocol(recipe.at(index - 1))
+        return labeling_protocol(recipe.at(index - 1 if labeling_round is None else labeling_round))
     return replace(labeling_protocol(recipe), window=labeler.window)
 
 
 def who_labels(recipe: Recipe, labelers: Mapping[int, Labeler]) -> list[str]:
     """A line for each round: which network labels, and which learns. None if one network does both."""
-    rounds = range(len(recipe.rounds))
+    rounds, keeps_best = range(len(recipe.rounds)), recipe.result.keep == "best"
     if not labelers and not any(map(recipe.starts, rounds)):
         return []
+    before = "the best round before" if keeps_best else "the round before"
     lines = []
     for index in rounds:
         learner = recipe.at(index).network
         learns = f"{learner.architecture}, {learner.backbone} learns"
         crop = "x".join(map(str, recipe.at(index).training.crop))
-        start = "from its own weights" if recipe.starts(index) == index else "from the round before"
+        start = "from its own weights" if recipe.starts(index) == index else f"from {before}"
         if index in labelers:
             labels = f"{labelers[index].describe()} labels, "
+        elif recipe.pseudo_labels(index) and keeps_best:
+            labels = "the network of the best round before labels, "
         elif recipe.pseudo_labels(index):
-            before = recipe.at(index - 1).network
-            labels = f"the network of round {index - 1} ({before.architecture}, {before.backbone}) labels, "
+            labeling = recipe.at(index - 1).network
+            labels = (
+                f"the network of round {index - 1} ({labeling.architecture}, {labeling.backbone}) labels, "
+            )
         else:
             labels = "no pseudo labels, "
         lines.append(f"round {index}: {labels}{learns} {start}, crops {crop}")
@@ -188,7 +197,8 @@ def _in_run(source: Path) -> tuple[Path, Window]:
             f"{source} {what}. Give a run folder of `darseg train`, a folder round_N in it, or a .safetensors file."
         )
     recipe = load_saved_recipe(run.recipe)
-    index = int(numbered[1]) if numbered and run.root != source else len(recipe.rounds) - 1
+    named = int(numbered[1]) if numbered and run.root != source else None
+    index = len(recipe.rounds) - 1 if named is None else named
     if run.read_record(index, "evaluate") is None:
         done = run.rounds_with("evaluate")
         remedy = f", or name a finished round, {run.round(done[-1])}" if done else ""
@@ -196,10 +206,9 @@ def _in_run(source: Path) -> tuple[Path, Window]:
             f"{source}: round {index} is not finished there, so its network could still change. Finish that run with "
             f"`darseg train` first{remedy}."
         )
-    path = run.result(index) if run.result(index).exists() else run.network(index)
-    if not path.is_file():
-        raise RunError(f"{path} is missing, though its round is finished. Restore it from a copy.")
-    return path, labeling_protocol(recipe.at(index)).window
+    weights = run_weights(run, named)
+    assert weights.round is not None
+    return weights.path, labeling_protocol(recipe.at(weights.round)).window
 
 
 def _order(path: Path, spec: NetworkSpec, names: tuple[str, ...]) -> Order | None:
@@ -245,7 +254,7 @@ def read_labeler(folder: Path) -> Mapping[str, Any] | None:
 def is_there(run: RunDirectory, recipe: Recipe, index: int) -> bool:
     """Whether the network that labeled a round is there, and is the one that labeled."""
     try:
-        return _noted(run, recipe, index) is not None or run.network(index - 1).exists()
+        return _noted(run, recipe, index) is not None or run.network(labeling_round(run, index)).exists()
     except DarsegError:
         return False
 
@@ -259,9 +268,10 @@ def load_labeler(run: RunDirectory, recipe: Recipe, index: int, *, plain: bool) 
     Raises RunError if it is a labeler that is gone or has changed, WeightsError if the weights cannot be read.
     """
     labeler = _noted(run, recipe, index)
-    protocol = labeling_protocol_of(recipe, index, labeler)
+    by = labeling_round(run, index)
+    protocol = labeling_protocol_of(recipe, index, labeler, labeling_round=by)
     if labeler is None:
-        return load_to_predict(run.network(index - 1), plain=True), protocol
+        return load_to_predict(run.network(by), plain=True), protocol
     return labeler.load(plain), protocol
 
 

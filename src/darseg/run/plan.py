@@ -19,6 +19,7 @@ from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.model.vit import Transformer
 from darseg.pseudo.labeling import Ratio
+from darseg.run.best import check_keep
 from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
 from darseg.run.online import check_steps, colors_of, online_method, online_of, teacher_of
 from darseg.training.loss import LabeledLoss, balanced_weights
@@ -173,14 +174,21 @@ def plan_rounds(
 
 
 def plan_training(
-    recipe: Recipe, networks: Mapping[int, Network], *, labeled: int, unlabeled: int, processes: int
+    recipe: Recipe,
+    networks: Mapping[int, Network],
+    *,
+    labeled: int,
+    unlabeled: int,
+    validation: int,
+    processes: int,
 ) -> list[Round]:
     """The rounds, and the networks prepared for them. Raises RecipeError, SizeError.
 
     Args:
         networks: round → the network that begins there, as `Recipe.starts` numbers them; changed in place.
-        labeled, unlabeled: numbers of images.
+        labeled, unlabeled, validation: numbers of images.
     """
+    check_keep(recipe, validation)
     for index, config in enumerate(recipe.rounds):
         if index in networks or config.crop is not None:
             check_sizes(recipe.at(index), networks[recipe.starts(index)], round_index=index)

@@ -90,7 +90,7 @@ def predict_folder(
             below the folder, or below the part of the pattern without wildcards; of a single file its name.
         kinds: "index" (class values), "color" (class colors), "overlay" (colors over the image), "confidence" (the
             class's probability, 16 bits: 65535 is 1).
-        round_index: of a run folder; None: the last finished round.
+        round_index: of a run folder; None: its result.
         existing: what to do if files exist already: "fault" refuses before anything is written; "keep" keeps those that
             are whole and predicts the others; "replace" replaces them.
         recipe: for a checkpoint: the recipe whose evaluation protocol it predicts with.

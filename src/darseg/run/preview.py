@@ -28,6 +28,7 @@ from darseg.methods.consistency import Consistency
 from darseg.model.torchfile import read_bare_part
 from darseg.model.weights import load_network
 from darseg.pseudo.distribution import count_labels
+from darseg.run.best import basis_of
 from darseg.run.build import (
     beginnings,
     check_overrides,
@@ -220,7 +221,7 @@ def _methods(source: _Source) -> tuple[Method, Method] | None:
     round_, run = source.round, source.run
     if round_.online is None or run is None or round_.begins == round_.index:
         return None
-    if not (path := run.network(round_.index - 1)).exists():
+    if not (path := run.network(_goes_on_from(source, run))).exists():
         return None
     network = load_network(path).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]
     recipe = source.recipe.at(round_.index)
@@ -269,6 +270,14 @@ def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
     return _Shown(feed, open_feed, labeled, caption=caption, note=note)
 
 
+def _goes_on_from(source: _Source, run: RunDirectory) -> int:
+    """The round whose network the round goes on from; the one before if the rounds before are not all scored."""
+    index, scored = source.index, run.rounds_with("evaluate")
+    if scored[:index] != list(range(index)):
+        return index - 1
+    return basis_of(run, source.recipe, index).weights
+
+
 def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str]:
     """The samples of a feed, the caption of their labels, and a note."""
     if feed.role == "labeled":
@@ -284,11 +293,11 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
             note = f"The pseudo labels of round {index} are not made yet; `darseg train` makes them as the round begins."
         elif source.round.begins == index:
             note = f"The network of round {index} starts untrained, so its labels are not shown."
-        elif not run.network(index - 1).exists():
-            note = f"Labels need the network of round {index - 1}, which is not trained yet."
+        elif not run.network(before := _goes_on_from(source, run)).exists():
+            note = f"Labels need the network of round {before}, which is not trained yet."
         else:
             note = (
-                f"Labels are made by the network of round {index - 1}, from which this round starts. Those of the first "
+                f"Labels are made by the network of round {before}, from which this round starts. Those of the first "
                 "step are training's; then training labels with a network that has moved on."
             )
     if any(sample.label is not None for sample in unlabeled):

@@ -21,7 +21,7 @@ OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
         frozenset({"optimizer.safetensors", "momentum.safetensors"}),
     ),
     "align": (frozenset({"result_alignment.json"}), frozenset()),
-    "evaluate": (frozenset({"scores.json"}), frozenset({"result.safetensors"})),
+    "evaluate": (frozenset({"scores.json"}), frozenset({"image_counts.npz", "result.safetensors"})),
 }
 """Step → the outputs that its record always names, and those that it may name besides: nothing else is copied or read."""
 

@@ -56,7 +56,10 @@ def rehearse(
         )
     roles = ("unlabeled", "validation") if recipe.follows_precision else ("unlabeled",)
     to_label = [largest[role] for role in roles if role in largest]
-    own = {recipe.starts(index - 1) for index in labeled if index not in labelers}
+    first = 0 if recipe.result.keep == "best" else -1  # any round before may label, or the last before
+    own = {
+        recipe.starts(before) for index in labeled if index not in labelers for before in range(index)[first:]
+    }
     for begins, network in networks.items():
         here = recipe.at(begins)
         with torch.inference_mode(False):

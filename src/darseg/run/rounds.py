@@ -20,6 +20,7 @@ from darseg.errors import DataError, Interrupted, NumericsError, RunError, Stora
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
 from darseg.run.begin import FREE_KEYS, announce
+from darseg.run.best import BEST, Standing, basis_of, describe_result, standings_of, write_best
 from darseg.run.build import (
     as_recipe,
     build_networks,
@@ -141,7 +142,7 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
     """
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
-    network, worked = networks.pop(0), False
+    network, worked, listed = networks.pop(0), False, ()
     before = digest_state(network.state_dict())
     with explain_memory(ALONE):
         place(network)
@@ -149,8 +150,9 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
         was_done = run.record_path(round_.index, "evaluate").exists()
         worked |= not was_done
         records, pseudo = [], ()
+        basis = processes.from_first(lambda at=round_.index: basis_of(run, course.recipe, at))
         if round_.labels:
-            pseudo, record = label_round(course, round_, before)
+            pseudo, record = label_round(course, round_, basis.labels)
             records.append(record)
         if round_.index in networks:
             network.cpu()  # a GPU need not hold both
@@ -158,7 +160,11 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
             before = digest_state(network.state_dict())
             with explain_memory(ALONE):
                 place(network)
-        records.append(train_round(course, round_, before, pseudo=pseudo, network=network))
+        elif round_.index:
+            before = processes.from_first(lambda at=basis.weights: digest_path(run.network(at)))
+        records.append(
+            train_round(course, round_, before, pseudo=pseudo, network=network, goes_on_from=basis.weights)
+        )
         course.stop.check()  # a signal may have come in the last step
         candidates, record = align_round(course, round_)
         if record is not None:
@@ -176,14 +182,42 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
                 "seconds": round(sum(record.seconds for record in records), 1),
             }
         )
+        listed = processes.from_first(
+            lambda round_=round_, was_done=was_done: _compare(course, round_, summary, was_done=was_done)
+        )
         processes.from_first(lambda: write_json(run.summary, summary))
-        before = digest_path(run.network(round_.index))
         if processes.first and not (was_done and round_ is not course.rounds[-1]):
             _call_after_round(course, round_)
     if processes.first and not worked:
         _say_finished(course)
+    if said := describe_result(listed, keep=course.recipe.result.keep, finished=True):
+        course.journal.say(said)
     course.journal.event("finished")
     return summary
+
+
+def _compare(course: Course, round_: Round, summary: dict, *, was_done: bool) -> tuple[Standing, ...]:
+    """Compare the rounds so far, and keep the best if the recipe says so; done by the first process.
+
+    Args:
+        summary: gets how the round compares, and the result if it is the best round.
+        was_done: whether an earlier call evaluated this round, and reported it.
+    """
+    run, journal, recipe = course.run, course.journal, course.recipe
+    listed = standings_of(run, recipe.seed)
+    if (standing := next(entry for entry in listed if entry.index == round_.index)).difference is not None:
+        described = {
+            key: value for key, value in standing.to_json().items() if key not in ("round", "mean_iou")
+        }
+        summary["rounds"][-1]["compared"] = described
+        if not was_done:
+            journal.event("compared", **standing.to_json())
+            journal.say(f"round {round_.index}: {standing.describe()}")
+    # If later rounds are scored already, what is there is of all of them.
+    if recipe.result.keep == "best" and listed[-1] is standing:
+        best = write_best(run, recipe, listed)
+        summary["result"] = {"round": best["round"], "weights": BEST, "why": best["why"]}
+    return listed
 
 
 def _summed_up(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +258,14 @@ def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _
     begun = build_networks(recipe)
     networks = {index: network for index, (network, _) in begun.items()}
     labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)
-    rounds = plan_training(recipe, networks, labeled=labeled, unlabeled=unlabeled, processes=processes)
+    rounds = plan_training(
+        recipe,
+        networks,
+        labeled=labeled,
+        unlabeled=unlabeled,
+        validation=len(manifest.validation),
+        processes=processes,
+    )
     sources = {index: source for index, (_, source) in begun.items()}
     return _Planned(rounds, networks, sources, labelers=labelers_of(recipe, out))
 

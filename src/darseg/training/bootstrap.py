@@ -16,6 +16,9 @@ RESAMPLES = 2000
 """Drawn sets of images; the ends of a 90 % interval then vary by about 2 % of its width."""
 LEVEL = 0.9
 """How often an interval should hold the true difference."""
+LEAST_HELD_OUT = 10
+"""Held-out images below which no interval decides: with 5, 1 of 11 networks that gain nothing would be taken for one that
+gains, instead of 1 of 17 (docs/experiments.md)."""
 BLOCK = 100
 """Sets drawn at a time, for constant memory."""
 

@@ -36,6 +36,7 @@ from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
 from darseg.run.steps.step import Result, Step, Work, complete
+from darseg.training.bootstrap import LEAST_HELD_OUT
 
 ALIGNMENT = "result_alignment.json"
 
@@ -47,10 +48,6 @@ IMAGES = 500
 
 LEAST_IMAGES = 5
 """Unlabeled images below which class shares are left alone: so few have shares of their own."""
-
-LEAST_HELD_OUT = 10
-"""Held-out images below which `auto` decides nothing: with 5, 1 of 11 networks that gain nothing would be taken for one
-that gains, instead of 1 of 17 (docs/experiments.md)."""
 
 PIXELS = 1 << 19
 """Most pixels in the sample: the standard error of a share is at most 0.001, and 0.0014 with 255 classes."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from darseg.model.aligned import AlignmentRecord, fold_alignment
 from darseg.model.weights import load_network, read_spec, save_network
 from darseg.model.windows import Protocol, group_size
+from darseg.run.best import COUNTS, write_counts
 from darseg.run.build import evaluation_protocol, load_to_predict
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
@@ -113,10 +114,13 @@ class _Evaluation:
                 predicted=self.candidates.predicted,
                 wanted=self.candidates.wanted,
             )
-        outputs = [SCORES]
-        if decision is not None and decision.used:
+        outputs, chosen = [SCORES], 0
+        if decision is not None and decision.used and decision.chosen is not None:
             outputs.append(self.course.run.result(self.round.index).name)
-        return Work(outputs, lambda: self._write(described, decision))
+            chosen = 1 + decision.chosen
+        if self.course.manifest.validation:
+            outputs.append(COUNTS)
+        return Work(outputs, lambda: self._write(described, decision, counts[:, chosen]))
 
     def _score(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Confusions of all images, int64 [1 + M, K, K]; counts of each, int64 [N, 1 + M, 3, K].
@@ -143,16 +147,18 @@ class _Evaluation:
                 )
             )
         confusions = processes.add_up(own.confusions)
-        if not self.records:
-            return confusions, own.counts
         # In the order of the images, whatever the number of processes: the bootstrap draws by position.
         places = processes.to_first(np.array(processes.share(range(len(samples)), group), np.int64))
         return confusions, processes.to_first(own.counts)[np.argsort(places)]
 
-    def _write(self, described: Mapping[str, Any], decision: Decision | None) -> Result:
-        """Write the scores, and the aligned network if it is the result."""
+    def _write(
+        self, described: Mapping[str, Any], decision: Decision | None, counts_N3K: NDArray[np.int64]
+    ) -> Result:
+        """Write the scores, the counts of the result, and the aligned network if it is the result."""
         course, index = self.course, self.round.index
         write_json(course.path(self.round, SCORES), described)
+        if course.manifest.validation:
+            write_counts(course.path(self.round, COUNTS), counts_N3K)
         result = course.run.result(index)
         if decision is not None and decision.used and decision.chosen is not None:
             plain = course.run.network(index)

@@ -1,10 +1,10 @@
-"""Label: pseudo labels for the unlabeled images, by the network of the round before or a labeler."""
+"""Label: pseudo labels for the unlabeled images, by the network of an earlier round or a labeler."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from darseg.pseudo.labelset import Predictor, PseudoLabelSet, labeled_by, read_f
 from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import load_to_predict, masks
 from darseg.run.course import Course
-from darseg.run.directory import StepRecord, write_json
+from darseg.run.directory import StepRecord, digest_path, write_json
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.held_out import HeldOut
 from darseg.run.journal import NEVER, UNSHOWN
@@ -51,13 +51,13 @@ PRECISION_VERSION = 1
 """Of the rule by which thresholds follow a target precision."""
 
 
-def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sample, ...], StepRecord]:
+def label_round(course: Course, round_: Round, labeling_round: int) -> tuple[tuple[Sample, ...], StepRecord]:
     """Pseudo-label the unlabeled images; all processes together.
 
     Images that were marked as bad when the round began are left out; the round keeps its planned number of steps.
 
     Args:
-        before: digest of the network of the round before; it counts only if that network labels.
+        labeling_round: the round whose network labels, if the round has no labeler.
 
     Returns:
         the unlabeled samples with their new label maps, and the step's record.
@@ -68,13 +68,13 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
     distribution = course.processes.together(lambda: ClassDistribution.from_counts(course.counts))
     labeling = course.recipe.labeling.at(round_.labeling_ratio)
     task = LabelTask(labeling, distribution, seed=course.recipe.seed, round_index=index)
-    inputs = _inputs(course, task, before, excluded=excluded)
+    inputs = _inputs(course, task, labeling_round, excluded=excluded)
     task = replace(task, inputs=digest_settings(**inputs.digests))
     step = Step(
         "label",
         index,
         inputs,
-        work=lambda: _label(course, round_, task, unlabeled=unlabeled),
+        work=lambda: _label(course, round_, task, unlabeled=unlabeled, labeling_round=labeling_round),
         tidy=lambda: _tidy(course, round_),
     )
     record = complete(course, step)
@@ -84,9 +84,9 @@ def label_round(course: Course, round_: Round, before: str) -> tuple[tuple[Sampl
     return labeled_by(run.labels(index), unlabeled), record
 
 
-def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[str]) -> Inputs:
+def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: Sequence[str]) -> Inputs:
     index, labeling, labeler = task.round_index, task.labeling, course.labelers.get(task.round_index)
-    protocol = labeling_protocol_of(course.recipe, index, labeler)
+    protocol = labeling_protocol_of(course.recipe, index, labeler, labeling_round=labeling_round)
     rule = PRECISION_VERSION if labeling.ratio == "auto" else None
     digests = {
         "settings": digest_settings(
@@ -98,7 +98,8 @@ def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[
     if rule is not None:
         digests["validation"] = course.data["validation"]
     if labeler is None:
-        digests["network"] = before
+        network = course.run.network(labeling_round)
+        digests["network"] = course.processes.from_first(lambda: digest_path(network))
     else:
         digests["labels_from"] = labeler.digest
     if labeler is not None and labeler.order is not None:
@@ -111,16 +112,18 @@ def _inputs(course: Course, task: LabelTask, before: str, *, excluded: Sequence[
     return Inputs(digests, earlier)
 
 
-def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequence[Sample]) -> Work:
+def _label(
+    course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequence[Sample], labeling_round: int
+) -> Work:
     """The work of all processes: predict, count, choose thresholds, assign."""
     run, journal, index = course.run, course.journal, round_.index
     labeler = course.labelers.get(index)
-    protocol = labeling_protocol_of(course.recipe, index, labeler)
+    protocol = labeling_protocol_of(course.recipe, index, labeler, labeling_round=labeling_round)
     course.processes.from_first(lambda: _prepare(course, round_, unlabeled))
     if labeler is None:
         network, remedy = (
-            load_to_predict(run.network(index - 1), plain=True),
-            less_to_predict(course.recipe.at(index - 1), "labeling", protocol),
+            load_to_predict(run.network(labeling_round), plain=True),
+            less_to_predict(course.recipe.at(labeling_round), "labeling", protocol),
         )
     else:
         network, window = labeler.load(plain=task.labeling.align != "none"), f"rounds.{index}.labels_window"
@@ -146,7 +149,9 @@ def _label(course: Course, round_: Round, task: LabelTask, *, unlabeled: Sequenc
         outputs.append(SCORES)
     if labeler is not None:
         outputs.append(LABELS_FROM)
-    return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled))
+    # Records of runs that keep the last round stay as they were.
+    facts = {"labeling_round": labeling_round} if labeler is None and labeling_round != index - 1 else {}
+    return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled, facts=facts))
 
 
 def _predictor(
@@ -247,8 +252,19 @@ def _tidy(course: Course, round_: Round) -> None:
         shutil.rmtree(course.run.predictions(index), ignore_errors=True)
 
 
-def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: Sequence[Sample]) -> Result:
-    """Write how the label maps came about."""
+def _write(
+    course: Course,
+    round_: Round,
+    labels: PseudoLabelSet,
+    *,
+    unlabeled: Sequence[Sample],
+    facts: Mapping[str, Any],
+) -> Result:
+    """Write how the label maps came about.
+
+    Args:
+        facts: more of them, for the record.
+    """
     run, journal, index = course.run, course.journal, round_.index
     classes, histogram = course.manifest.classes, labels.histogram
     never = [
@@ -259,7 +275,7 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
     if never:
         journal.warn(f"round {index}: {NEVER}: {', '.join(never)}")
     share = float(labels.kept.sum() / max(1, histogram.predicted.sum()))
-    facts: dict[str, Any] = {"share": round(share, 4)}
+    facts = {**facts, "share": round(share, 4)}
     known = [sample for sample in unlabeled if sample.label]
     if known:
         scores = pseudo_scores(known, labels, classes)
@@ -275,7 +291,8 @@ def _write(course: Course, round_: Round, labels: PseudoLabelSet, *, unlabeled: 
     right = f"; {facts['pixel_accuracy']:.3f} of them are right" if facts.get("pixel_accuracy") else ""
     method, aligned = course.recipe.labeling.method, ""
     labeler = course.labelers.get(index)
-    by = "" if labeler is None else f", by {labeler.source}"
+    by = f", by the network of round {facts['labeling_round']}" if "labeling_round" in facts else ""
+    by = by if labeler is None else f", by {labeler.source}"
     if labels.alignment is not None:
         facts["aligned"], aligned = labels.alignment.converged, " aligned decisions and"
         for warning in labels.alignment.warnings(classes.names):

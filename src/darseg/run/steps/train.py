@@ -106,7 +106,13 @@ def settings_of(recipe: Recipe, round_: Round, counts: Sequence[int], *, pseudo:
 
 
 def train_round(
-    course: Course, round_: Round, before: str, *, pseudo: Sequence[Sample], network: Network
+    course: Course,
+    round_: Round,
+    before: str,
+    *,
+    pseudo: Sequence[Sample],
+    network: Network,
+    goes_on_from: int,
 ) -> StepRecord:
     """Train one round's network; all processes together.
 
@@ -114,6 +120,7 @@ def train_round(
         before: digest of the network as the round begins.
         pseudo: the unlabeled samples with their pseudo labels; empty in a round without and in online rounds.
         network: trained in place, unless the step is finished already.
+        goes_on_from: the round whose weights and optimizer it takes over, unless its own network begins here.
     """
     run, index = course.run, round_.index
     settings = settings_of(course.recipe, round_, course.counts, pseudo=bool(pseudo))
@@ -131,7 +138,9 @@ def train_round(
         if excluded:
             digests["excluded"] = digest_settings(ids=list(excluded))
     samples = {"labeled": course.manifest.labeled, "pseudo": tuple(pseudo), "unlabeled": tuple(unlabeled)}
-    training = _Training(course, round_, settings.stage, samples=samples, network=network)
+    training = _Training(
+        course, round_, settings.stage, samples=samples, network=network, goes_on_from=goes_on_from
+    )
     step = Step(
         "train",
         index,
@@ -158,6 +167,7 @@ class _Training:
 
     Attributes:
         samples: role of a feed → its samples.
+        goes_on_from: the round whose weights and optimizer it takes over, unless its own network begins here.
     """
 
     course: Course
@@ -165,17 +175,18 @@ class _Training:
     stage: Stage
     samples: Mapping[str, Sequence[Sample]]
     network: Network
+    goes_on_from: int
 
     def run(self) -> Work:
-        """Train from the latest checkpoint, the network of the round before, or a new one."""
+        """Train from the latest checkpoint, the network of an earlier round, or a new one."""
         course, index, stage = self.course, self.round.index, self.stage
         recipe = course.recipe.at(index)
         run, journal = course.run, course.journal
         begin, seconds_before = self._latest_checkpoint(), 0.0
         before: Mapping[str, Part] = {}
         if self.round.begins < index:
-            self.network.load_state_dict(load_network(run.network(index - 1)).state_dict())
-            before = load_checkpoint(run.optimizer(index - 1)).parts
+            self.network.load_state_dict(load_network(run.network(self.goes_on_from)).state_dict())
+            before = load_checkpoint(run.optimizer(self.goes_on_from)).parts
         if begin is not None:
             saved = [
                 e for e in journal.events("checkpoint") if (e["round"], e["step"]) == (index, begin.step)
@@ -212,7 +223,7 @@ class _Training:
         return Work(outputs, write, seconds_before)
 
     def _fitting(self, method: Method, before: Mapping[str, Part]) -> Mapping[str, Part]:
-        """The optimizer states of the round before that are of this round's optimizers."""
+        """The optimizer states of an earlier round that are of this round's optimizers."""
         kinds = {part_of(learner): learner.optimizer for learner in method.learners}
         fitting = {name: part for name, part in before.items() if name in kinds and fits(kinds[name], part)}
         if before and OPTIMIZER not in fitting:
