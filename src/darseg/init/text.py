@@ -123,7 +123,7 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
 
 
 def _result_lines(draft: Draft, fit: Fit) -> Iterator[str]:
-    """Keep the best round of several, if there are enough validation images to tell; as published otherwise."""
+    """Keep the best round of several, if there are enough validation images of your own to tell."""
     if len(fit.steps) > 1 and draft.roles and len(draft.roles.get("validation", ())) >= LEAST_HELD_OUT:
         yield "result:"
         yield "  keep: best  # the round that scores best on the validation images; later rounds go on from it"

@@ -93,7 +93,7 @@ class Comparison:
 
 
 def compare_runs(runs: Sequence[Path | str], out: Path | str = NAME) -> Comparison:
-    """Write a page that compares the results of two or more run folders: of each the last scored round, or the best.
+    """Write a page that compares the results of two or more run folders.
 
     Raises:
         RunError: a folder is not a run folder, is given twice, has no scores, or has other classes.

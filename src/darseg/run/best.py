@@ -117,7 +117,7 @@ class Standing:
 
 
 def standings(scores: Sequence[RoundScore], seed: int) -> tuple[Standing, ...]:
-    """Each round against the best before it; the best is that with the highest mean IoU, the earliest of equals.
+    """Each round against the best before it, which is chosen as by `best_of`.
 
     Args:
         scores: of the rounds, in their order.
@@ -170,7 +170,7 @@ def _difference(before: RoundScore, now: RoundScore, seed: int) -> tuple[Differe
 
 
 def describe_result(listed: Sequence[Standing], *, keep: str, finished: bool) -> str:
-    """Sentences that say which round is the result, and how the others compare; empty if there is nothing to say.
+    """Which round is the result and how others compare, in sentences; empty if nothing is to be said.
 
     Args:
         keep: `result.keep` of the recipe.
@@ -248,7 +248,10 @@ def basis_of(run: RunDirectory, recipe: Recipe, index: int) -> Basis:
 
 
 def labeling_round(run: RunDirectory, index: int) -> int:
-    """The round whose network labeled a round, if the run's own did. Raises RunError if the record is damaged."""
+    """The round whose network labeled a round, if the run's own did.
+
+    Raises RunError if the record is damaged.
+    """
     record = run.read_record(index, "label")
     noted = index - 1 if record is None else record.facts.get("labeling_round", index - 1)
     if type(noted) is not int or not -1 <= noted < index:

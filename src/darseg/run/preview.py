@@ -271,7 +271,7 @@ def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
 
 
 def _goes_on_from(source: _Source, run: RunDirectory) -> int:
-    """The round whose network the round goes on from; the one before if the rounds before are not all scored."""
+    """The round whose network a round goes on from; the one before if not all before are scored."""
     index, scored = source.index, run.rounds_with("evaluate")
     if scored[:index] != list(range(index)):
         return index - 1
