@@ -194,7 +194,7 @@ def _rank(name: str) -> bytes:
 
 def _earlier(run: Path, trained: Trained, recipe: Recipe, *, plain: bool, journal: Journal) -> Network | None:
     """The network of the round before, if there is one that takes the windows of this one."""
-    index = int(trained.path.parent.name.removeprefix("round_")) - 1
+    index = (trained.round or 0) - 1
     if index < 0 or not RunDirectory(run).network(index).exists():
         return None
     network = load_trained(result_path(run, index, plain), recipe=recipe, plain=plain).network
