@@ -388,7 +388,8 @@ def test_a_round_that_is_repeated_brings_the_best_up_to_date(
 
 @pytest.mark.slow
 def test_two_processes_choose_alike(recipe_file: Path, tmp_path: Path) -> None:
-    ended = forks.torchrun("-m", "darseg", "train", recipe_file, "--out", tmp_path / "run")
+    batch = "training.half_batch=4"  # BatchNorm needs two images in each process
+    ended = forks.torchrun("-m", "darseg", "train", recipe_file, batch, "--out", tmp_path / "run")
     assert ended.returncode == 0, ended.stderr
     folder, record = RunDirectory(tmp_path / "run"), json.loads((tmp_path / "run" / RECORD).read_text())
     assert record["sha256"] == digest_path(tmp_path / "run" / BEST)
@@ -396,7 +397,7 @@ def test_two_processes_choose_alike(recipe_file: Path, tmp_path: Path) -> None:
     assert labeling_round(folder, 2) == expected
     # One process goes on in the finished folder, and agrees with everything.
     before = outcome(folder.root)
-    train(load_recipe(recipe_file), folder.root, console=QUIET)
+    train(load_recipe(recipe_file, [batch]), folder.root, console=QUIET)
     assert outcome(folder.root) == before
 
 

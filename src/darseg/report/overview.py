@@ -22,11 +22,11 @@ from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Ta
 from darseg.report.expected import expected_section
 from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
+from darseg.report.networks import checkpoints, who_labels
 from darseg.report.page import Page, render
 from darseg.report.result import result_section
 from darseg.report.share import shareable, without_places
 from darseg.report.verdict import mean_iou, verdict
-from darseg.run.best import BEST
 from darseg.run.build import labeling_protocol
 from darseg.run.data_digest import sources
 from darseg.run.directory import RunDirectory
@@ -403,7 +403,7 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
         "folder": facts.name if facts.shared else str(facts.root.resolve()),
         "initial weights": facts.weights or UNDEFINED,
     }
-    texts |= _who_labels(facts)
+    texts |= who_labels(facts)
     texts |= {name: str(value) for name, value in facts.environment.items()}
     if data.manifest is not None:
         texts |= {f"{role} images": f"{len(samples):,}" for role, samples in data.manifest.roles().items()}
@@ -416,43 +416,8 @@ def _facts(facts: RunFacts, data: DataFacts, seconds: float) -> dict[str, str]:
     folder = Path(facts.name) if facts.shared else facts.root
     if trained:
         of_result = facts.result.index if facts.keeps_best and facts.scored else trained[-1]
-        texts |= _checkpoints(facts, RunDirectory(folder), of_result)
+        texts |= checkpoints(facts, RunDirectory(folder), of_result)
     else:
         texts["checkpoint"] = UNDEFINED
     texts["page"] = f"{time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, in {seconds:.1f} s"
     return texts
-
-
-def _who_labels(facts: RunFacts) -> dict[str, str]:
-    """Round → which network labeled and which learned; empty if one network does both in all rounds."""
-    recipe = facts.recipe
-    if not any(
-        round_.labeler or recipe.starts(round_.index) or round_.labeling_round != round_.index - 1
-        for round_ in facts.rounds
-    ):
-        return {}
-    lines = {}
-    for round_ in facts.rounds:
-        learner, labeler = recipe.at(round_.index).network, round_.labeler
-        learns = f"{learner.architecture}, {learner.backbone} learns"
-        labels = "no pseudo labels"
-        if labeler:
-            path = Path(labeler["path"])
-            labels = f"{path.name if facts.shared else path} ({labeler['architecture']}, {labeler['backbone']}) labels"
-        elif recipe.pseudo_labels(round_.index):
-            before = recipe.at(round_.labeling_round).network
-            labels = f"the network of round {round_.labeling_round} ({before.architecture}, {before.backbone}) labels"
-        lines[f"networks of round {round_.index}"] = f"{labels}, {learns}"
-    return lines
-
-
-def _checkpoints(facts: RunFacts, run: RunDirectory, index: int) -> dict[str, str]:
-    """The weights that commands use after a round, and the plain ones if these are others."""
-    aligned = next(round_.aligned for round_ in facts.rounds if round_.index == index)
-    plain, used = str(run.network(index)), aligned is not None and aligned.used
-    path = str(run.result(index) if used else run.network(index))
-    if facts.keeps_best and facts.scored:
-        path = f"{run.root / BEST} (round {index})"
-    if not used:
-        return {"checkpoint": path}
-    return {"checkpoint": f"{path} (aligned decisions)", "plain checkpoint": plain}
