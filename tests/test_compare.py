@@ -398,7 +398,7 @@ def test_a_plan_says_what_is_left(compared: tuple[Path, Path], call) -> None:
     path, once = compared
     code, out, err = call("compare", path, once, "--plan", "seeds=[0, 1]")
     assert code == 0, err
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[:3]}
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[:4]}
     # labels, runs, finished, steps, of these shared, images
     assert rows["dars"][:6] == rows["control_4_steps"][:6] == ["2", "2", "1", "4", "0", "16"]
     assert "2 runs to do" in out and "finished runs" in out and not (once / "lists" / "2_seed_1").exists()

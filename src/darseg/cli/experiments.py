@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from darseg.cli.options import without_changes
 from darseg.cli.tables import Rows, print_table, say
 from darseg.errors import RunError, faults
 
@@ -19,14 +20,12 @@ def compare(
         Path,
         typer.Argument(metavar="EXPERIMENT.yaml", help="What to compare: a recipe, variants, labels, seeds."),
     ],
-    out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder of the experiment; the same one resumes it.")
-    ],
-    changes: Annotated[
+    words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value …]",
-            help="Change keys of the experiment, e.g. seeds=[0]; changes.KEY=value changes the base recipe.",
+            metavar="[OUT] [key=value …]",
+            help="Folder of the experiment (default: runs/NAME_OF_FILE); the same one resumes it. And keys of the "
+            "experiment to change, e.g. seeds=[0]; changes.KEY=value changes the base recipe.",
         ),
     ] = None,
     jobs: Annotated[
@@ -42,10 +41,15 @@ def compare(
     """Compare variants of a recipe with fair controls: run what is missing, and say what helps."""
     from darseg.config.experiment import load_experiment
 
-    file = load_experiment(experiment, changes or [])
+    outs, changes = without_changes(words or [])
+    if len(outs) > 1:
+        raise RunError(f"Found {len(outs)} folders: {', '.join(outs)}. Give one.")
+    out = Path(outs[0]) if outs else Path("runs") / experiment.stem
+    file = load_experiment(experiment, changes)
     if plan:
         from darseg.experiment.plan import plan_experiment
 
+        say("Measuring step rates; nothing is written")
         _print_plan(plan_experiment(file, out, jobs=jobs))
         return
     from darseg.experiment.compare import compare as run_compare

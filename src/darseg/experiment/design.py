@@ -117,7 +117,7 @@ def design_of(file: ExperimentFile, lists: Path) -> Design:
             )
             trials += [_trial(name, recipe, budget, seed=seed) for name, recipe in recipes.items()]
         if ceiling is not None:
-            steps = max(by_budget[0].steps for by_budget in variants.values())
+            steps = next(iter(variants.values()))[0].steps
             trials.append(_trial(ALL_LABELS, labels_alone(file.base, steps), ceiling, seed=seed))
     if ceiling is not None:
         arms.append(Arm(ALL_LABELS, ceiling.labels, "ceiling"))
