@@ -23,7 +23,7 @@ from darseg.run.steps.align import chosen_record
 
 
 def score_run(run: RunDirectory, role: Role, console: Console) -> tuple[str, RoleScores]:
-    """The digest of a finished run's last network, and its scores on the images of one role.
+    """The digest of the network of a finished run's result, and its scores on the images of one role.
 
     Aligned decisions are those that the run decided about, used or not. Raises DarsegError.
     """
@@ -31,7 +31,8 @@ def score_run(run: RunDirectory, role: Role, console: Console) -> tuple[str, Rol
     recipe = trained.recipe
     if recipe is None:
         raise RunError(f"{run.root} has no recipe.")
-    samples, index = manifest_of(recipe).roles()[role], run.last_round()
+    samples = manifest_of(recipe).roles()[role]
+    index = run.last_round() if trained.round is None else trained.round
     record = chosen_record(run.round(index), read_scored(run.round(index) / "scores.json"))
     with (
         Journal(None, None, console).progress(f"score {role} images", len(samples)) as advance,
