@@ -125,8 +125,8 @@ def slow_interval(values: Sequence[float], drawn: Sequence[float], images: int) 
 def test_the_difference_and_its_interval_against_slow_ones(count: int) -> None:
     trials = drawn_trials(seeds=range(count))
     resamples, images = 200, 20
-    found = of(compare_trials(evidence(trials), resamples)).difference("validation", "aligned")
-    assert found is not None and found.seeds == tuple(range(count))
+    shown = of(compare_trials(evidence(trials), resamples)).difference("validation", "aligned")
+    assert shown is not None and shown.seeds == tuple(range(count))
 
     generator = np.random.default_rng(0)
     sets = [
@@ -150,12 +150,12 @@ def test_the_difference_and_its_interval_against_slow_ones(count: int) -> None:
     values = [difference(range(images), seed) for seed in range(count)]
     drawn = [sum(difference(chosen, seed) for seed in range(count)) / count for chosen in sets]
     low, high = slow_interval(values, drawn, images)
-    assert found.values == pytest.approx(values)
-    assert found.mean_iou.mean == pytest.approx(np.mean(values))
-    assert (found.mean_iou.low, found.mean_iou.high) == pytest.approx((low, high), abs=2e-4)
-    assert found.includes_training == (count > 1)
+    assert shown.values == pytest.approx(values)
+    assert shown.mean_iou.mean == pytest.approx(np.mean(values))
+    assert (shown.mean_iou.low, shown.mean_iou.high) == pytest.approx((low, high), abs=2e-4)
+    assert shown.includes_training == (count > 1)
     if count > 1:
-        assert found.mean_iou.deviation == pytest.approx(np.std(values, ddof=1))
+        assert shown.mean_iou.deviation == pytest.approx(np.std(values, ddof=1))
 
 
 def test_scores_and_classes_against_slow_ones() -> None:
@@ -229,9 +229,9 @@ def test_swapping_variant_and_control_turns_the_sign(seed: int, count: int) -> N
 def test_the_same_runs_do_not_differ_and_more_seeds_narrow_only_the_part_of_training() -> None:
     trials = drawn_trials()
     same = [replace(trial, variant="dars") for trial in trials if trial.variant == "labels only"]
-    found = of(compare_trials(evidence([*trials[:3], *same]), 100)).difference()
-    assert found is not None and found.values == (0, 0, 0) and found.seeds_for_one_point == 2
-    assert (found.mean_iou.low, found.mean_iou.high) == (0, 0) and not found.told_apart
+    shown = of(compare_trials(evidence([*trials[:3], *same]), 100)).difference()
+    assert shown is not None and shown.values == (0, 0, 0) and shown.seeds_for_one_point == 2
+    assert (shown.mean_iou.low, shown.mean_iou.high) == (0, 0) and not shown.told_apart
     estimates = [
         difference.mean_iou
         for count in (2, 8)
@@ -340,7 +340,7 @@ def test_trials_that_do_not_fit_together_are_refused() -> None:
     assert trials[3].validation is not None
     scores = trials[3].validation
     ids = (*scores.ids[:-1], "stranger")
-    wrong = replace(
+    elsewhere = replace(
         trials[3], validation=replace(scores, ids=ids), test=drawn_scores(np.random.default_rng(0), 0.5)
     )
     unknown = replace(trials[0], variant="new")
@@ -351,7 +351,7 @@ def test_trials_that_do_not_fit_together_are_refused() -> None:
         "seed 1: scored on 20 validation",
         "'image_19'",
     ):
-        evidence([*trials[:3], wrong, unknown, trials[0]])
+        evidence([*trials[:3], elsewhere, unknown, trials[0]])
     with refused(RunError, "3 classes", "expected 2"):
         Evidence("drawn", ("road", "grass"), ARMS, tuple(trials[:1]))
     with refused(RunError, "'dars' with 24 labels: named twice", "control 'nothing'"):
