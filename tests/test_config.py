@@ -264,6 +264,12 @@ IMPOSSIBLE = {
     "data.labeled={every: 2, except_every: 2}": ["data.labeled", "every", "except_every"],
     "network.weights=null": ["network.weights", '"none"'],
     "training.learning_rate=.nan": ["training.learning_rate"],
+    "training.half_batch=1": ["training.half_batch", "1", "2", "training.dynamic_loss"],
+    "training.pseudo_batch=0": ["training.pseudo_batch", "0"],
+    "training.dynamic_loss={method: dst, gamma_disagreed: 5.0}": [
+        "training.dynamic_loss.gamma_disagreed",
+        "dmt",
+    ],
     "training.micro_batch=3": ["training.micro_batch", "3", "training.batch", "16"],
     "training.micro_batch=5": ["training.micro_batch", "5", "training.half_batch", "8"],
     "network={weights: none, architecture: deeplabv2, head_channels: 64}": [

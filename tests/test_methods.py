@@ -28,6 +28,7 @@ from darseg.data.views import Views
 from darseg.errors import NumericsError, RecipeError, RunError
 from darseg.methods.acceptance import Above, Aligned, ClassThresholds, MeanAligned, Realigned
 from darseg.methods.consistency import Consistency, Supervision
+from darseg.methods.dynamic import DynamicLoss, dynamic_self_training
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import TeacherSettings, with_teacher
 from darseg.model.network import Network
@@ -75,7 +76,9 @@ def stream_of(feed: Feed, number: int, first: int, share: tuple[int, int]) -> It
             positions = step * IMAGES + torch.arange(IMAGES)
             yield Views(pixels[own], strong[:, own], ~unused[own], boxes[:, own], positions[own], ids)
         else:
-            yield Batch(pixels[own], labels.masked_fill(unused, IGNORE)[own], ids)
+            sureness = torch.randint(0, 256, labels.shape, dtype=torch.uint8, generator=generator)
+            learned = labels.masked_fill(unused, IGNORE)[own]
+            yield Batch(pixels[own], learned, ids, confidences=sureness[own] if number else None)
         step += 1
 
 
@@ -158,6 +161,14 @@ def rounds(network: Network, optimizer: OptimizerKind | None = None) -> Method:
     return self_training(learner, batch=IMAGES, pseudo_batch=IMAGES, auxiliary_weight=0.4, pseudo_weight=0.7)
 
 
+def dynamic(how: DynamicLoss) -> Callable[..., Method]:
+    def make(network: Network, optimizer: OptimizerKind | None = None) -> Method:
+        learner = network_learner(network, optimizer or SGD())
+        return dynamic_self_training(learner, how, batch=IMAGES, pseudo_batch=IMAGES, pseudo_weight=0.7)
+
+    return make
+
+
 def online(how: Consistency) -> Callable[..., Method]:
     def make(network: Network, optimizer: OptimizerKind | None = None) -> Method:
         learner = network_learner(network, optimizer or SGD())
@@ -174,6 +185,8 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "self_training": rounds,
     "everything": everything,
     "self_training_with_teacher": lambda *of: with_teacher(rounds(*of), TeacherSettings(0.9)),
+    "dst": dynamic(DynamicLoss("dst", 2.0)),
+    "dmt": dynamic(DynamicLoss("dmt", 2.0, 1.0)),
     "fixmatch": online(FIXMATCH),
     "fixmatch_without_teacher": online(replace(FIXMATCH, teacher=None, views=1, mixing="classmix")),
     "mean_teacher": online(replace(FIXMATCH, method="mean_teacher", views=1)),
@@ -521,11 +534,13 @@ def test_everything_of_a_stream_moves_to_the_device() -> None:
         weights=weights,
         feature_masks=(torch.rand(IMAGES, 3),),
         targets=torch.rand(IMAGES, 3, SIDE, SIDE),
+        confidences=labels,
         divisor=torch.tensor(4),
     )
     moved = to_device(batch, torch.device("meta"))
     assert isinstance(moved, Batch) and moved.weights is not None and moved.divisor is not None
     assert moved.targets is not None and moved.targets.is_meta
+    assert moved.confidences is not None and moved.confidences.is_meta
     held = [moved.images, moved.labels, moved.weights, *moved.feature_masks, moved.divisor]
     assert all(tensor.device.type == "meta" for tensor in held) and moved.ids == batch.ids
 
@@ -559,6 +574,7 @@ def test_micro_batches_cut_every_tensor(size: int | None) -> None:
         weights=weights,
         feature_masks=masks,
         targets=targets,
+        confidences=labels + 9,
         divisor=torch.tensor(77),
     )
     parts = batch.split(size)
@@ -566,6 +582,8 @@ def test_micro_batches_cut_every_tensor(size: int | None) -> None:
     assert torch.equal(torch.cat([part.labels for part in parts]), labels)
     assert torch.equal(torch.cat([part.weights for part in parts if part.weights is not None]), weights)
     assert torch.equal(torch.cat([part.targets for part in parts if part.targets is not None]), targets)
+    sureness = [part.confidences for part in parts if part.confidences is not None]
+    assert torch.equal(torch.cat(sureness), labels + 9)
     for level, mask in enumerate(masks):
         assert torch.equal(torch.cat([part.feature_masks[level] for part in parts]), mask)
     assert sum((part.ids for part in parts), ()) == ids

@@ -16,8 +16,10 @@ from darseg.config.text import load_recipe
 from darseg.data.colors import Colors
 from darseg.data.unlabeled import Boxes
 from darseg.methods.acceptance import Above
+from darseg.methods.dynamic import DynamicLoss
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
+from darseg.run.dynamic import dynamic_of
 from darseg.run.plan import learner_settings, plan_rounds, stage_of
 from darseg.training.loss import LabeledLoss
 from darseg.training.optimize import SGD, AdamW, OptimizerKind
@@ -104,6 +106,10 @@ def draw_voc_names(root: Path, labeled: int, unlabeled: int, validation: int) ->
     lists.mkdir(parents=True)
     (lists / "train.txt").write_text("\n".join(ids[:labeled]) + "\n")
     (lists / "val.txt").write_text("\n".join(ids[labeled + unlabeled :]) + "\n")
+    drawn = root / "splits/1of8"
+    drawn.mkdir(parents=True)
+    (drawn / "labeled.txt").write_text("\n".join(ids[:labeled]) + "\n")
+    (drawn / "unlabeled.txt").write_text("\n".join(ids[labeled : labeled + unlabeled]) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +118,9 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int]
     roots: dict[tuple[int, int, int], Path] = {}
     roots[OWN] = tmp_path_factory.mktemp("own")
     draw_own_names(roots[OWN])
-    for counts in {published.images for published in PUBLISHED.values()}:
+    for counts in {published.images for published in (*PUBLISHED.values(), *DYNAMIC.values())}:
         root = roots[counts] = tmp_path_factory.mktemp("names")
-        voc = counts[0] == 1464
+        voc = counts[2] == 1449
         (draw_voc_names if voc else draw_cityscapes_names)(root, *counts)
         first = sorted((root / ("JPEGImages" if voc else "leftImg8bit/train/town")).iterdir())[counts[0]]
         size = (375, 500, 3) if voc else (1024, 2048, 3)
@@ -204,6 +210,44 @@ ONLINE = {
         PLUS, 321, 4 * 2, None, HALF_SGD, None, VOC_V1_STEPS, ("fixmatch", 1, None), WHOLE, VOC
     ),
 }  # fmt: skip
+
+
+class Dynamic(NamedTuple):
+    """The settings of a recipe of DST or DMT.
+
+    Attributes:
+        alone: steps and batch of a round on the labels alone.
+        rounds: steps, labeled and pseudo-labeled images of every other round.
+        rates: of these rounds, at their beginning.
+    """
+
+    dynamic: DynamicLoss
+    crop: tuple[int, int]
+    scale: tuple[float, float]
+    alone: tuple[int, int]
+    rounds: tuple[int, int, int]
+    rates: tuple[float, float]
+    protocols: tuple[str, str]
+    images: tuple[int, int, int]
+
+
+# The releases of DST-CBC and DMT: epochs of a round, and of those before it on the labels alone.
+VOC_EIGHTH, HALF = (1322, 9260, 1449), (0.5, 0.5)
+OWN_SIZE, WHOLES = "own size", "whole images scaled to the nearest legal sides, no mirror"
+DYNAMIC = {
+    "voc_1of8_dst_r101": Dynamic(
+        DynamicLoss("dst", 9.0), (321, 321), (0.5, 1.5), (85 * (1322 // 8), 8), (6 * (9260 // 4), 4, 4),
+        (0.002, 0.002), (OWN_SIZE, OWN_SIZE), VOC_EIGHTH,
+    ),
+    "voc_1464_dst_r101": Dynamic(
+        DynamicLoss("dst", 9.0), (321, 321), (0.5, 1.5), (85 * (1464 // 8), 8), (6 * (9118 // 4), 4, 4),
+        (0.002, 0.002), (OWN_SIZE, OWN_SIZE), VOC,
+    ),
+    "cityscapes_1of8_dst_r101": Dynamic(
+        DynamicLoss("dst", 9.0), (257, 513), HALF, (170 * (372 // 8), 8), (6 * (2603 // 4), 4, 4),
+        (0.002, 0.002), ("long side 513", "long side 1024"), EIGHTH,
+    ),
+}  # fmt: skip
 OTHERS = {"camvid_1of8", "neu_seg_48", "own_images_cpu"}
 
 
@@ -217,7 +261,7 @@ def draw_own_names(root: Path) -> None:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in RECIPES} == {*PUBLISHED, *ON_DINO, *ONLINE, *OTHERS}
+    assert {path.stem for path in RECIPES} == {*PUBLISHED, *ON_DINO, *ONLINE, *DYNAMIC, *OTHERS}
 
 
 @pytest.mark.parametrize("name", ON_DINO)
@@ -301,6 +345,36 @@ def test_an_online_recipe_plans_its_settings(name: str, names: dict[Any, Path]) 
     )
     assert how.strong.colors.blur == (0.1, 2.0) and how.strong.colors.blur_share == 0.5
     assert how.strong.boxes.aspect == (0.3, 1 / 0.3)
+
+
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_a_recipe_that_doubts_its_labels_plans_its_settings(name: str, names: dict[Any, Path]) -> None:
+    wanted = DYNAMIC[name]
+    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", [f"data.root={names[wanted.images]}"])
+    planned = plan(recipe)
+    assert planned.network == f"{DEEPLAB}, crops {wanted.crop[0]}x{wanted.crop[1]}"
+    assert tuple(planned.images.values()) == (*wanted.images, 0)
+    labeling, evaluation = wanted.protocols
+    assert planned.labeling.startswith(f"cbst, decisions by probability / threshold, {labeling}, {WHOLES}")
+    assert planned.evaluation.startswith(f"{evaluation}, {WHOLES}")
+    alone = [row for row in planned.rounds if not row.pseudo_batch]
+    others = [row for row in planned.rounds if row.pseudo_batch]
+    assert {(row.steps, row.batch) for row in alone} == {wanted.alone}
+    assert {(row.steps, row.batch, row.pseudo_batch) for row in others} == {wanted.rounds}
+    networks = 2 if wanted.dynamic.method == "dmt" else 1
+    assert (len(alone), len(others)) == (networks, 5 * networks)
+    ratios = [row.labeling_ratio for row in others]
+    assert ratios == [ratio for ratio in (0.2, 0.4, 0.6, 0.8, 1.0) for _ in range(networks)]
+    # Each round has a whole poly curve of its own.
+    for row, (begin, end) in zip(planned.rounds, planned.rates, strict=True):
+        assert (begin, end) == (pytest.approx(wanted.rates[bool(row.pseudo_batch)]), 0)
+    for row in planned.rounds:
+        how, learner = row.augmentation, learner_settings(recipe.at(row.index), row)
+        assert (how.scale, how.rotate, how.blur, how.mirror) == (wanted.scale, 0, False, True)
+        assert (learner.optimizer, learner.head_factor) == (SGD(momentum=0.9, weight_decay=5e-4), 1)
+        assert stage_of(recipe, row).schedule.power == 0.9
+    assert dynamic_of(recipe) == wanted.dynamic
+    assert (recipe.labeling.confidence, recipe.result.align) == ("float16", "off")
 
 
 def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:

@@ -39,6 +39,8 @@ ResultKeep = Literal["best", "last"]
 """Which round is a run's result, and what later rounds go on from: the best on the validation images, or the last."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The number format of a training step."""
+DynamicMethod = Literal["dst", "dmt"]
+"""How pseudo labels are doubted while a network learns from them; see methods/dynamic.py."""
 OnlineMethod = Literal["fixmatch", "mean_teacher", "unimatch", "unimatch_v2"]
 """How unlabeled images are used while a network trains."""
 OnlineAlign = Literal["none", "decisions", "probabilities"]

@@ -67,6 +67,7 @@ class LabelingConfig(ProtocolConfig):
     bound: Annotated[StrictFloat, AfterValidator(check_bound)] = BOUND
     strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
     target_precision: Annotated[StrictFloat, AfterValidator(check_target_precision)] = TARGET_PRECISION
+    normalized: StrictBool = False
     keep_predictions: StrictBool = False
     predict_twice: StrictBool = False
 
@@ -74,7 +75,13 @@ class LabelingConfig(ProtocolConfig):
         for name, message in self.faults(ratio=None):
             if name != "labeling_ratio":  # a key of the rounds
                 yield (name,), message
-        if self.keep_predictions and self.predict_twice:
+        if self.normalized and (self.keep_predictions or self.predict_twice):
+            name = "predict_twice" if self.predict_twice else "keep_predictions"
+            yield (
+                (name,),
+                "has no effect with labeling.normalized, which predicts each image twice; remove it",
+            )
+        elif self.keep_predictions and self.predict_twice:
             yield (
                 ("predict_twice",),
                 "writes no predictions that labeling.keep_predictions could keep; set only one of them",
@@ -88,8 +95,15 @@ class LabelingConfig(ProtocolConfig):
         """Key and fault of everything that keeps `at` from working."""
         return labeling_faults(**self._settings(ratio), ratio=ratio)
 
+    def describe(self) -> str:
+        """How labels are chosen, as a part of a sentence."""
+        aligned = "" if self.align == "none" else ", decisions aligned"
+        return f"{self.method}{aligned}" + (
+            ", decisions by probability / threshold" if self.normalized else ""
+        )
+
     def _settings(self, ratio: Ratio | None) -> dict[str, Any]:
-        names = ["method", "threshold", "confidence", "sampling", "align", "bound", "strength"]
+        names = ["method", "threshold", "confidence", "sampling", "align", "bound", "strength", "normalized"]
         if ratio == "auto":  # no other round has a target
             names.append("target_precision")
         return {name: getattr(self, name) for name in names}
@@ -294,6 +308,13 @@ class Recipe(Section):
             )
         if self.training.teacher is not None and all(config.use == "online" for config in self.rounds):
             yield ("training", "teacher"), "is for rounds that are not online; use online.teacher instead"
+        if not self.pseudo_rounds:
+            for name in ("pseudo_batch", "dynamic_loss"):
+                if getattr(self.training, name) is not None:
+                    yield (
+                        ("training", name),
+                        "is for rounds with pseudo labels, and there are none; remove it",
+                    )
         with_steps = [config.steps is not None for config in self.rounds]
         complete = all((config.epochs is None) != (config.steps is None) for config in self.rounds)
         if complete and any(with_steps) and not all(with_steps):

@@ -15,7 +15,7 @@ from pydantic import (
     StrictStr,
 )
 
-from darseg.choices import Architecture, Precision
+from darseg.choices import Architecture, DynamicMethod, Precision
 from darseg.config.online import ColorsConfig, TeacherConfig
 from darseg.config.values import (
     Count,
@@ -92,10 +92,23 @@ ClassWeights = Annotated[
 ]
 
 
+class DynamicLossConfig(Section):
+    """How pseudo labels are doubted; `DynamicLoss` in methods/dynamic.py has what the numbers mean."""
+
+    method: DynamicMethod = "dst"
+    gamma: NotNegative | None = None  # None: 9 (dst), 5 (dmt)
+    gamma_disagreed: NotNegative | None = None  # None: as gamma (dmt)
+
+    def conflicts(self) -> Iterator[tuple[Key, str]]:
+        if self.method == "dst" and self.gamma_disagreed is not None:
+            yield ("gamma_disagreed",), "is for method dmt, where two networks may disagree; remove it"
+
+
 class TrainingConfig(Section):
     crop: Size = (713, 713)
     batch: BatchSize = 16
-    half_batch: BatchSize | None = None  # None: half of batch
+    half_batch: Count | None = None  # None: half of batch
+    pseudo_batch: Count | None = None  # None: as many pseudo-labeled images as labeled ones
     micro_batch: BatchSize | None = None  # None: batches and half batches are not divided
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: Positive | None = None  # None: 0.01 (sgd), 5e-6 (adamw)
@@ -110,6 +123,7 @@ class TrainingConfig(Section):
     ohem: OhemConfig | None = None
     class_weights: ClassWeights | None = None
     pseudo_weight: NotNegative = 1.0
+    dynamic_loss: DynamicLossConfig | None = None  # None: all pseudo labels count alike
     teacher: TeacherConfig | None = None  # of rounds that are not online; None: none
     precision: Precision = "fp32"
     sync_batchnorm: StrictBool | None = None  # None: on, but not for deeplabv2 and dpt
@@ -134,7 +148,15 @@ class TrainingConfig(Section):
             yield ("recompute",), "does not work with training.compile; set only one of them"
 
     def conflicts_of_halves(self) -> Iterator[tuple[Key, str]]:
-        """Conflicts of the half batches, which only rounds with pseudo labels have."""
+        """Conflicts of the half batches, which only rounds with unlabeled images have."""
+        if self.half_batch == 1 and self.dynamic_loss is None:
+            yield (
+                ("half_batch",),
+                "found 1; should be at least 2, but for training.dynamic_loss, where labeled and pseudo-labeled images "
+                "go through the network together",
+            )
+        for key, message in self.dynamic_loss.conflicts() if self.dynamic_loss else ():
+            yield ("dynamic_loss", *key), message
         yield from self._undivided("half_batch", self.half_batch or self.batch // 2)
         if self.half_batch is None and self.batch < 4:
             yield ("batch",), f"found {self.batch}; half of it is less than 2. Set training.half_batch"

@@ -133,16 +133,20 @@ def augment(
 
     Args:
         image: uint8 [H, W, 3].
-        label: uint8 [H, W], 255 = not labeled.
+        label: uint8 [H, W], 255 = not labeled; or several maps that move alike, [H, W, n].
         generator: all randomness; every call takes the same number of draws.
 
     Returns:
         Image uint8 [h, w, 3], resampled bilinearly, and label uint8 [h, w], nearest neighbor, of size `how.crop`.
         Outside the image they are `how.fill` and 255.
     """
-    height, width = label.shape
+    height, width = label.shape[:2]
     drawn = draw((height, width), how, generator=generator)
-    cropped, moved = move_image(image, drawn, how), move_label(label, drawn, how)
+    cropped = move_image(image, drawn, how)
+    if label.ndim == 2:
+        moved = move_label(label, drawn, how)
+    else:  # one by one: OpenCV rounds places otherwise for several channels
+        moved = np.dstack([move_label(label[..., k], drawn, how) for k in range(label.shape[2])])
     if how.colors is not None:
         inside = inside_of((height, width), drawn, how)
         cropped = change_colors(cropped, how.colors, drawn, inside=inside, generator=generator)

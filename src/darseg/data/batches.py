@@ -26,6 +26,9 @@ from darseg.data.manifest import Sample
 
 Memory = TypeVar("Memory")
 
+CERTAIN = 255
+"""Value of probability 1 in the confidences of pseudo labels."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -41,6 +44,8 @@ class Batch:
         feature_masks: float [B, C] for each of the network's four feature maps, the factors of its channels (feature
             dropout as data); empty: none.
         targets: float [B, K, H, W], the probabilities to match at each pixel, for losses that match them; None: none.
+        confidences: uint8 [B, H, W], how sure of each label whoever made it was, CERTAIN times its probability; None: not
+            known.
         divisor: int64 [], what the sum of the loss over pixels is divided by: counted over the whole batch, of all
             processes, before it is split. None: the labeled pixels of this batch.
     """
@@ -51,6 +56,7 @@ class Batch:
     weights: Tensor | None = None
     feature_masks: tuple[Tensor, ...] = ()
     targets: Tensor | None = None
+    confidences: Tensor | None = None
     divisor: Tensor | None = None
 
     def count(self) -> Tensor:
@@ -74,6 +80,7 @@ class Batch:
                 weights=None if self.weights is None else self.weights[start:end],
                 feature_masks=tuple(mask[start:end] for mask in self.feature_masks),
                 targets=None if self.targets is None else self.targets[start:end],
+                confidences=None if self.confidences is None else self.confidences[start:end],
                 divisor=divisor,
             )
             for start, end in itertools.pairwise(bounds)
@@ -167,26 +174,29 @@ def stream_batches(
     Raises the error of a sample at the step whose batch holds it.
     """
     own = batch_size // place.processes
+    sure = samples[0].confidence is not None  # those of a stream are alike
 
-    def begin(step: int) -> tuple[tuple[Tensor, Tensor], list[Callable[[], str]]]:
-        """The images (channels last) and labels of a batch, and the work that fills them and gives their ids."""
-        images = torch.empty((own, *augmentation.crop, 3), dtype=torch.uint8, pin_memory=place.pin)
-        labels = torch.empty((own, *augmentation.crop), dtype=torch.uint8, pin_memory=place.pin)
-        image_array, label_array = images.numpy(), labels.numpy()
+    def begin(step: int) -> tuple[tuple[Tensor, ...], list[Callable[[], str]]]:
+        """Images (channels last), labels and any confidences of a batch; the work that fills them, giving their ids."""
+        shapes = [(own, *augmentation.crop, 3), *[(own, *augmentation.crop)] * (2 if sure else 1)]
+        tensors = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=place.pin) for shape in shapes)
+        image_array, label_array, *others = (tensor.numpy() for tensor in tensors)
 
         def fill(row: int, position: int) -> str:
             sample = samples[sample_index(position, len(samples), seed)]
             generator = np.random.default_rng([*seed, 1, position])
             example = draw_example(sample, classes, augmentation, generator=generator, load=load)
             image_array[row], label_array[row] = example.image, example.label
+            for confidence_array in others:
+                confidence_array[row] = example.confidence
             return example.id
 
         first = step * batch_size + place.rank * own
-        return (images, labels), [partial(fill, row, first + row) for row in range(own)]
+        return tensors, [partial(fill, row, first + row) for row in range(own)]
 
     with closing(ahead_of_steps(begin, start, workers=place.workers, own=own)) as filled:
-        for (images, labels), ids in filled:
-            yield Batch(images.permute(0, 3, 1, 2), labels, ids)
+        for (images, labels, *others), ids in filled:
+            yield Batch(images.permute(0, 3, 1, 2), labels, ids, confidences=others[0] if others else None)
 
 
 def ahead_of_steps(

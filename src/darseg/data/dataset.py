@@ -27,11 +27,15 @@ cv2.setNumThreads(1)
 
 @dataclass(frozen=True)
 class Example:
-    """image uint8 [H, W, 3], label uint8 [H, W] (255 = not labeled), and the id they came from."""
+    """image uint8 [H, W, 3], label uint8 [H, W] (255 = not labeled), and the id they came from.
+
+    confidence uint8 [H, W]: how sure whoever made the label was, 255 times its probability; None: not known.
+    """
 
     id: str
     image: NDArray[np.uint8]
     label: NDArray[np.uint8]
+    confidence: NDArray[np.uint8] | None = None
 
 
 def read_truth(sample: Sample) -> NDArray[np.uint8]:
@@ -68,7 +72,13 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
         unknown = unknown_values(np.bincount(label.reshape(-1), minlength=256), len(classes))
         if unknown:
             raise DataError(f"{sample.label}: {unknown}")
-    return Example(sample.id, image, label)
+    confidence = None if sample.confidence is None else read_label(sample.confidence)
+    if confidence is not None and confidence.shape != label.shape:
+        raise DataError(
+            f"{sample.confidence} has {list(confidence.shape)} pixels, but the label map next to it, {sample.label}, has "
+            f"{list(label.shape)}. Label again."
+        )
+    return Example(sample.id, image, label, confidence)
 
 
 Load = Callable[[Sample, ClassSet], Example]
@@ -104,12 +114,14 @@ class Cache:
         if kept is not None:
             return kept
         example = load_example(sample, classes)
-        size = example.image.nbytes + example.label.nbytes
+        confidence = example.confidence
+        arrays = [example.image, example.label, *([] if confidence is None else [confidence])]
+        size = sum(array.nbytes for array in arrays)
         with self._lock:
             if key not in self._kept and size <= self._left:
                 self._left -= size
-                example.image.setflags(write=False)
-                example.label.setflags(write=False)
+                for array in arrays:
+                    array.setflags(write=False)
                 self._kept[key] = example
         return example
 
@@ -135,6 +147,10 @@ def draw_example(
     generator: np.random.Generator,
     load: Load = load_example,
 ) -> Example:
-    """Read a labeled sample and augment it."""
+    """Read a labeled sample and augment it; a confidence of 255 beyond the image means nothing."""
     example = load(sample, classes)
-    return Example(sample.id, *augment(example.image, example.label, augmentation, generator=generator))
+    if example.confidence is None:
+        return Example(sample.id, *augment(example.image, example.label, augmentation, generator=generator))
+    maps = np.dstack([example.label, example.confidence])
+    image, moved = augment(example.image, maps, augmentation, generator=generator)
+    return Example(sample.id, image, label=moved[..., 0], confidence=moved[..., 1])

@@ -35,6 +35,7 @@ class Sample:
         encoding: how the values of the label file become classes.
         reading: how the pixels of the image file become RGB.
         parts: the masks that make up the label map, if there are several; `label` is the first of them.
+        confidence: map of how sure whoever made the label map was; None: not known.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Sample:
     encoding: LabelEncoding = PLAIN
     reading: Reading = USUAL
     parts: Parts | None = None
+    confidence: Path | None = None
 
     @property
     def label_files(self) -> tuple[Path, ...]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
 
 from darseg.data import files
+from darseg.data.encoding import PLAIN
 from darseg.data.files import open_file, write_whole
+from darseg.data.manifest import Sample
 from darseg.errors import DataError, faults
 
 LONGEST_PATH = 4095
@@ -35,6 +38,26 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 def label_path(folder: Path, sample_id: str) -> Path:
     """Where the label map of an image is: `folder/ID.png`. See `path_of_id` for its errors."""
     return path_of_id(folder, sample_id, ".png")
+
+
+def labeled_by(
+    folder: Path, unlabeled: Sequence[Sample], confidences: Path | None = None
+) -> tuple[Sample, ...]:
+    """The samples with the label maps of a folder instead of any label they had.
+
+    Args:
+        confidences: folder of the maps of how sure the labeler was; None: there are none.
+    """
+    return tuple(
+        replace(
+            sample,
+            label=label_path(folder, sample.id),
+            encoding=PLAIN,
+            parts=None,
+            confidence=None if confidences is None else label_path(confidences, sample.id),
+        )
+        for sample in unlabeled
+    )
 
 
 def path_of_id(folder: Path, sample_id: str, suffix: str) -> Path:

@@ -76,6 +76,25 @@ def decide(
     )
 
 
+def decide_normalized(
+    scores_KHW: Tensor, thresholds: NDArray[np.float64], *, probabilities: bool
+) -> Prediction:
+    """The class of each pixel with the largest probability / threshold, and its probability (CBST, Zou et al. 2018).
+
+    On the scale FLOAT16. Whether the probability reaches its threshold is then whether the quotient is at least 1. Of
+    equal quotients the first class decides.
+
+    Args:
+        scores_KHW: as `relative_to_largest` gives them, or probabilities.
+        thresholds: [K], above 0; infinite for a class that never decides.
+    """
+    half_KHW = scores_KHW.half() if probabilities else torch.softmax(scores_KHW.half(), dim=0)
+    divisors_K = torch.from_numpy(thresholds).to(scores_KHW.device)
+    classes_HW = (half_KHW.double() / divisors_K[:, None, None]).argmax(dim=0)
+    codes_HW = half_KHW.gather(0, classes_HW[None])[0].view(torch.int16)
+    return Prediction(classes_HW.byte().cpu().numpy(), codes_HW.cpu().numpy().view(np.uint16), FLOAT16)
+
+
 def relative_to_largest(scores_KHW: Tensor, scale: ConfidenceScale) -> Tensor:
     """Logits minus the largest of their pixel, in place, rounded as they are kept for class weights.
 

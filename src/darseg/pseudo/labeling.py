@@ -76,6 +76,8 @@ class Labeling:
         strength: power of the class weights, from 0 to 1.
         target_precision: with ratio "auto", the precision that held-out images should show of each class's labels, from 0
             to below 1.
+        normalized: decide by probability divided by the class's threshold instead of by probability alone (method "cbst",
+            confidence "float16").
 
     Raises RecipeError naming every setting that cannot work.
 
@@ -92,14 +94,20 @@ class Labeling:
     bound: float = BOUND
     strength: float = 1.0
     target_precision: float = TARGET_PRECISION
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         lines = [f"{name}: {message}" for name, message in labeling_faults(**vars(self))]
         if lines:
             raise RecipeError(faults("These labeling settings cannot work", lines))
 
+    @property
+    def of_scores(self) -> bool:
+        """Whether the scores of all classes are needed until the label maps are made."""
+        return self.align != "none" or self.normalized
+
     def settings(self) -> dict[str, Any]:
-        """The fields as users name them, as in `redistribution.json`; those of `align` only if it is used."""
+        """The fields as users name them, as in `redistribution.json`; later ones only if they are used."""
         settings = {
             "method": self.method,
             "labeling_ratio": self.ratio,
@@ -109,6 +117,8 @@ class Labeling:
         }
         if self.ratio == "auto":
             settings["target_precision"] = self.target_precision
+        if self.normalized:
+            settings |= {"normalized": True}
         if self.align == "none":
             return settings  # as earlier versions wrote them
         return settings | {"align": self.align, "bound": self.bound, "strength": self.strength}
@@ -125,6 +135,7 @@ def labeling_faults(
     bound: float = BOUND,
     strength: float = 1.0,
     target_precision: float = TARGET_PRECISION,
+    normalized: bool = False,
 ) -> Iterator[tuple[str, str]]:
     """Every fault of labeling settings: the setting's name in a recipe, and what is wrong with it."""
     for name, value, choices in (
@@ -142,6 +153,11 @@ def labeling_faults(
         yield from _bound_faults(name, check, value)
         if align == "none" and value != default:
             yield name, "has no effect without align; remove it, or align the decisions"
+    if normalized and (method, confidence, align) != ("cbst", "float16", "none"):
+        yield (
+            "normalized",
+            f"works with method cbst, confidence float16 and align none; found {method}, {confidence} and {align}",
+        )
     if method not in get_args(LabelingMethod):
         return  # what else it needs is unknown
     yield from _bound_faults("target_precision", check_target_precision, target_precision)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from darseg.data.encoding import PLAIN
+from darseg.data.batches import CERTAIN
 from darseg.data.files import (
     open_to_append,
     parse_json,
@@ -31,7 +31,7 @@ from darseg.data.files import (
     write_whole,
 )
 from darseg.data.manifest import Sample
-from darseg.data.maps import is_whole, label_path, path_of_id, write_map
+from darseg.data.maps import is_whole, label_path, labeled_by, path_of_id, write_map
 from darseg.data.pipeline import ONE_BY_ONE, Finish, Flow, each, overlapped_groups
 from darseg.data.prediction import FLOAT16, ConfidenceScale, Prediction
 from darseg.errors import DataError
@@ -103,11 +103,6 @@ class PseudoLabelSet:
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""
         return labeled_by(self.folder, unlabeled)
-
-
-def labeled_by(folder: Path, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
-    """The samples with the label maps of a folder instead of any label they had."""
-    return tuple(replace(sample, label=label_path(folder, sample.id), encoding=PLAIN) for sample in unlabeled)
 
 
 def described_labels(described: Any) -> tuple[Thresholds, NDArray[np.int64], Alignment | None]:
@@ -393,13 +388,16 @@ def assign_labels(
     predictor: Predictor,
     *,
     labels: Path,
+    confidences: Path | None = None,
     log: FactsLog | None = None,
     advance: Callable[[], object] = lambda: None,
 ) -> np.ndarray:
     """Write the label map of every sample to `labels/ID.png`; maps that exist already are only counted.
 
     Args:
-        log: gets the facts of each image before its map is written, so that every map that exists has its facts.
+        confidences: folder for a map of how sure each image's prediction is, uint8; None: it is not written.
+        log: gets the facts of each image before its map is written, so that every map that exists has its facts, and its
+            confidences.
 
     Returns:
         int64 [K]: labeled pixels per class over all maps.
@@ -418,13 +416,16 @@ def assign_labels(
         counts = count(label_map)
         if log is not None:
             log.add(sample.id, ImageFacts.of_labeling(prediction, counts))
+        if confidences is not None:
+            sureness = np.round(CERTAIN * prediction.scale.confidence(prediction.codes)).astype(np.uint8)
+            write_map(label_path(confidences, sample.id), sureness)
         write_map(label_path(labels, sample.id), label_map)
 
     missing = set()
     for sample in samples:
         path = label_path(labels, sample.id)
         existing = _read_map(path)
-        if existing is None:
+        if existing is None or not (confidences is None or is_whole(label_path(confidences, sample.id))):
             missing.add(sample.id)
         else:
             count(existing)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zstandard
 from numpy.typing import NDArray
 
@@ -22,7 +23,7 @@ from darseg.data.maps import path_of_id
 from darseg.data.pipeline import overlapped
 from darseg.data.prediction import ConfidenceScale, Prediction
 from darseg.errors import DataError
-from darseg.model.decide import scores_dtype
+from darseg.model.decide import decide_normalized, scores_dtype
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.pixel_sample import PixelSample
 
@@ -152,6 +153,24 @@ class ScoreSource:
         if weights is None:
             return Predictor(self.read, self.plain, self.predictions, written=written)
         return Predictor(self._read, predict, self.predictions, written=written)
+
+    def plainly(self) -> Predictor:
+        """The predictor of these images with all class weights 1, from the same scores as `normalized`."""
+
+        def predict(sample: Sample, content: Any) -> Prediction:
+            scores = self._scores(sample, content)
+            return self.decide(sample, scores, np.ones(len(scores)))
+
+        return Predictor(self._read, predict, None)
+
+    def normalized(self, thresholds: NDArray[np.float64]) -> Predictor:
+        """The predictor that decides by probability / threshold; see `decide_normalized`."""
+
+        def predict(sample: Sample, content: Any) -> Prediction:
+            scores = torch.from_numpy(self._scores(sample, content))
+            return decide_normalized(scores, thresholds, probabilities=self.probabilities)
+
+        return Predictor(self._read, predict, None)
 
     def _read(self, sample: Sample) -> Any:
         waiting = None if self.scores is None else read_waiting_scores(self.scores, sample.id)

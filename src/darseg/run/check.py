@@ -39,6 +39,7 @@ from darseg.run.build import (
     masks,
     spec_of,
 )
+from darseg.run.dynamic import describe_dynamic
 from darseg.run.held_out import check_held_out, describe_auto
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
@@ -353,23 +354,18 @@ def _planned_network(
 
 
 def _describe_labeling(recipe: Recipe, protocols: Mapping[int, str]) -> str:
-    """A line about the labeling of the rounds that begin with pseudo labels.
-
-    Args:
-        protocols: those rounds' protocols.
-    """
+    """A line about the labeling of the rounds that begin with pseudo labels, which have these protocols."""
     if recipe.halves and not protocols:
         return "none before training, all rounds are online"
-    aligned = "" if recipe.labeling.align == "none" else ", decisions aligned"
     described = _by_round(protocols) if protocols else labeling_protocol(recipe).describe("logits")
-    return f"{recipe.labeling.method}{aligned}, {described}"
+    return f"{recipe.labeling.describe()}, {described}"
 
 
 def _images_in_memory(planned: Round, micro_batch: int | None, processes: int) -> int:
     """Images whose activations a process keeps until the backward pass: of all parts of a micro-batch."""
     if planned.online is None:
-        own = min(planned.micro_batch, planned.batch // processes)
-        return (2 if planned.pseudo_batch else 1) * own
+        shares = [share // processes for share in (planned.batch, planned.pseudo_batch) if share]
+        return sum(max(parts) for parts in part_sizes(shares, micro_batch))
     shares = [planned.batch // processes, -(-planned.online.batch // processes)]
     labeled, unlabeled = part_sizes(shares, micro_batch)
     return max(labeled) + (planned.online.passes * max(unlabeled) if planned.online.weight else 0)
@@ -420,6 +416,7 @@ def _notes(
         for planned in rounds
         if planned.online is not None
     ]
+    notes += [f"rounds with pseudo labels learn by {line}" for line in describe_dynamic(recipe)]
     if teacher := teacher_of(recipe):
         notes.append(
             f"rounds that are not online save the running average of the weights, decay {teacher.decay:g}"

@@ -6,7 +6,7 @@
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
                    (image_counts.npz)  (result_alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
-                   (excluded.json)  (labels_from.json)  + as round_0
+                   (excluded.json)  (labels_from.json)  (confidences/ID.png)  + as round_0
       …
     and, only during the work, round_N/checkpoint_STEP.safetensors, round_N/predictions/ and
     round_N/images_PROCESS.jsonl.
@@ -174,16 +174,16 @@ class RunDirectory:
             journal.close()
 
     def refuse_links(self) -> None:
-        """Raise StorageError if a link leads out of the folder, except among label maps and predictions.
-
-        The report is only written, and replaces a link.
-        """
+        """Raise StorageError if a link leads out of the folder, except among maps; the report replaces a link."""
         for path in (*self.root.glob("*"), *self.root.glob("round_*/*")):
             if path.is_symlink() and path != self.report:
                 refuse_link(path, self.root)
 
     def labels(self, index: int) -> Path:
         return self.round(index) / "labels"
+
+    def confidences(self, index: int) -> Path:
+        return self.round(index) / "confidences"
 
     def predictions(self, index: int) -> Path:
         return self.round(index) / "predictions"

@@ -160,11 +160,13 @@ def _report(job: FolderJob, trained: Trained, *, console: Console | None) -> Non
 def _source_of(job: FolderJob, trained: Trained) -> Predictor | ScoreSource:
     """A network's predictions of the job's images, or its scores if decisions are aligned."""
     network, protocol = trained.network, _protocol_of(trained)
-    if job.labeling.align == "none":
+    if not job.labeling.of_scores:
         return network_predictor(
             network, protocol, job.scale, folder=None if job.predict_twice else job.waiting
         )
     scores = None if job.predict_twice else job.scores
+    if job.labeling.normalized:
+        return network_scores(network, protocol, job.scale)
     # Class weights that are part of the network would be multiplied by those of these images.
     plain = unfold_alignment(network)
     return network_scores(plain, protocol, job.scale, scores=scores, predictions=job.waiting)
@@ -228,6 +230,10 @@ def _complete_labeling(
         threshold=threshold,
         confidence=confidence or config.confidence,
         sampling=sampling or config.sampling,
+        normalized=config.normalized
+        and method == "cbst"
+        and (confidence or config.confidence) == "float16"
+        and not align,
         **AlignSettings.fields(align, config.bound, config.strength),
     )
 

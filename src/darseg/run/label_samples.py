@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from darseg.data.dataset import load_image
 from darseg.data.files import read_file, real, write_whole
@@ -60,8 +61,11 @@ def label_samples(
         held_out: images that are predicted and compared with their labels first; only if the ratio is auto.
     """
     alignment = counts = None
-    assert isinstance(predictor, ScoreSource) == (task.labeling.align != "none")
-    if isinstance(predictor, ScoreSource):
+    source = predictor
+    assert isinstance(predictor, ScoreSource) == task.labeling.of_scores
+    if isinstance(predictor, ScoreSource) and task.labeling.normalized:
+        predictor = predictor.plainly()
+    elif isinstance(predictor, ScoreSource):
         alignment = align_samples(
             samples, task, predictor, files=files, processes=processes, progress=progress
         )
@@ -86,10 +90,14 @@ def label_samples(
         histogram = ConfidenceHistogram(processes.add_up(part.counts), task.scale)
         processes.from_first(lambda: write_whole(files.histogram, histogram.to_bytes()))
     thresholds, expected = processes.together(lambda: _choose(histogram, task, counts))
+    if isinstance(source, ScoreSource) and task.labeling.normalized:
+        predictor = source.normalized(_divisors(thresholds, task.labeling))
     rule = LabelRule(thresholds, task.seed, task.round_index)
     log = None if files.logs is None else FactsLog(files.logs / f"images_{processes.rank}.jsonl")
     with progress("label", len(own)) as advance:
-        assign = partial(assign_labels, own, rule, predictor, labels=files.labels)
+        assign = partial(
+            assign_labels, own, rule, predictor, labels=files.labels, confidences=files.confidences
+        )
         kept = processes.together(lambda: assign(log=log, advance=advance))
     return PseudoLabelSet(
         folder=files.labels,
@@ -109,6 +117,13 @@ def _choose(
         return choose_thresholds(histogram, task.labeling, task.distribution), None
     target = task.labeling.target_precision
     return choose_by_precision(histogram, task.distribution, counts, target_precision=target)
+
+
+def _divisors(thresholds: Thresholds, labeling: Labeling) -> NDArray[np.float64]:
+    """What probabilities are divided by; the same for all classes if all predictions are accepted (DST-CBC)."""
+    if labeling.ratio == 1:
+        return np.ones(len(thresholds.accept))
+    return np.nan_to_num(thresholds.threshold, nan=np.inf)
 
 
 def network_predictor(
@@ -184,6 +199,8 @@ def waiting_bytes(labeling: Labeling, classes: int, *, predict_twice: bool, from
     Args:
         from_files: scores are read from files, so they need not wait.
     """
+    if labeling.normalized:
+        return 0
     if labeling.align == "none" or from_files:
         return 0 if predict_twice else BYTES_PER_PIXEL
     # Scores make way for predictions, image by image.

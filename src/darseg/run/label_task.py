@@ -46,6 +46,7 @@ class LabelFiles:
         labels: folder of the label maps, `ID.png`.
         histogram: file of the confidences of all images, written between counting and assigning.
         alignment: file of the class weights, written before counting, if decisions are aligned.
+        confidences: folder for maps of how sure the predictions are, `ID.png`; None: they are not written.
         logs: folder for the facts of images, one file per process; None: they are not kept.
         held_out: file of the counts of held-out images, written before the histogram, if the ratio is auto.
     """
@@ -55,3 +56,4 @@ class LabelFiles:
     alignment: Path
     logs: Path | None = None
     held_out: Path | None = None
+    confidences: Path | None = None

@@ -13,7 +13,6 @@ from darseg.data.augment import Augmentation
 from darseg.data.batches import part_sizes
 from darseg.errors import RecipeError, faults
 from darseg.methods.consistency import Consistency, Supervision
-from darseg.methods.self_training import self_training
 from darseg.methods.teacher import with_teacher
 from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
@@ -21,6 +20,7 @@ from darseg.model.vit import Transformer
 from darseg.pseudo.labeling import Ratio
 from darseg.run.best import check_keep
 from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
+from darseg.run.dynamic import dynamic_of, rounds_method
 from darseg.run.online import check_steps, colors_of, online_method, online_of, teacher_of
 from darseg.training.loss import LabeledLoss, balanced_weights
 from darseg.training.method import Learner, Method, all_decay
@@ -139,6 +139,7 @@ def plan_rounds(
             "key."
         )
     half = recipe.training.half_batch or recipe.training.batch // 2
+    pseudo_half = recipe.training.pseudo_batch or half
     rounds = []
     for index, config, span in zip(indices, recipe.rounds, recipe.spans(), strict=True):
         labels = recipe.pseudo_labels(index)
@@ -146,7 +147,9 @@ def plan_rounds(
         batch = recipe.training.batch if alone else half
         online = online_of(recipe, batch) if config.use == "online" else None
         over = config.epoch_over or ("labeled" if alone else "unlabeled")
-        size = online.batch if online is not None and over == "unlabeled" else batch
+        size = batch
+        if over == "unlabeled" and not alone:
+            size = pseudo_half if online is None else online.batch
         epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // size)
         steps = config.steps or (config.epochs or 0) * epoch_steps
         if online is not None:
@@ -162,7 +165,7 @@ def plan_rounds(
                 or recipe.training.learning_rate
                 or PUBLISHED_RATES[recipe.training.optimizer][0],
                 batch=batch,
-                pseudo_batch=half if labels else 0,
+                pseudo_batch=pseudo_half if labels else 0,
                 epoch_steps=epoch_steps,
                 epochs=config.epochs,
                 micro_batch=min(batch, recipe.training.micro_batch or batch),
@@ -306,8 +309,9 @@ def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[
             counts=counts,
             seed=(recipe.seed, round_.index),
         )
-    method = self_training(
+    method = rounds_method(
         learner,
+        dynamic_of(recipe),
         batch=round_.batch,
         pseudo_batch=round_.pseudo_batch,
         auxiliary_weight=auxiliary_weight,
@@ -407,13 +411,17 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
             planned.batch,
             recipe.at(planned.index),
         )
-        name = "batch" if alone else "half_batch"
+        name, pseudo = "batch" if alone else "half_batch", planned.pseudo_batch
         own, micro = size // processes, recipe.training.micro_batch
+        together = own + (pseudo // processes if dynamic_of(recipe) else 0)
         if size % processes:
             lines[f"training.{name}: {size} images cannot be divided among {processes} processes"] = None
         elif micro and own > micro and own % micro:
             lines[f"training.micro_batch: {micro} does not divide the {own} images of a process"] = None
-        elif own < 2 and not syncs_batchnorm(here, processes) and here.network.architecture in POOLED:
+        elif pseudo % processes:
+            message = f"training.pseudo_batch: {pseudo} images cannot be divided among {processes} processes"
+            lines[message] = None
+        elif together < 2 and not syncs_batchnorm(here, processes) and here.network.architecture in POOLED:
             lines[
                 f"training.{name}: {own} image for each of {processes} processes, and BatchNorm over means of whole "
                 f"images ({here.network.architecture}) needs two"

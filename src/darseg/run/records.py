@@ -14,7 +14,7 @@ from darseg.errors import RunError, shortened
 OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
     "label": (
         frozenset({"labels", "histogram.npz", "thresholds.json"}),
-        frozenset({"images.json", "pseudo_scores.json", "alignment.json", "labels_from.json"}),
+        frozenset({"images.json", "pseudo_scores.json", "alignment.json", "labels_from.json", "confidences"}),
     ),
     "train": (
         frozenset({"network.safetensors"}),

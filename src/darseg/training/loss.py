@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
+from darseg.model.network import Output
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,13 @@ def supervised(
 ) -> torch.Tensor:
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
     output = network(batch.images, batch.feature_masks) if batch.feature_masks else network(batch.images)
+    return supervised_loss(output, batch, auxiliary_weight, how=how)
+
+
+def supervised_loss(
+    output: Output, batch: Batch, auxiliary_weight: float, how: LabeledLoss | None = None
+) -> torch.Tensor:
+    """What `supervised` makes of the network's output for the batch."""
     loss = cross_entropy(output.main, batch, how)
     if output.auxiliary is not None and auxiliary_weight > 0:
         loss = loss + auxiliary_weight * cross_entropy(output.auxiliary, batch, how)

@@ -12,16 +12,18 @@ from darseg.data.classes import ClassSet
 from darseg.data.files import write_whole
 from darseg.data.labels import read_label
 from darseg.data.manifest import Sample, count_pixels
+from darseg.data.maps import labeled_by
 from darseg.data.prediction import SCALES
 from darseg.errors import RunError
 from darseg.model.network import Network
 from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
-from darseg.pseudo.labelset import Predictor, PseudoLabelSet, labeled_by, read_facts_logs
+from darseg.pseudo.labelset import Predictor, PseudoLabelSet, read_facts_logs
 from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import load_to_predict, masks
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
+from darseg.run.dynamic import keeps_confidences
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
 from darseg.run.held_out import HeldOut
 from darseg.run.journal import NEVER, UNSHOWN
@@ -81,7 +83,8 @@ def label_round(course: Course, round_: Round, labeling_round: int) -> tuple[tup
     # The first process looks: on a network disk others may not see yet what it has just written. Each makes its own
     # paths, since the same folders may have other paths on other machines.
     course.processes.from_first(lambda: run.label_set(index) and None)
-    return labeled_by(run.labels(index), unlabeled), record
+    confidences = run.confidences(index) if keeps_confidences(course.recipe) else None
+    return labeled_by(run.labels(index), unlabeled, confidences), record
 
 
 def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: Sequence[str]) -> Inputs:
@@ -90,7 +93,11 @@ def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: S
     rule = PRECISION_VERSION if labeling.ratio == "auto" else None
     digests = {
         "settings": digest_settings(
-            protocol=protocol, labeling=labeling, seed=task.seed, precision_rule=rule
+            protocol=protocol,
+            labeling=labeling,
+            seed=task.seed,
+            precision_rule=rule,
+            confidences=keeps_confidences(course.recipe) or None,
         ),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
@@ -139,6 +146,7 @@ def _label(
                 alignment=course.path(round_, ALIGNMENT),
                 logs=run.round(index),
                 held_out=course.path(round_, HELD_OUT),
+                confidences=run.confidences(index) if keeps_confidences(course.recipe) else None,
             ),
             processes=course.processes,
             progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
@@ -149,6 +157,8 @@ def _label(
         outputs.append(SCORES)
     if labeler is not None:
         outputs.append(LABELS_FROM)
+    if keeps_confidences(course.recipe):
+        outputs.append(run.confidences(index).name)
     # Records of runs that keep the last round stay as they were.
     facts = {"labeling_round": labeling_round} if labeler is None and labeling_round != index - 1 else {}
     return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled, facts=facts))
@@ -160,6 +170,8 @@ def _predictor(
     """The network's predictions, or its scores if decisions are aligned, and where they wait."""
     config, predictions = course.recipe.labeling, course.run.predictions(round_.index)
     scale, waits = SCALES[config.confidence], not config.predict_twice
+    if config.normalized:
+        return network_scores(network, protocol, scale)
     if config.align == "none":
         folder = predictions if waits else None
         return network_predictor(network, protocol, scale, folder=folder)
@@ -190,6 +202,7 @@ def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None
     if thresholds.exists() or another:
         # All maps were written but not recorded; or the record was deleted, to label again.
         shutil.rmtree(run.labels(index), ignore_errors=True)
+        shutil.rmtree(run.confidences(index), ignore_errors=True)
         histogram.unlink(missing_ok=True)
         course.path(round_, HELD_OUT).unlink(missing_ok=True)
         thresholds.unlink(missing_ok=True)

@@ -16,12 +16,14 @@ from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
 from darseg.errors import FormatError, RunError, faults
 from darseg.methods.consistency import Consistency
+from darseg.methods.dynamic import DynamicLoss
 from darseg.methods.teacher import TeacherSettings
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import load_network, save_network
 from darseg.run.build import auxiliary_weight_of, pick_device, spec_of
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path
+from darseg.run.dynamic import dynamic_of, keeps_confidences
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
 from darseg.run.machine import cache_limit, workers_for
 from darseg.run.marks import fix_excluded, report_excluded, without
@@ -53,6 +55,7 @@ class TrainSettings:
     drop_path: float = 0.0
     online: Consistency | None = None
     teacher: TeacherSettings | None = None
+    dynamic: DynamicLoss | None = None
 
     def digest(self) -> str:
         """The digest that a record holds."""
@@ -64,7 +67,7 @@ class TrainSettings:
 
     def earlier_digests(self) -> list[str]:
         """What earlier formats of the run folder recorded for these settings."""
-        if self.freeze != "none" or self.drop_path or self.online or self.teacher:
+        if self.freeze != "none" or self.drop_path or self.online or self.teacher or self.dynamic:
             return []  # format 1 did not know them
         return earlier_digests(
             lambda: digest_format_1(
@@ -102,6 +105,7 @@ def settings_of(recipe: Recipe, round_: Round, counts: Sequence[int], *, pseudo:
         drop_path=recipe.network.drop_path,
         online=round_.online,
         teacher=None if round_.online else teacher_of(recipe),
+        dynamic=dynamic_of(recipe) if pseudo else None,
     )
 
 
@@ -130,6 +134,8 @@ def train_round(
         "labels": course.processes.from_first(lambda: digest_path(run.labels(index))) if pseudo else "none",
         "network": before,
     }
+    if pseudo and keeps_confidences(course.recipe):
+        digests["confidences"] = course.processes.from_first(lambda: digest_path(run.confidences(index)))
     unlabeled: Sequence[Sample] = ()
     if round_.online is not None:
         excluded = course.processes.from_first(lambda: _left_out(course, index))
