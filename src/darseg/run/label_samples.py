@@ -80,15 +80,7 @@ def label_samples(
             progress=progress,
         )
     own = processes.share(samples, predictor.images)
-    if files.histogram.exists():
-        histogram = ConfidenceHistogram.from_bytes(read_file(files.histogram))
-        processes.wait()
-    else:
-        with progress("predict", len(own)) as advance:
-            count = partial(count_predictions, own, len(task.distribution), predictor)
-            part = processes.together(lambda: count(scale=task.scale, advance=advance))
-        histogram = ConfidenceHistogram(processes.add_up(part.counts), task.scale)
-        processes.from_first(lambda: write_whole(files.histogram, histogram.to_bytes()))
+    histogram = _counted(own, task, predictor, file=files.histogram, processes=processes, progress=progress)
     thresholds, expected = processes.together(lambda: _choose(histogram, task, counts))
     if isinstance(source, ScoreSource) and task.labeling.normalized:
         predictor = source.normalized(_divisors(thresholds, task.labeling))
@@ -107,6 +99,28 @@ def label_samples(
         alignment=alignment,
         expected=expected,
     )
+
+
+def _counted(
+    own: Sequence[Sample],
+    task: LabelTask,
+    predictor: Predictor,
+    *,
+    file: Path,
+    processes: Processes,
+    progress: Progress,
+) -> ConfidenceHistogram:
+    """The confidences of all images, counted by all processes or by an earlier call."""
+    if file.exists():
+        histogram = ConfidenceHistogram.from_bytes(read_file(file))
+        processes.wait()
+        return histogram
+    with progress("predict", len(own)) as advance:
+        count = partial(count_predictions, own, len(task.distribution), predictor)
+        part = processes.together(lambda: count(scale=task.scale, advance=advance))
+    histogram = ConfidenceHistogram(processes.add_up(part.counts), task.scale)
+    processes.from_first(lambda: write_whole(file, histogram.to_bytes()))
+    return histogram
 
 
 def _choose(

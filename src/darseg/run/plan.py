@@ -147,9 +147,8 @@ def plan_rounds(
         batch = recipe.training.batch if alone else half
         online = online_of(recipe, batch) if config.use == "online" else None
         over = config.epoch_over or ("labeled" if alone else "unlabeled")
-        size = batch
-        if over == "unlabeled" and not alone:
-            size = pseudo_half if online is None else online.batch
+        others = pseudo_half if online is None else online.batch
+        size = batch if over == "labeled" or alone else others
         epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // size)
         steps = config.steps or (config.epochs or 0) * epoch_steps
         if online is not None:
