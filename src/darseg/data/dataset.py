@@ -78,7 +78,7 @@ def load_example(sample: Sample, classes: ClassSet) -> Example:
             f"{sample.confidence} has {list(confidence.shape)} pixels, but the label map next to it, {sample.label}, has "
             f"{list(label.shape)}. Label again."
         )
-    return Example(sample.id, image, label, confidence)
+    return Example(sample.id, image, label, confidence=confidence)
 
 
 Load = Callable[[Sample, ClassSet], Example]
