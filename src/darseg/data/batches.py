@@ -177,7 +177,7 @@ def stream_batches(
     sure = samples[0].confidence is not None  # those of a stream are alike
 
     def begin(step: int) -> tuple[tuple[Tensor, ...], list[Callable[[], str]]]:
-        """Images (channels last), labels and any confidences of a batch; the work that fills them, giving their ids."""
+        """Images (channels last), labels, any confidences; the work that fills them and gives their ids."""
         shapes = [(own, *augmentation.crop, 3), *[(own, *augmentation.crop)] * (2 if sure else 1)]
         tensors = tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=place.pin) for shape in shapes)
         image_array, label_array, *others = (tensor.numpy() for tensor in tensors)

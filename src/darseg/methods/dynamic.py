@@ -92,7 +92,7 @@ def dynamic_self_training(
 
 @torch.no_grad()
 def dynamic_weights(logits_BKHW: Tensor, batch: Batch, how: DynamicLoss) -> Tensor:
-    """The weight of each pixel in the loss, float [B, H, W], without gradients; 0 where nothing is labeled.
+    """The weight of each pixel in the loss, float [B, H, W], without gradients; 0: not labeled.
 
     DST: p(label)^gamma. DMT: the same where the network's own class is the label. Elsewhere p(label)^gamma_disagreed,
     and 0 where the network is surer of its own class than the labeler was of the label.

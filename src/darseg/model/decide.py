@@ -79,7 +79,7 @@ def decide(
 def decide_normalized(
     scores_KHW: Tensor, thresholds: NDArray[np.float64], *, probabilities: bool
 ) -> Prediction:
-    """The class of each pixel with the largest probability / threshold, and its probability (CBST, Zou et al. 2018).
+    """The class of each pixel with the largest probability / threshold, and its probability (CBST).
 
     On the scale FLOAT16. Whether the probability reaches its threshold is then whether the quotient is at least 1. Of
     equal quotients the first class decides.

@@ -174,7 +174,7 @@ class RunDirectory:
             journal.close()
 
     def refuse_links(self) -> None:
-        """Raise StorageError if a link leads out of the folder, except among maps; the report replaces a link."""
+        """Raise StorageError if a link leads out of the folder; maps may, and the report replaces it."""
         for path in (*self.root.glob("*"), *self.root.glob("round_*/*")):
             if path.is_symlink() and path != self.report:
                 refuse_link(path, self.root)

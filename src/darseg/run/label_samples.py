@@ -134,7 +134,7 @@ def _choose(
 
 
 def _divisors(thresholds: Thresholds, labeling: Labeling) -> NDArray[np.float64]:
-    """What probabilities are divided by; the same for all classes if all predictions are accepted (DST-CBC)."""
+    """What probabilities are divided by; with ratio 1 the same for all classes (DST-CBC)."""
     if labeling.ratio == 1:
         return np.ones(len(thresholds.accept))
     return np.nan_to_num(thresholds.threshold, nan=np.inf)
