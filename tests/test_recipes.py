@@ -374,7 +374,7 @@ def test_a_recipe_that_doubts_its_labels_plans_its_settings(name: str, names: di
         assert (learner.optimizer, learner.head_factor) == (SGD(momentum=0.9, weight_decay=5e-4), 1)
         assert stage_of(recipe, row).schedule.power == 0.9
     assert dynamic_of(recipe) == wanted.dynamic
-    assert (recipe.labeling.confidence, recipe.result.align) == ("float16", "off")
+    assert (recipe.labeling.confidence, recipe.result.align, recipe.result.keep) == ("float16", "off", "best")
 
 
 def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:
