@@ -629,9 +629,9 @@ def test_the_network_of_a_given_file_is_taken_over(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     plain(tmp_path / "in")
     names = classes_of(load_recipe(propose_recipe(tmp_path / "in", tmp_path / "r.yaml").recipe)).names
-    for architecture, backbone, optimizer in (
-        ("dpt", "timm/test_vit", "adamw"),
-        ("deeplabv3plus", "resnet18_half", "sgd"),
+    for architecture, backbone, rates in (
+        ("dpt", "timm/test_vit", (None, None)),  # those published for transformers
+        ("deeplabv3plus", "resnet18_half", (0.0003, 10)),
     ):
         spec = NetworkSpec(architecture, backbone, len(names), class_names=names)  # ty: ignore
         file, out = tmp_path / f"{architecture}.safetensors", tmp_path / f"{architecture}.yaml"
@@ -643,7 +643,8 @@ def test_the_network_of_a_given_file_is_taken_over(tmp_path: Path) -> None:
             backbone,
             str(file),
         )
-        assert recipe.training.optimizer == optimizer
+        training = recipe.training
+        assert (training.optimizer, training.learning_rate, training.head_factor) == ("adamw", *rates)
         assert plan(recipe).parameters == sum(value.numel() for value in spec.build().parameters())
 
 

@@ -378,7 +378,6 @@ def test_a_recipe_that_doubts_its_labels_plans_its_settings(name: str, names: di
 
 
 def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:
-    pytest.importorskip("timm")
     path = REPOSITORY / "recipes" / "own_images_cpu.yaml"
     code, out, _ = call("plan", path, f"data.root={names[OWN]}")
     assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out

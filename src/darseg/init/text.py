@@ -100,6 +100,10 @@ def _network_lines(fit: Fit) -> Iterator[str]:
         yield f"  head_channels: {spec.head_channels}  # size of the last part of the network: {usual}"
 
 
+ADAMW_RATE, ADAMW_HEADS = 0.0003, 10
+"""For convolutional networks and few steps, as on a CPU. Measured: docs/networks.md, "Without a GPU"."""
+
+
 def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     heights, widths = (sorted(side) for side in zip(*(draft.sizes or [(0, 0)]), strict=True))
     smallest, largest = f"{heights[0]}x{widths[0]}", f"{heights[-1]}x{widths[-1]}"
@@ -113,6 +117,10 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     yield f"  batch: {fit.batch}  # images per step; {memory}"
     if takes_adamw(fit.spec):
         yield "  optimizer: adamw  # usual for networks of patches"
+    elif fit.device == "cpu":
+        yield "  optimizer: adamw  # in few steps it reached more than sgd, the paper's"
+        yield f"  learning_rate: {ADAMW_RATE}  # of the backbone"
+        yield f"  head_factor: {ADAMW_HEADS}  # the other layers learn so many times faster"
     if fit.bf16:
         yield "  precision: bf16  # this GPU computes it several times faster"
     else:
