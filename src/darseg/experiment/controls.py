@@ -73,6 +73,7 @@ def _without_unused(recipe: Recipe) -> Recipe:
         update={
             "labeling": LabelingConfig(**kept),
             "online": OnlineConfig(),
+            "result": recipe.result.model_copy(update={"keep": ResultConfig().keep}),  # there is one round
             "training": recipe.training.model_copy(
                 update={"half_batch": usual.half_batch, "pseudo_weight": usual.pseudo_weight}
             ),
@@ -96,7 +97,7 @@ def digests_of_beginnings(recipe: Recipe) -> list[str]:
             update={
                 "rounds": recipe.rounds[:count],
                 "evaluation": ProtocolConfig(),
-                "result": ResultConfig(),
+                "result": ResultConfig(keep=recipe.result.keep),
                 "threads": None,
             }
         )
