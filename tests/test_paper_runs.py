@@ -296,6 +296,45 @@ def test_recipes_that_doubt_their_labels(name: str, downloads, call, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{data}_{method}_r101"
+        for data in ("voc_1of8", "voc_1464", "cityscapes_1of8")
+        for method in ("advsemiseg", "s4gan")
+    ],
+)
+def test_recipes_with_a_discriminator(name: str, downloads, call, tmp_path: Path) -> None:
+    root, _ = downloads
+    voc = name.startswith("voc")
+    changes = [
+        f"data.root={root / ('VOCdevkit/VOC2012' if voc else 'cityscapes')}",
+        "network.weights=none",
+        "threads=1",
+        "training.crop=49",
+        "training.half_batch=2",
+        "online.adversarial.start=1",
+        "evaluation.base_size=49",
+        "rounds=[{steps: 2, use: online}]",
+    ]
+    changes += [] if FULL else ["network.backbone=resnet18_half"]
+    if name.startswith("voc_1of8"):
+        changes += ["data.labeled=null", "data.unlabeled=null"]
+    if not voc:
+        changes += ["data.labeled={every: 4}", "data.unlabeled={except_every: 4}"]
+    code, _, err = call("train", RECIPES / f"{name}.yaml", *changes, "--out", tmp_path / "run")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "run" / "round_0" / "scores.json").read_text())
+    assert "whole images" in scores["protocol"] and sum(map(sum, scores["confusion"])) > 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
+    figures = [event for event in events if event["event"] == "step"]
+    own = "adversarial_unlabeled" if "advsemiseg" in name else "feature_matching"
+    losses = ("loss_labeled", f"loss_{own}", "loss_self_training", "loss_discriminator")
+    assert figures and all(event[loss] >= 0 for event in figures for loss in losses)
+    assert figures[0]["accepted"] == 0 <= figures[-1]["accepted"] <= 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own_images_dinov2_small", "own_images_cpu"])
 def test_own_images(name: str, tiny_data: Path, call, tmp_path: Path) -> None:
     """A folder as the recipe describes it: images, and label maps of some of them."""

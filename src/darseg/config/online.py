@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, Field, StrictBool, StrictFloat
+from pydantic import AfterValidator, Field, StrictBool, StrictFloat, StrictInt
 
-from darseg.choices import Mixing, OnlineAlign, OnlineMethod
+from darseg.choices import AdversarialMethod, Mixing, OnlineAlign, OnlineMethod
 from darseg.config.values import Count, Fraction, Key, NotNegative, Positive, Section, falling
 from darseg.pseudo.labeling import BOUND, check_bound, check_ratio, check_strength
+
+OF_DISCRIMINATORS = ("method", "batch", "above", "teacher", "adversarial")
+"""The keys that methods with a discriminator have."""
 
 
 class ColorsConfig(Section):
@@ -61,6 +64,16 @@ class AlignedConfig(Section):
     window: Count = 50  # steps
 
 
+class AdversarialConfig(Section):
+    """Methods with a discriminator; None: as published. methods/adversarial.py has what it means."""
+
+    learning_rate: Positive | None = None  # of the discriminator
+    labeled: NotNegative | None = None
+    unlabeled: NotNegative | None = None
+    self_training: NotNegative | None = None
+    start: Annotated[StrictInt, Field(ge=0)] | None = None  # step
+
+
 class OnlineConfig(Section):
     """What rounds with `use: online` do; None: as published for the method."""
 
@@ -80,12 +93,18 @@ class OnlineConfig(Section):
     teacher: TeacherConfig | None = None
     colors: ColorsConfig | None = None
     boxes: BoxesConfig | None = None
+    adversarial: AdversarialConfig | None = None
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         for name in ("teacher", "colors", "boxes"):
             section: Section | None = getattr(self, name)
             for key, message in section.conflicts() if section else ():
                 yield (name, *key), message
+        if self.method in get_args(AdversarialMethod):
+            yield from self._faults_with_discriminator()
+            return
+        if self.adversarial is not None:
+            yield ("adversarial",), f"has no effect with online.method: {self.method}; remove it"
         yield from self._faults_of_acceptance()
         if self.labeler == "student" and self.teacher is not None:
             yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
@@ -102,6 +121,19 @@ class OnlineConfig(Section):
             yield (
                 ("batch",),
                 f"found {self.batch}; images are mixed in pairs, so it should be even. Or set online.mixing: none",
+            )
+
+    def _faults_with_discriminator(self) -> Iterator[tuple[Key, str]]:
+        for name, value in self:
+            if name not in OF_DISCRIMINATORS and value != type(self).model_fields[name].default:
+                yield (
+                    (name,),
+                    f"has no effect with online.method: {self.method}, where a discriminator judges; remove it",
+                )
+        if self.method == "s4gan" and self.adversarial is not None and self.adversarial.labeled is not None:
+            yield (
+                ("adversarial", "labeled"),
+                "has no effect with s4gan, whose discriminator does not judge labeled images; remove it",
             )
 
     def _faults_of_acceptance(self) -> Iterator[tuple[Key, str]]:

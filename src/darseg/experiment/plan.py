@@ -22,6 +22,7 @@ from darseg.experiment.controls import rounds_of
 from darseg.experiment.design import Design, PlannedTrial, design_of
 from darseg.experiment.folder import ExperimentFolder
 from darseg.methods.acceptance import first_steps
+from darseg.methods.consistency import Consistency
 from darseg.run.build import manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
@@ -251,6 +252,9 @@ def _shortened(trial: PlannedTrial, folder: Path, threads: int) -> tuple[Recipe,
     )
     data = recipe.data.model_copy(update=sources)
     update = {"data": data, "rounds": rounds, "threads": recipe.threads or threads}
+    if judged := recipe.online.adversarial:  # self-training begins after a quarter of the few steps
+        judged = judged.model_copy(update={"start": None})
+        update["online"] = recipe.online.model_copy(update={"adversarial": judged})
     numbers = [len(few.get(role, ())) for role in ("labeled", "unlabeled", "validation")]
     return recipe.model_copy(update=update), (numbers[0], numbers[1], numbers[2])
 
@@ -264,7 +268,7 @@ def _list(path: Path, recipe: Recipe, samples: Sequence[Sample]) -> Path:
 def _few_steps(planned: Round) -> int:
     """As few steps as tell the rate; more if an online method begins its work later."""
     least = REHEARSED_STEPS
-    if planned.online is not None:
+    if isinstance(planned.online, Consistency):
         least = max(least, first_steps(planned.online.accept) + 1)
     return min(planned.steps, least)
 

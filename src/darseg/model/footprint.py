@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from darseg.model.discriminators import Discriminator, ImageDiscriminator
 from darseg.model.network import NetworkSpec
 
 BYTES_PER_NUMBER = 4
@@ -36,6 +39,22 @@ class _FusedAttention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def _counting(module: nn.Module) -> Generator[dict[int, int]]:
+    """Count what autograd saves inside the block, but for a module's own tensors: storage → bytes."""
+    own = {tensor.untyped_storage()._cdata for tensor in module.state_dict(keep_vars=True).values()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield saved
+
+
 def training_memory(
     spec: NetworkSpec, images: int, height: int, width: int, *, averages: int = 1, frozen: bool = False
 ) -> tuple[int, int]:
@@ -48,20 +67,11 @@ def training_memory(
         averages: numbers that the optimizer keeps for a trained parameter: SGD's momentum, or Adam's two averages.
         frozen: whether the heads alone learn.
     """
-    saved: dict[int, int] = {}
     with torch.device("meta"):
         network = spec.build()
         if frozen:
             network.freeze_backbone()
-        own = {tensor.untyped_storage()._cdata for tensor in network.state_dict(keep_vars=True).values()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                saved[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        with _counting(network) as saved, _FusedAttention():
             output = network(torch.zeros(images, 3, height, width, dtype=torch.uint8))
             labels = torch.zeros(images, height, width, dtype=torch.uint8)
             # Kept until the sum is complete: the address of a freed tensor could be used again.
@@ -70,3 +80,25 @@ def training_memory(
         fixed = sum(parameter.numel() for parameter in network.parameters()) - trained
         del losses
     return BYTES_PER_NUMBER * ((2 + averages) * trained + fixed), sum(saved.values())
+
+
+def discriminator_memory(
+    kind: type[Discriminator], classes: int, *, maps: int, height: int, width: int
+) -> tuple[int, int]:
+    """What a discriminator adds to `training_memory`, with Adam: its own numbers, and what it keeps.
+
+    Args:
+        maps: class maps that it judges in a step.
+    """
+    with torch.device("meta"):
+        discriminator = kind(classes)
+        judged = torch.zeros(maps, classes, height, width, requires_grad=True)
+        images = torch.zeros(maps, 3, height, width, dtype=torch.uint8)
+        with _counting(discriminator) as saved:
+            if isinstance(discriminator, ImageDiscriminator):
+                judgments: Any = discriminator(judged, images)
+            else:
+                judgments = discriminator(judged)
+        own = sum(parameter.numel() for parameter in discriminator.parameters())
+        del judgments
+    return BYTES_PER_NUMBER * 4 * own, sum(saved.values())  # weights, gradients and Adam's two averages

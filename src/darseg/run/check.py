@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import nn
 
 from darseg.config.recipe import Recipe
-from darseg.data.batches import part_sizes
 from darseg.data.examine import Findings, examine
 from darseg.data.files import real
 from darseg.data.images import IMAGE_SUFFIXES
@@ -21,8 +20,7 @@ from darseg.data.maps import check_names
 from darseg.data.suffixes import unread_files, unread_line
 from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError
-from darseg.model.footprint import training_memory
-from darseg.model.heads import ATROUS_DILATIONS, RELEASE_BRANCHES
+from darseg.methods.adversarial import Adversarial
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
 from darseg.run.best import describe_keep
@@ -44,19 +42,20 @@ from darseg.run.held_out import check_held_out, describe_auto
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
-from darseg.run.online import describe_online, teacher_of
+from darseg.run.memory import memory_of
+from darseg.run.online import describe_discriminator, describe_online, teacher_of
 from darseg.run.plan import (
     Round,
     class_weights_of,
     describe_shares,
-    head_factor_of,
     learner_of,
     learner_settings,
     plan_training,
     stage_of,
 )
+from darseg.run.quirks import describe_quirks
 from darseg.training.method import Learner
-from darseg.training.optimize import SGD, layer_of
+from darseg.training.optimize import layer_of
 
 USUAL_LABELS = Path("runs/recipe/round_1/labels")
 """Where label maps lie unless --out names another run folder; for the length of their names."""
@@ -325,31 +324,14 @@ def _planned_network(
     """
     learner = learner_of(learner_settings(recipe, rounds[index]), network)
     own = [planned for planned in rounds if planned.begins == index]
-    most: dict[tuple[int, int], int] = {}  # crop → images in memory at once
-    for planned in own:
-        crop, images = (
-            planned.augmentation.crop,
-            _images_in_memory(planned, recipe.training.micro_batch, processes),
-        )
-        most[crop] = max(2, images, most.get(crop, 0))
-    memories = [
-        training_memory(
-            spec_of(recipe),
-            images,
-            height=height,
-            width=width,
-            averages=1 if isinstance(learner.optimizer, SGD) else 2,
-            frozen=network.frozen,
-        )
-        for (height, width), images in most.items()
-    ]
+    memory = memory_of(recipe, own, learner, processes=processes)
     return PlannedNetwork(
         begins=index,
         description=_describe_network(recipe),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         groups=groups_of(learner),
-        state_bytes=memories[0][0] + _teacher_bytes(recipe, own, network),
-        activation_bytes=max(activations for _, activations in memories),
+        state_bytes=memory.state_bytes,
+        activation_bytes=memory.activation_bytes,
     )
 
 
@@ -359,24 +341,6 @@ def _describe_labeling(recipe: Recipe, protocols: Mapping[int, str]) -> str:
         return "none before training, all rounds are online"
     described = _by_round(protocols) if protocols else labeling_protocol(recipe).describe("logits")
     return f"{recipe.labeling.describe()}, {described}"
-
-
-def _images_in_memory(planned: Round, micro_batch: int | None, processes: int) -> int:
-    """Images whose activations a process keeps until the backward pass: of all parts of a micro-batch."""
-    if planned.online is None:
-        shares = [share // processes for share in (planned.batch, planned.pseudo_batch) if share]
-        return sum(max(parts) for parts in part_sizes(shares, micro_batch))
-    shares = [planned.batch // processes, -(-planned.online.batch // processes)]
-    labeled, unlabeled = part_sizes(shares, micro_batch)
-    return max(labeled) + (planned.online.passes * max(unlabeled) if planned.online.weight else 0)
-
-
-def _teacher_bytes(recipe: Recipe, rounds: Sequence[Round], network: nn.Module) -> int:
-    """Bytes of a teacher's weights, if any round has one."""
-    taught = any(
-        teacher_of(recipe) if planned.online is None else planned.online.teacher for planned in rounds
-    )
-    return sum(parameter.nbytes for parameter in network.parameters()) if taught else 0
 
 
 def _class_weights(recipe: Recipe, manifest: Manifest) -> dict[str, float]:
@@ -417,6 +381,11 @@ def _notes(
         if planned.online is not None
     ]
     notes += [f"rounds with pseudo labels learn by {line}" for line in describe_dynamic(recipe)]
+    notes += [
+        f"round {planned.index}: {describe_discriminator(planned.online, spec_of(recipe.at(planned.index)).classes)}"
+        for planned in rounds
+        if isinstance(planned.online, Adversarial)
+    ]
     if teacher := teacher_of(recipe):
         notes.append(
             f"rounds that are not online save the running average of the weights, decay {teacher.decay:g}"
@@ -435,13 +404,5 @@ def _notes(
             f"that of whole batches{exception}"
         )
     if recipe.release_quirks:
-        quirks = ["the first step of each later round has learning rate 0"] if len(rounds) > 1 else []
-        if any(recipe.at(planned.begins).network.architecture == "deeplabv2" for planned in rounds):
-            quirks += [
-                f"stage 4 learns {head_factor_of(recipe):g} times as fast, like the head",
-                f"the classifier sums {RELEASE_BRANCHES} of its {len(ATROUS_DILATIONS)} branches",
-            ]
-        notes.append(
-            f"release_quirks reproduces slips of the release: {'; '.join(quirks) or 'none in this recipe'}"
-        )
+        notes.append(describe_quirks(recipe, rounds))
     return tuple(notes)

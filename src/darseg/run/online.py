@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from darseg.choices import OnlineMethod
 from darseg.config.online import ColorsConfig, OnlineConfig, TeacherConfig
 from darseg.config.recipe import Recipe
 from darseg.data.colors import UNCHANGED, Colors
 from darseg.data.unlabeled import Boxes, StrongViews
 from darseg.errors import RecipeError
+from darseg.methods import adversarial, consistency
 from darseg.methods.acceptance import (
     MOVED,
     UNALIGNED,
@@ -29,6 +32,7 @@ from darseg.methods.acceptance import (
     first_steps,
     with_prior,
 )
+from darseg.methods.adversarial import BETAS, Adversarial, advsemiseg, s4gan
 from darseg.methods.consistency import Consistency, Supervision, fixmatch
 from darseg.methods.figures import (
     ACCEPTED,
@@ -48,9 +52,13 @@ from darseg.methods.mean_teacher import mean_teacher
 from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
 from darseg.methods.unimatch import unimatch, unimatch_v2
-from darseg.training.method import Learner, Method
+from darseg.model.discriminators import check_crop
+from darseg.training.method import Feed, Learner, Method
 
-PUBLISHED: Mapping[OnlineMethod, Consistency] = {
+PUBLISHED: Mapping[OnlineMethod, Consistency | Adversarial] = {
+    "advsemiseg": Adversarial(
+        "advsemiseg", batch=2, labeled=0.01, unlabeled=0.001, self_training=0.1, above=0.2
+    ),
     "fixmatch": Consistency("fixmatch", batch=2),
     "mean_teacher": Consistency(
         "mean_teacher",
@@ -59,15 +67,21 @@ PUBLISHED: Mapping[OnlineMethod, Consistency] = {
         accept=Above(0.97),
         teacher=TeacherSettings(0.99),
     ),
+    "s4gan": Adversarial("s4gan", batch=2, labeled=0.0, unlabeled=0.1, self_training=1.0, above=0.6),
     "unimatch": Consistency("unimatch", batch=2, views=2, teacher=None),
     "unimatch_v2": Consistency("unimatch_v2", batch=2, views=2),
 }
 """Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al.;
-UniMatch, whose network labels for itself; UniMatch V2."""
+UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC."""
+
+SELF_TRAINING_AFTER = 5000 / 20_000
+"""Share of the steps after which AdvSemiSeg trains itself: its release begins at step 5,000 of 20,000."""
 
 MAKERS: Mapping[OnlineMethod, Callable[..., Method]] = {
+    "advsemiseg": advsemiseg,
     "fixmatch": fixmatch,
     "mean_teacher": mean_teacher,
+    "s4gan": s4gan,
     "unimatch": unimatch,
     "unimatch_v2": unimatch_v2,
 }
@@ -91,7 +105,7 @@ def _teacher(config: TeacherConfig | None, usual: TeacherSettings) -> TeacherSet
     return TeacherSettings(usual.decay if config.decay is None else config.decay, config.result)
 
 
-def online_of(recipe: Recipe, batch: int) -> Consistency:
+def online_of(recipe: Recipe, batch: int) -> Consistency | Adversarial:
     """What the recipe's online rounds do.
 
     Args:
@@ -100,6 +114,8 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
     Raises RecipeError if unlabeled images cannot be mixed in pairs.
     """
     config, usual = recipe.online, PUBLISHED[recipe.online.method]
+    if isinstance(usual, Adversarial):
+        return _with_discriminator(recipe, usual, batch)
     teacher = usual.teacher
     if config.labeler == "student":
         teacher = None
@@ -122,6 +138,19 @@ def online_of(recipe: Recipe, batch: int) -> Consistency:
     )
 
 
+def _with_discriminator(recipe: Recipe, usual: Adversarial, batch: int) -> Adversarial:
+    config = recipe.online
+    given = {} if config.adversarial is None else config.adversarial.model_dump(exclude_none=True)
+    return replace(
+        usual,
+        **given,
+        batch=config.batch or batch,
+        above=usual.above if config.above is None else config.above,
+        padding=recipe.release_quirks,
+        teacher=None if config.teacher is None else _teacher(config.teacher, TeacherSettings()),
+    )
+
+
 def _acceptance(config: OnlineConfig, usual: Acceptance) -> Acceptance:
     rule = usual if config.above is None else Above(config.above)
     if config.aligned is not None:
@@ -138,8 +167,25 @@ def _acceptance(config: OnlineConfig, usual: Acceptance) -> Acceptance:
             return MeanAligned(rule)
 
 
-def check_steps(how: Consistency, *, index: int, steps: int) -> None:
-    """Raise RecipeError if a round ends before its rule of acceptance has seen a window of steps."""
+def fitted(
+    how: Consistency | Adversarial, *, index: int, steps: int, crop: tuple[int, int]
+) -> Consistency | Adversarial:
+    """What an online round of so many steps does.
+
+    Raises RecipeError if it ends before a part of it begins, SizeError if the crop is too small for it.
+    """
+    if isinstance(how, Adversarial):
+        check_crop(how.discriminator, *crop)
+        start = how.start
+        if start is None:  # s4GAN leaves the first step out
+            start = round(SELF_TRAINING_AFTER * steps) if how.method == "advsemiseg" else 1
+        if how.self_training and start >= steps:
+            raise RecipeError(
+                f"Round {index} has {steps} step(s), but self-training begins at step {start}, counted from 0 "
+                "(online.adversarial.start). Give the round more steps, let it begin earlier, or set "
+                "online.adversarial.self_training: 0.0."
+            )
+        return replace(how, start=start)
     first = first_steps(how.accept)
     if steps <= first:
         raise RecipeError(
@@ -147,6 +193,27 @@ def check_steps(how: Consistency, *, index: int, steps: int) -> None:
             f"window, here of {first} steps. Give it more steps, or make online.aligned.window and online.align_window "
             "smaller."
         )
+    return how
+
+
+def undivided(how: Consistency | Adversarial, processes: int, micro_batch: int | None) -> str | None:
+    """Why a round's batches cannot be divided so; None if they can."""
+    if how.method != "s4gan" or (processes == 1 and micro_batch is None):
+        return None
+    divided = f"{processes} processes" if processes > 1 else f"training.micro_batch {micro_batch}"
+    return (
+        f"online.method s4gan: it compares means over whole batches, so {divided} would change what it learns. Train on "
+        "one process without training.micro_batch"
+    )
+
+
+def feeds_of(how: Consistency | Adversarial, batch: int) -> tuple[Feed, ...]:
+    """The streams of an online round's step.
+
+    Args:
+        batch: labeled images of a step.
+    """
+    return adversarial.feeds(batch, how) if isinstance(how, Adversarial) else consistency.feeds(batch, how)
 
 
 Figure = float | list[Any]
@@ -170,19 +237,27 @@ COUNTS = {figure for pair in SHARES.values() for figure in pair}
 
 
 def online_method(
-    learner: Learner, how: Consistency, labeled: Supervision, *, counts: Sequence[int], seed: Sequence[int]
+    learner: Learner,
+    how: Consistency | Adversarial,
+    labeled: Supervision,
+    *,
+    counts: Sequence[int],
+    seed: Sequence[int],
 ) -> Method:
     """The method of an online round.
 
     Args:
         counts: labeled pixels per class; the other arguments are those of `fixmatch`.
     """
-    how = replace(how, accept=with_prior(how.accept, counts))
+    if isinstance(how, Consistency):
+        how = replace(how, accept=with_prior(how.accept, counts))
     return MAKERS[how.method](learner, how, labeled, seed=seed)
 
 
-def describe_online(how: Consistency) -> str:
+def describe_online(how: Consistency | Adversarial) -> str:
     """What an online round does, as a part of a sentence."""
+    if isinstance(how, Adversarial):
+        return _describe_adversarial(how)
     labels = "by the network itself"
     if how.teacher is not None:
         saved = "which the round saves" if how.teacher.result else "which is not saved"
@@ -190,6 +265,34 @@ def describe_online(how: Consistency) -> str:
     return (
         f"{how.method}: {how.batch} unlabeled images a step with {how.views} strong view(s), mixing {how.mixing}; "
         f"{_described(how.accept)}, {labels}; weight {how.weight:g}"
+    )
+
+
+def _describe_adversarial(how: Adversarial) -> str:
+    """A discriminator's round as a part of a sentence."""
+    match how.method:
+        case "advsemiseg":
+            losses = f"adversarial loss of weight {how.labeled:g} (labeled) and {how.unlabeled:g} (unlabeled)"
+            trusted = f"pixels that its discriminator takes for true with a confidence from {how.above:g} on"
+        case "s4gan":
+            losses = f"feature matching of weight {how.unlabeled:g}"
+            trusted = f"images that its discriminator scores above {how.above:g}"
+    own = f"self-training of weight {how.self_training:g} from step {how.start} on, of {trusted}"
+    padding = "; padding counts like pixels of images" if how.padding else ""
+    saved = ""
+    if how.teacher is not None:
+        saved = f"; a running average of decay {how.teacher.decay:g}"
+        saved += ", which the round saves" if how.teacher.result else ", which is not saved"
+    return f"{how.method}: {how.batch} unlabeled images a step, {losses}, {own}{padding}{saved}"
+
+
+def describe_discriminator(how: Adversarial, classes: int) -> str:
+    """The second learner of a round, as a part of a sentence."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in how.discriminator(classes).parameters())
+    return (
+        f"its discriminator has {parameters:,} parameters, learned by Adam (betas {BETAS[0]:g} and {BETAS[1]:g}) from "
+        f"rate {how.learning_rate:g} on, on the schedule of the network"
     )
 
 

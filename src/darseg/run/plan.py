@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -12,19 +12,20 @@ from darseg.config.training import TrainingConfig
 from darseg.data.augment import Augmentation
 from darseg.data.batches import part_sizes
 from darseg.errors import RecipeError, faults
+from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency, Supervision
 from darseg.methods.teacher import with_teacher
 from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
-from darseg.model.vit import Transformer
 from darseg.pseudo.labeling import Ratio
 from darseg.run.best import check_keep
 from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
 from darseg.run.dynamic import dynamic_of, rounds_method
-from darseg.run.online import check_steps, colors_of, online_method, online_of, teacher_of
+from darseg.run.learners import LearnerSettings, learner_of
+from darseg.run.online import colors_of, fitted, online_method, online_of, teacher_of, undivided
 from darseg.training.loss import LabeledLoss, balanced_weights
-from darseg.training.method import Learner, Method, all_decay
-from darseg.training.optimize import SGD, AdamW, OptimizerKind, faster_heads, only_matrices, slower_layers
+from darseg.training.method import Method
+from darseg.training.optimize import SGD, AdamW, OptimizerKind
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage
 
@@ -56,27 +57,6 @@ def augmentation_of(recipe: Recipe, round_index: int, fill: tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class LearnerSettings:
-    """How the network learns, in the terms of the recipe.
-
-    Attributes:
-        learning_rate: the backbone's base rate; the heads learn at `head_factor` times that.
-        stage4_as_head: stage 4 learns at the heads' rate, as in the release's DeepLabv2.
-        decay_vectors: whether weight decay acts on norms, biases and embeddings too.
-        layer_decay: how much slower each block of a transformer learns than the one after it.
-        labeled_loss: of the images with true labels.
-    """
-
-    learning_rate: float
-    head_factor: float
-    optimizer: OptimizerKind = field(default_factory=SGD)
-    stage4_as_head: bool = False
-    decay_vectors: bool = True
-    layer_decay: float = 1.0
-    labeled_loss: LabeledLoss = field(default_factory=LabeledLoss)
-
-
-@dataclass(frozen=True)
 class Round:
     """One round: what it labels, how long it trains, on which part of the schedule.
 
@@ -104,7 +84,7 @@ class Round:
     epoch_steps: int
     epochs: int | None
     micro_batch: int
-    online: Consistency | None = None
+    online: Consistency | Adversarial | None = None
     begins: int = 0
 
     @property
@@ -152,7 +132,7 @@ def plan_rounds(
         epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // size)
         steps = config.steps or (config.epochs or 0) * epoch_steps
         if online is not None:
-            check_steps(online, index=index, steps=steps)
+            online = fitted(online, index=index, steps=steps, crop=recipe.at(index).training.crop)
         rounds.append(
             Round(
                 index=index,
@@ -236,11 +216,14 @@ def learner_settings(recipe: Recipe, round_: Round, counts: Sequence[int] | None
         counts: labeled pixels per class; None: as yet unknown. Balanced class weights are then left out.
     """
     training = recipe.training
+    slips = recipe.release_quirks and recipe.network.architecture == "deeplabv2"
+    of_others = isinstance(round_.online, Adversarial)
     return LearnerSettings(
         learning_rate=round_.learning_rate,
         head_factor=head_factor_of(recipe),
         optimizer=_optimizer(training),
-        stage4_as_head=recipe.release_quirks and recipe.network.architecture == "deeplabv2",
+        stage4_as_head=slips and not of_others,
+        repeated_blocks=slips and of_others,
         decay_vectors=training.decay_vectors,
         layer_decay=training.layer_decay,
         labeled_loss=_labeled_loss(recipe, counts),
@@ -319,26 +302,6 @@ def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[
     )
     teacher = teacher_of(recipe)
     return method if teacher is None else with_teacher(method, teacher)
-
-
-def learner_of(settings: LearnerSettings, network: Network) -> Learner:
-    """The network with its optimizer. Raises RecipeError if it has no layers for layer_decay."""
-    rate_factor = faster_heads(settings.head_factor, stage4_as_head=settings.stage4_as_head)
-    if settings.layer_decay != 1:
-        if not isinstance(network.backbone, Transformer):
-            raise RecipeError(
-                f"training.layer_decay works with plain transformers; the backbone is {network.backbone.name}. Remove it."
-            )
-        blocks = len(network.backbone.body.blocks)
-        rate_factor = slower_layers(rate_factor, settings.layer_decay, blocks=blocks)
-    return Learner(
-        name="network",
-        module=network,
-        learning_rate=settings.learning_rate,
-        optimizer=settings.optimizer,
-        rate_factor=rate_factor,
-        decays=all_decay if settings.decay_vectors else only_matrices,
-    )
 
 
 def prepare_training(recipe: Recipe, round_: Round, network: Network, *, processes: int) -> None:
@@ -435,7 +398,9 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
                 f"online.batch: {how.batch // processes} image(s) for each of {processes} processes, and images are "
                 "mixed in pairs"
             ] = None
-        elif message := _lonely_image(recipe.at(planned.index), planned, processes):
+        elif (message := undivided(how, processes, recipe.training.micro_batch)) or (
+            message := _lonely_image(recipe.at(planned.index), planned, processes)
+        ):
             lines[message] = None
     if lines:
         raise RecipeError(

@@ -24,6 +24,7 @@ from darseg.data.files import refuse_link
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import RunError
 from darseg.methods.acceptance import MeanAligned
+from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency
 from darseg.model.torchfile import read_bare_part
 from darseg.model.weights import load_network
@@ -216,10 +217,11 @@ class _Shown:
 def _methods(source: _Source) -> tuple[Method, Method] | None:
     """The method of an online round with the network that it starts from, and the same without mixing.
 
-    None if the round is not online, or if that network is not trained.
+    None if the round is not online, if a discriminator judges its labels, or if that network is not trained.
     """
     round_, run = source.round, source.run
-    if round_.online is None or run is None or round_.begins == round_.index:
+    how = round_.online
+    if not isinstance(how, Consistency) or run is None or round_.begins == round_.index:
         return None
     if not (path := run.network(_goes_on_from(source, run))).exists():
         return None
@@ -228,13 +230,13 @@ def _methods(source: _Source) -> tuple[Method, Method] | None:
     # Labeled pixels per class weigh the loss, which is not computed here, and act on later steps. Only this rule needs
     # them to label the first one.
     classes, labeled = len(source.manifest.classes), source.manifest.labeled
-    follows = isinstance(round_.online.accept, MeanAligned)
+    follows = isinstance(how.accept, MeanAligned)
     counts = count_labels(masks(labeled), classes).tolist() if follows else [1] * classes
 
     def method(online: Consistency) -> Method:
         return method_of(recipe, replace(round_, online=online), network, counts=counts)
 
-    return method(round_.online), method(replace(round_.online, mixing="none"))
+    return method(how), method(replace(how, mixing="none"))
 
 
 def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
@@ -267,6 +269,8 @@ def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
             truth_every=1,
         )
 
+    if feed.role == "labeled" and number:
+        note = "The discriminator compares predictions with these labels."
     return _Shown(feed, open_feed, labeled, caption=caption, note=note)
 
 
@@ -300,6 +304,8 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
                 f"Labels are made by the network of round {before}, from which this round starts. Those of the first "
                 "step are training's; then training labels with a network that has moved on."
             )
+    if isinstance(source.round.online, Adversarial):
+        note = "The network labels for itself as it trains, where its discriminator trusts it, so no labels are shown."
     if any(sample.label is not None for sample in unlabeled):
         note += " The truth is shown where it is known; nothing is learned from it."
     return unlabeled, TRUTH, note
@@ -321,7 +327,7 @@ def _batches(source: _Source, feeds: Sequence[_Shown], steps: int) -> Iterator[S
                 if stream is None:
                     assert source.round.online is not None
                     labels = None if methods is None else labels_of(methods, streamed, step)
-                    images = unlabeled_images(drawn, source.round.online, labels)
+                    images = unlabeled_images(drawn, source.round.online.mixing, labels)
                 else:
                     inside = next(stream).labels.numpy() != IGNORE
                     images = labeled_images(drawn, inside, known=shown.known, caption=shown.caption)
@@ -353,7 +359,8 @@ def _settings(source: _Source) -> Iterator[tuple[str, str]]:
     yield "padding", "color {}, {}, {} (RGB)".format(*how.fill)
     if round_.online is not None:
         yield "online", describe_online(round_.online)
-        yield "colors of strong views", _describe_colors(round_.online.strong.colors)
+        if round_.online.views:
+            yield "colors of strong views", _describe_colors(round_.online.strong.colors)
         if round_.online.mixing == "cutmix":
             boxes = round_.online.strong.boxes
             smallest, largest = (f"{area:.0%}" for area in boxes.area)

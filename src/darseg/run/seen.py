@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from darseg.choices import Mixing
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
 from darseg.data.views import Views
-from darseg.methods.consistency import Consistency, mixed_with
+from darseg.methods.consistency import mixed_with
 from darseg.methods.mixing import box_mask, partners_of
 from darseg.training.method import Method, Streamed
 
@@ -116,15 +117,15 @@ def _label(method: Method, streamed: Sequence[Streamed], step: int) -> Sequence[
     return method.label(method.state, method.network, streamed, step).batches
 
 
-def unlabeled_images(views: Views, how: Consistency, labels: Labels | None) -> Iterator[SeenImage]:
+def unlabeled_images(views: Views, mixing: Mixing, labels: Labels | None) -> Iterator[SeenImage]:
     """Weak and strong views of each image, with labels and mixing as far as they are known.
 
     Args:
-        how: of the round.
+        mixing: of the round.
         labels: None: there is no network that labels.
     """
     inside = views.inside.numpy()
-    masks = [_box_mask(views, view, how) for view in range(len(views.strong))]
+    masks = [_box_mask(views, view, mixing) for view in range(len(views.strong))]
     for row, name in enumerate(views.ids):
         dropped = "".join(_dropped(batch, row) for batch in labels.others) if labels is not None else ""
         own = [Tile(f"weak view{dropped}", _image(views.weak[row]), inside[row])]
@@ -132,7 +133,7 @@ def unlabeled_images(views: Views, how: Consistency, labels: Labels | None) -> I
             own.append(_learned_tile(labels.weak, row, inside=inside[row]))
         own += _truth_tile(TRUTH, views.truth, row, inside=inside[row])
         seen = [
-            _view_tiles(views, view, row, mask=mask, labels=labels, mixes=how.mixing != "none")
+            _view_tiles(views, view, row, mask=mask, labels=labels, mixes=mixing != "none")
             for view, mask in enumerate(masks)
         ]
         yield SeenImage(name, tuple(own), tuple(seen))
@@ -190,9 +191,9 @@ def _truth_tile(caption: str, truth: Tensor | None, row: int, *, inside: NDArray
     return [Tile(caption, truth[row].numpy(), inside)]
 
 
-def _box_mask(views: Views, view: int, how: Consistency) -> tuple[Tensor, Tensor] | None:
+def _box_mask(views: Views, view: int, mixing: Mixing) -> tuple[Tensor, Tensor] | None:
     """Partners and mask of CutMix, which no label decides; None for other mixing."""
-    if how.mixing != "cutmix":
+    if mixing != "cutmix":
         return None
     height, width = views.inside.shape[1:]
     partners = partners_of(len(views.ids), views.inside.device)

@@ -10,7 +10,8 @@ from darseg.data.classes import ClassSet
 from darseg.data.dataset import Load, LoadImage, load_example, load_image
 from darseg.data.manifest import Sample
 from darseg.data.unlabeled import stream_views
-from darseg.methods import consistency, self_training
+from darseg.methods import self_training
+from darseg.run import online
 from darseg.run.plan import Round
 from darseg.training.method import Feed, Streamed
 
@@ -68,5 +69,5 @@ def open_stream(
 def feeds_of(round_: Round) -> tuple[Feed, ...]:
     """The feeds that the method of a round has; known without its network."""
     if round_.online is not None:
-        return consistency.feeds(round_.batch, round_.online)
+        return online.feeds_of(round_.online, round_.batch)
     return self_training.feeds(round_.batch, round_.pseudo_batch)

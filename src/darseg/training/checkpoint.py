@@ -76,9 +76,11 @@ class Checkpoint:
             ) from error
 
     def optimizers(self) -> Checkpoint:
-        """Only the states of the optimizers: what a round leaves for the next one besides its network."""
-        kept = {name: part for name, part in self.parts.items() if name.split(".")[0] == OPTIMIZER}
-        return Checkpoint(self.step, kept)
+        """The state of the network's optimizer: what a round leaves besides its network.
+
+        Other learners are parts of the method's state, which begins again in every round.
+        """
+        return Checkpoint(self.step, {name: part for name, part in self.parts.items() if name == OPTIMIZER})
 
 
 @dataclass(frozen=True)

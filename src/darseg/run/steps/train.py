@@ -15,6 +15,7 @@ from darseg.data.batches import StreamPlace
 from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
 from darseg.errors import FormatError, RunError, faults
+from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency
 from darseg.methods.dynamic import DynamicLoss
 from darseg.methods.teacher import TeacherSettings
@@ -53,7 +54,7 @@ class TrainSettings:
     recompute: bool = False
     freeze: str = "none"
     drop_path: float = 0.0
-    online: Consistency | None = None
+    online: Consistency | Adversarial | None = None
     teacher: TeacherSettings | None = None
     dynamic: DynamicLoss | None = None
 
