@@ -33,6 +33,8 @@ ReleasedNetwork = Literal[
     "dpt_dinov2_large",
 ]
 """The networks of released checkpoints: of DARS (the first two) and of UniMatch (versions 1 and 2)."""
+LabelingPrior = Literal["labeled", "shrunk"]
+"""The class shares that pseudo labels aim at: the labeled images', or those shrunk toward the network's estimate."""
 ResultAlign = Literal["auto", "on", "off"]
 """Whether a run's result is its aligned network: as held-out images say, always, or never."""
 ResultKeep = Literal["best", "last"]

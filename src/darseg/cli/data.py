@@ -11,7 +11,6 @@ import typer
 from darseg.choices import AnnotationFormat
 from darseg.cli.options import Overrides, RecipeFile
 from darseg.cli.tables import (
-    Rows,
     class_weights_line,
     counts_by_role,
     group_line,
@@ -20,8 +19,7 @@ from darseg.cli.tables import (
     print_split,
     print_table,
     say,
-    share_ignored,
-    share_of_labeled,
+    shares_table,
 )
 
 
@@ -131,11 +129,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None) -> None:
         for role, count in findings.images.items()
         if count and findings.pixels[role].sum()
     }
-    rows: Rows = [["share of labeled pixels", *pixels]]
-    for k, name in enumerate(classes_of(loaded).names):
-        rows.append([name, *(share_of_labeled(counts, k) for counts in pixels.values())])
-    rows.append(["(ignored, of all pixels)", *map(share_ignored, pixels.values())])
-    print_table(rows)
+    print_table(shares_table(classes_of(loaded).names, pixels, findings.labeled))
     say("images: " + counts_by_role(findings.images.items()))
     for note in findings.notes:
         say(f"note: {note}")
@@ -169,6 +163,8 @@ def plan(
         say(class_weights_line(planned))
     say(f"labeling: {planned.labeling}")
     say(f"evaluation: {planned.evaluation}")
+    for line in planned.target:
+        say(line)
     say(f"temporary disk while labeling: at most {planned.temporary_bytes / 1e6:.0f} MB")
     for network in planned.networks:
         begins = f" from round {network.begins} on" if network.begins else ""

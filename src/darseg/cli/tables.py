@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,25 @@ def share_of_labeled(pixels: Any, k: int) -> str:
 def share_ignored(pixels: Any) -> str:
     """Share of the ignored pixels among all; `pixels` as for `share_of_labeled`."""
     return f"{pixels[-1] / max(1, pixels.sum()):.4%}"
+
+
+def shares_table(names: Sequence[str], pixels: Mapping[str, Any], labeled_NK: Any) -> Rows:
+    """Class shares, a column for each role, and how certain those of the labeled images are.
+
+    Args:
+        pixels: role → int64 [K + 1], as for `share_of_labeled`.
+        labeled_NK: pixels of each class in each labeled image.
+    """
+    from darseg.pseudo.labeled_shares import labeled_shares
+
+    shares = labeled_shares(labeled_NK) if labeled_NK.any() else None
+    columns = ["90 % interval of labeled", f"in images of {shares.total}"] if shares else []
+    rows: Rows = [["share of labeled pixels", *pixels, *columns]]
+    for k, name in enumerate(names):
+        certainty = [shares.flag(k), int(shares.images[k])] if shares else []
+        rows.append([name, *(share_of_labeled(counts, k) for counts in pixels.values()), *certainty])
+    rows.append(["(ignored, of all pixels)", *map(share_ignored, pixels.values()), *["-"] * len(columns)])
+    return rows
 
 
 def counts_by_role(counts: Iterable[tuple[str, int]]) -> str:
@@ -235,6 +254,8 @@ def print_adapted(adapted: Adapted) -> None:
     alignment = adapted.alignment
     _print_shares(adapted.names, adapted.before, wanted=adapted.wanted, alignment=alignment)
     say(f"Shares of {alignment.pixels:,} pixels of {adapted.images} image(s), of {adapted.available} there.")
+    if adapted.uncertain:
+        say(f"uncertain targets (90 % interval of the labeled images): {', '.join(adapted.uncertain)}")
     if adapted.failed:
         say("warning: " + faults("these files could not be read and were left out", adapted.failed))
     if alignment.converged:

@@ -16,7 +16,7 @@ from pydantic import (
     StrictInt,
 )
 
-from darseg.choices import ResultAlign, ResultKeep
+from darseg.choices import LabelingPrior, ResultAlign, ResultKeep
 from darseg.config.data import DataConfig
 from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
@@ -68,6 +68,7 @@ class LabelingConfig(ProtocolConfig):
     strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
     target_precision: Annotated[StrictFloat, AfterValidator(check_target_precision)] = TARGET_PRECISION
     normalized: StrictBool = False
+    prior: LabelingPrior = "labeled"
     keep_predictions: StrictBool = False
     predict_twice: StrictBool = False
 
@@ -75,6 +76,8 @@ class LabelingConfig(ProtocolConfig):
         for name, message in self.faults(ratio=None):
             if name != "labeling_ratio":  # a key of the rounds
                 yield (name,), message
+        if self.prior == "shrunk" and self.method != "dars" and self.align == "none":
+            yield ("prior",), f"has no effect with method {self.method} without align; remove it"
         if self.normalized and (self.keep_predictions or self.predict_twice):
             name = "predict_twice" if self.predict_twice else "keep_predictions"
             yield (

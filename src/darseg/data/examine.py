@@ -41,6 +41,7 @@ class Findings:
         largest: role → the readable image with most pixels.
         pictures: those of the notes and warnings that only reading the pictures shows.
         of_roles: those of the warnings that are about absent classes and roles, which a run reports itself.
+        labeled: int64 [N, K], pixels of each class in each labeled image.
     """
 
     faults: tuple[str, ...]
@@ -51,6 +52,7 @@ class Findings:
     largest: Mapping[str, Sample] = field(default_factory=dict)
     pictures: tuple[str, ...] = ()
     of_roles: tuple[str, ...] = ()
+    labeled: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 0), np.int64))
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,17 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     """
     classes = manifest.classes
     entries: list[str | FileFacts] = []
-    pixels: dict[str, NDArray[np.int64]] = {}
-    sizes: dict[str, list[int]] = {}
+    pixels, sizes = dict[str, NDArray[np.int64]](), dict[str, list[int]]()
     tally, same = PictureTally(manifest), SameTally()
-    values_of: dict[LabelEncoding, set[int]] = {}
-    unreadable: set[LabelEncoding] = set()
-    joined: list[tuple[Parts, int]] = []
+    values_of, unreadable = dict[LabelEncoding, set[int]](), set[LabelEncoding]()
+    joined, each = list[tuple[Parts, int]](), list[NDArray[np.int64]]()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
         for role, samples in manifest.roles().items():
             counts, sizes[role] = np.zeros(256, np.int64), []
             results = pool.map(lambda sample: _examine_sample(sample, classes), samples)
             for sample, result in zip(samples, results, strict=True):
                 counts += result.counts
+                each += [result.counts[: len(classes)]] if role == "labeled" else []
                 entries += [*result.faults, *([result.facts] if result.facts else [])]
                 sizes[role].append(math.prod(result.size))
                 tally.add(role, sample, result.picture, turned_label=result.turned_label)
@@ -140,6 +141,7 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
         notes=(*reading_notes(manifest), *tally.notes(), *judgment.notes, *part_lines(joined)),
         pictures=(*tally.notes(), *tally.warnings()),
         largest=_largest(manifest, sizes),
+        labeled=np.array(each, np.int64).reshape(-1, len(classes)),
     )
 
 

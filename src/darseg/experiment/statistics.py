@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from darseg.data.resampling import student_t
 from darseg.experiment.trial import Arm, Basis, Evidence, RoleScores, Trial
 from darseg.training.bootstrap import (
     RESAMPLES,
@@ -30,7 +31,6 @@ from darseg.training.bootstrap import (
     expanded_interval,
     iou_of,
     mean_over_classes,
-    student_t,
 )
 
 Role = Literal["validation", "test"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,15 +92,24 @@ def count_labels(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) 
 
     Raises DataError that names every label map with values that are neither a class nor 255.
     """
+    return sum(_counted(labels, classes), np.zeros(classes, np.int64))
+
+
+def count_each(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) -> NDArray[np.int64]:
+    """Pixels of each class in each of many label maps, int64 [N, K]; otherwise as `count_labels`."""
+    return np.array(list(_counted(labels, classes)), np.int64).reshape(-1, classes)
+
+
+def _counted(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) -> Iterator[NDArray[np.int64]]:
+    """The pixels of each class in each label map, int64 [K]; raises DataError after the last."""
     check_class_count(classes)
-    total = np.zeros(classes, np.int64)
     lines = []
     for name, label in labels:
         if label.dtype != np.uint8 or label.ndim != 2:
             lines.append(f"{name}: {label.dtype} {list(label.shape)}; expected uint8 [H, W]")
             continue
         pixels = np.bincount(label.ravel(), minlength=IGNORE + 1)
-        total += pixels[:classes]
+        yield pixels[:classes]
         foreign = classes + np.flatnonzero(pixels[classes:IGNORE])
         if len(foreign):
             lines.append(f"{name}: " + ", ".join(f"value {v} ({pixel_count(pixels[v])})" for v in foreign))
@@ -110,4 +119,3 @@ def count_labels(labels: Iterable[tuple[str, NDArray[np.uint8]]], classes: int) 
             "Cityscapes use *_gtFine_labelTrainIds.png)"
         )
         raise DataError(faults(headline, lines))
-    return total

@@ -40,6 +40,7 @@ from darseg.pseudo.assign import LabelRule, kept_counts
 from darseg.pseudo.distribution import count_label_pixels
 from darseg.pseudo.histogram import ConfidenceHistogram, HistogramBuilder
 from darseg.pseudo.precision import ExpectedPrecision
+from darseg.pseudo.shrink import ShrunkShares
 from darseg.pseudo.thresholds import Thresholds
 
 LARGEST_COUNT = 1 << 53
@@ -55,6 +56,7 @@ class PseudoLabelSet:
         kept: int64 [K], labeled pixels per class over all maps.
         alignment: the class weights that the decisions were made with; None if they were not aligned.
         expected: how precise held-out images say the labels are; None unless the ratio was auto.
+        prior: the class shares aimed at; None if they are those of the labeled images.
     """
 
     folder: Path
@@ -63,11 +65,13 @@ class PseudoLabelSet:
     kept: NDArray[np.int64]
     alignment: Alignment | None = None
     expected: ExpectedPrecision | None = None
+    prior: ShrunkShares | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Thresholds and counts, each a list of K; with alignment and expected precision, if there are any."""
+        """Thresholds and counts, each a list of K, and what else the labels followed."""
         described = self.thresholds.to_json() | {"kept": self.kept.tolist()}
-        for name, value in (("alignment", self.alignment), ("expected_precision", self.expected)):
+        parts = {"alignment": self.alignment, "expected_precision": self.expected, "prior": self.prior}
+        for name, value in parts.items():
             if value is not None:
                 described[name] = value.to_json()
         return described
@@ -87,6 +91,9 @@ class PseudoLabelSet:
             expected = content.get("expected_precision")
             if expected is not None:
                 expected = ExpectedPrecision.from_json(expected, len(kept))
+            prior = ShrunkShares.from_json(content["prior"]) if "prior" in content else None
+            if prior is not None and len(prior.share) != len(kept):
+                raise ValueError(f"it shrinks {len(prior.share)} class shares instead of {len(kept)}")
             path = histogram
             counts = ConfidenceHistogram.from_bytes(read_file(histogram))
             if len(counts.counts) != len(kept):
@@ -96,9 +103,7 @@ class PseudoLabelSet:
             raise DataError(
                 f"{path} is damaged ({type(error).__name__}: {error}). Restore it from a copy, or label again."
             ) from error
-        return cls(
-            folder, histogram=counts, thresholds=read, kept=kept, alignment=alignment, expected=expected
-        )
+        return cls(folder, counts, read, kept=kept, alignment=alignment, expected=expected, prior=prior)
 
     def samples(self, unlabeled: Sequence[Sample]) -> tuple[Sample, ...]:
         """The samples with these label maps instead of any label they had."""

@@ -16,7 +16,8 @@ from darseg.data.classes import ClassSet
 from darseg.data.files import raise_if_unreadable, read_text
 from darseg.data.manifest import Manifest
 from darseg.errors import DarsegError, DataError, RunError, printable
-from darseg.pseudo.distribution import count_labels
+from darseg.pseudo.distribution import count_each
+from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
 from darseg.pseudo.labeling import Ratio
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.report.curve import Curve, curve_of
@@ -161,12 +162,14 @@ class DataFacts:
         counts: int64 [K], pixels of each class in the labeled masks; None if the data cannot be read.
         fault: why the data cannot be read.
         stranger: why nothing of it may be shown; empty if these are the images that the run began with.
+        labeled: the class shares of the labeled masks with their intervals; None if the data cannot be read.
     """
 
     manifest: Manifest | None
     counts: NDArray[np.int64] | None
     fault: str | None = None
     stranger: str = ""
+    labeled: LabeledShares | None = None
 
 
 @dataclass(frozen=True)
@@ -296,13 +299,18 @@ def read_data(facts: RunFacts) -> DataFacts:
     """Find a run's data and count its labeled masks. Data that are gone are not an error."""
     try:
         manifest = manifest_of(facts.recipe)
-        counts = count_labels(masks(manifest.labeled), len(facts.classes))
+        each = count_each(masks(manifest.labeled), len(facts.classes))
         changed = [
             role for role, digest in digest_manifest(manifest).items() if facts.data.get(role) != digest
         ]
     except DarsegError as error:
         return DataFacts(None, None, headline(error))
-    return DataFacts(manifest, counts, stranger=stranger(facts.recipe.data.root, changed, "report"))
+    return DataFacts(
+        manifest,
+        each.sum(axis=0),
+        stranger=stranger(facts.recipe.data.root, changed, "report"),
+        labeled=labeled_shares(each) if each.any() else None,
+    )
 
 
 def headline(error: DarsegError) -> str:

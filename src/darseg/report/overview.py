@@ -14,7 +14,6 @@ from markupsafe import Markup
 from darseg.data.classes import ClassSet
 from darseg.errors import DarsegError
 from darseg.model.windows import Protocol
-from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.labeling import Ratio
 from darseg.report import charts, step_charts
 from darseg.report.acceptance import MOST_CLASSES, accepted_chart, class_charts, teacher_chart
@@ -26,6 +25,7 @@ from darseg.report.networks import checkpoints, who_labels
 from darseg.report.page import Page, render
 from darseg.report.result import result_section
 from darseg.report.share import shareable, without_places
+from darseg.report.targets import INTERVAL, add_targets, alignment_table, interval_cells, shrunk_columns
 from darseg.report.verdict import mean_iou, verdict
 from darseg.run.build import labeling_protocol
 from darseg.run.data_digest import sources
@@ -117,7 +117,7 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
     if facts.scored:
         page.section("Classes", _classes(page, facts))
         if any(round_.aligned for round_ in facts.scored):
-            page.section("Result", _result(facts))
+            page.section("Result", _result(facts, data))
     if facts.labeled:
         page.section("Class shares", _shares(page, facts, data))
         if any(round_.labels and round_.labels.alignment for round_ in facts.labeled):
@@ -210,8 +210,14 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> Markup:
     for round_ in rounds:
         assert round_.labels is not None
         figure = charts.shares_chart(
-            facts.classes.names, data.counts, round_.labels, truth=round_.truth, aligned=aligned
+            facts.classes.names,
+            data.counts,
+            round_.labels,
+            truth=round_.truth,
+            aligned=aligned and not round_.labels.prior,
         )
+        prior = round_.labels.prior
+        add_targets(figure, facts.classes.names, data.labeled, shrunk=prior, color=charts.TRUTH)
         content = {
             "chart": page.chart(figure, f"class shares of round {round_.index}"),
             "table": _shares_table(facts.classes, data, round_),
@@ -222,6 +228,7 @@ def _shares(page: Page, facts: RunFacts, data: DataFacts) -> Markup:
         rounds=tabs,
         omitted=omitted,
         aligned=aligned,
+        shrunk=any(round_.labels and round_.labels.prior for round_ in rounds),
         method=facts.method,
         counted=data.counts is not None,
     )
@@ -235,21 +242,27 @@ def _shares_table(classes: ClassSet, data: DataFacts, round_: RoundFacts) -> Tab
         "pseudo labels kept": round_.labels.kept,
         "truth of the unlabeled": round_.truth,
     }
-    shares = {title: pixels / max(1, pixels.sum()) for title, pixels in counts.items() if pixels is not None}
+    columns = {
+        title: [f"{share:.3%}" for share in pixels / max(1, pixels.sum())]
+        for title, pixels in counts.items()
+        if pixels is not None
+    }
+    columns |= {f"{INTERVAL} of labeled": interval_cells(data.labeled, len(classes))}
+    columns |= shrunk_columns(round_.labels.prior)
     rows = [
-        Row(entry, [f"{share[k]:.3%}" for share in shares.values()])
+        Row(entry, [column[k] for column in columns.values()])
         for k, entry in enumerate(class_entries(classes))
     ]
-    return Table(["share of pixels", *shares], rows)
+    return Table(["share of pixels", *columns], rows)
 
 
-def _result(facts: RunFacts) -> Markup:
+def _result(facts: RunFacts, data: DataFacts) -> Markup:
     with_result = [round_ for round_ in facts.scored if round_.aligned]
     rounds, omitted = shown(with_result, MOST_ROWS // len(facts.classes))
     entries = [
         (r.index, r.scores, r.aligned) for r in rounds if r.scores is not None and r.aligned is not None
     ]
-    return result_section(facts.classes, entries, omitted)
+    return result_section(facts.classes, entries, data.labeled, omitted=omitted)
 
 
 def _alignments(facts: RunFacts, data: DataFacts) -> Markup:
@@ -259,23 +272,9 @@ def _alignments(facts: RunFacts, data: DataFacts) -> Markup:
     for round_ in rounds:
         assert round_.labels is not None and round_.labels.alignment is not None
         alignment = round_.labels.alignment
-        table = _alignment_table(facts.classes, data, alignment)
+        table = alignment_table(facts.classes, alignment, data.labeled, shrunk=round_.labels.prior)
         tabs.append(_tab(round_, {"table": table, "failed": not alignment.converged}))
     return render("alignment", rounds=tabs, omitted=omitted)
-
-
-def _alignment_table(classes: ClassSet, data: DataFacts, alignment: Alignment) -> Table:
-    wanted = None if data.counts is None else data.counts / max(1, data.counts.sum())
-    rows = []
-    for k, entry in enumerate(class_entries(classes)):
-        cells = [
-            UNDEFINED if shares is None else f"{shares[k]:.3%}"
-            for shares in (alignment.plain, wanted, alignment.reached)
-        ]
-        reachable = bool(alignment.reachable[k])
-        cells.append(f"{alignment.weights[k]:.3g}" if reachable else "out of reach")
-        rows.append(Row(entry, cells, "" if reachable else "worst"))
-    return Table(["share of pixels", "without weights", "labeled images", "with weights", "weight"], rows)
 
 
 def _expected(facts: RunFacts) -> Markup:

@@ -11,8 +11,10 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from darseg.data.classes import ClassSet
+from darseg.pseudo.labeled_shares import LabeledShares
 from darseg.report.elements import UNDEFINED, Entry, Row, Tab, Table, css_color, figure_of
 from darseg.report.page import render
+from darseg.report.targets import INTERVAL, interval_cells
 from darseg.training.scores import Scores
 
 SHARES = ("predicted", "wanted", "reached")
@@ -64,22 +66,29 @@ class AlignedFacts:
 
 
 def result_section(
-    classes: ClassSet, rounds: Sequence[tuple[int, Scores, AlignedFacts]], omitted: str
+    classes: ClassSet,
+    rounds: Sequence[tuple[int, Scores, AlignedFacts]],
+    labeled: LabeledShares | None,
+    *,
+    omitted: str,
 ) -> Markup:
     """The section as HTML.
 
     Args:
         rounds: index, plain scores and facts of each round that is shown.
+        labeled: the class shares that are wanted, with their intervals, if they are known.
         omitted: a sentence about the others.
     """
     tabs = [
-        Tab(f"Round {index}", {"why": aligned.why, "table": _table(classes, plain, aligned)})
+        Tab(f"Round {index}", {"why": aligned.why, "table": _table(classes, plain, aligned, labeled=labeled)})
         for index, plain, aligned in rounds
     ]
     return render("result", rounds=tabs, omitted=omitted)
 
 
-def _table(classes: ClassSet, plain: Scores, aligned: AlignedFacts) -> Table | None:
+def _table(
+    classes: ClassSet, plain: Scores, aligned: AlignedFacts, *, labeled: LabeledShares | None
+) -> Table | None:
     """One row for each class; None if nothing was found that could be aligned."""
     if not aligned.columns:
         return None
@@ -94,6 +103,10 @@ def _table(classes: ClassSet, plain: Scores, aligned: AlignedFacts) -> Table | N
         if name in aligned.columns:
             titles.append(f"share {name}")
             columns.append([f"{value:.3%}" for value in aligned.columns[name]])
+            means.append("")
+        if name == "wanted" and name in aligned.columns:
+            titles.append(f"{INTERVAL} of wanted")
+            columns.append(interval_cells(labeled, len(classes)))
             means.append("")
     if "weight" in aligned.columns:
         titles.append("weight")

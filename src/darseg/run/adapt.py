@@ -24,7 +24,8 @@ from darseg.model.weights import load_network, save_network
 from darseg.model.windows import Memory
 from darseg.pseudo.align import TOLERANCE, align, check_settings
 from darseg.pseudo.alignment import Alignment
-from darseg.pseudo.distribution import ClassDistribution, count_labels
+from darseg.pseudo.distribution import count_each
+from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
 from darseg.pseudo.labeling import BOUND
 from darseg.pseudo.pixel_sample import PixelSample
 from darseg.pseudo.shift import Shift, estimate_shift
@@ -35,6 +36,7 @@ from darseg.run.media import Medium, list_media, unread_lines
 from darseg.run.prior import Prior, class_shares
 from darseg.run.remedies import explain_memory, less_at_once
 from darseg.run.shots import Shot, choose_shots, read_shot, with_frames
+from darseg.run.target import uncertain_shares
 
 OTHER_BOUND = 20.0
 """Default largest class weight for given and estimated shares: the class mixes of two places may differ several times."""
@@ -63,6 +65,7 @@ class Adapted:
         failed: a line for each file that could not be read.
         doubts: reasons why the weights should not be trusted.
         path: the network that was written; None: nothing was.
+        uncertain: name and interval of each class whose labeled share, as the target, is uncertain.
     """
 
     names: tuple[str, ...]
@@ -75,6 +78,7 @@ class Adapted:
     failed: tuple[str, ...]
     doubts: tuple[str, ...]
     path: Path | None
+    uncertain: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; lists are in the order of the classes."""
@@ -89,6 +93,7 @@ class Adapted:
             "failed": list(self.failed),
             "doubts": list(self.doubts),
             "path": str(self.path) if self.path else None,
+            "uncertain": list(self.uncertain),
         }
 
 
@@ -204,10 +209,12 @@ def _find_weights(
 ) -> Adapted:
     """Predict the images, and find the class weights that give their decisions the wanted shares."""
     names = trained.classes().names
+    uncertain: list[str] = []
     if task.prior is not None:
         wanted = class_shares(task.prior, names)
     else:
-        wanted = _labeled_shares(source, trained, shift=task.shift)
+        labeled = _labeled_shares(source, trained, shift=task.shift)
+        wanted, uncertain = labeled.share, [] if task.shift else uncertain_shares(labeled, names)
     sampled = _sample(trained, media, task.limit, title="predict", console=console)
     estimate = None
     if task.shift:
@@ -229,6 +236,7 @@ def _find_weights(
         failed=sampled.failed,
         doubts=_doubts(alignment, estimate, names, images=sampled.images),
         path=None,
+        uncertain=tuple(uncertain),
     )
 
 
@@ -256,8 +264,8 @@ def _check_out(source: Path, out: Path | None, round_index: int | None, *, overw
     return out
 
 
-def _labeled_shares(source: Path | str, trained: Trained, *, shift: bool) -> NDArray[np.float64]:
-    """The class shares of the recipe's labeled masks, float64 [K]. Raises RunError without a recipe."""
+def _labeled_shares(source: Path | str, trained: Trained, *, shift: bool) -> LabeledShares:
+    """The class shares of the recipe's labeled masks. Raises RunError without a recipe."""
     if trained.recipe is None:
         needed = (
             "the shares it was trained with are not known, and --shift compares with them. Give"
@@ -269,11 +277,11 @@ def _labeled_shares(source: Path | str, trained: Trained, *, shift: bool) -> NDA
         )
     try:
         labeled = manifest_of(trained.recipe).labeled
-        counts = count_labels(masks(labeled), trained.network.classes)
+        each = count_each(masks(labeled), trained.network.classes)
     except DataError as error:
         remedy = "" if shift else "\nOr give the class shares with --prior SHARES.json."
         raise DataError(f"{error}{remedy}") from None
-    return ClassDistribution.from_counts(counts).share
+    return labeled_shares(each)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from darseg.data.files import raise_if_unreadable, read_json
 from darseg.data.manifest import Sample
 from darseg.data.maps import label_path
@@ -55,8 +57,10 @@ def align_samples(
     rows = processes.to_first(pixels.rows(processes.add_up(pixels.sizes())))
 
     def make() -> Alignment:
-        labeling = task.labeling
-        aligned = align(rows, task.distribution.share, bound=labeling.bound, strength=labeling.strength)
+        labeling, share = task.labeling, task.distribution.share
+        if task.evidence is not None:
+            share = task.shrunk(np.bincount(rows.argmax(axis=1), minlength=len(share)) / len(rows)).share
+        aligned = align(rows, share, bound=labeling.bound, strength=labeling.strength)
         made = for_images(aligned, len(samples))
         write_json(files.alignment, made.to_json() | {"inputs": inputs})
         return made

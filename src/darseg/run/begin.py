@@ -15,7 +15,6 @@ from darseg.data.examine import reading_notes
 from darseg.data.files import write_whole
 from darseg.run.best import describe_keep
 from darseg.run.build import bf16_is_emulated, chosen_orientation, evaluation_protocol, pick_device
-from darseg.run.check import unread_data
 from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
@@ -25,6 +24,7 @@ from darseg.run.online import describe_online
 from darseg.run.plan import class_weights_of, describe_shares
 from darseg.run.records import read_plain
 from darseg.run.steps.align import why_off
+from darseg.run.unread import unread_data
 
 FREE_KEYS = (
     "data.root",

@@ -12,21 +12,14 @@ from torch import nn
 
 from darseg.config.recipe import Recipe
 from darseg.data.examine import Findings, examine
-from darseg.data.files import real
-from darseg.data.images import IMAGE_SUFFIXES
-from darseg.data.labels import LABEL_SUFFIXES
 from darseg.data.manifest import Manifest, count_pixels
 from darseg.data.maps import check_names
-from darseg.data.suffixes import unread_files, unread_line
-from darseg.data.walk import unreadable
 from darseg.errors import DarsegError, DataError
 from darseg.methods.adversarial import Adversarial
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_labels
 from darseg.run.best import describe_keep
 from darseg.run.build import (
-    IMAGES,
-    LABELS,
     as_recipe,
     beginnings,
     build_networks,
@@ -54,6 +47,8 @@ from darseg.run.plan import (
     stage_of,
 )
 from darseg.run.quirks import describe_quirks
+from darseg.run.target import check_prior, target_lines
+from darseg.run.unread import unread_data
 from darseg.training.method import Learner
 from darseg.training.optimize import layer_of
 
@@ -80,6 +75,10 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     warnings += [*manifest.warnings, *unread_data(recipe)]
     notes = list(findings.notes)
     try:
+        check_prior(recipe, manifest)
+    except DarsegError as error:
+        faults.append(str(error))
+    try:
         networks = {index: network for index, (network, _) in build_networks(recipe).items()}
         check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
         check_held_out(recipe, manifest)
@@ -101,31 +100,6 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     except DarsegError as error:
         faults.append(str(error))
     return replace(findings, faults=tuple(faults), warnings=tuple(warnings), notes=tuple(notes))
-
-
-def unread_data(recipe: Recipe) -> list[str]:
-    """A line for each folder of images or labels with files or folders that are not read."""
-    data, root = recipe.data, Path(recipe.data.root)
-    if layout_of(recipe):
-        return []
-    sources = [source for _, source in data.sources()]
-    folders = {
-        IMAGE_SUFFIXES: {data.images or IMAGES, *(source.images for source in sources if source.images)},
-        LABEL_SUFFIXES: {data.labels or LABELS, *(source.labels for source in sources if source.labels)},
-    }
-    others = {IMAGE_SUFFIXES: folders[LABEL_SUFFIXES], LABEL_SUFFIXES: folders[IMAGE_SUFFIXES]}
-    lines = []
-    for suffixes, names in folders.items():
-        for folder in sorted(root / name for name in names):
-            mixed = any(_nested(folder, root / name) for name in others[suffixes])
-            read = (*IMAGE_SUFFIXES, *LABEL_SUFFIXES) if mixed else suffixes
-            lines += [unread_line(folder, unread_files(folder, read)), unreadable(folder)]
-    return list(dict.fromkeys(filter(None, lines)))
-
-
-def _nested(outer: Path, inner: Path) -> bool:
-    """Whether a folder holds another, or is it."""
-    return real(inner).is_relative_to(real(outer))
 
 
 def read_all(manifest: Manifest, console: Console) -> Findings:
@@ -205,6 +179,7 @@ class Plan:
         who_labels: a line for each round, if more than one network labels and learns, and one about `result.keep`.
         labeling, evaluation: a line that describes each.
         notes: what a reader might not expect.
+        target: lines about the class shares that the recipe aims at.
     """
 
     rounds: tuple[Round, ...]
@@ -217,6 +192,7 @@ class Plan:
     labeling: str
     evaluation: str
     notes: tuple[str, ...]
+    target: tuple[str, ...]
 
     @property
     def network(self) -> str:
@@ -251,7 +227,7 @@ class Plan:
 def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     """What a recipe will do. Trains nothing, and reads only the size of the first unlabeled image.
 
-    With balanced class weights it reads all label maps of the labeled images, too.
+    It reads all label maps of the labeled images, too, if anything aims at their class shares or balances by them.
 
     Args:
         processes: number of processes that torchrun will start; the plan's memory is that of one process.
@@ -261,6 +237,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     recipe = as_recipe(recipe)
     manifest = manifest_of(recipe)
     check_held_out(recipe, manifest)
+    check_prior(recipe, manifest)
     networks = {index: spec_of(recipe.at(index)).build() for index in beginnings(recipe)}
     rounds = plan_training(
         recipe,
@@ -303,6 +280,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         evaluation=_by_round(evaluation),
         class_weights=_class_weights(recipe, manifest),
         notes=(*describe_auto(recipe, manifest), *_notes(recipe, rounds, networks, processes=processes)),
+        target=target_lines(recipe, manifest),
     )
 
 

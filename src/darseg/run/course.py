@@ -8,6 +8,7 @@ from pathlib import Path
 
 from darseg.config.recipe import Recipe
 from darseg.data.manifest import Manifest
+from darseg.pseudo.labeled_shares import LabeledShares
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.run.labelers import Labeler
@@ -27,6 +28,7 @@ class Course:
         judged: whether the contents of all data files are known to be those that the run began with, and `not_reusable`.
         after_round: called with the run folder after each round.
         labelers: round → the network that labels there, if it is not that of the round before.
+        labeled: the labeled images' class shares, if they are shrunk.
     """
 
     recipe: Recipe
@@ -42,6 +44,7 @@ class Course:
     after_round: Callable[[Path], object] | None
     judged: tuple[bool, Mapping[str, str]] = (False, {})
     labelers: Mapping[int, Labeler] = field(default_factory=dict)
+    labeled: LabeledShares | None = None
 
     @property
     def not_reusable(self) -> Mapping[str, str]:

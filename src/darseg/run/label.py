@@ -148,6 +148,10 @@ def _report(job: FolderJob, trained: Trained, *, console: Console | None) -> Non
     images = (sample.image for sample in job.samples)
     if line := marked_line(images, upright=trained.reading().upright):
         journal.say(line)
+    if trained.recipe is not None and trained.recipe.labeling.prior == "shrunk":
+        journal.say(
+            "The recipe's labeling.prior: shrunk is for rounds of a run; here the labeled shares are the aim"
+        )
     if job.source.is_dir():
         for line in (
             unread_line(job.source, unread_files(job.source, IMAGE_SUFFIXES)),

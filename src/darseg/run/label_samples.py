@@ -21,7 +21,9 @@ from darseg.model.network import Network
 from darseg.model.predict import predict_for_labeling, scores_for_labeling, whole_image
 from darseg.model.together import Picture, Together, flow_for
 from darseg.model.windows import Memory, Protocol
+from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.assign import LabelRule
+from darseg.pseudo.distribution import ClassDistribution
 from darseg.pseudo.histogram import ConfidenceHistogram
 from darseg.pseudo.labeling import Labeling
 from darseg.pseudo.labelset import (
@@ -34,6 +36,7 @@ from darseg.pseudo.labelset import (
 )
 from darseg.pseudo.precision import ExpectedPrecision, HeldOutCounts, choose_by_precision
 from darseg.pseudo.scores import ScoreSource, scores_bytes_per_pixel
+from darseg.pseudo.shrink import ShrunkShares
 from darseg.pseudo.thresholds import Thresholds, choose_thresholds
 from darseg.run.align_samples import align_samples
 from darseg.run.held_out import HeldOut, count_held_out
@@ -81,7 +84,9 @@ def label_samples(
         )
     own = processes.share(samples, predictor.images)
     histogram = _counted(own, task, predictor, file=files.histogram, processes=processes, progress=progress)
-    thresholds, expected = processes.together(lambda: _choose(histogram, task, counts))
+    prior = _shrunk(task, histogram, alignment)
+    choose = partial(_choose, histogram, task, counts, prior=prior)
+    thresholds, expected = processes.together(choose)
     if isinstance(source, ScoreSource) and task.labeling.normalized:
         predictor = source.normalized(_divisors(thresholds, task.labeling))
     rule = LabelRule(thresholds, task.seed, task.round_index)
@@ -90,14 +95,9 @@ def label_samples(
         assign = partial(
             assign_labels, own, rule, predictor, labels=files.labels, confidences=files.confidences
         )
-        kept = processes.together(lambda: assign(log=log, advance=advance))
+        kept = processes.add_up(processes.together(lambda: assign(log=log, advance=advance)))
     return PseudoLabelSet(
-        folder=files.labels,
-        histogram=histogram,
-        thresholds=thresholds,
-        kept=processes.add_up(kept),
-        alignment=alignment,
-        expected=expected,
+        files.labels, histogram, thresholds, kept=kept, alignment=alignment, expected=expected, prior=prior
     )
 
 
@@ -123,14 +123,33 @@ def _counted(
     return histogram
 
 
+def _shrunk(
+    task: LabelTask, histogram: ConfidenceHistogram, alignment: Alignment | None
+) -> ShrunkShares | None:
+    """The shrunk shares that a labeling aims at; None if it aims at the labeled ones."""
+    if task.evidence is None:
+        return None
+    sums = histogram.predicted
+    return task.shrunk(sums / max(1, sums.sum()) if alignment is None else alignment.plain)
+
+
 def _choose(
-    histogram: ConfidenceHistogram, task: LabelTask, counts: HeldOutCounts | None
+    histogram: ConfidenceHistogram,
+    task: LabelTask,
+    counts: HeldOutCounts | None,
+    *,
+    prior: ShrunkShares | None,
 ) -> tuple[Thresholds, ExpectedPrecision | None]:
-    """The thresholds of a labeling, and the precision they should give, if that decides."""
+    """The thresholds of a labeling, and the precision they should give, if that decides.
+
+    Args:
+        prior: the class shares aimed at; None: the labeled ones.
+    """
+    target = task.distribution if prior is None else ClassDistribution(prior.share)
     if counts is None:
-        return choose_thresholds(histogram, task.labeling, task.distribution), None
-    target = task.labeling.target_precision
-    return choose_by_precision(histogram, task.distribution, counts, target_precision=target)
+        return choose_thresholds(histogram, task.labeling, target), None
+    precision = task.labeling.target_precision
+    return choose_by_precision(histogram, target, counts, target_precision=precision)
 
 
 def _divisors(thresholds: Thresholds, labeling: Labeling) -> NDArray[np.float64]:

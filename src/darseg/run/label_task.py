@@ -7,9 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from darseg.data.prediction import SCALES, ConfidenceScale
 from darseg.pseudo.distribution import ClassDistribution
+from darseg.pseudo.labeled_shares import LabeledShares
 from darseg.pseudo.labeling import Labeling
+from darseg.pseudo.shrink import Calibration, ShrunkShares, shrink_shares
 from darseg.run.journal import Advance
 
 Progress = Callable[[str, int], AbstractContextManager[Advance]]
@@ -24,6 +29,7 @@ class LabelTask:
         distribution: shares of the classes among all labeled pixels.
         seed, round_index: of the random sampling, with an image's id.
         inputs: digest of what decides predictions and class weights; weights found with others are not taken over.
+        evidence: what the shares are shrunk by; None: they are the target as they are.
     """
 
     labeling: Labeling
@@ -31,6 +37,17 @@ class LabelTask:
     seed: int
     round_index: int = 0
     inputs: str = ""
+    evidence: tuple[LabeledShares, Calibration] | None = None
+
+    def shrunk(self, predicted: NDArray[np.float64] | None) -> ShrunkShares:
+        """The shrunk shares of a task that has evidence.
+
+        Args:
+            predicted: shares of the network's own decisions on all images, [K].
+        """
+        assert self.evidence is not None and predicted is not None
+        labeled, calibration = self.evidence
+        return shrink_shares(labeled, calibration, predicted)
 
     @property
     def scale(self) -> ConfidenceScale:

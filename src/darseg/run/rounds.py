@@ -14,11 +14,12 @@ from rich.console import Console
 from darseg.config.recipe import Recipe
 from darseg.config.text import as_begun, dump_recipe, load_saved_recipe, recipe_differences
 from darseg.data.examine import Findings, reading_notes
-from darseg.data.manifest import Manifest
+from darseg.data.manifest import Manifest, Sample
 from darseg.data.maps import check_names
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
 from darseg.model.network import Network
-from darseg.pseudo.distribution import count_labels
+from darseg.pseudo.distribution import count_each
+from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
 from darseg.run.begin import FREE_KEYS, announce
 from darseg.run.best import BEST, Standing, basis_of, describe_result, standings_of, write_best
 from darseg.run.build import (
@@ -55,10 +56,14 @@ from darseg.run.steps.align import align_round
 from darseg.run.steps.evaluate import evaluate_round
 from darseg.run.steps.label import label_round
 from darseg.run.steps.train import train_round
+from darseg.run.target import check_prior
 from darseg.training.processes import Processes
 
 SCORED = ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")
 """Figures of the summary, among those of scores.json."""
+
+
+_Begun = tuple[tuple[list[int], LabeledShares | None], bool, RecipeChanges, Judgment]
 
 
 def train(
@@ -88,20 +93,19 @@ def train(
     data = _data_alike(processes, recipe, manifest=manifest)
     planned = processes.together(lambda: _plan(recipe, manifest, run.root, processes=processes.count))
 
-    def begin(stack: contextlib.ExitStack) -> tuple[list[int], bool, RecipeChanges, Judgment]:
+    def begin(stack: contextlib.ExitStack) -> _Begun:
         check_names(run.labels(len(recipe.rounds) - 1), [sample.id for sample in manifest.unlabeled])
         largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
-        counts = count_labels(masks(manifest.labeled), len(manifest.classes)).tolist()
-        if largest is not None:
-            _rehearse(recipe, planned, manifest=manifest, run=run, counts=counts, largest=largest)
+        counts, labeled = _count_labeled(recipe, manifest)
+        _rehearse(recipe, planned, largest, manifest=manifest, run=run, counts=counts)
         text, compare = dump_recipe(recipe), lambda saved: changes_of(load_saved_recipe(saved), recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=compare)
         locked = stack.enter_context(run.held())
-        return counts, locked, changes, judge_contents(run, reused, manifest, data=data)
+        return (counts, labeled), locked, changes, judge_contents(run, reused, manifest, data=data)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        counts, locked, changes, judged = processes.from_first(lambda: begin(stack))
+        (counts, labeled), locked, changes, judged = processes.from_first(lambda: begin(stack))
         course = Course(
             recipe=recipe,
             run=run,
@@ -116,11 +120,19 @@ def train(
             after_round=after_round,
             judged=judged,
             labelers=planned.labelers,
+            labeled=labeled,
         )
         with _ending(course):
             announce(course, planned.sources, locked=locked, changes=changes)
             _warn(course.journal, warnings)
             return run_rounds(course, planned.networks)
+
+
+def _count_labeled(recipe: Recipe, manifest: Manifest) -> tuple[list[int], LabeledShares | None]:
+    """Labeled pixels per class; and how certain their shares are, if they are to be shrunk."""
+    each = count_each(masks(manifest.labeled), len(manifest.classes))
+    labeled = labeled_shares(each) if recipe.labeling.prior == "shrunk" else None
+    return each.sum(axis=0).tolist(), labeled
 
 
 @contextlib.contextmanager
@@ -255,6 +267,7 @@ class _Planned:
 def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _Planned:
     """The rounds, their networks, prepared, and labelers. Raises RecipeError, SizeError, RunError."""
     check_held_out(recipe, manifest)
+    check_prior(recipe, manifest)
     begun = build_networks(recipe)
     networks = {index: network for index, (network, _) in begun.items()}
     labeled, unlabeled = len(manifest.labeled), len(manifest.unlabeled)
@@ -286,9 +299,10 @@ def _data_alike(processes: Processes, recipe: Recipe, *, manifest: Manifest) -> 
     return data
 
 
-def _rehearse(recipe: Recipe, planned: _Planned, **data: Any) -> None:
-    """`rehearse` with all networks of a run."""
-    rehearse(recipe, planned.networks, labelers=planned.labelers, **data)
+def _rehearse(recipe: Recipe, planned: _Planned, largest: Mapping[str, Sample] | None, **data: Any) -> None:
+    """`rehearse` with all networks of a run; not if it has begun already, so that `largest` is None."""
+    if largest is not None:
+        rehearse(recipe, planned.networks, labelers=planned.labelers, largest=largest, **data)
 
 
 def _reused(folder: Path | str | None) -> RunDirectory | None:

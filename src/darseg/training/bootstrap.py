@@ -5,17 +5,13 @@ Letters: N images, K classes, S sets of images.
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 2000
-"""Drawn sets of images; the ends of a 90 % interval then vary by about 2 % of its width."""
-LEVEL = 0.9
-"""How often an interval should hold the true difference."""
+from darseg.data.resampling import LEVEL, RESAMPLES, expanded_tail
+
 LEAST_HELD_OUT = 10
 """Held-out images below which no interval decides: with 5, 1 of 11 networks that gain nothing would be taken for one that
 gains, instead of 1 of 17 (docs/experiments.md)."""
@@ -29,37 +25,6 @@ class Difference(NamedTuple):
     mean_iou: float
     low: float
     high: float
-
-
-def expanded_tail(level: float, images: int) -> float:
-    """Share of the drawn differences below an interval that holds the true one with chance `level`."""
-    tail = (1 - level) / 2
-    if images < 2:
-        return tail
-    return NormalDist().cdf(math.sqrt(images / (images - 1)) * student_t(tail, images - 1))
-
-
-def student_t(share: float, freedom: int) -> float:
-    """The quantile of Student's t distribution, to 0.004 for shares from 0.025 to 0.975.
-
-    Source: exact for 1 and 2 degrees of freedom; otherwise the expansion around the normal distribution in Abramowitz
-    and Stegun, Handbook of Mathematical Functions 1964, 26.7.5.
-
-    >>> round(student_t(0.05, 9), 2)
-    -1.83
-    """
-    if freedom == 1:
-        return math.tan(math.pi * (share - 0.5))
-    if freedom == 2:
-        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
-    z, n = NormalDist().inv_cdf(share), freedom
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / n ** (order + 1) for order, term in enumerate(terms))
 
 
 def counts_of_image(confusion: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -20,7 +20,9 @@ from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution, count_labels
 from darseg.pseudo.labelset import Predictor, PseudoLabelSet, read_facts_logs
 from darseg.pseudo.scores import ScoreSource
+from darseg.pseudo.shrink import Calibration
 from darseg.run.build import load_to_predict, masks
+from darseg.run.calibrate import calibrate
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
 from darseg.run.dynamic import keeps_confidences
@@ -39,14 +41,16 @@ from darseg.run.marks import fix_excluded, report_excluded, without
 from darseg.run.plan import Round
 from darseg.run.remedies import explain_memory, less_to_predict
 from darseg.run.settings import Inputs, digest_settings
+from darseg.run.steps.align import choose_images
 from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.training.scores import Scores
 
 HISTOGRAM, THRESHOLDS, FACTS, SCORES = "histogram.npz", "thresholds.json", "images.json", "pseudo_scores.json"
-ALIGNMENT, WAITING_SCORES, HELD_OUT = (
+ALIGNMENT, WAITING_SCORES, HELD_OUT, CALIBRATION = (
     "alignment.json",
     "waiting_scores",
     "held_out.npz",
+    "calibration.json",
 )  # until the step is done
 
 PRECISION_VERSION = 1
@@ -98,11 +102,12 @@ def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: S
             seed=task.seed,
             precision_rule=rule,
             confidences=keeps_confidences(course.recipe) or None,
+            prior=_prior(course),
         ),
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
     }
-    if rule is not None:
+    if rule is not None or course.labeled is not None:
         digests["validation"] = course.data["validation"]
     if labeler is None:
         network = course.run.network(labeling_round)
@@ -117,6 +122,11 @@ def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: S
         lambda: digest_format_1(protocol=as_format_1(protocol), **as_format_1(labeling), seed=task.seed)
     )
     return Inputs(digests, earlier)
+
+
+def _prior(course: Course) -> str | None:
+    """The prior as digests of settings know it: they leave out the default."""
+    return None if course.labeled is None else course.recipe.labeling.prior
 
 
 def _label(
@@ -136,6 +146,9 @@ def _label(
         network, window = labeler.load(plain=task.labeling.align != "none"), f"rounds.{index}.labels_window"
         remedy = less_to_predict(course.recipe, "labeling", protocol, window=(window, labeler.spec.sides))
     with explain_memory(remedy):
+        if course.labeled is not None:
+            calibration = _calibrate(course, task, network=network, protocol=protocol)
+            task = replace(task, evidence=(course.labeled, calibration))
         labels = label_samples(
             unlabeled,
             task,
@@ -162,6 +175,20 @@ def _label(
     # Records of runs that keep the last round stay as they were.
     facts = {"labeling_round": labeling_round} if labeler is None and labeling_round != index - 1 else {}
     return Work(outputs, lambda: _write(course, round_, labels, unlabeled=unlabeled, facts=facts))
+
+
+def _calibrate(course: Course, task: LabelTask, *, network: Network, protocol: Protocol) -> Calibration:
+    """How much more often classes occur than the network that labels predicts them, on validation images."""
+    journal, index = course.journal, task.round_index
+    return calibrate(
+        choose_images(course.manifest.validation, task.seed),
+        len(course.manifest.classes),
+        network_predictor(network, protocol, task.scale),
+        file=course.run.round(index) / CALIBRATION,
+        inputs=task.inputs,
+        processes=course.processes,
+        progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
+    )
 
 
 def _predictor(
@@ -258,7 +285,7 @@ def _drop_predictions_of_another(course: Course, round_: Round) -> bool:
 def _tidy(course: Course, round_: Round) -> None:
     index = round_.index
     course.run.drop_facts_logs(index)
-    for name in (ALIGNMENT, HELD_OUT):
+    for name in (ALIGNMENT, HELD_OUT, CALIBRATION):
         course.path(round_, name).unlink(missing_ok=True)
     shutil.rmtree(course.path(round_, WAITING_SCORES), ignore_errors=True)
     if not course.recipe.labeling.keep_predictions:
