@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,21 @@ import darseg
 import forks
 from conftest import KILL_BEFORE, recipe_dict, write_png
 from darseg.cli.tables import rounds_table
+from darseg.config.recipe import ResultConfig
 from darseg.config.text import load_recipe, load_saved_recipe
 from darseg.data.walk import PREDICTED
 from darseg.demo.scenes import SCENE_CLASSES, draw_scene
 from darseg.errors import RecipeError, RunError
 from darseg.model.weights import read_spec
+from darseg.report.facts import DataFacts, read_run, remarks
+from darseg.report.verdict import _steps
 from darseg.run.best import (
     BEST,
     COUNTS,
     RECORD,
     RoundScore,
+    Standing,
+    Weights,
     basis_of,
     describe_result,
     labeling_round,
@@ -310,10 +316,54 @@ def test_a_file_that_is_not_the_recorded_one_is_not_used(run: Path, tmp_path: Pa
     (copy / BEST).unlink()
     with refused(RunError, "missing"):
         result_path(copy)
-    for text in ("{", '{"round": -1}', '{"round": 0, "sha256": "x", "why": ""}'):
+    record = {"round": 0, "sha256": "0" * 64, "why": ""}
+    faulty = ({"round": -1}, record | {"sha256": "x"}, record, record | {"rounds": [0]})
+    for text in ("{", *map(json.dumps, faulty)):
         (copy / RECORD).write_text(text)
         with refused(RunError, RECORD, "--round", vary=[r"\(line .*?\)(?=\.)", r"\(Expecting.*?\)(?=\.)"]):
             result_path(copy)
+
+
+def test_a_stop_before_the_comparison_is_said_and_the_next_call_compares(
+    run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """As a kill leaves it between the scores of round 2 and what follows from them."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert run_weights(RunDirectory(copy)).path == copy / BEST and not capsys.readouterr().err
+    shutil.copy(copy / "round_0/network.safetensors", copy / BEST)
+    record = json.loads((copy / RECORD).read_text())
+    record |= {"round": 0, "sha256": digest_path(copy / BEST), "rounds": record["rounds"][:2]}
+    (copy / RECORD).write_text(json.dumps(record))
+    lines = (copy / "journal.jsonl").read_text().splitlines(keepends=True)
+    ends = [at for at, line in enumerate(lines) if json.loads(line)["event"] == "evaluated"]
+    (copy / "journal.jsonl").write_text("".join(lines[: ends[-1] + 1]))
+    assert run_weights(RunDirectory(copy)) == Weights(copy / BEST, 0)
+    says(" ".join(capsys.readouterr().err.split()), "round 2", "not compared", "darseg train")
+    student = load_recipe(
+        run / "recipe.yaml", [f"rounds=[{{steps: 1, labels_from: {copy}, labeling_ratio: 0.5}}]"]
+    )
+    with refused(RunError, "round 2 is not compared", "darseg train"):
+        labelers_of(student)
+    for _ in range(2):
+        train(load_recipe(run / "recipe.yaml"), copy, console=QUIET)
+        assert outcome(copy) == outcome(run)
+        events = [json.loads(line) for line in (copy / "journal.jsonl").read_text().splitlines()]
+        assert [event["round"] for event in events if event["event"] == "compared"] == [1, 2]
+
+
+def test_the_report_follows_the_rounds_that_the_result_goes_on_from(run: Path) -> None:
+    facts = read_run(run)
+    entries = [Standing(0, 0.4, 10), Standing(1, 0.1, 10, against=0), Standing(2, 0.5, 10, against=0, best=2)]
+    facts = replace(facts, standings=tuple(entries))
+    assert _steps(facts) == 12 + 2  # not round 1's
+    losses = [remark.text for remark in remarks(facts, DataFacts(None, None)) if remark.worse]
+    first, ruined, last = (f"{round_.scores.mean_iou:.4f}" for round_ in facts.scored)
+    assert f"round 1 lowered mean IoU: {first} → {ruined}" in losses
+    assert not any(f"{ruined} →" in text for text in losses)
+    assert (f"round 2 lowered mean IoU: {first} → {last}" in losses) == (last < first)
+    steps = replace(facts, recipe=facts.recipe.model_copy(update={"result": ResultConfig(keep="last")}))
+    assert _steps(steps) == 12 + 2 + 2
 
 
 def test_killed_at_any_moment_the_best_network_is_whole(run: Path, tmp_path: Path) -> None:
@@ -348,6 +398,7 @@ for at in range(1, 10):
         (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, before / name)
     shutil.rmtree(before / "round_2" / "labels")
     worse = {"round": 1, "sha256": digest_path(run / "round_1/network.safetensors"), "why": "so far"}
+    worse["rounds"] = [{"round": 0}, {"round": 1}]
     (before / RECORD).write_text(json.dumps(worse))
     shutil.copy(run / "round_1/network.safetensors", before / BEST)
     ended = forks.python("-c", script, before, tmp_path / "killed")

@@ -136,7 +136,7 @@ def test_the_journal_holds_every_step_of_the_run(finished: Path) -> None:
     events = [json.loads(line) for line in (finished / "journal.jsonl").read_text().splitlines()]
     apart = ("step", "checkpoint", "warning", "note")
     names = [event["event"] for event in events if event["event"] not in apart]
-    per_round = ["labeled", "trained", "evaluated"]
+    per_round = ["labeled", "trained", "evaluated", "compared"]
     assert names == ["started", "trained", "evaluated", *per_round, *per_round, "finished"]
     steps = [(e["round"], e["step"]) for e in events if e["event"] == "step"]
     assert steps == [(0, 0), (0, 5), (1, 0), (1, 4), (2, 0), (2, 4)]

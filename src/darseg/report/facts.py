@@ -326,8 +326,10 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
     """
     names = facts.classes.names
     listed: list[Remark] = []
+    scored = {round_.index: round_ for round_ in facts.scored}
+    against = {standing.index: standing.against for standing in facts.standings if facts.keeps_best}
     for before, after in zip(facts.scored, facts.scored[1:], strict=False):
-        listed += _losses(before, after, names)
+        listed += _losses(scored.get(against.get(after.index), before), after, names)
     if data.counts is not None and (absent := _named(names, data.counts == 0)):
         listed.append(Remark(f"{ABSENT}: {absent}"))
     for round_ in facts.labeled:

@@ -66,12 +66,23 @@ def verdict(facts: RunFacts, data: DataFacts) -> Markup:
             aligned=_aligned(last),
             pseudo=_pseudo(facts),
             # Later rounds train on. Without a control nobody knows whether the pseudo labels helped.
-            steps=sum(round_.steps or 0 for round_ in facts.rounds if round_.index <= last.index)
-            if several
-            else 0,
+            steps=_steps(facts) if several else 0,
         )
         + listed
     )
+
+
+def _steps(facts: RunFacts) -> int:
+    """Training steps of the result's round and of those that it goes on from."""
+    steps, last = {round_.index: round_.steps or 0 for round_ in facts.rounds}, facts.result.index
+    if not facts.keeps_best:
+        return sum(count for index, count in steps.items() if index <= last)
+    before = {standing.index: standing.against for standing in facts.standings}
+    total, index = 0, last
+    while index is not None:
+        total += steps[index]
+        index = before[index]
+    return total
 
 
 @dataclass(frozen=True)

@@ -359,17 +359,19 @@ class Best:
     Attributes:
         digest: SHA-256 of the weights.
         why: sentences about the choice.
+        compared: the rounds that it was chosen from.
     """
 
     round: int
     digest: str
     why: str
+    compared: tuple[int, ...]
 
 
 def read_best(run: RunDirectory) -> Best | None:
     """The best round so far of a run with `keep: best`; None for other runs. Raises RunError if damaged."""
     path = run.root / RECORD
-    remedy = "Delete it and run `darseg train` again, which writes it again; or choose a round with --round."
+    remedy = "Run `darseg train` again, which writes it again; or choose a round with --round."
     try:
         content = read_object(path, remedy)
     except FileNotFoundError:
@@ -379,7 +381,16 @@ def read_best(run: RunDirectory) -> Best | None:
         raise damaged(path, "'round' is not the number of a round", remedy)
     if not (isinstance(digest, str) and is_digest(digest) and isinstance(why, str)):
         raise damaged(path, "expected a SHA-256 digest and the reason", remedy)
-    return Best(index, digest, why)
+    try:
+        compared = tuple(entry["round"] for entry in content["rounds"])
+    except (KeyError, TypeError) as error:
+        raise damaged(path, "'rounds' is not a list of rounds", remedy) from error
+    return Best(index, digest, why, compared)
+
+
+def uncompared(run: RunDirectory, best: Best) -> list[int]:
+    """The rounds that are scored and not in best.json: a call was stopped between the two."""
+    return [index for index in run.rounds_with("evaluate") if index not in best.compared]
 
 
 @dataclass(frozen=True)
@@ -406,6 +417,11 @@ def run_weights(run: RunDirectory, index: int | None = None, plain: bool = False
     Raises RunError if there are none.
     """
     best = read_best(run) if index is None else None
+    if best and (missed := uncompared(run, best)):
+        Journal(None, None, Console(stderr=True)).warn(
+            f"{run.root}: round {best.round} is the best so far, but round {missed[0]} is not compared with it yet. "
+            "`darseg train` does so."
+        )
     if index is None:
         index = best.round if best else run.last_round()
     own = run.network(index)

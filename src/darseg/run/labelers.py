@@ -16,7 +16,7 @@ from darseg.model.class_order import Order, class_order, reorder_classes
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import read_alignment, read_spec
 from darseg.model.windows import Protocol, Window
-from darseg.run.best import labeling_round, run_weights
+from darseg.run.best import labeling_round, read_best, run_weights, uncompared
 from darseg.run.build import classes_of, labeling_protocol, load_to_predict
 from darseg.run.directory import ROUND_FOLDER, RunDirectory, digest_path
 from darseg.run.records import damaged, is_digest, read_object
@@ -205,6 +205,12 @@ def _in_run(source: Path) -> tuple[Path, Window]:
         raise RunError(
             f"{source}: round {index} is not finished there, so its network could still change. Finish that run with "
             f"`darseg train` first{remedy}."
+        )
+    best = read_best(run) if named is None else None
+    if best and uncompared(run, best):
+        raise RunError(
+            f"{source}: round {index} is not compared with the best one yet, so another network could be the result. "
+            "Finish that run with `darseg train` first."
         )
     weights = run_weights(run, named)
     assert weights.round is not None

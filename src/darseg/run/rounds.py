@@ -194,9 +194,11 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
                 "seconds": round(sum(record.seconds for record in records), 1),
             }
         )
-        listed = processes.from_first(
-            lambda round_=round_, was_done=was_done: _compare(course, round_, summary, was_done=was_done)
+        listed, compared, result = processes.from_first(
+            lambda round_=round_, was_done=was_done: _compare(course, round_, was_done=was_done)
         )
+        summary["rounds"][-1] |= compared
+        summary.update(result)
         processes.from_first(lambda: write_json(run.summary, summary))
         if processes.first and not (was_done and round_ is not course.rounds[-1]):
             _call_after_round(course, round_)
@@ -208,28 +210,36 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
     return summary
 
 
-def _compare(course: Course, round_: Round, summary: dict, *, was_done: bool) -> tuple[Standing, ...]:
+def _compare(
+    course: Course, round_: Round, *, was_done: bool
+) -> tuple[tuple[Standing, ...], dict[str, Any], dict[str, Any]]:
     """Compare the rounds so far, and keep the best if the recipe says so; done by the first process.
 
     Args:
-        summary: gets how the round compares, and the result if it is the best round.
-        was_done: whether an earlier call evaluated this round, and reported it.
+        was_done: whether an earlier call evaluated this round.
+
+    Returns:
+        the standings; what the summary gets about how the round compares; and about the result, if it is the best round.
     """
     run, journal, recipe = course.run, course.journal, course.recipe
+    compared, result = dict[str, Any](), dict[str, Any]()
     listed = standings_of(run, recipe.seed)
     if (standing := next(entry for entry in listed if entry.index == round_.index)).difference is not None:
         described = {
             key: value for key, value in standing.to_json().items() if key not in ("round", "mean_iou")
         }
-        summary["rounds"][-1]["compared"] = described
-        if not was_done:
+        compared["compared"] = described
+        # A call that was stopped between scores and this left it to the next one.
+        noted = {event.get("round") for event in journal.events("compared")}
+        left = listed[-1] is standing and round_.index not in noted and not journal.events("finished")
+        if not was_done or left:
             journal.event("compared", **standing.to_json())
             journal.say(f"round {round_.index}: {standing.describe()}")
     # If later rounds are scored already, what is there is of all of them.
     if recipe.result.keep == "best" and listed[-1] is standing:
         best = write_best(run, recipe, listed)
-        summary["result"] = {"round": best["round"], "weights": BEST, "why": best["why"]}
-    return listed
+        result["result"] = {"round": best["round"], "weights": BEST, "why": best["why"]}
+    return listed, compared, result
 
 
 def _summed_up(described: Mapping[str, Any]) -> dict[str, Any]:
