@@ -242,6 +242,9 @@ def test_the_plan_says_what_auto_does_and_costs(data: Path, tmp_path: Path, call
     code, printed, _ = call("plan", recipe)
     assert code == 0 and note in printed.replace("\n", " ")
     assert any(line.split()[:2] == ["1", "auto"] for line in printed.splitlines())
+    best = plan(load_recipe(recipe, ["result.keep=best"])).notes[0]
+    assert best.startswith(note)
+    says(best, "result.keep: best", "same images", "optimistic")
 
 
 def test_too_few_held_out_images_are_refused(data: Path, tmp_path: Path) -> None:

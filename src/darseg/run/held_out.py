@@ -41,10 +41,13 @@ def describe_auto(recipe: Recipe, manifest: Manifest) -> list[str]:
         return []
     held_out, unlabeled = len(manifest.validation), len(manifest.unlabeled)
     named = f"round{'s' * (len(rounds) > 1)} {', '.join(map(str, rounds))}"
+    chosen = ""
+    if recipe.result.keep == "best":
+        chosen = ". result.keep: best chooses the network by the same images, so their precision is a little optimistic"
     return [
         f"labeling_ratio auto ({named}): of each class, as much as keeps a precision of "
         f"{recipe.labeling.target_precision:g} on the {held_out} validation images, at most its share. Each time these "
-        f"are predicted as well, {held_out} images more than the {unlabeled} unlabeled ones"
+        f"are predicted as well, {held_out} images more than the {unlabeled} unlabeled ones{chosen}"
     ]
 
 
