@@ -105,7 +105,7 @@ def suggest_images(
         run: run folder.
         out: new folder, or one that an equal call began.
         count: images to suggest; fewer if the others are near-duplicates.
-        round_index: whose network looks at the images; None: the last finished one.
+        round_index: whose network looks at the images; None: that of the run's result.
         pool: look at this many unlabeled images at most, chosen by a seed; None: all.
         plain: decide as the network was trained, also if the result's decisions are aligned.
         overrides: "data.root=PATH", if the run's data were moved.

@@ -24,7 +24,7 @@ NOTEWORTHY = 0.25
 """A class is named as a reason if it makes at least this part of the gain."""
 
 VIEWS = {
-    "mirror": "the network and its mirror image disagree on {share} of the pixels",
+    "mirror": "of the mirror image the network decides {share} of the pixels otherwise",
     "scale": "on a smaller scale it decides otherwise on {share}",
     "round": "the network of the round before decided otherwise on {share}",
 }
@@ -121,9 +121,10 @@ class Suggested:
         """The same with notes about files, and about fewer images than were asked for."""
         fewer = []
         if len(self.images) < self.asked:
+            unread = ", or could not be read" if self.failed else ""
             fewer = [
                 f"Only {len(self.images)} of {self.asked} images are suggested: the others are near-duplicates of these, "
-                "or of labeled ones."
+                f"or of labeled ones{unread}."
             ]
         return replace(self, notes=(*fewer, *notes))
 
