@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +195,7 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
                 "seconds": round(sum(record.seconds for record in records), 1),
             }
         )
-        listed, compared, result = processes.from_first(
-            lambda round_=round_, was_done=was_done: _compare(course, round_, was_done=was_done)
-        )
+        listed, compared, result = processes.from_first(partial(_compare, course, round_, was_done=was_done))
         summary["rounds"][-1] |= compared
         summary.update(result)
         processes.from_first(lambda: write_json(run.summary, summary))
