@@ -385,7 +385,7 @@ def read_best(run: RunDirectory) -> Best | None:
         compared = tuple(entry["round"] for entry in content["rounds"])
     except (KeyError, TypeError) as error:
         raise damaged(path, "'rounds' is not a list of rounds", remedy) from error
-    return Best(index, digest, why, compared)
+    return Best(index, digest, why, compared=compared)
 
 
 def uncompared(run: RunDirectory, best: Best) -> list[int]:
