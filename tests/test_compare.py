@@ -15,8 +15,12 @@ import yaml
 import forks
 from conftest import REPOSITORY, recipe_dict
 from darseg.config.experiment import load_experiment
+from darseg.config.text import dump_recipe
+from darseg.data.files import write_whole
 from darseg.errors import DataError, RecipeError, RunError
+from darseg.experiment import work
 from darseg.experiment.check import check_images
+from darseg.experiment.compare import compare
 from darseg.experiment.controls import rounds_of
 from darseg.experiment.design import Design, design_of
 from darseg.experiment.folder import ExperimentFolder
@@ -271,22 +275,64 @@ def test_a_folder_goes_on_with_its_own_experiment_and_additions(experiment, tmp_
     folder = ExperimentFolder(tmp_path / "out")
     names = [{"name": "dars"}, {"name": "cbst", "changes": {"labeling.method": "cbst"}}]
     folder.make()
-    assert folder.begin(load_experiment(experiment(variants=names))) == ()
-    more = [*names, {"name": "global"}]
-    assert folder.begin(load_experiment(experiment(variants=more, seeds=[0, 1], all_labels=True))) == (
-        "global",
-    )
+    first = load_experiment(experiment(variants=names))
+    assert folder.check(first) == ()
+    folder.begin(first)
+    added = load_experiment(experiment(variants=[*names, {"name": "global"}], seeds=[0, 1], all_labels=True))
+    assert folder.check(added) == ("global",)
+    folder.begin(added)
     other = [{"name": "dars", "changes": {"training.batch": 8}}]
     path = experiment({"training.crop": [33, 33]}, variants=other, seeds=[1], labels=[2])
     facts = ("dars", "cbst", "global", "seeds: 0", "training.crop", "all_labels", "labels")
     with refused(RunError, str(folder.root), *facts):
-        folder.begin(load_experiment(path))
+        folder.check(load_experiment(path))
     with pytest.raises(RunError, match="was begun with another experiment"):
         plan_experiment(load_experiment(path), folder.root)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with refused(RunError, str(tmp_path / "mine"), "experiment.yaml"):
         ExperimentFolder(tmp_path / "mine").make()
+
+
+def test_a_run_is_never_taken_for_one_of_another_recipe(experiment, tmp_path: Path) -> None:
+    """Variants that come first later: a control keeps its name, and a ceiling of other steps is refused."""
+    wide = {"name": "wide", "changes": {"network.head_channels": 24}}
+    folder = ExperimentFolder(tmp_path / "out")
+    before = designed(experiment(variants=[wide], all_labels=True))
+    for trial in before.trials:
+        write_whole(folder.recipe(trial.name), dump_recipe(trial.recipe))
+    after = designed(experiment(variants=[{"name": "dars"}, wide], all_labels=True))
+    controls = {arm.name: arm.controls[0][1] for arm in after.arms if arm.kind == "variant"}
+    assert controls == {"dars": "control_4_steps", "wide": "control_4_steps_of_wide"}
+    folder.check_runs({trial.name: trial.recipe for trial in after.trials})
+    longer = {"name": "longer", "changes": {"rounds": [{"steps": 9}]}}
+    after = designed(experiment(variants=[longer, wide], all_labels=True))
+    with refused(RunError, str(folder.root), "all_labels/9_seed_0: rounds.0.steps: 4 → 9"):
+        folder.check_runs({trial.name: trial.recipe for trial in after.trials})
+
+
+def test_a_folder_is_begun_when_nothing_is_wrong_with_the_experiment(experiment, tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("v/00\n")
+    folder = ExperimentFolder(tmp_path / "out")
+    with pytest.raises(DataError, match=r"data\.validation has 1 image"):
+        compare(experiment({"data.validation": str(tmp_path / "one.txt")}), folder.root, console=_quiet())
+    folder.make()
+    assert folder.check(load_experiment(experiment())) == ()
+
+
+def test_rounds_of_a_run_that_failed_before_it_began_are_not_waited_for(
+    experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (trial, *_), folder, reused = designed(experiment()).trials, ExperimentFolder(tmp_path / "out"), []
+    write_whole(folder.recipe(trial.name), dump_recipe(trial.recipe))
+    monkeypatch.setattr(work, "train", lambda recipe, out, reuse, console: reused.append(reuse))
+    monkeypatch.setattr(work, "score_run", lambda *_: ("", None))
+    monkeypatch.setattr(work, "save_counts", lambda *_: None)
+    source = tmp_path / "source"
+    work.perform(folder, trial.name, "train", reuse=str(source))
+    write_whole(source / "recipe.yaml", "")
+    work.perform(folder, trial.name, "train", reuse=str(source))
+    assert reused == [None, str(source)]
 
 
 def test_a_ledger_with_a_torn_line_is_read(tmp_path: Path) -> None:
@@ -389,7 +435,13 @@ def test_the_test_images_are_scored_when_all_runs_are_finished(
         counts.unlink()
     ended = run(out, path, TRIAL_KILLED="dars/2_seed_0")
     assert ended.returncode == 2 and not list(out.rglob("test_counts.json")) and "--test" in ended.stderr
-    assert run(out, path, "--test").returncode == 0
+    assert run(out, path, "--test", TRIAL_KILLED="dars/2_seed_0").returncode == 2
+    assert [file.parent.parent.name for file in out.rglob("test_counts.json")] == ["control_4_steps"]
+    shutil.copy(once / "runs/dars/2_seed_0/validation_counts.json", out / "runs/dars/2_seed_0")
+    ended = run(out, path, TRIAL_KILLED="dars/2_seed_0")
+    assert ended.returncode == 2 and "test images of some runs are not scored" in ended.stderr
+    assert "Test images of 1 of 2 finished runs are scored" in (out / "compare.json").read_text()
+    assert run(out, path).returncode == 0
     counts = {name: content for name, content in outcome(once).items() if name.endswith("_counts.json")}
     assert counts == {name: content for name, content in outcome(out).items() if name in counts}
 

@@ -58,8 +58,11 @@ def compare(
     compared = run_compare(file, out, jobs=jobs, test=test, publish=publish_comparison)
     evidence = compared.evidence
     say(f"{len(evidence.trials)} of {evidence.planned} runs are finished. Written to {out / NAME}")
-    if compared.untested:
-        say(f"warning: test images are not scored; the ledger, {out / 'ledger.jsonl'}, says why")
+    if compared.untested and not evidence.failures:
+        raise RunError(
+            f"The test images of some runs are not scored; the ledger, {out / 'ledger.jsonl'}, says why. The same "
+            "command tries again."
+        )
     if evidence.failures:
         lines = [
             f"{failure.variant}, {failure.labels} labels, seed {failure.seed}: {failure.reason}"
@@ -70,7 +73,7 @@ def compare(
             + "\nThe same command tries them again."
             + (
                 " Test images are scored when all runs are finished, or with --test."
-                if compared.untested
+                if compared.untested and not test
                 else ""
             )
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from darseg.experiment.counts import read_counts
 from darseg.experiment.design import Design, PlannedTrial, design_of, trial_name, with_steps
 from darseg.experiment.folder import ExperimentFolder
 from darseg.experiment.ledger import Ledger
-from darseg.experiment.processes import Task, run_tasks
+from darseg.experiment.processes import Ended, Task, run_tasks
 from darseg.experiment.statistics import compare_trials
 from darseg.experiment.tables import write_tables
 from darseg.experiment.trial import Evidence, Failure, Trial
@@ -35,7 +37,7 @@ class Compared:
 
     Attributes:
         evidence: of all runs that are finished.
-        untested: whether test images should have been scored, and are not, because runs failed.
+        untested: whether test images of finished runs are not scored, because runs failed or their scoring did.
     """
 
     evidence: Evidence
@@ -73,10 +75,15 @@ def compare(
     ledger = Ledger(folder.ledger, console)
     waiting = f"Waiting for the runs of an earlier call in {folder.root} to end"
     with folder.held(lambda: ledger.say(waiting)) as held, catch_signals() as stop:
-        added = folder.begin(file)
-        design = design_of(file, folder.lists)
+        added = folder.check(file)
+        # The folder begins, and variants are noted, when nothing is wrong with them: what is noted may not change.
+        with tempfile.TemporaryDirectory(prefix="darseg_compare_") as scratch:
+            planned = design_of(file, Path(scratch))
+            folder.check_runs({trial.name: trial.recipe for trial in planned.trials})
+            checked = check_images(planned, folder.checked)
         ledger.opened(jobs=jobs, added=added)
-        checked = check_images(design, folder.checked)
+        folder.begin(file)
+        design = design_of(file, folder.lists)
         work = _Work(
             folder, ledger, design, checked=checked, jobs=jobs, held=held, stop=stop, publish=publish
         )
@@ -144,22 +151,31 @@ class _Work:
         running = run_tasks(
             self.folder, tasks, jobs=self.jobs, held=self.held, stop=self.stop, begun=self._begun
         )
-        for done, ended in enumerate(running, 1):
-            name, task = ended.task.trial, ended.task.kind
-            self.ended.add(name)
-            if ended.reason is not None:
-                self.ledger.failed(name, task, ended.reason)
-                self.ledger.say(f"[{done}/{count}] {name}: failed: {ended.reason}")
-            elif task == "train":
-                trial = self.known[name]
-                seconds = seconds_of(self.folder, trial)
-                self.ledger.finished(trial, seconds)
-                self.ledger.say(f"[{done}/{count}] {name}: {trial.steps} steps in {seconds:.0f} s")
-            else:
-                self.ledger.tested(name)
-                self.ledger.say(f"[{done}/{count}] {name}: test images scored")
-            if task == "train":
-                self._publish_so_far()
+        with contextlib.closing(running):
+            for done, ended in enumerate(running, 1):
+                self._note(ended, f"[{done}/{count}]")
+
+    def _note(self, ended: Ended, place: str) -> None:
+        """Note and publish how a task ended.
+
+        Args:
+            place: its number among all tasks.
+        """
+        name, task = ended.task.trial, ended.task.kind
+        self.ended.add(name)
+        if ended.reason is not None:
+            self.ledger.failed(name, task, ended.reason)
+            self.ledger.say(f"{place} {name}: failed: {ended.reason}")
+        elif task == "train":
+            trial = self.known[name]
+            seconds = seconds_of(self.folder, trial)
+            self.ledger.finished(trial, seconds)
+            self.ledger.say(f"{place} {name}: {trial.steps} steps in {seconds:.0f} s")
+        else:
+            self.ledger.tested(name)
+            self.ledger.say(f"{place} {name}: test images scored")
+        if task == "train":
+            self._publish_so_far()
 
     def _publish_so_far(self) -> None:
         """Publish what is known; hours of training do not end because a page could not be written."""
@@ -232,12 +248,15 @@ class _Work:
         """What the finished runs show; test scores only if all finished runs have them."""
         reasons = self.ledger.failures()
         done = [trial for trial in trials if self.finished(trial)]
-        tested = bool(done) and all(self.folder.counts(trial.name, "test").is_file() for trial in done)
+        tested = sum(self.folder.counts(trial.name, "test").is_file() for trial in done)
+        notes = (
+            f"Test images of {tested} of {len(done)} finished runs are scored; the scores are shown when all are.",
+        )
         return Evidence(
             title=self.design.file.title,
             classes=self.checked.classes,
             arms=self.design.arms,
-            trials=tuple(self._ended(trial, tested=tested) for trial in done),
+            trials=tuple(self._ended(trial, tested=tested == len(done)) for trial in done),
             failures=tuple(
                 Failure(
                     trial.variant,
@@ -251,6 +270,7 @@ class _Work:
             planned=self.planned,
             added_after_test=self.ledger.added_after_test(),
             test_in_validation=self.checked.test_in_validation,
+            notes=notes if 0 < tested < len(done) else (),
             facts=self.ledger.facts(),
         )
 

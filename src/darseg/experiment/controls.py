@@ -81,6 +81,11 @@ def _without_unused(recipe: Recipe) -> Recipe:
     )
 
 
+def without_effectless(recipe: Recipe) -> Recipe:
+    """The recipe, and one of labels alone without what has no effect in it."""
+    return _without_unused(recipe) if learns_from_labels_alone(recipe) else recipe
+
+
 def digest_recipe(recipe: Recipe) -> str:
     """SHA-256 of a recipe's values."""
     return digest_text(json.dumps(recipe.model_dump(mode="json"), sort_keys=True))

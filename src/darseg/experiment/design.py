@@ -178,11 +178,12 @@ class _Controls:
             of.append(("seconds", f"{CONTROL}seconds_of_{variant}"))
 
     def _name(self, variant: str, basis: Basis, steps: Sequence[int], *, recipes: tuple[Recipe, ...]) -> str:
+        """The name of a control; what is added to an experiment later does not give it to another recipe."""
         key = tuple(map(digest_recipe, recipes))
         if key not in self._names:
             same = len({*steps}) == 1
             name = f"{CONTROL}{steps[0]}_steps" if same else f"{CONTROL}{basis}_of_{variant}"
-            if name in self.recipes:
+            if same and recipes[0] != labels_alone(self.file.base, steps[0]):
                 name = f"{name}_of_{variant}"
             self._names[key], self.recipes[name] = name, recipes
         return self._names[key]

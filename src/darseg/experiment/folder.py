@@ -13,16 +13,21 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from darseg.config.experiment import Experiment, ExperimentFile, LabelsConfig
+from darseg.config.recipe import Recipe
 from darseg.config.text import dump_recipe, load_recipe, load_section, recipe_differences
 from darseg.data.files import ASIDE, remove_leftovers, storage_error, write_whole
 from darseg.errors import RunError, faults
+from darseg.experiment.controls import without_effectless
 from darseg.run.outputs import lock
 from darseg.run.rounds import changes_of
+
+DRAWN_LISTS = ("data.labeled.list", "data.unlabeled.list")
+"""Keys of a run's recipe that differ if the experiment's folder was moved."""
 
 PATIENCE = 120.0
 """Seconds in which the runs of a call that was killed save their state and end."""
@@ -110,7 +115,8 @@ class ExperimentFolder:
         if root.exists() and not root.is_dir():
             raise RunError(f"{root} is a file, not a folder. Choose another path.")
         begun = self.experiment.is_file() or not root.is_dir()
-        if not begun and any(path.suffix != ASIDE for path in root.iterdir()):
+        early = (self.ledger, self.checked)  # written first; a kill may have come then
+        if not begun and any(path.suffix != ASIDE and path not in early for path in root.iterdir()):
             raise RunError(
                 f"{root} has files but is not the folder of an experiment: it has no {self.experiment.name}. Choose "
                 "another folder."
@@ -120,12 +126,31 @@ class ExperimentFolder:
         except OSError as error:
             raise storage_error(error, root) from error
 
-    def begin(self, file: ExperimentFile) -> tuple[str, ...]:
-        """Note what the folder is for; returns the names of variants that were added. Raises as `check`."""
-        added = self.check(file)
-        write_whole(self.experiment, dump_recipe(file.settings))
+    def begin(self, file: ExperimentFile) -> None:
+        """Note what the folder is for. Raises StorageError."""
         write_whole(self.base_recipe, dump_recipe(file.base))
-        return added
+        write_whole(self.experiment, dump_recipe(file.settings))
+
+    def check_runs(self, recipes: Mapping[str, Recipe]) -> None:
+        """Raise RunError if runs were begun with other recipes than the experiment has for them now.
+
+        Args:
+            recipes: by the name of the run.
+        """
+        lines = []
+        for trial, recipe in recipes.items():
+            if (path := self.recipe(trial)).is_file():
+                changes = changes_of(without_effectless(load_recipe(path)), without_effectless(recipe))
+                lines += [
+                    f"{trial}: {line}"
+                    for line in changes.binding
+                    if line.partition(":")[0] not in DRAWN_LISTS
+                ]
+        if lines:
+            raise RunError(
+                faults(f"{self.root} has runs of other recipes than this experiment's", lines, limit=10)
+                + "\nAdd variants behind those that were there, or choose another folder."
+            )
 
     def check(self, file: ExperimentFile) -> tuple[str, ...]:
         """Check that a folder was begun with this experiment; returns the variants added since.

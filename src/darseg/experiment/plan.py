@@ -135,6 +135,7 @@ def plan_experiment(
         folder = ExperimentFolder(out if out is not None else scratch / "out")
         folder.check(file)
         design = design_of(file, scratch / "lists")
+        folder.check_runs({trial.name: trial.recipe for trial in design.trials})
         check_images(design, None)
         done = {trial.name for trial in design.trials if folder.counts(trial.name, "validation").is_file()}
         missing = [trial for trial in design.trials if trial.name not in done]

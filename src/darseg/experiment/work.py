@@ -21,7 +21,7 @@ from darseg.config.text import dump_recipe, load_recipe, load_saved_recipe
 from darseg.data.files import write_whole
 from darseg.errors import DarsegError, Interrupted
 from darseg.experiment.counts import save_counts, score_run
-from darseg.experiment.folder import ExperimentFolder
+from darseg.experiment.folder import DRAWN_LISTS, ExperimentFolder
 from darseg.run.directory import RunDirectory
 from darseg.run.journal import Journal
 from darseg.run.machine import keep_memory
@@ -59,6 +59,8 @@ def perform(folder: ExperimentFolder, trial: str, task: str, *, reuse: str | Non
     recipe = load_recipe(folder.recipe(trial))
     follow_lists(run, recipe)
     if task == "train":
+        if reuse is not None and not RunDirectory(reuse).recipe.is_file():
+            reuse = None  # that run failed before it began
         train(recipe, run.root, reuse, console=console)
         network, scores = score_run(run, "validation", console)
         save_counts(folder.counts(trial, "validation"), network, scores)
@@ -76,7 +78,7 @@ def follow_lists(run: RunDirectory, recipe: Recipe) -> None:
         return
     before = load_saved_recipe(run.recipe)
     keys = {line.partition(":")[0] for line in changes_of(before, recipe).binding}
-    if keys and keys <= {"data.labeled.list", "data.unlabeled.list"}:
+    if keys and keys <= {*DRAWN_LISTS}:
         write_whole(run.recipe, dump_recipe(recipe))
 
 
