@@ -26,6 +26,7 @@ from darseg.experiment.design import Design, design_of
 from darseg.experiment.folder import ExperimentFolder
 from darseg.experiment.ledger import Ledger
 from darseg.experiment.plan import plan_experiment
+from darseg.run.directory import RunDirectory
 from wording import refused
 
 PAGES = ("compare.html", "compare.json", "compare.csv", "compare.md")
@@ -448,12 +449,22 @@ def test_the_test_images_are_scored_when_all_runs_are_finished(
 
 def test_a_plan_says_what_is_left(compared: tuple[Path, Path], call) -> None:
     path, once = compared
-    code, out, err = call("compare", path, once, "--plan", "seeds=[0, 1]")
+    code, out, err = call("compare", path, once, "--plan", "seeds=[0, 1]", "controls.seconds=true")
     assert code == 0, err
-    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[:4]}
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[:5]}
     # labels, runs, finished, steps, of these shared, images
     assert rows["dars"][:6] == rows["control_4_steps"][:6] == ["2", "2", "1", "4", "0", "16"]
-    assert "2 runs to do" in out and "finished runs" in out and not (once / "lists" / "2_seed_1").exists()
+    seconds = {
+        name: sum(
+            record.seconds
+            for index, step in ((0, "train"), (1, "label"), (1, "train"))
+            if (record := RunDirectory(once / "runs" / name / "2_seed_0").read_record(index, step))
+        )
+        for name in ("dars", "control_4_steps")
+    }
+    steps = int(rows["control_seconds_of_dars"][3]) / 2
+    assert steps == pytest.approx(seconds["dars"] / (seconds["control_4_steps"] / 4), abs=1.1)
+    assert "4 runs to do" in out and "finished runs" in out and not (once / "lists" / "2_seed_1").exists()
 
 
 def test_a_plan_measures_what_nobody_has_run(

@@ -89,7 +89,7 @@ def _print_plan(planned: ExperimentPlan) -> None:
     for line in planned.sharing:
         say(line)
     for name in planned.timed:
-        say(f"{name}: its steps are known when its variant is finished, and in no number here")
+        say(f"{name}: its steps are estimated; they follow from the seconds that its variant takes")
     runs = sum(arm.runs - arm.finished for arm in planned.arms)
     say(
         f"{runs} runs to do, about {planned.hours:.1f} hours with {planned.jobs} at a time and {planned.threads} "

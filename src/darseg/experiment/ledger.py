@@ -98,10 +98,10 @@ def machine() -> Mapping[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of darseg's own repository; None if it is installed without one."""
+    """The commit of darseg's own repository, "-dirty" if files differ; None if it is installed without one."""
     root = Path(darseg.__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     return answer.stdout.strip() or None if answer.returncode == 0 else None

@@ -19,7 +19,7 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.errors import RecipeError
 from darseg.experiment.check import check_images
 from darseg.experiment.controls import rounds_of
-from darseg.experiment.design import Design, PlannedTrial, design_of
+from darseg.experiment.design import Design, PlannedTrial, design_of, with_steps
 from darseg.experiment.folder import ExperimentFolder
 from darseg.methods.acceptance import first_steps
 from darseg.methods.consistency import Consistency
@@ -92,7 +92,7 @@ class ExperimentPlan:
         threads: CPU threads of each.
         measured: where the rates come from.
         sharing: a line for each variant that takes rounds over.
-        timed: names of controls of as many seconds, whose steps are not known yet; they are in no number here.
+        timed: names of controls of as many seconds; their steps are estimated by the rates.
     """
 
     arms: tuple[PlannedArm, ...]
@@ -148,14 +148,33 @@ def plan_experiment(
                     rates = _rehearse(trial, scratch / "rehearsal" / trial.name, threads) | rates
         finally:
             torch.set_num_threads(before)
+    timed = _timed(design, rates)
+    done |= {trial.name for trial in timed if folder.counts(trial.name, "validation").is_file()}
     return ExperimentPlan(
-        arms=_arms(design, done, rates=rates, manifest=manifest),
+        arms=_arms(replace(design, trials=(*design.trials, *timed)), done, rates=rates, manifest=manifest),
         jobs=jobs,
         threads=threads,
         measured=_origin(known, rates),
         sharing=tuple(_sharing(design)),
-        timed=tuple(design.seconds_controls.values()),
+        timed=tuple(dict.fromkeys(trial.variant for trial in timed)),
     )
+
+
+def _timed(design: Design, rates: Mapping[str, Rate]) -> list[PlannedTrial]:
+    """The controls of as many seconds, with the steps that they get if the rates hold."""
+    controls = []
+    for trial in design.trials:
+        name = design.seconds_controls.get(trial.variant)
+        if name is None:
+            continue
+        seconds = 0.0
+        for planned in trial.rounds:
+            rate = rates[_kind(trial, planned)]
+            seconds += planned.steps * rate.step + trial.unlabeled * rate.label
+        short = with_steps(trial, name, 1)
+        step = rates[_kind(short, short.rounds[0])].step  # that of the control of as many steps
+        controls.append(with_steps(trial, name, max(1, int(seconds / step))))
+    return controls
 
 
 def _kind(trial: PlannedTrial, planned: Round) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from darseg.experiment.statistics import (
     FEW_SHOWING,
@@ -96,10 +96,9 @@ def _needed(known: Sequence[tuple[Summary, Difference]]) -> str:
     differences = [difference for _, difference in known if not difference.told_apart]
     if not any(difference.includes_training for difference in differences):
         return "Each has one seed, and other seeds may differ by more: run two at least, better five."
-    counts = [difference.seeds_for_one_point for difference in differences if difference.includes_training]
-    sure = [count for count in counts if count is not None]
-    number = str(max(sure)) if len(sure) == len(counts) else f"more than {MOST_SEEDS}"
-    text = f"To tell a difference of {POINT:g} on these images, about {number} seeds would be needed"
+    text = (
+        f"To tell a difference of {POINT:g} on these images, {most_seeds(differences)} seeds would be needed"
+    )
     margin = max(
         max(it.mean_iou.image_high - it.mean_iou.mean, it.mean_iou.mean - it.mean_iou.image_low)
         for it in differences
@@ -109,6 +108,15 @@ def _needed(known: Sequence[tuple[Summary, Difference]]) -> str:
             f"{text}; other images would move it by {margin:.3f}, which only more validation images narrow."
         )
     return f"{text}."
+
+
+def most_seeds(differences: Iterable[Difference]) -> str:
+    """The largest number of seeds that one of these differences needs; empty if none has several seeds."""
+    counts = [difference.seeds_for_one_point for difference in differences if difference.includes_training]
+    sure = [count for count in counts if count is not None]
+    if len(sure) < len(counts):
+        return f"more than {MOST_SEEDS}"
+    return f"about {max(sure)}" if sure else ""
 
 
 def missing_reason(comparison: Comparison, row: Summary) -> str:

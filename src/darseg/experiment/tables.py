@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from darseg.data.files import write_whole
-from darseg.experiment.remarks import BASES, answer, interval_text, missing_reason, warnings
+from darseg.experiment.remarks import BASES, answer, interval_text, missing_reason, most_seeds, warnings
 from darseg.experiment.statistics import (
     LEVEL,
     POINT,
@@ -226,9 +226,8 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
     }
     if controls:
         yield f"Controls: {'; '.join(sorted(controls))}."
-    needed = [it.seeds_for_one_point for row in comparison.variants if (it := row.difference()) is not None]
-    if sure := [count for count in needed if count is not None]:
-        yield f"Seeds to tell a difference of {POINT:g} on these images: at most {max(sure)} by the deviations seen."
+    if number := most_seeds(it for row in comparison.variants if (it := row.difference()) is not None):
+        yield f"Most seeds that a variant needs to tell a difference of {POINT:g} on these images: {number}."
 
 
 def _cell(name: str) -> str:
