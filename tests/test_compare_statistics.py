@@ -22,7 +22,7 @@ from conftest import REPOSITORY
 from darseg.errors import RunError
 from darseg.experiment.remarks import answer, warnings
 from darseg.experiment.statistics import Comparison, compare_trials, seeds_needed
-from darseg.experiment.tables import CSV, JSON, MARKDOWN, to_json, write_tables
+from darseg.experiment.tables import CSV, JSON, MARKDOWN, to_json, to_markdown, write_tables
 from darseg.experiment.trial import Arm, Evidence, Failure, RoleScores, Trial
 from wording import refused, says
 
@@ -284,6 +284,14 @@ def test_variants_that_are_worse_or_not_told_apart() -> None:
     says(answer(comparison)[0], "no variant is better", "Worse: cbst", "1 of 2", vary=numbers)
     comparison = compare_trials(evidence(drawn_trials(rights=(0.6, 0.6))), 200)
     says(answer(comparison)[0], "no variant is told apart", "seeds would be needed", vary=numbers)
+    # A deviation for which no number of seeds is given: neither the answer nor the table may give a smaller one.
+    generator = np.random.default_rng(0)
+    wild = [
+        replace(trial, validation=drawn_scores(generator, 0.1 + 0.4 * trial.seed)) for trial in drawn_trials()
+    ]
+    comparison = compare_trials(evidence(wild[:3] + [replace(it, seed=2 - it.seed) for it in wild[3:]]), 200)
+    assert "more than 1000 seeds would" in answer(comparison)[0] and "about" not in answer(comparison)[0]
+    assert "on these images: more than 1000." in to_markdown(comparison)
 
 
 def test_failed_and_missing_runs_are_reported() -> None:

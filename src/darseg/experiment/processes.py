@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ def run_tasks(
     held: int,
     stop: Stop,
     begun: Callable[[Task], object],
-) -> Iterator[Ended]:
+) -> Generator[Ended]:
     """Run tasks, `jobs` at a time, in their order as far as they are ready; yields each as it ends.
 
     A signal is handed on to the processes; when they have ended, Interrupted is raised. A second one ends the wait.
