@@ -12,6 +12,7 @@ from darseg.cli.tables import Rows, print_table, say
 from darseg.errors import RunError, faults
 
 if TYPE_CHECKING:
+    from darseg.experiment.compare import Compared
     from darseg.experiment.plan import ExperimentPlan
 
 
@@ -58,6 +59,12 @@ def compare(
     compared = run_compare(file, out, jobs=jobs, test=test, publish=publish_comparison)
     evidence = compared.evidence
     say(f"{len(evidence.trials)} of {evidence.planned} runs are finished. Written to {out / NAME}")
+    _report_failures(compared, out, test=test)
+
+
+def _report_failures(compared: Compared, out: Path, *, test: bool) -> None:
+    """Raise RunError if runs failed, or the scoring of test images."""
+    evidence = compared.evidence
     if compared.untested and not evidence.failures:
         raise RunError(
             f"The test images of some runs are not scored; the ledger, {out / 'ledger.jsonl'}, says why. The same "
