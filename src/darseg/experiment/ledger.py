@@ -98,7 +98,7 @@ def machine() -> Mapping[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of darseg's own repository, "-dirty" if files differ; None if it is installed without one."""
+    """The commit of darseg's repository, "-dirty" if files differ; None without a repository."""
     root = Path(darseg.__file__).parents[2]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
