@@ -441,7 +441,7 @@ def test_a_network_too_weak_keeps_its_own_labels(tiny_data: Path, tmp_path: Path
         quietly(load_recipe(tmp_path / "weak.yaml"), tmp_path / align)
         runs[align] = outcome(tmp_path / align)
     same = [name for name in runs["none"] if name.endswith((".png", ".npz", "images.json"))]
-    assert len(same) == 8 and all(runs["none"][name] == runs["decisions"][name] for name in same)
+    assert len(same) == 10 and all(runs["none"][name] == runs["decisions"][name] for name in same)
     alignment = described(tmp_path / "decisions")["alignment"]
     assert not alignment["converged"] and set(alignment["weights"]) == {1}
     [warning] = [text for text in warnings_of(tmp_path / "decisions") if "align" in text]
