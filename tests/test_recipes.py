@@ -358,11 +358,14 @@ def test_a_recipe_on_dinov2_plans_its_settings(
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_an_online_recipe_plans_its_settings(name: str, names: dict[Any, Path]) -> None:
+def test_an_online_recipe_plans_its_settings(
+    name: str, names: dict[Any, Path], call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = ONLINE[name]
     if wanted.network == BASE:
         pytest.importorskip("timm")
-    recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", [f"data.root={names[wanted.images]}"])
+    path, change = REPOSITORY / "recipes" / f"{name}.yaml", f"data.root={names[wanted.images]}"
+    recipe = load_recipe(path, [change])
     planned = plan(recipe)
     assert planned.network == f"{wanted.network}, crops {wanted.crop}x{wanted.crop}"
     assert tuple(planned.images.values()) == (*wanted.images, 0)
@@ -390,6 +393,10 @@ def test_an_online_recipe_plans_its_settings(name: str, names: dict[Any, Path]) 
     )
     assert how.strong.colors.blur == (0.1, 2.0) and how.strong.colors.blur_share == 0.5
     assert how.strong.boxes.aspect == (0.3, 1 / 0.3)
+    if wanted.network == BASE:
+        monkeypatch.setattr("darseg.run.check.plan", lambda *_: planned)  # building it again takes seconds
+        code, out, _ = call("plan", path, change)
+        assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
@@ -455,6 +462,15 @@ def test_a_recipe_with_a_discriminator_plans_its_settings(name: str, names: dict
         )
         says(judge, "round 0", parameters, "Adam", "0.9", "0.99", f"{wanted.online.learning_rate:g}")
         says(quirks, "3 times", "4 times", "2 of its 4 branches", "padding")
+
+
+def test_a_transformer_trained_with_sgd_is_said(names: dict[Any, Path]) -> None:
+    pytest.importorskip("timm")
+    path, root = REPOSITORY / "recipes" / "own_images_dinov2_small.yaml", f"data.root={names[OWN]}"
+    sgd = plan(load_recipe(path, [root, "training.optimizer=sgd"]))
+    (note,) = [line for line in sgd.notes if "patches" in line]
+    says(note, "round 0", "training.optimizer: adamw")
+    assert not any("patches" in line for line in plan(load_recipe(path, [root])).notes)
 
 
 def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:

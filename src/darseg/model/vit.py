@@ -95,7 +95,7 @@ def as_timm(transformer: Transformer, tensors: Mapping[str, Tensor]) -> tuple[di
     """The weights of a transformer as timm names them, and a sentence if positions were resized.
 
     Args:
-        tensors: as timm, the authors of DINOv2 and DINOv3, or Hugging Face's transformers name them.
+        tensors: as timm or the authors name them; those of DINOv2 also as Hugging Face's transformers do.
     """
     tensors = dict(tensors)
     if any(key.endswith("embeddings.patch_embeddings.projection.weight") for key in tensors):

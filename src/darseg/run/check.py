@@ -368,6 +368,12 @@ def _notes(
         notes.append(
             f"rounds that are not online save the running average of the weights, decay {teacher.decay:g}"
         )
+    patches = [index for index, network in networks.items() if network.sides.offset == 0]
+    if patches and recipe.training.optimizer == "sgd":
+        notes.append(
+            f"the network of round {patches[0]} cuts images into patches; such are published with AdamW, but "
+            "training.optimizer is sgd. training.optimizer: adamw takes their published rates"
+        )
     if steps := recipe.training.warm_up:
         notes.append(f"the rate first rises to the curve, over {steps} steps of each round")
     micro = recipe.training.micro_batch
