@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import darseg
 from conftest import recipe_dict
-from darseg.config.text import load_recipe
+from darseg.config.text import dump_recipe, load_recipe
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
 from darseg.data.labels import read_label
@@ -38,7 +39,7 @@ from darseg.training.method import Figures, Learner, Method
 from darseg.training.optimize import SGD, AdamW, build_optimizer, faster_heads
 from darseg.training.processes import Processes
 from darseg.training.stage import Stage, run_stage
-from test_run import outcome
+from test_run import kill_and_finish, outcome
 from wording import refused, says
 
 torch.set_num_threads(1)
@@ -505,6 +506,28 @@ def test_the_plan_of_a_transformer(recipe_file: Path, call: Callable) -> None:
     says("\n".join(out.splitlines()[2:]), VIT, "backbone: rate 5e-06", "heads: rate 0.0002", "3 steps")
     code, out, _ = call("plan", recipe_file, *changes, "network.freeze=backbone")
     assert code == 0 and "backbone: does not learn" in out
+
+
+@pytest.mark.skipif(os.environ.get("DARSEG_FULL") != "1", reason="takes long: run with DARSEG_FULL=1")
+def test_dinov2_killed_ends_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
+    """DPT on DINOv2-S, 30 steps from random numbers, killed at two checkpoints."""
+    values = recipe_dict(tiny_data)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    changes = [
+        *TRANSFORMER,
+        "network.backbone=timm/vit_small_patch14_dinov2",
+        "training.crop=28",
+        "training.checkpoint_every=8",
+        "labeling.window=42",
+        "rounds=[{steps: 30}]",
+        "result.align=off",
+    ]
+    recipe = tmp_path / "vit.yaml"
+    recipe.write_text(dump_recipe(load_recipe(tmp_path / "r.yaml", changes)))
+    train(recipe, tmp_path / "whole")
+    places = [("round_0/checkpoint_*.safetensors", count) for count in (1, 2)]
+    kill_and_finish(recipe, tmp_path / "killed", places)
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
 def test_a_run_of_a_transformer(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,14 +13,30 @@ import yaml
 import forks
 from conftest import recipe_dict
 from darseg.data.batches import Batch
+from darseg.model.network import Network, NetworkSpec
 from darseg.training.stage import Stage, StepReport, run_stage
-from test_stage import DEEPLAB, batch_at, build, method_of, still
+from test_stage import CLASSES, DEEPLAB, batch_at, build, method_of, still
 from wording import says
 
 STEPS = 8
 
 
-def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[float, ...]]:
+PATCH = 16
+NETWORKS = ("deeplabv2", "transformer", "frozen")
+
+
+def network_of(name: str) -> Network:
+    """A small network; the transformers have DPT's head, one on a backbone that does not learn."""
+    if name == "deeplabv2":
+        return build(DEEPLAB)
+    torch.manual_seed(0)
+    network = NetworkSpec("dpt", "timm/test_vit", CLASSES, head_channels=16).build()
+    if name == "frozen":
+        network.freeze_backbone()
+    return network
+
+
+def losses(name: str, processes: int, rank: int, micro_batch: int | None) -> list[tuple[float, ...]]:
     """The losses of both streams in each step of a float64 network; every process has its part of each batch of 8.
 
     Several processes add up their figures as float32.
@@ -31,7 +47,8 @@ def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[flo
             whole = batch_at(step, number, 8)
             own = 8 // processes
             at = slice(rank * own, (rank + 1) * own)
-            yield Batch(whole.images[at], whole.labels[at], whole.ids[at])
+            side = slice(None) if name == "deeplabv2" else slice(PATCH)
+            yield Batch(whole.images[at, :, side, side], whole.labels[at, side, side], whole.ids[at])
             step += 1
 
     reported = []
@@ -39,18 +56,21 @@ def losses(processes: int, rank: int, micro_batch: int | None) -> list[tuple[flo
     def on_step(report: StepReport) -> None:
         reported.append(tuple(float(report.figures[name]) for name in ("loss_labeled", "loss_pseudo")))
 
-    method = method_of(build(DEEPLAB).double(), still, 1e-4)
+    method = method_of(network_of(name).double(), still, 1e-4)
     stage = Stage(steps=STEPS, micro_batch=micro_batch, report_every=1)
     run_stage(method, lambda first: [stream(n, first) for n in range(2)], stage, on_step=on_step)
     return reported
 
 
 @pytest.mark.slow
-def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", NETWORKS)
+def test_two_processes_and_micro_batches_have_the_losses_of_one(name: str, tmp_path: Path) -> None:
+    if name != "deeplabv2":
+        pytest.importorskip("timm")
     torch.set_num_threads(1)
-    expected = np.array(losses(1, 0, None))
+    expected = np.array(losses(name, 1, 0, None))
     assert np.isfinite(expected).all() and expected[0, 0] != expected[-1, 0]
-    assert np.abs(np.array(losses(1, 0, 2)) - expected).max() < 1e-9
+    assert np.abs(np.array(losses(name, 1, 0, 2)) - expected).max() < 1e-9
     (tmp_path / "two.py").write_text(
         "import json, sys, torch, torch.distributed as dist\n"
         "torch.set_num_threads(1)\n"
@@ -58,7 +78,7 @@ def test_two_processes_and_micro_batches_have_the_losses_of_one(tmp_path: Path) 
         "from darseg.training.processes import disconnect\n"
         "from test_processes import losses\n"
         "for micro in (None, 2):\n"
-        "    reported = losses(2, dist.get_rank(), micro)\n"
+        f"    reported = losses('{name}', 2, dist.get_rank(), micro)\n"
         "    if dist.get_rank() == 0: json.dump(reported, open(f'{micro}.json', 'w'))\n"
         "disconnect()\n"
     )
