@@ -346,6 +346,27 @@ def test_timm_networks_that_do_not_exist_or_do_not_dilate() -> None:
         build_network(backbone="timm/vit_tiny_patch16_224")
 
 
+@pytest.mark.parametrize(
+    "size, patches, width, projections",
+    [
+        ("large", 14, 256, [256, 512, 1024, 1024]),
+        ("giant", 14, 384, [1536] * 4),
+    ],
+)
+def test_the_large_networks_of_dinov2_have_published_shapes(
+    size: str, patches: int, width: int, projections: list[int]
+) -> None:
+    """Without memory for their weights; the smaller two are compared with released networks in test_convert.py."""
+    pytest.importorskip("timm")
+    with torch.device("meta"):
+        network = NetworkSpec("dpt", f"timm/vit_{size}_patch14_dinov2", 21).build()
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    levels = [shape for name, shape in shapes.items() if ".levels." in name and name.endswith(".0.weight")]
+    assert [shape[:2] for shape in levels] == [(kept, projections[-1]) for kept in projections]
+    (classifier,) = [shape for name, shape in shapes.items() if name.endswith("classifier.weight")]
+    assert classifier == (21, width, 1, 1) and network.sides.step == patches
+
+
 def test_backbones_that_dpt_cannot_take() -> None:
     spec_of("timm/resnet18", 16)  # skips if timm is not installed
     with refused(RecipeError, "resnet50", "timm/resnet50"):
