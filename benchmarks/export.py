@@ -37,6 +37,8 @@ NETWORKS = {
         *(("timm/mobilenetv3_small_100", 16), ("timm/mobilenetv3_large_100", 16), ("timm/convnext_atto", 16)),
     ),
     "deeplabv2": (("resnet101_caffe", 8), ("resnet101_caffe", 16), ("resnet18", 8), ("timm/resnet18", 16)),
+    "deeplabv3plus": (("resnet18", 16),),
+    "dpt": (("timm/vit_small_patch14_dinov2", 8),),  # whose stride is its patch, whatever is asked for
 }
 HEAD_CHANNELS = 64
 """Fewer than usual: the width of the heads does not change which operations are exported."""
@@ -48,9 +50,12 @@ def random_network(spec: NetworkSpec, images: list[np.ndarray]) -> Network:
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
-    corners = [corner for image in images for corner in (image[:129, :161], image[-129:, -161:])]
+    high, wide = network.sides.up(129), network.sides.up(161)
+    corners = [corner for image in images for corner in (image[:high, :wide], image[-high:, -wide:])]
     with torch.no_grad():
-        network(torch.from_numpy(np.stack(corners)).permute(0, 3, 1, 2))
+        logits = network(torch.from_numpy(np.stack(corners)).permute(0, 3, 1, 2)).main
+        if spec.architecture == "dpt":  # without BatchNorm one class would win everywhere
+            network.head.classifier.bias -= logits.mean((0, 2, 3))
     return network.eval()
 
 

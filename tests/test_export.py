@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ from conftest import REPOSITORY, recipe_dict
 from darseg.data.classes import ClassSet
 from darseg.demo.scenes import draw_scene
 from darseg.errors import ExportError, NumericsError
-from darseg.model import backbone, export
+from darseg.model import backbone, export, vit
 from darseg.model.export import (
     Portable,
     mean_of_cells,
@@ -216,6 +217,7 @@ def test_metadata(exported: dict[str, tuple[Path, Parity]], run_folder: Path) ->
     assert known["class_names"] == list(NAMES)
     assert known["class_colors"] == [list(color) for color in COLORS]
     assert (known["ignore_index"], known["stride"]) == (255, 16)
+    assert (known["side_step"], known["side_offset"]) == (16, 1)
     assert known["darseg_version"] == darseg.__version__
     assert known["network"]["backbone"] == "resnet18_half" and "class_names" not in known["network"]
     assert known["source_sha256"] == digest_path(RunDirectory(run_folder).network(0))
@@ -256,13 +258,16 @@ def test_the_script_of_the_docs_as_printed(
 
 
 def assert_exported(network: Network, path: Path) -> None:
-    """As ONNX: right at other sizes than those it was checked on."""
+    """Right at other sizes than those it was checked on."""
     images = {str(index): image for index, image in enumerate(scenes(2, 70, 91))}
     assert write_exported(network, path, images, metadata={}).worst >= 0.999
-    classes, logits = runner(path)(scenes(3, 65, 97))
-    expected = one_window(network, scenes(3, 65, 97))
-    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
-    assert len(np.unique(classes)) > 1
+    run = runner(path)
+    for size in ((3, 65, 97), (1, 120, 50)):
+        classes, logits = run(scenes(*size))
+        expected = one_window(network, scenes(*size))
+        assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+        assert (classes == expected.argmax(1)).mean() >= 0.999
+        assert len(np.unique(classes)) > 1
 
 
 # All networks at their full depth: benchmarks/export.py, its table in docs/export.md.
@@ -302,6 +307,36 @@ def test_padding_that_depends_on_the_size(spec: NetworkSpec, tmp_path: Path) -> 
     theirs = padding.get_same_padding
     assert_exported(network, tmp_path / "network.onnx")
     assert padding.get_same_padding is theirs
+
+
+def with_positions(network: Network) -> Network:
+    """A transformer whose positions matter as much as its patches, and whose mean logits are 0, so that classes vary."""
+    torch.manual_seed(1)
+    torch.nn.init.normal_(network.backbone.body.pos_embed)  # ty: ignore
+    with torch.no_grad():
+        size = network.sides.up(65), network.sides.up(97)
+        logits = network(torch.from_numpy(scenes(4, *size)).permute(0, 3, 1, 2)).main
+        network.head.classifier.bias -= logits.mean((0, 2, 3))  # ty: ignore
+    return network
+
+
+def test_dinov2s_positions_at_any_size(tmp_path: Path) -> None:
+    """On timm's smallest transformer, cut to four blocks."""
+    pytest.importorskip("onnxruntime")
+    network = settled(spec_of("dpt/timm/test_vit", 16))
+    transformer = network.backbone
+    assert isinstance(transformer, vit.Transformer)
+    transformer.blocks, transformer.body.blocks = [0, 1, 2, 3], transformer.body.blocks[:4]
+    transformer.body._pos_embed = partial(vit._embed_positions, transformer.body)
+    assert_exported(with_positions(network), tmp_path / "network.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_dpt_on_dinov2(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    network = with_positions(settled(spec_of("dpt/timm/vit_small_patch14_dinov2", 14)))
+    assert_exported(network, tmp_path / f"network{suffix}")
 
 
 # --- the comparison
@@ -482,6 +517,49 @@ def test_a_network_that_cannot_be_exported(spec: NetworkSpec, tmp_path: Path) ->
     ):
         write_exported(network, tmp_path / "out.pt2", {"a": scenes(1, 40, 40)[0]}, metadata={})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch16_dinov3", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)],
+)
+def test_transformers_that_cannot_be_exported(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = spec_of(f"dpt/timm/{name}", 16).build().eval()
+    with refused(
+        ExportError,
+        "out.onnx",
+        f"timm/{name}",
+        "torch 2",
+        "docs/export.md",
+        vary=[r"\(torch.*\)(?=\. Choose)"],
+    ):
+        write_exported(network, tmp_path / "out.onnx", {"a": scenes(1, 40, 40)[0]}, metadata={})
+    assert not list(tmp_path.iterdir())
+    assert "def forward" not in capfd.readouterr().err  # torch's graph of thousands of lines
+
+
+@pytest.mark.parametrize(
+    ("name", "sides"),
+    [
+        ("resnet18", (8, 1)),
+        ("deeplabv3plus/resnet18", (16, 1)),
+        ("linear/resnet18", (8, 1)),
+        ("dpt/timm/vit_small_patch14_dinov2", (14, 0)),
+        ("dpt/timm/vit_tiny_patch16_224", (16, 0)),
+        ("dpt/timm/convnext_atto", (32, 0)),
+    ],
+)
+def test_metadata_have_the_sides_of_every_network(name: str, sides: tuple[int, int]) -> None:
+    step, offset = sides
+    spec = spec_of(name, step)
+    metadata = metadata_of(spec, ClassSet(tuple("abcde"), COLORS), {})
+    known = {key: json.loads(metadata[key]) for key in ("stride", "side_step", "side_offset")}
+    assert known == {"stride": step, "side_step": step, "side_offset": offset}
+    with torch.device("meta"):
+        network = spec.build()
+    assert (network.stride, network.sides) == (step, Sides(step, offset))
 
 
 def test_metadata_of_a_checkpoint_outside_a_run() -> None:

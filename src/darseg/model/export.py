@@ -109,12 +109,15 @@ def metadata_of(spec: NetworkSpec, classes: ClassSet, facts: Mapping[str, Any]) 
         facts: the digest of the weights, and what is known about the training.
     """
     built = {key: value for key, value in dataclasses.asdict(spec).items() if not key.startswith("class_")}
+    sides = spec.sides
     known: dict[str, Any] = {
         "darseg_version": __version__,
         "class_names": classes.names,
         "class_colors": classes.colors,
         "ignore_index": IGNORE,
-        "stride": spec.output_stride,
+        "stride": sides.step,  # the backbone's; transformers ignore spec.output_stride
+        "side_step": sides.step,
+        "side_offset": sides.offset,
         "network": built,
         **facts,
     }
@@ -277,8 +280,11 @@ def same_padding(side: int, kernel: int, stride: int, dilation: int) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Inside, exporters do not warn about their own internals, which users cannot change."""
-    with warnings.catch_warnings():
+    """Inside, exporters do not warn about their own internals, which users cannot change.
+
+    Nor do they print the whole graph of a network that they cannot export: the error that they raise says why.
+    """
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
