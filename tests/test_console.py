@@ -139,6 +139,9 @@ def test_a_closed_terminal_stops_like_sigterm() -> None:
     with pytest.raises(Interrupted, match="SIGHUP") as stopped, catch_signals() as stop:
         with stop.patiently():
             os.kill(os.getpid(), signal.SIGHUP)  # noted: training saves its state first
+            until = time.monotonic() + 10
+            while not stop() and time.monotonic() < until:  # another thread may get it first
+                time.sleep(0.01)
             assert stop()
         stop.check()
     assert stopped.value.code == 128 + signal.SIGHUP

@@ -296,6 +296,13 @@ JUDGED = {
 OTHERS = {"camvid_1of8", "neu_seg_48", "own_images_cpu"}
 
 
+def printed(out: str) -> str:
+    """A plan as docs/networks.md has it: without the class shares, since the files here are empty."""
+    lines = [line for line in out.splitlines(keepends=True) if not line.startswith("target of ")]
+    assert len(lines) > 5
+    return "".join(lines)
+
+
 def draw_own_names(root: Path) -> None:
     """Write empty files: 1,000 images, of which every tenth has a label map. One image is real."""
     for number in range(1000):
@@ -354,7 +361,7 @@ def test_a_recipe_on_dinov2_plans_its_settings(
         "darseg.run.check.plan", lambda *_: planned
     )  # building the network again takes seconds
     code, out, _ = call("plan", path, change)
-    assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
+    assert code == 0 and printed(out) in (REPOSITORY / "docs" / "networks.md").read_text(), out
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -396,7 +403,7 @@ def test_an_online_recipe_plans_its_settings(
     if wanted.network == BASE:
         monkeypatch.setattr("darseg.run.check.plan", lambda *_: planned)  # building it again takes seconds
         code, out, _ = call("plan", path, change)
-        assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
+        assert code == 0 and printed(out) in (REPOSITORY / "docs" / "networks.md").read_text(), out
 
 
 @pytest.mark.parametrize("name", DYNAMIC)
@@ -476,7 +483,7 @@ def test_a_transformer_trained_with_sgd_is_said(names: dict[Any, Path]) -> None:
 def test_the_plan_of_the_recipe_without_a_gpu_is_in_the_docs(names: dict[Any, Path], call) -> None:
     path = REPOSITORY / "recipes" / "own_images_cpu.yaml"
     code, out, _ = call("plan", path, f"data.root={names[OWN]}")
-    assert code == 0 and out in (REPOSITORY / "docs" / "networks.md").read_text(), out
+    assert code == 0 and printed(out) in (REPOSITORY / "docs" / "networks.md").read_text(), out
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

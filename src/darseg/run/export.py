@@ -126,8 +126,9 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
         training["steps"] = record.steps
     if run.read_record(index, "evaluate"):
         training["mean_iou"] = number(run.scores(index, len(trained.classes())).mean_iou)
-        notes = [KEPT] if trained.path == run.root / BEST else []
-        if trained.path in (run.result(index), run.root / BEST) and trained.alignment is not None:
+        best = trained.path == run.root / BEST
+        notes = [KEPT] if best else []
+        if trained.path == run.result(index) or (best and trained.alignment is not None):
             training["mean_iou"] = (
                 read_scored(run.round(index) / "scores.json").get("aligned", {}).get("mean_iou")
             )
