@@ -463,7 +463,8 @@ def test_a_plan_says_what_is_left(compared: tuple[Path, Path], call) -> None:
         for name in ("dars", "control_4_steps")
     }
     steps = int(rows["control_seconds_of_dars"][3]) / 2
-    assert steps == pytest.approx(seconds["dars"] / (seconds["control_4_steps"] / 4), abs=1.1)
+    # Rounds of equal settings share their rate, here round 0 of dars and the control, whose few steps vary.
+    assert steps == pytest.approx(seconds["dars"] / (seconds["control_4_steps"] / 4), rel=0.6)
     assert "4 runs to do" in out and "finished runs" in out and not (once / "lists" / "2_seed_1").exists()
 
 
