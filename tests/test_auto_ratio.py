@@ -31,7 +31,7 @@ from darseg.run.check import plan
 from darseg.run.directory import RunDirectory
 from darseg.run.label import label_folder
 from darseg.run.rounds import train
-from test_run import kill_and_finish, outcome
+from test_run import kill_and_finish, outcome, warnings_of
 from wording import refused, says
 
 QUIET = Console(quiet=True)
@@ -200,6 +200,9 @@ def test_counts_that_are_kept_are_not_made_again_unless_damaged(
         train(recipe, tmp_path / "run", console=QUIET)
         assert outcome(tmp_path / "run") == outcome(run)
     assert len(counted) == 2 * COUNTS["validation"] and kept[0] == kept[1] == kept[2]
+    warnings = [text for text in warnings_of(tmp_path / "run") if "held_out.npz" in text]
+    assert len(warnings) == 1  # kept ones are taken without a word
+    says(warnings[0], "round 1", "held_out.npz", "damaged", "predicted again")
 
 
 def from_labeler(data: Path, labeler: Path, **labeling: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from darseg.config.text import load_recipe
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
 from darseg.demo.scenes import draw_scene
-from darseg.errors import DataError, RecipeError, RunError
+from darseg.errors import DataError, RecipeError
 from darseg.model.predict import predict_scores
 from darseg.pseudo.distribution import count_each, count_labels
 from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
@@ -38,7 +38,7 @@ from darseg.run.check import check, plan
 from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from test_aligned_labels import stopped
-from test_run import outcome
+from test_run import outcome, warnings_of
 from wording import refused, says
 
 quietly = partial(train, console=Console(quiet=True))
@@ -390,16 +390,21 @@ def test_a_stopped_round_ends_with_the_same_bytes(
     assert outcome(folder) == wanted and len(begun) == counted_so_far
 
 
-def test_damaged_counts_are_refused_and_other_settings_count_again(run: Path, tmp_path: Path) -> None:
+def test_damaged_counts_and_those_of_other_settings_are_made_again(run: Path, tmp_path: Path) -> None:
     recipe, folder = load_recipe(run / "recipe.yaml"), without_round_1(run, tmp_path / "run")
     (folder / "round_1").mkdir()
     waiting = folder / "round_1" / "calibration.json"
     waiting.write_text("{")
-    with refused(RunError, "calibration.json", "damaged", vary=[r"\(.*\)"]):
-        quietly(recipe, folder)
-    waiting.write_text(json.dumps({"inputs": "0" * 64, "counts": []}))
     quietly(recipe, folder)
     assert outcome(folder) == outcome(run)
+    warnings = [text for text in warnings_of(folder) if "calibration.json" in text]
+    says(warnings[0], "round 1", "calibration.json", "damaged", "predicted again", vary=[r"(?<=again: ).*"])
+    folder = without_round_1(run, tmp_path / "settings")
+    (folder / "round_1").mkdir()
+    (folder / "round_1" / "calibration.json").write_text(json.dumps({"inputs": "0" * 64, "counts": []}))
+    quietly(recipe, folder)
+    assert outcome(folder) == outcome(run) and len(warnings) == 1
+    assert not any("calibration.json" in text for text in warnings_of(folder))
     thresholds = folder / "round_1" / "thresholds.json"
     content = json.loads(thresholds.read_text())
     content["prior"]["share"][0] += 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from darseg.data.dataset import read_truth
 from darseg.data.files import raise_if_unreadable, read_json
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
-from darseg.errors import DataError, RunError
+from darseg.errors import DataError
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.shrink import Calibration
 from darseg.run.directory import write_json
@@ -29,6 +29,7 @@ def calibrate(
     inputs: str,
     processes: Processes,
     progress: Progress,
+    warn: Callable[[str], object],
 ) -> Calibration:
     """The calibration of a network on images with known truth; all processes together.
 
@@ -36,8 +37,13 @@ def calibrate(
         samples: beginning with a whole group of the predictor, all of the same lengths but the last.
         file: where the counts wait until labeling is done, so that a call after a kill does not predict again.
         inputs: digest of what decides the predictions; counts made with others are not taken over.
+        warn: called by the first process with a sentence if the file is damaged and all images are predicted again.
     """
-    counts = processes.from_first(lambda: _read_counts(file, inputs, classes))
+
+    def read() -> np.ndarray | None:
+        return _read_counts(file, inputs, (len(samples), 2, classes), warn=warn)
+
+    counts = processes.from_first(read)
     if counts is None:
         own = processes.share(samples, predictor.images)
         with progress("calibrate", len(own)) as advance:
@@ -64,7 +70,9 @@ def count_truth(truth: np.ndarray, predicted: np.ndarray, classes: int) -> np.nd
     return np.stack([np.bincount(labels[known], minlength=classes) for labels in (truth, predicted)])
 
 
-def _read_counts(file: Path, inputs: str, classes: int) -> np.ndarray | None:
+def _read_counts(
+    file: Path, inputs: str, shape: tuple[int, int, int], *, warn: Callable[[str], object]
+) -> np.ndarray | None:
     """The counts that an earlier call left, int64 [N, 2, K]; None if there are none with these inputs."""
     if not file.exists():
         return None
@@ -72,9 +80,13 @@ def _read_counts(file: Path, inputs: str, classes: int) -> np.ndarray | None:
         content = read_json(file)
         if content["inputs"] != inputs:
             return None
-        return np.array(content["counts"], np.int64).reshape(-1, 2, classes)
+        return np.array(content["counts"], np.int64).reshape(shape)
     except (OSError, ValueError, TypeError, KeyError, OverflowError, DataError) as error:
         raise_if_unreadable(error, file)
-        raise RunError(
-            f"{file} is damaged ({error}). Remove it, and the images are predicted again."
-        ) from error
+        warn(damaged_counts(file, error))
+        return None
+
+
+def damaged_counts(file: Path, error: object) -> str:
+    """What to say if counts that only spare predictions are damaged: they are made again."""
+    return f"{file} is damaged, so its images are predicted again: {error}"

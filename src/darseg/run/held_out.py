@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from darseg.config.recipe import Recipe
 from darseg.data.dataset import read_truth
-from darseg.data.files import read_file, write_whole
+from darseg.data.files import raise_if_unreadable, read_file, write_whole
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.prediction import ConfidenceScale, Prediction
 from darseg.errors import DataError, RecipeError
 from darseg.pseudo.labelset import Predictor
 from darseg.pseudo.precision import LEAST_HELD_OUT, HeldOutBuilder, HeldOutCounts
 from darseg.pseudo.scores import ScoreSource
+from darseg.run.calibrate import damaged_counts
 from darseg.run.label_task import Progress
 from darseg.training.processes import Processes
 
@@ -58,11 +59,13 @@ class HeldOut:
     Attributes:
         predictor: keeps nothing on the disk.
         file: where the counts are kept until labeling is done.
+        warn: called by the first process with a sentence if that file is damaged and all images are predicted again.
     """
 
     samples: Sequence[Sample]
     predictor: Predictor | ScoreSource
     file: Path
+    warn: Callable[[str], object]
 
 
 def count_held_out(
@@ -79,7 +82,7 @@ def count_held_out(
     Args:
         factors: class weights of aligned decisions; None: decisions are plain.
     """
-    counts = processes.from_first(lambda: _read(held_out.file))
+    counts = processes.from_first(lambda: _read(held_out, classes, scale))
     if counts is not None:
         return counts
     predictor = held_out.predictor
@@ -99,9 +102,19 @@ def count_held_out(
     return counts
 
 
-def _read(file: Path) -> HeldOutCounts | None:
-    """Counts that an earlier call kept; None if they are missing or damaged and have to be made again."""
+def _read(held_out: HeldOut, classes: int, scale: ConfidenceScale) -> HeldOutCounts | None:
+    """Counts that an earlier call kept; None if they have to be made."""
+    file, images = held_out.file, len(held_out.samples)
+    if not file.exists():
+        return None
     try:
-        return HeldOutCounts.from_bytes(read_file(file))
-    except (OSError, DataError):
+        counts = HeldOutCounts.from_bytes(read_file(file))
+        if (counts.classes, counts.held_out, counts.scale) != (classes, images, scale):
+            raise DataError(
+                f"it has {counts.held_out} images of {counts.classes} classes, {counts.scale.name}"
+            )
+        return counts
+    except (OSError, DataError) as error:
+        raise_if_unreadable(error, file)
+        held_out.warn(damaged_counts(file, error))
         return None

@@ -188,6 +188,7 @@ def _calibrate(course: Course, task: LabelTask, *, network: Network, protocol: P
         inputs=task.inputs,
         processes=course.processes,
         progress=lambda title, total: journal.progress(f"round {index}: {title}", total),
+        warn=lambda text: journal.warn(f"round {index}: {text}"),
     )
 
 
@@ -218,7 +219,12 @@ def _held_out(course: Course, round_: Round, *, network: Network, protocol: Prot
     config = course.recipe.labeling
     source = network_predictor if config.align == "none" else network_scores
     predictor = source(network, protocol, SCALES[config.confidence])
-    return HeldOut(course.manifest.validation, predictor, course.path(round_, HELD_OUT))
+    return HeldOut(
+        course.manifest.validation,
+        predictor,
+        course.path(round_, HELD_OUT),
+        warn=lambda text: course.journal.warn(f"round {round_.index}: {text}"),
+    )
 
 
 def _prepare(course: Course, round_: Round, unlabeled: Sequence[Sample]) -> None:
