@@ -45,6 +45,11 @@ LONGEST = (
 """Files of tests, the longest first: they start first, or one process would work on them alone at the end."""
 
 
+FULL = os.environ.get("DARSEG_FULL") == "1"
+"""Whether tests that take long run as well."""
+thorough = pytest.mark.skipif(not FULL, reason="takes long: run with DARSEG_FULL=1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}

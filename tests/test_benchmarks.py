@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import REPOSITORY
+from conftest import REPOSITORY, thorough
 
 pytest.importorskip("timm")
 
@@ -73,7 +73,8 @@ def run(out: Path, *options: str, program: tuple[str, ...] = ()) -> dict[str, An
     return content
 
 
-@pytest.mark.slow  # 28 rows with 10 networks
+@pytest.mark.slow
+@thorough  # 28 rows with 10 networks; `make gpu DRY=1` runs them too
 def test_all_rows_are_measured_in_a_dry_run(tmp_path: Path) -> None:
     content = run(tmp_path / "gpu.json", "--seconds", "600")
     assert content["not_started"] == [] and len(content["rows"]) == 28

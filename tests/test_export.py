@@ -22,7 +22,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 import darseg
-from conftest import REPOSITORY, recipe_dict
+from conftest import REPOSITORY, recipe_dict, thorough
 from darseg.data.classes import ClassSet
 from darseg.demo.scenes import draw_scene
 from darseg.errors import ExportError, NumericsError
@@ -274,6 +274,7 @@ def assert_exported(network: Network, path: Path, varied: bool = True) -> None:
 
 
 @pytest.mark.slow
+@thorough
 def test_pooling_that_rounds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     plan = backbone.RESNETS["resnet101_caffe"]._replace(depths=(1, 1, 1, 1))
@@ -298,6 +299,7 @@ class SamePadded(torch.nn.Module):
 
 
 @pytest.mark.slow
+@thorough
 def test_padding_that_depends_on_the_size(spec: NetworkSpec, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     spec_of("timm/resnet18", 16)  # skips if timm is not installed
@@ -332,7 +334,7 @@ def test_dinov2s_positions_at_any_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=thorough)])
 def test_dpt_on_dinov2(suffix: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     network = with_positions(settled(spec_of("dpt/timm/vit_small_patch14_dinov2", 14)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import darseg
-from conftest import recipe_dict
+from conftest import recipe_dict, thorough
 from darseg.config.text import dump_recipe, load_recipe
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
@@ -508,7 +507,7 @@ def test_the_plan_of_a_transformer(recipe_file: Path, call: Callable) -> None:
     assert code == 0 and "backbone: does not learn" in out
 
 
-@pytest.mark.skipif(os.environ.get("DARSEG_FULL") != "1", reason="takes long: run with DARSEG_FULL=1")
+@thorough
 def test_dinov2_killed_ends_with_the_same_bytes(tiny_data: Path, tmp_path: Path) -> None:
     """DPT on DINOv2-S, 30 steps from random numbers, killed at two checkpoints."""
     values = recipe_dict(tiny_data)

@@ -20,14 +20,10 @@ import torch
 import yaml
 
 import forks
-from conftest import recipe_dict
+from conftest import recipe_dict, thorough
 from darseg.training.processes import SILENCE, notice_silence
 from test_processes import losses
 from wording import says
-
-thorough = pytest.mark.skipif(
-    os.environ.get("DARSEG_FULL") != "1", reason="takes long: run with DARSEG_FULL=1"
-)
 
 PATIENCE = 180
 """Seconds in which a node must have ended, however busy the machine is."""

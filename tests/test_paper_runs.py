@@ -6,20 +6,18 @@ One recipe trains its own network and the others a small one; with DARSEG_FULL=1
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import REPOSITORY
+from conftest import FULL, REPOSITORY
 from darseg.data.labels import read_label
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.run.directory import RunDirectory
 from draw_layouts import VOC_FURTHER, VOC_TRAIN, draw_cityscapes, draw_voc
 
-FULL = os.environ.get("DARSEG_FULL") == "1"
 RECIPES = REPOSITORY / "recipes"
 CITYSCAPES_RECIPES = [
     path.stem
