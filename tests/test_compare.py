@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections import Counter
@@ -445,6 +446,38 @@ def test_the_test_images_are_scored_when_all_runs_are_finished(
     assert run(out, path).returncode == 0
     counts = {name: content for name, content in outcome(once).items() if name.endswith("_counts.json")}
     assert counts == {name: content for name, content in outcome(out).items() if name in counts}
+
+
+def test_evidence_goes_to_another_machine_without_networks(
+    compared: tuple[Path, Path], tmp_path: Path, call
+) -> None:
+    """The page is the same there, nothing is trained again, and further runs are."""
+    path, once = compared
+    archive, out = tmp_path / "evidence" / "tiny.json.gz", tmp_path / "there"
+
+    def evidence(task: str, folder: Path, *changes: str) -> Any:
+        return forks.python(REPOSITORY / "scripts" / "evidence.py", task, path, folder, archive, *changes)
+
+    kept = evidence("keep", once)
+    assert kept.returncode == 0, kept.stderr
+    content = archive.read_bytes()
+    assert evidence("keep", once).returncode == 0 and archive.read_bytes() == content
+    assert str(tmp_path.parent).encode() not in gzip.decompress(content)
+    assert evidence("unpack", out).returncode == 0
+    assert not list(out.rglob("*.safetensors"))
+    ended = run(out, path)
+    assert ended.returncode == 0, ended.stderr
+    assert not list(out.rglob("*.safetensors"))
+    assert (out / "compare.json").read_bytes() == (once / "compare.json").read_bytes()
+    # A later variant trains its first round itself: the network that has it is not there.
+    cbst = "{name: cbst, changes: {labeling.method: cbst}}"
+    ended = run(out, path, f"variants=[{{name: dars}}, {cbst}]")
+    assert ended.returncode == 0, ended.stderr
+    networks = {file.relative_to(out / "runs").parts[0] for file in out.rglob("network.safetensors")}
+    assert networks == {"cbst"}
+    refusal = evidence("unpack", tmp_path / "other", "changes.training.batch=6")
+    assert refusal.returncode == 1 and "dars/2_seed_0: trained with another recipe" in refusal.stderr
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_plan_says_what_is_left(compared: tuple[Path, Path], call) -> None:
