@@ -177,9 +177,24 @@ def dynamic(how: DynamicLoss) -> Callable[..., Method]:
 def online(how: Consistency | Adversarial) -> Callable[..., Method]:
     def make(network: Network, optimizer: OptimizerKind | None = None) -> Method:
         learner = network_learner(network, optimizer or SGD())
-        return MAKERS[how.method](learner, how, Supervision(how.batch, auxiliary_weight=0.4), seed=(0, 0))
+        more = seconds(how, network)
+        return MAKERS[how.method](
+            learner, how, Supervision(how.batch, auxiliary_weight=0.4), seed=(0, 0), **more
+        )
 
     return make
+
+
+def seconds(how: Consistency | Adversarial, network: Network) -> dict[str, Network]:
+    """The second network of a method that has one: with the weights of the first, moved at random."""
+    if how.networks == 1:
+        return {}
+    second, generator = copy.deepcopy(network), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter *= 1 + 0.1 * noise.to(parameter)
+    return {"second": second}
 
 
 COUNTS = (5, 3, 2)
@@ -206,6 +221,16 @@ METHODS: Mapping[str, Callable[..., Method]] = {
         replace(FIXMATCH, views=1, accept=MeanAligned(ClassThresholds(), COUNTS))
     ),
     "fixmatch_aligned": online(replace(FIXMATCH, views=1, accept=Aligned(0.5, window=2, counts=COUNTS))),
+    "cps": online(replace(FIXMATCH, method="cps", views=1, teacher=None)),
+    "cps_plain_aligned": online(
+        replace(
+            FIXMATCH,
+            method="cps",
+            views=1,
+            mixing="none",
+            accept=Realigned(Aligned(0.5, 2, COUNTS), 2, counts=COUNTS),
+        )
+    ),
     "advsemiseg": online(ADVSEMISEG),
     "s4gan": online(S4GAN),
     "unimatch": online(replace(FIXMATCH, method="unimatch", teacher=None)),
@@ -216,6 +241,8 @@ SUMMED = {name: make for name, make in METHODS.items() if name != "s4gan"}
 RESUMED = [*SUMMED] if FULL else ["everything", "fixmatch_realigned"]
 """Those that are resumed on two processes: without DARSEG_FULL=1 two whose state is sums over processes."""
 NARROW = (8, 8, 16, 16)
+LEARN = ("network", "second")
+"""Learners that segment images."""
 
 
 @pytest.fixture(autouse=True)
@@ -231,9 +258,10 @@ def frozen(method: Method) -> Method:
     """The method with BatchNorm's statistics held and nothing dropped: images then do not see each other."""
 
     def loss(forward: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
-        for module in method.network.modules():
-            if isinstance(module, nn.BatchNorm2d | nn.Dropout2d):
-                module.eval()
+        for learner in method.learners:
+            for module in learner.module.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.Dropout2d) and learner.name in LEARN:
+                    module.eval()
         return method.loss(forward, batches, step)
 
     return replace(method, loss=loss)
@@ -424,7 +452,7 @@ def test_a_step_that_is_not_finite_moves_nothing(name: str) -> None:
     # the forward pass, before there is a loss.
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     for key, value in tensors(captured[-1]).items():
-        if not (key.startswith("network/") and key.endswith(statistics)):
+        if not (key.startswith(("network/", "method/second.")) and key.endswith(statistics)):
             assert torch.equal(value, kept[-1][key]), key
 
 

@@ -45,7 +45,7 @@ from darseg.training.loss import squared_error
 from darseg.training.method import Feed, Streamed, stay
 from darseg.training.optimize import SGD
 from darseg.training.stage import Stage, run_stage
-from test_methods import IMAGES, network_learner, run, stream_of, tensors
+from test_methods import IMAGES, network_learner, run, seconds, stream_of, tensors
 from test_stage import CLASSES, DEEPLAB, SIDE, build
 from wording import refused
 
@@ -75,7 +75,8 @@ def labeled_at(step: int = 0) -> Batch:
 
 def make(how: Consistency, network: nn.Module | None = None, auxiliary_weight: float = 0.0):
     learner = network_learner(network or build(DEEPLAB), SGD())
-    return MAKERS[how.method](learner, how, Supervision(IMAGES, auxiliary_weight), seed=(0, 1))
+    more = seconds(how, learner.module)
+    return MAKERS[how.method](learner, how, Supervision(IMAGES, auxiliary_weight), seed=(0, 1), **more)
 
 
 # --- the teacher

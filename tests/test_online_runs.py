@@ -25,6 +25,7 @@ from darseg.model.weights import load_network
 from darseg.run.browse import open_round
 from darseg.run.check import plan
 from darseg.run.marks import mark_bad
+from darseg.run.online import unused_online
 from darseg.run.plan import plan_rounds
 from darseg.run.rounds import train
 from darseg.run.steps.train import settings_of
@@ -343,6 +344,7 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
     digests.add(digest())
     changes = (
         {"method": "mean_teacher"},
+        {"method": "cps"},
         {"above": 0.9},
         {"aligned": {"ratio": 0.4, "window": 1}},
         {"aligned": {"ratio": 0.5, "window": 1}},
@@ -366,6 +368,27 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
         recipe["online"] = change
         digests.add(digest())
     assert len(digests) == 3 + len(changes)
+
+
+def test_keys_of_online_that_do_nothing_are_named(tiny_data: Path, tmp_path: Path) -> None:
+    """No error: variants of an experiment change the rounds of a recipe, and leave its section online as it is."""
+    recipe = recipe_dict(tiny_data)
+    recipe["rounds"] = [{"steps": 1}]
+    assert unused_online(load_recipe(write(recipe, tmp_path))) is None
+    recipe["online"] = {"method": "fixmatch", "above": 0.9}  # the method is the default
+    loaded = load_recipe(write(recipe, tmp_path))
+    (note,) = plan(loaded).notes
+    says(note, "use: online", "online.method, online.above")
+    train(tmp_path / "online.yaml", tmp_path / "run")
+    assert note in [event["text"] for event in events_of(tmp_path / "run", "note")]
+    # A run folder's recipe has every key: those at their defaults are not the user's.
+    assert unused_online(load_recipe(tmp_path / "run" / "recipe.yaml")) == note.replace("online.method, ", "")
+    changed = load_recipe(
+        write(recipe_dict(tiny_data), tmp_path), ["online.weight=1.0", "rounds=[{steps: 1}]"]
+    )
+    assert "online.weight" in (unused_online(changed) or "")
+    recipe["rounds"] = [{"steps": 2, "use": "online"}]
+    assert unused_online(load_recipe(write(recipe, tmp_path))) is None
 
 
 @pytest.mark.parametrize(

@@ -262,6 +262,19 @@ def test_every_method_and_mixing(
             assert shares == [[[], []]] * 2
 
 
+def test_labels_of_a_second_network_are_not_shown(trained: tuple[Path, list], tmp_path: Path) -> None:
+    """It begins with the round; the first network, which is trained, labels for it alone."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    saved["online"] = {"method": "cps"}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    batch = drawn(tmp_path / "run", round_index=1)[1]
+    says(batch.note, "second network")
+    assert batch.images and {tile.caption for image in batch.images for view in image.views for tile in view} == {
+        "strong view", "mixed",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("name", get_args(OnlineMethod))
 def test_feeds_are_known_without_a_network(tiny_data: Path, name: str) -> None:
     """They are those of the method that trains."""

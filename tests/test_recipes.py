@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from conftest import REPOSITORY
-from darseg.choices import OnlineMethod
+from darseg.choices import Mixing, OnlineMethod
 from darseg.config.text import load_recipe
-from darseg.data.colors import Colors
-from darseg.data.unlabeled import Boxes
+from darseg.data.colors import UNCHANGED, Colors
+from darseg.data.unlabeled import Boxes, StrongViews
 from darseg.methods.acceptance import Above
 from darseg.methods.adversarial import Adversarial
+from darseg.methods.consistency import Consistency
 from darseg.methods.dynamic import DynamicLoss
 from darseg.model.network import NetworkSpec
 from darseg.run.check import plan
@@ -293,6 +294,11 @@ JUDGED = {
         (257, 513), (0.5, 0.5), True, 8, 30_000, (0, 0.75), replace(S4GAN, above=0.7, learning_rate=1e-5), HALVED, EIGHTH
     ),
 }  # fmt: skip
+# CPS's release: SGD at 0.01 on 4 GPUs, whose gradients are divided by 4 once too often. Its loss weight and mixing.
+CROSSED: dict[str, tuple[float, Mixing]] = {
+    "voc_1of8_cps_r50": (1.0, "cutmix"),
+    "voc_1of8_cps_plain_r50": (1.5, "none"),
+}
 OTHERS = {"camvid_1of8", "neu_seg_48", "own_images_cpu"}
 
 
@@ -313,7 +319,9 @@ def draw_own_names(root: Path) -> None:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.stem for path in RECIPES} == {*PUBLISHED, *ON_DINO, *ONLINE, *DYNAMIC, *JUDGED, *OTHERS}
+    assert {path.stem for path in RECIPES} == {
+        *PUBLISHED, *ON_DINO, *ONLINE, *CROSSED, *DYNAMIC, *JUDGED, *OTHERS,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ON_DINO)
@@ -404,6 +412,32 @@ def test_an_online_recipe_plans_its_settings(
         monkeypatch.setattr("darseg.run.check.plan", lambda *_: planned)  # building it again takes seconds
         code, out, _ = call("plan", path, change)
         assert code == 0 and printed(out) in (REPOSITORY / "docs" / "networks.md").read_text(), out
+
+
+@pytest.mark.parametrize("name", CROSSED)
+def test_a_recipe_with_two_networks_plans_its_settings(name: str, names: dict[Any, Path]) -> None:
+    path = REPOSITORY / "recipes" / f"{name}.yaml"
+    recipe = load_recipe(path, [f"data.root={names[VOC_EIGHTH]}"])
+    (row,) = plan_rounds(recipe, labeled=1322, unlabeled=9260, fills={0: (0, 0, 0)})
+    assert (row.steps, row.batch, row.span) == (34 * (9260 // 8), 8, (0, 1))
+    how, learner, schedule = row.augmentation, learner_settings(recipe, row), stage_of(recipe, row).schedule
+    assert (how.scale, how.rotate, how.blur, how.mirror, how.colors) == ((0.5, 2.0), 0, False, True, None)
+    assert (row.learning_rate, learner.head_factor) == (0.01 / 4, 1)
+    assert learner.optimizer == SGD(momentum=0.9, weight_decay=4 * 1e-4)
+    assert (schedule.kind, schedule.power, recipe.result.align) == ("poly", 0.9, "off")
+    weight, mixing = CROSSED[name]
+    strong = StrongViews(UNCHANGED, Boxes(share=1.0, area=(0.25, 0.5), aspect=None))
+    assert row.online == Consistency(
+        "cps", 8, strong=strong, mixing=mixing, accept=Above(0.0), weight=weight, teacher=None
+    )
+    if mixing == "none":  # the networks take seconds
+        return
+    planned = plan(recipe)
+    assert planned.network == "deeplabv3plus, resnet50_deep, output stride 16, crops 513x513"
+    assert tuple(planned.images.values()) == (*VOC_EIGHTH, 0)
+    assert planned.evaluation.startswith("own size, windows 513x513 with stride 2/3, no mirror, scales [1.0]")
+    memory = f"{(planned.state_bytes + planned.activation_bytes) / 1e9:.0f} GB in fp32"
+    assert memory in path.read_text()
 
 
 @pytest.mark.parametrize("name", DYNAMIC)

@@ -106,10 +106,12 @@ class OnlineConfig(Section):
         if self.adversarial is not None:
             yield ("adversarial",), f"has no effect with online.method: {self.method}; remove it"
         yield from self._faults_of_acceptance()
-        if self.labeler == "student" and self.teacher is not None:
+        if self.labeler == "student" and self.teacher is not None and self.method != "cps":
             yield ("teacher",), "has no effect with online.labeler: student; remove one of them"
         if self.labeler == "student" and self.method == "mean_teacher":
             yield ("labeler",), "mean_teacher is defined by its teacher; remove the key, or use fixmatch"
+        if self.labeler is not None and self.method == "cps":
+            yield ("labeler",), "has no effect with cps, whose two networks label for each other; remove it"
         if self.method == "unimatch_v2" and self.strong_views not in (None, 2):
             yield (
                 ("strong_views",),

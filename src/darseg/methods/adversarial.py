@@ -74,6 +74,11 @@ class Adversarial:
         return 1
 
     @property
+    def networks(self) -> int:
+        """Networks of which each learns from all images."""
+        return 1
+
+    @property
     def weight(self) -> float:
         """Never 0: the discriminator learns from predictions of unlabeled images, whatever the network does."""
         return 1.0

@@ -1,9 +1,9 @@
 """Learn from unlabeled images while training: strong views get the labels of the weak view.
 
 FixMatch, as UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025) has it for segmentation. What all such methods share is
-here too: their settings (`Consistency`), their state, and the prediction of weak views. A
-further method is a function like `fixmatch`, here or in a file of its own (unimatch.py, mean_teacher.py), a value of
-`OnlineMethod` (choices.py), and a case of `online_method` in run/online.py.
+here too: their settings (`Consistency`), their state, and the prediction of weak views. A further method is a function
+like `fixmatch`, here or in a file of its own (unimatch.py, mean_teacher.py, cps.py), a value of `OnlineMethod`
+(choices.py), and an entry of `PUBLISHED` and `MAKERS` in run/online.py.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Consistency:
         mixing: how images of a batch are mixed in pairs, with their labels.
         accept: which predictions are learned from.
         weight: of the loss of the unlabeled images; at 0 they are labeled and counted, but not learned from.
-        teacher: labels the weak views; None: the network itself does, in eval mode.
+        teacher: labels the weak views; None: the network itself does, in eval mode. Of cps it labels nothing.
     """
 
     method: OnlineMethod
@@ -78,8 +78,13 @@ class Consistency:
 
     @property
     def passes(self) -> int:
-        """Images that go through the network for the loss of an unlabeled image."""
+        """Images that go through a network for the loss of an unlabeled image."""
         return self.views + (self.method == "unimatch")
+
+    @property
+    def networks(self) -> int:
+        """Networks that learn at once, each from all images."""
+        return 2 if self.method == "cps" else 1
 
 
 class OnlineState(nn.Module):
@@ -143,7 +148,7 @@ def strong_batches(
     accepted = accept(how.accept, state.acceptance, predicted)
     classes = probabilities.shape[1]
     masks = mixing_masks(how.mixing, views, accepted, classes=classes, seed=seed)
-    return accepted, [_mixed(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
+    return accepted, [mixed_view(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
 
 
 def unlabeled_method(
@@ -187,14 +192,8 @@ def unlabeled_method(
 
     def moved(state: nn.Module, network: nn.Module, seen: Mapping[str, Tensor], step: int) -> None:
         assert isinstance(state, OnlineState)
-        if how.teacher is not None and state.teacher is not None:
-            state.teacher.follow(network, how.teacher, step)
+        teacher_follows(state, network, how, step=step)
         advance(how.accept, state.acceptance, seen, step=step)
-
-    def outcome(state: nn.Module, network: nn.Module) -> nn.Module:
-        assert isinstance(state, OnlineState)
-        saved = how.teacher is not None and how.teacher.result and state.teacher is not None
-        return state.teacher.network if saved else network
 
     return Method(
         feeds=feeds(labeled.size, how),
@@ -203,8 +202,21 @@ def unlabeled_method(
         label=label,
         moved=moved,
         state=OnlineState(network, how),
-        outcome=outcome,
+        outcome=lambda state, network: saved_network(state, network, how),
     )
+
+
+def teacher_follows(state: OnlineState, network: nn.Module, how: Consistency, *, step: int) -> None:
+    """Let the teacher, if there is one, move toward the network."""
+    if how.teacher is not None and state.teacher is not None:
+        state.teacher.follow(network, how.teacher, step)
+
+
+def saved_network(state: nn.Module, network: nn.Module, how: Consistency) -> nn.Module:
+    """The network that a round saves: the teacher if there is one that is the result."""
+    assert isinstance(state, OnlineState)
+    saved = how.teacher is not None and how.teacher.result and state.teacher is not None
+    return state.teacher.network if saved else network
 
 
 def feeds(batch: int, how: Consistency) -> tuple[Feed, ...]:
@@ -214,11 +226,13 @@ def feeds(batch: int, how: Consistency) -> tuple[Feed, ...]:
 
 def predict_weak(state: OnlineState, network: nn.Module, views: Views) -> Tensor:
     """Logits of the weak views, float [B, K, H, W]: the teacher's, or the network's in eval mode."""
-    if state.teacher is not None:
-        logits = state.teacher.network(views.weak).main
-    else:
-        with in_eval_mode(network):
-            logits = network(views.weak).main
+    return eval_logits(network if state.teacher is None else state.teacher.network, views)
+
+
+def eval_logits(network: nn.Module, views: Views) -> Tensor:
+    """What a network answers to the weak views in eval mode, float [B, K, H, W], in float32 at least."""
+    with in_eval_mode(network):
+        logits = network(views.weak).main
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -253,7 +267,7 @@ def mixed_with(own: Tensor, mask: tuple[Tensor, Tensor] | None) -> Tensor:
     return own if mask is None else mix(own, *mask)
 
 
-def _mixed(views: Views, accepted: Accepted, view: int, *, mask: tuple[Tensor, Tensor] | None) -> Batch:
+def mixed_view(views: Views, accepted: Accepted, view: int, *, mask: tuple[Tensor, Tensor] | None) -> Batch:
     """A strong view with the accepted labels, all mixed alike."""
     return Batch(
         images=mixed_with(views.strong[view], mask),

@@ -63,7 +63,11 @@ def counts_by_class(views: Views, accepted: Accepted, classes: int) -> Figures:
 def student_counts(network: nn.Module, views: Views, accepted: Accepted) -> Figures:
     """How the network that learns answers the weak views, compared with what labels them."""
     with in_eval_mode(network):
-        student = network(views.weak).main.argmax(1).to(torch.uint8)
+        return compared_counts(network(views.weak).main.argmax(1).to(torch.uint8), views, accepted)
+
+
+def compared_counts(student: Tensor, views: Views, accepted: Accepted) -> Figures:
+    """How classes of the network that learns, uint8 [B, H, W], compare with those of what labels it."""
     counts = {AGREED: (views.inside & (student == accepted.predicted)).sum()}
     if views.truth is not None:
         known = views.inside & (views.truth != IGNORE)

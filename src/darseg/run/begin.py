@@ -20,7 +20,7 @@ from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.journal import ABSENT
 from darseg.run.labelers import who_labels
-from darseg.run.online import describe_online
+from darseg.run.online import describe_online, unused_online
 from darseg.run.plan import class_weights_of, describe_shares
 from darseg.run.records import read_plain
 from darseg.run.steps.align import why_off
@@ -99,6 +99,9 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
     for round_ in course.rounds:
         if round_.online is not None:
             journal.say(f"Round {round_.index}: {describe_online(round_.online)}")
+    if unused := unused_online(course.recipe):
+        journal.event("note", text=unused)
+        journal.say(f"{unused[0].upper()}{unused[1:]}.")
     if course.processes.count > 1:
         journal.say(describe_shares(course.rounds, course.processes.count))
     if not locked:

@@ -36,7 +36,7 @@ from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
 from darseg.run.memory import memory_of
-from darseg.run.online import describe_discriminator, describe_online, teacher_of
+from darseg.run.online import describe_discriminator, describe_online, teacher_of, unused_online
 from darseg.run.plan import (
     Round,
     class_weights_of,
@@ -349,21 +349,28 @@ def _has_batchnorm(network: Network) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
+def _online_notes(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
+    """What online rounds do, and with what discriminators; or which keys are of no use without such rounds."""
+    online = [(planned.index, planned.online) for planned in rounds if planned.online is not None]
+    notes = [
+        f"round {index} learns from unlabeled images while it trains, by {describe_online(how)}"
+        for index, how in online
+    ]
+    notes += [
+        f"round {index}: {describe_discriminator(how, spec_of(recipe.at(index)).classes)}"
+        for index, how in online
+        if isinstance(how, Adversarial)
+    ]
+    unused = unused_online(recipe)
+    return notes if unused is None else [*notes, unused]
+
+
 def _notes(
     recipe: Recipe, rounds: Sequence[Round], networks: Mapping[int, Network], *, processes: int
 ) -> tuple[str, ...]:
     notes = [describe_shares(rounds, processes)] if processes > 1 else []
-    notes += [
-        f"round {planned.index} learns from unlabeled images while it trains, by {describe_online(planned.online)}"
-        for planned in rounds
-        if planned.online is not None
-    ]
+    notes += _online_notes(recipe, rounds)
     notes += [f"rounds with pseudo labels learn by {line}" for line in describe_dynamic(recipe)]
-    notes += [
-        f"round {planned.index}: {describe_discriminator(planned.online, spec_of(recipe.at(planned.index)).classes)}"
-        for planned in rounds
-        if isinstance(planned.online, Adversarial)
-    ]
     if teacher := teacher_of(recipe):
         notes.append(
             f"rounds that are not online save the running average of the weights, decay {teacher.decay:g}"

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+
 from darseg.errors import RecipeError
-from darseg.model.network import Network
+from darseg.model.network import Network, NetworkSpec
 from darseg.model.vit import Transformer
 from darseg.training.loss import LabeledLoss
 from darseg.training.method import Learner, all_decay
 from darseg.training.optimize import (
+    BACKBONE,
     SGD,
     OptimizerKind,
     faster_blocks,
@@ -17,6 +23,12 @@ from darseg.training.optimize import (
     only_matrices,
     slower_layers,
 )
+
+SECOND_DRAWS = 1 << 22
+"""Part of the seed with which a second network begins; those of other draws of a round have smaller numbers there."""
+
+NORMALIZATION = ("mean", "std")
+"""Buffers of a network."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +74,28 @@ def learner_of(settings: LearnerSettings, network: Network) -> Learner:
         rate_factor=rate_factor,
         decays=all_decay if settings.decay_vectors else only_matrices,
     )
+
+
+def second_network(
+    network: Network, spec: NetworkSpec, *, seed: Sequence[int], drop_path: float = 0.0, whole: bool = False
+) -> Network:
+    """A network as another, prepared for training alike, with other weights at the beginning.
+
+    Its heads are drawn from the seed; its backbone is a copy. Other random numbers are not moved.
+
+    Args:
+        spec: of the network.
+        seed: of the round.
+        whole: the backbone is drawn, too, since that of the other begins from random numbers.
+    """
+    second = copy.deepcopy(network)
+    with torch.random.fork_rng(devices=[]):
+        entropy = np.random.SeedSequence((*seed, SECOND_DRAWS))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+        drawn = spec.build(drop_path).state_dict()
+    with torch.no_grad():
+        for name, value in second.state_dict().items():
+            # The normalization of images is no weight: it is that of the network.
+            if name not in NORMALIZATION and (whole or not name.startswith(BACKBONE)):
+                value.copy_(drawn[name])
+    return second

@@ -56,19 +56,24 @@ def memory_of(recipe: Recipe, rounds: Sequence[Round], learner: Learner, *, proc
         )
         for (height, width), images in most.items()
     ]
+    learn_at_once = max(planned.online.networks if planned.online else 1 for planned in rounds)
     return Memory(
-        memories[0][0] + _teacher_bytes(recipe, rounds, network) + judged[0],
+        learn_at_once * memories[0][0] + _teacher_bytes(recipe, rounds, network) + judged[0],
         max(activations for _, activations in memories) + judged[1],
     )
 
 
 def _images(planned: Round, micro_batch: int | None, processes: int) -> int:
-    """Images whose activations a process keeps until the backward pass: of all parts of a micro-batch."""
+    """Images whose activations a process keeps until the backward pass: of all parts of a micro-batch.
+
+    An image counts once for each network that learns it.
+    """
     if planned.online is None:
         shares = [share // processes for share in (planned.batch, planned.pseudo_batch) if share]
         return sum(max(parts) for parts in part_sizes(shares, micro_batch))
     labeled, unlabeled = _largest_parts(planned, planned.online.batch, micro_batch, processes=processes)
-    return labeled + (planned.online.passes * unlabeled if planned.online.weight else 0)
+    how = planned.online
+    return how.networks * (labeled + (how.passes * unlabeled if how.weight else 0))
 
 
 def _largest_parts(

@@ -34,6 +34,7 @@ from darseg.methods.acceptance import (
 )
 from darseg.methods.adversarial import BETAS, Adversarial, advsemiseg, s4gan
 from darseg.methods.consistency import Consistency, Supervision, fixmatch
+from darseg.methods.cps import cps
 from darseg.methods.figures import (
     ACCEPTED,
     ACCEPTED_BY,
@@ -53,11 +54,19 @@ from darseg.methods.realigned import WeightSearch
 from darseg.methods.teacher import TeacherSettings
 from darseg.methods.unimatch import unimatch, unimatch_v2
 from darseg.model.discriminators import check_crop
+from darseg.model.network import Network
 from darseg.training.method import Feed, Learner, Method
 
 PUBLISHED: Mapping[OnlineMethod, Consistency | Adversarial] = {
     "advsemiseg": Adversarial(
         "advsemiseg", batch=2, labeled=0.01, unlabeled=0.001, self_training=0.1, above=0.2
+    ),
+    "cps": Consistency(
+        "cps",
+        batch=2,
+        strong=StrongViews(UNCHANGED, Boxes(share=1.0, area=(0.25, 0.5), aspect=None)),
+        accept=Above(0.0),
+        teacher=None,
     ),
     "fixmatch": Consistency("fixmatch", batch=2),
     "mean_teacher": Consistency(
@@ -72,20 +81,21 @@ PUBLISHED: Mapping[OnlineMethod, Consistency | Adversarial] = {
     "unimatch_v2": Consistency("unimatch_v2", batch=2, views=2),
 }
 """Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al.;
-UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC."""
+UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC; CPS with CutMix for VOC."""
 
 SELF_TRAINING_AFTER = 5000 / 20_000
 """Share of the steps after which AdvSemiSeg trains itself: its release begins at step 5,000 of 20,000."""
 
 MAKERS: Mapping[OnlineMethod, Callable[..., Method]] = {
     "advsemiseg": advsemiseg,
+    "cps": cps,
     "fixmatch": fixmatch,
     "mean_teacher": mean_teacher,
     "s4gan": s4gan,
     "unimatch": unimatch,
     "unimatch_v2": unimatch_v2,
 }
-"""Method → the function that makes it; arguments as of `fixmatch`."""
+"""Method → the function that makes it; arguments as of `fixmatch`. That of cps takes the second network, too."""
 
 
 def colors_of(config: ColorsConfig | None) -> Colors | None:
@@ -103,6 +113,22 @@ def _teacher(config: TeacherConfig | None, usual: TeacherSettings) -> TeacherSet
     if config is None:
         return usual
     return TeacherSettings(usual.decay if config.decay is None else config.decay, config.result)
+
+
+def unused_online(recipe: Recipe) -> str | None:
+    """Which keys of `online` have no effect, since no round is online, as a sentence; None if there are none.
+
+    It is no error: variants of an experiment change the rounds of one recipe, and leave its other sections as they are.
+    """
+    if any(config.use == "online" for config in recipe.rounds):
+        return None
+    fields, given = OnlineConfig.model_fields, set(recipe.online.model_fields_set)
+    if "online" not in recipe.model_fields_set or given == set(fields):  # a run folder's recipe has all keys
+        given = {name for name, value in recipe.online if value != fields[name].default}
+    if not given:
+        return None
+    keys = ", ".join(f"online.{name}" for name in fields if name in given)
+    return f"no round has use: online, so {keys} will do nothing. Set use: online in a round, or remove the section"
 
 
 def online_of(recipe: Recipe, batch: int) -> Consistency | Adversarial:
@@ -243,14 +269,18 @@ def online_method(
     *,
     counts: Sequence[int],
     seed: Sequence[int],
+    second: Callable[[], Network],
 ) -> Method:
     """The method of an online round.
 
     Args:
         counts: labeled pixels per class; the other arguments are those of `fixmatch`.
+        second: makes the second network of a method that has one.
     """
     if isinstance(how, Consistency):
         how = replace(how, accept=with_prior(how.accept, counts))
+    if how.networks > 1:
+        return MAKERS[how.method](learner, how, labeled, seed=seed, second=second())
     return MAKERS[how.method](learner, how, labeled, seed=seed)
 
 
@@ -259,7 +289,12 @@ def describe_online(how: Consistency | Adversarial) -> str:
     if isinstance(how, Adversarial):
         return _describe_adversarial(how)
     labels = "by the network itself"
-    if how.teacher is not None:
+    if how.networks > 1:
+        first = (
+            "" if how.teacher is not None and how.teacher.result else ", of which the round saves the first"
+        )
+        labels = f"by two networks for each other{first}{_described_average(how.teacher)}"
+    elif how.teacher is not None:
         saved = "which the round saves" if how.teacher.result else "which is not saved"
         labels = f"by a teacher of decay {how.teacher.decay:g}, {saved}"
     return (
@@ -279,11 +314,16 @@ def _describe_adversarial(how: Adversarial) -> str:
             trusted = f"images that its discriminator scores above {how.above:g}"
     own = f"self-training of weight {how.self_training:g} from step {how.start} on, of {trusted}"
     padding = "; padding counts like pixels of images" if how.padding else ""
-    saved = ""
-    if how.teacher is not None:
-        saved = f"; a running average of decay {how.teacher.decay:g}"
-        saved += ", which the round saves" if how.teacher.result else ", which is not saved"
-    return f"{how.method}: {how.batch} unlabeled images a step, {losses}, {own}{padding}{saved}"
+    average = _described_average(how.teacher)
+    return f"{how.method}: {how.batch} unlabeled images a step, {losses}, {own}{padding}{average}"
+
+
+def _described_average(teacher: TeacherSettings | None) -> str:
+    """A running average that labels nothing, as the end of a sentence; empty if there is none."""
+    if teacher is None:
+        return ""
+    saved = "which the round saves" if teacher.result else "which is not saved"
+    return f"; a running average of decay {teacher.decay:g}, {saved}"
 
 
 def describe_discriminator(how: Adversarial, classes: int) -> str:
@@ -299,7 +339,7 @@ def describe_discriminator(how: Adversarial, classes: int) -> str:
 def _described(rule: Acceptance) -> str:
     match rule:
         case Above(threshold):
-            return f"labels at confidences from {threshold:g} on"
+            return f"labels at confidences from {threshold:g} on" if threshold else "labels for all pixels"
         case Aligned(ratio, window):
             return (
                 f"labels for a share of {ratio:g} of the pixels, with the class mix of the labeled ones (thresholds "

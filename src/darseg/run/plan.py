@@ -19,9 +19,9 @@ from darseg.model.network import Network
 from darseg.model.recompute import recompute_blocks
 from darseg.pseudo.labeling import Ratio
 from darseg.run.best import check_keep
-from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device
+from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device, spec_of
 from darseg.run.dynamic import dynamic_of, rounds_method
-from darseg.run.learners import LearnerSettings, learner_of
+from darseg.run.learners import LearnerSettings, learner_of, second_network
 from darseg.run.online import colors_of, fitted, online_method, online_of, teacher_of, undivided
 from darseg.training.loss import LabeledLoss, balanced_weights
 from darseg.training.method import Method
@@ -290,6 +290,13 @@ def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[
             Supervision(round_.batch, auxiliary_weight, settings.labeled_loss),
             counts=counts,
             seed=(recipe.seed, round_.index),
+            second=lambda: second_network(
+                network,
+                spec_of(recipe),
+                seed=(recipe.seed, round_.index),
+                drop_path=recipe.network.drop_path,
+                whole=round_.begins == round_.index and recipe.network.weights == "none",
+            ),
         )
     method = rounds_method(
         learner,

@@ -217,11 +217,14 @@ class _Shown:
 def _methods(source: _Source) -> tuple[Method, Method] | None:
     """The method of an online round with the network that it starts from, and the same without mixing.
 
-    None if the round is not online, if a discriminator judges its labels, or if that network is not trained.
+    None if the round is not online, if that network is not trained, or if another one has a say in the labels: a
+    discriminator, or a second network, which begins with the round.
     """
     round_, run = source.round, source.run
     how = round_.online
-    if not isinstance(how, Consistency) or run is None or round_.begins == round_.index:
+    if not isinstance(how, Consistency) or how.networks > 1:
+        return None
+    if run is None or round_.begins == round_.index:
         return None
     if not (path := run.network(_goes_on_from(source, run))).exists():
         return None
@@ -306,6 +309,8 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
             )
     if isinstance(source.round.online, Adversarial):
         note = "The network labels for itself as it trains, where its discriminator trusts it, so no labels are shown."
+    elif source.round.online is not None and source.round.online.networks > 1:
+        note = "Labels are made by a second network, which begins with the round, so none are shown."
     if any(sample.label is not None for sample in unlabeled):
         note += " The truth is shown where it is known; nothing is learned from it."
     return unlabeled, TRUTH, note

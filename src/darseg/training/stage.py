@@ -198,7 +198,8 @@ class _Loop:
         optimization.step()
         with torch.no_grad():
             if self.looks_at_statistics:
-                self.processes.average_statistics(method.network)
+                for learner in method.learners:
+                    self.processes.average_statistics(learner.module)
             method.moved(method.state, method.network, self.processes.sum_seen(labeled.seen), step)
         if stage.reports(step):
             figures = self.processes.add_figures(figures)
