@@ -3,8 +3,9 @@
 They have the same shape and begin with other weights. Both learn the labeled images, and on unlabeled ones the classes
 that the other predicts. The second network is a learner of its own, and a part of the state; the round saves the first.
 
-One point is not as released: both networks label in eval mode, before the step, so that processes add up, and so that
-the rules of acceptance and alignment work as in the other methods. Each network's labels have a rule of their own.
+One point is not as released: both networks label the unlabeled images in eval mode, before the step, so that processes
+add up, and so that the rules of acceptance and alignment work as in the other methods. Each network's labels have a rule
+of their own.
 """
 
 from __future__ import annotations
