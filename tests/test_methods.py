@@ -238,8 +238,9 @@ METHODS: Mapping[str, Callable[..., Method]] = {
 }
 SUMMED = {name: make for name, make in METHODS.items() if name != "s4gan"}
 """Those whose micro-batches and processes add up to one batch."""
-RESUMED = [*SUMMED] if FULL else ["everything", "fixmatch_realigned"]
-"""Those that are resumed on two processes: without DARSEG_FULL=1 two whose state is sums over processes."""
+RESUMED = [*SUMMED] if FULL else ["everything", "fixmatch_realigned", "cps"]
+"""Those that are resumed on two processes: without DARSEG_FULL=1 two whose state is sums over processes, and one with
+a second network that has statistics."""
 NARROW = (8, 8, 16, 16)
 LEARN = ("network", "second")
 """Learners that segment images."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import FULL, REPOSITORY
+from conftest import FULL, REPOSITORY, thorough
 from darseg.data.labels import read_label
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.run.directory import RunDirectory
@@ -226,7 +226,7 @@ def test_voc_on_dinov2(downloads, call, tmp_path: Path) -> None:
         "voc_1464_unimatch_r101",
         "voc_1464_fixmatch_r101",
         "voc_1of8_cps_r50",
-        "voc_1of8_cps_plain_r50",
+        pytest.param("voc_1of8_cps_plain_r50", marks=thorough),
     ],
 )
 def test_online_recipes(name: str, downloads, call, tmp_path: Path) -> None:
