@@ -221,14 +221,13 @@ METHODS: Mapping[str, Callable[..., Method]] = {
         replace(FIXMATCH, views=1, accept=MeanAligned(ClassThresholds(), COUNTS))
     ),
     "fixmatch_aligned": online(replace(FIXMATCH, views=1, accept=Aligned(0.5, window=2, counts=COUNTS))),
-    "cps": online(replace(FIXMATCH, method="cps", views=1, teacher=None)),
-    "cps_plain_aligned": online(
+    "cps": online(
         replace(
             FIXMATCH,
             method="cps",
             views=1,
             mixing="none",
-            accept=Realigned(Aligned(0.5, 2, COUNTS), 2, counts=COUNTS),
+            accept=Realigned(Aligned(0.5, 2, COUNTS), window=2, counts=COUNTS),
         )
     ),
     "advsemiseg": online(ADVSEMISEG),

@@ -350,7 +350,7 @@ def _has_batchnorm(network: Network) -> bool:
 
 
 def _online_notes(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
-    """What online rounds do, and with what discriminators; or which keys are of no use without such rounds."""
+    """What online rounds do, and their discriminators; or which keys do nothing without such rounds."""
     online = [(planned.index, planned.online) for planned in rounds if planned.online is not None]
     notes = [
         f"round {index} learns from unlabeled images while it trains, by {describe_online(how)}"

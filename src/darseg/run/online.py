@@ -116,7 +116,7 @@ def _teacher(config: TeacherConfig | None, usual: TeacherSettings) -> TeacherSet
 
 
 def unused_online(recipe: Recipe) -> str | None:
-    """Which keys of `online` have no effect, since no round is online, as a sentence; None if there are none.
+    """Which keys of `online` do nothing, since no round is online, as a sentence; None if all do.
 
     It is no error: variants of an experiment change the rounds of one recipe, and leave its other sections as they are.
     """
