@@ -1,4 +1,4 @@
-"""Cross pseudo supervision: two networks that learn from each other, against slow versions of its losses."""
+"""Cross pseudo supervision: two networks that learn from each other, against slow losses."""
 
 from __future__ import annotations
 
