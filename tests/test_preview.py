@@ -271,7 +271,7 @@ def test_labels_of_a_second_network_are_not_shown(trained: tuple[Path, list], tm
     batch = drawn(tmp_path / "run", round_index=1)[1]
     says(batch.note, "second network")
     assert batch.images and {tile.caption for image in batch.images for view in image.views for tile in view} == {
-        "strong view", "mixed",
+        "strong view", "mixed", f"mixed {TRUTH}",
     }  # fmt: skip
 
 
