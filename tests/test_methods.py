@@ -30,6 +30,7 @@ from darseg.methods.acceptance import Above, Aligned, ClassThresholds, MeanAlign
 from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency, Supervision
 from darseg.methods.dynamic import DynamicLoss, dynamic_self_training
+from darseg.methods.mlmt import Mlmt, mlmt
 from darseg.methods.self_training import self_training
 from darseg.methods.teacher import TeacherSettings, with_teacher
 from darseg.model import discriminators
@@ -197,6 +198,20 @@ def seconds(how: Consistency | Adversarial, network: Network) -> dict[str, Netwo
     return {"second": second}
 
 
+class ImageLevel(Network):
+    """A network that says which classes whole images show."""
+
+    def forward(self, images: Tensor, feature_masks: Sequence[Tensor] = ()) -> Tensor:  # ty: ignore[invalid-method-override]
+        return super().forward(images, feature_masks).main.mean((2, 3))
+
+
+def of_images(network: Network, optimizer: OptimizerKind | None = None) -> Method:
+    """Unlabeled images count from the second step on."""
+    network.__class__ = ImageLevel
+    learner = network_learner(network, optimizer or SGD())
+    return mlmt(learner, Mlmt(1, batch=IMAGES, unlabeled=IMAGES, ramp=(0, 2), decay=0.9), seed=(0, 0))
+
+
 COUNTS = (5, 3, 2)
 """Labeled pixels of each class."""
 FIXMATCH = Consistency("fixmatch", batch=IMAGES, views=2, accept=Above(0.4))
@@ -232,6 +247,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     ),
     "advsemiseg": online(ADVSEMISEG),
     "s4gan": online(S4GAN),
+    "mlmt": of_images,
     "unimatch": online(replace(FIXMATCH, method="unimatch", teacher=None)),
     "unimatch_v2": online(replace(FIXMATCH, method="unimatch_v2")),
 }

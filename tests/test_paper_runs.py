@@ -339,6 +339,42 @@ def test_recipes_with_a_discriminator(name: str, downloads, call, tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("data", ["voc_1of8", "voc_1464"])
+def test_recipes_with_a_classifier_of_images(data: str, downloads, call, tmp_path: Path) -> None:
+    """Two steps of the classifier and two of the network; then what it says is not there is not predicted."""
+    root, _ = downloads
+    changes = [
+        f"data.root={root / 'VOCdevkit/VOC2012'}",
+        "network.weights=none",
+        "network.backbone=resnet18_half",
+        "threads=1",
+        "training.crop=49",
+        "training.half_batch=2",
+        "image_classes.weights=none",
+        "image_classes.backbone=resnet18_half",
+        "image_classes.size=64",
+        "image_classes.batch=2",
+        "image_classes.unlabeled_batch=2",
+        "image_classes.epochs=2",
+        "image_classes.ramp=[0, 1]",
+        "evaluation.base_size=49",
+        "rounds=[{steps: 2, use: online}]",
+    ]
+    changes += ["data.labeled=null", "data.unlabeled=null"] if data == "voc_1of8" else []
+    run = tmp_path / "run"
+    code, out, err = call("train", RECIPES / f"{data}_s4gan_mlmt_r101.yaml", *changes, "--out", run)
+    assert code == 0 and "classes below probability 0.2" in out, err
+    scores = json.loads((run / "round_0" / "scores.json").read_text())
+    assert sum(map(sum, scores["confusion"])) > 0
+    events = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "classifier_step"]
+    assert steps and "loss_unlabeled" in steps[-1]
+    code, out, err = call("evaluate", run, "--out", tmp_path / "scores.json")
+    assert code == 0, err
+    assert json.loads((tmp_path / "scores.json").read_text())["confusion"] == scores["confusion"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own_images_dinov2_small", "own_images_cpu"])
 def test_own_images(name: str, tiny_data: Path, call, tmp_path: Path) -> None:
     """A folder as the recipe describes it: images, and label maps of some of them."""

@@ -20,9 +20,12 @@ from darseg.methods.acceptance import Above
 from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency
 from darseg.methods.dynamic import DynamicLoss
+from darseg.methods.mlmt import Mlmt
 from darseg.model.network import NetworkSpec
+from darseg.run.build import manifest_of
 from darseg.run.check import plan
 from darseg.run.dynamic import dynamic_of
+from darseg.run.image_classes import describe_classifier, kept_classes, plan_classifier
 from darseg.run.plan import learner_settings, plan_rounds, stage_of
 from darseg.training.loss import LabeledLoss
 from darseg.training.optimize import SGD, AdamW, OptimizerKind
@@ -290,6 +293,10 @@ JUDGED = {
         f"{name}_s4gan_r101": Judged((321, 321), (1, 1), False, 8, 30_000, (0, 0.75), S4GAN, WHOLE, images)
         for name, images in (("voc_1of8", VOC_EIGHTH), ("voc_1464", VOC))
     },
+    **{
+        f"{name}_s4gan_mlmt_r101": Judged((321, 321), (1, 1), False, 8, 30_000, (0, 0.75), S4GAN, WHOLE, images)
+        for name, images in (("voc_1of8", VOC_EIGHTH), ("voc_1464", VOC))
+    },
     "cityscapes_1of8_s4gan_r101": Judged(
         (257, 513), (0.5, 0.5), True, 8, 30_000, (0, 0.75), replace(S4GAN, above=0.7, learning_rate=1e-5), HALVED, EIGHTH
     ),
@@ -503,6 +510,36 @@ def test_a_recipe_with_a_discriminator_plans_its_settings(name: str, names: dict
         )
         says(judge, "round 0", parameters, "Adam", "0.9", "0.99", f"{wanted.online.learning_rate:g}")
         says(quirks, "3 times", "4 times", "2 of its 4 branches", "padding")
+
+
+@pytest.mark.parametrize(("data", "images"), [("voc_1of8", VOC_EIGHTH), ("voc_1464", VOC)])
+def test_a_recipe_with_mlmt_plans_its_classifier(
+    data: str, images: tuple[int, int, int], names: dict[Any, Path]
+) -> None:
+    """ResNet-101, 320x320, 16 + 80 images, 100 passes over the labeled ones; the rest is s4GAN's recipe."""
+    path, change = REPOSITORY / "recipes" / f"{data}_s4gan_mlmt_r101.yaml", f"data.root={names[images]}"
+    recipe = load_recipe(path, [change])
+    alone = load_recipe(REPOSITORY / "recipes" / f"{data}_s4gan_r101.yaml", [change])
+    assert recipe.model_copy(update={"image_classes": None}) == alone
+    planned = plan_classifier(recipe, manifest_of(recipe))
+    assert planned is not None and planned.classes == 21
+    assert (planned.backbone, planned.side, planned.learning_rate) == ("resnet101", 320, 0.03)
+    assert planned.optimizer == SGD(momentum=0.9, weight_decay=1e-5, nesterov=True)
+    epoch_steps = images[0] // 16
+    assert planned.how == Mlmt(epoch_steps, batch=16, unlabeled=80, weight=1, ramp=(10, 60), decay=0.999)
+    assert planned.stage.steps == 100 * epoch_steps
+    rates = [planned.stage.schedule.rate(epoch * epoch_steps, planned.stage.steps, 0.03) for epoch in (0, 50)]
+    assert rates == [pytest.approx(0.03), pytest.approx((0.03 + 0.0001) / 2)]
+    assert recipe.image_classes is not None and recipe.image_classes.threshold == 0.2
+    assert recipe.image_classes.weights == recipe.network.weights
+    assert kept_classes(recipe) == (0,)
+    released = load_recipe(path, [change, "release_quirks=true"])
+    assert kept_classes(released) == ()
+    says(
+        describe_classifier(recipe, planned),
+        "resnet101", "320x320", "100 epochs", f"{epoch_steps} steps", "16", "80", "0.2", "removed", "background",
+    )  # fmt: skip
+    says(describe_classifier(released, planned), "logit 0", "none")
 
 
 def test_a_transformer_trained_with_sgd_is_said(names: dict[Any, Path]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
 
 from darseg.choices import LabelingPrior, ResultAlign, ResultKeep
 from darseg.config.data import DataConfig
+from darseg.config.image_classes import ImageClassesConfig
 from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
 from darseg.config.values import (
@@ -185,6 +186,7 @@ class Recipe(Section):
     augmentation: AugmentationConfig = AugmentationConfig()
     training: TrainingConfig = TrainingConfig()
     online: OnlineConfig = OnlineConfig()
+    image_classes: ImageClassesConfig | None = None  # None: no class is removed from predictions
     labeling: LabelingConfig = LabelingConfig()
     evaluation: ProtocolConfig = ProtocolConfig()
     result: ResultConfig = ResultConfig()
@@ -340,14 +342,20 @@ def resolved(recipe: Recipe, folder: Path) -> Recipe:
         )
         for config in recipe.rounds
     )
-    return recipe.model_copy(update={"data": data, "network": network, "rounds": rounds})
+    parts = {"data": data, "network": network, "rounds": rounds}
+    if recipe.image_classes is not None:
+        parts["image_classes"] = _with_weights_from(recipe.image_classes, folder)
+    return recipe.model_copy(update=parts)
 
 
-def _with_weights_from(network: NetworkConfig, folder: Path) -> NetworkConfig:
-    weights = network.weights
+Weighted = TypeVar("Weighted", NetworkConfig, ImageClassesConfig)
+
+
+def _with_weights_from(section: Weighted, folder: Path) -> Weighted:
+    weights = section.weights
     if not isinstance(weights, str) or weights == "none":
-        return network
-    return network.model_copy(update={"weights": _absolute(weights, folder)})
+        return section
+    return section.model_copy(update={"weights": _absolute(weights, folder)})
 
 
 def _absolute(path: str, folder: Path) -> str:

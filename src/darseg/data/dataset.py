@@ -99,10 +99,14 @@ class Cache:
 
     Examples that do not fit are decoded each time they are needed. A cache serves one set of classes and assumes
     that files do not change. Any number of threads may use it.
+
+    Args:
+        limit: bytes.
+        read, read_image: read an example and an image that are not kept.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._left = limit
+    def __init__(self, limit: int, read: Load = load_example, read_image: LoadImage = load_image) -> None:
+        self._left, self._read, self._read_image = limit, read, read_image
         self._kept: dict[tuple[Path, Path | None], Example] = {}
         self._images: dict[Path, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
@@ -113,7 +117,7 @@ class Cache:
         kept = self._kept.get(key)
         if kept is not None:
             return kept
-        example = load_example(sample, classes)
+        example = self._read(sample, classes)
         confidence = example.confidence
         arrays = [example.image, example.label, *([] if confidence is None else [confidence])]
         size = sum(array.nbytes for array in arrays)
@@ -130,7 +134,7 @@ class Cache:
         kept = self._images.get(sample.image)
         if kept is not None:
             return kept
-        image = load_image(sample)
+        image = self._read_image(sample)
         with self._lock:
             if sample.image not in self._images and image.nbytes <= self._left:
                 self._left -= image.nbytes

@@ -294,7 +294,10 @@ def seconds_of(folder: ExperimentFolder, trial: PlannedTrial) -> float:
     """
     run, seconds = RunDirectory(folder.run(trial.name)), 0.0
     for planned in trial.rounds:
-        for step in ("label", "train") if planned.labels else ("train",):
+        steps = ("label", "train") if planned.labels else ("train",)
+        if trial.recipe.image_classes is not None and planned.index == 0:
+            steps = ("classify", *steps)
+        for step in steps:
             record = run.read_record(planned.index, step)
             if record is None:
                 raise RunError(

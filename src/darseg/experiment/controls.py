@@ -47,8 +47,8 @@ def steps_for_images(recipe: Recipe, images: int) -> int:
 
 
 def learns_from_labels_alone(recipe: Recipe) -> bool:
-    """Whether no round of a recipe learns from unlabeled images."""
-    return not any(
+    """Whether neither a round of a recipe nor its classifier of images learns from unlabeled images."""
+    return recipe.image_classes is None and not any(
         recipe.pseudo_labels(index) or config.use == "online" for index, config in enumerate(recipe.rounds)
     )
 
@@ -62,7 +62,8 @@ def labels_alone(recipe: Recipe, steps: int) -> Recipe:
     own = first if not recipe.pseudo_labels(0) and first.use is None else RoundConfig(steps=steps)
     last = recipe.at(len(recipe.rounds) - 1)
     only = RoundConfig(steps=steps, scale=own.scale, learning_rate=own.learning_rate)
-    return _without_unused(last.model_copy(update={"rounds": (only,)}))
+    # The classifier of images learns from unlabeled ones.
+    return _without_unused(last.model_copy(update={"rounds": (only,), "image_classes": None}))
 
 
 def _without_unused(recipe: Recipe) -> Recipe:

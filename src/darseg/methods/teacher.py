@@ -46,7 +46,7 @@ class Teacher(nn.Module):
         network: the copy; its parameters need no gradients.
     """
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).requires_grad_(False)
         self.eval()

@@ -22,6 +22,12 @@ IMAGENET_STD: RGB = (58.395, 57.12, 57.375)
 OUTPUT_STRIDES = (8, 16)
 """Pixels of the image per pixel of the last feature map, along one side."""
 
+UNDILATED = 32
+"""Output stride of a ResNet as it was published, for classifiers of whole images."""
+
+STRIDES_AND_DILATIONS = {8: (1, 2, 1, 4), 16: (2, 1, 1, 2), UNDILATED: (2, 1, 2, 1)}
+"""Output stride → stride and dilation of stage 3, then of stage 4."""
+
 
 class Features(NamedTuple):
     """The four feature maps that heads take, float [B, channels[i], h_i, w_i], from early to late.
@@ -139,9 +145,9 @@ class ResNet(nn.Module):
     """A ResNet whose last stages are dilated instead of strided (as in "PyTorch Semantic Segmentation").
 
     With output stride 8, every 3x3 convolution of stage 3 has dilation 2 and of stage 4 dilation 4, including the first
-    block of a stage. With output stride 16, stage 4 has dilation 2. Parameters are named as in torchvision; with the deep
-    stem (three 3x3 convolutions instead of one 7x7) as in semseg. In a DeepLab plan BatchNorm's scale and shift are
-    frozen; its running statistics still change.
+    block of a stage. With output stride 16, stage 4 has dilation 2; with 32 nothing is dilated.
+    Parameters are named as in torchvision; with the deep stem (three 3x3 convolutions instead of one 7x7) as in semseg.
+    In a DeepLab plan BatchNorm's scale and shift are frozen; its running statistics still change.
 
     Args:
         dilate_first: False: the first block of a dilated stage keeps the dilation of the stage before it, as in
@@ -172,7 +178,7 @@ class ResNet(nn.Module):
             self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1, ceil_mode=plan.deeplab)
-        stride3, dilation3, stride4, dilation4 = (1, 2, 1, 4) if output_stride == 8 else (2, 1, 1, 2)
+        stride3, dilation3, stride4, dilation4 = STRIDES_AND_DILATIONS[output_stride]
         inputs = 2 * width if plan.deep_stem else width
         before = 1
 

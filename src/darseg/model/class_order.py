@@ -46,6 +46,8 @@ def reorder_classes(network: Network, order: Order) -> Network:
                 tensor.copy_(tensor[list(order)])
     if network.alignment is not None:
         network.alignment = reordered_record(network.alignment, order)
+    if network.image_classes is not None:
+        network.image_classes = network.image_classes.in_order(order)
     return network
 
 

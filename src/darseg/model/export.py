@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from darseg import __version__
 from darseg.data.classes import IGNORE, ClassSet
 from darseg.data.files import write_whole_with
+from darseg.data.square import squared
 from darseg.errors import ExportError
 from darseg.model.heads import PyramidPoolingHead, cells, upsample
 from darseg.model.network import Network, NetworkSpec
@@ -60,9 +61,10 @@ class Portable(nn.Module):
     def __init__(self, network: Network) -> None:
         super().__init__()
         self.network = network
+        self.classifier = network.image_classes.classifier if network.image_classes else None
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        network = self.network
+        network, how = self.network, self.network.image_classes
         height, width = images.shape[1:3]
         padded_h, padded_w = padded_side(height, network.sides), padded_side(width, network.sides)
         top, left = (padded_h - height) // 2, (padded_w - width) // 2
@@ -73,6 +75,9 @@ class Portable(nn.Module):
         head = network.head
         logits = head(features, mean_of_cells) if isinstance(head, PyramidPoolingHead) else head(features)
         logits = upsample(logits, (padded_h, padded_w))[:, :, top : top + height, left : left + width]
+        if how is not None and self.classifier is not None:
+            presence = self.classifier(squared(images.permute(0, 3, 1, 2), how.side)).sigmoid()
+            logits = how.without(logits, how.removed_by(presence))
         return logits.argmax(dim=1).to(torch.uint8), logits
 
 

@@ -35,6 +35,7 @@ from darseg.model.vit import Transformer, is_transformer
 
 if TYPE_CHECKING:  # it folds into networks
     from darseg.model.aligned import AlignmentRecord
+    from darseg.model.image_classes import ImageClasses
 
 KINDS: dict[type, str] = {str: "text", int: "an integer", bool: "true or false"}
 DILATED = ("pspnet", "deeplabv2", "deeplabv3plus")
@@ -69,12 +70,15 @@ class Network(FormerMethods, nn.Module):
         fill: the mean color, for padding.
         alignment: the class weights that are folded into its classifier; None: it is as it was trained.
         frozen: whether its backbone stays as it is in training (see `freeze_backbone`).
+        image_classes: says for a whole image which classes are removed from its prediction; None: none are. It is saved
+            with the network, but is no part of it: `forward`, training and the state dict do not know it.
     """
 
     mean: Tensor
     std: Tensor
     alignment: AlignmentRecord | None = None
     frozen: bool = False
+    image_classes: ImageClasses | None = None
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from darseg.errors import ExportError, NumericsError, faults
+from darseg.model.image_classes import REMOVED
 from darseg.model.network import Network
 from darseg.model.predict import predict_scores
 from darseg.model.windows import Protocol
@@ -159,7 +160,7 @@ def _agreement(expected: np.ndarray, run: Runner, batch: np.ndarray) -> _Agreeme
         pixels=different.size,
         different=int(different.sum()),
         difference=float(np.abs(logits - expected).max()),
-        reach=float(np.abs(expected).max()),
+        reach=float(np.abs(expected[expected != REMOVED]).max(initial=0)),
         margin=margin,
     )
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import safetensors
 import safetensors.torch
@@ -22,12 +23,12 @@ from torch import Tensor
 from darseg.data.files import parse_json, write_whole
 from darseg.errors import DataError, RecipeError, WeightsError, faults
 from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
-from darseg.model.backbone import Backbone, ResNet
 from darseg.model.class_order import Order, class_order, classifier_keys, reorder_classes
+from darseg.model.fitting import foreign_keys, misfits_of, origin_of
 from darseg.model.heads import ATROUS_DILATIONS
+from darseg.model.image_classes import Described
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import RELEASED, classes_in, our_key, released_architecture
-from darseg.model.timm_backbones import all_keys
 from darseg.model.torchfile import (
     check_head,
     damaged,
@@ -45,6 +46,12 @@ files."""
 ALIGNMENT = "alignment"
 """Entry of the description in a file: the class weights that are folded into the classifier."""
 
+IMAGE_CLASSES = "image_classes"
+"""Entry of the description, if the file also holds the classifier that removes classes from predictions."""
+
+OF_CLASSIFIER = f"{IMAGE_CLASSES}."
+"""Beginning of the keys of that classifier's tensors."""
+
 LONGEST_DESCRIPTION = 1_000_000
 """Characters of that entry; 255 long class names need a tenth."""
 
@@ -61,7 +68,8 @@ COUNTER = "num_batches_tracked"
 def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
     """Write weights and `spec` to `path`, whole or not at all; equal networks give equal bytes.
 
-    Class weights that are folded in (`network.alignment`) are recorded, so that they can be taken away again.
+    Class weights that are folded in (`network.alignment`) are recorded, so that they can be taken away again. The
+    classifier that removes classes (`network.image_classes`) is in the file, too.
 
     Raises WeightsError if `spec` describes another network, StorageError if the disk refuses.
     """
@@ -76,8 +84,11 @@ def save_network(network: Network, path: Path, spec: NetworkSpec) -> None:
             f"{path} was not written: the network and its description differ: {listed}. Give the NetworkSpec it was "
             "built from."
         )
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    described_in_file = dataclasses.asdict(spec)
+    state, described_in_file = network.state_dict(), dataclasses.asdict(spec)
+    if (how := network.image_classes) is not None:
+        described_in_file[IMAGE_CLASSES] = how.to_json()
+        state |= {f"{OF_CLASSIFIER}{key}": tensor for key, tensor in how.classifier.state_dict().items()}
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     if network.alignment is not None:
         described_in_file[ALIGNMENT] = network.alignment.to_json()
     metadata = {METADATA: json.dumps(described_in_file, sort_keys=True)}
@@ -99,15 +110,23 @@ def _identity(network: Network) -> dict[str, object]:
 
 def read_spec(path: Path) -> NetworkSpec:
     """The description of the network saved at `path`, with class names and colors. Raises WeightsError."""
-    return _read_description(path)[0]
+    return _read_description(path).spec
 
 
 def read_alignment(path: Path) -> AlignmentRecord | None:
     """The class weights in the network saved at `path`; None if there are none. Raises WeightsError."""
-    return _read_description(path)[1]
+    return _read_description(path).alignment
 
 
-def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
+class _Description(NamedTuple):
+    """What a file says of its network."""
+
+    spec: NetworkSpec
+    alignment: AlignmentRecord | None
+    image_classes: Described | None
+
+
+def _read_description(path: Path) -> _Description:
     metadata: dict[str, str] = {}
     start = read_start(path)
     try:
@@ -132,7 +151,9 @@ def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
         fields["class_colors"] = tuple(tuple(color) for color in fields["class_colors"])
         record = fields.pop(ALIGNMENT, None)
         alignment = None if record is None else AlignmentRecord.from_json(record)
-        return NetworkSpec(**fields), alignment
+        described = fields.pop(IMAGE_CLASSES, None)
+        image_classes = None if described is None else Described.from_json(described)
+        return _Description(NetworkSpec(**fields), alignment, image_classes)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecipeError, DataError) as error:
         raise WeightsError(
             f"{path}: the description of the network cannot be read ({error}). If it comes from a newer darseg, upgrade "
@@ -143,7 +164,8 @@ def _read_description(path: Path) -> tuple[NetworkSpec, AlignmentRecord | None]:
 def load_network(path: Path | str, plain: bool = False) -> Network:
     """The network saved at `path`, on the CPU and in eval mode.
 
-    If class weights are folded into its classifier, `network.alignment` is their record.
+    If class weights are folded into its classifier, `network.alignment` is their record; `network.image_classes` removes
+    classes from its predictions, if the file has that.
 
     Args:
         plain: take away the class weights that are folded into its classifier.
@@ -152,11 +174,13 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
     be built here (timm is not installed).
     """
     path = Path(path)
-    spec, alignment = _read_description(path)
+    spec, alignment, image_classes = _read_description(path)
     tensors = read_tensors(path)
     with torch.device("meta"):  # a small file may describe a network that fills the memory
         expected = spec.build().state_dict()
-    problems = list(_misfits(expected, {key: key for key in expected}, tensors).values())
+        if image_classes is not None:
+            expected |= _of_classifier(image_classes, spec)
+    problems = list(misfits_of(expected, {key: key for key in expected}, tensors).values())
     problems += [f"{key}: not part of this network" for key in tensors if key not in expected]
     if problems:
         raise WeightsError(
@@ -164,7 +188,13 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
             + "\nIt may come from another version of darseg: save the network again with this one."
         )
     network = spec.build()
-    network.load_state_dict(tensors)
+    own = {key: tensor for key, tensor in tensors.items() if not key.startswith(OF_CLASSIFIER)}
+    network.load_state_dict(own)
+    if image_classes is not None:
+        network.image_classes = image_classes.build(spec.classes)
+        network.image_classes.classifier.load_state_dict(
+            {key.removeprefix(OF_CLASSIFIER): tensors[key] for key in tensors.keys() - own.keys()}
+        )
     if alignment is not None:
         try:
             check_folded(network, alignment)
@@ -174,6 +204,15 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
         if plain:
             unfold_alignment(network)
     return network.eval()
+
+
+def _of_classifier(described: Described, spec: NetworkSpec) -> dict[str, Tensor]:
+    """The tensors of a file's classifier, by key. Raises WeightsError."""
+    try:
+        state = described.build(spec.classes).classifier.state_dict()
+    except DataError as error:
+        raise WeightsError(f"The description of the classifier of images is not valid: {error}") from error
+    return {f"{OF_CLASSIFIER}{key}": tensor for key, tensor in state.items()}
 
 
 # --- foreign weights
@@ -248,6 +287,7 @@ def load_weights(
     Raises WeightsError, leaving the network as it was, if `strict` is violated or nothing matches.
     """
     (part, tensors), note = read_bare_part(source), ""
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(OF_CLASSIFIER)}
     if isinstance(network.backbone, Transformer) and not _is_whole(tensors):
         tensors, note = as_timm(network.backbone, tensors)
     match = _match(network, tensors)
@@ -348,14 +388,14 @@ def _match(network: Network, tensors: Mapping[str, Tensor]) -> _Match:
     elif whole:
         origin = {key: key for key in state}
     else:
-        origin = {f"backbone.{key}": _origin(key, backbone, tensors) for key in backbone.state_dict()}
+        origin = {f"backbone.{key}": origin_of(key, backbone, tensors) for key in backbone.state_dict()}
     uncounted = tuple(key for key, name in origin.items() if key.endswith(COUNTER) and name not in tensors)
     origin = {key: name for key, name in origin.items() if key not in uncounted}
     return _Match(
         whole,
         architecture,
         origin,
-        misfits=_misfits(state, origin, tensors),
+        misfits=misfits_of(state, origin, tensors),
         uncounted=uncounted,
         unused=tuple(sorted(set(tensors) - set(origin.values()) - idle)),
     )
@@ -366,7 +406,7 @@ def _problems(network: Network, source: Path, match: _Match) -> list[str]:
     if match.whole:
         surplus = [f"{key}: not part of this network" for key in match.unused]
     else:
-        foreign = _foreign(match.unused, network.backbone, match.origin.values())
+        foreign = foreign_keys(match.unused, network.backbone, match.origin.values())
         surplus = [f"{key}: belongs to a larger network than {network.backbone.name}" for key in foreign]
     problems = [*match.misfits.values(), *surplus]
     sums_all = getattr(network.head, "summed", 0) == len(ATROUS_DILATIONS)
@@ -398,52 +438,3 @@ def _advice(network: Network, tensors: Mapping[str, Tensor], match: _Match) -> s
         "--no-strict with darseg convert."
     )
     return " ".join(advice)
-
-
-def _origin(key: str, backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
-    """The key in the file that fills `key` of the backbone."""
-    if isinstance(backbone, ResNet):
-        return key
-    key = key.removeprefix("body.")
-    if key in tensors:
-        return key
-    # For some networks timm unpacks a sequence as it cuts off the classifier: stages.0.x becomes stages_0.x.
-    top, _, rest = key.partition(".")
-    unpacked = (f"{top[:i]}.{top[i + 1 :]}.{rest}" for i, letter in enumerate(top) if letter == "_")
-    return next((candidate for candidate in unpacked if candidate in tensors), key)
-
-
-def _foreign(unused: tuple[str, ...], backbone: Backbone, filled: Iterable[str]) -> list[str]:
-    """Unused keys of a backbone's file that are not a classifier's.
-
-    ResNet-101's weights would fill every place of a ResNet-50: only the keys left over distinguish them.
-    """
-    tops = {name.partition(".")[0] for name in filled}
-    foreign = [key for key in unused if key.partition(".")[0] in tops]
-    if foreign and not isinstance(backbone, ResNet):
-        whole = all_keys(backbone.name)
-        foreign = [key for key in foreign if key not in whole]
-    return foreign
-
-
-def _misfits(
-    expected: Mapping[str, Tensor], origin: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """A line for each key whose origin is missing, has another shape or does not hold plain numbers."""
-    misfits = {}
-    for key, name in origin.items():
-        shape = list(expected[key].shape)
-        tensor = tensors.get(name)
-        if tensor is None:
-            misfits[key] = f"{name}: missing, expected {shape}"
-        elif list(tensor.shape) != shape:
-            misfits[key] = f"{name}: has shape {list(tensor.shape)}, expected {shape}"
-        elif not _is_plain(tensor) or tensor.is_floating_point() < expected[key].is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            place = f"{tensor.layout}, {tensor.device}"
-            misfits[key] = f"{name}: holds {kind} ({place}), expected dense floating-point numbers on the CPU"
-    return misfits
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_quantized and tensor.device.type == "cpu"

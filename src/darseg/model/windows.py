@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -241,6 +241,7 @@ def sum_windows(
         that each is at its `place`.
     """
     device, whole = network.mean.device, protocol.window == "whole"
+    missing = _missing(network, images)
     normalized = _normalized(network, images, protocol)
     height, width = normalized.shape[2:]
     shape = (len(images) * network.classes, height, width)
@@ -248,7 +249,7 @@ def sum_windows(
     for size in _sizes(protocol, network, (height, width)):
         same = size == (height, width)
         scaled = normalized if same else _resize(normalized, size, corners=whole)
-        how: dict = {"average": average, "memories": memories, "variants": variants}
+        how: dict = {"average": average, "memories": memories, "variants": variants, "missing": missing}
         if whole:
             same = True  # the scores have the image's size
             sums = _whole(network, scaled, protocol, shape=shape, **how)
@@ -261,6 +262,19 @@ def sum_windows(
             scores = part.mean(0, len(part.count_HW))
             total.add(scores if same else _resize(scores[None], (height, width), corners=False)[0], 0, 0)
     return all_scales
+
+
+def _missing(network: Network, images: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Logits of windows [n * B, K, h, w], those of all images behind each other → without classes that are not there.
+
+    Whole images are asked, not windows: a class may be in the image without being in a window of it.
+    """
+    how = network.image_classes
+    if how is None:
+        return lambda logits: logits
+    how.classifier.to(network.mean.device)  # it does not move with the network
+    removed_BK = how.removed(images)
+    return lambda logits: how.without(logits.float(), removed_BK.repeat(len(logits) // len(removed_BK), 1))
 
 
 def place(size: tuple[int, int], height: int, width: int) -> tuple[int, int]:
@@ -315,6 +329,7 @@ def _slide(
     average: Average,
     memories: Sequence[Memory | None],
     variants: Variants | None,
+    missing: Callable[[Tensor], Tensor],
 ) -> list[WindowSums]:
     """Scores of all windows of images [B, 3, H, W], summed where they overlap, for each variant."""
     count, _, height, width = images.shape
@@ -340,7 +355,7 @@ def _slide(
             windows = torch.cat([windows, windows.flip(3)])
         with _precision(protocol, windows, variants):
             logits = variants.logits(windows) if variants else [network(windows).main]
-            for sums, scores in zip(all_sums, logits, strict=True):
+            for sums, scores in zip(all_sums, map(missing, logits), strict=True):
                 if average == "probabilities":
                     scores = scores.float().softmax(dim=1)
                 # Each corner's windows of all images lie behind each other.
@@ -362,6 +377,7 @@ def _whole(
     average: Average,
     memories: Sequence[Memory | None],
     variants: Variants | None,
+    missing: Callable[[Tensor], Tensor],
 ) -> list[WindowSums]:
     """Scores of images [B, 3, h, w] in one piece, for each variant.
 
@@ -374,7 +390,7 @@ def _whole(
     with _precision(protocol, both, variants):
         logits = variants.logits(both) if variants else [network(both).main]
         for sums, scores in zip(all_sums, logits, strict=True):
-            scores = _resize(scores.float(), shape[1:], corners=True)
+            scores = missing(_resize(scores.float(), shape[1:], corners=True))
             if average == "probabilities":
                 scores = scores.softmax(dim=1)
             mirrored = scores[count:].flatten(0, 1) if protocol.mirror else None

@@ -32,6 +32,9 @@ from darseg.run.marks import read_excluded
 from darseg.run.records import read_object, read_plain, read_texts
 from darseg.training.scores import Scores
 
+STEPS = ("classify", "label", "train", "align", "evaluate")
+"""The steps of a round in their order; only the first round of a run can have the first."""
+
 WORSE = 0.02  # IoU that a class may lose from one round to the next without a remark
 
 LONGEST_PROTOCOL = 300  # characters
@@ -52,7 +55,7 @@ class RoundFacts:
         protocol: how these were predicted.
         labeling_round: the round whose network labeled, if the run's own did.
         labeler: path, architecture and backbone of the network that labeled, if it is none of the run's.
-        seconds: step ("label", "train", "align", "evaluate") → how long it took.
+        seconds: step (see `STEPS`) → how long it took.
     """
 
     index: int
@@ -232,7 +235,7 @@ def _read_round(
     names: Sequence[str],
 ) -> RoundFacts:
     folder = run.round(index)
-    records = {step: run.read_record(index, step) for step in ("label", "train", "align", "evaluate")}
+    records = {step: run.read_record(index, step) for step in STEPS}
     done = {step: record for step, record in records.items() if record is not None}
     labels = pseudo = truth = scores = aligned = protocol = None
     try:

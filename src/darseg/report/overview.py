@@ -19,7 +19,7 @@ from darseg.report import charts, step_charts
 from darseg.report.acceptance import MOST_CLASSES, accepted_chart, class_charts, teacher_chart
 from darseg.report.elements import UNDEFINED, Change, Chart, Entry, Row, Tab, Table, class_entries, figure_of
 from darseg.report.expected import expected_section
-from darseg.report.facts import DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
+from darseg.report.facts import STEPS, DataFacts, RoundFacts, RunFacts, headline, read_data, read_run
 from darseg.report.gallery import draw_gallery
 from darseg.report.networks import checkpoints, who_labels
 from darseg.report.page import Page, render
@@ -34,7 +34,6 @@ from darseg.run.directory import RunDirectory
 MOST_ROWS = 3000  # rows for a class and round in one section
 MOST_CELLS = 400_000  # of confusion matrices
 FULL_BAR = 0.05  # change of IoU that fills half a bar, unless a class changed more
-STEPS = ("label", "train", "align", "evaluate")
 
 
 def write_report(
@@ -372,16 +371,20 @@ def _confusion(page: Page, facts: RunFacts) -> Markup:
 
 
 def _run(facts: RunFacts, data: DataFacts, seconds: float) -> Markup:
-    rows = [Row(f"round {round_.index}", _work(round_)) for round_ in facts.rounds]
-    rows.append(Row("all", [*[""] * 5, f"{facts.seconds:,.1f}"], "total"))
-    columns = ["seconds", "steps", "labeling ratio", *STEPS, "all"]
+    # Few runs have a classifier of whole images.
+    steps = [
+        step for step in STEPS if step != "classify" or any(step in round_.seconds for round_ in facts.rounds)
+    ]
+    rows = [Row(f"round {round_.index}", _work(round_, steps)) for round_ in facts.rounds]
+    rows.append(Row("all", [*[""] * (len(steps) + 2), f"{facts.seconds:,.1f}"], "total"))
+    columns = ["seconds", "steps", "labeling ratio", *steps, "all"]
     about = Table([], [Row(name, [text]) for name, text in _facts(facts, data, seconds).items()], "facts")
     return render("run", seconds=Table(columns, rows), about=about, recipe=facts.recipe_text)
 
 
-def _work(round_: RoundFacts) -> list[str]:
-    """Cells: steps and labeling ratio of a round, and the seconds that it took."""
-    seconds = [round_.seconds.get(step) for step in STEPS]
+def _work(round_: RoundFacts, steps: Sequence[str]) -> list[str]:
+    """Cells: steps and labeling ratio of a round, and the seconds that its steps took."""
+    seconds = [round_.seconds.get(step) for step in steps]
     return [
         UNDEFINED if round_.steps is None else f"{round_.steps:,}",
         _ratio(round_.labeling_ratio),

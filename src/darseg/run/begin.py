@@ -18,6 +18,7 @@ from darseg.run.build import bf16_is_emulated, chosen_orientation, evaluation_pr
 from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
+from darseg.run.image_classes import describe_classifier, plan_classifier
 from darseg.run.journal import ABSENT
 from darseg.run.labelers import who_labels
 from darseg.run.online import describe_online, unused_online
@@ -77,6 +78,8 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.event("started", environment=now, weights=sources[0], **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {sources[0]}")
+    if (of_images := plan_classifier(course.recipe, course.manifest)) is not None:
+        journal.say(f"At first {describe_classifier(course.recipe, of_images)}")
     for line in (*who_labels(course.recipe, course.labelers), *describe_keep(course.recipe)):
         journal.say(line)
     for index in range(1, len(course.rounds)):

@@ -7,9 +7,11 @@ import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from darseg.config.data import SourceConfig
 from darseg.config.recipe import LabelingConfig, ProtocolConfig, Recipe
@@ -34,6 +36,8 @@ from darseg.run.directory import RunDirectory
 from darseg.run.machine import default_threads
 from darseg.run.moved import with_moved_data
 from darseg.run.records import read_plain
+
+Module = TypeVar("Module", bound=nn.Module)
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary loss (PSPNet, section 3.1 of its paper; the release)
 
@@ -411,6 +415,6 @@ def place_to_predict(network: Network) -> Network:
     return place(fold_batchnorm(network) if pick_device().type == "cpu" else network)
 
 
-def place(network: Network) -> Network:
+def place(network: Module) -> Module:
     """Move a network to the GPU, if there is one, in channels-last format: convolutions are faster in it."""
     return network.to(pick_device()).to(memory_format=torch.channels_last)  # ty: ignore[no-matching-overload]

@@ -32,6 +32,7 @@ from darseg.run.build import (
 )
 from darseg.run.dynamic import describe_dynamic
 from darseg.run.held_out import check_held_out, describe_auto
+from darseg.run.image_classes import describe_classifier, plan_classifier
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
@@ -279,9 +280,19 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         labeling=_describe_labeling(recipe, labeling),
         evaluation=_by_round(evaluation),
         class_weights=_class_weights(recipe, manifest),
-        notes=(*describe_auto(recipe, manifest), *_notes(recipe, rounds, networks, processes=processes)),
+        notes=(
+            *_on_data(recipe, manifest, processes),
+            *_notes(recipe, rounds, networks, processes=processes),
+        ),
         target=target_lines(recipe, manifest),
     )
+
+
+def _on_data(recipe: Recipe, manifest: Manifest, processes: int) -> list[str]:
+    """Notes that depend on the numbers of images. Raises RecipeError for a classifier that cannot be trained."""
+    classifier = plan_classifier(recipe, manifest, processes)
+    described = [] if classifier is None else [describe_classifier(recipe, classifier)]
+    return [*describe_auto(recipe, manifest), *described]
 
 
 def _by_round(texts: Mapping[int, str]) -> str:

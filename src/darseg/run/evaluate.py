@@ -40,6 +40,7 @@ from darseg.run.build import (
 )
 from darseg.run.class_names import order_by_recipe
 from darseg.run.directory import RESULT, RunDirectory, digest_path
+from darseg.run.image_classes import with_decisions_of
 from darseg.run.journal import Journal
 from darseg.run.records import read_scored
 from darseg.run.remedies import ALONE, explain_memory, less_at_once
@@ -47,7 +48,7 @@ from darseg.run.result import score_variants
 from darseg.run.steps.align import chosen_record
 from darseg.training.scores import Scores
 
-EVALUATION_KEYS = ("data.", "evaluation.", "threads")
+EVALUATION_KEYS = ("data.", "evaluation.", "image_classes.threshold", "image_classes.keep", "threads")
 """Beginnings of the recipe's keys that change an evaluation."""
 
 
@@ -182,6 +183,8 @@ def load_trained(
         network = load_to_predict(path, plain)
     if order is not None:
         network, spec = reorder_classes(network, order), reordered_spec(spec, order)
+    if network.image_classes is not None and recipe is not None and recipe.image_classes is not None:
+        network.image_classes = with_decisions_of(recipe, network.image_classes)
     return Trained(network, spec, recipe, path=path, unaligned=unaligned, order=order, round=weights.round)
 
 

@@ -115,6 +115,8 @@ def _facts(source: Path, trained: Trained) -> Mapping[str, Any]:
     facts: dict[str, Any] = {"source_sha256": digest_path(trained.path)}
     if trained.alignment is not None:
         facts["alignment"] = trained.alignment.to_json()
+    if trained.network.image_classes is not None:
+        facts["image_classes"] = trained.network.image_classes.to_json()
     if trained.recipe is None or trained.round is None:
         return facts
     run, index = RunDirectory(source), trained.round

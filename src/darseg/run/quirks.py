@@ -25,4 +25,8 @@ def describe_quirks(recipe: Recipe, rounds: Sequence[Round]) -> str:
         quirks.append(f"the classifier sums {RELEASE_BRANCHES} of its {len(ATROUS_DILATIONS)} branches")
     if judged:
         quirks.append("padding of unlabeled images counts like their pixels")
+    if recipe.image_classes is not None:
+        quirks.append("classes that an image does not show get logit 0 instead of being removed")
+        if recipe.image_classes.keep is None:
+            quirks[-1] += ", the background as well"
     return f"release_quirks reproduces slips of the release: {'; '.join(quirks) or 'none in this recipe'}"

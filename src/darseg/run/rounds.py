@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from darseg.data.examine import Findings, reading_notes
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.maps import check_names
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
+from darseg.model.image_classes import ImageClassifier
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_each
 from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
@@ -37,12 +38,14 @@ from darseg.run.data_digest import digest_manifest
 from darseg.run.directory import (
     RecipeChanges,
     RunDirectory,
+    StepRecord,
     check_format,
     digest_path,
     open_run,
     write_json,
 )
 from darseg.run.held_out import check_held_out
+from darseg.run.image_classes import ClassifierPlan, initial_classifier, plan_classifier
 from darseg.run.journal import Journal
 from darseg.run.labelers import Labeler, labelers_of
 from darseg.run.machines import check_alike
@@ -54,6 +57,7 @@ from darseg.run.reuse import Judgment, judge_contents
 from darseg.run.settings import digest_state
 from darseg.run.signals import catch_signals
 from darseg.run.steps.align import align_round
+from darseg.run.steps.classify import train_image_classes
 from darseg.run.steps.evaluate import evaluate_round
 from darseg.run.steps.label import label_round
 from darseg.run.steps.train import train_round
@@ -126,7 +130,7 @@ def train(
         with _ending(course):
             announce(course, planned.sources, locked=locked, changes=changes)
             _warn(course.journal, warnings)
-            return run_rounds(course, planned.networks)
+            return run_rounds(course, planned.networks, _classify(course, planned))
 
 
 def _count_labeled(recipe: Recipe, manifest: Manifest) -> tuple[list[int], LabeledShares | None]:
@@ -147,11 +151,19 @@ def _journal(run: RunDirectory, processes: Processes, console: Console) -> Gener
         journal.close()
 
 
-def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
+def _classify(course: Course, planned: _Planned) -> list[StepRecord]:
+    """Train the classifier of whole images, if there is one; all processes together. Returns the step's record."""
+    return [] if planned.classifier is None else [train_image_classes(course, *planned.classifier)]
+
+
+def run_rounds(
+    course: Course, networks: dict[int, Network], before_rounds: Sequence[StepRecord] = ()
+) -> dict[str, Any]:
     """All rounds: label, train, align, evaluate. All processes together; the first writes.
 
     Args:
         networks: round → the network that begins there; taken out as its round begins.
+        before_rounds: steps that the first round's time includes.
     """
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
@@ -162,7 +174,7 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
     for round_ in course.rounds:
         was_done = run.record_path(round_.index, "evaluate").exists()
         worked |= not was_done
-        records, pseudo = [], ()
+        records, pseudo = [] if round_.index else [*before_rounds], ()
         basis = processes.from_first(lambda at=round_.index: basis_of(run, course.recipe, at))
         if round_.labels:
             pseudo, record = label_round(course, round_, basis.labels)
@@ -185,16 +197,7 @@ def run_rounds(course: Course, networks: dict[int, Network]) -> dict[str, Any]:
             course.stop.check()
         described, record = evaluate_round(course, round_, candidates)
         records.append(record)
-        summary["rounds"].append(
-            {
-                "round": round_.index,
-                "labeling_ratio": round_.labeling_ratio,
-                **{key: described[key] for key in SCORED},
-                **_summed_up(described),
-                "steps": round_.steps,
-                "seconds": round(sum(record.seconds for record in records), 1),
-            }
-        )
+        summary["rounds"].append(_summed_up(round_, described, records))
         listed, compared, result = processes.from_first(partial(_compare, course, round_, was_done=was_done))
         summary["rounds"][-1] |= compared
         summary.update(result)
@@ -241,7 +244,19 @@ def _compare(
     return listed, compared, result
 
 
-def _summed_up(described: Mapping[str, Any]) -> dict[str, Any]:
+def _summed_up(round_: Round, described: Mapping[str, Any], records: Sequence[StepRecord]) -> dict[str, Any]:
+    """What the summary says about a round whose scores are described."""
+    return {
+        "round": round_.index,
+        "labeling_ratio": round_.labeling_ratio,
+        **{key: described[key] for key in SCORED},
+        **_aligned(described),
+        "steps": round_.steps,
+        "seconds": round(sum(record.seconds for record in records), 1),
+    }
+
+
+def _aligned(described: Mapping[str, Any]) -> dict[str, Any]:
     """What the summary says about a round's aligned decisions; nothing if the recipe has them off."""
     if "aligned" not in described:
         return {}
@@ -265,12 +280,14 @@ class _Planned:
         networks: round → the network that begins there, prepared for training.
         sources: round → where that network's weights come from.
         labelers: round → the network that labels there, if it is not that of the round before.
+        classifier: of whole images, and how it is trained.
     """
 
     rounds: list[Round]
     networks: dict[int, Network]
     sources: Mapping[int, str]
     labelers: Mapping[int, Labeler]
+    classifier: tuple[ClassifierPlan, ImageClassifier] | None
 
 
 def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _Planned:
@@ -289,7 +306,9 @@ def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _
         processes=processes,
     )
     sources = {index: source for index, (_, source) in begun.items()}
-    return _Planned(rounds, networks, sources, labelers=labelers_of(recipe, out))
+    of_images = plan_classifier(recipe, manifest, processes)
+    classifier = None if of_images is None else (of_images, initial_classifier(recipe)[0])
+    return _Planned(rounds, networks, sources, labelers=labelers_of(recipe, out), classifier=classifier)
 
 
 def _data_alike(processes: Processes, recipe: Recipe, *, manifest: Manifest) -> dict[str, str]:
@@ -369,6 +388,7 @@ def _moved_files(before: Recipe, now: Recipe) -> list[str]:
 def _files_of(recipe: Recipe) -> dict[str, Any]:
     """The keys of a recipe that name weights or labelers → their values."""
     values: dict[str, Any] = {"network.weights": recipe.network.weights}
+    values["image_classes.weights"] = recipe.image_classes and recipe.image_classes.weights
     for index, config in enumerate(recipe.rounds):
         values[f"rounds.{index}.network.weights"] = config.network and config.network.weights
         values[f"rounds.{index}.labels_from"] = config.labels_from

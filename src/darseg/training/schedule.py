@@ -32,6 +32,8 @@ class Schedule:
         power: of the poly curve.
         warm_up_steps: the rate first rises linearly over so many steps.
         first_step_at_zero: the first step runs at rate 0, as in the release by mistake.
+        lowest: the rate at which the cosine curve ends.
+        hold: steps for which the rate stays the same; those of an epoch, if it changes from epoch to epoch.
     """
 
     kind: Literal["poly", "cosine", "constant"] = "poly"
@@ -39,18 +41,20 @@ class Schedule:
     power: float = 0.9
     warm_up_steps: int = 0
     first_step_at_zero: bool = False
+    lowest: float = 0.0
+    hold: int = 1
 
     def rate(self, step: int, steps: int, base: float) -> float:
         """The rate of `step` (0-based) of `steps`; the curve reaches the span's end after the last step."""
         if step == 0 and self.first_step_at_zero:
             return 0.0
         begin, end = self.span
-        progress = begin + (end - begin) * step / steps
+        progress = begin + (end - begin) * (step - step % self.hold) / steps
         match self.kind:
             case "poly":
                 rate = poly(base, progress, self.power)
             case "cosine":
-                rate = cosine(base, progress)
+                rate = self.lowest + cosine(base - self.lowest, progress)
             case "constant":
                 rate = base
         return rate * warm_up(step, self.warm_up_steps)

@@ -11,9 +11,10 @@ from darseg.run.course import Course
 from darseg.run.directory import RunDirectory, StepRecord
 from darseg.run.settings import Inputs
 
-Name = Literal["label", "train", "align", "evaluate"]
+Name = Literal["classify", "label", "train", "align", "evaluate"]
 
 EVENTS: Mapping[Name, str] = {
+    "classify": "classified",
     "label": "labeled",
     "train": "trained",
     "align": "aligned",

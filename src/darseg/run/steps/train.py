@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from darseg.config.recipe import Recipe
@@ -14,7 +13,6 @@ from darseg.data.augment import Augmentation
 from darseg.data.batches import StreamPlace
 from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
-from darseg.errors import FormatError, RunError, faults
 from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency
 from darseg.methods.dynamic import DynamicLoss
@@ -26,12 +24,14 @@ from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path
 from darseg.run.dynamic import dynamic_of, keeps_confidences
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
+from darseg.run.image_classes import digest_image_classes, trained_image_classes
 from darseg.run.machine import cache_limit, workers_for
 from darseg.run.marks import fix_excluded, report_excluded, without
 from darseg.run.online import teacher_of, with_shares
 from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
 from darseg.run.remedies import explain_memory, less_to_train
 from darseg.run.settings import Inputs, digest_settings
+from darseg.run.steps.checkpoints import latest_checkpoint
 from darseg.run.steps.step import Result, Step, Work, complete
 from darseg.run.streams import open_stream
 from darseg.training.checkpoint import OPTIMIZER, Checkpoint, Part, load_checkpoint, part_of, save_checkpoint
@@ -144,6 +144,10 @@ def train_round(
         digests["unlabeled"] = course.data["unlabeled"]
         if excluded:
             digests["excluded"] = digest_settings(ids=list(excluded))
+    if course.recipe.image_classes is not None:
+        digests["image_classes"] = course.processes.from_first(
+            lambda: digest_image_classes(course.recipe, course.run)
+        )
     samples = {"labeled": course.manifest.labeled, "pseudo": tuple(pseudo), "unlabeled": tuple(unlabeled)}
     training = _Training(
         course, round_, settings.stage, samples=samples, network=network, goes_on_from=goes_on_from
@@ -189,7 +193,7 @@ class _Training:
         course, index, stage = self.course, self.round.index, self.stage
         recipe = course.recipe.at(index)
         run, journal = course.run, course.journal
-        begin, seconds_before = self._latest_checkpoint(), 0.0
+        begin, seconds_before = latest_checkpoint(course, lambda: run.checkpoints(index)), 0.0
         before: Mapping[str, Part] = {}
         if self.round.begins < index:
             self.network.load_state_dict(load_network(run.network(self.goes_on_from)).state_dict())
@@ -222,7 +226,9 @@ class _Training:
 
         def write() -> Result:
             run.result(index).unlink(missing_ok=True)  # of a network that was trained here before
+            result.image_classes = trained_image_classes(course.recipe, run)
             save_network(result, run.network(index), spec_of(recipe))
+            result.image_classes = None  # training goes on without it
             save_checkpoint(end.optimizers(), run.optimizer(index))
             return Result({"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]})
 
@@ -241,24 +247,6 @@ class _Training:
 
     def _rate(self, step: int) -> float:
         return self.stage.schedule.rate(step, self.stage.steps, self.round.learning_rate)
-
-    def _latest_checkpoint(self) -> Checkpoint | None:
-        """The checkpoint to go on from; the first process finds it and removes damaged later ones."""
-        course = self.course
-        whole: list[Checkpoint] = []  # the first process reads it to see whether it is whole
-
-        def find() -> str | None:
-            path, checkpoint = usable_checkpoint(course, self.round.index)
-            if path is None or checkpoint is None:
-                return None
-            whole.append(checkpoint)
-            return path.name
-
-        # Its name: on another machine the run folder may have another path.
-        name = course.processes.from_first(find)
-        if name is None:
-            return None
-        return whole[0] if whole else load_checkpoint(course.run.round(self.round.index) / name)
 
     def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Streamed]]]:
         """First step → the streams that the method asks for."""
@@ -325,27 +313,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, list):
         return [rounded(own) for own in value]
     return round(value, 6) if value is not None and math.isfinite(value) else None
-
-
-def usable_checkpoint(course: Course, index: int) -> tuple[Path | None, Checkpoint | None]:
-    """The latest checkpoint of a round that can be read, and its path; None if there is no checkpoint.
-
-    Removes damaged ones after it, with a warning. Raises RunError, naming all, if none of those there can be read.
-    """
-    damaged: dict[Path, RunError] = {}
-    for path in course.run.checkpoints(index):
-        try:
-            checkpoint = load_checkpoint(path)
-        except FormatError:
-            raise  # whole, but of a later version
-        except RunError as error:
-            damaged[path] = error
-            continue
-        for damaged_path in damaged:
-            # Otherwise it would count as the newest of the checkpoints we keep.
-            course.journal.warn(f"{damaged_path} is damaged and was removed; going back to {path.name}")
-            damaged_path.unlink()
-        return path, checkpoint
-    if damaged:
-        raise RunError(faults("No checkpoint of this round can be read", list(map(str, damaged.values()))))
-    return None, None
