@@ -272,6 +272,7 @@ def _shortened(trial: PlannedTrial, folder: Path, threads: int) -> tuple[Recipe,
     )
     data = recipe.data.model_copy(update=sources)
     update = {"data": data, "rounds": rounds, "threads": recipe.threads or threads}
+    update["image_classes"] = None  # its training is no round, and would take its whole time
     if judged := recipe.online.adversarial:  # self-training begins after a quarter of the few steps
         judged = judged.model_copy(update={"start": None})
         update["online"] = recipe.online.model_copy(update={"adversarial": judged})

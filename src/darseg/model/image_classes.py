@@ -219,9 +219,10 @@ def load_image_classes(path: Path) -> ImageClasses:
         how = Described.from_json(content["image_classes"]).build(len(tensors["last.bias"]))
         how.classifier.load_state_dict(tensors)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, DataError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {shortened(str(error))}"
         raise WeightsError(
-            f"{path} is not the classifier of images that a run left there ({shortened(str(error))}). Restore it from a "
-            "copy, or delete classify.json next to it and run the same command again."
+            f"{path} is not the classifier of images that a run left there ({reason}). Restore it from a copy, or delete "
+            "classify.json next to it and run the same command again."
         ) from error
     return how
 

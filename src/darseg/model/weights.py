@@ -118,6 +118,11 @@ def read_alignment(path: Path) -> AlignmentRecord | None:
     return _read_description(path).alignment
 
 
+def removes_classes(path: Path) -> bool:
+    """Whether the network saved at `path` has a classifier that removes classes. Raises WeightsError."""
+    return _read_description(path).image_classes is not None
+
+
 class _Description(NamedTuple):
     """What a file says of its network."""
 
@@ -179,7 +184,7 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
     with torch.device("meta"):  # a small file may describe a network that fills the memory
         expected = spec.build().state_dict()
         if image_classes is not None:
-            expected |= _of_classifier(image_classes, spec)
+            expected |= _of_classifier(path, image_classes, spec)
     problems = list(misfits_of(expected, {key: key for key in expected}, tensors).values())
     problems += [f"{key}: not part of this network" for key in tensors if key not in expected]
     if problems:
@@ -206,12 +211,12 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
     return network.eval()
 
 
-def _of_classifier(described: Described, spec: NetworkSpec) -> dict[str, Tensor]:
+def _of_classifier(path: Path, described: Described, spec: NetworkSpec) -> dict[str, Tensor]:
     """The tensors of a file's classifier, by key. Raises WeightsError."""
     try:
         state = described.build(spec.classes).classifier.state_dict()
     except DataError as error:
-        raise WeightsError(f"The description of the classifier of images is not valid: {error}") from error
+        raise WeightsError(f"{path}: {error}\nRestore the file, or save the network again.") from error
     return {f"{OF_CLASSIFIER}{key}": tensor for key, tensor in state.items()}
 
 

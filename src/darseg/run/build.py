@@ -403,7 +403,10 @@ def load_to_predict(path: Path, plain: bool = False) -> Network:
     """
     # The caller may be in inference mode, and autograd does not record its tensors.
     with torch.inference_mode(False):
-        return place_to_predict(load_network(path, plain))
+        network = place_to_predict(load_network(path, plain))
+        if network.image_classes is not None:
+            place(network.image_classes.classifier)
+        return network
 
 
 def place_to_predict(network: Network) -> Network:

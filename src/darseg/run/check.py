@@ -249,16 +249,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         processes=processes,
     )
     labelers = labelers_of(recipe)
-    per_pixel = [
-        waiting_bytes(
-            recipe.labeling.at(planned.labeling_ratio),
-            len(manifest.classes),
-            predict_twice=recipe.labeling.predict_twice,
-        )
-        for planned in rounds
-        if planned.labels
-    ]
-    waiting = max(per_pixel, default=0)
+    waiting = _waiting_bytes(recipe, rounds, len(manifest.classes))
     labeling = {
         planned.index: labeling_protocol_of(recipe, planned.index, labelers.get(planned.index)).describe(
             "logits"
@@ -286,6 +277,20 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         ),
         target=target_lines(recipe, manifest),
     )
+
+
+def _waiting_bytes(recipe: Recipe, rounds: Sequence[Round], classes: int) -> int:
+    """Bytes per pixel of what waits on the disk while a round labels; of the round that needs most."""
+    per_pixel = [
+        waiting_bytes(
+            recipe.labeling.at(planned.labeling_ratio),
+            classes,
+            predict_twice=recipe.labeling.predict_twice,
+        )
+        for planned in rounds
+        if planned.labels
+    ]
+    return max(per_pixel, default=0)
 
 
 def _on_data(recipe: Recipe, manifest: Manifest, processes: int) -> list[str]:

@@ -22,7 +22,7 @@ from darseg.model.class_order import Order, reorder_classes, reordered_spec
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import whole_image
 from darseg.model.weights import load_network as load_weights_file
-from darseg.model.weights import read_alignment, read_spec
+from darseg.model.weights import read_alignment, read_spec, removes_classes
 from darseg.model.windows import Protocol
 from darseg.run.best import Weights, run_weights
 from darseg.run.build import (
@@ -130,16 +130,20 @@ def load_network(source: Path | str, round_index: int | None = None, plain: bool
 
 
 def describe_decisions(source: Path | str, round_index: int | None = None, plain: bool = False) -> str:
-    """A line that says whether a network's decisions are plain or aligned. Raises RunError, WeightsError."""
+    """A line that says how a network decides: plain or aligned, and whether a classifier removes classes.
+
+    Raises RunError, WeightsError.
+    """
     path = result_path(source, round_index)
+    removes = "; a classifier of whole images removes classes that it does not see" * removes_classes(path)
     record = read_alignment(path)
     if record is None:
-        return "Decisions: plain"
+        return f"Decisions: plain{removes}"
     if plain:
-        return f"Decisions: plain, as asked for; the class weights in {path} are left out"
+        return f"Decisions: plain, as asked for; the class weights in {path} are left out{removes}"
     return (
         f"Decisions: aligned (strength {record.strength:g}, bound {record.bound:g}; from {record.source}); --plain "
-        "leaves the class weights out"
+        f"leaves the class weights out{removes}"
     )
 
 
