@@ -22,7 +22,7 @@ Epoch = Annotated[StrictInt, Field(ge=0)]
 
 
 class ImageClassesConfig(Section):
-    """How the classifier learns and decides; defaults are those of MLMT's release. methods/mlmt.py has what it means."""
+    """How the classifier learns and decides; by default as MLMT's release. See methods/mlmt.py."""
 
     backbone: StrictStr = "resnet101"  # one of darseg's own ResNets
     weights: Annotated[

@@ -43,9 +43,10 @@ def square_images(side: int, load: LoadImage) -> LoadImage:
 
 
 def square_examples(side: int, load: Load) -> Load:
-    """What reads a sample as a square example, whose label map marks each class of the whole label map once.
+    """What reads a sample as a square example whose label map marks each class once.
 
-    A label map that is scaled down loses small things; the marks lose nothing that the classes of an image need.
+    It marks those of the label map at its full size. A label map that is scaled down loses small things; the marks lose
+    nothing that the classes of an image need.
     """
 
     def read(sample: Sample, classes: ClassSet) -> Example:

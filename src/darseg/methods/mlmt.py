@@ -73,10 +73,10 @@ def feeds(how: Mlmt) -> tuple[Feed, ...]:
 
 
 def mlmt(learner: Learner, how: Mlmt, *, seed: Sequence[int]) -> Method:
-    """BCE(labeled) + weight · (1 - cosine of the student's logits on strong views and the teacher's on weak ones).
+    """BCE(labeled) + weight · (1 - cosine of the student's logits and the teacher's).
 
-    A class is present in a labeled image if its label map has a pixel of it. Unlabeled images are not predicted while
-    their weight is 0.
+    The student sees strong views of unlabeled images, the teacher weak ones. A class is present in a labeled image if its
+    label map has a pixel of it. Unlabeled images are not predicted while their weight is 0.
 
     Args:
         learner: the classifier, images [B, 3, side, side] → logits [B, K], with its optimizer.

@@ -1,4 +1,4 @@
-"""Which classes a whole image shows: a classifier, and how its answers take classes out of a segmentation.
+"""Which classes a whole image shows: a classifier whose answers remove classes from a prediction.
 
 Letters: B images, K classes, H, W pixels.
 """
@@ -204,7 +204,7 @@ METADATA = "darseg"
 
 
 def save_image_classes(how: ImageClasses, path: Path) -> None:
-    """Write a classifier, and how it decides, to a file of its own. Raises StorageError if the disk refuses."""
+    """Write a classifier, and how it decides, to a file. Raises StorageError if the disk refuses."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in how.classifier.state_dict().items()}
     metadata = {METADATA: json.dumps({"image_classes": how.to_json()}, sort_keys=True)}
     write_whole(path, safetensors.torch.save(tensors, metadata))

@@ -265,9 +265,10 @@ def sum_windows(
 
 
 def _missing(network: Network, images: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Logits of windows [n * B, K, h, w], those of all images behind each other → without classes that are not there.
+    """Logits of windows [n * B, K, h, w] → those without classes that their image does not show.
 
-    Whole images are asked, not windows: a class may be in the image without being in a window of it.
+    The windows of all images at one place lie behind each other. Whole images are asked, not windows: a class may be in
+    the image without being in a window of it.
     """
     how = network.image_classes
     if how is None:

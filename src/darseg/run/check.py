@@ -294,7 +294,7 @@ def _waiting_bytes(recipe: Recipe, rounds: Sequence[Round], classes: int) -> int
 
 
 def _on_data(recipe: Recipe, manifest: Manifest, processes: int) -> list[str]:
-    """Notes that depend on the numbers of images. Raises RecipeError for a classifier that cannot be trained."""
+    """Notes that depend on the data. Raises RecipeError for a classifier that cannot be trained."""
     classifier = plan_classifier(recipe, manifest, processes)
     described = [] if classifier is None else [describe_classifier(recipe, classifier)]
     return [*describe_auto(recipe, manifest), *described]

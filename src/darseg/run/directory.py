@@ -291,12 +291,7 @@ class RunDirectory:
             return None
         if changed := inputs.differences(record.inputs):
             remedy = "Restore the data as it was"
-            if set(changed) <= {
-                "network",
-                "alignment",
-                "labels_from",
-                "image_classes",
-            }:  # an earlier step's, or a labeler's
+            if {*changed} <= {"network", "alignment", "labels_from", "image_classes"}:  # an earlier step's
                 remedy = f"To repeat it with this network, delete {step}.json here and all later rounds"
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "

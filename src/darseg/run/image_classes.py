@@ -137,7 +137,7 @@ def kept_classes(recipe: Recipe) -> tuple[int, ...]:
 
 
 def initial_classifier(recipe: Recipe) -> tuple[ImageClassifier, str]:
-    """The classifier as training begins, on the CPU, and a sentence that says where its weights come from.
+    """The classifier as training begins, and a sentence that says where its weights come from.
 
     Raises WeightsError if the weights cannot be used: it never silently starts from random weights.
     """
@@ -168,7 +168,7 @@ def classifier_path(run: RunDirectory) -> Path:
 
 
 def trained_image_classes(recipe: Recipe, run: RunDirectory) -> ImageClasses | None:
-    """A run's classifier, which its networks are saved with; None if the recipe has none. Raises WeightsError."""
+    """A run's classifier, for its networks' files; None if it has none. Raises WeightsError."""
     if recipe.image_classes is None:
         return None
     return with_decisions_of(recipe, load_image_classes(classifier_path(run)))

@@ -152,7 +152,7 @@ def _journal(run: RunDirectory, processes: Processes, console: Console) -> Gener
 
 
 def _classify(course: Course, planned: _Planned) -> list[StepRecord]:
-    """Train the classifier of whole images, if there is one; all processes together. Returns the step's record."""
+    """The record of the step that trains the classifier of whole images, if there is one."""
     return [] if planned.classifier is None else [train_image_classes(course, *planned.classifier)]
 
 

@@ -1,4 +1,4 @@
-"""Classify: the classifier of whole images, which later removes classes from all predictions of the run."""
+"""Classify: the classifier of whole images, which removes classes from the run's predictions."""
 
 from __future__ import annotations
 
