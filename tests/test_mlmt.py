@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, stream_batches
 from darseg.data.classes import IGNORE, ClassSet, distinct_colors
 from darseg.data.dataset import load_example, load_image
+from darseg.data.labels import read_label
 from darseg.data.prediction import FINE, FLOAT16
 from darseg.data.square import marks, square_examples, square_images, squared
 from darseg.data.unlabeled import stream_views
@@ -36,6 +39,7 @@ from darseg.model.predict import predict, predict_for_labeling, predict_probabil
 from darseg.model.weights import load_network, load_weights, read_spec, save_network
 from darseg.model.windows import Protocol, sum_windows
 from darseg.run.build import manifest_of
+from darseg.run.check import check, plan
 from darseg.run.evaluate import describe_decisions, evaluate, load_trained
 from darseg.run.image_classes import STRONG, plan_classifier
 from darseg.run.rounds import train
@@ -371,8 +375,6 @@ def test_classes_in_another_order_are_removed_alike() -> None:
 
 
 def test_damaged_descriptions_are_refused(tmp_path: Path) -> None:
-    import safetensors.torch
-
     path = tmp_path / "network.safetensors"
     save_network(with_classifier(), path, SPEC)
     tensors = safetensors.torch.load_file(path)
@@ -515,8 +517,6 @@ def test_predictions_of_a_run_are_those_of_its_recipe(finished: Path) -> None:
         assert removed and not {*np.unique(predict(trained.network, image).classes)} & {*removed}
     labeler = load_network(finished / "round_0" / "network.safetensors", plain=True).image_classes
     assert labeler is not None
-    from darseg.data.labels import read_label
-
     for sample in manifest.unlabeled[:4]:
         removed = labeler.removed([torch.from_numpy(load_image(sample))])[0].nonzero().flatten().tolist()
         kept = {*np.unique(read_label(finished / "round_1" / "labels" / f"{sample.id}.png")).tolist()}
@@ -582,3 +582,18 @@ def test_what_a_recipe_cannot_ask(tiny_data: Path, tmp_path: Path) -> None:
     recipe = load_recipe(write(classified(tiny_data), tmp_path))
     with refused(RecipeError, "unlabeled"):
         plan_classifier(recipe, replace(manifest_of(recipe), unlabeled=()))
+
+
+def test_plan_and_check_know_the_classifier(tiny_data: Path, tmp_path: Path) -> None:
+    path = write(classified(tiny_data), tmp_path)
+    (note,) = plan(path).notes
+    says(note, "resnet18_half", "32x32", "3 epochs", "2 labeled and 2 unlabeled", "0.5", "none")
+    released = " ".join(plan(load_recipe(path, ["release_quirks=true"])).notes)
+    assert released.count("logit 0") == 2  # what is done, and that it is a slip
+    assert not check(path).faults
+    missing = load_recipe(
+        path, [f"image_classes.weights={tmp_path / 'none.pth'}", "image_classes.keep=[ghost]"]
+    )
+    assert any("ghost" in fault for fault in check(missing).faults)
+    missing = load_recipe(path, [f"image_classes.weights={tmp_path / 'none.pth'}"])
+    assert any("none.pth" in fault for fault in check(missing).faults)

@@ -32,7 +32,7 @@ from darseg.run.build import (
 )
 from darseg.run.dynamic import describe_dynamic
 from darseg.run.held_out import check_held_out, describe_auto
-from darseg.run.image_classes import describe_classifier, plan_classifier
+from darseg.run.image_classes import describe_classifier, initial_classifier, plan_classifier
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
@@ -91,6 +91,11 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
             validation=len(manifest.validation),
             processes=1,
         )
+    except DarsegError as error:
+        faults.append(str(error))
+    try:
+        if plan_classifier(recipe, manifest) is not None:
+            initial_classifier(recipe)
     except DarsegError as error:
         faults.append(str(error))
     try:
