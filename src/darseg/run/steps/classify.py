@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,8 +207,13 @@ def removed_shares(course: Course, how: ImageClasses) -> tuple[float | None, flo
     with course.journal.progress("classifier of images: evaluate", len(samples)) as advance:
         for sample in samples:
             example = load_example(sample, classes)
-            there = presence_of(torch.from_numpy(example.label)[None], len(classes))[0] > 0
-            removed = how.removed([torch.from_numpy(example.image)])[0].cpu()
+            # Pictures that are read may be views that cannot be written to, which torch warns of.
+            label, image = (
+                torch.from_numpy(np.require(array, requirements=["C", "W"]))
+                for array in (example.label, example.image)
+            )
+            there = presence_of(label[None], len(classes))[0] > 0
+            removed = how.removed([image])[0].cpu()
             totals += _counts(there, removed)
             advance("")
     shares = [int(row[0]) / int(row[1]) if row[1] else None for row in totals]
