@@ -78,9 +78,11 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.event("started", environment=now, weights=sources[0], **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {sources[0]}")
-    if (of_images := plan_classifier(course.recipe, course.manifest)) is not None:
-        journal.say(f"At first {describe_classifier(course.recipe, of_images)}")
-    for line in (*who_labels(course.recipe, course.labelers), *describe_keep(course.recipe)):
+    for line in (
+        *_of_classifier(course),
+        *who_labels(course.recipe, course.labelers),
+        *describe_keep(course.recipe),
+    ):
         journal.say(line)
     for index in range(1, len(course.rounds)):
         if index in sources:
@@ -117,6 +119,12 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.say(f"Evaluation{begins}: {evaluation_protocol(course.recipe.at(index)).describe()}")
     if reason:
         journal.say(f"Decisions are not aligned: {reason}. result.align: off says the same.")
+
+
+def _of_classifier(course: Course) -> list[str]:
+    """What is said of the classifier of whole images; nothing without one."""
+    planned = plan_classifier(course.recipe, course.manifest)
+    return [] if planned is None else [f"At first {describe_classifier(course.recipe, planned)}"]
 
 
 def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None:
