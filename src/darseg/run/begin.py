@@ -78,11 +78,7 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.event("started", environment=now, weights=sources[0], **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {sources[0]}")
-    for line in (
-        *_of_classifier(course),
-        *who_labels(course.recipe, course.labelers),
-        *describe_keep(course.recipe),
-    ):
+    for line in _who_learns(course):
         journal.say(line)
     for index in range(1, len(course.rounds)):
         if index in sources:
@@ -121,10 +117,11 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.say(f"Decisions are not aligned: {reason}. result.align: off says the same.")
 
 
-def _of_classifier(course: Course) -> list[str]:
-    """What is said of the classifier of whole images; nothing without one."""
-    planned = plan_classifier(course.recipe, course.manifest)
-    return [] if planned is None else [f"At first {describe_classifier(course.recipe, planned)}"]
+def _who_learns(course: Course) -> list[str]:
+    """What is said of who learns, who labels, and what is kept."""
+    classifier = plan_classifier(course.recipe, course.manifest)
+    described = [] if classifier is None else [f"At first {describe_classifier(course.recipe, classifier)}"]
+    return [*described, *who_labels(course.recipe, course.labelers), *describe_keep(course.recipe)]
 
 
 def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None:
