@@ -30,6 +30,7 @@ from darseg.errors import RecipeError, RunError
 from darseg.model.weights import read_spec
 from darseg.report.facts import DataFacts, read_run, remarks
 from darseg.report.verdict import _steps
+from darseg.run.basis import basis_of, labeling_round
 from darseg.run.best import (
     BEST,
     COUNTS,
@@ -37,9 +38,7 @@ from darseg.run.best import (
     RoundScore,
     Standing,
     Weights,
-    basis_of,
     describe_result,
-    labeling_round,
     read_best,
     run_weights,
     standings,

@@ -22,10 +22,11 @@ from darseg.config.image_classes import ImageClassesConfig
 from darseg.config.online import OnlineConfig
 from darseg.config.training import AugmentationConfig, NetworkConfig, TrainingConfig
 from darseg.config.values import (
+    Continued,
     Count,
-    FilePath,
     Fraction,
     Key,
+    LabelsFrom,
     Positive,
     Section,
     Size,
@@ -142,11 +143,13 @@ LabelingRatio = Annotated[
 
 
 class RoundConfig(Section):
-    use: Literal["online"] | None = None  # None: labeled images in round 0, then pseudo labels
-    # None: the network of the round before labels
-    labels_from: Annotated[FilePath, Field(min_length=1)] | None = None
+    use: Literal["online", "labeled"] | None = None  # None: labeled images in round 0, then pseudo labels
+    # A round of this run, or the path of another network; None: the network of the round before labels
+    labels_from: LabelsFrom | None = None
     labels_window: Window | None = None  # None: the window of its run; of a file, the crop, rounded up
     network: NetworkConfig | None = None  # from this round on; None: that of the round before goes on
+    continues: Continued | None = None  # the round whose network goes on; None: the round before
+    labeled_part: tuple[Fraction, Fraction] | None = None  # of the labeled images; None: all
     crop: Size | None = None  # from this round on; None: as before
     epochs: Count | None = None
     steps: Count | None = None
@@ -166,13 +169,19 @@ class RoundConfig(Section):
                 ("labels_window",),
                 "is the window of a network in labels_from; remove it, or set labels_from",
             )
+        if self.labels_window and isinstance(self.labels_from, int):
+            yield (
+                ("labels_window",),
+                "is the window of a network of another run; for a round of this run set labeling.window instead",
+            )
         if self.network is not None:
             for key, message in self.network.conflicts():
                 yield ("network", *key), message
         if message := falling(self.scale):
             yield ("scale",), message
-        if self.span and self.span[0] >= self.span[1]:
-            yield ("span",), f"found {list(self.span)}; the first number should be the smaller one"
+        for name, bounds in (("span", self.span), ("labeled_part", self.labeled_part)):
+            if bounds and bounds[0] >= bounds[1]:
+                yield (name,), f"found {list(bounds)}; the first number should be the smaller one"
 
 
 class Recipe(Section):
@@ -205,7 +214,7 @@ class Recipe(Section):
     @property
     def halves(self) -> bool:
         """Whether there are rounds with labeled and unlabeled images."""
-        return len(self.rounds) > 1 or self.rounds[0].use == "online" or self.pseudo_labels(0)
+        return bool(self.pseudo_rounds) or any(config.use == "online" for config in self.rounds)
 
     @property
     def follows_precision(self) -> list[int]:
@@ -219,36 +228,66 @@ class Recipe(Section):
     def spans(self) -> list[tuple[float, float]]:
         """Which part of the poly curve each round uses.
 
-        It is the round's `span`, or [before / (before + own), 1], in epochs or steps. Equal rounds give [0, 1],
-        [1/2, 1], [2/3, 1], as the growing epoch totals of the release do. A new network begins a new curve.
+        It is the round's `span`, or [before / (before + own), 1], in epochs or steps; before: of the rounds that trained
+        the same network. Equal rounds give [0, 1], [1/2, 1], [2/3, 1], as the growing epoch totals of the release do. A
+        new network begins a new curve.
         """
-        spans, done = [], 0
-        for config in self.rounds:
-            if config.network is not None:
-                done = 0
-            own = config.steps or config.epochs or 0
-            spans.append(config.span or (done / (done + own), 1.0))
-            done += own
+        spans, done = [], list[int]()
+        for index, config in enumerate(self.rounds):
+            goes_on = self.goes_on_from(index)
+            before, own = 0 if goes_on is None else done[goes_on], config.steps or config.epochs or 0
+            spans.append(config.span or (before / (before + own), 1.0))
+            done.append(before + own)
         return spans
+
+    def goes_on_from(self, index: int) -> int | None:
+        """The round whose network a round trains on, if all rounds may; None: a network of its own begins there.
+
+        With `result.keep: best` it may be an earlier round of that network, if `continues` names none (see `basis_of`).
+        """
+        config = self.rounds[index]
+        if index == 0 or config.network is not None or config.continues == "none":
+            return None
+        return index - 1 if config.continues is None else min(config.continues, index - 1)
+
+    def labeled_by(self, index: int) -> int:
+        """The round whose network labels in a round, if that is a network of this run.
+
+        With `result.keep: best` it may be another, if `labels_from` names none (see `basis_of`).
+        """
+        named = self.rounds[index].labels_from
+        return named if isinstance(named, int) else index - 1
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether a round names an earlier one to label or to go on from, or begins another network."""
+        return any(
+            isinstance(config.labels_from, int) or config.continues is not None for config in self.rounds
+        )
 
     def starts(self, index: int) -> int:
         """The round in which the network that a round trains began."""
-        return max((at for at in range(1, index + 1) if self.rounds[at].network is not None), default=0)
+        while (before := self.goes_on_from(index)) is not None:
+            index = before
+        return index
 
     def at(self, index: int) -> Recipe:
         """The recipe as it holds in a round: `network` and `training.crop` are those of that round.
 
-        Give it the whole recipe, not what an earlier call returned.
+        Both hold from the round that names them on, in the rounds that go on from it. A network that begins without a
+        section or crop of its own takes those of the round before. Give it the whole recipe, not what an earlier call
+        returned.
         """
-        reached = self.rounds[: index + 1]
-        networks = [config.network for config in reached if config.network is not None]
-        crops = [config.crop for config in reached if config.crop is not None]
-        if not networks and not crops:
+        network, crop, reached = None, None, index
+        while reached > 0:
+            config = self.rounds[reached]
+            network, crop = network or config.network, crop or config.crop
+            goes_on = self.goes_on_from(reached)
+            reached = reached - 1 if goes_on is None else goes_on
+        if network is None and crop is None:
             return self
-        training = self.training.model_copy(update={"crop": crops[-1]}) if crops else self.training
-        return self.model_copy(
-            update={"network": networks[-1] if networks else self.network, "training": training}
-        )
+        training = self.training.model_copy(update={"crop": crop}) if crop else self.training
+        return self.model_copy(update={"network": network or self.network, "training": training})
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         """Keys whose values do not work together: those of each section, then those of several sections."""
@@ -293,10 +332,11 @@ class Recipe(Section):
                 for name, place in (("network", "network"), ("crop", "training.crop")):
                     if getattr(config, name) is not None:
                         yield (*key, name), f"is for later rounds; the first has {place}. Write it there"
-            if config.use == "online":
+            yield from self._conflicts_of_turns(index)
+            if config.use is not None:
                 for name in ("labeling_ratio", "labels_from"):
                     if getattr(config, name) is not None:
-                        yield (*key, name), "has no effect in a round with use: online; remove it"
+                        yield (*key, name), f"has no effect in a round with use: {config.use}; remove it"
             elif not self.pseudo_labels(index) and config.labeling_ratio is not None:
                 yield (
                     (*key, "labeling_ratio"),
@@ -306,6 +346,30 @@ class Recipe(Section):
                 for name, message in self.labeling.faults(config.labeling_ratio):
                     if name == "labeling_ratio":
                         yield (*key, name), message
+        yield from self._conflicts_of_unused()
+
+    def _conflicts_of_turns(self, index: int) -> Iterator[tuple[Key, str]]:
+        """Keys of a round that name another round which cannot be meant."""
+        config = self.rounds[index]
+        earlier = "an earlier round, " + ("0" if index == 1 else f"0 to {index - 1}")
+        for name in ("labels_from", "continues"):
+            named = getattr(config, name)
+            if not isinstance(named, int) or named < index:
+                continue
+            what = "the round itself" if named == index else "a later round"
+            remedy = f"name {earlier}" if index else "no round comes before round 0, so remove it"
+            yield ("rounds", index, name), f"found {named}, {what}; {remedy}"
+        if config.continues == "none" and index == 0:
+            yield ("rounds", index, "continues"), "the first round always begins a network; remove it"
+        if config.network is not None and isinstance(config.continues, int):
+            yield (
+                ("rounds", index, "network"),
+                f"is another network than that of round {config.continues}, which this round continues; remove it, or "
+                "set continues: none",
+            )
+
+    def _conflicts_of_unused(self) -> Iterator[tuple[Key, str]]:
+        """Keys that need a round which does not exist, and units that do not match."""
         if self.labeling.target_precision != TARGET_PRECISION and not self.follows_precision:
             yield (
                 ("labeling", "target_precision"),
@@ -336,7 +400,9 @@ def resolved(recipe: Recipe, folder: Path) -> Recipe:
     rounds = tuple(
         config.model_copy(
             update={
-                "labels_from": config.labels_from and _absolute(config.labels_from, folder),
+                "labels_from": _absolute(config.labels_from, folder)
+                if isinstance(config.labels_from, str)
+                else config.labels_from,
                 "network": config.network and _with_weights_from(config.network, folder),
             }
         )

@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    PlainValidator,
     StrictFloat,
     StrictInt,
     StrictStr,
@@ -75,6 +76,27 @@ def _path(value: str) -> str:
 
 
 FilePath = Annotated[StrictStr, AfterValidator(_path)]
+
+
+RoundNumber = Annotated[StrictInt, Field(ge=0)]
+
+# A round, or "none".
+Continued = Annotated[
+    RoundNumber,
+    or_word("none", "should be the number of an earlier round, or none"),
+    PlainSerializer(lambda value: value),
+]
+
+
+def _round_or_path(value: Any) -> int | str:
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, str) and value:
+        return _path(value)
+    raise ValueError("should be the number of an earlier round, or a path")
+
+
+LabelsFrom = Annotated[int | str, PlainValidator(_round_or_path)]
 
 
 class Section(BaseModel):

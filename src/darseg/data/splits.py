@@ -118,6 +118,22 @@ def draw(
     return tuple(sorted(name for name, i in zip(ids, unit_of, strict=True) if drawing.side[i] == LABELED))
 
 
+def part_bounds(part: tuple[float, float], count: int) -> tuple[int, int]:
+    """The places in an order of `count` images at which a part of them begins and ends, rounded half up.
+
+    Args:
+        part: two shares from 0 to 1; [0, 0.8] and [0.2, 1] of 10 images are places 0 to 7 and 2 to 9.
+    """
+    first, end = (math.floor(share * count + 0.5) for share in part)
+    return first, end
+
+
+def part_of(ids: Sequence[str], part: tuple[float, float], seed: int) -> frozenset[str]:
+    """The ids in a part of the order that the seed gives them: that of `draw`, so parts that overlap share images."""
+    first, end = part_bounds(part, len(ids))
+    return frozenset(ids[i] for i in _order(ids, seed, "")[first:end])
+
+
 def _order(units: Iterable[str], seed: int, purpose: str) -> list[int]:
     """Indices of the units in an order of their own for each purpose."""
     # A hash and not a generator: all versions of numpy give the same, whatever else is in the pool.

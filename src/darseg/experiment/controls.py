@@ -59,7 +59,7 @@ def labels_alone(recipe: Recipe, steps: int) -> Recipe:
     What has no effect then is at its default, so that equal controls are equal recipes.
     """
     first = recipe.rounds[0]
-    own = first if not recipe.pseudo_labels(0) and first.use is None else RoundConfig(steps=steps)
+    own = first if not recipe.pseudo_labels(0) and first.use != "online" else RoundConfig(steps=steps)
     last = recipe.at(len(recipe.rounds) - 1)
     only = RoundConfig(steps=steps, scale=own.scale, learning_rate=own.learning_rate)
     # The classifier of images learns from unlabeled ones.

@@ -22,7 +22,8 @@ from darseg.pseudo.labeling import Ratio
 from darseg.pseudo.labelset import PseudoLabelSet
 from darseg.report.curve import Curve, curve_of
 from darseg.report.result import AlignedFacts
-from darseg.run.best import Standing, describe_result, labeling_round, standings_of
+from darseg.run.basis import labeling_round, trained_from
+from darseg.run.best import Standing, describe_result, standings_of
 from darseg.run.build import check_overrides, classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
@@ -54,6 +55,7 @@ class RoundFacts:
         aligned: what is known of its aligned decisions; None if the run aligns nothing.
         protocol: how these were predicted.
         labeling_round: the round whose network labeled, if the run's own did.
+        trained_from: the round whose network it went on from; None: a network began there, or it is not trained.
         labeler: path, architecture and backbone of the network that labeled, if it is none of the run's.
         seconds: step (see `STEPS`) → how long it took.
     """
@@ -71,6 +73,7 @@ class RoundFacts:
     curve: Curve
     aligned: AlignedFacts | None = None
     labeling_round: int = 0
+    trained_from: int | None = None
     labeler: Mapping[str, Any] | None = None
 
     @property
@@ -144,6 +147,17 @@ class RunFacts:
         if len(self.standings) < 2:
             return ""
         return describe_result(self.standings, keep=self.recipe.result.keep, finished=self.finished)
+
+    def before(self, round_: RoundFacts) -> RoundFacts | None:
+        """The scored round that a scored round is compared with; None if there is none.
+
+        That is the scored round before. If networks take turns, it is the round whose network the round went on from.
+        """
+        scored = self.scored
+        if self.recipe.takes_turns:
+            return next((entry for entry in scored if entry.index == round_.trained_from), None)
+        at = scored.index(round_)
+        return scored[at - 1] if at else None
 
     @property
     def labeled(self) -> tuple[RoundFacts, ...]:
@@ -278,6 +292,7 @@ def _read_round(
         seconds={step: record.seconds for step, record in done.items()},
         curve=curve_of([event for event in events if event.get("round") == index], classes=len(names)),
         labeling_round=labeling_round(run, index),
+        trained_from=trained_from(run, index),
         labeler=read_labeler(folder) if "label" in done else None,
     )
 
@@ -331,8 +346,9 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
     listed: list[Remark] = []
     scored = {round_.index: round_ for round_ in facts.scored}
     against = {standing.index: standing.against for standing in facts.standings if facts.keeps_best}
-    for before, after in zip(facts.scored, facts.scored[1:], strict=False):
-        listed += _losses(scored.get(against.get(after.index), before), after, names)
+    for after in facts.scored:
+        if before := scored.get(against.get(after.index), facts.before(after)):
+            listed += _losses(before, after, names)
     if data.counts is not None and (absent := _named(names, data.counts == 0)):
         listed.append(Remark(f"{ABSENT}: {absent}"))
     for round_ in facts.labeled:

@@ -12,7 +12,7 @@ from darseg.run.directory import RunDirectory
 def who_labels(facts: RunFacts) -> dict[str, str]:
     """Round → which network labeled and which learned; empty if one network does both in all rounds."""
     recipe = facts.recipe
-    if not any(
+    if not recipe.takes_turns and not any(
         round_.labeler or recipe.starts(round_.index) or round_.labeling_round != round_.index - 1
         for round_ in facts.rounds
     ):
@@ -21,6 +21,10 @@ def who_labels(facts: RunFacts) -> dict[str, str]:
     for round_ in facts.rounds:
         learner, labeler = recipe.at(round_.index).network, round_.labeler
         learns = f"{learner.architecture}, {learner.backbone} learns"
+        if round_.trained_from is not None:
+            learns += f" from round {round_.trained_from}"
+        elif recipe.starts(round_.index) == round_.index:
+            learns += " from its own weights"
         labels = "no pseudo labels"
         if labeler:
             path = Path(labeler["path"])

@@ -13,7 +13,7 @@ from darseg.report.page import render
 
 @dataclass(frozen=True)
 class Card:
-    """A round. mean_iou: None without scores; change: since the previous round, None for the first."""
+    """A round. mean_iou: None without scores; change: since `RunFacts.before`, None if there is none."""
 
     index: int
     mean_iou: float | None
@@ -75,9 +75,13 @@ def verdict(facts: RunFacts, data: DataFacts) -> Markup:
 def _steps(facts: RunFacts) -> int:
     """Training steps of the result's round and of those that it goes on from."""
     steps, last = {round_.index: round_.steps or 0 for round_ in facts.rounds}, facts.result.index
-    if not facts.keeps_best:
+    before: dict[int, int | None]
+    if facts.recipe.takes_turns:
+        before = {round_.index: round_.trained_from for round_ in facts.rounds}
+    elif not facts.keeps_best:
         return sum(count for index, count in steps.items() if index <= last)
-    before = {standing.index: standing.against for standing in facts.standings}
+    else:
+        before = {standing.index: standing.against for standing in facts.standings}
     total, index = 0, last
     while index is not None:
         total += steps[index]
@@ -108,7 +112,7 @@ def mean_iou(round_: RoundFacts) -> float:
 
 
 def _cards(facts: RunFacts, best: RoundFacts) -> list[Card]:
-    cards, before = [], None
+    cards = []
     mark = "the result" if facts.keeps_best else "best"
     for round_ in facts.scored:
         mean = mean_iou(round_)
@@ -117,11 +121,11 @@ def _cards(facts: RunFacts, best: RoundFacts) -> list[Card]:
             note = ", ".join(
                 [facts.recipe.online.method.replace("_", " "), *([mark] if round_ is best else [])]
             )
-        change = None if before is None else mean - before
+        before = facts.before(round_)
+        change = None if before is None else mean - mean_iou(before)
         cards.append(
             Card(round_.index, mean, change, note=note, best=round_ is best and len(facts.scored) > 1)
         )
-        before = mean
     started = {round_.index for round_ in facts.rounds}
     done = {round_.index for round_ in facts.rounds if round_.scored or "evaluate" in round_.seconds}
     cards += [

@@ -209,8 +209,9 @@ def describe_keep(recipe: Recipe) -> list[str]:
     """What `result.keep: best` does, for plans; nothing if the recipe keeps the last round."""
     if recipe.result.keep == "last":
         return []
+    goes_on = "rounds that name no other go on" if recipe.takes_turns else "later rounds go on"
     return [
-        "The round with the highest mean IoU on the validation images is the result, and later rounds go on from it "
+        f"The round with the highest mean IoU on the validation images is the result, and {goes_on} from it "
         f"(result.keep: best); {BEST} is a copy of its weights."
     ]
 
@@ -218,52 +219,10 @@ def describe_keep(recipe: Recipe) -> list[str]:
 # --- in a run folder
 
 
-@dataclass(frozen=True)
-class Basis:
-    """The rounds that a round builds on.
-
-    Attributes:
-        labels: whose network labels.
-        weights: whose weights and optimizer the training goes on from, if no new network begins.
-    """
-
-    labels: int
-    weights: int
-
-
-def basis_of(run: RunDirectory, recipe: Recipe, index: int) -> Basis:
-    """What a round builds on: the round before, or with `keep: best` the best before.
-
-    A network can only go on from rounds that trained the same one.
-    """
-    if recipe.result.keep == "last" or index == 0:
-        return Basis(index - 1, index - 1)
-    begins = recipe.starts(index)
-
-    def best_from(first: int) -> int:
-        scores = [RoundScore(at, _mean_iou(run, at)) for at in range(first, index)]
-        return best_of(scores).index
-
-    return Basis(best_from(0), index - 1 if begins == index else best_from(begins))
-
-
-def labeling_round(run: RunDirectory, index: int) -> int:
-    """The round whose network labeled a round, if the run's own did.
-
-    Raises RunError if the record is damaged.
-    """
-    record = run.read_record(index, "label")
-    noted = index - 1 if record is None else record.facts.get("labeling_round", index - 1)
-    if type(noted) is not int or not -1 <= noted < index:
-        path = run.record_path(index, "label")
-        raise damaged(path, "labeling_round is not a round before it", "Restore it from a copy.")
-    return noted
-
-
 def standings_of(run: RunDirectory, seed: int) -> tuple[Standing, ...]:
     """The standings of the rounds that are scored. Raises RunError if scores or counts are damaged."""
     scores = [
-        RoundScore(index, _mean_iou(run, index), _read_counts(run.round(index) / COUNTS))
+        RoundScore(index, mean_iou(run, index), _read_counts(run.round(index) / COUNTS))
         for index in run.rounds_with("evaluate")
     ]
     return standings(scores, seed)
@@ -295,7 +254,7 @@ def _read_counts(path: Path) -> NDArray[np.int64] | None:
         raise damaged(path, f"{type(error).__name__}: {error}", remedy) from error
 
 
-def _mean_iou(run: RunDirectory, index: int) -> float:
+def mean_iou(run: RunDirectory, index: int) -> float:
     """The mean IoU of a round's result; NaN if undefined. Raises RunError if its scores are damaged."""
     content = read_scored(run.round(index) / "scores.json")
     aligned = content.get("aligned", {})

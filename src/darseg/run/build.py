@@ -272,15 +272,18 @@ def auxiliary_weight_of(recipe: Recipe) -> float:
     return default if network.auxiliary_weight is None else network.auxiliary_weight
 
 
-def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
+def build_initial_network(recipe: Recipe, draw: int | None = None) -> tuple[Network, str]:
     """The network as round 0 begins: on the CPU, heads drawn from the seed, backbone from its weights.
+
+    Args:
+        draw: number of other random weights than those of the seed; None: those of the seed.
 
     Returns:
         the network, and a sentence that says where its weights come from.
 
     Raises WeightsError if the weights cannot be used: a run never silently starts from random weights.
     """
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(recipe.seed if draw is None else _seed_of_draw(recipe.seed, draw))
     network = spec_of(recipe).build(recipe.network.drop_path)
     weights = recipe.network.weights
     if weights == "none":
@@ -305,13 +308,24 @@ def build_initial_network(recipe: Recipe) -> tuple[Network, str]:
     return network, source
 
 
+def _seed_of_draw(seed: int, draw: int) -> int:
+    return int(np.random.SeedSequence([seed, draw]).generate_state(1, np.uint64)[0] >> 1)
+
+
 def build_networks(recipe: Recipe) -> dict[int, tuple[Network, str]]:
-    """Round → the network that begins there, and where its weights come from."""
-    return {index: build_initial_network(recipe.at(index)) for index in beginnings(recipe)}
+    """Round → the network that begins there, and where its weights come from.
+
+    With `continues: none` its random weights are its own: two networks that begin alike would learn alike.
+    """
+    return {
+        index: build_initial_network(recipe.at(index), index if config.continues == "none" else None)
+        for index, config in enumerate(recipe.rounds)
+        if recipe.goes_on_from(index) is None
+    }
 
 
 def beginnings(recipe: Recipe) -> list[int]:
-    """The rounds in which a network begins: the first, and those with a network of their own."""
+    """The rounds in which a network begins: the first, and those with one of their own or `continues: none`."""
     return [index for index in range(len(recipe.rounds)) if recipe.starts(index) == index]
 
 

@@ -16,7 +16,8 @@ from darseg.model.class_order import Order, class_order, reorder_classes
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import read_alignment, read_spec
 from darseg.model.windows import Protocol, Window
-from darseg.run.best import labeling_round, read_best, run_weights, uncompared
+from darseg.run.basis import labeling_round
+from darseg.run.best import read_best, run_weights, uncompared
 from darseg.run.build import classes_of, labeling_protocol, load_to_predict
 from darseg.run.directory import ROUND_FOLDER, RunDirectory, digest_path
 from darseg.run.records import damaged, is_digest, read_object
@@ -99,7 +100,7 @@ def labelers_of(recipe: Recipe, out: Path | None = None) -> dict[int, Labeler]:
     labelers: dict[int, Labeler] = {}
     lines = []
     for index, config in enumerate(recipe.rounds):
-        if config.labels_from is None:
+        if not isinstance(config.labels_from, str):
             continue
         try:
             if out is not None and real(Path(config.labels_from)).is_relative_to(real(out)):
@@ -122,36 +123,39 @@ def labeling_protocol_of(
 
     Args:
         labeler: None: the network of an earlier round labels.
-        labeling_round: that round; None: the one before.
+        labeling_round: that round; None: the one that the recipe names, or the one before.
     """
     if labeler is None:
-        return labeling_protocol(recipe.at(index - 1 if labeling_round is None else labeling_round))
+        return labeling_protocol(
+            recipe.at(recipe.labeled_by(index) if labeling_round is None else labeling_round)
+        )
     return replace(labeling_protocol(recipe), window=labeler.window)
 
 
 def who_labels(recipe: Recipe, labelers: Mapping[int, Labeler]) -> list[str]:
     """A line for each round: which network labels, and which learns. None if one network does both."""
     rounds, keeps_best = range(len(recipe.rounds)), recipe.result.keep == "best"
-    if not labelers and not any(map(recipe.starts, rounds)):
+    if not labelers and not any(map(recipe.starts, rounds)) and not recipe.takes_turns:
         return []
     before = "the best round before" if keeps_best else "the round before"
     lines = []
     for index in rounds:
-        learner = recipe.at(index).network
+        learner, config = recipe.at(index).network, recipe.rounds[index]
         learns = f"{learner.architecture}, {learner.backbone} learns"
         crop = "x".join(map(str, recipe.at(index).training.crop))
         start = "from its own weights" if recipe.starts(index) == index else f"from {before}"
+        if isinstance(config.continues, int):
+            start = f"from round {config.continues}"
         if index in labelers:
             labels = f"{labelers[index].describe()} labels, "
-        elif recipe.pseudo_labels(index) and keeps_best:
-            labels = "the network of the best round before labels, "
-        elif recipe.pseudo_labels(index):
-            labeling = recipe.at(index - 1).network
-            labels = (
-                f"the network of round {index - 1} ({labeling.architecture}, {labeling.backbone}) labels, "
-            )
-        else:
+        elif not recipe.pseudo_labels(index):
             labels = "no pseudo labels, "
+        elif keeps_best and config.labels_from is None:
+            labels = "the network of the best round before labels, "
+        else:
+            by = recipe.labeled_by(index)
+            labeling = recipe.at(by).network
+            labels = f"the network of round {by} ({labeling.architecture}, {labeling.backbone}) labels, "
         lines.append(f"round {index}: {labels}{learns} {start}, crops {crop}")
     return lines
 
@@ -287,7 +291,7 @@ def _noted(run: RunDirectory, recipe: Recipe, index: int) -> Labeler | None:
     if noted is None:
         return None
     places = [Path(noted["weights"])]
-    if index < len(recipe.rounds) and (moved := recipe.rounds[index].labels_from) is not None:
+    if index < len(recipe.rounds) and isinstance(moved := recipe.rounds[index].labels_from, str):
         with contextlib.suppress(DarsegError):  # the run was resumed with the file's new place
             places.append(_weights_at(Path(moved))[0])
     path = next((place for place in places if digest_path(place) == noted["sha256"]), None)

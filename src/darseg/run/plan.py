@@ -21,6 +21,7 @@ from darseg.pseudo.labeling import Ratio
 from darseg.run.best import check_keep
 from darseg.run.build import auxiliary_weight_of, check_sizes, classes_of, pick_device, spec_of
 from darseg.run.dynamic import dynamic_of, rounds_method
+from darseg.run.labeled_part import labeled_in
 from darseg.run.learners import LearnerSettings, learner_of, second_network
 from darseg.run.online import colors_of, fitted, online_method, online_of, teacher_of, undivided
 from darseg.training.loss import LabeledLoss, balanced_weights
@@ -99,37 +100,28 @@ def plan_rounds(
     """All rounds with their steps: an epoch is floor(images / batch) steps, at least 1.
 
     Images are the labeled ones in a round without unlabeled images, the unlabeled ones in others, unless the round says
-    otherwise (epoch_over). Raises RecipeError if rounds need unlabeled images and there are none.
+    otherwise (epoch_over). Raises RecipeError if rounds need unlabeled images and there are none, or if a part of the
+    labeled images is empty.
 
     Args:
         fills: round in which a network begins → the color of its padding.
     """
     indices = range(len(recipe.rounds))
-    if (len(recipe.rounds) > 1 or recipe.pseudo_labels(0)) and unlabeled == 0:
-        raise RecipeError(
-            f"The recipe has {len(recipe.rounds)} rounds, but there are no unlabeled images, and rounds after the first "
-            "learn from those. Set data.unlabeled, or keep only the first round."
-            if recipe.rounds[0].labels_from is None
-            else "rounds.0.labels_from: there are no unlabeled images that this network could label. Set data.unlabeled, "
-            "or remove labels_from."
-        )
-    if recipe.rounds[0].use == "online" and unlabeled == 0:
-        raise RecipeError(
-            "Round 0 has use: online, but there are no unlabeled images to learn from. Set data.unlabeled, or remove the "
-            "key."
-        )
+    if unlabeled == 0:
+        _check_alone(recipe)
     half = recipe.training.half_batch or recipe.training.batch // 2
     pseudo_half = recipe.training.pseudo_batch or half
     rounds = []
     for index, config, span in zip(indices, recipe.rounds, recipe.spans(), strict=True):
         labels = recipe.pseudo_labels(index)
-        alone = config.use is None and not labels  # labeled images without others
+        alone = config.use != "online" and not labels  # labeled images without others
         batch = recipe.training.batch if alone else half
         online = online_of(recipe, batch) if config.use == "online" else None
         over = config.epoch_over or ("labeled" if alone else "unlabeled")
         others = pseudo_half if online is None else online.batch
         size = batch if over == "labeled" or alone else others
-        epoch_steps = max(1, (labeled if over == "labeled" else unlabeled) // size)
+        own = labeled_in(recipe, index, labeled)
+        epoch_steps = max(1, (own if over == "labeled" else unlabeled) // size)
         steps = config.steps or (config.epochs or 0) * epoch_steps
         if online is not None:
             online = fitted(online, index=index, steps=steps, crop=recipe.at(index).training.crop)
@@ -153,6 +145,23 @@ def plan_rounds(
             )
         )
     return rounds
+
+
+def _check_alone(recipe: Recipe) -> None:
+    """Raise RecipeError if a round needs unlabeled images; there are none."""
+    if any(config.use != "labeled" for config in recipe.rounds[1:]) or recipe.pseudo_labels(0):
+        raise RecipeError(
+            f"The recipe has {len(recipe.rounds)} rounds, but there are no unlabeled images, and rounds after the first "
+            "learn from those. Set data.unlabeled, or keep only the first round."
+            if recipe.rounds[0].labels_from is None
+            else "rounds.0.labels_from: there are no unlabeled images that this network could label. Set data.unlabeled, "
+            "or remove labels_from."
+        )
+    if recipe.rounds[0].use == "online":
+        raise RecipeError(
+            "Round 0 has use: online, but there are no unlabeled images to learn from. Set data.unlabeled, or remove the "
+            "key."
+        )
 
 
 def plan_training(

@@ -29,7 +29,7 @@ from darseg.methods.consistency import Consistency
 from darseg.model.torchfile import read_bare_part
 from darseg.model.weights import load_network
 from darseg.pseudo.distribution import count_labels
-from darseg.run.best import basis_of
+from darseg.run.basis import basis_of
 from darseg.run.build import (
     beginnings,
     check_overrides,
@@ -42,6 +42,7 @@ from darseg.run.build import (
 )
 from darseg.run.data_digest import digest_samples
 from darseg.run.directory import RunDirectory
+from darseg.run.labeled_part import labeled_samples
 from darseg.run.marks import expect_excluded, without
 from darseg.run.online import describe_online
 from darseg.run.plan import Round, method_of, plan_rounds
@@ -278,17 +279,18 @@ def _feed(source: _Source, number: int, feed: Feed) -> _Shown:
 
 
 def _goes_on_from(source: _Source, run: RunDirectory) -> int:
-    """The round whose network a round goes on from; the one before if not all before are scored."""
+    """The round whose network a round goes on from; as if all were alike if not all before are scored."""
     index, scored = source.index, run.rounds_with("evaluate")
     if scored[:index] != list(range(index)):
-        return index - 1
+        goes_on = source.recipe.goes_on_from(index)
+        return index - 1 if goes_on is None else goes_on
     return basis_of(run, source.recipe, index).weights
 
 
 def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str]:
     """The samples of a feed, the caption of their labels, and a note."""
     if feed.role == "labeled":
-        return source.manifest.labeled, "label", ""
+        return labeled_samples(source.recipe, source.index, source.manifest.labeled), "label", ""
     run, index, unlabeled = source.run, source.index, source.manifest.unlabeled
     note = "Labels need a trained network: train first, then preview the run folder."
     if run is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -56,9 +56,11 @@ def rehearse(
         )
     roles = ("unlabeled", "validation") if recipe.follows_precision else ("unlabeled",)
     to_label = [largest[role] for role in roles if role in largest]
-    first = 0 if recipe.result.keep == "best" else -1  # any round before may label, or the last before
     own = {
-        recipe.starts(before) for index in labeled if index not in labelers for before in range(index)[first:]
+        recipe.starts(before)
+        for index in labeled
+        if index not in labelers
+        for before in _may_label(recipe, index)
     }
     for begins, network in networks.items():
         here = recipe.at(begins)
@@ -81,6 +83,13 @@ def rehearse(
                 explain_memory(less_to_predict(recipe, "labeling", protocol, begun=False, window=window)),
             ):
                 _label(labeler.load(plain=recipe.labeling.align != "none"), sample, protocol)
+
+
+def _may_label(recipe: Recipe, index: int) -> Iterable[int]:
+    """The rounds of this run whose network may label in a round."""
+    if recipe.result.keep == "best" and recipe.rounds[index].labels_from is None:
+        return range(index)
+    return (recipe.labeled_by(index),)
 
 
 def _label(network: Network, sample: Sample, protocol: Protocol) -> None:

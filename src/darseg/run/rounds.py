@@ -22,8 +22,9 @@ from darseg.model.image_classes import ImageClassifier
 from darseg.model.network import Network
 from darseg.pseudo.distribution import count_each
 from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
+from darseg.run.basis import basis_of
 from darseg.run.begin import FREE_KEYS, announce
-from darseg.run.best import BEST, Standing, basis_of, describe_result, standings_of, write_best
+from darseg.run.best import BEST, Standing, describe_result, standings_of, write_best
 from darseg.run.build import (
     as_recipe,
     build_networks,
@@ -162,13 +163,14 @@ def run_rounds(
     """All rounds: label, train, align, evaluate. All processes together; the first writes.
 
     Args:
-        networks: round → the network that begins there; taken out as its round begins.
+        networks: round → the network that begins there; taken out when no later round trains it.
         before_rounds: steps that the first round's time includes.
     """
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
-    network, worked, listed = networks.pop(0), False, ()
-    before = digest_state(network.state_dict())
+    worked, listed = False, ()
+    before_training = {begins: digest_state(network.state_dict()) for begins, network in networks.items()}
+    network = networks[0]
     with explain_memory(ALONE):
         place(network)
     for round_ in course.rounds:
@@ -179,14 +181,16 @@ def run_rounds(
         if round_.labels:
             pseudo, record = label_round(course, round_, basis.labels)
             records.append(record)
-        if round_.index in networks:
+        if networks[round_.begins] is not network:
             network.cpu()  # a GPU need not hold both
-            network = networks.pop(round_.index)
-            before = digest_state(network.state_dict())
+            network = networks[round_.begins]
             with explain_memory(ALONE):
                 place(network)
-        elif round_.index:
-            before = processes.from_first(lambda at=basis.weights: digest_path(run.network(at)))
+        before = (
+            before_training[round_.index]
+            if round_.begins == round_.index
+            else processes.from_first(lambda at=basis.weights: digest_path(run.network(at)))
+        )
         records.append(
             train_round(course, round_, before, pseudo=pseudo, network=network, goes_on_from=basis.weights)
         )
@@ -202,6 +206,7 @@ def run_rounds(
         summary["rounds"][-1] |= compared
         summary.update(result)
         processes.from_first(lambda: write_json(run.summary, summary))
+        _drop_unneeded(networks, course.rounds[round_.index + 1 :])
         if processes.first and not (was_done and round_ is not course.rounds[-1]):
             _call_after_round(course, round_)
     if processes.first and not worked:
@@ -210,6 +215,12 @@ def run_rounds(
         course.journal.say(said)
     course.journal.event("finished")
     return summary
+
+
+def _drop_unneeded(networks: dict[int, Network], later: Sequence[Round]) -> None:
+    """Let go of the networks that no later round trains."""
+    for begins in set(networks) - {round_.begins for round_ in later}:
+        del networks[begins]
 
 
 def _compare(

@@ -21,10 +21,12 @@ from darseg.model.network import Network, NetworkSpec
 from darseg.model.weights import load_network, save_network
 from darseg.run.build import auxiliary_weight_of, pick_device, spec_of
 from darseg.run.course import Course
+from darseg.run.data_digest import digest_samples
 from darseg.run.directory import StepRecord, digest_path
 from darseg.run.dynamic import dynamic_of, keeps_confidences
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
 from darseg.run.image_classes import digest_image_classes, trained_image_classes
+from darseg.run.labeled_part import labeled_samples
 from darseg.run.machine import cache_limit, workers_for
 from darseg.run.marks import fix_excluded, report_excluded, without
 from darseg.run.online import teacher_of, with_shares
@@ -129,9 +131,12 @@ def train_round(
     """
     run, index = course.run, round_.index
     settings = settings_of(course.recipe, round_, course.counts, pseudo=bool(pseudo))
+    labeled, own = labeled_samples(course.recipe, index, course.manifest.labeled), course.data["labeled"]
+    if course.recipe.rounds[index].labeled_part is not None:
+        own = course.processes.from_first(lambda: digest_samples(labeled))
     digests = {
         "settings": settings.digest(),
-        "labeled": course.data["labeled"],
+        "labeled": own,
         "labels": course.processes.from_first(lambda: digest_path(run.labels(index))) if pseudo else "none",
         "network": before,
     }
@@ -148,7 +153,7 @@ def train_round(
         digests["image_classes"] = course.processes.from_first(
             lambda: digest_image_classes(course.recipe, course.run)
         )
-    samples = {"labeled": course.manifest.labeled, "pseudo": tuple(pseudo), "unlabeled": tuple(unlabeled)}
+    samples = {"labeled": labeled, "pseudo": tuple(pseudo), "unlabeled": tuple(unlabeled)}
     training = _Training(
         course, round_, settings.stage, samples=samples, network=network, goes_on_from=goes_on_from
     )
