@@ -299,7 +299,7 @@ def test_a_networks_successor_starts_from_its_own_weights(tiny_data: Path, tmp_p
     assert Repredictor(round_).prediction(round_.samples[0]).classes.shape == (65, 97)
     page = write_report(run).read_text()
     says(
-        "\n".join(line.strip() for line in page.splitlines() if "learns</td>" in line),
+        "\n".join(line.strip() for line in page.splitlines() if " learns from " in line),
         "resnet18_half",
         "vit_tiny",
     )

@@ -56,12 +56,8 @@ def rehearse(
         )
     roles = ("unlabeled", "validation") if recipe.follows_precision else ("unlabeled",)
     to_label = [largest[role] for role in roles if role in largest]
-    own = {
-        recipe.starts(before)
-        for index in labeled
-        if index not in labelers
-        for before in _may_label(recipe, index)
-    }
+    labeled_here = [index for index in labeled if index not in labelers]
+    own = {recipe.starts(by) for index in labeled_here for by in _may_label(recipe, index)}
     for begins, network in networks.items():
         here = recipe.at(begins)
         with torch.inference_mode(False):

@@ -170,9 +170,7 @@ def run_rounds(
     summary: dict = {"classes": list(names), "rounds": []}
     worked, listed = False, ()
     before_training = {begins: digest_state(network.state_dict()) for begins, network in networks.items()}
-    network = networks[0]
-    with explain_memory(ALONE):
-        place(network)
+    network = None
     for round_ in course.rounds:
         was_done = run.record_path(round_.index, "evaluate").exists()
         worked |= not was_done
@@ -181,16 +179,9 @@ def run_rounds(
         if round_.labels:
             pseudo, record = label_round(course, round_, basis.labels)
             records.append(record)
-        if networks[round_.begins] is not network:
-            network.cpu()  # a GPU need not hold both
-            network = networks[round_.begins]
-            with explain_memory(ALONE):
-                place(network)
-        before = (
-            before_training[round_.index]
-            if round_.begins == round_.index
-            else processes.from_first(lambda at=basis.weights: digest_path(run.network(at)))
-        )
+        network = _exchange(network, networks[round_.begins])
+        if (before := before_training.get(round_.index)) is None:
+            before = processes.from_first(lambda at=basis.weights: digest_path(run.network(at)))
         records.append(
             train_round(course, round_, before, pseudo=pseudo, network=network, goes_on_from=basis.weights)
         )
@@ -215,6 +206,16 @@ def run_rounds(
         course.journal.say(said)
     course.journal.event("finished")
     return summary
+
+
+def _exchange(before: Network | None, network: Network) -> Network:
+    """Put a round's network in its place, and that of the round before, if it is another, into main memory."""
+    if before is not network:
+        if before is not None:
+            before.cpu()  # a GPU need not hold both
+        with explain_memory(ALONE):
+            place(network)
+    return network
 
 
 def _drop_unneeded(networks: dict[int, Network], later: Sequence[Round]) -> None:
