@@ -277,9 +277,17 @@ DYNAMIC_RECIPES = [path.stem for path in sorted(RECIPES.glob("*_d[sm]t_r101.yaml
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DYNAMIC_RECIPES)
 def test_recipes_that_doubt_their_labels(name: str, downloads, call, tmp_path: Path) -> None:
-    """Two steps of each of three rounds."""
+    """Two steps of each of three rounds; of four rounds if two networks take turns."""
     root, _ = downloads
-    voc = name.startswith("voc")
+    voc, turns = name.startswith("voc"), "_dmt_" in name
+    later = (
+        "{steps: 2, use: labeled, continues: none, labeled_part: [0.25, 1.0]}, "
+        "{steps: 2, labeling_ratio: 0.2, labels_from: 0, continues: 1}, "
+        "{steps: 2, labeling_ratio: 1.0, labels_from: 1, continues: 0}"
+        if turns
+        else "{steps: 2, labeling_ratio: 0.2}, {steps: 2, labeling_ratio: 1.0}"
+    )
+    last = 3 if turns else 2
     changes = [
         f"data.root={root / ('VOCdevkit/VOC2012' if voc else 'cityscapes')}",
         "network.weights=none",
@@ -288,14 +296,14 @@ def test_recipes_that_doubt_their_labels(name: str, downloads, call, tmp_path: P
         "training.batch=4",
         f"data.labeled={'null' if voc else '{every: 4}'}",
         f"data.unlabeled={'null' if voc else '{except_every: 4}'}",
-        "rounds=[{steps: 2}, {steps: 2, labeling_ratio: 0.2}, {steps: 2, labeling_ratio: 1.0}]",
+        f"rounds=[{{steps: 2}}, {later}]",
     ]
     changes += [] if FULL else ["network.backbone=resnet18_half"]
     code, _, err = call("train", RECIPES / f"{name}.yaml", *changes, "--out", tmp_path / "run")
     assert code == 0, err
-    scores = json.loads((tmp_path / "run" / "round_2" / "scores.json").read_text())
+    scores = json.loads((tmp_path / "run" / f"round_{last}" / "scores.json").read_text())
     assert sum(map(sum, scores["confusion"])) > 0
-    facts = json.loads((tmp_path / "run" / "round_2" / "label.json").read_text())["facts"]
+    facts = json.loads((tmp_path / "run" / f"round_{last}" / "label.json").read_text())["facts"]
     assert facts["share"] == 1.0  # ratio 1
 
 

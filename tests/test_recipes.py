@@ -255,6 +255,19 @@ DYNAMIC = {
         DynamicLoss("dst", 9.0), (257, 513), HALF, (170 * (372 // 8), 8), (6 * (2603 // 4), 4, 4),
         (0.002, 0.002), ("long side 513", "long side 1024"), EIGHTH,
     ),
+    "voc_1of8_dmt_r101": Dynamic(
+        DynamicLoss("dmt", 5.0, 5.0), (321, 321), (0.5, 1.5), (85 * (1322 // 8), 8), (4 * (9260 // 7), 1, 7),
+        (0.002, 0.001), (OWN_SIZE, OWN_SIZE), VOC_EIGHTH,
+    ),
+    "voc_1464_dmt_r101": Dynamic(
+        DynamicLoss("dmt", 5.0, 5.0), (321, 321), (0.5, 1.5), (85 * (1464 // 8), 8), (5 * (9118 // 7), 1, 7),
+        (0.002, 0.001), (OWN_SIZE, OWN_SIZE), VOC,
+    ),
+    # 60 % of the labeled images begin in both networks, 20 % more in each: 223 + 74 or 75 of 372.
+    "cityscapes_1of8_dmt_r101": Dynamic(
+        DynamicLoss("dmt", 3.0, 3.0), (257, 513), HALF, (170 * (298 // 8), 8), (10 * (2603 // 6), 2, 6),
+        (0.004, 0.004), ("long side 1024", "long side 1024"), EIGHTH,
+    ),
 }  # fmt: skip
 
 
@@ -455,7 +468,8 @@ def test_a_recipe_that_doubts_its_labels_plans_its_settings(name: str, names: di
     assert planned.network == f"{DEEPLAB}, crops {wanted.crop[0]}x{wanted.crop[1]}"
     assert tuple(planned.images.values()) == (*wanted.images, 0)
     labeling, evaluation = wanted.protocols
-    assert planned.labeling.startswith(f"cbst, decisions by probability / threshold, {labeling}, {WHOLES}")
+    rule = "cbst" if wanted.dynamic.method == "dmt" else "cbst, decisions by probability / threshold"
+    assert planned.labeling.startswith(f"{rule}, {labeling}, {WHOLES}")
     assert planned.evaluation.startswith(f"{evaluation}, {WHOLES}")
     alone = [row for row in planned.rounds if not row.pseudo_batch]
     others = [row for row in planned.rounds if row.pseudo_batch]
@@ -475,6 +489,25 @@ def test_a_recipe_that_doubts_its_labels_plans_its_settings(name: str, names: di
         assert stage_of(recipe, row).schedule.power == 0.9
     assert dynamic_of(recipe) == wanted.dynamic
     assert (recipe.labeling.confidence, recipe.result.align, recipe.result.keep) == ("float16", "off", "best")
+    turns = [(config.labels_from, config.continues) for config in recipe.rounds]
+    if wanted.dynamic.method == "dst":
+        assert turns == [(None, None)] * 6 and len(planned.networks) == 1
+        return
+    # In each phase both networks learn from the labels that the other made as the phase began; the second goes first.
+    first, second, expected = 0, 1, [(None, None), (None, "none")]
+    for _ in range(5):
+        expected += [(first, second), (second, first)]
+        first, second = len(expected) - 1, len(expected) - 2
+    assert turns == expected
+    assert [row.begins for row in planned.rounds] == [0, 1] + [1, 0] * 5
+    sources = [str(recipe.at(index).network.weights) for index in range(12)]
+    assert len({*sources}) == (2 if name.startswith("voc") else 1)
+    assert [source == sources[0] for source in sources] == (
+        [row.begins == 0 for row in planned.rounds] if name.startswith("voc") else [True] * 12
+    )
+    parts = [config.labeled_part for config in recipe.rounds]
+    own = [None, None] if name.startswith("voc") else [(0.0, 0.8), (0.2, 1.0)]
+    assert parts == [*own, *[None] * 10]
 
 
 @pytest.mark.parametrize("name", JUDGED)
