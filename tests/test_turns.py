@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from darseg.data.splits import draw, part_bounds, part_of
 from darseg.errors import Interrupted, RecipeError
 from darseg.model.network import NetworkSpec
 from darseg.model.weights import load_weights
-from darseg.report.facts import read_run
+from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.report.verdict import _cards, _steps
 from darseg.run.basis import Basis, basis_of, labeling_round, trained_from
@@ -401,6 +402,11 @@ def test_the_page_says_who_labels_and_who_goes_on(run: Path, tmp_path: Path) -> 
     assert changes[:2] == [None, None]
     assert changes[2:] == pytest.approx([means[index] - means[WEIGHTS[index]] for index in range(2, 6)])
     assert _steps(facts) == 3 * 2
+    kept = facts.recipe.model_copy(update={"result": facts.recipe.result.model_copy(update={"keep": "best"})})
+    for recipe in (facts.recipe, kept):
+        listed = [remark.text for remark in remarks(replace(facts, recipe=recipe), read_data(facts))]
+        lowered = {int(text.split()[1]) for text in listed if re.match(r"round \d lowered mean IoU", text)}
+        assert lowered == {index for index in range(2, 6) if means[index] < means[WEIGHTS[index]]}
     # The viewer predicts again with the network that labeled.
     labeled = open_round(copy, 4)
     assert Repredictor(labeled).reachable(labeled.samples[0])

@@ -345,7 +345,8 @@ def remarks(facts: RunFacts, data: DataFacts) -> list[Remark]:
     names = facts.classes.names
     listed: list[Remark] = []
     scored = {round_.index: round_ for round_ in facts.scored}
-    against = {standing.index: standing.against for standing in facts.standings if facts.keeps_best}
+    best = facts.keeps_best and not facts.recipe.takes_turns
+    against = {standing.index: standing.against for standing in facts.standings if best}
     for after in facts.scored:
         if before := scored.get(against.get(after.index), facts.before(after)):
             listed += _losses(before, after, names)

@@ -276,7 +276,7 @@ def build_initial_network(recipe: Recipe, draw: int | None = None) -> tuple[Netw
     """The network as round 0 begins: on the CPU, heads drawn from the seed, backbone from its weights.
 
     Args:
-        draw: number of other random weights than those of the seed; None: those of the seed.
+        draw: a number that gives other random weights with the same seed; None: the seed's own.
 
     Returns:
         the network, and a sentence that says where its weights come from.
