@@ -116,7 +116,7 @@ def test_a_value_instead_of_keys_is_told_the_keys(tmp_path: Path) -> None:
 
 
 def test_a_fault_in_the_only_round_is_the_only_fault(tmp_path: Path) -> None:
-    with refused(RecipeError, "rounds.0.use: found 'offline'; should be 'online'\n"):
+    with refused(RecipeError, "rounds.0.use: found 'offline'; should be 'online' or 'labeled'\n"):
         load_recipe(write(tmp_path), ["rounds=[{steps: 1, use: offline, crop: no}]"])
 
 
