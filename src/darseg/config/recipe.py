@@ -241,7 +241,7 @@ class Recipe(Section):
         return spans
 
     def goes_on_from(self, index: int) -> int | None:
-        """The round whose network a round trains on, if all rounds may; None: a network of its own begins there.
+        """The round whose network a round goes on with; None: a network begins there.
 
         With `result.keep: best` it may be an earlier round of that network, if `continues` names none (see `basis_of`).
         """

@@ -129,7 +129,7 @@ def part_bounds(part: tuple[float, float], count: int) -> tuple[int, int]:
 
 
 def part_of(ids: Sequence[str], part: tuple[float, float], seed: int) -> frozenset[str]:
-    """The ids in a part of the order that the seed gives them: that of `draw`, so parts that overlap share images."""
+    """The ids in a part of the order that the seed gives them, which is that of `draw`."""
     first, end = part_bounds(part, len(ids))
     return frozenset(ids[i] for i in _order(ids, seed, "")[first:end])
 

@@ -25,7 +25,7 @@ class Basis:
 
 
 def basis_of(run: RunDirectory, recipe: Recipe, index: int) -> Basis:
-    """What a round builds on: rounds that it names; otherwise the round before, or with `keep: best` the best before.
+    """What a round builds on: rounds that it names; otherwise the one before, or the best before.
 
     A network can only go on from rounds that trained the same one.
     """
@@ -47,7 +47,7 @@ def basis_of(run: RunDirectory, recipe: Recipe, index: int) -> Basis:
 
 
 def trained_from(run: RunDirectory, index: int) -> int | None:
-    """The round whose network a trained round went on from; None: a network began there, or it is not trained.
+    """The round whose network a round went on from; None: one began there, or it is not trained.
 
     Raises RunError if a record is damaged.
     """

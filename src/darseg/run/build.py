@@ -325,7 +325,7 @@ def build_networks(recipe: Recipe) -> dict[int, tuple[Network, str]]:
 
 
 def beginnings(recipe: Recipe) -> list[int]:
-    """The rounds in which a network begins: the first, and those with one of their own or `continues: none`."""
+    """The rounds in which a network begins: the first, and those that go on from none."""
     return [index for index in range(len(recipe.rounds)) if recipe.starts(index) == index]
 
 

@@ -11,7 +11,7 @@ from darseg.errors import RecipeError
 
 
 def labeled_in(recipe: Recipe, index: int, labeled: int) -> int:
-    """How many of the labeled images a round learns from. Raises RecipeError if its part of them is empty."""
+    """How many labeled images a round learns from. Raises RecipeError if its part is empty."""
     part = recipe.rounds[index].labeled_part
     if part is None:
         return labeled

@@ -209,7 +209,7 @@ def run_rounds(
 
 
 def _exchange(before: Network | None, network: Network) -> Network:
-    """Put a round's network in its place, and that of the round before, if it is another, into main memory."""
+    """Put a round's network in its place, and another one of the round before into main memory."""
     if before is not network:
         if before is not None:
             before.cpu()  # a GPU need not hold both
