@@ -37,7 +37,10 @@ from darseg.training.loss import supervised, supervised_loss
 from darseg.training.method import Figures, Labeled, Learner, Method, Streamed
 
 SECOND = "second"
-"""Name of the second learner, and beginning of the names of what its labels' rule has seen."""
+"""Name of the second learner."""
+
+PREFIX = "second_"
+"""How the names begin of what `own_acceptance` follows."""
 
 
 class CrossState(OnlineState):
@@ -84,7 +87,7 @@ def cps(
             for labels in (accepted, own)
             for view, mask in enumerate(masks)
         ]
-        seen = dict(accepted.seen) | {f"{SECOND}_{name}": value for name, value in own.seen.items()}
+        seen = dict(accepted.seen) | {f"{PREFIX}{name}": value for name, value in own.seen.items()}
         return Labeled([batch, *batches], _counts(views, accepted, logits[0], step=step), seen)
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
@@ -94,9 +97,7 @@ def cps(
         assert isinstance(state, CrossState)
         teacher_follows(state, network, how, step=step)
         advance(how.accept, state.acceptance, seen, step=step)
-        own = {
-            name.removeprefix(f"{SECOND}_"): value for name, value in seen.items() if name.startswith(SECOND)
-        }
+        own = {name.removeprefix(PREFIX): value for name, value in seen.items() if name.startswith(PREFIX)}
         advance(how.accept, state.own_acceptance, own, step=step)
 
     state = CrossState(network, second, how)
@@ -155,16 +156,17 @@ def _losses(
     """
     batch, *views = batches
     auxiliary, networks = labeled.auxiliary_weight, (network, second)
-    outputs = [of(batch.images) for of in networks]
+    outputs = [learning(batch.images) for learning in networks]
     own, others = (supervised_loss(output, batch, auxiliary, how=labeled.loss) for output in outputs)
     figures = {"loss_labeled": own.detach()}
     if how.weight:
-        known = [
-            (outputs[index], _labeled_by(outputs[1 - index], batch)) if how.mixing == "none" else None
-            for index in range(2)
-        ]
         shares = views[: how.views], views[how.views :]
-        crossed = [_crossed(*of, auxiliary=auxiliary) for of in zip(networks, shares, known, strict=True)]
+        crossed = []
+        for index, learning in enumerate(networks):
+            known = None
+            if how.mixing == "none":
+                known = outputs[index], _labeled_by(outputs[1 - index], batch)
+            crossed.append(_crossed(learning, shares[index], known, auxiliary=auxiliary))
         figures["loss_unlabeled"] = crossed[0].detach()
         own, others = own + how.weight * crossed[0], others + how.weight * crossed[1]
     return own + others, figures | {"loss_second": others.detach()}
