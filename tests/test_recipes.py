@@ -444,6 +444,7 @@ def test_a_recipe_with_two_networks_plans_its_settings(name: str, names: dict[An
     assert (how.scale, how.rotate, how.blur, how.mirror, how.colors) == ((0.5, 2.0), 0, False, True, None)
     assert (row.learning_rate, learner.head_factor) == (0.01 / 4, 1)
     assert learner.optimizer == SGD(momentum=0.9, weight_decay=4 * 1e-4)
+    assert not learner.decay_vectors
     assert (schedule.kind, schedule.power, recipe.result.align) == ("poly", 0.9, "off")
     weight, mixing = CROSSED[name]
     strong = StrongViews(UNCHANGED, Boxes(share=1.0, area=(0.25, 0.5), aspect=None))
