@@ -27,9 +27,11 @@ from darseg.methods.cps import cps
 from darseg.methods.figures import ACCEPTED, AGREED, INSIDE, KNOWN, RIGHT, STUDENT_RIGHT, TEACHER_RIGHT
 from darseg.methods.teacher import TeacherSettings, in_eval_mode
 from darseg.model.network import NetworkSpec, Output
+from darseg.run.build import spec_of
 from darseg.run.check import plan
 from darseg.run.learners import second_network
 from darseg.run.online import describe_online, online_of
+from darseg.run.plan import method_of, plan_rounds
 from darseg.run.rounds import train
 from darseg.training.method import Method
 from darseg.training.optimize import SGD
@@ -231,6 +233,20 @@ def test_the_second_network_begins_with_a_head_of_its_own() -> None:
             assert float(own.std()) == pytest.approx(float(drawn[key].std()), rel=0.3), key
         if key.endswith("running_mean") and not of_backbone:
             assert value.any() and not own.any()  # no statistics of the network before
+
+
+def test_a_backbone_from_random_numbers_is_drawn_again_in_its_first_round_alone(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe = settings(tiny_data, tmp_path, {"method": "cps"}, network={"weights": "none"})
+    recipe = recipe.model_copy(update={"rounds": recipe.rounds * 2})
+    equal = []
+    for round_ in plan_rounds(recipe, labeled=4, unlabeled=4, fills={0: (0, 0, 0)}):
+        network = spec_of(recipe).build()
+        state = method_of(recipe, round_, network, counts=(1,) * network.classes).state
+        pairs = zip(network.backbone.parameters(), state.second.backbone.parameters(), strict=True)
+        equal.append(all(torch.equal(first, second) for first, second in pairs))
+    assert equal == [False, True]
 
 
 # --- the recipe
