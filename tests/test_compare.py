@@ -221,6 +221,10 @@ def test_first_rounds_are_shared_if_they_are_the_same(experiment) -> None:
             {"name": "rate", "changes": {"training.learning_rate": 0.5}},
             {"name": "continued", "changes": {"rounds": [{"steps": 4}, {"steps": 1, "labeling_ratio": 0.4}]}},
             {"name": "scored", "changes": {"evaluation.mirror": False}},
+            {
+                "name": "dst",
+                "changes": {"training.dynamic_loss": {"method": "dst"}, "training.pseudo_batch": 3},
+            },
         ],
         labels=[2, 3],
     )
@@ -230,6 +234,8 @@ def test_first_rounds_are_shared_if_they_are_the_same(experiment) -> None:
     assert shared["cbst"] == ("dars/3_seed_0", 1) and shared["third"] == ("dars/3_seed_0", 2)
     assert shared["continued"] == ("control_4_steps/3_seed_0", 1)
     assert shared["scored"] == ("dars/3_seed_0", 2)
+    assert shared["dst"] == ("dars/3_seed_0", 1)
+    assert dict(design.arms[-1].controls) == {"steps": "control_4_steps", "images": "control_5_steps"}
     assert "rate" not in shared and "dars" not in shared
     order = [trial.name for trial in design.trials]
     assert all(order.index(source.name) < order.index(name) for name, source in design.sources.items())

@@ -16,6 +16,9 @@ from darseg.run.settings import digest_text
 _PREDICTING = tuple(ProtocolConfig.model_fields)
 """Keys of `labeling` that say how images are predicted, also without pseudo labels: evaluation takes its window."""
 
+_OF_PSEUDO_LABELS = ("half_batch", "pseudo_batch", "pseudo_weight", "dynamic_loss")
+"""Keys of `training` that have no effect without pseudo labels."""
+
 
 def rounds_of(recipe: Recipe, *, labeled: int, unlabeled: int) -> list[Round]:
     """The rounds of a recipe with their steps and batches. Raises RecipeError if they cannot be.
@@ -76,7 +79,7 @@ def _without_unused(recipe: Recipe) -> Recipe:
             "online": OnlineConfig(),
             "result": recipe.result.model_copy(update={"keep": ResultConfig().keep}),  # there is one round
             "training": recipe.training.model_copy(
-                update={"half_batch": usual.half_batch, "pseudo_weight": usual.pseudo_weight}
+                update={key: getattr(usual, key) for key in _OF_PSEUDO_LABELS}
             ),
         }
     )
