@@ -118,12 +118,17 @@ class ImageClasses:
         return self.removed_by(self.presence(images))
 
     def removed_by(self, presence_BK: Tensor) -> Tensor:
-        """Which classes are removed at these probabilities; the most probable one never is."""
-        kept = presence_BK >= self.threshold
-        # A class must be left at every pixel, also if `keep` is empty.
-        kept = kept | (presence_BK == presence_BK.amax(dim=1, keepdim=True))
-        always = torch.tensor([k in self.keep for k in range(presence_BK.shape[1])], device=kept.device)
-        return ~(kept | always)
+        """Which classes are removed at these probabilities.
+
+        If none would be left, the most probable one is. With `zero` none need be left: all have logit 0 then.
+        """
+        classes = range(presence_BK.shape[1])
+        always = torch.tensor([k in self.keep for k in classes], device=presence_BK.device)
+        kept = (presence_BK >= self.threshold) | always
+        if not self.zero:
+            most_probable = presence_BK == presence_BK.amax(dim=1, keepdim=True)
+            kept = kept | (most_probable & ~kept.any(dim=1, keepdim=True))
+        return ~kept
 
     def without(self, logits_BKHW: Tensor, removed_BK: Tensor) -> Tensor:
         """The logits without the removed classes."""
