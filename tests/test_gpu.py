@@ -45,10 +45,12 @@ from darseg.init.fit import step_seconds
 from darseg.methods.self_training import self_training, self_training_loss
 from darseg.model import windows as sliding
 from darseg.model.decide import decide
+from darseg.model.image_classes import ImageClasses, ImageClassifier
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import predict, predict_for_labeling, scores_for_labeling
 from darseg.model.recompute import recompute_blocks
 from darseg.model.together import Picture, Together
+from darseg.model.weights import save_network
 from darseg.model.windows import Protocol
 from darseg.pseudo.labeling import AlignSettings
 from darseg.run import build as build_module
@@ -868,6 +870,19 @@ def test_an_exported_network_gives_the_classes_of_the_gpu(
     network = load_to_predict(RunDirectory(finished).network(1))
     wanted = predict(network, image, Protocol((65, 97), mirror=False)).classes
     assert np.mean(classes[0] == wanted) > 0.999
+
+
+def test_a_classifier_of_images_is_exported_with_its_network(tmp_path: Path, call: Callable) -> None:
+    """On the GPU it does not move with the network."""
+    spec = replace(PSPNET, class_names=tuple(f"class_{k}" for k in range(CLASSES)))
+    network = build(spec).eval()
+    network.image_classes = ImageClasses(ImageClassifier("resnet18_half", CLASSES), 32, 0.5)
+    source = tmp_path / "network.safetensors"
+    save_network(network, source, spec)
+    image = tmp_path / "image.png"
+    cv2.imwrite(str(image), draw_scene(7, 99, (65, 97))[0])
+    code, out, err = call("export", source, tmp_path / "network.pt2", "--images", image)
+    assert code == 0, out + err
 
 
 # --- memory

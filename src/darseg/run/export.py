@@ -16,7 +16,7 @@ from darseg.errors import DataError, ExportError, RunError, faults
 from darseg.model.export import check_suffix, metadata_of, write_exported
 from darseg.model.parity import Parity
 from darseg.run.best import BEST
-from darseg.run.build import check_overrides, evaluation_protocol, manifest_of
+from darseg.run.build import Module, check_overrides, evaluation_protocol, manifest_of
 from darseg.run.directory import RunDirectory, digest_path
 from darseg.run.evaluate import Trained, load_trained
 from darseg.run.records import read_scored
@@ -69,9 +69,16 @@ def export_network(
     check_overrides(source, overrides)
     trained = load_trained(source, round_index, overrides, plain=plain)
     compared = _images(source, trained, images)
-    network = trained.network.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
+    network = _on_cpu(trained.network)
+    if network.image_classes is not None:  # does not move with the network
+        _on_cpu(network.image_classes.classifier)
     metadata = metadata_of(trained.spec, trained.classes(), _facts(source, trained))
     return write_exported(network, out, compared, metadata=metadata)
+
+
+def _on_cpu(module: Module) -> Module:
+    """Move a network to the CPU, in the usual format of memory."""
+    return module.cpu().to(memory_format=torch.contiguous_format)  # ty: ignore[no-matching-overload]
 
 
 def _images(source: Path, trained: Trained, images: Path | str | None) -> dict[str, np.ndarray]:
