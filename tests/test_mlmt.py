@@ -42,6 +42,7 @@ from darseg.run.build import manifest_of
 from darseg.run.check import check, plan
 from darseg.run.evaluate import describe_decisions, evaluate, load_trained
 from darseg.run.image_classes import STRONG, plan_classifier
+from darseg.run.memory import memory_of_classifier
 from darseg.run.rounds import train
 from darseg.training.method import Learner
 from darseg.training.schedule import Schedule
@@ -156,6 +157,47 @@ def test_a_steps_loss_is_that_of_strong_views_and_the_teachers_weak_ones() -> No
     assert torch.equal(batch.images[0], pixels[5]) or torch.equal(batch.images[0], pixels[5].flip(-1))
 
 
+def test_the_teacher_is_the_running_average_and_the_result() -> None:
+    student = classifier()
+    method = mlmt(Learner("classifier", student, 0.1), Mlmt(1, decay=0.6), seed=(0, 1))
+    names = [name for name, value in student.state_dict().items() if value.is_floating_point()]
+    average = {name: student.state_dict()[name].clone() for name in names}
+    for step in range(5):
+        with torch.no_grad():
+            for number, name in enumerate(names):
+                student.state_dict()[name].add_(0.1 * math.sin(step + number))
+        method.moved(method.state, student, {}, step)
+        share = min(1 - 1 / (step + 1), 0.6)
+        average = {name: share * average[name] + (1 - share) * student.state_dict()[name] for name in names}
+    teacher = method.outcome(method.state, student)
+    assert teacher is not student and not teacher.training
+    assert all(torch.allclose(teacher.state_dict()[name], average[name], atol=1e-5) for name in names)
+    assert not torch.allclose(teacher.state_dict()["last.weight"], student.state_dict()["last.weight"])
+
+
+def test_planned_memory_is_what_a_step_keeps(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(write(classified(tiny_data, batch=4, unlabeled_batch=8), tmp_path))
+    planned = plan_classifier(recipe, manifest_of(recipe))
+    assert planned is not None
+    own = ImageClassifier("resnet18_half", planned.classes)
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in own.state_dict(keep_vars=True).values()}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor
+    ):
+        parts = [own(torch.zeros(images, 3, SIDE, SIDE)) for images in (4, 8)]
+    assert all(part.requires_grad for part in parts)
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    measured = sum(size for address, size in sizes.items() if address not in addresses)
+    memory = memory_of_classifier(planned, processes=1)
+    assert memory.activation_bytes == pytest.approx(measured, rel=0.01)
+    assert memory.state_bytes == 16 * sum(parameter.numel() for parameter in own.parameters())
+    shared = memory_of_classifier(planned, processes=2)
+    small = replace(planned, stage=replace(planned.stage, micro_batch=4))
+    for less in (shared, memory_of_classifier(small, processes=1)):
+        assert less.activation_bytes == pytest.approx(memory.activation_bytes / 2, rel=0.01)
+
+
 def test_the_weight_rises_as_published() -> None:
     """0 in epochs 0 to 10, then (epoch - 10) · 2/100, and 1 from epoch 60 on."""
     how = Mlmt(epoch_steps=82)
@@ -227,7 +269,8 @@ REMOVALS = [
     ((0,), 0.2, [0.1, 0.3, 0.19, 0.9], [False, False, True, False]),
     ((), 0.2, [0.1, 0.3, 0.19, 0.9], [True, False, True, False]),
     ((0, 2), 0.2, [0.1, 0.1, 0.1, 0.2], [False, True, False, False]),
-    ((), 0.5, [0.1, 0.3, 0.2, 0.2], [True, False, True, True]),  # the most probable class stays
+    ((), 0.5, [0.1, 0.3, 0.2, 0.2], [True, False, True, True]),  # otherwise no class would be left
+    ((0,), 0.5, [0.1, 0.3, 0.2, 0.2], [False, True, True, True]),
     ((0,), 0.0, [0.1, 0.0, 0.2, 0.2], [False] * 4),
 ]
 
@@ -238,6 +281,14 @@ def test_which_classes_are_removed(
 ) -> None:
     how = ImageClasses(Answers([presence]), SIDE, threshold, keep)
     assert how.removed([torch.from_numpy(picture())]).tolist() == [wanted]
+
+
+def test_the_release_may_multiply_all_classes_by_zero() -> None:
+    """Then the first class wins."""
+    own = network()
+    own.image_classes = ImageClasses(Answers([[0.1, 0.05, 0.19, 0.15]]), SIDE, keep=(), zero=True)
+    assert own.image_classes.removed([torch.from_numpy(picture())]).all()
+    assert not predict(own, picture()).classes.any()
 
 
 def test_a_classifier_is_asked_about_the_whole_image() -> None:
@@ -586,8 +637,9 @@ def test_what_a_recipe_cannot_ask(tiny_data: Path, tmp_path: Path) -> None:
 
 def test_plan_and_check_know_the_classifier(tiny_data: Path, tmp_path: Path) -> None:
     path = write(classified(tiny_data), tmp_path)
-    (note,) = plan(path).notes
+    note, memory = plan(path).notes
     says(note, "resnet18_half", "32x32", "3 epochs", "2 labeled and 2 unlabeled", "0.5", "none")
+    says(memory, "memory", "GB", "image_classes.micro_batch")
     released = " ".join(plan(load_recipe(path, ["release_quirks=true"])).notes)
     assert released.count("logit 0") == 2  # what is done, and that it is a slip
     assert not check(path).faults

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from darseg.model.discriminators import Discriminator, ImageDiscriminator
+from darseg.model.image_classes import ImageClassifier
 from darseg.model.network import NetworkSpec
 
 BYTES_PER_NUMBER = 4
@@ -102,3 +103,14 @@ def discriminator_memory(
         own = sum(parameter.numel() for parameter in discriminator.parameters())
         del judgments
     return BYTES_PER_NUMBER * 4 * own, sum(saved.values())  # weights, gradients and Adam's two averages
+
+
+def classifier_memory(backbone: str, classes: int, *, images: int, side: int) -> tuple[int, int]:
+    """As `training_memory`, of a classifier of whole images with SGD and its teacher."""
+    with torch.device("meta"):
+        classifier = ImageClassifier(backbone, classes)
+        with _counting(classifier) as saved:
+            logits = classifier(torch.zeros(images, 3, side, side, dtype=torch.uint8))
+        own = sum(parameter.numel() for parameter in classifier.parameters())
+        del logits
+    return BYTES_PER_NUMBER * 4 * own, sum(saved.values())  # weights, gradients, momentum and the teacher

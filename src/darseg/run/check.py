@@ -36,7 +36,7 @@ from darseg.run.image_classes import describe_classifier, initial_classifier, pl
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
-from darseg.run.memory import memory_of
+from darseg.run.memory import memory_of, memory_of_classifier
 from darseg.run.online import describe_discriminator, describe_online, teacher_of, unused_online
 from darseg.run.plan import (
     Round,
@@ -301,8 +301,16 @@ def _waiting_bytes(recipe: Recipe, rounds: Sequence[Round], classes: int) -> int
 def _on_data(recipe: Recipe, manifest: Manifest, processes: int) -> list[str]:
     """Notes that depend on the data. Raises RecipeError for a classifier that cannot be trained."""
     classifier = plan_classifier(recipe, manifest, processes)
-    described = [] if classifier is None else [describe_classifier(recipe, classifier)]
-    return [*describe_auto(recipe, manifest), *described]
+    if classifier is None:
+        return describe_auto(recipe, manifest)
+    memory = memory_of_classifier(classifier, processes)
+    return [
+        *describe_auto(recipe, manifest),
+        describe_classifier(recipe, classifier),
+        f"memory of a process while the classifier learns, fp32: {memory.state_bytes / 1e9:.2f} GB weights, gradients "
+        f"and averages, {memory.activation_bytes / 1e9:.2f} GB kept for the backward pass (image_classes.micro_batch "
+        "lowers this), plus the workspace of convolutions",
+    ]
 
 
 def _by_round(texts: Mapping[int, str]) -> str:

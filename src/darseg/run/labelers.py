@@ -14,7 +14,7 @@ from darseg.data.files import real
 from darseg.errors import DarsegError, DataError, RunError, SizeError, faults
 from darseg.model.class_order import Order, class_order, reorder_classes
 from darseg.model.network import Network, NetworkSpec
-from darseg.model.weights import read_alignment, read_spec
+from darseg.model.weights import read_alignment, read_spec, removes_classes
 from darseg.model.windows import Protocol, Window
 from darseg.run.basis import labeling_round
 from darseg.run.best import read_best, run_weights, uncompared
@@ -69,6 +69,8 @@ class Labeler:
         ]
         if self.aligned:
             facts.append("aligned decisions")
+        if removes_classes(self.path):
+            facts.append("with its own classifier of whole images")
         if not self.spec.class_names:
             facts.append("its classes have no names and are taken in the recipe's order")
         if self.order is not None:

@@ -10,9 +10,10 @@ from torch import nn
 from darseg.config.recipe import Recipe
 from darseg.data.batches import part_sizes
 from darseg.methods.adversarial import Adversarial
-from darseg.model.footprint import discriminator_memory, training_memory
+from darseg.model.footprint import classifier_memory, discriminator_memory, training_memory
 from darseg.model.network import Network
 from darseg.run.build import spec_of
+from darseg.run.image_classes import ClassifierPlan
 from darseg.run.online import teacher_of
 from darseg.run.plan import Round
 from darseg.training.method import Learner
@@ -61,6 +62,14 @@ def memory_of(recipe: Recipe, rounds: Sequence[Round], learner: Learner, *, proc
         learn_at_once * memories[0][0] + _teacher_bytes(recipe, rounds, network) + judged[0],
         max(activations for _, activations in memories) + judged[1],
     )
+
+
+def memory_of_classifier(planned: ClassifierPlan, processes: int) -> Memory:
+    """As `memory_of`, of the classifier of whole images, which learns before round 0."""
+    how = planned.how
+    shares = [share // processes for share in (how.batch, how.unlabeled if how.weight else 0) if share]
+    images = sum(max(parts) for parts in part_sizes(shares, planned.stage.micro_batch))
+    return Memory(*classifier_memory(planned.backbone, planned.classes, images=images, side=planned.side))
 
 
 def _images(planned: Round, micro_batch: int | None, processes: int) -> int:
