@@ -117,7 +117,7 @@ def plan_table(plan: Plan) -> Rows:
     columns = ("round", "ratio", "epochs", "steps per epoch", "steps", "images per step", "scale", "span")
     rows: Rows = [[*columns, "rate at start", "at end"]]
     for planned, (begin, end) in zip(plan.rounds, plan.rates, strict=True):
-        rows.append([*_planned_cells(planned), f"{begin:.6g}", f"{end:.6g}"])
+        rows.append([*_planned_cells(planned, plan.folds), f"{begin:.6g}", f"{end:.6g}"])
     return rows
 
 
@@ -138,14 +138,15 @@ def ratio_text(ratio: float | str) -> str:
     return ratio if isinstance(ratio, str) else f"{ratio:g}"
 
 
-def _planned_cells(planned: Round) -> list[str]:
+def _planned_cells(planned: Round, folds: Mapping[int, tuple[int, int]]) -> list[str]:
     low, high = planned.augmentation.scale
+    count, steps = folds.get(planned.index, (0, 0))
     return [
         str(planned.index),
         "-" if planned.labeling_ratio is None else ratio_text(planned.labeling_ratio),
         "-" if planned.epochs is None else str(planned.epochs),
         str(planned.epoch_steps),
-        str(planned.steps),
+        f"{planned.steps} + {count} x {steps}" if count else str(planned.steps),
         " + ".join(map(str, _images(planned))),
         f"{low:g} – {high:g}",
         f"{planned.span[0]:.4g} – {planned.span[1]:.4g}",

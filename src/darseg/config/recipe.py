@@ -69,6 +69,9 @@ class LabelingConfig(ProtocolConfig):
     bound: Annotated[StrictFloat, AfterValidator(check_bound)] = BOUND
     strength: Annotated[StrictFloat, AfterValidator(check_strength)] = 1.0
     target_precision: Annotated[StrictFloat, AfterValidator(check_target_precision)] = TARGET_PRECISION
+    cross_fit: Annotated[StrictInt, Field(ge=2)] | None = (
+        None  # None: 2 with too few validation images, or none
+    )
     normalized: StrictBool = False
     prior: LabelingPrior = "labeled"
     keep_predictions: StrictBool = False
@@ -370,11 +373,12 @@ class Recipe(Section):
 
     def _conflicts_of_unused(self) -> Iterator[tuple[Key, str]]:
         """Keys that need a round which does not exist, and units that do not match."""
-        if self.labeling.target_precision != TARGET_PRECISION and not self.follows_precision:
-            yield (
-                ("labeling", "target_precision"),
-                "has no effect without a round with labeling_ratio: auto; remove it",
-            )
+        for name, default in (("target_precision", TARGET_PRECISION), ("cross_fit", None)):
+            if getattr(self.labeling, name) != default and not self.follows_precision:
+                yield (
+                    ("labeling", name),
+                    "has no effect without a round with labeling_ratio: auto; remove it",
+                )
         if self.training.teacher is not None and all(config.use == "online" for config in self.rounds):
             yield ("training", "teacher"), "is for rounds that are not online; use online.teacher instead"
         if not self.pseudo_rounds:

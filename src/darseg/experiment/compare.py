@@ -25,6 +25,7 @@ from darseg.experiment.statistics import compare_trials
 from darseg.experiment.tables import write_tables
 from darseg.experiment.trial import Evidence, Failure, Trial
 from darseg.run.directory import RunDirectory
+from darseg.run.folds import fold_records, fold_run
 from darseg.run.signals import Stop, catch_signals
 
 Publish = Callable[[Evidence, Path], object]
@@ -290,9 +291,11 @@ class _Work:
 def seconds_of(folder: ExperimentFolder, trial: PlannedTrial) -> float:
     """Seconds in which a run labeled and trained, steps that it took over included; not its scores.
 
+    The networks that it trained on folds of the labeled images count, too.
+
     Raises RunError if a record is damaged or missing.
     """
-    run, seconds = RunDirectory(folder.run(trial.name)), 0.0
+    run, seconds, folds = RunDirectory(folder.run(trial.name)), 0.0, 0
     for planned in trial.rounds:
         steps = ("label", "train") if planned.labels else ("train",)
         if trial.recipe.image_classes is not None and planned.index == 0:
@@ -305,4 +308,12 @@ def seconds_of(folder: ExperimentFolder, trial: PlannedTrial) -> float:
                     f"delete {run.root} and run the same command again."
                 )
             seconds += record.seconds
+            folds = max(folds, record.folds)
+    trained = fold_records(run, folds)
+    if len(trained) < folds:
+        raise RunError(
+            f"{fold_run(run, len(trained)).root} has no record of its training, though the run is finished. Restore it, "
+            f"or delete {run.root} and run the same command again."
+        )
+    seconds += sum(record.seconds for record in trained)
     return round(seconds, 3)

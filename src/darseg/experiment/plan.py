@@ -25,6 +25,7 @@ from darseg.methods.acceptance import first_steps
 from darseg.methods.consistency import Consistency
 from darseg.run.build import manifest_of
 from darseg.run.directory import RunDirectory
+from darseg.run.folds import TRAINED_ROUND, USUAL_FOLDS, fold_count
 from darseg.run.journal import Journal
 from darseg.run.machine import default_threads
 from darseg.run.plan import Round
@@ -49,6 +50,7 @@ class Rate:
         label: seconds to label an image, 0 in rounds without pseudo labels.
         score: seconds to predict and score an image.
         network_bytes: of weights and optimizer state.
+        weights_bytes: of weights alone.
         label_bytes: of an image's label map.
     """
 
@@ -56,6 +58,7 @@ class Rate:
     label: float
     score: float
     network_bytes: int
+    weights_bytes: int
     label_bytes: float
 
 
@@ -148,7 +151,7 @@ def plan_experiment(
                     rates = _rehearse(trial, scratch / "rehearsal" / trial.name, threads) | rates
         finally:
             torch.set_num_threads(before)
-    timed = _timed(design, rates)
+    timed = _timed(design, rates, manifest)
     done |= {trial.name for trial in timed if folder.counts(trial.name, "validation").is_file()}
     return ExperimentPlan(
         arms=_arms(replace(design, trials=(*design.trials, *timed)), done, rates=rates, manifest=manifest),
@@ -160,14 +163,14 @@ def plan_experiment(
     )
 
 
-def _timed(design: Design, rates: Mapping[str, Rate]) -> list[PlannedTrial]:
+def _timed(design: Design, rates: Mapping[str, Rate], manifest: Manifest) -> list[PlannedTrial]:
     """The controls of as many seconds, with the steps that they get if the rates hold."""
     controls = []
     for trial in design.trials:
         name = design.seconds_controls.get(trial.variant)
         if name is None:
             continue
-        seconds = 0.0
+        seconds = _seconds_of_folds(trial, 0, rates=rates, manifest=manifest)
         for planned in trial.rounds:
             rate = rates[_kind(trial, planned)]
             seconds += planned.steps * rate.step + trial.unlabeled * rate.label
@@ -175,6 +178,17 @@ def _timed(design: Design, rates: Mapping[str, Rate]) -> list[PlannedTrial]:
         step = rates[_kind(short, short.rounds[0])].step  # that of the control of as many steps
         controls.append(with_steps(trial, name, max(1, int(seconds / step))))
     return controls
+
+
+def _seconds_of_folds(
+    trial: PlannedTrial, shared: int, *, rates: Mapping[str, Rate], manifest: Manifest
+) -> float:
+    """Seconds to train networks on folds of the labeled images, if a run does so after `shared` rounds."""
+    count = fold_count(trial.recipe, len(manifest.validation))
+    if not count or trial.recipe.follows_precision[0] < shared:
+        return 0.0
+    first = trial.rounds[TRAINED_ROUND]
+    return count * first.steps * rates[_kind(trial, first)].step
 
 
 def _kind(trial: PlannedTrial, planned: Round) -> str:
@@ -222,6 +236,7 @@ def _rate(run: RunDirectory, planned: Round, images: tuple[int, int], *, timed: 
         label=labeled.seconds / max(1, unlabeled) if labeled else 0.0,
         score=scored.seconds / max(1, validation) if scored else 0.0,
         network_bytes=_size(run.network(index)) + _size(run.optimizer(index)),
+        weights_bytes=_size(run.network(index)),
         label_bytes=_size(run.labels(index)) / max(1, unlabeled) if labeled else 0.0,
     )
 
@@ -271,7 +286,10 @@ def _shortened(trial: PlannedTrial, folder: Path, threads: int) -> tuple[Recipe,
         for config, planned in zip(recipe.rounds, trial.rounds, strict=True)
     )
     data = recipe.data.model_copy(update=sources)
-    update = {"data": data, "rounds": rounds, "threads": recipe.threads or threads}
+    labeling = recipe.labeling
+    if labeling.cross_fit:  # as many folds might not be possible with few images, and cost no other rate
+        labeling = labeling.model_copy(update={"cross_fit": USUAL_FOLDS})
+    update = {"labeling": labeling, "data": data, "rounds": rounds, "threads": recipe.threads or threads}
     update["image_classes"] = None  # its training is no round, and would take its whole time
     if judged := recipe.online.adversarial:  # self-training begins after a quarter of the few steps
         judged = judged.model_copy(update={"start": None})
@@ -325,7 +343,9 @@ def _cost(
     trial: PlannedTrial, shared: int, *, rates: Mapping[str, Rate], manifest: Manifest
 ) -> tuple[float, int]:
     """Seconds and bytes of a run whose first `shared` rounds are copied."""
-    seconds, size, rate = 0.0, 0, None
+    seconds, size, rate = _seconds_of_folds(trial, shared, rates=rates, manifest=manifest), 0, None
+    folds, first = fold_count(trial.recipe, len(manifest.validation)), trial.rounds[TRAINED_ROUND]
+    size += folds * rates[_kind(trial, first)].weights_bytes
     aligned = 0 if trial.recipe.result.align == "off" else min(MOST_ALIGNED, trial.unlabeled)
     for planned in trial.rounds:
         rate = rates[_kind(trial, planned)]

@@ -254,6 +254,8 @@ class ExpectedPrecision:
         pixels: held-out pixels that the threshold accepts.
         ratio: accepted pixels as a share of what the class has among the unlabeled pixels if they have the labeled ones'
             class shares; None for a class without labeled pixels.
+        folds: how many folds of the labeled images were held out, each from a network of its own; 0: other images were
+            held out from the network that labels.
     """
 
     target: float
@@ -265,6 +267,7 @@ class ExpectedPrecision:
     effective: tuple[float, ...]
     pixels: tuple[int, ...]
     ratio: tuple[float | None, ...]
+    folds: int = 0
 
     def of_all(self, kept: Sequence[int] | NDArray[np.int64]) -> float | None:
         """Expected precision of all labels together; None if no class that has labels has an expectation.
@@ -285,13 +288,15 @@ class ExpectedPrecision:
         return [name for name, own in zip(names, self.basis, strict=True) if own == basis]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+        """The fields as a JSON object; without folds if there are none, as before there were any."""
+        fields = vars(self) if self.folds else {key: vars(self)[key] for key in vars(self) if key != "folds"}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], classes: int) -> ExpectedPrecision:
         """What `to_json` made. Raises ValueError, KeyError or TypeError for anything else."""
-        lists = {key: tuple(content[key]) for key in cls.__annotations__ if key not in ("target", "held_out")}
+        numbers = ("target", "held_out", "folds")
+        lists = {key: tuple(content[key]) for key in cls.__annotations__ if key not in numbers}
         if not all(len(values) == classes for values in lists.values()):
             raise ValueError(f"the expected precision is not that of {classes} classes")
         if not set(lists["basis"]) <= set(get_args(Basis)):
@@ -301,10 +306,13 @@ class ExpectedPrecision:
         ]
         if not all(type(value) in (int, float) and 0 <= value <= 1 for value in [*shares, content["target"]]):
             raise ValueError("shares must be from 0 to 1")
-        numbers = [*lists["images"], *lists["effective"], *lists["pixels"], content["held_out"]]
-        if not all(type(value) in (int, float) and 0 <= value < 1 << 53 for value in numbers):
+        counts = [*lists["images"], *lists["effective"], *lists["pixels"], content["held_out"]]
+        if not all(type(value) in (int, float) and 0 <= value < 1 << 53 for value in counts):
             raise ValueError("counts must not be negative")
-        return cls(target=content["target"], held_out=content["held_out"], **lists)
+        folds = content.get("folds", 0)
+        if type(folds) is not int or not 0 <= folds <= content["held_out"]:
+            raise ValueError("'folds' must be a number of folds")
+        return cls(target=content["target"], held_out=content["held_out"], folds=folds, **lists)
 
 
 def choose_by_precision(

@@ -40,6 +40,7 @@ def expected_section(classes: ClassSet, rounds: Sequence[RoundFacts], omitted: s
             "table": _table(classes, round_, expected),
             "target": f"{expected.target:g}",
             "held_out": expected.held_out,
+            "folds": expected.folds,
         }
         tabs.append(Tab(f"Round {round_.index}", content))
     measured = any(round_.pseudo is not None for round_ in rounds)

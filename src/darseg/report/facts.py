@@ -27,6 +27,7 @@ from darseg.run.best import Standing, describe_result, standings_of
 from darseg.run.build import check_overrides, classes_of, manifest_of, masks, recipe_of
 from darseg.run.data_digest import digest_manifest, stranger
 from darseg.run.directory import RunDirectory
+from darseg.run.folds import fold_records
 from darseg.run.journal import ABSENT, NEVER, UNSHOWN, Journal, in_current_words
 from darseg.run.labelers import read_labeler
 from darseg.run.marks import read_excluded
@@ -57,7 +58,8 @@ class RoundFacts:
         labeling_round: the round whose network labeled, if the run's own did.
         trained_from: the round whose network it went on from; None: a network began there, or it is not trained.
         labeler: path, architecture and backbone of the network that labeled, if it is none of the run's.
-        seconds: step (see `STEPS`) → how long it took.
+        seconds: step (see `STEPS`) → how long it took; "cross-fit": the training of all networks on folds of the labeled
+            images, in the round before which they are trained.
     """
 
     index: int
@@ -217,6 +219,9 @@ def read_run(root: Path | str, overrides: Sequence[str] = ()) -> RunFacts:
         _read_round(run, index, round_.labeling_ratio, events=steps, precision=precision, names=classes.names)
         for index, round_ in enumerate(recipe.rounds)
     ]
+    if recipe.follows_precision and (folds := fold_records(run)):
+        place, spent = recipe.follows_precision[0], sum(record.seconds for record in folds)
+        rounds[place] = replace(rounds[place], seconds={"cross-fit": spent, **rounds[place].seconds})
     started = [*journal.events("started"), {}][0]
     return RunFacts(
         root=Path(root),

@@ -34,6 +34,8 @@ from darseg.run.directory import RunDirectory
 MOST_ROWS = 3000  # rows for a class and round in one section
 MOST_CELLS = 400_000  # of confusion matrices
 FULL_BAR = 0.05  # change of IoU that fills half a bar, unless a class changed more
+SELDOM = ("classify", "cross-fit")
+"""Steps that few runs have; other runs do not show them."""
 
 
 def write_report(
@@ -371,10 +373,8 @@ def _confusion(page: Page, facts: RunFacts) -> Markup:
 
 
 def _run(facts: RunFacts, data: DataFacts, seconds: float) -> Markup:
-    # Few runs have a classifier of whole images.
-    steps = [
-        step for step in STEPS if step != "classify" or any(step in round_.seconds for round_ in facts.rounds)
-    ]
+    usual = [step for step in STEPS if step not in SELDOM]
+    steps = [step for step in SELDOM if any(step in round_.seconds for round_ in facts.rounds)] + usual
     rows = [Row(f"round {round_.index}", _work(round_, steps)) for round_ in facts.rounds]
     rows.append(Row("all", [*[""] * (len(steps) + 2), f"{facts.seconds:,.1f}"], "total"))
     columns = ["seconds", "steps", "labeling ratio", *steps, "all"]

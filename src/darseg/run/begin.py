@@ -18,6 +18,7 @@ from darseg.run.build import bf16_is_emulated, chosen_orientation, evaluation_pr
 from darseg.run.course import Course
 from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
+from darseg.run.held_out import describe_folds
 from darseg.run.image_classes import describe_classifier, plan_classifier
 from darseg.run.journal import ABSENT
 from darseg.run.labelers import who_labels
@@ -78,11 +79,8 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.event("started", environment=now, weights=sources[0], **unaligned)
         journal.say(f"New run in {run.root}: {counts}")
     journal.say(f"Initial weights: {sources[0]}")
-    for line in _who_learns(course):
+    for line in _about_networks(course, sources):
         journal.say(line)
-    for index in range(1, len(course.rounds)):
-        if index in sources:
-            journal.say(f"Initial weights in round {index}: {sources[index]}")
     _warn_of_machine(course)
     for note in reading_notes(course.manifest):
         journal.event("note", text=note)
@@ -117,11 +115,17 @@ def announce(course: Course, sources: Mapping[int, str], *, locked: bool, change
         journal.say(f"Decisions are not aligned: {reason}. result.align: off says the same.")
 
 
-def _who_learns(course: Course) -> list[str]:
-    """What is said of who learns, who labels, and what is kept."""
-    classifier = plan_classifier(course.recipe, course.manifest)
-    described = [] if classifier is None else [f"At first {describe_classifier(course.recipe, classifier)}"]
-    return [*described, *who_labels(course.recipe, course.labelers), *describe_keep(course.recipe)]
+def _about_networks(course: Course, sources: Mapping[int, str]) -> list[str]:
+    """Lines about who learns, who labels, what is kept, and which networks are trained on folds."""
+    recipe, later = course.recipe, range(1, len(course.rounds))
+    classifier = plan_classifier(recipe, course.manifest)
+    return [
+        *([] if classifier is None else [f"At first {describe_classifier(recipe, classifier)}"]),
+        *who_labels(recipe, course.labelers),
+        *describe_keep(recipe),
+        *describe_folds(recipe, course.manifest, steps=course.rounds[0].steps),
+        *(f"Initial weights in round {index}: {sources[index]}" for index in later if index in sources),
+    ]
 
 
 def _say_what_changed(course: Course, now: dict, changes: RecipeChanges) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -31,7 +31,8 @@ from darseg.run.build import (
     spec_of,
 )
 from darseg.run.dynamic import describe_dynamic
-from darseg.run.held_out import check_held_out, describe_auto
+from darseg.run.folds import check_folds, fold_warnings, planned_folds
+from darseg.run.held_out import notes_of_auto
 from darseg.run.image_classes import describe_classifier, initial_classifier, plan_classifier
 from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
@@ -82,7 +83,9 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
     try:
         networks = {index: network for index, (network, _) in build_networks(recipe).items()}
         check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
-        check_held_out(recipe, manifest)
+        check_folds(recipe, manifest)
+        if len(findings.labeled) == len(manifest.labeled):  # otherwise there are faults
+            warnings += fold_warnings(recipe, manifest, findings.labeled)
         plan_training(
             recipe,
             networks,
@@ -186,6 +189,8 @@ class Plan:
         labeling, evaluation: a line that describes each.
         notes: what a reader might not expect.
         target: lines about the class shares that the recipe aims at.
+        folds: round → how many networks are trained before it on folds of the labeled images, and the steps of each;
+            empty if the recipe does not cross-fit.
     """
 
     rounds: tuple[Round, ...]
@@ -199,6 +204,7 @@ class Plan:
     evaluation: str
     notes: tuple[str, ...]
     target: tuple[str, ...]
+    folds: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def network(self) -> str:
@@ -242,7 +248,7 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
     """
     recipe = as_recipe(recipe)
     manifest = manifest_of(recipe)
-    check_held_out(recipe, manifest)
+    check_folds(recipe, manifest)
     check_prior(recipe, manifest)
     networks = {index: spec_of(recipe.at(index)).build() for index in beginnings(recipe)}
     rounds = plan_training(
@@ -277,10 +283,12 @@ def plan(recipe: Recipe | Path | str, processes: int = 1) -> Plan:
         evaluation=_by_round(evaluation),
         class_weights=_class_weights(recipe, manifest),
         notes=(
+            *notes_of_auto(recipe, manifest, steps=rounds[0].steps, network=networks[0]),
             *_on_data(recipe, manifest, processes),
             *_notes(recipe, rounds, networks, processes=processes),
         ),
         target=target_lines(recipe, manifest),
+        folds=planned_folds(recipe, len(manifest.validation), steps=rounds[0].steps),
     )
 
 
@@ -302,10 +310,9 @@ def _on_data(recipe: Recipe, manifest: Manifest, processes: int) -> list[str]:
     """Notes that depend on the data. Raises RecipeError for a classifier that cannot be trained."""
     classifier = plan_classifier(recipe, manifest, processes)
     if classifier is None:
-        return describe_auto(recipe, manifest)
+        return []
     memory = memory_of_classifier(classifier, processes)
     return [
-        *describe_auto(recipe, manifest),
         describe_classifier(recipe, classifier),
         f"memory of a process while the classifier learns, fp32: {memory.state_bytes / 1e9:.2f} GB weights, gradients "
         f"and averages, {memory.activation_bytes / 1e9:.2f} GB kept for the backward pass (image_classes.micro_batch "

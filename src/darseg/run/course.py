@@ -10,6 +10,7 @@ from darseg.config.recipe import Recipe
 from darseg.data.manifest import Manifest
 from darseg.pseudo.labeled_shares import LabeledShares
 from darseg.run.directory import RunDirectory
+from darseg.run.folds import Fold
 from darseg.run.journal import Journal
 from darseg.run.labelers import Labeler
 from darseg.run.plan import Round
@@ -29,6 +30,7 @@ class Course:
         after_round: called with the run folder after each round.
         labelers: round → the network that labels there, if it is not that of the round before.
         labeled: the labeled images' class shares, if they are shrunk.
+        folds: of the labeled images, if the run cross-fits.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class Course:
     judged: tuple[bool, Mapping[str, str]] = (False, {})
     labelers: Mapping[int, Labeler] = field(default_factory=dict)
     labeled: LabeledShares | None = None
+    folds: tuple[Fold, ...] = ()
 
     @property
     def not_reusable(self) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
     RUN/
       recipe.yaml  run.json  environment.json  data.json  contents.json  journal.jsonl  tensorboard/  summary.json
-      report.html  (bad_images.json)  (best.safetensors  best.json)
+      report.html  (bad_images.json)  (best.safetensors  best.json)  (folds/fold_N/round_0/)
       round_0/     network.safetensors  optimizer.safetensors  train.json   scores.json  evaluate.json
                    (image_counts.npz)  (result_alignment.json  align.json  result.safetensors)
       round_1/     labels/ID.png  histogram.npz  thresholds.json  images.json  (pseudo_scores.json)  label.json
@@ -290,8 +290,8 @@ class RunDirectory:
         if record is None:
             return None
         if changed := inputs.differences(record.inputs):
-            remedy = "Restore the data as it was"
-            if {*changed} <= {"network", "alignment", "labels_from", "image_classes"}:  # an earlier step's
+            remedy = "Restore the data as it was"  # unless other steps left what has changed
+            if not {*changed} - {"network", "alignment", "labels_from", "image_classes", "folds"}:
                 remedy = f"To repeat it with this network, delete {step}.json here and all later rounds"
             raise RunError(
                 f"{self.round(index)}: step '{step}' was done with other inputs ({', '.join(changed)} differ). "

@@ -196,7 +196,11 @@ EVENT_FIELDS: Mapping[str, Callable[[Any], bool]] = {
 }
 """Fields of events that are computed with. Others are only shown."""
 
-NEEDED = {"step": {"round", "step"}, "checkpoint": {"round", "step", "seconds"}}
+NEEDED = {
+    "step": {"round", "step"},
+    "checkpoint": {"round", "step", "seconds"},
+    "fold_checkpoint": {"round", "step", "seconds"},
+}
 """Event → its fields that are always there."""
 
 LATEST = 253_402_300_800

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def label_samples(
     own = processes.share(samples, predictor.images)
     histogram = _counted(own, task, predictor, file=files.histogram, processes=processes, progress=progress)
     prior = _shrunk(task, histogram, alignment)
-    choose = partial(_choose, histogram, task, counts, prior=prior)
+    choose = partial(_choose, histogram, task, counts, prior=prior, folds=held_out.folds if held_out else 0)
     thresholds, expected = processes.together(choose)
     if isinstance(source, ScoreSource) and task.labeling.normalized:
         predictor = source.normalized(_divisors(thresholds, task.labeling))
@@ -139,17 +140,20 @@ def _choose(
     counts: HeldOutCounts | None,
     *,
     prior: ShrunkShares | None,
+    folds: int,
 ) -> tuple[Thresholds, ExpectedPrecision | None]:
     """The thresholds of a labeling, and the precision they should give, if that decides.
 
     Args:
         prior: the class shares aimed at; None: the labeled ones.
+        folds: of the labeled images, if these are what was counted.
     """
     target = task.distribution if prior is None else ClassDistribution(prior.share)
     if counts is None:
         return choose_thresholds(histogram, task.labeling, target), None
     precision = task.labeling.target_precision
-    return choose_by_precision(histogram, target, counts, target_precision=precision)
+    thresholds, expected = choose_by_precision(histogram, target, counts, target_precision=precision)
+    return thresholds, replace(expected, folds=folds)
 
 
 def _divisors(thresholds: Thresholds, labeling: Labeling) -> NDArray[np.float64]:

@@ -67,6 +67,12 @@ class StepRecord:
         count = self.facts.get("steps")
         return count if type(count) is int and 0 <= count < 1 << 53 else None
 
+    @property
+    def folds(self) -> int:
+        """On how many folds of the labeled images a labeling measured its precision; 0: on none."""
+        count = self.facts.get("folds")
+        return count if type(count) is int and 0 <= count < 1 << 31 else 0
+
 
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a finite number that a float can hold."""

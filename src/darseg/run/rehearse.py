@@ -16,6 +16,7 @@ from darseg.model.windows import Protocol
 from darseg.pseudo.distribution import ClassDistribution
 from darseg.run.build import evaluation_protocol, labeling_protocol, place_to_predict
 from darseg.run.directory import RunDirectory
+from darseg.run.folds import held_out_role
 from darseg.run.label_samples import check_disk
 from darseg.run.labelers import Labeler, labeling_protocol_of
 from darseg.run.remedies import explain_memory, less_to_predict
@@ -54,7 +55,7 @@ def rehearse(
             predict_twice=recipe.labeling.predict_twice,
             twice="set labeling.predict_twice=true",
         )
-    roles = ("unlabeled", "validation") if recipe.follows_precision else ("unlabeled",)
+    roles = ("unlabeled", held_out_role(recipe, len(manifest.validation)))
     to_label = [largest[role] for role in roles if role in largest]
     labeled_here = [index for index in labeled if index not in labelers]
     own = {recipe.starts(by) for index in labeled_here for by in _may_label(recipe, index)}

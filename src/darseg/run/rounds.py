@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,6 @@ from darseg.data.maps import check_names
 from darseg.errors import DataError, Interrupted, NumericsError, RunError, StorageError, faults
 from darseg.model.image_classes import ImageClassifier
 from darseg.model.network import Network
-from darseg.pseudo.distribution import count_each
-from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
 from darseg.run.basis import basis_of
 from darseg.run.begin import FREE_KEYS, announce
 from darseg.run.best import BEST, Standing, describe_result, standings_of, write_best
@@ -29,7 +28,6 @@ from darseg.run.build import (
     as_recipe,
     build_networks,
     manifest_of,
-    masks,
     place,
     set_threads,
 )
@@ -45,7 +43,7 @@ from darseg.run.directory import (
     open_run,
     write_json,
 )
-from darseg.run.held_out import check_held_out
+from darseg.run.folds import check_folds, folds_of
 from darseg.run.image_classes import ClassifierPlan, initial_classifier, plan_classifier
 from darseg.run.journal import Journal
 from darseg.run.labelers import Labeler, labelers_of
@@ -59,17 +57,18 @@ from darseg.run.settings import digest_state
 from darseg.run.signals import catch_signals
 from darseg.run.steps.align import align_round
 from darseg.run.steps.classify import train_image_classes
+from darseg.run.steps.cross_fit import train_folds
 from darseg.run.steps.evaluate import evaluate_round
 from darseg.run.steps.label import label_round
 from darseg.run.steps.train import train_round
-from darseg.run.target import check_prior
+from darseg.run.target import Counted, check_prior, count_labeled
 from darseg.training.processes import Processes
 
 SCORED = ("mean_iou", "iou", "mean_accuracy", "pixel_accuracy")
 """Figures of the summary, among those of scores.json."""
 
 
-_Begun = tuple[tuple[list[int], LabeledShares | None], bool, RecipeChanges, Judgment]
+_Begun = tuple[Counted, bool, RecipeChanges, Judgment]
 
 
 def train(
@@ -88,8 +87,7 @@ def train(
             process; its time is not counted. Meant for `darseg.write_report`: if it fails, the run goes on with a
             warning.
 
-    Returns the content of `summary.json`.
-    Raises DarsegError: bad recipe, data, weights or disk; a run folder begun with another recipe.
+    Returns the content of `summary.json`. Raises DarsegError, also for a run folder begun with another recipe.
     """
     processes, reused, run = Processes.here(), _reused(reuse), RunDirectory(out)
     console, warnings = console or Console(quiet=not processes.first), list[str]()
@@ -102,16 +100,16 @@ def train(
     def begin(stack: contextlib.ExitStack) -> _Begun:
         check_names(run.labels(len(recipe.rounds) - 1), [sample.id for sample in manifest.unlabeled])
         largest = None if run.recipe.exists() else _check_data(manifest, console, warnings).largest
-        counts, labeled = _count_labeled(recipe, manifest)
-        _rehearse(recipe, planned, largest, manifest=manifest, run=run, counts=counts)
+        counted = count_labeled(recipe, manifest, warnings)
+        _rehearse(recipe, planned, largest, manifest=manifest, run=run, counts=counted[0])
         text, compare = dump_recipe(recipe), lambda saved: changes_of(load_saved_recipe(saved), recipe)
         changes = open_run(run, recipe_text=text, data=data, compare=compare)
         locked = stack.enter_context(run.held())
-        return (counts, labeled), locked, changes, judge_contents(run, reused, manifest, data=data)
+        return counted, locked, changes, judge_contents(run, reused, manifest, data=data)
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        (counts, labeled), locked, changes, judged = processes.from_first(lambda: begin(stack))
+        (counts, labeled, folds), locked, changes, judged = processes.from_first(lambda: begin(stack))
         course = Course(
             recipe=recipe,
             run=run,
@@ -127,18 +125,12 @@ def train(
             judged=judged,
             labelers=planned.labelers,
             labeled=labeled,
+            folds=folds_of(manifest.labeled, folds),
         )
         with _ending(course):
             announce(course, planned.sources, locked=locked, changes=changes)
             _warn(course.journal, warnings)
             return run_rounds(course, planned.networks, _classify(course, planned))
-
-
-def _count_labeled(recipe: Recipe, manifest: Manifest) -> tuple[list[int], LabeledShares | None]:
-    """Labeled pixels per class; and how certain their shares are, if they are to be shrunk."""
-    each = count_each(masks(manifest.labeled), len(manifest.classes))
-    labeled = labeled_shares(each) if recipe.labeling.prior == "shrunk" else None
-    return each.sum(axis=0).tolist(), labeled
 
 
 @contextlib.contextmanager
@@ -168,7 +160,7 @@ def run_rounds(
     """
     run, names, processes = course.run, course.manifest.classes.names, course.processes
     summary: dict = {"classes": list(names), "rounds": []}
-    worked, listed = False, ()
+    worked, listed, initial = False, (), copy.deepcopy(networks[0]) if course.folds else None
     before_training = {begins: digest_state(network.state_dict()) for begins, network in networks.items()}
     network = None
     for round_ in course.rounds:
@@ -177,6 +169,7 @@ def run_rounds(
         records, pseudo = [] if round_.index else [*before_rounds], ()
         basis = processes.from_first(lambda at=round_.index: basis_of(run, course.recipe, at))
         if round_.labels:
+            records += train_folds(course, round_, initial, network=network)
             pseudo, record = label_round(course, round_, basis.labels)
             records.append(record)
         network = _exchange(network, networks[round_.begins])
@@ -304,7 +297,7 @@ class _Planned:
 
 def _plan(recipe: Recipe, manifest: Manifest, out: Path, *, processes: int) -> _Planned:
     """The rounds, their networks, prepared, and labelers. Raises RecipeError, SizeError, RunError."""
-    check_held_out(recipe, manifest)
+    check_folds(recipe, manifest)
     check_prior(recipe, manifest)
     begun = build_networks(recipe)
     networks = {index: network for index, (network, _) in begun.items()}

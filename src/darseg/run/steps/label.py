@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from darseg.data.classes import ClassSet
@@ -26,8 +27,9 @@ from darseg.run.calibrate import calibrate
 from darseg.run.course import Course
 from darseg.run.directory import StepRecord, digest_path, write_json
 from darseg.run.dynamic import keeps_confidences
+from darseg.run.folds import TRAINED_ROUND, fold_run
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests
-from darseg.run.held_out import HeldOut
+from darseg.run.held_out import HeldOut, HeldOutPart
 from darseg.run.journal import NEVER, UNSHOWN
 from darseg.run.label_samples import (
     check_disk,
@@ -107,7 +109,9 @@ def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: S
         "labeled": course.data["labeled"],
         "unlabeled": course.data["unlabeled"],
     }
-    if rule is not None or course.labeled is not None:
+    if rule is not None and course.folds:
+        digests["folds"] = course.processes.from_first(lambda: _digest_folds(course))
+    if (rule is not None and not course.folds) or course.labeled is not None:
         digests["validation"] = course.data["validation"]
     if labeler is None:
         network = course.run.network(labeling_round)
@@ -122,6 +126,15 @@ def _inputs(course: Course, task: LabelTask, labeling_round: int, *, excluded: S
         lambda: digest_format_1(protocol=as_format_1(protocol), **as_format_1(labeling), seed=task.seed)
     )
     return Inputs(digests, earlier)
+
+
+def _digest_folds(course: Course) -> str:
+    """What decides the precision of a run that cross-fits: its networks, and what each predicts."""
+    networks = [
+        digest_path(fold_run(course.run, fold.number).network(TRAINED_ROUND)) for fold in course.folds
+    ]
+    ids = [[sample.id for sample in fold.held_out] for fold in course.folds]
+    return digest_settings(networks=networks, ids=ids)
 
 
 def _prior(course: Course) -> str | None:
@@ -213,15 +226,20 @@ def _predictor(
 
 
 def _held_out(course: Course, round_: Round, *, network: Network, protocol: Protocol) -> HeldOut | None:
-    """The validation images, if their precision decides how much is labeled."""
+    """The labeled images whose precision decides how much is labeled, if any does."""
     if round_.labeling_ratio != "auto":
         return None
     config = course.recipe.labeling
     source = network_predictor if config.align == "none" else network_scores
-    predictor = source(network, protocol, SCALES[config.confidence])
+    predictor = partial(source, protocol=protocol, scale=SCALES[config.confidence])
+
+    def of_fold(number: int) -> Predictor | ScoreSource:
+        return predictor(load_to_predict(fold_run(course.run, number).network(TRAINED_ROUND), plain=True))
+
+    parts = [HeldOutPart(fold.held_out, partial(of_fold, fold.number)) for fold in course.folds]
     return HeldOut(
-        course.manifest.validation,
-        predictor,
+        parts or [HeldOutPart(course.manifest.validation, lambda: predictor(network))],
+        len(parts),
         course.path(round_, HELD_OUT),
         warn=lambda text: course.journal.warn(f"round {round_.index}: {text}"),
     )
@@ -370,6 +388,8 @@ def _say_precision(course: Course, round_: Round, labels: PseudoLabelSet, *, fac
         )
     share = expected.of_all(labels.kept)
     facts["expected_precision"] = None if share is None else round(share, 4)
+    if expected.folds:
+        facts["folds"] = expected.folds
     return "" if share is None else f", with expected precision {share:.3f}"
 
 

@@ -120,6 +120,7 @@ def train_round(
     pseudo: Sequence[Sample],
     network: Network,
     goes_on_from: int,
+    keeps_optimizer: bool = True,
 ) -> StepRecord:
     """Train one round's network; all processes together.
 
@@ -128,6 +129,7 @@ def train_round(
         pseudo: the unlabeled samples with their pseudo labels; empty in a round without and in online rounds.
         network: trained in place, unless the step is finished already.
         goes_on_from: the round whose weights and optimizer it takes over, unless its own network begins here.
+        keeps_optimizer: save the optimizer's state at the end, for a round that goes on.
     """
     run, index = course.run, round_.index
     settings = settings_of(course.recipe, round_, course.counts, pseudo=bool(pseudo))
@@ -151,20 +153,20 @@ def train_round(
             digests["excluded"] = digest_settings(ids=list(excluded))
     if course.recipe.image_classes is not None:
         digests["image_classes"] = course.processes.from_first(
-            lambda: digest_image_classes(course.recipe, course.run)
+            lambda: digest_image_classes(course.recipe, run)
         )
     samples = {"labeled": labeled, "pseudo": tuple(pseudo), "unlabeled": tuple(unlabeled)}
     training = _Training(
-        course, round_, settings.stage, samples=samples, network=network, goes_on_from=goes_on_from
+        course,
+        round_,
+        settings.stage,
+        samples=samples,
+        network=network,
+        goes_on_from=goes_on_from,
+        keeps_optimizer=keeps_optimizer,
     )
-    step = Step(
-        "train",
-        index,
-        Inputs(digests, settings.earlier_digests()),
-        work=training.run,
-        tidy=lambda: run.drop_checkpoints(index),
-    )
-    return complete(course, step)
+    inputs, tidy = Inputs(digests, settings.earlier_digests()), lambda: run.drop_checkpoints(index)
+    return complete(course, Step("train", index, inputs, work=training.run, tidy=tidy))
 
 
 def _left_out(course: Course, index: int) -> tuple[str, ...]:
@@ -184,6 +186,7 @@ class _Training:
     Attributes:
         samples: role of a feed → its samples.
         goes_on_from: the round whose weights and optimizer it takes over, unless its own network begins here.
+        keeps_optimizer: save the optimizer's state at the end.
     """
 
     course: Course
@@ -192,6 +195,7 @@ class _Training:
     samples: Mapping[str, Sequence[Sample]]
     network: Network
     goes_on_from: int
+    keeps_optimizer: bool
 
     def run(self) -> Work:
         """Train from the latest checkpoint, the network of an earlier round, or a new one."""
@@ -234,10 +238,13 @@ class _Training:
             result.image_classes = trained_image_classes(course.recipe, run)
             save_network(result, run.network(index), spec_of(recipe))
             result.image_classes = None  # training goes on without it
-            save_checkpoint(end.optimizers(), run.optimizer(index))
+            if self.keeps_optimizer:
+                save_checkpoint(end.optimizers(), run.optimizer(index))
             return Result({"steps": stage.steps, "learning_rate": [self._rate(0), self._rate(stage.steps)]})
 
-        outputs = [run.network(index).name, run.optimizer(index).name]
+        outputs = [run.network(index).name]
+        if self.keeps_optimizer:
+            outputs.append(run.optimizer(index).name)
         return Work(outputs, write, seconds_before)
 
     def _fitting(self, method: Method, before: Mapping[str, Part]) -> Mapping[str, Part]:
