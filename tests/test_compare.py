@@ -16,13 +16,14 @@ import yaml
 import forks
 from conftest import REPOSITORY, recipe_dict
 from darseg.config.experiment import load_experiment
+from darseg.config.recipe import RoundConfig
 from darseg.config.text import dump_recipe
 from darseg.data.files import write_whole
 from darseg.errors import DataError, RecipeError, RunError
 from darseg.experiment import work
 from darseg.experiment.check import check_images
 from darseg.experiment.compare import compare
-from darseg.experiment.controls import rounds_of
+from darseg.experiment.controls import rounds_of, without_effectless
 from darseg.experiment.design import Design, design_of
 from darseg.experiment.folder import ExperimentFolder
 from darseg.experiment.ledger import Ledger
@@ -209,6 +210,34 @@ def test_controls_see_labels_alone_for_as_many_steps_and_images(experiment) -> N
     timed = {"control_seconds_of_dars", "control_seconds_of_cbst", "control_seconds_of_fixmatch"}
     assert set(design.seconds_controls.values()) == timed | {"control_seconds_of_wide"}
     assert Counter(trial.name for trial in design.trials).most_common(1)[0][1] == 1
+
+
+def test_the_control_of_networks_in_turns_is_a_recipe_of_labels_alone(experiment) -> None:
+    """It has no keys of pseudo labels, so it is that of the base recipe."""
+    turns = {
+        "training.half_batch": 1,
+        "training.pseudo_batch": 3,
+        "training.dynamic_loss": {"method": "dmt"},
+        "labeling.method": "cbst",
+        "rounds": [
+            {"steps": 2, "labeled_part": [0.0, 0.7]},
+            {"steps": 2, "use": "labeled", "continues": "none"},
+            {"steps": 2, "labeling_ratio": 0.4, "labels_from": 0, "continues": 1},
+        ],
+    }
+    design = designed(experiment(variants=[{"name": "dars"}, {"name": "dmt", "changes": turns}]))
+    controls = {arm.name: dict(arm.controls) for arm in design.arms}
+    assert controls["dmt"] == {"steps": "control_6_steps", "images": "control_6_steps"}
+    assert {trial.variant for trial in design.trials} == {"dars", "dmt", "control_4_steps", "control_6_steps"}
+    for trial in design.trials:
+        assert not list(trial.recipe.conflicts()), trial.name
+    # The best of several rounds of labels alone is still the result.
+    recipe = next(trial.recipe for trial in design.trials if trial.variant == "control_6_steps")
+    kept = recipe.result.model_copy(update={"keep": "best"})
+    for rounds, keep in ((1, "last"), (2, "best")):
+        rounds_alone = (RoundConfig(steps=2, use="labeled"),) * rounds
+        several = recipe.model_copy(update={"rounds": rounds_alone, "result": kept})
+        assert without_effectless(several).result.keep == keep
 
 
 def test_first_rounds_are_shared_if_they_are_the_same(experiment) -> None:

@@ -72,12 +72,14 @@ def labels_alone(recipe: Recipe, steps: int) -> Recipe:
 def _without_unused(recipe: Recipe) -> Recipe:
     """A recipe of labels alone in which keys of pseudo labels and online rounds are at their defaults."""
     kept = {name: getattr(recipe.labeling, name) for name in _PREDICTING}
-    usual = TrainingConfig()
+    usual, result = TrainingConfig(), recipe.result
+    if len(recipe.rounds) == 1:
+        result = result.model_copy(update={"keep": ResultConfig().keep})
     return recipe.model_copy(
         update={
             "labeling": LabelingConfig(**kept),
             "online": OnlineConfig(),
-            "result": recipe.result.model_copy(update={"keep": ResultConfig().keep}),  # there is one round
+            "result": result,
             "training": recipe.training.model_copy(
                 update={key: getattr(usual, key) for key in _OF_PSEUDO_LABELS}
             ),
