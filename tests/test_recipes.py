@@ -466,7 +466,12 @@ def test_a_recipe_that_doubts_its_labels_plans_its_settings(name: str, names: di
     wanted = DYNAMIC[name]
     recipe = load_recipe(REPOSITORY / "recipes" / f"{name}.yaml", [f"data.root={names[wanted.images]}"])
     planned = plan(recipe)
-    assert planned.network == f"{DEEPLAB}, crops {wanted.crop[0]}x{wanted.crop[1]}"
+    # Weights of torchvision have their strides on the 3x3 convolutions.
+    size = f"crops {wanted.crop[0]}x{wanted.crop[1]}"
+    assert planned.network == f"deeplabv2, resnet101, output stride 8, {size}"
+    assert {recipe.at(row.index).network.backbone for row in planned.rounds} == {"resnet101"}
+    memory = f"{(planned.state_bytes + planned.activation_bytes) / 1e9:.0f} GB in fp32"
+    assert memory in (REPOSITORY / "recipes" / f"{name}.yaml").read_text()
     assert tuple(planned.images.values()) == (*wanted.images, 0)
     labeling, evaluation = wanted.protocols
     rule = "cbst" if wanted.dynamic.method == "dmt" else "cbst, decisions by probability / threshold"

@@ -30,7 +30,7 @@ from darseg.report.facts import read_data, read_run, remarks
 from darseg.report.overview import write_report
 from darseg.report.verdict import _cards, _steps
 from darseg.run.basis import Basis, basis_of, labeling_round, trained_from
-from darseg.run.browse import Repredictor, open_round
+from darseg.run.browse import Repredictor, _nothing_to_open, open_round
 from darseg.run.build import build_networks, manifest_of
 from darseg.run.check import check, plan
 from darseg.run.data_digest import digest_samples
@@ -240,6 +240,13 @@ def test_labels_alone_need_no_unlabeled_images(tiny_data: Path, tmp_path: Path) 
     assert [(row.batch, row.pseudo_batch, row.steps) for row in rounds] == [(4, 0, 2)] * 2
     with refused(RecipeError, "6 rounds", "data.unlabeled"):
         plan_rounds(recipe_of(tiny_data, tmp_path), labeled=4, unlabeled=0, fills=fills)
+
+
+def test_without_pseudo_labels_the_viewer_says_why(tiny_data: Path, tmp_path: Path) -> None:
+    training = recipe_dict(tiny_data)["training"]
+    alone = recipe_of(tiny_data, tmp_path, rounds=TURNS[:2], training=training)
+    says(_nothing_to_open(1, [], alone), "use: labeled", "no pseudo labels")
+    says(_nothing_to_open(1, [], recipe_of(tiny_data, tmp_path)), "yet", "darseg train")
 
 
 def test_a_second_network_has_random_weights_of_its_own(tiny_data: Path, tmp_path: Path) -> None:

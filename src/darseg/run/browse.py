@@ -112,7 +112,12 @@ def _nothing_to_open(index: int | None, done: Sequence[int], recipe: Recipe) -> 
             "the rounds of this run are online: they learn from unlabeled images while they train, and write no pseudo "
             "labels."
         )
-    if len(recipe.rounds) == 1 and not recipe.pseudo_labels(0):
+    if not recipe.pseudo_rounds and len(recipe.rounds) > 1:
+        return (
+            "all rounds of this run learn from the labeled images alone (use: labeled), so there are no pseudo labels. "
+            "Add a round without that key to the recipe, and train a new run."
+        )
+    if not recipe.pseudo_rounds:
         return (
             "the recipe of this run has only round 0, which never has pseudo labels. Add rounds and unlabeled images to "
             "the recipe, and train a new run."
