@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import tracemalloc
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from darseg.errors import DataError, RecipeError
@@ -76,6 +77,7 @@ def test_three_classes_do_as_well_as_a_slow_search(seed: int, pixels: int) -> No
 
 
 @some
+@example(945, 10, 30, 2.0)  # a class has its share at the bound
 @given(seeds, st.integers(2, 12), st.integers(30, 3000), st.sampled_from([2.0, 5.0, 50.0]))
 def test_shares_are_reached_and_nothing_contradicts_them(
     seed: int, classes: int, pixels: int, bound: float
@@ -93,7 +95,9 @@ def test_shares_are_reached_and_nothing_contradicts_them(
     assert (alignment.target[~reachable] == alignment.reached[~reachable]).all()
     rest = alignment.target[reachable] / share[reachable]
     assert np.allclose(rest, rest[0])
-    assert abs(np.average(np.log(weights[reachable]), weights=share[reachable])) < 1e-9
+    logs = np.log(weights[reachable])
+    if not np.isclose(np.abs(logs).max(), math.log(bound)):  # rescaled, a weight at the bound would leave it
+        assert abs(np.average(logs, weights=share[reachable])) < 1e-9
 
 
 @some

@@ -56,7 +56,8 @@ def align(
 
     A class that is never predicted, that has the target 0, or whose weight would leave [1/bound, bound] is out of
     reach: its weight is 1, and the other classes share the remaining pixels in proportion to their targets. The
-    logarithms of their weights, averaged by target, are 0. Only the set of pixels counts, not their order.
+    logarithms of their weights, averaged by target, are 0, unless a class has its share just at the bound. Only the set
+    of pixels counts, not their order.
 
     Args:
         scores_NK: logits or log-probabilities of pixels, a constant per pixel has no effect; float [N, K].
