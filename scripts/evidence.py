@@ -14,10 +14,9 @@ import argparse
 import gzip
 import json
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from darseg.config.experiment import ExperimentFile, load_experiment
 from darseg.config.recipe import Recipe
@@ -26,10 +25,9 @@ from darseg.data.files import write_whole
 from darseg.errors import DarsegError, RunError, faults
 from darseg.experiment.compare import seconds_of
 from darseg.experiment.controls import digest_recipe
-from darseg.experiment.counts import read_counts
+from darseg.experiment.counts import read_counts, scores_of
 from darseg.experiment.design import PlannedTrial, design_of
 from darseg.experiment.folder import ExperimentFolder
-from darseg.experiment.trial import RoleScores
 from darseg.run.directory import RunDirectory, write_json
 
 ROLES = ("validation", "test")
@@ -108,16 +106,13 @@ def unpack(file: ExperimentFile, folder: ExperimentFolder, path: Path) -> int:
     """
     if folder.root.exists():
         raise RunError(f"{folder.root} exists. Choose a new folder.")
-    content = json.loads(gzip.decompress(path.read_bytes()))
+    content = _read(path)
     trials, lines = planned(file, folder), []
     for name, kept in content["runs"].items():
         if name not in trials:
             lines.append(f"{name}: not a run of this experiment")
         elif kept["settings"] != digest_without_paths(trials[name].recipe):
             lines.append(f"{name}: trained with another recipe")
-        for role in ROLES:
-            if role in kept:
-                _check(kept[role])
     if lines:
         raise RunError(
             faults(f"{path} does not fit the experiment", lines, limit=10)
@@ -141,11 +136,23 @@ def unpack(file: ExperimentFile, folder: ExperimentFolder, path: Path) -> int:
     return len(content["runs"])
 
 
-def _check(counts: dict[str, Any]) -> None:
-    """Raise ValueError for counts that no run has left."""
-    for kind in ("plain", "aligned"):
-        if counts[kind] is not None:
-            RoleScores(tuple(counts["ids"]), np.array(counts[kind], np.int64))
+def _read(path: Path) -> dict[str, Any]:
+    """What `keep` wrote. Raises RunError if the file is missing or damaged."""
+    try:
+        content = json.loads(gzip.decompress(path.read_bytes()))
+        if content["format"] != 1 or not isinstance(content["ledger"], list):
+            raise ValueError("it has another format")
+        for kept in content["runs"].values():
+            if not {"settings", "records", "validation"} <= kept.keys():
+                raise ValueError("a run is not whole")
+            for role in kept.keys() & {*ROLES}:
+                scores_of(kept[role])
+    except (OSError, EOFError, zlib.error, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"{path} is no evidence that was kept here ({reason}). Restore it from a copy."
+        ) from error
+    return content
 
 
 if __name__ == "__main__":

@@ -513,6 +513,10 @@ def test_evidence_goes_to_another_machine_without_networks(
     refusal = evidence("unpack", tmp_path / "other", "changes.training.batch=6")
     assert refusal.returncode == 1 and "dars/2_seed_0: trained with another recipe" in refusal.stderr
     assert not (tmp_path / "other").exists()
+    archive.write_bytes(content[:-9])
+    damaged = evidence("unpack", tmp_path / "other")
+    assert damaged.returncode == 1 and "is no evidence that was kept here" in damaged.stderr
+    assert "Traceback" not in damaged.stderr and not (tmp_path / "other").exists()
 
 
 def test_a_plan_says_what_is_left(compared: tuple[Path, Path], call) -> None:

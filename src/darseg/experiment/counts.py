@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -76,12 +78,20 @@ def read_counts(path: Path) -> RoleScores:
     except FileNotFoundError:
         raise damaged(path, "it is missing", remedy) from None
     try:
-        ids, plain, aligned = content["ids"], content["plain"], content["aligned"]
-        if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
-            raise ValueError("'ids' are not texts")
-        counts = [None if part is None else np.array(part, np.int64) for part in (plain, aligned)]
-        if counts[0] is None:
-            raise ValueError("it has no plain scores")
-        return RoleScores(tuple(ids), counts[0], counts[1])
+        return scores_of(content)
     except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}", remedy) from error
+
+
+def scores_of(content: Mapping[str, Any]) -> RoleScores:
+    """The scores that `save_counts` wrote.
+
+    Raises KeyError, ValueError, TypeError or OverflowError if they are damaged.
+    """
+    ids, plain, aligned = content["ids"], content["plain"], content["aligned"]
+    if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+        raise ValueError("'ids' are not texts")
+    counts = [None if part is None else np.array(part, np.int64) for part in (plain, aligned)]
+    if counts[0] is None:
+        raise ValueError("it has no plain scores")
+    return RoleScores(tuple(ids), counts[0], counts[1])
