@@ -97,9 +97,9 @@ def fixed_network(logits: Sequence[Tensor]) -> Callable:
     return lambda images: Output(next(answers), None)
 
 
-def random_logits(seed: int) -> Tensor:
+def random_logits(seed: int, count: int = COUNT, side: int = SIDE) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(COUNT, CLASSES, SIDE, SIDE, generator=generator, dtype=torch.float64).mul(2)
+    return torch.randn(count, CLASSES, side, side, generator=generator, dtype=torch.float64).mul(2)
 
 
 def one_hot(labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,13 @@ COUNTS = {"validation": 14, "labeled": 3, "unlabeled": 4}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes of 33 x 49 pixels, fourteen of them for validation."""
-    root, first = tmp_path_factory.mktemp("scenes"), 0
-    for role, count in COUNTS.items():
+    return draw_roles(tmp_path_factory.mktemp("scenes"), COUNTS)
+
+
+def draw_roles(root: Path, counts: Mapping[str, int]) -> Path:
+    """Draw so many scenes of 33 x 49 pixels for each role, with a list of them; returns the folder."""
+    first = 0
+    for role, count in counts.items():
         names = [f"{index:02d}" for index in range(first, first + count)]
         for name in names:
             image, label = draw_scene(7, int(name), (65, 97))

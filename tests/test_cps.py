@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from darseg.methods.consistency import Consistency, Supervision
 from darseg.methods.cps import cps
 from darseg.methods.figures import ACCEPTED, AGREED, INSIDE, KNOWN, RIGHT, STUDENT_RIGHT, TEACHER_RIGHT
 from darseg.methods.teacher import TeacherSettings, in_eval_mode
-from darseg.model.network import NetworkSpec, Output
+from darseg.model.network import NetworkSpec
 from darseg.run.build import spec_of
 from darseg.run.check import plan
 from darseg.run.learners import second_network
@@ -35,6 +35,7 @@ from darseg.run.plan import method_of, plan_rounds
 from darseg.run.rounds import train
 from darseg.training.method import Method
 from darseg.training.optimize import SGD
+from test_adversarial import fixed_network, random_logits
 from test_methods import IMAGES, network_learner, seconds
 from test_online import labeled_at, views_at
 from test_online_runs import KILLED, events_of, online_recipe, write
@@ -52,17 +53,6 @@ def make(how: Consistency = HOW) -> Method:
     network = build(DEEPLAB).double()
     learner = network_learner(network, SGD())
     return cps(learner, how, Supervision(IMAGES), seed=(0, 1), **seconds(how, network))
-
-
-def answers_of(logits: Sequence[Tensor]) -> Callable:
-    """A network that answers with given logits, batch by batch."""
-    answers = iter(logits)
-    return lambda images: Output(next(answers), None)
-
-
-def random_logits(seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(IMAGES, CLASSES, SIDE, SIDE, generator=generator, dtype=torch.float64).mul(2)
 
 
 def losses_at(logits: Tensor, labels: Tensor) -> list[Tensor]:
@@ -93,9 +83,9 @@ def test_the_losses(mixing, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         batches = method.label(method.state, method.network, [batch, views], 1).batches
     # The labeled images, then the views; of each network.
-    logits = [random_logits(seed).requires_grad_() for seed in range(4)]
-    monkeypatch.setattr(method.state.second, "forward", answers_of(logits[2:]))
-    loss, figures = method.loss(answers_of(logits[:2]), batches, 1)
+    logits = [random_logits(seed, IMAGES, SIDE).requires_grad_() for seed in range(4)]
+    monkeypatch.setattr(method.state.second, "forward", fixed_network(logits[2:]))
+    loss, figures = method.loss(fixed_network(logits[:2]), batches, 1)
     loss.backward()
 
     sums, wanted = [], {}

@@ -24,7 +24,6 @@ from darseg.config.text import load_recipe
 from darseg.data.images import read_image
 from darseg.data.manifest import Sample
 from darseg.data.prediction import FLOAT16, Prediction
-from darseg.demo.scenes import draw_scene
 from darseg.errors import RecipeError, RunError
 from darseg.experiment.compare import seconds_of
 from darseg.model.decide import decide
@@ -36,10 +35,10 @@ from darseg.report.overview import write_report
 from darseg.run.build import labeling_protocol, load_to_predict, manifest_of
 from darseg.run.check import check, plan
 from darseg.run.directory import RunDirectory
-from darseg.run.folds import assign_folds, fold_count, fold_records, fold_warnings
+from darseg.run.folds import assign_folds, assigned_folds, fold_count, fold_records, fold_warnings
 from darseg.run.held_out import describe_auto
 from darseg.run.rounds import train
-from test_auto_ratio import CLASSES, truth, write
+from test_auto_ratio import CLASSES, draw_roles, truth, write
 from test_auto_ratio import values_of as values_with_validation
 from test_run import kill_and_finish, outcome, warnings_of
 from wording import refused, says
@@ -52,16 +51,7 @@ STEPS, TARGET = 8, 0.3
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes of 33 x 49 pixels, none of them for validation."""
-    root, first = tmp_path_factory.mktemp("scenes"), 0
-    for role, count in COUNTS.items():
-        names = [f"{index:02d}" for index in range(first, first + count)]
-        for name in names:
-            image, label = draw_scene(7, int(name), (65, 97))
-            write_png(root / "images" / role / f"{name}.png", image[::2, ::2])
-            write_png(root / "labels" / role / f"{name}.png", label[::2, ::2])
-        (root / f"{role}.txt").write_text("".join(f"{role}/{name}\n" for name in names))
-        first += count
-    return root
+    return draw_roles(tmp_path_factory.mktemp("scenes"), COUNTS)
 
 
 def values_of(data: Path, **labeling: Any) -> dict[str, Any]:
@@ -330,11 +320,12 @@ def test_classes_that_are_in_one_fold_only_are_named(data: Path, tmp_path: Path)
     recipe = load_recipe(write(tmp_path / "auto.yaml", values_of(data)))
     manifest = manifest_of(recipe)
     pixels = np.full((COUNTS["labeled"], 4), 9)
-    assert fold_warnings(recipe, manifest, pixels) == []
+    names = manifest.classes.names
+    assert fold_warnings(names, pixels, assigned_folds(recipe, manifest, pixels)) == []
     pixels[1:, 1] = 0  # one image
     pixels[2:, 2] = 0  # two images, which are in two folds
     pixels[:, 3] = 0  # none: other messages say so
-    (line,) = fold_warnings(recipe, manifest, pixels)
+    (line,) = fold_warnings(names, pixels, assigned_folds(recipe, manifest, pixels))
     says(line, "cross-fit", "one fold", "road")
     assert not {"sky", "building", "vegetation"} & {*line.split(": ")[-1].split(", ")}
 

@@ -28,7 +28,7 @@ from darseg.methods.figures import ACCEPTED, INSIDE, KNOWN, LOOK_EVERY, RIGHT, c
 from darseg.methods.teacher import Teacher, TeacherSettings, in_eval_mode
 from darseg.model.discriminators import Discriminator, ImageDiscriminator, PixelDiscriminator
 from darseg.model.network import Network
-from darseg.training.loss import cross_entropy, supervised_loss
+from darseg.training.loss import cross_entropy, precise, supervised_loss
 from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
 from darseg.training.optimize import Adam
 
@@ -152,7 +152,7 @@ def advsemiseg(learner: Learner, how: Adversarial, labeled: Supervision, *, seed
             with in_eval_mode(network):
                 maps = _probabilities(network(views.weak).main)
             assert isinstance(state, AdversarialState)
-            trusted = _precise(state.discriminator(maps)).sigmoid() >= how.above
+            trusted = precise(state.discriminator(maps)).sigmoid() >= how.above
             labels = maps.argmax(1).to(torch.uint8).masked_fill(~trusted | (judged.labels == IGNORE), IGNORE)
         pseudo, accepted = Batch(views.weak, labels, views.ids), Accepted(labels, labels)
         counted = replace(views, inside=judged.labels != IGNORE)
@@ -243,15 +243,15 @@ def s4gan(learner: Learner, how: Adversarial, labeled: Supervision, *, seed: Seq
         predicted = maps * inside[:, None]
         looked = _held(discriminator)(predicted, judged.images)
         true = discriminator(_truth_maps(truth, maps), truth.images)
-        means = _precise(true.features.detach()).mean(0), _precise(looked.features).mean(0)
+        means = precise(true.features.detach()).mean(0), precise(looked.features).mean(0)
         matching = (means[0] - means[1]).abs().mean()
-        trusted = (_precise(looked.scores.detach()).sigmoid() > how.above)[:, None, None]
+        trusted = (precise(looked.scores.detach()).sigmoid() > how.above)[:, None, None]
         kept = inside & trusted & how.trains_itself(step)
         labels = maps.argmax(1).to(torch.uint8).masked_fill(~kept, IGNORE)
         own = cross_entropy(logits, replace(judged, labels=labels))
         false = discriminator(predicted.detach(), judged.images)
         detecting = (
-            0.5 * F.softplus(_precise(false.scores)).mean() + 0.5 * F.softplus(-_precise(true.scores)).mean()
+            0.5 * F.softplus(precise(false.scores)).mean() + 0.5 * F.softplus(-precise(true.scores)).mean()
         )
         total = supervision + how.unlabeled * matching + how.self_training * own
         return total + detecting, {
@@ -315,12 +315,7 @@ def _held(discriminator: Discriminator) -> Callable[..., Any]:
 
 def _probabilities(logits_BKHW: Tensor) -> Tensor:
     """Softmax in float32 at least."""
-    return _precise(logits_BKHW).softmax(1)
-
-
-def _precise(values: Tensor) -> Tensor:
-    """In float32 at least: half precision is not enough for sums and exponentials."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+    return precise(logits_BKHW).softmax(1)
 
 
 def _truth_maps(truth: Batch, like_BKHW: Tensor) -> Tensor:
@@ -335,7 +330,7 @@ def _truth_maps(truth: Batch, like_BKHW: Tensor) -> Tensor:
 
 def _judgment(scores_BHW: Tensor, batch: Batch, *, true: bool) -> Tensor:
     """The sum of the cross-entropy of judgments against one answer, over pixels that are not 255."""
-    scores = _precise(scores_BHW)
+    scores = precise(scores_BHW)
     return (F.softplus(-scores if true else scores) * (batch.labels != IGNORE)).sum()
 
 

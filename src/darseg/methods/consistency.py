@@ -32,7 +32,7 @@ from darseg.methods.figures import LOOK_EVERY, counts_by_class, counts_of, stude
 from darseg.methods.mixing import box_mask, class_mask, mix, partners_of
 from darseg.methods.teacher import Teacher, TeacherSettings, in_eval_mode
 from darseg.model.network import Network
-from darseg.training.loss import LabeledLoss, supervised
+from darseg.training.loss import LabeledLoss, precise, supervised
 from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
 
 
@@ -233,7 +233,7 @@ def eval_logits(network: nn.Module, views: Views) -> Tensor:
     """What a network answers to the weak views in eval mode, float [B, K, H, W], in float32 at least."""
     with in_eval_mode(network):
         logits = network(views.weak).main
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return precise(logits)
 
 
 def mixing_masks(

@@ -18,7 +18,7 @@ from darseg.data.batches import CERTAIN, Batch
 from darseg.data.classes import IGNORE
 from darseg.errors import RecipeError
 from darseg.model.network import Output
-from darseg.training.loss import LabeledLoss, supervised_loss
+from darseg.training.loss import LabeledLoss, precise, supervised_loss
 from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
 
 PUBLISHED_GAMMA = {"dst": 9.0, "dmt": 5.0}
@@ -101,8 +101,7 @@ def dynamic_weights(logits_BKHW: Tensor, batch: Batch, how: DynamicLoss) -> Tens
         logits_BKHW: of the network that learns.
         batch: with the labeler's confidences for DMT.
     """
-    precise = torch.promote_types(logits_BKHW.dtype, torch.float32)
-    probabilities = logits_BKHW.to(precise).softmax(1)
+    probabilities = precise(logits_BKHW).softmax(1)
     labeled = batch.labels != IGNORE
     labels = batch.labels.long().masked_fill(~labeled, 0)
     own = probabilities.gather(1, labels[:, None])[:, 0]
@@ -112,7 +111,7 @@ def dynamic_weights(logits_BKHW: Tensor, batch: Batch, how: DynamicLoss) -> Tens
         case "dmt":
             assert batch.confidences is not None and how.gamma_disagreed is not None
             sureness, classes = probabilities.max(1)
-            agrees, surer = classes == labels, sureness > batch.confidences.to(precise) / CERTAIN
+            agrees, surer = classes == labels, sureness > batch.confidences.to(probabilities.dtype) / CERTAIN
             disagreed = (own**how.gamma_disagreed).masked_fill(surer, 0)
             weights = torch.where(agrees, own**how.gamma, disagreed)
     return weights.masked_fill(~labeled, 0)

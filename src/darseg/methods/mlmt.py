@@ -19,6 +19,7 @@ from darseg.data.views import Views
 from darseg.errors import RecipeError
 from darseg.methods.draws import uniform
 from darseg.methods.teacher import Teacher, TeacherSettings
+from darseg.training.loss import precise
 from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
 
 MIRRORED = 0x6D69
@@ -133,13 +134,13 @@ def presence_of(labels_BHW: Tensor, classes: int) -> Tensor:
 def _of_images(images: Tensor, ids: tuple[str, ...], targets_BK: Tensor) -> Batch:
     """A batch whose images each have targets, and not their pixels: it counts images."""
     labels = torch.zeros(len(ids), 1, 1, dtype=torch.uint8, device=images.device)
-    return Batch(images, labels, ids, targets=_precise(targets_BK)[:, :, None, None])
+    return Batch(images, labels, ids, targets=precise(targets_BK)[:, :, None, None])
 
 
 def presence_loss(logits_BK: Tensor, batch: Batch) -> Tensor:
     """Binary cross-entropy of each class, its mean over classes and images."""
     assert batch.targets is not None
-    logits = _precise(logits_BK)
+    logits = precise(logits_BK)
     targets = batch.targets.flatten(1).to(logits.dtype)
     costs = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     return costs.mean(dim=1).sum() / batch.count()
@@ -148,11 +149,6 @@ def presence_loss(logits_BK: Tensor, batch: Batch) -> Tensor:
 def cosine_loss(logits_BK: Tensor, batch: Batch) -> Tensor:
     """1 - the cosine between an image's logits and its targets; the mean over images."""
     assert batch.targets is not None
-    logits = _precise(logits_BK)
+    logits = precise(logits_BK)
     targets = batch.targets.flatten(1).to(logits.dtype)
     return (1 - F.cosine_similarity(logits, targets, dim=1)).sum() / batch.count()
-
-
-def _precise(values: Tensor) -> Tensor:
-    """In float32 at least: half precision is not enough for sums and exponentials."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))

@@ -10,6 +10,9 @@ from torch import Tensor
 from darseg.model.backbone import Backbone, ResNet
 from darseg.model.timm_backbones import all_keys
 
+COUNTER = "num_batches_tracked"
+"""End of the keys that files of a torch before 0.4.1 lack; nothing here needs them."""
+
 
 def origin_of(key: str, backbone: Backbone, tensors: Mapping[str, Tensor]) -> str:
     """The key in the file that fills `key` of the backbone."""

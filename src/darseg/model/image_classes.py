@@ -21,18 +21,22 @@ from darseg.data.files import parse_json, write_whole
 from darseg.data.square import squared
 from darseg.errors import DataError, RecipeError, WeightsError, faults, shortened
 from darseg.model.backbone import RESNETS, UNDILATED, ResNet
-from darseg.model.fitting import foreign_keys, misfits_of
+from darseg.model.fitting import COUNTER, foreign_keys, misfits_of
 from darseg.model.torchfile import read_bare_part, read_tensors
 
 REMOVED = -65504.0
 """The logit of a removed class: float16's lowest number. Its probability is 0, and it can be averaged and exported,
 which minus infinity cannot."""
 
+METADATA = "darseg"
+"""The only entry of a file's metadata: safetensors writes several in no fixed order, and equal networks should be equal
+files."""
+
+IMAGE_CLASSES = "image_classes"
+"""Entry of the description in a file that holds a classifier."""
+
 SIDES = (32, 4096)
 """Smallest and largest side of the square that a classifier takes, in pixels."""
-
-COUNTER = "num_batches_tracked"
-"""End of the keys that files of a torch before 0.4.1 lack; nothing here needs them."""
 
 
 class ImageClassifier(nn.Module):
@@ -204,14 +208,10 @@ class Described:
         )
 
 
-METADATA = "darseg"
-"""The only entry of a file's metadata, as in files of networks."""
-
-
 def save_image_classes(how: ImageClasses, path: Path) -> None:
     """Write a classifier, and how it decides, to a file. Raises StorageError if the disk refuses."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in how.classifier.state_dict().items()}
-    metadata = {METADATA: json.dumps({"image_classes": how.to_json()}, sort_keys=True)}
+    metadata = {METADATA: json.dumps({IMAGE_CLASSES: how.to_json()}, sort_keys=True)}
     write_whole(path, safetensors.torch.save(tensors, metadata))
 
 
@@ -221,7 +221,7 @@ def load_image_classes(path: Path) -> ImageClasses:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             content = parse_json((file.metadata() or {})[METADATA])
-        how = Described.from_json(content["image_classes"]).build(len(tensors["last.bias"]))
+        how = Described.from_json(content[IMAGE_CLASSES]).build(len(tensors["last.bias"]))
         how.classifier.load_state_dict(tensors)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, DataError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {shortened(str(error))}"

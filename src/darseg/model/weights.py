@@ -24,9 +24,9 @@ from darseg.data.files import parse_json, write_whole
 from darseg.errors import DataError, RecipeError, WeightsError, faults
 from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
 from darseg.model.class_order import Order, class_order, classifier_keys, reorder_classes
-from darseg.model.fitting import foreign_keys, misfits_of, origin_of
+from darseg.model.fitting import COUNTER, foreign_keys, misfits_of, origin_of
 from darseg.model.heads import ATROUS_DILATIONS
-from darseg.model.image_classes import Described
+from darseg.model.image_classes import IMAGE_CLASSES, METADATA, Described
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.release import RELEASED, classes_in, our_key, released_architecture
 from darseg.model.torchfile import (
@@ -39,15 +39,8 @@ from darseg.model.torchfile import (
 )
 from darseg.model.vit import Transformer, as_timm
 
-METADATA = "darseg"
-"""The only entry of a file's metadata: safetensors writes several in no fixed order, and equal networks should be equal
-files."""
-
 ALIGNMENT = "alignment"
 """Entry of the description in a file: the class weights that are folded into the classifier."""
-
-IMAGE_CLASSES = "image_classes"
-"""Entry of the description, if the file also holds the classifier that removes classes from predictions."""
 
 OF_CLASSIFIER = f"{IMAGE_CLASSES}."
 """Beginning of the keys of that classifier's tensors."""
@@ -57,9 +50,6 @@ LONGEST_DESCRIPTION = 1_000_000
 
 NORMALIZATION = ("mean", "std")
 """Buffers of a network that files of other frameworks lack."""
-
-COUNTER = "num_batches_tracked"
-"""End of the keys that files of a torch before 0.4.1 lack; nothing here needs them."""
 
 
 # --- networks of darseg

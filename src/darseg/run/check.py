@@ -31,7 +31,7 @@ from darseg.run.build import (
     spec_of,
 )
 from darseg.run.dynamic import describe_dynamic
-from darseg.run.folds import check_folds, fold_warnings, planned_folds
+from darseg.run.folds import assigned_folds, check_folds, fold_warnings, planned_folds
 from darseg.run.held_out import notes_of_auto
 from darseg.run.image_classes import describe_classifier, initial_classifier, plan_classifier
 from darseg.run.journal import Journal
@@ -85,7 +85,8 @@ def check(recipe: Recipe | Path | str, console: Console | None = None) -> Findin
         check_names(USUAL_LABELS, [sample.id for sample in manifest.unlabeled])
         check_folds(recipe, manifest)
         if len(findings.labeled) == len(manifest.labeled):  # otherwise there are faults
-            warnings += fold_warnings(recipe, manifest, findings.labeled)
+            folds = assigned_folds(recipe, manifest, findings.labeled)
+            warnings += fold_warnings(manifest.classes.names, findings.labeled, folds)
         plan_training(
             recipe,
             networks,

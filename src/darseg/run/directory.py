@@ -129,21 +129,21 @@ class RunDirectory:
         path, earlier = (self.round(index) / f"{name}.safetensors" for name in ("optimizer", "momentum"))
         return earlier if earlier.exists() and not path.exists() else path
 
-    def checkpoint(self, index: int, step: int) -> Path:
-        return self.round(index) / f"checkpoint_{step:08d}.safetensors"
+    def checkpoint(self, index: int, step: int, kind: str = "checkpoint") -> Path:
+        return self.round(index) / f"{kind}_{step:08d}.safetensors"
 
-    def checkpoints(self, index: int) -> list[Path]:
-        """The checkpoints of a round's unfinished training, the latest first."""
-        return sorted(self.round(index).glob("checkpoint_*.safetensors"), reverse=True)
+    def checkpoints(self, index: int, kind: str = "checkpoint") -> list[Path]:
+        """The checkpoints of a round's unfinished training, or of another kind there, the latest first."""
+        return sorted(self.round(index).glob(f"{kind}_*.safetensors"), reverse=True)
 
     def has_trained(self, index: int) -> bool:
         """Whether a round has begun to train and left a checkpoint, or is trained."""
         return bool(self.checkpoints(index)) or self.record_path(index, "train").exists()
 
-    def drop_checkpoints(self, index: int, keep: int = 0) -> None:
+    def drop_checkpoints(self, index: int, keep: int = 0, kind: str = "checkpoint") -> None:
         """Remove all checkpoints but the latest `keep`, and the half-written one that a kill may have left."""
-        halves = self.round(index).glob(f"checkpoint_*.safetensors*{ASIDE}")
-        for path in (*self.checkpoints(index)[keep:], *halves):
+        halves = self.round(index).glob(f"{kind}_*.safetensors*{ASIDE}")
+        for path in (*self.checkpoints(index, kind)[keep:], *halves):
             path.unlink(missing_ok=True)
 
     @contextmanager

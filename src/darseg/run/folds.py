@@ -176,22 +176,31 @@ def folds_of(samples: Sequence[Sample], fold_of: Sequence[int]) -> tuple[Fold, .
     )
 
 
-def fold_warnings(recipe: Recipe, manifest: Manifest, pixels_NK: NDArray[np.int64]) -> list[str]:
-    """A line about classes whose images are all in one fold; none without such, and without folds.
+def assigned_folds(recipe: Recipe, manifest: Manifest, pixels_NK: NDArray[np.int64]) -> tuple[int, ...]:
+    """The fold of each labeled image; none if the run does not cross-fit.
 
     Args:
         pixels_NK: pixels of each class in each labeled image.
     """
-    count, present = fold_count(recipe, len(manifest.validation)), pixels_NK > 0
-    if not count:
+    count = fold_count(recipe, len(manifest.validation))
+    return assign_folds(manifest.labeled, pixels_NK > 0, count, seed=recipe.seed) if count else ()
+
+
+def fold_warnings(names: Sequence[str], pixels_NK: NDArray[np.int64], fold_of: Sequence[int]) -> list[str]:
+    """A line about classes whose images are all in one fold; none without such, and without folds.
+
+    Args:
+        names: of the classes.
+        pixels_NK: pixels of each class in each labeled image.
+        fold_of: what `assigned_folds` returned.
+    """
+    if not fold_of:
         return []
-    folds = np.array(assign_folds(manifest.labeled, present, count, seed=recipe.seed))
-    names = [
-        name
-        for name, has in zip(manifest.classes.names, present.T, strict=True)
-        if len({*folds[has].tolist()}) == 1
+    folds = np.array(fold_of)
+    alone = [
+        name for name, has in zip(names, (pixels_NK > 0).T, strict=True) if len({*folds[has].tolist()}) == 1
     ]
-    return [f"{UNLEARNED}: {', '.join(names)}"] if names else []
+    return [f"{UNLEARNED}: {', '.join(alone)}"] if alone else []
 
 
 def fold_run(run: RunDirectory, number: int) -> RunDirectory:

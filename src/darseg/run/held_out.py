@@ -24,7 +24,7 @@ from darseg.pseudo.precision import LEAST_HELD_OUT, HeldOutBuilder, HeldOutCount
 from darseg.pseudo.scores import ScoreSource
 from darseg.run.build import masks
 from darseg.run.calibrate import damaged_counts
-from darseg.run.folds import TRAINED_ROUND, fold_count, fold_warnings, held_out_role
+from darseg.run.folds import TRAINED_ROUND, assigned_folds, fold_count, fold_warnings, held_out_role
 from darseg.run.label_task import Progress
 from darseg.training.processes import Processes
 
@@ -43,7 +43,8 @@ def notes_of_auto(recipe: Recipe, manifest: Manifest, *, steps: int, network: Ne
             DataError
         ):  # lines about the target of labels say that label maps are damaged
             pixels = count_each(masks(manifest.labeled), len(manifest.classes))
-            lines += fold_warnings(recipe, manifest, pixels)
+            folds = assigned_folds(recipe, manifest, pixels)
+            lines += fold_warnings(manifest.classes.names, pixels, folds)
     return lines
 
 
@@ -73,9 +74,9 @@ def describe_auto(recipe: Recipe, manifest: Manifest, *, steps: int = 0, paramet
 
 
 def describe_folds(recipe: Recipe, manifest: Manifest, *, steps: int, parameters: int = 0) -> list[str]:
-    """What a run that cross-fits trains besides, what it costs and assumes: lines, or none.
+    """What a run that cross-fits trains in addition, what it costs and assumes: lines, or none.
 
-    Arguments are those of `describe_auto`; parameters 0: the disk is not spoken of.
+    Arguments are those of `describe_auto`; parameters 0: disk is not mentioned.
     """
     labeled, validation = len(manifest.labeled), len(manifest.validation)
     count, auto = fold_count(recipe, validation), recipe.follows_precision

@@ -12,6 +12,7 @@ import torch
 from darseg.errors import RecipeError
 from darseg.model.network import Network, NetworkSpec
 from darseg.model.vit import Transformer
+from darseg.model.weights import NORMALIZATION
 from darseg.training.loss import LabeledLoss
 from darseg.training.method import Learner, all_decay
 from darseg.training.optimize import (
@@ -26,9 +27,6 @@ from darseg.training.optimize import (
 
 SECOND_DRAWS = 1 << 22
 """Part of the seed with which a second network begins; those of other draws of a round have smaller numbers there."""
-
-NORMALIZATION = ("mean", "std")
-"""Buffers of a network."""
 
 
 @dataclass(frozen=True)

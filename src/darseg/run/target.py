@@ -11,7 +11,7 @@ from darseg.errors import DataError, RecipeError
 from darseg.pseudo.distribution import count_each
 from darseg.pseudo.labeled_shares import LabeledShares, labeled_shares
 from darseg.run.build import masks
-from darseg.run.folds import assign_folds, fold_count, fold_warnings
+from darseg.run.folds import assigned_folds, fold_warnings
 from darseg.run.steps.align import why_off
 from darseg.training.bootstrap import LEAST_HELD_OUT
 
@@ -25,11 +25,10 @@ Counted = tuple[list[int], LabeledShares | None, tuple[int, ...]]
 
 def count_labeled(recipe: Recipe, manifest: Manifest, warnings: list[str]) -> Counted:
     """What a run needs to know of its label maps; adds to `warnings` what folds cannot measure."""
-    each, folds = count_each(masks(manifest.labeled), len(manifest.classes)), ()
+    each = count_each(masks(manifest.labeled), len(manifest.classes))
     labeled = labeled_shares(each) if recipe.labeling.prior == "shrunk" else None
-    if count := fold_count(recipe, len(manifest.validation)):
-        folds = assign_folds(manifest.labeled, each > 0, count, seed=recipe.seed)
-        warnings += fold_warnings(recipe, manifest, each)
+    folds = assigned_folds(recipe, manifest, each)
+    warnings += fold_warnings(manifest.classes.names, each, folds)
     return each.sum(axis=0).tolist(), labeled, folds
 
 

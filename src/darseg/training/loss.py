@@ -42,6 +42,11 @@ def balanced_weights(counts: Sequence[int]) -> tuple[float, ...]:
     return tuple(total / (present * count) if count else 1.0 for count in counts)
 
 
+def precise(values: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: half precision is not enough for sums and exponentials."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch, how: LabeledLoss | None = None) -> torch.Tensor:
     """The weighted sum of cross-entropy over labeled pixels, divided by `batch.count()`.
 
@@ -49,10 +54,7 @@ def cross_entropy(logits_BKHW: torch.Tensor, batch: Batch, how: LabeledLoss | No
     chosen within each micro-batch and process, as in released code; the mean over them counts as much as the labeled
     pixels that it is of.
     """
-    precise = torch.promote_types(
-        logits_BKHW.dtype, torch.float32
-    )  # half precision is not enough for the sum
-    logits, labels = logits_BKHW.to(precise), batch.labels.long()
+    logits, labels = precise(logits_BKHW), batch.labels.long()
     if how is not None and how != LabeledLoss():
         total = _chosen(logits, labels, batch, how=how)
     elif batch.weights is None:
@@ -91,8 +93,7 @@ def squared_error(logits_BKHW: torch.Tensor, batch: Batch) -> torch.Tensor:
     Distances are of probabilities. The result of a micro-batch is its share of the whole batch's.
     """
     assert batch.targets is not None
-    precise = torch.promote_types(logits_BKHW.dtype, torch.float32)
-    distances = (logits_BKHW.to(precise).softmax(1) - batch.targets).square().sum(1)
+    distances = (precise(logits_BKHW).softmax(1) - batch.targets).square().sum(1)
     if batch.weights is not None:
         distances = distances * batch.weights
     return distances.sum() / batch.count().clamp(min=1)

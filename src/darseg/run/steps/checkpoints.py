@@ -10,11 +10,16 @@ from darseg.run.course import Course
 from darseg.training.checkpoint import Checkpoint, load_checkpoint
 
 
-def latest_checkpoint(course: Course, paths: Callable[[], Sequence[Path]]) -> Checkpoint | None:
-    """The checkpoint to go on from; the first process finds it and removes damaged later ones.
+def latest_checkpoint(
+    course: Course, paths: Callable[[], Sequence[Path]], event: str, **fields: int
+) -> tuple[Checkpoint | None, float]:
+    """The checkpoint to go on from, and the seconds of training before it; None and 0 without one.
+
+    The first process finds it and removes damaged later ones.
 
     Args:
         paths: lists them, the latest first.
+        event: of the journal, for each of them; with its step, seconds and these fields.
     """
     whole: list[Checkpoint] = []  # the first process reads it to see whether it is whole
 
@@ -28,8 +33,11 @@ def latest_checkpoint(course: Course, paths: Callable[[], Sequence[Path]]) -> Ch
     # Its place in the run folder, which may have another path on another machine.
     name = course.processes.from_first(find)
     if name is None:
-        return None
-    return whole[0] if whole else load_checkpoint(course.run.root / name)
+        return None, 0.0
+    checkpoint = whole[0] if whole else load_checkpoint(course.run.root / name)
+    wanted = {**fields, "step": checkpoint.step}
+    seconds = [entry["seconds"] for entry in course.journal.events(event) if wanted.items() <= entry.items()]
+    return checkpoint, seconds[-1] if seconds else 0.0
 
 
 def usable_checkpoint(course: Course, paths: Sequence[Path]) -> tuple[Path | None, Checkpoint | None]:

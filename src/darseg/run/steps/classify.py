@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from darseg.data.batches import StreamPlace, stream_batches
 from darseg.data.dataset import Cache, load_example, load_image
-from darseg.data.files import ASIDE
 from darseg.data.square import square_examples, square_images
 from darseg.data.unlabeled import stream_views
 from darseg.methods.mlmt import mlmt, presence_of
@@ -40,8 +38,8 @@ from darseg.training.checkpoint import Checkpoint, save_checkpoint
 from darseg.training.method import Feed, Learner, Streamed
 from darseg.training.stage import StepReport, run_stage
 
-CHECKPOINTS = "classify_*.safetensors"
-"""Checkpoints of the unfinished step, in the folder of round 0."""
+CHECKPOINT = "classify"
+"""How the names of the unfinished step's checkpoints begin, in the folder of round 0."""
 
 NO_MEMORY = (
     "Set a smaller image_classes.micro_batch (images of each kind in a forward pass), image_classes.unlabeled_batch or "
@@ -62,8 +60,8 @@ def train_image_classes(course: Course, planned: ClassifierPlan, classifier: Ima
         "unlabeled": course.data["unlabeled"],
         "classifier": digest_state(classifier.state_dict()),
     }
-    step = Step("classify", 0, Inputs(digests), work=training.run, tidy=training.drop_checkpoints)
-    return complete(course, step)
+    inputs, tidy = Inputs(digests), lambda: course.run.drop_checkpoints(0, kind=CHECKPOINT)
+    return complete(course, Step("classify", 0, inputs, work=training.run, tidy=tidy))
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,10 @@ class _Training:
         """Train from the latest checkpoint, or from the beginning."""
         course, planned = self.course, self.planned
         journal, stage = course.journal, planned.stage
-        begin, seconds_before = latest_checkpoint(course, self._checkpoints), 0.0
+        begin, seconds_before = latest_checkpoint(
+            course, lambda: course.run.checkpoints(0, CHECKPOINT), "classifier_checkpoint"
+        )
         if begin is not None:
-            saved = [e for e in journal.events("classifier_checkpoint") if e["step"] == begin.step]
-            seconds_before = saved[-1]["seconds"] if saved else 0.0
             journal.say(f"classifier of images: going on at step {begin.step} of {stage.steps}")
         learner = Learner(
             "classifier", place(self.classifier), planned.learning_rate, optimizer=planned.optimizer
@@ -106,15 +104,6 @@ class _Training:
         assert isinstance(teacher, ImageClassifier)
         how = with_decisions_of(course.recipe, ImageClasses(teacher, side=planned.side))
         return Work([CLASSIFIER], lambda: self._write(how), seconds_before)
-
-    def drop_checkpoints(self) -> None:
-        """Remove all checkpoints, and the half-written one that a kill may have left."""
-        halves = self.course.run.round(0).glob(f"{CHECKPOINTS}*{ASIDE}")
-        for path in (*self._checkpoints(), *halves):
-            path.unlink(missing_ok=True)
-
-    def _checkpoints(self) -> list[Path]:
-        return sorted(self.course.run.round(0).glob(CHECKPOINTS), reverse=True)
 
     def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Streamed]]]:
         """First step → labeled images, and views of unlabeled ones, all scaled to squares."""
@@ -173,10 +162,8 @@ class _Training:
         def save(checkpoint: Checkpoint) -> None:
             if not course.processes.first:
                 return
-            path = course.run.round(0) / f"classify_{checkpoint.step:06d}.safetensors"
-            save_checkpoint(checkpoint, path)
-            for old in self._checkpoints()[course.recipe.training.keep_checkpoints :]:
-                old.unlink(missing_ok=True)
+            save_checkpoint(checkpoint, course.run.checkpoint(0, checkpoint.step, CHECKPOINT))
+            course.run.drop_checkpoints(0, course.recipe.training.keep_checkpoints, CHECKPOINT)
             seconds = round(seconds_before + time.monotonic() - began, 1)
             course.journal.event("classifier_checkpoint", step=checkpoint.step, seconds=seconds)
 
@@ -186,14 +173,14 @@ class _Training:
         """Save the classifier, and say what it would remove from the validation images."""
         course = self.course
         save_image_classes(how, classifier_path(course.run))
-        wrong, absent = removed_shares(course, how)
-        facts = {"steps": self.planned.stage.steps, "removed_present": wrong, "removed_absent": absent}
-        if wrong is None or absent is None:
+        present, absent = removed_shares(course, how)
+        facts = {"steps": self.planned.stage.steps, "removed_present": present, "removed_absent": absent}
+        if present is None or absent is None:
             return Result(facts, "classifier of images trained; no validation image says how well")
         return Result(
             facts,
             f"classifier of images trained; on the validation images it removes {absent:.1%} of the classes that are not "
-            f"there, and {wrong:.1%} of those that are",
+            f"there, and {present:.1%} of those that are",
         )
 
 

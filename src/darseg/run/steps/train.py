@@ -202,16 +202,14 @@ class _Training:
         course, index, stage = self.course, self.round.index, self.stage
         recipe = course.recipe.at(index)
         run, journal = course.run, course.journal
-        begin, seconds_before = latest_checkpoint(course, lambda: run.checkpoints(index)), 0.0
+        begin, seconds_before = latest_checkpoint(
+            course, lambda: run.checkpoints(index), "checkpoint", round=index
+        )
         before: Mapping[str, Part] = {}
         if self.round.begins < index:
             self.network.load_state_dict(load_network(run.network(self.goes_on_from)).state_dict())
             before = load_checkpoint(run.optimizer(self.goes_on_from)).parts
         if begin is not None:
-            saved = [
-                e for e in journal.events("checkpoint") if (e["round"], e["step"]) == (index, begin.step)
-            ]
-            seconds_before = saved[-1]["seconds"] if saved else 0.0
             journal.say(f"round {index}: going on at step {begin.step} of {stage.steps}")
         method = method_of(recipe, self.round, self.network, counts=course.counts)
         first = begin.step if begin else 0
