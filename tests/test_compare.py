@@ -212,6 +212,48 @@ def test_controls_see_labels_alone_for_as_many_steps_and_images(experiment) -> N
     assert Counter(trial.name for trial in design.trials).most_common(1)[0][1] == 1
 
 
+def test_a_variant_may_run_with_some_seeds_and_numbers_of_labels(experiment, tmp_path: Path) -> None:
+    longer = {"name": "longer", "changes": {"rounds": [{"steps": 4}, {"steps": 2, "labeling_ratio": 0.4}]}}
+    some = {"name": "some", "changes": {"labeling.method": "cbst"}, "seeds": [1], "labels": [2]}
+    content = {"labels": [1, 2], "seeds": [0, 1], "controls": {"images": False}, "all_labels": True}
+    design = designed(experiment(variants=[some, longer | {"labels": [2]}], **content))
+    names = [
+        "control_6_steps/2_seed_0",
+        "longer/2_seed_0",
+        "all_labels/9_seed_0",
+        "control_4_steps/2_seed_1",
+        "control_6_steps/2_seed_1",
+        "some/2_seed_1",
+        "longer/2_seed_1",
+        "all_labels/9_seed_1",
+    ]
+    assert [trial.name for trial in design.trials] == names
+    assert [(arm.name, arm.labels) for arm in design.arms] == [
+        ("control_4_steps", 2),
+        ("control_6_steps", 2),
+        ("some", 2),
+        ("longer", 2),
+        ("all_labels", 9),
+    ]
+    # A finished run that is left out later would vanish from the page.
+    folder = ExperimentFolder(tmp_path / "out")
+    for trial in design.trials:
+        write_whole(folder.recipe(trial.name), dump_recipe(trial.recipe))
+        write_whole(folder.counts(trial.name, "validation"), "{}")
+    folder.check_runs({trial.name: trial.recipe for trial in design.trials})
+    fewer = designed(experiment(variants=[some, longer | {"labels": [2], "seeds": [0]}], **content))
+    with refused(RunError, str(folder.root), "longer/2_seed_1: is finished"):
+        folder.check_runs({trial.name: trial.recipe for trial in fewer.trials})
+    with refused(
+        RecipeError, "variants.0.seeds", "found 3", "[0, 1]", "variants.1.labels.1", "2 is given twice"
+    ):
+        load_experiment(
+            experiment(variants=[some | {"seeds": [1, 3]}, longer | {"labels": [2, 2]}], **content)
+        )
+    with refused(RecipeError, "variants.1.labels (longer)", "found 3", "1, 2"):
+        designed(experiment(variants=[some, longer | {"labels": [3]}], **content))
+
+
 def test_the_control_of_networks_in_turns_is_a_recipe_of_labels_alone(experiment) -> None:
     """It has no keys of pseudo labels, so it is that of the base recipe."""
     turns = {

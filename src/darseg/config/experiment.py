@@ -41,13 +41,20 @@ def _labels(value: Any) -> Any:
 Changes = Annotated[tuple[StrictStr, ...], BeforeValidator(_changes)]
 
 
+Seed = Annotated[StrictInt, Field(ge=0, lt=1 << 63)]
+
+
 class VariantConfig(Section):
     """Changes of the base recipe, under a name."""
 
     name: StrictStr
     changes: Changes = ()
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] | None = None  # None: all of the experiment
+    labels: Annotated[tuple[Count, ...], Field(min_length=1)] | None = None  # numbers; None: all of them
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
+        yield from _repeated("seeds", self.seeds or ())
+        yield from _repeated("labels", self.labels or ())
         if not re.fullmatch(rf"[A-Za-z0-9][\w.+-]{{0,{LONGEST_NAME - 1}}}", self.name, re.ASCII):
             yield (
                 ("name",),
@@ -93,11 +100,7 @@ class Experiment(Section):
     changes: Changes = ()
     variants: Annotated[tuple[VariantConfig, ...], Field(min_length=1)]
     labels: tuple[Labels, ...] = ()  # none: as the recipe has them
-    seeds: Annotated[tuple[Annotated[StrictInt, Field(ge=0, lt=1 << 63)], ...], Field(min_length=1)] = (
-        0,
-        1,
-        2,
-    )
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0, 1, 2)
     controls: ControlsConfig = ControlsConfig()
     all_labels: StrictBool = False
 
@@ -105,6 +108,11 @@ class Experiment(Section):
         for index, variant in enumerate(self.variants):
             for key, message in variant.conflicts():
                 yield ("variants", index, *key), message
+            if other := [seed for seed in variant.seeds or () if seed not in self.seeds]:
+                yield (
+                    ("variants", index, "seeds"),
+                    f"found {other[0]}, which is no seed of the experiment; name some of {list(self.seeds)}",
+                )
         for index, labels in enumerate(self.labels):
             for key, message in labels.conflicts():
                 yield ("labels", index, *key), message

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from darseg.config.experiment import ALL_LABELS, CONTROL, ExperimentFile
 from darseg.config.recipe import Recipe
-from darseg.errors import RecipeError
+from darseg.errors import RecipeError, faults
 from darseg.experiment.budgets import Budget, budgets_of, ceiling_of
 from darseg.experiment.controls import (
     digest_recipe,
@@ -107,6 +107,7 @@ def design_of(file: ExperimentFile, lists: Path) -> Design:
     controls = _Controls(file, budgets[seeds[0]])
     for trials in variants.values():
         controls.add(trials)
+    _check_labels(file, [budget.labels for budget in budgets[seeds[0]]])
     trials: list[PlannedTrial] = []
     arms = list(_arms(file, budgets[seeds[0]], controls))
     ceiling = ceiling_of(file, budgets[seeds[0]][0], lists) if file.settings.all_labels else None
@@ -115,13 +116,43 @@ def design_of(file: ExperimentFile, lists: Path) -> Design:
             recipes = {name: by_budget[place] for name, by_budget in controls.recipes.items()} | dict(
                 file.recipes
             )
-            trials += [_trial(name, recipe, budget, seed=seed) for name, recipe in recipes.items()]
+            wanted = _wanted(file, controls, labels=budget.labels, seed=seed)
+            trials += [
+                _trial(name, recipe, budget, seed=seed) for name, recipe in recipes.items() if name in wanted
+            ]
         if ceiling is not None:
             steps = next(iter(variants.values()))[0].steps
             trials.append(_trial(ALL_LABELS, labels_alone(file.base, steps), ceiling, seed=seed))
     if ceiling is not None:
         arms.append(Arm(ALL_LABELS, ceiling.labels, "ceiling"))
     return Design(file, tuple(arms), tuple(trials), sources=_sources(trials))
+
+
+def _check_labels(file: ExperimentFile, numbers: Sequence[int]) -> None:
+    """Raise RecipeError if a variant is asked to run at a number of labels that the experiment does not have."""
+    lines = [
+        f"variants.{index}.labels ({variant.name}): found {number}; the experiment has {', '.join(map(str, numbers))}"
+        for index, variant in enumerate(file.settings.variants)
+        for number in variant.labels or ()
+        if number not in numbers
+    ]
+    if lines:
+        raise RecipeError(faults(f"{file.path} cannot be used", lines))
+
+
+def _wanted(file: ExperimentFile, controls: _Controls, *, labels: int, seed: int | None = None) -> set[str]:
+    """The variants that run at a number of labels, with their controls.
+
+    Args:
+        seed: None: with any seed.
+    """
+    variants = {
+        variant.name
+        for variant in file.settings.variants
+        if (variant.labels is None or labels in variant.labels)
+        and (variant.seeds is None or seed is None or seed in variant.seeds)
+    }
+    return variants | {control for name in variants for _, control in controls.of[name]}
 
 
 def _trial(name: str, recipe: Recipe, budget: Budget, *, seed: int) -> PlannedTrial:
@@ -192,9 +223,10 @@ class _Controls:
 def _arms(file: ExperimentFile, budgets: Sequence[Budget], controls: _Controls) -> Iterator[Arm]:
     changes = {variant.name: variant.changes for variant in file.settings.variants}
     for budget in budgets:
-        for name in controls.recipes:
+        wanted = _wanted(file, controls, labels=budget.labels)
+        for name in filter(wanted.__contains__, controls.recipes):
             yield Arm(name, budget.labels, "control")
-        for name in file.recipes:
+        for name in filter(wanted.__contains__, file.recipes):
             of = controls.of[name]
             yield Arm(name, budget.labels, controls=tuple(of), changes=changes[name])
             for basis, control in of:

@@ -132,12 +132,19 @@ class ExperimentFolder:
         write_whole(self.experiment, dump_recipe(file.settings))
 
     def check_runs(self, recipes: Mapping[str, Recipe]) -> None:
-        """Raise RunError if runs were begun with other recipes than the experiment has for them now.
+        """Raise RunError if runs were begun with other recipes than the experiment has for them now, or if it has lost one.
 
         Args:
             recipes: by the name of the run.
         """
-        lines = []
+        variants = {trial.partition("/")[0] for trial in recipes}
+        lines = [
+            f"{trial}: is finished, and not part of the experiment any more (seeds or labels of its variant)"
+            for trial in self._recipes()
+            if trial not in recipes
+            and trial.partition("/")[0] in variants
+            and self.counts(trial, "validation").is_file()
+        ]
         for trial, recipe in recipes.items():
             if (path := self.recipe(trial)).is_file():
                 changes = changes_of(without_effectless(load_recipe(path)), without_effectless(recipe))
@@ -151,6 +158,11 @@ class ExperimentFolder:
                 faults(f"{self.root} has runs of other recipes than this experiment's", lines, limit=10)
                 + "\nAdd variants behind those that were there, or choose another folder."
             )
+
+    def _recipes(self) -> list[str]:
+        """The names of all runs that were begun."""
+        folder = self.root / "recipes"
+        return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.glob("*/*.yaml"))
 
     def check(self, file: ExperimentFile) -> tuple[str, ...]:
         """Check that a folder was begun with this experiment; returns the variants added since.
