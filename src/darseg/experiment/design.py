@@ -129,7 +129,7 @@ def design_of(file: ExperimentFile, lists: Path) -> Design:
 
 
 def _check_labels(file: ExperimentFile, numbers: Sequence[int]) -> None:
-    """Raise RecipeError if a variant is asked to run at a number of labels that the experiment does not have."""
+    """Raise RecipeError if a variant has a number of labels that the experiment does not have."""
     lines = [
         f"variants.{index}.labels ({variant.name}): found {number}; the experiment has {', '.join(map(str, numbers))}"
         for index, variant in enumerate(file.settings.variants)

@@ -132,7 +132,9 @@ class ExperimentFolder:
         write_whole(self.experiment, dump_recipe(file.settings))
 
     def check_runs(self, recipes: Mapping[str, Recipe]) -> None:
-        """Raise RunError if runs were begun with other recipes than the experiment has for them now, or if it has lost one.
+        """Raise RunError if runs were begun with other recipes than the experiment has for them now.
+
+        Also if a finished run is not part of the experiment any more.
 
         Args:
             recipes: by the name of the run.
