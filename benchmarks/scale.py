@@ -1,0 +1,172 @@
+"""Runs of many tiny images: start-up, labeling and going on, with their memory.
+
+    .venv/bin/python benchmarks/scale.py [--images 25000 50000 100000] [--side 33] [--processes 1]
+
+For each number of images: a data set (links to a few small files), then `darseg train` with two rounds of two steps, so
+that all unlabeled images are labeled once; then the same command again, for what it takes to go on. A network with half
+the channels of a ResNet-18 and windows of one image. Seconds of the clock and of the processor of all processes, and the
+most memory of one of them. Started with `--processes 2`, the work is shared by `torchrun`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from host import commit
+from PIL import Image
+
+LINKS = 30_000  # to one file; file systems limit them
+CLASSES = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command took: seconds of the clock and of the processor, MB of its largest process."""
+
+    seconds: float
+    processor: float
+    memory: float
+
+
+def draw_data(root: Path, images: int, side: int) -> None:
+    """`images` unlabeled images and 8 labeled ones, which are validated with, too; from a fixed seed."""
+    rng = np.random.default_rng(0)
+    for name, count in (("l", 8), ("v", 8), ("u", images)):
+        for kind, high in (("images", 256), ("labels", CLASSES)):
+            (root / kind / name).mkdir(parents=True)
+            first = Path()
+            for at in range(count):
+                path = root / kind / name / f"{at:07d}.png"
+                if name != "u" or at % LINKS == 0:
+                    first, shape = path, (side, side, 3) if kind == "images" else (side, side)
+                    Image.fromarray(rng.integers(0, high, shape, np.uint8)).save(path)
+                elif kind == "images":
+                    os.link(first, path)
+        (root / f"{name}.txt").write_text("".join(f"{name}/{at:07d}\n" for at in range(count)))
+
+
+def recipe_of(root: Path, side: int) -> dict[str, Any]:
+    """Two rounds; all is as small as it can be but the number of images."""
+    return {
+        "data": {
+            "root": str(root),
+            "classes": [f"class_{k}" for k in range(CLASSES)],
+            "labeled": "l.txt",
+            "unlabeled": "u.txt",
+            "validation": "v.txt",
+        },
+        "network": {"backbone": "resnet18_half", "weights": "none", "output_stride": 16, "head_channels": 8},
+        "training": {"crop": side, "batch": 4, "workers": 1},
+        "labeling": {"base_size": side, "window": [side, side], "mirror": False},
+        "evaluation": {"base_size": side, "window": [side, side], "mirror": False},
+        "result": {"align": "off"},
+        "rounds": [{"steps": 2}, {"steps": 2, "labeling_ratio": 0.5}],
+    }
+
+
+def call(recipe: Path, run: Path, processes: int) -> Call:
+    """`darseg train`, with one thread a process. Raises CalledProcessError."""
+    start = [sys.executable, "-m", "darseg"]
+    if processes > 1:
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "-m",
+            "darseg",
+        ]
+    command = [*start, "train", str(recipe), "--out", str(run)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            output.seek(0)
+            raise SystemExit(output.read().decode(errors="replace")[-4000:])
+    seconds = time.perf_counter() - began
+    return Call(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+
+
+def first_step(run: Path, began: float) -> float:
+    """Seconds from the start of the command to the end of the first step."""
+    for line in (run / "journal.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] in ("step", "trained"):
+            return event["time"] - began
+    return float("nan")
+
+
+def labeled(run: Path) -> float:
+    """Seconds of labeling, by its record."""
+    return json.loads((run / "round_1" / "label.json").read_text())["seconds"]
+
+
+def measure(images: int, side: int, processes: int) -> list[str]:
+    """A row of the table."""
+    with tempfile.TemporaryDirectory(prefix="darseg_scale_") as name:
+        folder = Path(name)
+        draw_data(folder / "data", images, side)
+        recipe, run = folder / "recipe.yaml", folder / "run"
+        recipe.write_text(yaml.safe_dump(recipe_of(folder / "data", side)))
+        began = time.time()
+        whole = call(recipe, run, processes)
+        begun, labeling = first_step(run, began), labeled(run)
+        again = call(recipe, run, processes)
+        maps = sum(1 for _ in (run / "round_1" / "labels").rglob("*.png"))
+        if maps != images:
+            raise SystemExit(f"{maps} label maps of {images} images")
+        return [
+            f"{images:,}",
+            f"{begun:.1f}",
+            f"{labeling:.1f}",
+            f"{labeling / images * 1000:.2f}",
+            f"{whole.seconds:.1f}",
+            f"{whole.processor:.1f}",
+            f"{again.seconds:.1f}",
+            f"{again.processor:.1f}",
+            f"{max(whole.memory, again.memory):.0f}",
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[25_000, 50_000, 100_000])
+    parser.add_argument(
+        "--side", type=int, default=33, help="pixels of an image's side, 1 + a multiple of 16"
+    )
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args()
+    print(f"commit {commit()}, {args.processes} process(es) of one thread, images {args.side}x{args.side}\n")
+    head = [
+        "unlabeled images",
+        "until the first steps, s",
+        "labeling, s",
+        "ms an image",
+        "whole run, s",
+        "of the processor, s",
+        "again, s",
+        "of the processor, s",
+        "most memory, MB",
+    ]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for images in args.images:
+        print(f"| {' | '.join(measure(images, args.side, args.processes))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
