@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -21,7 +22,7 @@ from darseg.cli import COMPUTING, app
 from darseg.config.text import load_recipe
 from darseg.model.weights import save_network
 from darseg.model.windows import _slide
-from darseg.run import machine
+from darseg.run import begin, machine
 from darseg.run.browse import LabeledRound, Repredictor
 from darseg.run.build import classes_of, manifest_of, spec_of
 from darseg.run.directory import RunDirectory
@@ -30,6 +31,7 @@ from darseg.run.export import export_network
 from darseg.run.label import label_folder
 from darseg.run.machine import cache_limit, free_memory, usable_cores, workers_for
 from darseg.run.predict import predict_folder
+from darseg.run.rounds import train
 from darseg.run.settings import Inputs
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
@@ -129,7 +131,7 @@ if action == "library":  # what functions of the library do before they predict 
 elif action == "old glibc":  # accepts 32 MiB at most
     import ctypes
     from types import SimpleNamespace
-    from darseg.run import machine
+    from darseg.run import begin, machine
     real = ctypes.CDLL(None).mallopt
     def mallopt(which, value):
         return real(which, value) if which != machine.M_MMAP_THRESHOLD or value <= 32 << 20 else 0
@@ -181,6 +183,27 @@ def test_commands_that_compute_are_commands():
 
 
 # --- threads
+
+
+TICKS = "cpu  {0} 0 0 {1} 0 0 0 0 0 0\ncpu0 {0} 0 0 {2} 5 0 0 0 0 0\ncpu1 {0} 0 0 {1} 0 0 0 0 7 0\nintr 5\n"
+"""proc/stat with two cores: user, idle and (of the first) waiting ticks."""
+
+
+@pytest.mark.parametrize(("usable", "busy"), [({0, 1}, 0.75 + 0.25), ({1}, 0.25), ({7}, None)])
+def test_cores_that_others_use(monkeypatch, tmp_path, usable, busy):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: usable)
+    stat = tmp_path / "proc" / "stat"
+    assert machine.busy_cores(0, tmp_path) is None
+    stat.parent.mkdir()
+    stat.write_text(TICKS.format(100, 500, 700))
+
+    def later(_: float) -> None:
+        # 30 ticks of work each; the first core was idle for 10, the second for 90.
+        stat.write_text(TICKS.format(130, 590, 710))
+
+    monkeypatch.setattr(machine.time, "sleep", later)
+    found = machine.busy_cores(0, tmp_path)
+    assert found == (busy if busy is None else pytest.approx(busy))
 
 
 @pytest.mark.parametrize(
@@ -287,3 +310,35 @@ def test_threads_can_be_changed_for_one_call(run, tiny_data, restored_threads, m
     assert torch.get_num_threads() == 4
     load_trained(RunDirectory(run).network(0))  # without a recipe
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("omp", "threads", "busy", "warned"),
+    [
+        (None, None, 1.4, True),
+        (None, None, 0.4, False),
+        (None, None, None, False),
+        ("4", None, 3, False),
+        (None, 2, 3, False),
+    ],
+)
+def test_a_run_with_all_cores_says_if_others_use_them(
+    monkeypatch, tiny_data, tmp_path, omp, threads, busy, warned
+):
+    monkeypatch.setattr(begin, "usable_cores", lambda: 4)
+    monkeypatch.setattr(begin, "busy_cores", lambda: busy)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    recipe = recipe_dict(tiny_data) | {"rounds": [{"steps": 1}], "threads": threads}
+    before = torch.get_num_threads()
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(tmp_path / "recipe.yaml", tmp_path / "run", console=Console(quiet=True))
+    torch.set_num_threads(before)
+    events = map(json.loads, (tmp_path / "run" / "journal.jsonl").read_text().splitlines())
+    texts = [
+        event["text"] for event in events if event["event"] == "warning" and "Other programs" in event["text"]
+    ]
+    assert len(texts) == warned
+    if warned:
+        assert "1.4 of the 4 cores" in texts[0] and "OMP_NUM_THREADS=3" in texts[0]

@@ -20,13 +20,17 @@ from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.held_out import describe_folds
 from darseg.run.image_classes import describe_classifier, plan_classifier
-from darseg.run.journal import ABSENT
+from darseg.run.journal import ABSENT, Journal
 from darseg.run.labelers import who_labels
+from darseg.run.machine import asked_threads, busy_cores, usable_cores
 from darseg.run.online import describe_online, unused_online
 from darseg.run.plan import class_weights_of, describe_shares
 from darseg.run.records import read_plain
 from darseg.run.steps.align import why_off
 from darseg.run.unread import unread_data
+
+BUSY = 0.5
+"""Cores that others use, from which on a run with all cores is warned of."""
 
 FREE_KEYS = (
     "data.root",
@@ -164,8 +168,25 @@ def _warn_of_machine(course: Course) -> None:
             "training.precision bf16: this processor lacks the instructions for it (AVX-512), so it is emulated and many "
             "times slower than fp32. Use training.precision=fp32 on this machine."
         )
+    if not course.recipe.threads and not asked_threads() and course.processes.count == 1:
+        _warn_of_others(journal)
     if training.sync_batchnorm and pick_device().type == "cpu":
         journal.warn(
             "training.sync_batchnorm: PyTorch has SyncBatchNorm only on GPUs. On the CPU each process normalizes its own "
             "images, and the running statistics are averaged."
+        )
+
+
+def _warn_of_others(journal: Journal) -> None:
+    """Warn if this run takes all cores of a CPU, and other programs use some of them.
+
+    Two processes with as many threads as cores wait for each other: measured were steps of 2.7 s instead of 0.5.
+    """
+    cores = usable_cores()
+    if pick_device().type == "cpu" and cores > 1 and (busy := busy_cores() or 0.0) >= BUSY:
+        share = max(1, round(cores - busy))
+        journal.warn(
+            f"Other programs use {busy:.1f} of the {cores} cores, and this run takes all of them. Programs that share "
+            "cores this way wait for each other and are several times slower: stop, and go on with "
+            f"OMP_NUM_THREADS={share}."
         )

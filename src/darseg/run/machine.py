@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import time
 from pathlib import Path
 
 CACHE_SHARE = 0.5
@@ -54,15 +55,47 @@ def usable_cores() -> int:
 
 
 def default_threads() -> int:
-    """Default CPU threads of a process: OMP_NUM_THREADS, otherwise its share of the usable cores.
+    """Default CPU threads of a process: OMP_NUM_THREADS, otherwise its share of the usable cores."""
+    return asked_threads() or max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
-    torchrun sets OMP_NUM_THREADS to 1 in several processes if it is not set. So 1 does not count there.
+
+def asked_threads() -> int | None:
+    """The CPU threads that the environment asks for with OMP_NUM_THREADS; None if it does not.
+
+    torchrun sets it to 1 in several processes if it is not set. So 1 does not count there.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2" is for nested regions
     if threads.isdecimal() and int(threads) > 0 and not (processes > 1 and int(threads) == 1):
         return int(threads)
-    return max(1, usable_cores() // processes)
+    return None
+
+
+def busy_cores(seconds: float = 0.2, root: Path = Path("/")) -> float | None:
+    """How many of the usable cores other programs use now, while this process sleeps.
+
+    None if the system does not say.
+
+    Args:
+        seconds: how long to look.
+    """
+    before = _core_ticks(root)
+    time.sleep(seconds)
+    after = _core_ticks(root)
+    passed = [(now[0] - then[0], now[1] - then[1]) for then, now in zip(before, after, strict=False)]
+    return sum(1 - idle / whole for idle, whole in passed if whole > 0) if passed else None
+
+
+def _core_ticks(root: Path) -> list[tuple[int, int]]:
+    """Idle and all ticks of each usable core since the machine was started (proc_stat(5))."""
+    try:
+        usable = os.sched_getaffinity(0)
+        lines = (root / "proc/stat").read_text().splitlines()
+        cores = [line.split() for line in lines if line.startswith("cpu") and line[3:4].isdigit()]
+        ticks = {int(name[3:]): [int(value) for value in values[:8]] for name, *values in cores}
+    except (OSError, ValueError, AttributeError):  # AttributeError: macOS, Windows
+        return []
+    return [(values[3] + values[4], sum(values)) for core, values in ticks.items() if core in usable]
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
