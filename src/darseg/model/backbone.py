@@ -198,7 +198,8 @@ class ResNet(nn.Module):
         self.layer4 = stage(8 * width, plan.depths[3], stride=stride4, dilation=dilation4)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if not module.weight.is_meta:  # where PyTorch takes milliseconds to draw nothing
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif isinstance(module, nn.BatchNorm2d) and plan.deeplab:
                 module.requires_grad_(False)
 

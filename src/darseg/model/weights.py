@@ -23,6 +23,7 @@ from torch import Tensor
 from darseg.data.files import parse_json, write_whole
 from darseg.errors import DataError, RecipeError, WeightsError, faults
 from darseg.model.aligned import AlignmentRecord, check_folded, unfold_alignment
+from darseg.model.backbone import RESNETS
 from darseg.model.class_order import Order, class_order, classifier_keys, reorder_classes
 from darseg.model.fitting import COUNTER, foreign_keys, misfits_of, origin_of
 from darseg.model.heads import ATROUS_DILATIONS
@@ -172,7 +173,8 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
     spec, alignment, image_classes = _read_description(path)
     tensors = read_tensors(path)
     with torch.device("meta"):  # a small file may describe a network that fills the memory
-        expected = spec.build().state_dict()
+        described = spec.build()
+        expected = described.state_dict()
         if image_classes is not None:
             expected |= _of_classifier(path, image_classes, spec)
     problems = list(misfits_of(expected, {key: key for key in expected}, tensors).values())
@@ -182,7 +184,8 @@ def load_network(path: Path | str, plain: bool = False) -> Network:
             faults(f"{path} does not fit the network it describes", problems, limit=10)
             + "\nIt may come from another version of darseg: save the network again with this one."
         )
-    network = spec.build()
+    # Random weights are not drawn for nothing; but timm's networks hold more than their state.
+    network = described.to_empty(device="cpu") if spec.backbone in RESNETS else spec.build()
     own = {key: tensor for key, tensor in tensors.items() if not key.startswith(OF_CLASSIFIER)}
     network.load_state_dict(own)
     if image_classes is not None:
