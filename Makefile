@@ -28,10 +28,19 @@ test-avx2: setup
 	ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
 	  -m "not slow" $(NUMERIC)
 
-# Unit tests of the rooms with the lowest versions that pyproject.toml allows (constraints-min.txt).
-UNITS := $(addprefix tests/test_,files_and_classes.py config.py formats.py manifest.py labeling.py weights.py foreign.py \
-  pictures.py predict.py $(addprefix view.py::test_,pictures_agree_with_the_files requests_without_the_token_are_refused \
-  connections_without_a_request_are_closed_and_limited marks_are_stored_in_the_run_folder) \
+# Tests that use every dependency as darseg does – all formats of images, recipes, weights, a run with its report, the
+# viewer, an exported network, timm – with the lowest versions that pyproject.toml allows (constraints-min.txt).
+UNITS := $(addprefix tests/test_,files_and_classes.py config.py weights.py run.py::test_a_run_leaves_exactly_these_files \
+  $(addprefix formats.py::test_,images_of_other_formats_are_read color_images_are_read_without_alpha \
+    palette_images_become_rgb gray_images_become_rgb bands_are_chosen tiffs_are_turned_upright gif_masks_are_indices \
+    sbd_files_are_read colors_are_read_as_classes) \
+  rasterize.py::test_coco_polygons_are_drawn_as_pycocotools_draws_them \
+  compare_page.py::test_all_files_are_written_and_written_again_the_same \
+  $(addprefix predict.py::test_,all_kinds_are_of_one_prediction a_video_becomes_numbered_frames_and_a_video) \
+  $(addprefix networks.py::test_,timm_brings_its_own_mean_and_std stochastic_depth_acts_in_training_only \
+    backbones_that_dpt_cannot_take timm_networks_that_do_not_exist_or_do_not_dilate) \
+  $(addprefix view.py::test_,pictures_agree_with_the_files requests_without_the_token_are_refused \
+    connections_without_a_request_are_closed_and_limited marks_are_stored_in_the_run_folder) \
   $(addprefix export.py::test_,files_give_the_networks_logits_at_any_size metadata))
 test-min: setup
 	scripts/setup_min .venv-min $(VENV)

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 SIDE = 200  # pixels, as in NEU-Seg
-LABELED, UNLABELED, HELD_OUT = 48, 32, 12
+LABELED, UNLABELED, HELD_OUT = 16, 8, 4  # few: what runs on them is tried, not what it learns
 
 
 def draw_neu_seg(folder: Path) -> None:

@@ -14,7 +14,9 @@ import cv2
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 
+import forks
 from darseg.cli import main
 from darseg.demo.scenes import SCENE_CLASSES, draw_scene
 
@@ -48,12 +50,44 @@ LONGEST = (
 FULL = os.environ.get("DARSEG_FULL") == "1"
 """Whether tests that take long run as well."""
 thorough = pytest.mark.skipif(not FULL, reason="takes long: run with DARSEG_FULL=1")
+settings.register_profile("sampled", settings(), max_examples=100 if FULL else 40)
+settings.load_profile("sampled")  # the examples of laws that state no number; each run draws others
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {f"test_{name}.py": index for index, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.fixture(scope="module")
+def small_network() -> Iterator[None]:
+    """resnet18_half with a quarter of its channels and one block a stage, also in commands of tests/forks.py.
+
+    For files whose tests are about runs, and not about what a network learns: their time goes down by half.
+    """
+    from darseg.model.backbone import RESNETS  # imports torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(RESNETS, "resnet18_half", forks.small_plan())
+        patch.setenv(forks.SMALL, "1")
+        yield
+
+
+@pytest.fixture
+def few_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five blocks in every ResNet and four in every DINOv2, whose blocks are alike; all with DARSEG_FULL=1."""
+    from darseg.model import backbone, vit  # these import torch
+
+    if FULL:
+        return
+    for name, plan in backbone.RESNETS.items():
+        monkeypatch.setitem(backbone.RESNETS, name, plan._replace(depths=(1, 1, 2, 1)))
+
+    def create(name: str, create: Callable[..., Any] = vit._create, **how: Any) -> Any:
+        return create(name, **({"depth": 4} if "dinov2" in name else {}), **how)
+
+    monkeypatch.setattr(vit, "_create", create)
 
 
 KILL_BEFORE = """

@@ -18,11 +18,31 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from darseg.model.backbone import ResNetPlan
 
 SECONDS = 300  # after which a command is killed
 REPOSITORY = Path(__file__).parents[1]
 PATHS = (str(REPOSITORY / "src"), str(REPOSITORY / "tests"))
+SMALL = "DARSEG_TESTS_SMALL"
+"""Set in the environment of commands that take `small_plan` for resnet18_half."""
+
+
+def small_plan() -> ResNetPlan:
+    """A ResNet that has each kind of block and layer once: a step takes little more than PyTorch's overhead."""
+    from darseg.model.backbone import BasicBlock, ResNetPlan
+
+    return ResNetPlan(BasicBlock, (1, 1, 1, 1), width=8)
+
+
+def keep_small() -> None:
+    """Take `small_plan` in this process, if the environment says so."""
+    if SMALL in os.environ:
+        from darseg.model.backbone import RESNETS
+
+        RESNETS["resnet18_half"] = small_plan()
 
 
 def python(*command: object, count: int = 1, cwd: Path | None = None, **environment: str) -> Any:
@@ -121,6 +141,7 @@ def become(job: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["cwd"])
+    keep_small()
     first, *arguments = job["command"]
     if first == "-c":
         sys.argv = ["-c", *arguments[1:]]

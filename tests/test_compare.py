@@ -31,6 +31,8 @@ from darseg.experiment.plan import plan_experiment
 from darseg.run.directory import RunDirectory
 from wording import refused
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 PAGES = ("compare.html", "compare.json", "compare.csv", "compare.md")
 
 TEST = ("l/06",)

@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 import darseg
-from conftest import recipe_dict
+from conftest import recipe_dict, thorough
 from darseg.config.text import load_recipe
 from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import RecipeError, WeightsError
@@ -194,8 +194,8 @@ def unimatch(name: str, request: pytest.FixtureRequest) -> tuple[dict[str, Tenso
     [
         "dpt_dinov2_small",
         "deeplabv3plus_resnet50",
-        pytest.param("dpt_dinov2_base", marks=pytest.mark.slow),
-        pytest.param("deeplabv3plus_resnet101", marks=pytest.mark.slow),
+        pytest.param("dpt_dinov2_base", marks=thorough),
+        pytest.param("deeplabv3plus_resnet101", marks=thorough),
     ],
 )
 def test_unimatchs_networks_answer_as_released(

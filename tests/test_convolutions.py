@@ -140,6 +140,7 @@ def logits(network: Network, *shape: int) -> Tensor:
         return network(pictures(2, 3, *shape)).main
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize(("name", "stride"), [*NETWORKS, ("timm/resnet26d", 16)])
 def test_folded_networks_give_the_same_logits(name: str, stride: int) -> None:
     """In float64, where rounding is far below any mistake, whatever kernels the processor has."""

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import cv2
@@ -26,7 +25,7 @@ from conftest import REPOSITORY, recipe_dict, thorough
 from darseg.data.classes import ClassSet
 from darseg.demo.scenes import draw_scene
 from darseg.errors import ExportError, NumericsError
-from darseg.model import backbone, export, vit
+from darseg.model import backbone, export
 from darseg.model.export import (
     Portable,
     mean_of_cells,
@@ -167,6 +166,7 @@ def test_same_padding_is_the_least_that_keeps_every_stride(
     assert padding == 0 or outputs(padding - 1) < math.ceil(side / stride)
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize(("name", "stride"), NETWORKS)
 def test_padding_and_cropping_as_the_sliding_window_does(name: str, stride: int) -> None:
     network = settled(spec_of(name, stride)).double()  # rounding grows through a hundred layers
@@ -322,20 +322,10 @@ def with_positions(network: Network) -> Network:
     return network
 
 
-def test_dinov2s_positions_at_any_size(tmp_path: Path) -> None:
-    """On timm's smallest transformer, cut to four blocks."""
-    pytest.importorskip("onnxruntime")
-    network = settled(spec_of("dpt/timm/test_vit", 16))
-    transformer = network.backbone
-    assert isinstance(transformer, vit.Transformer)
-    transformer.blocks, transformer.body.blocks = [0, 1, 2, 3], transformer.body.blocks[:4]
-    transformer.body._pos_embed = partial(vit._embed_positions, transformer.body)
-    assert_exported(with_positions(network), tmp_path / "network.onnx")
-
-
-@pytest.mark.slow
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=thorough)])
 def test_dpt_on_dinov2(suffix: str, tmp_path: Path) -> None:
+    """Its positions at any size."""
     pytest.importorskip("onnxruntime")
     network = with_positions(settled(spec_of("dpt/timm/vit_small_patch14_dinov2", 14)))
     assert_exported(network, tmp_path / f"network{suffix}")
@@ -523,7 +513,7 @@ def test_a_network_that_cannot_be_exported(spec: NetworkSpec, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     "name",
-    ["vit_small_patch16_dinov3", pytest.param("swin_tiny_patch4_window7_224", marks=pytest.mark.slow)],
+    ["vit_small_patch16_dinov3", pytest.param("swin_tiny_patch4_window7_224", marks=thorough)],
 )
 def test_transformers_that_cannot_be_exported(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

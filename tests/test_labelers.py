@@ -33,6 +33,8 @@ from darseg.run.rounds import train
 from test_run import KILLED, kill_and_finish, outcome
 from wording import refused, says
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 QUIET = Console(quiet=True)
 VIT = {"architecture": "linear", "backbone": "timm/vit_tiny_patch16_224", "weights": "none"}  # sides 16n
 CNN = {"backbone": "resnet18_half", "output_stride": 16, "head_channels": 16, "weights": "none"}  # 16n + 1

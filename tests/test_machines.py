@@ -25,6 +25,8 @@ from darseg.training.processes import SILENCE, notice_silence
 from test_processes import losses
 from wording import says
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 PATIENCE = 180
 """Seconds in which a node must have ended, however busy the machine is."""
 
@@ -44,9 +46,11 @@ sys.addaudithook(look)
 DARSEG = """
 import os, signal, sys
 
+import forks
 from darseg.cli import main
 from darseg.run import streams
 
+forks.keep_small()
 sys.argv[0] = "darseg"
 stream_batches = streams.stream_batches
 
@@ -223,7 +227,26 @@ def test_one_process_goes_on_with_the_run_of_two_nodes(machines: Machines, tmp_p
     assert len(json.loads((machines.run / "summary.json").read_text())["rounds"]) == 2
 
 
-@pytest.mark.slow
+APART_TOGETHER = """
+import os, sys
+
+sys.argv[0] = "darseg"
+os.chdir(sys.argv.pop(1 + int(os.environ["RANK"])))
+del sys.argv[1]
+with open("code/sitecustomize.py") as file:
+    exec(file.read())
+
+from darseg.cli import main
+
+try:
+    main()
+except SystemExit as end:
+    with open("code.txt", "w") as file:
+        file.write(str(end.code))
+"""
+"""The command line on both nodes, without torchrun, which takes longer; its exit code goes to a file of the node."""
+
+
 def test_nodes_with_other_data_or_recipes_do_nothing(machines: Machines) -> None:
     folder = machines.nodes[1].folder
     values = recipe_of(folder / "data")
@@ -231,8 +254,10 @@ def test_nodes_with_other_data_or_recipes_do_nothing(machines: Machines) -> None
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
     with next((folder / "data/images/u").iterdir()).open("ab") as image:
         image.write(b"longer")
-    assert machines.together(*TRAIN) == [1, 1]
-    message = [line for line in machines.said.splitlines() if line.startswith(("darseg: ", "  - "))]
+    folders = [node.folder for node in machines.nodes]
+    ended = forks.torchrun("-c", APART_TOGETHER, *folders, *TRAIN[1:], cwd=folders[0].parent)
+    assert [(folder / "code.txt").read_text() for folder in folders] == ["2", "2"], ended.stderr
+    message = [line for line in ended.stderr.splitlines() if line.startswith(("darseg: ", "  - "))]
     says("\n".join(message), "the recipe (training.learning_rate)", "the unlabeled images and labels")
     assert not machines.run.exists()
 
@@ -266,6 +291,8 @@ def test_two_nodes_have_the_losses_of_one_process(machines: Machines, tmp_path: 
     for node in machines.nodes:
         (node.folder / "two.py").write_text(
             "import json, torch, torch.distributed as dist\n"
+            "import forks\n"
+            "forks.keep_small()\n"
             "torch.set_num_threads(1)\n"
             "dist.init_process_group('gloo')\n"
             "from darseg.training.processes import disconnect\n"

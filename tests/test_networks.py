@@ -110,6 +110,7 @@ def shake(module: torch.nn.Module) -> None:
             value.copy_(torch.randn(value.shape, generator=generator) * 0.1)
 
 
+@pytest.mark.usefixtures("few_blocks")
 @pytest.mark.parametrize(("name", "stride"), NETWORKS)
 def test_contract(name: str, stride: int, tmp_path: Path) -> None:
     spec = spec_of(name, stride)

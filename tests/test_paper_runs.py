@@ -1,13 +1,16 @@
 """The shipped recipes on tiny data in the real folder layouts: check, split, plan, two rounds, scores.
 
-One recipe trains its own network and the others a small one; with DARSEG_FULL=1 all train their own.
+A recipe of each method and kind of data runs, one with its own network cut to a few blocks, the others with a small one.
+With DARSEG_FULL=1 all recipes run, with their own networks. What each plans is in test_recipes.py.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,18 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.run.directory import RunDirectory
 from draw_layouts import VOC_FURTHER, VOC_TRAIN, draw_cityscapes, draw_voc
 
+pytestmark = pytest.mark.usefixtures("small_network", "few_blocks")
+
 RECIPES = REPOSITORY / "recipes"
+
+
+def sampled(names: Iterable[str], *always: str) -> list[Any]:
+    """Parameters of a test: the names that run always, and the others with DARSEG_FULL=1."""
+    listed = list(names)
+    assert set(always) <= set(listed)
+    return [pytest.param(name, marks=() if name in always else thorough) for name in listed]
+
+
 CITYSCAPES_RECIPES = [
     path.stem
     for path in sorted(RECIPES.glob("cityscapes_*.yaml"))
@@ -74,7 +88,10 @@ def follow(call, name: str, changes: list[str], run: Path, unlabeled: int, valid
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CITYSCAPES_RECIPES)
+@pytest.mark.parametrize(
+    "name",
+    sampled(CITYSCAPES_RECIPES, "cityscapes_1of8_pspnet50_713", "cityscapes_1of8_deeplabv2_101_361"),
+)
 def test_cityscapes(name: str, downloads, call, tmp_path: Path) -> None:
     root, truth = downloads
     recipe = REPOSITORY / "recipes" / f"{name}.yaml"
@@ -178,7 +195,11 @@ def vit(root: Path, data: str, rounds: int, full: bool = False) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["cityscapes_1of8_dinov2_base_supervised", "cityscapes_1of8_dinov2_base_dars"]
+    "name",
+    sampled(
+        ["cityscapes_1of8_dinov2_base_supervised", "cityscapes_1of8_dinov2_base_dars"],
+        "cityscapes_1of8_dinov2_base_dars",  # its first round is the other recipe's
+    ),
 )
 def test_cityscapes_on_dinov2(name: str, downloads, call, tmp_path: Path) -> None:
     pytest.importorskip("timm")
@@ -220,14 +241,20 @@ def test_voc_on_dinov2(downloads, call, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        "voc_1464_dinov2_base_unimatch_v2",
+    sampled(
+        [
+            "voc_1464_dinov2_base_unimatch_v2",
+            "cityscapes_1of8_dinov2_base_unimatch_v2",
+            "voc_1464_unimatch_r101",
+            "voc_1464_fixmatch_r101",
+            "voc_1of8_cps_r50",
+            "voc_1of8_cps_plain_r50",
+        ],
         "cityscapes_1of8_dinov2_base_unimatch_v2",
         "voc_1464_unimatch_r101",
         "voc_1464_fixmatch_r101",
         "voc_1of8_cps_r50",
-        pytest.param("voc_1of8_cps_plain_r50", marks=thorough),
-    ],
+    ),
 )
 def test_online_recipes(name: str, downloads, call, tmp_path: Path) -> None:
     """Two steps. The DeepLabv3+ with its own ResNet-101 only if all recipes train their own networks."""
@@ -275,7 +302,7 @@ DYNAMIC_RECIPES = [path.stem for path in sorted(RECIPES.glob("*_d[sm]t_r101.yaml
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DYNAMIC_RECIPES)
+@pytest.mark.parametrize("name", sampled(DYNAMIC_RECIPES, "voc_1of8_dmt_r101", "cityscapes_1of8_dst_r101"))
 def test_recipes_that_doubt_their_labels(name: str, downloads, call, tmp_path: Path) -> None:
     """Two steps of each of three rounds; of four rounds if two networks take turns."""
     root, _ = downloads
@@ -312,11 +339,15 @@ def test_recipes_that_doubt_their_labels(name: str, downloads, call, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        f"{data}_{method}_r101"
-        for data in ("voc_1of8", "voc_1464", "cityscapes_1of8")
-        for method in ("advsemiseg", "s4gan")
-    ],
+    sampled(
+        (
+            f"{data}_{method}_r101"
+            for data in ("voc_1of8", "voc_1464", "cityscapes_1of8")
+            for method in ("advsemiseg", "s4gan")
+        ),
+        "voc_1of8_advsemiseg_r101",
+        "cityscapes_1of8_s4gan_r101",
+    ),
 )
 def test_recipes_with_a_discriminator(name: str, downloads, call, tmp_path: Path) -> None:
     root, _ = downloads
@@ -349,7 +380,7 @@ def test_recipes_with_a_discriminator(name: str, downloads, call, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("data", ["voc_1of8", "voc_1464"])
+@pytest.mark.parametrize("data", sampled(["voc_1of8", "voc_1464"], "voc_1464"))
 def test_recipes_with_a_classifier_of_images(data: str, downloads, call, tmp_path: Path) -> None:
     """Two steps of the classifier and two of the network; then what it says is not there is not predicted."""
     root, _ = downloads

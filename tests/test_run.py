@@ -31,6 +31,8 @@ from darseg.run.directory import RunDirectory
 from darseg.run.rounds import train
 from wording import refused, says
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 K = len(SCENE_CLASSES)
 COMPARED = (
     "network.safetensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import recipe_dict
+from conftest import REPOSITORY, recipe_dict
 from darseg.config.text import load_recipe
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
@@ -381,3 +382,18 @@ def test_plan_counts_micro_batches(tiny_data, tmp_path) -> None:
     assert parts.activation_bytes == training_memory(spec, 4, 49, 65)[1]  # 2 + 2 pseudo-labeled
     note = next(note for note in parts.notes if "micro-batches" in note)
     says(note, "2 images", "round 0: 4", "round 1: 2")
+
+
+# --- what 0.2 did
+
+
+def test_the_losses_are_those_of_darseg_0_2() -> None:
+    """A stored trajectory. With AVX2 and AVX-512 kernels its losses differ by 3e-7; a step moves them by 1e-2."""
+    from test_methods import rounds  # which imports this file
+
+    stored = json.loads((REPOSITORY / "tests" / "assets" / "losses.json").read_text())
+    reports: list[StepReport] = []
+    run_stage(rounds(build(PSPNET)), streams_of(2), Stage(steps=8, report_every=1), on_step=reports.append)
+    for name in ("loss_labeled", "loss_pseudo", "loss"):
+        reported = [float(report.figures[name]) for report in reports]
+        assert reported == pytest.approx(stored[name], rel=5e-4), name
