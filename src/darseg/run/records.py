@@ -12,6 +12,7 @@ from darseg.data.files import ACCESS, read_json
 from darseg.errors import RunError, shortened
 
 OUTPUTS: Mapping[str, tuple[frozenset[str], frozenset[str]]] = {
+    "classify": (frozenset({"image_classes.safetensors"}), frozenset()),
     "label": (
         frozenset({"labels", "histogram.npz", "thresholds.json"}),
         frozenset({"images.json", "pseudo_scores.json", "alignment.json", "labels_from.json", "confidences"}),
