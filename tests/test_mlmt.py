@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,11 @@ from darseg.data.prediction import FINE, FLOAT16
 from darseg.data.square import marks, square_examples, square_images, squared
 from darseg.data.unlabeled import stream_views
 from darseg.data.views import Views
-from darseg.errors import DataError, RecipeError, WeightsError
+from darseg.errors import DataError, RecipeError, RunError, WeightsError
+from darseg.experiment.compare import seconds_of
+from darseg.experiment.controls import rounds_of
+from darseg.experiment.design import PlannedTrial
+from darseg.experiment.folder import ExperimentFolder
 from darseg.methods.mlmt import Mlmt, cosine_loss, mlmt, presence_loss, presence_of
 from darseg.model.class_order import reorder_classes
 from darseg.model.image_classes import ImageClasses, ImageClassifier, load_image_classes, load_imagenet
@@ -38,8 +43,10 @@ from darseg.model.network import Network, NetworkSpec
 from darseg.model.predict import predict, predict_for_labeling, predict_probabilities
 from darseg.model.weights import load_network, load_weights, read_spec, save_network
 from darseg.model.windows import Protocol, sum_windows
+from darseg.report.overview import write_report
 from darseg.run.build import manifest_of
 from darseg.run.check import check, plan
+from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import describe_decisions, evaluate, load_trained
 from darseg.run.image_classes import STRONG, plan_classifier
 from darseg.run.memory import memory_of_classifier
@@ -592,6 +599,62 @@ def test_killed_while_the_classifier_learns_it_ends_with_the_same_bytes(
     assert outcome(tmp_path / "run") == outcome(finished)
     own = "round_0/image_classes.safetensors"
     assert (tmp_path / "run" / own).read_bytes() == (finished / own).read_bytes()
+
+
+KILLED_LATER = """
+import os, signal, sys
+from darseg.run import rounds
+def evaluate_round(*args, **keys):
+    os.kill(os.getpid(), signal.SIGKILL)
+rounds.evaluate_round = evaluate_round
+rounds.train(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_killed_in_a_round_it_goes_on_with_the_classifier_that_is_there(
+    finished: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    path, run = write(classified(tiny_data), tmp_path), tmp_path / "run"
+    ended = forks.python("-c", KILLED_LATER, path, run)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    record = (run / "round_0" / "classify.json").read_bytes()
+    train(path, run)
+    assert outcome(run) == outcome(finished)
+    train(path, run)  # nothing is left to do
+    assert (run / "round_0" / "classify.json").read_bytes() == record
+    assert len(events_of(run, "classified")) == 1
+    (run / "round_0" / "classify.json").write_bytes(
+        record.replace(b"image_classes.safetensors", b"network.safetensors")
+    )
+    with refused(RunError, "classify.json", "'network.safetensors' is not an output"):
+        RunDirectory(run).read_record(0, "classify")
+
+
+def test_another_run_takes_the_classifier_over_and_its_page_has_it(
+    finished: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    recipe = classified(tiny_data) | {"rounds": [{"steps": 2}, {"steps": 1, "labeling_ratio": 0.6}]}
+    train(write(recipe, tmp_path), run, reuse=finished)
+    copied = {(event["round"], event["step"]) for event in events_of(run, "copied")}
+    assert {(0, "classify"), (0, "train"), (0, "evaluate")} <= copied
+    own = "round_0/image_classes.safetensors"
+    assert (run / own).read_bytes() == (finished / own).read_bytes()
+    assert "<th>classify</th>" in write_report(run).read_text().replace(' scope="col"', "")
+
+
+def test_a_comparison_counts_the_seconds_of_the_classifier(
+    finished: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder = ExperimentFolder(tmp_path)
+    shutil.copytree(finished, folder.run("with/2_seed_0"))
+    recipe = load_recipe(finished / "recipe.yaml")
+    planned = PlannedTrial(
+        "with", 2, 0, recipe=recipe, rounds=tuple(rounds_of(recipe, labeled=4, unlabeled=8)), unlabeled=8
+    )
+    names = ("round_0/classify", "round_0/train", "round_1/label", "round_1/train")
+    seconds = [json.loads((finished / f"{name}.json").read_text())["seconds"] for name in names]
+    assert min(seconds) > 0 and seconds_of(folder, planned) == pytest.approx(sum(seconds), abs=0.002)
 
 
 def test_settings_are_the_releases_by_default(tiny_data: Path, tmp_path: Path) -> None:
