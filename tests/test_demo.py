@@ -19,6 +19,8 @@ from darseg.demo.scenes import SCENE_CLASSES
 from darseg.errors import RunError
 from wording import refused
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 LABELED, UNLABELED, VALIDATION = 4, 6, 3
 
 

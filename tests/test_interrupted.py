@@ -22,6 +22,8 @@ from darseg.training.processes import Processes
 from test_labeling import ARRAYS, COUNTS, NAMES, RATIO, RECORDS, file_of, outcome, redistribute_quietly, save
 from wording import refused
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 source, wanted = test_labeling.source, test_labeling.wanted
 
 

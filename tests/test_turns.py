@@ -43,6 +43,8 @@ from darseg.run.steps import train as train_step
 from test_run import outcome
 from wording import refused, says
 
+pytestmark = pytest.mark.usefixtures("small_network")
+
 QUIET = Console(quiet=True)
 SLOW = 1e-9
 """A learning rate that moves no weight by a visible amount."""
