@@ -17,15 +17,17 @@ import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from darseg.choices import Architecture
 from darseg.errors import DarsegError, StorageError, WeightsError
 from darseg.model import download
+from darseg.model.backbone import RESNETS
 from darseg.model.download import fetch
 from darseg.model.network import Network, NetworkSpec, build_network
 from darseg.model.weights import load_network, load_weights, read_spec, save_network
@@ -625,3 +627,15 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_every_refusal_is_a_darseg_error() -> None:
     assert issubclass(WeightsError, DarsegError)
+
+
+@pytest.mark.parametrize(
+    "architecture", sorted({*get_args(Architecture)} - {"dpt"})
+)  # dpt takes transformers alone
+@pytest.mark.parametrize("backbone", sorted(RESNETS))
+def test_networks_on_our_resnets_hold_nothing_but_their_state(architecture: str, backbone: str) -> None:
+    """Otherwise a loaded network would have memory that nobody has filled."""
+    with torch.device("meta"):
+        network = NetworkSpec(architecture, backbone, 4, output_stride=16).build()
+    held = {name for name, _ in (*network.named_buffers(), *network.named_parameters())}
+    assert held == {*network.state_dict()}
