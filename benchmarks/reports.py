@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from drawn import LINKS, draw_data
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -36,7 +37,6 @@ from darseg.training.scores import Scores
 from darseg.view.app import viewer_app
 from darseg.view.guard import draw_token
 
-LINKS = 30_000  # to one file; file systems limit them
 SIDE = 64
 """Pixels of a drawn image's side."""
 
@@ -45,7 +45,7 @@ def draw_run(folder: Path, classes: int, rounds: int, images: int) -> Path:
     """A run folder with data set, finished, and drawn from a fixed seed."""
     rng = np.random.default_rng(0)
     names = [f"class {k:03d}" for k in range(classes)]
-    ids = draw_data(folder / "data", classes, max(images, 8), rng)
+    ids = draw_data(folder / "data", classes, max(images, 8), rng, side=SIDE)
     recipe = {
         "data": {
             "root": str(folder / "data"),
@@ -72,26 +72,6 @@ def draw_run(folder: Path, classes: int, rounds: int, images: int) -> Path:
         ]
     run.journal.write_text("".join(json.dumps(event) + "\n" for event in events))
     return run.root
-
-
-def draw_data(root: Path, classes: int, images: int, rng: np.random.Generator) -> list[str]:
-    """Few labeled and many unlabeled images; the ids of these."""
-    for kind, high in (("images", 256), ("labels", classes)):
-        for name in ("l", "u", "v"):
-            (root / kind / name).mkdir(parents=True)
-            for at in range(images if name == "u" else 4):
-                path = root / kind / name / f"{at:06d}.png"
-                if at % LINKS == 0:
-                    shape = (SIDE, SIDE, 3) if kind == "images" else (SIDE, SIDE)
-                    Image.fromarray(rng.integers(0, high, shape, np.uint8)).save(path)
-                    first = path
-                else:
-                    os.link(first, path)
-    listed = {"labeled": "l", "unlabeled": "u", "validation": "v"}
-    for role, name in listed.items():
-        count = images if name == "u" else 4
-        (root / f"{role}.txt").write_text("".join(f"{name}/{at:06d}\n" for at in range(count)))
-    return [f"u/{at:06d}" for at in range(images)]
 
 
 def draw_round(

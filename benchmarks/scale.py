@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -23,10 +22,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+from drawn import draw_data, train_command
 from host import commit
-from PIL import Image
 
-LINKS = 30_000  # to one file; file systems limit them
 CLASSES = 4
 
 
@@ -39,32 +37,13 @@ class Call:
     memory: float
 
 
-def draw_data(root: Path, images: int, side: int) -> None:
-    """`images` unlabeled images and 8 labeled ones, which are validated with, too; from a fixed seed."""
-    rng = np.random.default_rng(0)
-    for name, count in (("l", 8), ("v", 8), ("u", images)):
-        for kind, high in (("images", 256), ("labels", CLASSES)):
-            (root / kind / name).mkdir(parents=True)
-            first = Path()
-            for at in range(count):
-                path = root / kind / name / f"{at:07d}.png"
-                if name != "u" or at % LINKS == 0:
-                    first, shape = path, (side, side, 3) if kind == "images" else (side, side)
-                    Image.fromarray(rng.integers(0, high, shape, np.uint8)).save(path)
-                elif kind == "images":
-                    os.link(first, path)
-        (root / f"{name}.txt").write_text("".join(f"{name}/{at:07d}\n" for at in range(count)))
-
-
 def recipe_of(root: Path, side: int) -> dict[str, Any]:
     """Two rounds; all is as small as it can be but the number of images."""
     return {
         "data": {
             "root": str(root),
             "classes": [f"class_{k}" for k in range(CLASSES)],
-            "labeled": "l.txt",
-            "unlabeled": "u.txt",
-            "validation": "v.txt",
+            **{role: f"{role}.txt" for role in ("labeled", "unlabeled", "validation")},
         },
         "network": {"backbone": "resnet18_half", "weights": "none", "output_stride": 16, "head_channels": 8},
         "training": {"crop": side, "batch": 4, "workers": 1},
@@ -76,18 +55,8 @@ def recipe_of(root: Path, side: int) -> dict[str, Any]:
 
 
 def call(recipe: Path, run: Path, processes: int) -> Call:
-    """`darseg train`, with one thread a process. Raises CalledProcessError."""
-    start = [sys.executable, "-m", "darseg"]
-    if processes > 1:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            f"--nproc-per-node={processes}",
-            "-m",
-            "darseg",
-        ]
-    command = [*start, "train", str(recipe), "--out", str(run)]
+    """`darseg train`, with one thread a process. Raises SystemExit with what a command that fails has printed."""
+    command = train_command(recipe, run, processes)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     with tempfile.TemporaryFile() as output:
@@ -118,7 +87,7 @@ def measure(images: int, side: int, processes: int) -> list[str]:
     """A row of the table."""
     with tempfile.TemporaryDirectory(prefix="darseg_scale_") as name:
         folder = Path(name)
-        draw_data(folder / "data", images, side)
+        draw_data(folder / "data", CLASSES, images, np.random.default_rng(0), side=side, truth=False)
         recipe, run = folder / "recipe.yaml", folder / "run"
         recipe.write_text(yaml.safe_dump(recipe_of(folder / "data", side)))
         began = time.time()

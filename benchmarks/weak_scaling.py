@@ -15,14 +15,15 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from drawn import draw_data, train_command
 from host import commit
-from scale import draw_data, recipe_of
+from scale import CLASSES, recipe_of
 
 SIDE, CROP, BATCH = 129, 97, 8
 
@@ -38,18 +39,8 @@ def recipe(root: Path, *, steps: int, times: int) -> dict[str, Any]:
 
 def start(path: Path, out: Path, processes: int) -> subprocess.Popen[bytes]:
     """A run, with one thread a process."""
-    launcher = [sys.executable, "-m", "darseg"]
-    if processes > 1:
-        launcher = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-        ]
-        launcher += ["-m", "darseg"]
     return subprocess.Popen(
-        [*launcher, "train", str(path), "--out", str(out)],
+        train_command(path, out, processes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -67,7 +58,7 @@ def measure(folder: Path, kind: str, processes: int, *, args: argparse.Namespace
     times = processes if kind == "together" else 1
     data = folder / f"data_{times}"
     if not data.is_dir():
-        draw_data(data, args.images * times, SIDE)
+        draw_data(data, CLASSES, args.images * times, np.random.default_rng(0), side=SIDE, truth=False)
     path = folder / f"{kind}.yaml"
     path.write_text(yaml.safe_dump(recipe(data, steps=args.steps, times=times)))
     with tempfile.TemporaryDirectory(dir=folder) as name:

@@ -131,7 +131,7 @@ if action == "library":  # what functions of the library do before they predict 
 elif action == "old glibc":  # accepts 32 MiB at most
     import ctypes
     from types import SimpleNamespace
-    from darseg.run import begin, machine
+    from darseg.run import machine
     real = ctypes.CDLL(None).mallopt
     def mallopt(which, value):
         return real(which, value) if which != machine.M_MMAP_THRESHOLD or value <= 32 << 20 else 0
@@ -202,8 +202,8 @@ def test_cores_that_others_use(monkeypatch, tmp_path, usable, busy):
         stat.write_text(TICKS.format(130, 590, 710))
 
     monkeypatch.setattr(machine.time, "sleep", later)
-    found = machine.busy_cores(0, tmp_path)
-    assert found == (busy if busy is None else pytest.approx(busy))
+    measured = machine.busy_cores(0, tmp_path)
+    assert measured == (busy if busy is None else pytest.approx(busy))
 
 
 @pytest.mark.parametrize(

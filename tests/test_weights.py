@@ -629,9 +629,7 @@ def test_every_refusal_is_a_darseg_error() -> None:
     assert issubclass(WeightsError, DarsegError)
 
 
-@pytest.mark.parametrize(
-    "architecture", sorted({*get_args(Architecture)} - {"dpt"})
-)  # dpt takes transformers alone
+@pytest.mark.parametrize("architecture", sorted({*get_args(Architecture)} - {"dpt"}))  # which takes none
 @pytest.mark.parametrize("backbone", sorted(RESNETS))
 def test_networks_on_our_resnets_hold_nothing_but_their_state(architecture: str, backbone: str) -> None:
     """Otherwise a loaded network would have memory that nobody has filled."""

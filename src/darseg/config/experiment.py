@@ -108,10 +108,10 @@ class Experiment(Section):
         for index, variant in enumerate(self.variants):
             for key, message in variant.conflicts():
                 yield ("variants", index, *key), message
-            if other := [seed for seed in variant.seeds or () if seed not in self.seeds]:
+            if unknown := [seed for seed in variant.seeds or () if seed not in self.seeds]:
                 yield (
                     ("variants", index, "seeds"),
-                    f"found {other[0]}, which is no seed of the experiment; name some of {list(self.seeds)}",
+                    f"found {unknown[0]}, which is no seed of the experiment; name some of {list(self.seeds)}",
                 )
         for index, labels in enumerate(self.labels):
             for key, message in labels.conflicts():

@@ -20,7 +20,7 @@ from darseg.run.data_digest import written_since
 from darseg.run.directory import RecipeChanges, write_json
 from darseg.run.held_out import describe_folds
 from darseg.run.image_classes import describe_classifier, plan_classifier
-from darseg.run.journal import ABSENT, Journal
+from darseg.run.journal import ABSENT
 from darseg.run.labelers import who_labels
 from darseg.run.machine import asked_threads, busy_cores, usable_cores
 from darseg.run.online import describe_online, unused_online
@@ -168,8 +168,7 @@ def _warn_of_machine(course: Course) -> None:
             "training.precision bf16: this processor lacks the instructions for it (AVX-512), so it is emulated and many "
             "times slower than fp32. Use training.precision=fp32 on this machine."
         )
-    if not course.recipe.threads and not asked_threads() and course.processes.count == 1:
-        _warn_of_others(journal)
+    _warn_of_others(course)
     if training.sync_batchnorm and pick_device().type == "cpu":
         journal.warn(
             "training.sync_batchnorm: PyTorch has SyncBatchNorm only on GPUs. On the CPU each process normalizes its own "
@@ -177,16 +176,17 @@ def _warn_of_machine(course: Course) -> None:
         )
 
 
-def _warn_of_others(journal: Journal) -> None:
+def _warn_of_others(course: Course) -> None:
     """Warn if this run takes all cores of a CPU, and other programs use some of them.
 
     Two processes with as many threads as cores wait for each other: measured were steps of 2.7 s instead of 0.5.
     """
-    cores = usable_cores()
-    if pick_device().type == "cpu" and cores > 1 and (busy := busy_cores() or 0.0) >= BUSY:
-        share = max(1, round(cores - busy))
-        journal.warn(
+    cores, chosen = usable_cores(), course.recipe.threads or asked_threads()
+    if chosen or course.processes.count > 1 or cores == 1 or pick_device().type != "cpu":
+        return
+    if (busy := busy_cores()) is not None and busy >= BUSY:
+        course.journal.warn(
             f"Other programs use {busy:.1f} of the {cores} cores, and this run takes all of them. Programs that share "
             "cores this way wait for each other and are several times slower: stop, and go on with "
-            f"OMP_NUM_THREADS={share}."
+            f"OMP_NUM_THREADS={max(1, round(cores - busy))}."
         )
