@@ -123,6 +123,7 @@ class TrainingConfig(Section):
     ohem: OhemConfig | None = None
     class_weights: ClassWeights | None = None
     pseudo_weight: NotNegative = 1.0
+    one_pass: StrictBool | None = None  # None: with dynamic_loss
     dynamic_loss: DynamicLossConfig | None = None  # None: all pseudo labels count alike
     teacher: TeacherConfig | None = None  # of rounds that are not online; None: none
     precision: Precision = "fp32"
@@ -133,6 +134,11 @@ class TrainingConfig(Section):
     keep_checkpoints: Count = 2
     workers: Count | None = None  # None: chosen by the number of cores
     cache: StrictBool | None = None  # None: chosen by free memory
+
+    @property
+    def joins_halves(self) -> bool:
+        """Whether labeled and pseudo-labeled images go through the network together."""
+        return self.dynamic_loss is not None if self.one_pass is None else self.one_pass
 
     def conflicts(self) -> Iterator[tuple[Key, str]]:
         yield from self._undivided("batch", self.batch)
@@ -149,12 +155,14 @@ class TrainingConfig(Section):
 
     def conflicts_of_halves(self) -> Iterator[tuple[Key, str]]:
         """Conflicts of the half batches, which only rounds with unlabeled images have."""
-        if self.half_batch == 1 and self.dynamic_loss is None:
+        if self.half_batch == 1 and not self.joins_halves:
             yield (
                 ("half_batch",),
-                "found 1; should be at least 2, but for training.dynamic_loss, where labeled and pseudo-labeled images "
-                "go through the network together",
+                "found 1; should be at least 2, unless labeled and pseudo-labeled images go through the network "
+                "together (training.one_pass: true)",
             )
+        if self.one_pass is False and self.dynamic_loss is not None:
+            yield ("one_pass",), "found false, but training.dynamic_loss needs one pass; remove it"
         for key, message in self.dynamic_loss.conflicts() if self.dynamic_loss else ():
             yield ("dynamic_loss", *key), message
         yield from self._undivided("half_batch", self.half_batch or self.batch // 2)

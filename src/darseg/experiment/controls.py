@@ -16,7 +16,7 @@ from darseg.run.settings import digest_text
 _PREDICTING = tuple(ProtocolConfig.model_fields)
 """Keys of `labeling` that say how images are predicted, also without pseudo labels: evaluation takes its window."""
 
-_OF_PSEUDO_LABELS = ("half_batch", "pseudo_batch", "pseudo_weight", "dynamic_loss")
+_OF_PSEUDO_LABELS = ("half_batch", "pseudo_batch", "pseudo_weight", "one_pass", "dynamic_loss")
 """Keys of `training` that have no effect without pseudo labels."""
 
 

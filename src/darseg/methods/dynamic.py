@@ -17,8 +17,7 @@ from darseg.choices import DynamicMethod
 from darseg.data.batches import CERTAIN, Batch
 from darseg.data.classes import IGNORE
 from darseg.errors import RecipeError
-from darseg.model.network import Output
-from darseg.training.loss import LabeledLoss, precise, supervised_loss
+from darseg.training.loss import LabeledLoss, outputs_together, precise, supervised_loss
 from darseg.training.method import Feed, Figures, Labeled, Learner, Method, Streamed
 
 PUBLISHED_GAMMA = {"dst": 9.0, "dmt": 5.0}
@@ -74,8 +73,7 @@ def dynamic_self_training(
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
         labeled, pseudo = batches
-        output = network(torch.cat([labeled.images, pseudo.images]))
-        of_labeled, of_pseudo = parts_of(output, len(labeled.ids))
+        of_labeled, of_pseudo = outputs_together(network, batches)
         weighted = replace(pseudo, weights=dynamic_weights(of_pseudo.main, pseudo, how))
         own = supervised_loss(of_labeled, labeled, auxiliary_weight, how=labeled_loss)
         part = supervised_loss(of_pseudo, weighted, auxiliary_weight)
@@ -115,12 +113,3 @@ def dynamic_weights(logits_BKHW: Tensor, batch: Batch, how: DynamicLoss) -> Tens
             disagreed = (own**how.gamma_disagreed).masked_fill(surer, 0)
             weights = torch.where(agrees, own**how.gamma, disagreed)
     return weights.masked_fill(~labeled, 0)
-
-
-def parts_of(output: Output, count: int) -> tuple[Output, Output]:
-    """The outputs for the first `count` images, and for the others."""
-    auxiliary = output.auxiliary
-    return (
-        Output(output.main[:count], None if auxiliary is None else auxiliary[:count]),
-        Output(output.main[count:], None if auxiliary is None else auxiliary[count:]),
-    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from darseg.data.batches import Batch
-from darseg.training.loss import LabeledLoss, supervised
+from darseg.training.loss import LabeledLoss, outputs_together, supervised, supervised_loss
 from darseg.training.method import Feed, Figures, Learner, Method
 
 
@@ -19,6 +19,7 @@ def self_training(
     auxiliary_weight: float = 0.0,
     pseudo_weight: float = 1.0,
     labeled_loss: LabeledLoss | None = None,
+    one_pass: bool = False,
 ) -> Method:
     """CE(labeled) + pseudo_weight · CE(pseudo-labeled), each with the auxiliary loss.
 
@@ -28,11 +29,17 @@ def self_training(
         auxiliary_weight: of the auxiliary head's loss (the release: 0.4 for PSPNet).
         pseudo_weight: λ of the paper.
         labeled_loss: of the images with true labels, if it is more than cross-entropy.
+        one_pass: both go through the network together.
     """
 
     def loss(network: Callable, batches: Sequence[Batch], step: int) -> tuple[Tensor, Figures]:
         return self_training_loss(
-            network, batches, auxiliary_weight, pseudo_weight=pseudo_weight, labeled_loss=labeled_loss
+            network,
+            batches,
+            auxiliary_weight,
+            pseudo_weight=pseudo_weight,
+            labeled_loss=labeled_loss,
+            one_pass=one_pass,
         )
 
     return Method(feeds=feeds(batch, pseudo_batch), learners=(learner,), loss=loss)
@@ -51,17 +58,26 @@ def self_training_loss(
     pseudo_weight: float = 1.0,
     *,
     labeled_loss: LabeledLoss | None = None,
+    one_pass: bool = False,
 ) -> tuple[Tensor, Figures]:
     """The loss of one step, a scalar, and its detached parts by name.
 
     The labeled and the pseudo-labeled batch go through the network one after the other, so that BatchNorm sees them
-    apart, as in the release.
+    apart, as in the release; or together, in one pass.
     """
     labeled, *pseudo = batches
-    loss = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
+    if one_pass and pseudo:
+        own, *others = outputs_together(network, batches)
+        loss = supervised_loss(own, labeled, auxiliary_weight, how=labeled_loss)
+        parts = [
+            supervised_loss(output, batch, auxiliary_weight)
+            for output, batch in zip(others, pseudo, strict=True)
+        ]
+    else:
+        loss = supervised(network, labeled, auxiliary_weight, how=labeled_loss)
+        parts = [supervised(network, batch, auxiliary_weight) for batch in pseudo]
     figures = {"loss_labeled": loss.detach()}
-    for batch in pseudo:
-        part = supervised(network, batch, auxiliary_weight)
+    for part in parts:
         figures["loss_pseudo"] = part.detach()
         loss = loss + pseudo_weight * part
     return loss, figures

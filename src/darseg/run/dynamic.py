@@ -1,4 +1,4 @@
-"""Rounds that doubt their pseudo labels (DST, DMT): from the recipe to the method."""
+"""Rounds with pseudo labels, also those that doubt them (DST, DMT): from the recipe to the method."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ def keeps_confidences(recipe: Recipe) -> bool:
     return how is not None and how.method == "dmt"
 
 
-def rounds_method(learner: Learner, how: DynamicLoss | None, **settings: Any) -> Method:
+def rounds_method(learner: Learner, how: DynamicLoss | None, *, one_pass: bool, **settings: Any) -> Method:
     """The method of a round that is not online.
 
     Args:
         how: None, or without pseudo-labeled images: plain self-training.
+        one_pass: as of `self_training`; a dynamic loss always is of one pass.
         settings: as of `self_training`.
     """
     if how is None or not settings["pseudo_batch"]:
-        return self_training(learner, **settings)
+        return self_training(learner, one_pass=one_pass, **settings)
     return dynamic_self_training(learner, how, **settings)
 
 
 def describe_dynamic(recipe: Recipe) -> list[str]:
-    """What rounds with pseudo labels do, as a sentence, if their loss is dynamic."""
+    """How rounds with pseudo labels learn, as a sentence, if not as published for DARS."""
     if (how := dynamic_of(recipe)) is None:
-        return []
+        together = "one pass: labeled and pseudo-labeled images go through the network together"
+        return [together] if recipe.training.joins_halves else []
     weight = f"the network's probability of the label, to the power {how.gamma:g}"
     if how.method == "dmt":
         weight += (

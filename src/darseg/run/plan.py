@@ -310,6 +310,7 @@ def method_of(recipe: Recipe, round_: Round, network: Network, counts: Sequence[
     method = rounds_method(
         learner,
         dynamic_of(recipe),
+        one_pass=recipe.training.joins_halves,
         batch=round_.batch,
         pseudo_batch=round_.pseudo_batch,
         auxiliary_weight=auxiliary_weight,
@@ -391,7 +392,7 @@ def check_shares(recipe: Recipe, rounds: Sequence[Round], processes: int) -> Non
         )
         name, pseudo = "batch" if alone else "half_batch", planned.pseudo_batch
         own, micro = size // processes, recipe.training.micro_batch
-        together = own + (pseudo // processes if dynamic_of(recipe) else 0)
+        together = own + (pseudo // processes if recipe.training.joins_halves else 0)
         if size % processes:
             lines[f"training.{name}: {size} images cannot be divided among {processes} processes"] = None
         elif micro and own > micro and own % micro:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,6 +106,16 @@ def supervised(
     """CE(main) + auxiliary_weight · CE(auxiliary) of one batch (the release: 0.4 for PSPNet)."""
     output = network(batch.images, batch.feature_masks) if batch.feature_masks else network(batch.images)
     return supervised_loss(output, batch, auxiliary_weight, how=how)
+
+
+def outputs_together(network: Callable, batches: Sequence[Batch]) -> list[Output]:
+    """The network's output for each batch, of one forward pass over all images, so that BatchNorm sees them together."""
+    output = network(torch.cat([batch.images for batch in batches]))
+    bounds = [0, *itertools.accumulate(len(batch.ids) for batch in batches)]
+    return [
+        Output(output.main[start:end], None if output.auxiliary is None else output.auxiliary[start:end])
+        for start, end in itertools.pairwise(bounds)
+    ]
 
 
 def supervised_loss(

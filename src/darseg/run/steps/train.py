@@ -59,6 +59,7 @@ class TrainSettings:
     online: Consistency | Adversarial | None = None
     teacher: TeacherSettings | None = None
     dynamic: DynamicLoss | None = None
+    one_pass: bool = False
 
     def digest(self) -> str:
         """The digest that a record holds."""
@@ -70,7 +71,14 @@ class TrainSettings:
 
     def earlier_digests(self) -> list[str]:
         """What earlier formats of the run folder recorded for these settings."""
-        if self.freeze != "none" or self.drop_path or self.online or self.teacher or self.dynamic:
+        if (
+            self.freeze != "none"
+            or self.drop_path
+            or self.online
+            or self.teacher
+            or self.dynamic
+            or self.one_pass
+        ):
             return []  # format 1 did not know them
         return earlier_digests(
             lambda: digest_format_1(
@@ -109,6 +117,7 @@ def settings_of(recipe: Recipe, round_: Round, counts: Sequence[int], *, pseudo:
         online=round_.online,
         teacher=None if round_.online else teacher_of(recipe),
         dynamic=dynamic_of(recipe) if pseudo else None,
+        one_pass=bool(pseudo) and recipe.training.joins_halves and recipe.training.dynamic_loss is None,
     )
 
 
