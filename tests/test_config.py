@@ -264,7 +264,8 @@ IMPOSSIBLE = {
     "data.labeled={every: 2, except_every: 2}": ["data.labeled", "every", "except_every"],
     "network.weights=null": ["network.weights", '"none"'],
     "training.learning_rate=.nan": ["training.learning_rate"],
-    "training.half_batch=1": ["training.half_batch", "1", "2", "training.dynamic_loss"],
+    "training.half_batch=1": ["training.half_batch", "1", "2", "training.one_pass"],
+    "training={dynamic_loss: {method: dst}, one_pass: false}": ["training.one_pass", "training.dynamic_loss"],
     "training.pseudo_batch=0": ["training.pseudo_batch", "0"],
     "training.dynamic_loss={method: dst, gamma_disagreed: 5.0}": [
         "training.dynamic_loss.gamma_disagreed",

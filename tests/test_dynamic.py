@@ -31,7 +31,7 @@ from darseg.data.maps import label_path, labeled_by
 from darseg.data.prediction import Prediction
 from darseg.errors import DataError, RecipeError, RunError
 from darseg.methods.dynamic import DynamicLoss, dynamic_self_training, dynamic_weights
-from darseg.methods.self_training import self_training
+from darseg.methods.self_training import self_training, self_training_loss
 from darseg.pseudo.assign import LabelRule
 from darseg.pseudo.histogram import HistogramBuilder
 from darseg.pseudo.labelset import Predictor, assign_labels, read_prediction
@@ -179,6 +179,35 @@ def test_the_weights_have_no_gradient() -> None:
     for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         if one.grad is not None and other.grad is not None:
             assert torch.allclose(one.grad, other.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["batch statistics", "fixed statistics"])
+def test_one_pass_is_two_means_of_the_joined_output(training: bool) -> None:
+    """Pixel by pixel. Where BatchNorm's statistics are fixed it equals two passes, and elsewhere it does not."""
+    network = build(PSPNET).double().train()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Dropout2d | torch.nn.BatchNorm2d):
+            module.train(training and isinstance(module, torch.nn.BatchNorm2d))
+    batches = [batch_at(0, 0).cut([2])[0], batch_at(0, 1).cut([2, 4])[1]]
+    labeled, pseudo = (replace(batch, divisor=None) for batch in batches)
+    apart, joined = (
+        self_training_loss(network, [labeled, pseudo], 0.4, pseudo_weight=0.7, one_pass=one_pass)
+        for one_pass in (False, True)
+    )
+    output = network(torch.cat([labeled.images, pseudo.images]))
+    wanted = []
+    for place, batch in ((0, labeled), (2, pseudo)):
+        costs = [
+            -float(factor * logits[place + b, :, y, x].detach().log_softmax(0)[int(batch.labels[b, y, x])])
+            for b, y, x in (batch.labels != IGNORE).nonzero().tolist()
+            for factor, logits in ((1.0, output.main), (0.4, output.auxiliary))
+        ]
+        wanted.append(2 * sum(costs) / len(costs))
+    assert float(joined[0].detach()) == pytest.approx(wanted[0] + 0.7 * wanted[1], rel=1e-5)
+    parts = [float(joined[1][name]) for name in ("loss_labeled", "loss_pseudo")]
+    assert parts == pytest.approx(wanted, rel=1e-5)
+    same = float(joined[0].detach()) == pytest.approx(float(apart[0].detach()), rel=1e-6)
+    assert same == (not training)
 
 
 def test_powers_below_0_are_refused() -> None:
@@ -365,18 +394,24 @@ def test_the_plan_of_a_dynamic_loss(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_dynamic_loss_without_pseudo_labels_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     recipe = dynamic_recipe(tiny_data, {"method": "dst"})
     recipe["rounds"] = [{"steps": 3}]
-    with refused(RecipeError, "training.dynamic_loss", "training.pseudo_batch", "pseudo labels"):
+    recipe["training"]["one_pass"] = True
+    keys = "training.dynamic_loss", "training.pseudo_batch", "training.one_pass"
+    with refused(RecipeError, *keys, "pseudo labels"):
         load_recipe(write(recipe, tmp_path / "r.yaml"))
 
 
 def test_pooled_batchnorm_takes_one_labeled_image_with_others(tiny_data: Path, tmp_path: Path) -> None:
-    """PSPNet needs two images in a pass, and with a dynamic loss has them."""
+    """PSPNet needs two images in a pass, and with a dynamic loss or `one_pass` has them."""
     recipe = dynamic_recipe(tiny_data, {"method": "dst"}, pseudo_batch=1)
     planned = plan(load_recipe(write(recipe, tmp_path / "r.yaml")))
     assert [(row.batch, row.pseudo_batch) for row in planned.rounds] == [(4, 0), (1, 1)]
     del recipe["training"]["dynamic_loss"]
     with refused(RecipeError, "training.half_batch", "found 1"):
         load_recipe(write(recipe, tmp_path / "r.yaml"))
+    joined = plan(load_recipe(tmp_path / "r.yaml", ["training.one_pass=true"]))
+    assert [(row.batch, row.pseudo_batch) for row in joined.rounds] == [(4, 0), (1, 1)]
+    (note,) = joined.notes
+    says(note, "one pass", "together")
 
 
 def test_pseudo_labels_take_the_place_of_known_masks_in_several_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +163,16 @@ def everything(network: Network, optimizer: OptimizerKind | None = None) -> Meth
     )
 
 
-def rounds(network: Network, optimizer: OptimizerKind | None = None) -> Method:
+def rounds(network: Network, optimizer: OptimizerKind | None = None, *, one_pass: bool = False) -> Method:
     """DARS's rounds after the first."""
-    learner = network_learner(network, optimizer or SGD())
-    return self_training(learner, batch=IMAGES, pseudo_batch=IMAGES, auxiliary_weight=0.4, pseudo_weight=0.7)
+    return self_training(
+        network_learner(network, optimizer or SGD()),
+        batch=IMAGES,
+        pseudo_batch=IMAGES,
+        auxiliary_weight=0.4,
+        pseudo_weight=0.7,
+        one_pass=one_pass,
+    )
 
 
 def dynamic(how: DynamicLoss) -> Callable[..., Method]:
@@ -223,6 +230,7 @@ S4GAN = Adversarial("s4gan", batch=IMAGES, labeled=0, unlabeled=0.1, self_traini
 
 METHODS: Mapping[str, Callable[..., Method]] = {
     "self_training": rounds,
+    "self_training_one_pass": partial(rounds, one_pass=True),
     "everything": everything,
     "self_training_with_teacher": lambda *of: with_teacher(rounds(*of), TeacherSettings(0.9)),
     "dst": dynamic(DynamicLoss("dst", 2.0)),

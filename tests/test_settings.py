@@ -83,6 +83,7 @@ def test_settings_that_differ_have_other_digests(tmp_path: Path) -> None:
         replace(settings, stage=replace(stage, clip=1.0)),
         replace(settings, freeze="backbone"),
         replace(settings, drop_path=0.1),
+        replace(settings, one_pass=True),
         replace(settings, batch=(4, 2)),
         replace(settings, pseudo_weight=1.0),
         replace(settings, recompute=True),

@@ -109,7 +109,10 @@ def supervised(
 
 
 def outputs_together(network: Callable, batches: Sequence[Batch]) -> list[Output]:
-    """The network's output for each batch, of one forward pass over all images, so that BatchNorm sees them together."""
+    """The network's output for each batch, of one forward pass over all images.
+
+    BatchNorm sees them together.
+    """
     output = network(torch.cat([batch.images for batch in batches]))
     bounds = [0, *itertools.accumulate(len(batch.ids) for batch in batches)]
     return [
