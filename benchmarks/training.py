@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
+import json
 import os
 import platform
 import tempfile
@@ -27,6 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+import yaml
 from host import commit, processor, resident, timed
 from PIL import Image
 from steps import Loop, Pace, bare, drawn, method_of, ready_batches, staged, streams_of
@@ -43,13 +45,16 @@ from darseg.run.build import auxiliary_weight_of, place, spec_of
 from darseg.run.machine import MOST_WORKERS, cache_limit, keep_memory, usable_cores, workers_for
 from darseg.run.plan import augmentation_of
 from darseg.training.checkpoint import Checkpoint, Optimization, load_checkpoint, save_checkpoint
-from darseg.training.optimize import SGD, build_optimizer, faster_heads
+from darseg.training.optimize import SGD, AdamW, build_optimizer, faster_heads
 from darseg.training.schedule import Schedule
 from darseg.training.stage import Stage
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "camvid_1of8.yaml"
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "camvid_1of8.yaml"
+QUICK = ROOT / "experiments" / "neu_seg_quick.yaml"
 CITYSCAPES = (1024, 2048)
 CAMVID = (360, 480)
+NEU_SEG = (200, 200)
 CASES = [
     (CITYSCAPES, Augmentation((713, 713), (0.5, 2.0)), "0.5–2"),
     (CITYSCAPES, Augmentation((361, 361), (0.25, 1.0)), "0.25–1"),
@@ -253,6 +258,7 @@ def against_bare(
     auxiliary: float,
     cached: bool,
     turns: int,
+    optimizer: SGD | AdamW | None = None,
 ) -> None:
     """A row of the table of steps."""
     device = network.mean.device
@@ -263,7 +269,7 @@ def against_bare(
                 cache.load(sample, classes)
     streams = streams_of(roles, classes, how, cache=cache, pin=device.type == "cuda")
     ready = ready_batches(streams, device)
-    loop = Loop(network, stage, auxiliary)
+    loop = Loop(network, stage, auxiliary, optimizer or SGD())
     bare(loop, ready, network)
     staged(loop, streams)
     rows: list[tuple[Pace, Pace]] = []
@@ -339,6 +345,32 @@ def steps_on_the_cpu(data: Path | None, weights: Path | None, steps: int, turns:
     checkpointing(network, recipe.training.checkpoint_every)
 
 
+def small_crops(steps: int, turns: int) -> None:
+    """Steps of experiments/neu_seg_quick.yaml: of crops so small that Python, loss and optimizer weigh most."""
+    changes = yaml.safe_load(QUICK.read_text())["changes"]
+    recipe = load_recipe(
+        QUICK.parent / "../recipes/neu_seg_48.yaml",
+        [f"{key}={json.dumps(value)}" for key, value in changes.items()],
+    )
+    network = place(spec_of(recipe).build())
+    with tempfile.TemporaryDirectory() as folder:
+        samples, _ = drawn(Path(folder), 24, NEU_SEG, ".jpg", classes=4)
+        classes, half = class_set([f"class {k}" for k in range(4)]), recipe.training.batch // 2
+        print(STEPS_TABLE.format(f"CPU, {torch.get_num_threads()} threads", turns))
+        against_bare(
+            "NEU-Seg at half resolution, a round with pseudo labels",
+            network,
+            [(samples[:8], half), (samples[8:], half)],
+            classes,
+            augmentation_of(recipe, 1, network.fill),
+            Stage(steps, Schedule(span=(0.5, 1.0))),
+            auxiliary_weight_of(recipe),
+            cached=True,
+            turns=turns,
+            optimizer=AdamW(),
+        )
+
+
 def build(recipe, weights: Path | None) -> Network:
     from darseg.run.build import build_initial_network
 
@@ -383,7 +415,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
-        "--skip", nargs="*", default=[], choices=["augment", "views", "decode", "stream", "cpu"]
+        "--skip", nargs="*", default=[], choices=["augment", "views", "decode", "stream", "cpu", "small"]
     )
     arguments = parser.parse_args()
     if arguments.steps < 2:
@@ -402,6 +434,7 @@ def main() -> None:
         "decode": decoding,
         "stream": streaming,
         "cpu": lambda: steps_on_the_cpu(arguments.data, arguments.weights, arguments.steps, arguments.turns),
+        "small": lambda: small_crops(5 * arguments.steps, arguments.turns),
     }
     for name, part in parts.items():
         if name not in arguments.skip:
