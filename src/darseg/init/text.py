@@ -103,6 +103,9 @@ def _network_lines(fit: Fit) -> Iterator[str]:
 ADAMW_RATE, ADAMW_HEADS = 0.0003, 10
 """For convolutional networks and few steps, as on a CPU. Measured: docs/networks.md, "Without a GPU"."""
 
+PSEUDO_WEIGHT = 0.4
+"""With `one_pass`, for few steps. Measured: docs/experiments.md, "Methods on NEU-Seg in 1,500 steps"."""
+
 
 def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     heights, widths = (sorted(side) for side in zip(*(draft.sizes or [(0, 0)]), strict=True))
@@ -121,6 +124,11 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
         yield "  optimizer: adamw  # in few steps it reached more than sgd, the paper's"
         yield f"  learning_rate: {ADAMW_RATE}  # of the backbone"
         yield f"  head_factor: {ADAMW_HEADS}  # the other layers learn so many times faster"
+        if len(fit.steps) > 1:
+            yield (
+                "  one_pass: true  # labeled and pseudo-labeled images go through the network together, and pseudo labels"
+            )
+            yield f"  pseudo_weight: {PSEUDO_WEIGHT}  # count less than in the paper: better in few steps"
     if fit.bf16:
         yield "  precision: bf16  # this GPU computes it several times faster"
     else:
