@@ -394,10 +394,12 @@ def test_the_plan_of_a_dynamic_loss(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_dynamic_loss_without_pseudo_labels_is_refused(tiny_data: Path, tmp_path: Path) -> None:
     recipe = dynamic_recipe(tiny_data, {"method": "dst"})
     recipe["rounds"] = [{"steps": 3}]
-    recipe["training"]["one_pass"] = True
-    keys = "training.dynamic_loss", "training.pseudo_batch", "training.one_pass"
-    with refused(RecipeError, *keys, "pseudo labels"):
+    with refused(RecipeError, "training.dynamic_loss", "training.pseudo_batch", "pseudo labels"):
         load_recipe(write(recipe, tmp_path / "r.yaml"))
+
+
+ALONE = ("rounds=[{steps: 1}]", "training.half_batch=null", "training.pseudo_batch=null")
+"""What makes a control of the recipe: the labels alone."""
 
 
 def test_pooled_batchnorm_takes_one_labeled_image_with_others(tiny_data: Path, tmp_path: Path) -> None:
@@ -412,6 +414,7 @@ def test_pooled_batchnorm_takes_one_labeled_image_with_others(tiny_data: Path, t
     assert [(row.batch, row.pseudo_batch) for row in joined.rounds] == [(4, 0), (1, 1)]
     (note,) = joined.notes
     says(note, "one pass", "together")
+    assert not plan(load_recipe(tmp_path / "r.yaml", ["training.one_pass=true", *ALONE])).notes
 
 
 def test_pseudo_labels_take_the_place_of_known_masks_in_several_files(tmp_path: Path) -> None:

@@ -337,7 +337,7 @@ def test_cityscapes_as_downloaded(tmp_path: Path) -> None:
     assert recipe.data.layout == "cityscapes" and recipe.data.classes == "cityscapes"
     assert recipe.data.root == str((tmp_path / "in" / "city").resolve())
     assert check(recipe).images == roles(2, 0, 1) and len(recipe.rounds) == 1
-    assert recipe.training.one_pass is None  # it would have no effect, and be refused
+    assert recipe.training.one_pass is None  # it would have no effect
     says(proposal.notes[0], str(tmp_path / "in" / "city"), "cityscapes")
     says(proposal.notes[1], "2 labeled", "0 unlabeled", "1 for validation")
 
@@ -649,6 +649,8 @@ def test_the_network_of_a_given_file_is_taken_over(tmp_path: Path) -> None:
         assert len(recipe.rounds) == 3
         few_steps = (None, 1) if architecture == "dpt" else (True, 0.4)
         assert (training.one_pass, training.pseudo_weight) == few_steps
+        control = load_recipe(out, ["rounds=[{steps: 3}]"])  # as the docs say how to train one
+        assert not control.pseudo_rounds and control.training == training
         assert plan(recipe).parameters == sum(value.numel() for value in spec.build().parameters())
 
 

@@ -382,7 +382,7 @@ class Recipe(Section):
         if self.training.teacher is not None and all(config.use == "online" for config in self.rounds):
             yield ("training", "teacher"), "is for rounds that are not online; use online.teacher instead"
         if not self.pseudo_rounds:
-            for name in ("pseudo_batch", "one_pass", "dynamic_loss"):
+            for name in ("pseudo_batch", "dynamic_loss"):
                 if getattr(self.training, name) is not None:
                     yield (
                         ("training", name),

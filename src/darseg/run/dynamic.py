@@ -44,7 +44,7 @@ def describe_dynamic(recipe: Recipe) -> list[str]:
     """How rounds with pseudo labels learn, as a sentence, if not as published for DARS."""
     if (how := dynamic_of(recipe)) is None:
         together = "one pass: labeled and pseudo-labeled images go through the network together"
-        return [together] if recipe.training.joins_halves else []
+        return [together] if recipe.training.joins_halves and recipe.pseudo_rounds else []
     weight = f"the network's probability of the label, to the power {how.gamma:g}"
     if how.method == "dmt":
         weight += (
