@@ -9,7 +9,8 @@ process; ratios are medians over the turns. Processor seconds of all threads say
 use the machine; with --threads 1 no thread spends them waiting for another.
 
 The network and settings are those of recipes/camvid_1of8.yaml in a round with pseudo labels, for which true labels are
-used; without --data, the images are drawn at the same size. The tables of a GPU are made by benchmarks/gpu.py.
+used; without --data, the images are drawn at the same size. Steps of small crops are those of
+experiments/neu_seg_quick.yaml, on drawn images. The tables of a GPU are made by benchmarks/gpu.py.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import json
 import os
 import platform
 import tempfile
@@ -28,11 +28,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import yaml
 from host import commit, processor, resident, timed
 from PIL import Image
 from steps import Loop, Pace, bare, drawn, method_of, ready_batches, staged, streams_of
 
+from darseg.config.experiment import load_experiment
 from darseg.config.text import load_recipe
 from darseg.data.augment import Augmentation, augment
 from darseg.data.batches import StreamPlace, stream_batches
@@ -347,11 +347,7 @@ def steps_on_the_cpu(data: Path | None, weights: Path | None, steps: int, turns:
 
 def small_crops(steps: int, turns: int) -> None:
     """Steps of experiments/neu_seg_quick.yaml: of crops so small that Python, loss and optimizer weigh most."""
-    changes = yaml.safe_load(QUICK.read_text())["changes"]
-    recipe = load_recipe(
-        QUICK.parent / "../recipes/neu_seg_48.yaml",
-        [f"{key}={json.dumps(value)}" for key, value in changes.items()],
-    )
+    recipe = load_experiment(QUICK).base
     network = place(spec_of(recipe).build())
     with tempfile.TemporaryDirectory() as folder:
         samples, _ = drawn(Path(folder), 24, NEU_SEG, ".jpg", classes=4)

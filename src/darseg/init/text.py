@@ -125,10 +125,8 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
         yield f"  learning_rate: {ADAMW_RATE}  # of the backbone"
         yield f"  head_factor: {ADAMW_HEADS}  # the other layers learn so many times faster"
         if len(fit.steps) > 1:
-            yield (
-                "  one_pass: true  # labeled and pseudo-labeled images go through the network together, and pseudo labels"
-            )
-            yield f"  pseudo_weight: {PSEUDO_WEIGHT}  # count less than in the paper: better in few steps"
+            yield "  one_pass: true  # labeled and pseudo-labeled images go through the network together"
+            yield f"  pseudo_weight: {PSEUDO_WEIGHT}  # of pseudo labels; in few steps both are better than as published"
     if fit.bf16:
         yield "  precision: bf16  # this GPU computes it several times faster"
     else:
