@@ -238,6 +238,7 @@ METHODS: Mapping[str, Callable[..., Method]] = {
     "fixmatch": online(FIXMATCH),
     "fixmatch_without_teacher": online(replace(FIXMATCH, teacher=None, views=1, mixing="classmix")),
     "mean_teacher": online(replace(FIXMATCH, method="mean_teacher", views=1)),
+    "classmix": online(replace(FIXMATCH, method="classmix", views=1, mixing="classmix")),
     "fixmatch_realigned": online(
         replace(FIXMATCH, views=1, accept=Realigned(Aligned(0.5, 2, COUNTS), window=2, counts=COUNTS))
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -12,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from darseg.choices import AdversarialMethod, OnlineMethod
+from darseg.choices import AdversarialMethod, Mixing, OnlineMethod
 from darseg.data.batches import Batch
 from darseg.data.classes import IGNORE
 from darseg.data.prediction import FINE
 from darseg.data.views import Views
 from darseg.errors import RecipeError
 from darseg.methods.acceptance import Above, Aligned, Predicted, accept, acceptance_state
-from darseg.methods.consistency import Consistency, OnlineState, Supervision
+from darseg.methods.consistency import Consistency, OnlineState, Supervision, mixing_masks
 from darseg.methods.draws import uniform
 from darseg.methods.figures import (
     ACCEPTED,
@@ -41,7 +42,7 @@ from darseg.methods.teacher import Teacher, TeacherSettings, in_eval_mode, with_
 from darseg.model.decide import decide
 from darseg.model.recompute import recompute_blocks
 from darseg.run.online import MAKERS
-from darseg.training.loss import squared_error
+from darseg.training.loss import cross_entropy, squared_error
 from darseg.training.method import Feed, Streamed, stay
 from darseg.training.optimize import SGD
 from darseg.training.stage import Stage, run_stage
@@ -387,8 +388,11 @@ def test_in_bfloat16_labels_and_targets_are_computed_in_float32(method) -> None:
     assert (
         bool(torch.isfinite(reports[0].figures["loss"])) and float(reports[0].figures["loss_unlabeled"]) > 0
     )
-    for tensor in (kept[0].targets, kept[0].weights):
-        assert (tensor is None) == (method != "mean_teacher")
+    for tensor, methods in (
+        (kept[0].targets, {"mean_teacher"}),
+        (kept[0].weights, {"mean_teacher", "classmix"}),
+    ):
+        assert (tensor is None) == (method not in methods)
         assert tensor is None or tensor.dtype == torch.float32
 
 
@@ -453,6 +457,33 @@ def test_mean_teacher_matches_the_teachers_mixed_probabilities() -> None:
         assert torch.allclose(batch.targets[index], wanted, atol=1e-6)
         share = ((wanted.max(0).values >= 0.4) & inside).sum() / inside.sum()
         assert torch.allclose(batch.weights[index], share * inside)
+
+
+@pytest.mark.parametrize("mixing", ["cutmix", "classmix"])
+def test_classmix_learns_every_pixel_as_much_as_its_image_is_sure(mixing: Mixing) -> None:
+    made, views = make(replace(HOW, method="classmix", mixing=mixing)), views_at()
+    with torch.no_grad():
+        batch = made.label(made.state, made.network, [labeled_at(), views], 0).batches[1]
+        chances = made.state.teacher.network(views.weak).main.softmax(1)
+        seen = SimpleNamespace(predicted=chances.argmax(1).masked_fill(~views.inside, IGNORE))
+        (mixed,) = mixing_masks(mixing, views, seen, classes=CLASSES, seed=(0, 1))  # ty: ignore
+    assert mixed is not None
+    partners, mask = mixed
+    total, inside_all = 0.0, 0
+    logits = made.network(batch.images).main.detach().double()
+    for index in range(IMAGES):
+        pasted = mask[index]
+        wanted = torch.where(pasted, chances[partners[index]], chances[index])
+        inside = torch.where(pasted, views.inside[partners[index]], views.inside[index])
+        image = torch.where(pasted, views.strong[0][partners[index]], views.strong[0][index])
+        assert torch.equal(batch.images[index], image)
+        sure = ((wanted.max(0).values >= 0.4) & inside).sum() / inside.sum()
+        learned = torch.log_softmax(logits[index], 0)
+        for y, x in zip(*inside.nonzero(as_tuple=True), strict=True):
+            total -= float(sure) * float(learned[wanted[:, y, x].argmax(), y, x])
+        inside_all += int(inside.sum())
+    assert mask.any() and not mask.all()
+    assert float(cross_entropy(logits, batch)) == pytest.approx(total / inside_all, rel=1e-6)
 
 
 def test_labeling_by_itself_leaves_the_network_as_it_was() -> None:

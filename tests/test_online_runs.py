@@ -306,6 +306,10 @@ def test_settings_are_as_published_unless_the_recipe_says_otherwise(tiny_data: P
     recipe["online"] = {"labeler": "student", "mixing": "classmix"}
     how = planned(recipe, tmp_path)[0].online
     assert how.teacher is None and how.mixing == "classmix"
+    recipe["online"] = {"method": "classmix"}
+    how = planned(recipe, tmp_path)[0].online
+    assert (how.views, how.accept, how.mixing) == (1, Above(0.968), "classmix")
+    assert how.teacher == TeacherSettings(0.99, result=False) and how.strong.colors == UNCHANGED
     recipe["online"] = {"method": "unimatch_v2"}
     how = planned(recipe, tmp_path)[0].online
     assert (how.views, how.accept, how.teacher, how.mixing) == (
@@ -344,6 +348,7 @@ def test_each_setting_has_its_digest(tiny_data: Path, tmp_path: Path) -> None:
     digests.add(digest())
     changes = (
         {"method": "mean_teacher"},
+        {"method": "classmix"},
         {"method": "cps"},
         {"above": 0.9},
         {"aligned": {"ratio": 0.4, "window": 1}},
@@ -398,7 +403,7 @@ def test_keys_of_online_that_do_nothing_are_named(tiny_data: Path, tmp_path: Pat
         ({"rounds": [{"steps": 2, "use": "pseudo"}]}, ["rounds.0.use", "'online'"]),
         (
             {"online": {"method": "fixmatsch"}},
-            ["online.method", "'fixmatch', 'mean_teacher'", "'unimatch_v2'"],
+            ["online.method", "'fixmatch', 'mean_teacher', 'classmix'", "'unimatch_v2'"],
         ),
         ({"online": {"batch": 3}}, ["online.batch", "found 3", "even"]),
         ({"online": {"above": 1.5}}, ["online.above", "1.5"]),
@@ -418,6 +423,7 @@ def test_keys_of_online_that_do_nothing_are_named(tiny_data: Path, tmp_path: Pat
             ["online.strong_views", "found 1", "two views"],
         ),
         ({"online": {"boxes": {"share": 1.0}, "mixing": "none"}}, ["online.boxes", "mixing: none"]),
+        ({"online": {"boxes": {"share": 1.0}, "method": "classmix"}}, ["online.boxes", "mixing: classmix"]),
         ({"online": {"colors": {"blur": [2.0, 1.0]}}}, ["online.colors.blur"]),
         ({"online": {"colors": {"jitter": [0.1, 0.1, 0.1, 0.7]}}}, ["online.colors.jitter.3"]),
         ({"augmentation": {"colors": {"blur": [2.0, 1.0]}}}, ["augmentation.colors.blur"]),

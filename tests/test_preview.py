@@ -219,6 +219,7 @@ def test_labels_by_mean_probabilities_know_the_labeled_shares(
         ({"mixing": "classmix"}, ["strong view", "mixed", "label"]),
         ({"mixing": "none"}, ["strong view", "label"]),
         ({"method": "mean_teacher"}, ["strong view", "mixed", "most probable class, weight"]),
+        ({"method": "classmix"}, ["strong view", "mixed", "most probable class, weight"]),
         ({"labeler": "student"}, ["strong view", "mixed", "label"]),
         ({"aligned": {"ratio": 0.5, "window": 1}, "above": None}, ["strong view", "mixed", "label: 0%"]),
         ({"align": "decisions", "align_window": 1}, ["strong view", "mixed", "label"]),

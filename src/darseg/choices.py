@@ -45,7 +45,9 @@ DynamicMethod = Literal["dst", "dmt"]
 """How pseudo labels are doubted while a network learns from them; see methods/dynamic.py."""
 AdversarialMethod = Literal["advsemiseg", "s4gan"]
 """The methods with a discriminator."""
-OnlineMethod = Literal["fixmatch", "mean_teacher", "unimatch", "unimatch_v2", "cps", AdversarialMethod]
+OnlineMethod = Literal[
+    "fixmatch", "mean_teacher", "classmix", "unimatch", "unimatch_v2", "cps", AdversarialMethod
+]
 """How unlabeled images are used while a network trains."""
 OnlineAlign = Literal["none", "decisions", "probabilities"]
 """What gets the class shares of the labeled pixels before labels are accepted while training."""

@@ -117,8 +117,9 @@ class OnlineConfig(Section):
                 ("strong_views",),
                 f"found {self.strong_views}; unimatch_v2 drops complementary channels of two views; remove the key",
             )
-        if self.boxes is not None and self.mixing in ("classmix", "none"):
-            yield ("boxes",), f"has no effect with online.mixing: {self.mixing}; remove it"
+        mixing = self.mixing or ("classmix" if self.method == "classmix" else None)
+        if self.boxes is not None and mixing in ("classmix", "none"):
+            yield ("boxes",), f"has no effect with online.mixing: {mixing}; remove it"
         if self.mixing != "none" and self.batch is not None and self.batch % 2:
             yield (
                 ("batch",),

@@ -2,20 +2,22 @@
 
 FixMatch, as UniMatch (Yang et al., CVPR 2023; V2: TPAMI 2025) has it for segmentation. What all such methods share is
 here too: their settings (`Consistency`), their state, and the prediction of weak views. A further method is a function
-like `fixmatch`, here or in a file of its own (unimatch.py, mean_teacher.py, cps.py), a value of `OnlineMethod`
-(choices.py), and an entry of `PUBLISHED` and `MAKERS` in run/online.py.
+like `fixmatch`, here or in a file of its own (unimatch.py, mean_teacher.py, classmix.py, cps.py), a value of
+`OnlineMethod` (choices.py), and an entry of `PUBLISHED` and `MAKERS` in run/online.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from darseg.choices import Mixing, OnlineMethod
 from darseg.data.batches import Batch
+from darseg.data.classes import IGNORE
 from darseg.data.unlabeled import StrongViews
 from darseg.data.views import Views
 from darseg.errors import RecipeError
@@ -99,6 +101,18 @@ class OnlineState(nn.Module):
 Prepared = tuple[Accepted, Sequence[Batch]]
 """What is accepted of the weak views, and what the network learns it from."""
 
+Mask = tuple[Tensor, Tensor] | None
+"""The partners of a batch's images, and what to take from them; None: nothing is mixed."""
+
+Cost = Callable[[Callable, Sequence[Batch]], tuple[Tensor, Figures]]
+"""(network, batches that were prepared or micro-batches of them) → their loss, and figures."""
+
+
+class MixedView(Protocol):
+    """Makes one of the strong views, with labels of the weak one, all mixed alike."""
+
+    def __call__(self, views: Views, accepted: Accepted, view: int, *, mask: Mask) -> Batch: ...
+
 
 @dataclass(frozen=True)
 class Supervision:
@@ -130,25 +144,42 @@ def fixmatch(learner: Learner, how: Consistency, labeled: Supervision, *, seed: 
     def prepare(state: OnlineState, network: nn.Module, views: Views) -> Prepared:
         return strong_batches(state, network, views, how=how, seed=seed)
 
+    return unlabeled_method(learner, how, labeled, prepare=prepare, cost=learned_classes(labeled))
+
+
+def learned_classes(labeled: Supervision) -> Cost:
+    """The mean over the strong views of the cross-entropy of their labels."""
+
     def cost(network: Callable, unlabeled: Sequence[Batch]) -> tuple[Tensor, Figures]:
         consistency = torch.stack(
             [supervised(network, view, labeled.auxiliary_weight) for view in unlabeled]
         ).mean()
         return consistency, {"loss_unlabeled": consistency.detach()}
 
-    return unlabeled_method(learner, how, labeled, prepare=prepare, cost=cost)
+    return cost
 
 
 def strong_batches(
-    state: OnlineState, network: nn.Module, views: Views, *, how: Consistency, seed: Sequence[int]
+    state: OnlineState,
+    network: nn.Module,
+    views: Views,
+    *,
+    how: Consistency,
+    seed: Sequence[int],
+    labeled: MixedView | None = None,
 ) -> Prepared:
-    """What is accepted of the weak views, and the strong views with these labels, mixed in pairs."""
+    """What is accepted of the weak views, and the strong views with labels of it, mixed in pairs.
+
+    Args:
+        labeled: makes a strong view; None: `mixed_view`.
+    """
     probabilities = predict_weak(state, network, views).softmax(1)
     predicted = Predicted(probabilities, views.inside, views.positions, seed=seed)
     accepted = accept(how.accept, state.acceptance, predicted)
     classes = probabilities.shape[1]
     masks = mixing_masks(how.mixing, views, accepted, classes=classes, seed=seed)
-    return accepted, [mixed_view(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
+    make = labeled or mixed_view
+    return accepted, [make(views, accepted, view, mask=mask) for view, mask in enumerate(masks)]
 
 
 def unlabeled_method(
@@ -157,14 +188,13 @@ def unlabeled_method(
     labeled: Supervision,
     *,
     prepare: Callable[[OnlineState, nn.Module, Views], Prepared],
-    cost: Callable[[Callable, Sequence[Batch]], tuple[Tensor, Figures]],
+    cost: Cost,
 ) -> Method:
     """CE(labeled) + weight · cost(what was prepared); teacher and acceptance follow after each step.
 
     Args:
         labeled: how the labeled images are learned.
         prepare: (state, network, views) → what is accepted, and the batches to learn it from.
-        cost: (network, these batches or micro-batches of them) → their loss, and figures.
     """
     network = learner.module
     assert isinstance(network, Network)
@@ -238,10 +268,10 @@ def eval_logits(network: nn.Module, views: Views) -> Tensor:
 
 def mixing_masks(
     mixing: Mixing, views: Views, accepted: Accepted, *, classes: int, seed: Sequence[int]
-) -> list[tuple[Tensor, Tensor] | None]:
+) -> list[Mask]:
     """For each strong view: partners and mask of what to take from them; None if nothing is mixed."""
     count, device = len(views.ids), views.inside.device
-    masks: list[tuple[Tensor, Tensor] | None] = []
+    masks: list[Mask] = []
     for view in range(len(views.strong)):
         match mixing:
             case "none":
@@ -262,16 +292,32 @@ def mixing_masks(
     return masks
 
 
-def mixed_with(own: Tensor, mask: tuple[Tensor, Tensor] | None) -> Tensor:
+def mixed_with(own: Tensor, mask: Mask) -> Tensor:
     """A tensor of images, mixed by partners and mask; as it is without them."""
     return own if mask is None else mix(own, *mask)
 
 
-def mixed_view(views: Views, accepted: Accepted, view: int, *, mask: tuple[Tensor, Tensor] | None) -> Batch:
+def mixed_view(views: Views, accepted: Accepted, view: int, *, mask: Mask) -> Batch:
     """A strong view with the accepted labels, all mixed alike."""
     return Batch(
         images=mixed_with(views.strong[view], mask),
         labels=mixed_with(accepted.labels, mask),
         ids=views.ids,
         divisor=mixed_with(views.inside, mask).sum(),
+    )
+
+
+def scaled_view(views: Views, accepted: Accepted, view: int, *, mask: Mask) -> Batch:
+    """A strong view with every predicted class, all mixed alike.
+
+    Each pixel weighs as much as the share of its image's pixels that are accepted.
+    """
+    inside = mixed_with(views.inside, mask)
+    confident = (mixed_with(accepted.labels, mask) != IGNORE).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)
+    return Batch(
+        images=mixed_with(views.strong[view], mask),
+        labels=mixed_with(accepted.predicted, mask),
+        ids=views.ids,
+        weights=confident[:, None, None] * inside,
+        divisor=inside.sum(),
     )

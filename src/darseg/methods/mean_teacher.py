@@ -8,12 +8,12 @@ each mixed image, not of the batch, so that micro-batches and processes add up.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from darseg.data.batches import Batch
-from darseg.data.classes import IGNORE
 from darseg.data.views import Views
 from darseg.methods.acceptance import Predicted, accept
 from darseg.methods.consistency import (
@@ -24,6 +24,7 @@ from darseg.methods.consistency import (
     mixed_with,
     mixing_masks,
     predict_weak,
+    scaled_view,
     unlabeled_method,
 )
 from darseg.training.loss import squared_error
@@ -45,22 +46,12 @@ def mean_teacher(learner: Learner, how: Consistency, labeled: Supervision, *, se
             Predicted(logits.softmax(1), views.inside, views.positions, seed=seed),
         )
         masks = mixing_masks(how.mixing, views, accepted, classes=logits.shape[1], seed=seed)
-        batches = []
-        for view, mask in enumerate(masks):
-            inside = mixed_with(views.inside, mask)
-            confident = (mixed_with(accepted.labels, mask) != IGNORE).sum((1, 2)) / inside.sum((1, 2)).clamp(
-                min=1
+        batches = [
+            replace(
+                scaled_view(views, accepted, view, mask=mask), targets=mixed_with(logits, mask).softmax(1)
             )
-            batches.append(
-                Batch(
-                    images=mixed_with(views.strong[view], mask),
-                    labels=mixed_with(accepted.predicted, mask),
-                    ids=views.ids,
-                    weights=confident.to(logits.dtype)[:, None, None] * inside,
-                    targets=mixed_with(logits, mask).softmax(1),
-                    divisor=inside.sum(),
-                )
-            )
+            for view, mask in enumerate(masks)
+        ]
         return accepted, batches
 
     def cost(network: Callable, unlabeled: Sequence[Batch]) -> tuple[Tensor, Figures]:

@@ -33,6 +33,7 @@ from darseg.methods.acceptance import (
     with_prior,
 )
 from darseg.methods.adversarial import BETAS, Adversarial, advsemiseg, s4gan
+from darseg.methods.classmix import classmix
 from darseg.methods.consistency import Consistency, Supervision, fixmatch
 from darseg.methods.cps import cps
 from darseg.methods.figures import (
@@ -61,6 +62,14 @@ PUBLISHED: Mapping[OnlineMethod, Consistency | Adversarial] = {
     "advsemiseg": Adversarial(
         "advsemiseg", batch=2, labeled=0.01, unlabeled=0.001, self_training=0.1, above=0.2
     ),
+    "classmix": Consistency(
+        "classmix",
+        batch=2,
+        strong=StrongViews(UNCHANGED),
+        mixing="classmix",
+        accept=Above(0.968),
+        teacher=TeacherSettings(0.99, result=False),
+    ),
     "cps": Consistency(
         "cps",
         batch=2,
@@ -81,13 +90,15 @@ PUBLISHED: Mapping[OnlineMethod, Consistency | Adversarial] = {
     "unimatch_v2": Consistency("unimatch_v2", batch=2, views=2),
 }
 """Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al.;
-UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC; CPS with CutMix for VOC."""
+ClassMix for VOC; UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC; CPS with CutMix for
+VOC."""
 
 SELF_TRAINING_AFTER = 5000 / 20_000
 """Share of the steps after which AdvSemiSeg trains itself: its release begins at step 5,000 of 20,000."""
 
 MAKERS: Mapping[OnlineMethod, Callable[..., Method]] = {
     "advsemiseg": advsemiseg,
+    "classmix": classmix,
     "cps": cps,
     "fixmatch": fixmatch,
     "mean_teacher": mean_teacher,

@@ -207,10 +207,10 @@ def _box_of(views: Views, view: int, row: int) -> tuple[int, int, int, int] | No
 
 
 def _learned_tile(batch: Batch, row: int, *, inside: NDArray[np.bool_]) -> Tile:
-    """What is learned from an image: classes, or, for losses that match probabilities, the most probable."""
-    if batch.targets is None:
+    """What is learned from an image: classes; with a weight of the image, the most probable ones of all pixels."""
+    if batch.weights is None:
         return label_tile("label", batch.labels[row], inside=inside)
-    weight = 1.0 if batch.weights is None else float(batch.weights[row].max())
+    weight = float(batch.weights[row].max())
     return Tile(f"most probable class, weight {weight:.2f}", batch.labels[row].numpy(), inside)
 
 

@@ -1,0 +1,38 @@
+"""ClassMix (Olsson et al., WACV 2021): paste half of the classes of an image, and learn every pixel of the mixture.
+
+Three points are not as released. The teacher labels in eval mode, as everywhere here, not with the batch's statistics. Its
+classes are mixed, not its probabilities; the mask has no soft border, so that the largest of them is the same. And the
+share of confident pixels that scales the loss is that of each mixed image, not of the batch, so that micro-batches and
+processes add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from darseg.data.views import Views
+from darseg.methods.consistency import (
+    Consistency,
+    OnlineState,
+    Prepared,
+    Supervision,
+    learned_classes,
+    scaled_view,
+    strong_batches,
+    unlabeled_method,
+)
+from darseg.training.method import Learner, Method
+
+
+def classmix(learner: Learner, how: Consistency, labeled: Supervision, *, seed: Sequence[int]) -> Method:
+    """CE(labeled) + weight · mean over the strong views of CE(every pixel against the labels of the weak one).
+
+    The loss of an image is multiplied by the share of its pixels that are accepted. Arguments as of `fixmatch`.
+    """
+
+    def prepare(state: OnlineState, network: nn.Module, views: Views) -> Prepared:
+        return strong_batches(state, network, views, how=how, seed=seed, labeled=scaled_view)
+
+    return unlabeled_method(learner, how, labeled, prepare=prepare, cost=learned_classes(labeled))
