@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,7 +36,16 @@ from darseg.run.steps import train as train_step
 from darseg.training.checkpoint import Checkpoint
 from darseg.training.loss import LabeledLoss, balanced_weights, cross_entropy
 from darseg.training.method import Figures, Learner, Method
-from darseg.training.optimize import SGD, AdamW, build_optimizer, faster_heads
+from darseg.training.optimize import (
+    SGD,
+    Adam,
+    AdamW,
+    OptimizerKind,
+    build_optimizer,
+    faster_heads,
+    restore_optimizer,
+    set_rates,
+)
 from darseg.training.processes import Processes
 from darseg.training.stage import Stage, run_stage
 from test_run import kill_and_finish, outcome
@@ -184,6 +194,37 @@ def test_gradients_are_clipped_to_their_norm(limit: float | None, step: float) -
     assert norms == pytest.approx([10.0])  # before clipping
     for old, new in zip(before, network.parameters(), strict=True):
         assert torch.allclose(old - new, torch.full_like(old, step), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Adam(betas=(0.8, 0.95), weight_decay=0.1), AdamW(weight_decay=0.1)])
+def test_adam_steps_by_its_formula(kind: OptimizerKind) -> None:
+    """Weights of both memory layouts, against the formulas of the papers in float64."""
+    layers = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 3)).double()
+    layers[0].to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(layers, kind, lambda name: 10.0 if name.startswith("0.") else 1.0)
+    set_rates(optimizer, 0.01)
+    restore_optimizer(layers, optimizer, {})
+    values = {name: parameter.detach().numpy().copy() for name, parameter in layers.named_parameters()}
+    first, second = ({name: 0.0 * value for name, value in values.items()} for _ in range(2))
+    for step in range(1, 4):
+        layers.zero_grad()
+        layers(torch.randn(2, 3, 9, 9, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        for name, parameter in layers.named_parameters():
+            assert parameter.grad is not None
+            gradient, rate = parameter.grad.numpy().copy(), 0.1 if name.startswith("0.") else 0.01
+            if isinstance(kind, AdamW):
+                values[name] *= 1 - rate * kind.weight_decay
+            else:
+                gradient += kind.weight_decay * values[name]
+            first[name] = kind.betas[0] * first[name] + (1 - kind.betas[0]) * gradient
+            second[name] = kind.betas[1] * second[name] + (1 - kind.betas[1]) * gradient**2
+            mean, square = (
+                first[name] / (1 - kind.betas[0] ** step),
+                second[name] / (1 - kind.betas[1] ** step),
+            )
+            values[name] -= rate * mean / (square**0.5 + kind.eps)
+            assert np.allclose(parameter.detach().numpy(), values[name], rtol=1e-9, atol=1e-12), name
 
 
 # --- frozen backbones

@@ -20,6 +20,7 @@ from rich.console import Console
 from conftest import recipe_dict
 from darseg.cli import COMPUTING, app
 from darseg.config.text import load_recipe
+from darseg.experiment.processes import environment_of
 from darseg.model.weights import save_network
 from darseg.model.windows import _slide
 from darseg.run import begin, machine
@@ -29,7 +30,7 @@ from darseg.run.directory import RunDirectory
 from darseg.run.evaluate import evaluate, load_trained
 from darseg.run.export import export_network
 from darseg.run.label import label_folder
-from darseg.run.machine import cache_limit, free_memory, usable_cores, workers_for
+from darseg.run.machine import cache_limit, default_threads, free_memory, usable_cores, workers_for
 from darseg.run.predict import predict_folder
 from darseg.run.rounds import train
 from darseg.run.settings import Inputs
@@ -117,6 +118,20 @@ def test_cores_are_those_this_process_may_use():
 def test_workers_share_the_cores(monkeypatch, wanted, cores, processes, streams, workers):
     monkeypatch.setattr(machine, "usable_cores", lambda: cores)
     assert workers_for(wanted, processes, streams) == workers
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3, 64])
+def test_runs_of_an_experiment_share_cores_and_memory(monkeypatch, jobs):
+    monkeypatch.setattr(machine, "usable_cores", lambda: 6)
+    monkeypatch.setattr(machine, "free_memory", lambda: 24000)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in environment_of(0, jobs).items():
+        monkeypatch.setenv(name, value)
+    assert jobs * default_threads() <= max(6, jobs) and jobs * workers_for(None, 1, 1) <= max(6, jobs)
+    assert jobs * cache_limit(None, 1) <= 12000 and cache_limit(None, 2) == 12000 // (2 * jobs)
+    assert workers_for(5, 1, 1) == 5 and cache_limit(True, 1) == sys.maxsize
+    monkeypatch.setenv("DARSEG_JOBS", "many")
+    assert cache_limit(None, 1) == 12000
 
 
 FAULTS = """

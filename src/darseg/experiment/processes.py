@@ -17,7 +17,7 @@ import torch
 from darseg.data.files import storage_error
 from darseg.experiment.folder import ExperimentFolder
 from darseg.experiment.work import FAILED
-from darseg.run.machine import default_threads
+from darseg.run.machine import JOBS, default_threads
 from darseg.run.signals import SIGNALS, Stop
 
 POLL = 0.05
@@ -50,8 +50,11 @@ class Ended:
 
 
 def environment_of(slot: int, jobs: int) -> dict[str, str]:
-    """The environment of the process in one of `jobs` places: its share of the cores, and its GPU."""
-    environment = dict(os.environ) | {"OMP_NUM_THREADS": str(max(1, default_threads() // jobs))}
+    """The environment of the process in one of `jobs` places: its share of cores and memory, and its GPU."""
+    environment = dict(os.environ) | {
+        "OMP_NUM_THREADS": str(max(1, default_threads() // jobs)),
+        JOBS: str(jobs),
+    }
     count = torch.cuda.device_count()
     if count and jobs > 1:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

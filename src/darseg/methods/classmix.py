@@ -1,9 +1,9 @@
 """ClassMix (Olsson et al., WACV 2021): paste half of the classes of an image, and learn every pixel of the mixture.
 
-Three points are not as released. The teacher labels in eval mode, as everywhere here, not with the batch's statistics. Its
-classes are mixed, not its probabilities; the mask has no soft border, so that the largest of them is the same. And the
-share of confident pixels that scales the loss is that of each mixed image, not of the batch, so that micro-batches and
-processes add up.
+Two points are not as released. The teacher labels in eval mode, as everywhere here, not with the batch's statistics. And
+the share of confident pixels that scales the loss is that of each mixed image, not of the batch, so that micro-batches
+and processes add up. The release mixes the teacher's probabilities and takes the largest; to mix its classes is the
+same, since each pixel is of one image.
 """
 
 from __future__ import annotations

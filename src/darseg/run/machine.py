@@ -17,6 +17,9 @@ MOST_WORKERS = 8
 """Most threads that prepare batches. One core prepares 20 crops of 713x713 pixels a second from PNG files of 1024x2048,
 285 from decoded images (docs/performance.md); eight have not been measured."""
 
+JOBS = "DARSEG_JOBS"
+"""Environment variable: how many runs share this machine. `darseg compare --jobs` sets it for its runs."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 
@@ -137,13 +140,20 @@ def _kept_files(stat: Path, prefix: str) -> int:
     return sum(int(values.get(prefix + name, 0)) for name in ("inactive_file", "active_file"))
 
 
+def runs_together() -> int:
+    """How many runs share this machine, as far as they know of each other."""
+    jobs = os.environ.get(JOBS, "")
+    return max(1, int(jobs)) if jobs.isdecimal() else 1
+
+
 def cache_limit(cache: bool | None, processes: int) -> int:
-    """Bytes of decoded images that one of `processes` on this machine may keep (`training.cache`)."""
+    """Bytes of decoded images that one of a run's `processes` on this machine may keep (`training.cache`)."""
     if cache is None:
-        return int((free_memory() or 0) * CACHE_SHARE / processes)
+        return int((free_memory() or 0) * CACHE_SHARE / (processes * runs_together()))
     return sys.maxsize if cache else 0
 
 
 def workers_for(workers: int | None, processes: int, streams: int) -> int:
-    """Threads for each of `streams` streams, in one of `processes` on this machine (`training.workers`)."""
-    return -(-(workers or min(MOST_WORKERS, max(1, usable_cores() // processes))) // streams)
+    """Threads for each of `streams` streams, in one of a run's `processes` on this machine (`training.workers`)."""
+    share = max(1, usable_cores() // (processes * runs_together()))
+    return -(-(workers or min(MOST_WORKERS, share)) // streams)

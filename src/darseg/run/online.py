@@ -90,8 +90,8 @@ PUBLISHED: Mapping[OnlineMethod, Consistency | Adversarial] = {
     "unimatch_v2": Consistency("unimatch_v2", batch=2, views=2),
 }
 """Method → its published settings: FixMatch with a teacher as in UniMatch V2; CutMix mean teacher of French et al.;
-ClassMix for VOC; UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC; CPS with CutMix for
-VOC."""
+ClassMix for VOC; UniMatch, whose network labels for itself; UniMatch V2; AdvSemiSeg and s4GAN for VOC; CPS with CutMix
+for VOC."""
 
 SELF_TRAINING_AFTER = 5000 / 20_000
 """Share of the steps after which AdvSemiSeg trains itself: its release begins at step 5,000 of 20,000."""

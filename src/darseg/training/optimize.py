@@ -66,7 +66,8 @@ def build_optimizer(
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((rate_factor(name), decays(name, parameter)), []).append(parameter)
-    on_gpu = any(parameter.is_cuda for parameter in module.parameters())
+    # On a CPU fused SGD is no faster, and 0.2 gave the bytes of the other; fused AdamW takes a third of the time.
+    fused = any(parameter.is_cuda for parameter in module.parameters()) or not isinstance(kind, SGD)
     match kind:
         case SGD():
             make: type[torch.optim.Optimizer] = torch.optim.SGD
@@ -80,7 +81,7 @@ def build_optimizer(
             for (factor, decayed), parameters in groups.items()
         ],
         lr=0.0,
-        fused=on_gpu or None,
+        fused=fused or None,
         **asdict(kind),
     )
 
