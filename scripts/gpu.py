@@ -2,22 +2,24 @@
 
     python3 scripts/gpu.py OUT [--seconds 540] [--parts tests:110 comparison] [--dry]
 
-It needs Python 3.10 or later and torch with CUDA, no network, and what `make gpu-bundle` put into .gpu/ (packages,
-NEU-Seg, ImageNet weights). Parts joined by + run side by side; a part may have a limit in seconds. What is not finished
-when the time is up is stopped. Whatever is there by then is in OUT:
+It needs Python 3.10 or later and torch with CUDA, no network, and what `make gpu-bundle` put into .gpu/ (packages and
+NEU-Seg). Parts joined by + run side by side; a part may have a limit in seconds. What is not finished when the time is
+up is stopped. If a part fails, the exit code is 1. Whatever is there by then is in OUT:
 
     summary.json       machine, versions, how each part ended
     tests.txt          what pytest said
     benchmarks.json    tables of benchmarks/gpu.py
-    scores.json        scores of every round of the comparison that was scored in time (scripts/aligned_scores.py)
+    compare.html, …    what `darseg compare` says of the runs that were finished
+    comparison.json.gz their evidence (scripts/evidence.py)
     logs.tar.gz        what the processes printed
 
---dry does the same with tiny sizes and drawn images on the CPU.
+--dry does the same with tiny sizes and drawn images on the CPU; otherwise a machine without a GPU is refused.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -38,21 +40,18 @@ from typing import Any
 HERE = Path(__file__).resolve().parents[1]
 BUNDLE = HERE / ".gpu"
 PYTHON = (3, 12)  # for which the bundle's packages are
-WEIGHTS = "efficientnet_lite0_in1k.pth"
-PARTS = ("tests:110", "benchmarks:220", "comparison")
+PARTS = ("tests:150", "benchmarks:190", "comparison")
 TESTS_AT_ONCE = 8
 GRACE = 8  # seconds between asking a process to stop and killing it
 
-# Run of scripts/neu_seg_results.py → the run whose round 0 it begins with.
-FIRST = dict.fromkeys(("fixmatch", "fixmatch_70", "mean_teacher"), "dars") | {
-    "aligned": "dars",
-    "aligned_large": "dars",
-    "dars_large": "dars",
-    "continued": "control",
-}
-# Regime, number of labels, seeds and runs of the comparison, in order of value.
-GROUPS = ("half:48:0,1,2:dars,control,aligned,all,aligned_large,dars_large,long,continued",)
-DRY_GROUPS = ("half:48:0:dars",)
+# All methods on NEU-Seg; each with these seeds, in the order of the seeds.
+EXPERIMENT = HERE / "experiments" / "neu_seg_quick.yaml"
+SEEDS = (0, 1, 2)
+RUNS_AT_ONCE = 12
+# What stays of it in a dry run, with what is changed.
+DRY_VARIANTS = ("dars",)
+DRY_CHANGES = {"rounds": [{"steps": 2}, {"steps": 2, "labeling_ratio": 0.4}], "training.batch": 4}
+KEEP_SECONDS = 40  # to write what an experiment has shown
 
 
 @dataclass
@@ -63,13 +62,13 @@ class Job:
         name: of its log.
         commands: command lines, one after the other; a failed one ends the job.
         environment: added to the environment.
-        after: a file to wait for.
+        folder: to run in.
     """
 
     name: str
     commands: list[list[str]]
     environment: Mapping[str, str] = field(default_factory=dict)
-    after: Path | None = None
+    folder: Path = HERE
     process: subprocess.Popen | None = None
     codes: list[int] = field(default_factory=list)
 
@@ -85,15 +84,13 @@ class Job:
                 return False
         if len(self.codes) == len(self.commands):
             return False
-        if self.after is not None and not self.after.exists():
-            return True
         command = self.commands[len(self.codes)]
         with (out / f"{self.name}.log").open("a") as log:
             log.write(f"$ {' '.join(command)}\n")
             log.flush()
             self.process = subprocess.Popen(
                 command,
-                cwd=HERE,
+                cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(self.environment),
@@ -105,13 +102,16 @@ class Job:
         if self.process is not None and self.process.poll() is None:
             os.killpg(self.process.pid, how)
 
+    @property
+    def failed(self) -> bool:
+        return any(self.codes)
+
     def ended(self) -> str:
         if self.process is not None:
             return f"stopped in command {len(self.codes) + 1} of {len(self.commands)}"
-        failed = [code for code in self.codes if code]
-        return (
-            f"exit code {failed[0]}" if failed else f"{len(self.codes)} of {len(self.commands)} commands done"
-        )
+        if self.failed:
+            return f"exit code {self.codes[-1]}"
+        return f"{len(self.codes)} of {len(self.commands)} commands done"
 
 
 def run_jobs(jobs: Sequence[Job], out: Path, deadline: float, *, at_once: int) -> dict[str, str]:
@@ -148,48 +148,44 @@ def benchmarks(out: Path, dry: bool, seconds: float) -> list[Job]:
     return [Job("benchmarks", [[*command, f"--seconds={seconds:.0f}", *(["--dry"] if dry else [])]])]
 
 
-def comparison(work: Path, data: Path, weights: Path, groups: Sequence[str], dry: bool) -> list[Job]:
-    """A job for each run and seed: train, then score every round."""
-    jobs = []
-    for group in groups:
-        regime, labels, seeds, runs = group.split(":")
-        settings = [
-            f"--regime={regime}",
-            f"--labels={labels}",
-            "--threads=1",
-            f"--data={data}",
-            f"--weights={weights}",
-        ]
-        for seed in seeds.split(","):
-            for run in runs.split(","):
-                folders = work / "runs" / f"{regime}_{labels}_seed_{seed}"
-                folder = work / "runs" / f"{regime}_all_seed_{seed}" / run if run == "all" else folders / run
-                train = ["neu_seg_results.py", str(work / "runs"), *settings, f"--seed={seed}", run]
-                score = ["aligned_scores.py", "score", str(work / "scores"), str(folder)]
-                commands = [
-                    [*train, *(["--steps=1"] if dry else [])],
-                    [*score, f"--unlabeled-of={folders / 'dars'}"],
-                ]
-                jobs.append(
-                    Job(
-                        f"{regime}_{labels}_{seed}_{run}",
-                        [[sys.executable, str(HERE / "scripts" / name), *rest] for name, *rest in commands],
-                        {"OMP_NUM_THREADS": "1"},
-                        after=folders / FIRST[run] / "round_0" / "evaluate.json" if run in FIRST else None,
-                    )
-                )
-    return jobs
+def comparison(work: Path, data: Path, dry: bool) -> list[Job]:
+    """`darseg compare` with every method and seed; a later call on this machine would go on from what is there."""
+    write_experiment(work / "experiment.yaml", data, dry)
+    jobs = 1 if dry else min(RUNS_AT_ONCE, len(os.sched_getaffinity(0)))
+    command = [sys.executable, "-m", "darseg", "compare", "experiment.yaml", "experiment", f"--jobs={jobs}"]
+    return [Job("comparison", [command], folder=work)]
 
 
-def collect_scores(work: Path, out: Path) -> None:
-    """All scores in one file: path → content."""
-    paths = sorted((work / "scores").glob("*/*.json"))
-    scores = {str(path.relative_to(work / "scores")): json.loads(path.read_text()) for path in paths}
-    journals = {
-        str(path.relative_to(work / "runs").parent): _events(path)
-        for path in sorted((work / "runs").glob("*/*/journal.jsonl"))
-    }
-    (out / "scores.json").write_text(json.dumps({"scores": scores, "runs": journals}))
+def write_experiment(path: Path, data: Path, dry: bool) -> None:
+    """The experiment with all seeds for all variants, on images in another folder."""
+    import yaml
+
+    content = yaml.safe_load(EXPERIMENT.read_text())
+    content["recipe"] = str(EXPERIMENT.parent / content["recipe"])
+    content["changes"] |= {"data.root": str(data)}
+    content["seeds"] = [*SEEDS]
+    for lists in content["labels"]:
+        lists |= {role: str(EXPERIMENT.parent / name) for role, name in lists.items()}
+    if dry:
+        content["changes"] |= DRY_CHANGES
+        lists = {role: str(data / f"{role}_48.txt") for role in ("labeled", "unlabeled")}
+        content |= {"seeds": [0], "all_labels": False, "labels": [lists]}
+        content["variants"] = [v for v in content["variants"] if v["name"] in DRY_VARIANTS]
+    for variant in content["variants"]:
+        variant.pop("seeds", None)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def collect_comparison(work: Path, out: Path) -> None:
+    """The page and tables of the experiment, and its evidence, from which `compare` goes on elsewhere."""
+    if not (work / "experiment").is_dir():
+        return
+    for path in (work / "experiment").glob("compare.*"):
+        shutil.copy(path, out)
+    keep = [sys.executable, str(HERE / "scripts" / "evidence.py"), "keep"]
+    files = ["experiment.yaml", "experiment", str(out / "comparison.json.gz")]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run([*keep, *files], cwd=work, check=False, timeout=KEEP_SECONDS)
 
 
 def collect_logs(logs: Path, out: Path) -> None:
@@ -200,21 +196,9 @@ def collect_logs(logs: Path, out: Path) -> None:
         shutil.copy(logs / "tests.log", out / "tests.txt")
 
 
-def _events(path: Path) -> dict[str, Any]:
-    """What a run did and how long it took, from its journal; the last step, also of a run that was stopped."""
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    steps = [line for line in lines if line["event"] == "step"]
-    kept = [line for line in lines if "seconds" in line and line["event"] != "checkpoint"]
-    return {
-        "events": [{key: line.get(key) for key in ("event", "round", "seconds", "steps")} for line in kept],
-        "steps": steps[:1] + steps[-1:],
-        "warnings": [line.get("text") for line in lines if line["event"] == "warning"],
-    }
-
-
 @contextmanager
-def unpacked(dry: bool) -> Iterator[tuple[Path, Path, Path]]:
-    """A folder to work in, NEU-Seg and the weights; packages come onto the path of processes started later."""
+def unpacked(dry: bool) -> Iterator[tuple[Path, Path]]:
+    """A folder to work in, and NEU-Seg; packages come onto the path of processes started later."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         packages = ["site"] if sys.version_info[:2] == PYTHON else []
@@ -227,12 +211,12 @@ def unpacked(dry: bool) -> Iterator[tuple[Path, Path, Path]]:
             os.pathsep
         )
         sys.path[:0] = paths
-        data, weights = work / "neu_seg", BUNDLE / WEIGHTS
-        if not data.exists():
+        data = work / "neu_seg"
+        if dry:
             from gpu_drawn import draw_neu_seg
 
             draw_neu_seg(data)
-        yield work, data, weights
+        yield work, data
 
 
 def machine() -> dict[str, Any]:
@@ -259,17 +243,18 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seconds", type=float, default=540)
     parser.add_argument("--parts", nargs="+", default=PARTS)
-    parser.add_argument("--groups", nargs="+", help="REGIME:LABELS:SEEDS:RUNS of the comparison")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
     began = time.monotonic()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
-    groups = args.groups or (DRY_GROUPS if args.dry else GROUPS)
+    failed = False
     sys.path.insert(0, str(HERE / "scripts"))
-    with unpacked(args.dry) as (work, data, weights):
+    with unpacked(args.dry) as (work, data):
         summary["machine"] = machine()
+        if summary["machine"]["gpu"] is None and not args.dry:
+            parser.error("PyTorch finds no GPU here. Use --dry to try everything on the CPU.")
         logs = work / "logs"
         logs.mkdir()
         print(json.dumps(summary["machine"]), flush=True)
@@ -279,6 +264,7 @@ def main() -> None:
             seconds = min(left, float(limit)) if limit else left
             if seconds <= 0:
                 summary[part] = "no time left"
+                write_summary(out, summary)
                 continue
             jobs: list[Job] = []
             for name in names.split("+"):
@@ -286,19 +272,26 @@ def main() -> None:
                     jobs += tests(out, args.dry)
                 elif name == "benchmarks":
                     jobs += benchmarks(out, args.dry, seconds)
+                elif name == "comparison" and not data.is_dir():
+                    print("No comparison: .gpu/ has no images of NEU-Seg. `make gpu-bundle` packs them.")
                 elif name == "comparison":
-                    jobs += comparison(work, data, weights, groups, args.dry)
+                    jobs += comparison(work, data, args.dry)
                 else:
                     parser.error(f"no part is called {name}; there are tests, benchmarks, comparison")
             at = time.monotonic()
             ended = run_jobs(jobs, logs, at + seconds, at_once=len(os.sched_getaffinity(0)))
             summary[part] = {"seconds": round(time.monotonic() - at, 1), "ended": ended}
+            failed |= any(job.failed for job in jobs)
             print(json.dumps({part: summary[part]}), flush=True)
-            collect_scores(work, out)
             collect_logs(logs, out)
-            (out / "summary.json").write_text(json.dumps(summary, indent=1))
-        if (work / "runs").exists() and args.dry:
-            shutil.rmtree(work / "runs")
+            collect_comparison(work, out)
+            write_summary(out, summary)
+    if failed:
+        sys.exit(1)
+
+
+def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fill .gpu/ with what `make gpu` needs on a machine that has a GPU but no network: packages, NEU-Seg, weights.
+"""Fill .gpu/ with what `make gpu` needs on a machine that has a GPU but no network: packages, and images of NEU-Seg.
 
     .venv/bin/python scripts/gpu_bundle.py [--shared ../shared] [--limit 64]
 
@@ -7,7 +7,7 @@ jinja2, pillow, tifffile, pytest). The rest is downloaded here, in the versions 
 folder for `sys.path`, which is what a wheel holds. Plotly's parts for Jupyter are left out, and
 Zstandard's second backend.
 
-The ImageNet weights lose the classifier, which no darseg network has, so that everything fits.
+Of NEU-Seg only the images of experiments/neu_seg_quick.yaml are packed, so that everything fits.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).parents[1]
 BUNDLE = HERE / ".gpu"
@@ -44,7 +42,7 @@ LEFT_OUT = (
     "plotly/package_data/datasets/",
     "zstandard/_cffi",
 )
-WEIGHTS = "efficientnet_lite0_in1k.pth"
+LISTS = ("labeled_48.txt", "val.txt", "test.txt")  # of NEU-Seg
 MIB = 1 << 20
 
 
@@ -79,10 +77,14 @@ def pack(out: Path, contents: Mapping[str, Path]) -> None:
     aside.rename(out)
 
 
-def pack_weights(source: Path, out: Path) -> None:
-    """The tensors of the backbone."""
-    tensors = torch.load(source, map_location="cpu", weights_only=True)
-    torch.save({name: tensor for name, tensor in tensors.items() if not name.startswith("classifier.")}, out)
+def neu_seg_of(data: Path) -> dict[str, Path]:
+    """The files of NEU-Seg that the comparison reads, by their names in the archive."""
+    unlabeled = HERE / "experiments" / "neu_seg_unlabeled.txt"
+    ids = [
+        line for path in (*(data / name for name in LISTS), unlabeled) for line in path.read_text().split()
+    ]
+    images = [f"images/{name}.jpg" for name in ids] + [f"labels/{name}.png" for name in ids]
+    return {f"neu_seg/{name}": data / name for name in sorted({*images, *LISTS})}
 
 
 def travels() -> int:
@@ -97,19 +99,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shared", type=Path, default=HERE.parent / "shared", help="with data/ and weights/")
+    parser.add_argument("--shared", type=Path, default=HERE.parent / "shared", help="with data/")
     parser.add_argument("--limit", type=int, default=64, help="MiB that code and bundle may have together")
     args = parser.parse_args()
     BUNDLE.mkdir(exist_ok=True)
     pack_packages(BUNDLE / "site.tar.xz")
-    data, weights = args.shared / "data" / "neu_seg", args.shared / "weights" / WEIGHTS
-    if data.is_dir() and weights.is_file():
-        pack(BUNDLE / "neu_seg.tar.xz", {"neu_seg": data})
-        pack_weights(weights, BUNDLE / WEIGHTS)
+    data = args.shared / "data" / "neu_seg"
+    if data.is_dir():
+        pack(BUNDLE / "neu_seg.tar.xz", neu_seg_of(data))
     else:
-        print(
-            f"{args.shared} has no data/neu_seg or weights/{WEIGHTS}, so the comparison will run on drawn images."
-        )
+        print(f"{args.shared} has no data/neu_seg, so there will be no comparison.")
     sizes = {path.name: path.stat().st_size for path in sorted(BUNDLE.iterdir()) if path.is_file()}
     sizes["the working tree"] = travels()
     print("\n".join(f"{size / MIB:6.1f} MiB  {name}" for name, size in sizes.items()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import signal
 import subprocess
@@ -10,6 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from darseg.config.experiment import load_experiment
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "scripts"))
@@ -23,10 +27,44 @@ def test_the_comparison_runs_on_drawn_images_and_leaves_its_scores(tmp_path: Pat
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["comparison"]["ended"] == {"half_48_0_dars": "2 of 2 commands done"}
-    scores = json.loads((out / "scores.json").read_text())["scores"]
-    assert sorted(scores) == [f"half_48_seed_0/dars.round_{index}.json" for index in range(3)]
-    assert all(0 <= score["test"]["plain"]["mean_iou"] <= 1 for score in scores.values())
+    assert summary["comparison"]["ended"] == {"comparison": "1 of 1 commands done"}
+    compared = json.loads((out / "compare.json").read_text())
+    assert [variant["name"] for variant in compared["variants"]] == ["control_4_steps", "dars"]
+    assert all(0 <= variant["test"]["mean"] <= 1 for variant in compared["variants"])
+    evidence = json.loads(gzip.decompress((out / "comparison.json.gz").read_bytes()))
+    assert evidence
+
+
+def test_the_comparison_has_all_methods_of_the_experiment_with_all_seeds(tmp_path: Path) -> None:
+    gpu.write_experiment(tmp_path / "experiment.yaml", tmp_path, dry=False)
+    loaded = load_experiment(tmp_path / "experiment.yaml")
+    written, source = loaded.settings, load_experiment(gpu.EXPERIMENT).settings
+    assert [variant.name for variant in written.variants] == [variant.name for variant in source.variants]
+    assert [*written.seeds] == [0, 1, 2] and all(variant.seeds is None for variant in written.variants)
+    assert loaded.base.data.root == str(tmp_path)
+
+
+def test_without_a_gpu_only_a_dry_run_begins(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    command = [sys.executable, "scripts/gpu.py", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2 and "no GPU" in done.stderr
+    command += ["--dry", "--seconds", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert done.returncode == 0 and all(summary[part] == "no time left" for part in gpu.PARTS)
+
+
+def test_a_part_that_fails_is_told_by_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing = Job("tests", [[sys.executable, "-c", "raise SystemExit(3)"]])
+    monkeypatch.setattr(gpu, "tests", lambda out, dry: [failing])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), "--dry", "--parts", "tests"])
+    monkeypatch.setenv("PYTHONPATH", "")
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    assert json.loads((tmp_path / "summary.json").read_text())["tests"]["ended"] == {"tests": "exit code 3"}
 
 
 def test_what_is_not_done_in_time_is_stopped_and_told(
