@@ -46,6 +46,7 @@ GRACE = 8  # seconds between asking a process to stop and killing it
 
 # All methods on NEU-Seg; each with these seeds, in the order of the seeds.
 EXPERIMENT = HERE / "experiments" / "neu_seg_quick.yaml"
+UNLABELED = "neu_seg_unlabeled.txt"
 SEEDS = (0, 1, 2)
 RUNS_AT_ONCE = 12
 # What stays of it in a dry run, with what is changed.
@@ -162,13 +163,15 @@ def write_experiment(path: Path, data: Path, dry: bool) -> None:
 
     content = yaml.safe_load(EXPERIMENT.read_text())
     content["recipe"] = str(EXPERIMENT.parent / content["recipe"])
-    content["changes"] |= {"data.root": str(data)}
+    # The recipe's own list need not be there.
+    content["changes"] |= {"data.root": str(data), "data.unlabeled": str(EXPERIMENT.parent / UNLABELED)}
     content["seeds"] = [*SEEDS]
     for lists in content["labels"]:
         lists |= {role: str(EXPERIMENT.parent / name) for role, name in lists.items()}
     if dry:
         content["changes"] |= DRY_CHANGES
         lists = {role: str(data / f"{role}_48.txt") for role in ("labeled", "unlabeled")}
+        content["changes"]["data.unlabeled"] = lists["unlabeled"]
         content |= {"seeds": [0], "all_labels": False, "labels": [lists]}
         content["variants"] = [v for v in content["variants"] if v["name"] in DRY_VARIANTS]
     for variant in content["variants"]:

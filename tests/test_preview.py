@@ -235,7 +235,9 @@ def test_every_method_and_mixing(
     saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     saved["online"] = {"above": ABOVE} | online
     (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(saved))
-    images = drawn(tmp_path / "run", round_index=1)[1].images
+    batch = drawn(tmp_path / "run", round_index=1)[1]
+    images = batch.images
+    assert ("accepts nothing in the first 1 steps" in batch.note) == ("aligned" in online)
     for image in images:
         assert len(image.views) == (2 if "unimatch" in online.get("method", "") else 1)
         for view in image.views:

@@ -223,6 +223,11 @@ def find_samples(source: Source, find: FindFiles = find_files) -> tuple[Sample, 
     else:
         samples = _read_list(source, source.list_file, find)
         where = source.list_file
+        if not samples:
+            raise DataError(
+                f"{where}: this list names no images. Name one in each line, or remove its key from the recipe: without "
+                "data.unlabeled, all images that have no other use are unlabeled."
+            )
     if source.every is not None:
         samples = samples[:: source.every]
     if source.except_every is not None:

@@ -138,6 +138,17 @@ def first_steps(how: Acceptance) -> int:
             return max(window, first_steps(rule))
 
 
+def window_of(how: Acceptance) -> int:
+    """Steps at the beginning of a round in which nothing is accepted."""
+    match how:
+        case Above() | ClassThresholds():
+            return 0
+        case Aligned(window=window):
+            return window
+        case MeanAligned(accept=rule) | Realigned(accept=rule):
+            return window_of(rule)
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What a teacher says about a process's share of the weak views.

@@ -38,7 +38,13 @@ from darseg.run.journal import Journal
 from darseg.run.label_samples import waiting_bytes
 from darseg.run.labelers import labelers_of, labeling_protocol_of, who_labels
 from darseg.run.memory import memory_of, memory_of_classifier
-from darseg.run.online import describe_discriminator, describe_online, teacher_of, unused_online
+from darseg.run.online import (
+    describe_discriminator,
+    describe_online,
+    describe_views,
+    teacher_of,
+    unused_online,
+)
 from darseg.run.plan import (
     Round,
     class_weights_of,
@@ -390,7 +396,12 @@ def _online_notes(recipe: Recipe, rounds: Sequence[Round]) -> list[str]:
     """What online rounds do, and their discriminators; or which keys do nothing without such rounds."""
     online = [(planned.index, planned.online) for planned in rounds if planned.online is not None]
     notes = [
-        f"round {index} learns from unlabeled images while it trains, by {describe_online(how)}"
+        "; ".join(
+            [
+                f"round {index} learns from unlabeled images while it trains, by {describe_online(how)}",
+                *(f"{name}: {what}" for name, what in describe_views(how)),
+            ]
+        )
         for index, how in online
     ]
     notes += [

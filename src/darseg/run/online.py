@@ -6,7 +6,7 @@ key in config/online.py, and a line in `online_of`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -312,6 +312,32 @@ def describe_online(how: Consistency | Adversarial) -> str:
         f"{how.method}: {how.batch} unlabeled images a step with {how.views} strong view(s), mixing {how.mixing}; "
         f"{_described(how.accept)}, {labels}; weight {how.weight:g}"
     )
+
+
+def describe_views(how: Consistency | Adversarial) -> Iterator[tuple[str, str]]:
+    """What strong views are and how boxes are cut, a name and a description each; nothing without such views."""
+    if isinstance(how, Adversarial):
+        return
+    yield "colors of strong views", describe_colors(how.strong.colors)
+    if how.mixing == "cutmix":
+        boxes = how.strong.boxes
+        smallest, largest = (f"{area:.0%}" for area in boxes.area)
+        area = smallest if smallest == largest else f"{smallest} to {largest}"
+        yield "boxes", f"{boxes.share:.0%} of the views, {area} of the crop"
+
+
+def describe_colors(colors: Colors) -> str:
+    """How colors are changed, as a part of a sentence."""
+    parts = []
+    if colors.jitter_share:
+        names = ("brightness", "contrast", "saturation", "hue")
+        strengths = ", ".join(f"{name} {value:g}" for name, value in zip(names, colors.jitter, strict=True))
+        parts.append(f"jitter of {colors.jitter_share:.0%} ({strengths})")
+    if colors.gray_share:
+        parts.append(f"gray {colors.gray_share:.0%}")
+    if colors.blur_share:
+        parts.append(f"blur of {colors.blur_share:.0%} ({colors.blur[0]:g} to {colors.blur[1]:g} pixels)")
+    return "; ".join(parts) or "unchanged"
 
 
 def _describe_adversarial(how: Adversarial) -> str:

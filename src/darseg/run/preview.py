@@ -18,12 +18,11 @@ import torch
 from darseg.config.recipe import Recipe
 from darseg.config.text import load_recipe
 from darseg.data.classes import IGNORE, ClassSet
-from darseg.data.colors import Colors
 from darseg.data.dataset import Cache, Example
 from darseg.data.files import refuse_link
 from darseg.data.manifest import Manifest, Sample
 from darseg.errors import RunError
-from darseg.methods.acceptance import MeanAligned
+from darseg.methods.acceptance import MeanAligned, window_of
 from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency
 from darseg.model.torchfile import read_bare_part
@@ -44,7 +43,7 @@ from darseg.run.data_digest import digest_samples
 from darseg.run.directory import RunDirectory
 from darseg.run.labeled_part import labeled_samples
 from darseg.run.marks import expect_excluded, without
-from darseg.run.online import describe_online
+from darseg.run.online import describe_colors, describe_online, describe_views
 from darseg.run.plan import Round, method_of, plan_rounds
 from darseg.run.records import read_texts
 from darseg.run.seen import TRUTH, SeenImage, labeled_images, labels_of, unlabeled_images
@@ -309,6 +308,11 @@ def _samples_of(source: _Source, feed: Feed) -> tuple[Sequence[Sample], str, str
                 f"Labels are made by the network of round {before}, from which this round starts. Those of the first "
                 "step are training's; then training labels with a network that has moved on."
             )
+            if isinstance(how := source.round.online, Consistency) and (window := window_of(how.accept)):
+                note += (
+                    f" online.aligned accepts nothing in the first {window} steps, whose predictions its thresholds are "
+                    "chosen from. These are such steps: nothing has a label."
+                )
     if isinstance(source.round.online, Adversarial):
         note = "The network labels for itself as it trains, where its discriminator trusts it, so no labels are shown."
     elif source.round.online is not None and source.round.online.networks > 1:
@@ -362,28 +366,9 @@ def _settings(source: _Source) -> Iterator[tuple[str, str]]:
     yield "mirror", "half of the images, left to right" if how.mirror else "none"
     but_weak = ", not the unlabeled ones" if round_.online else ""
     yield "blur", f"half of the images, 5 x 5 pixels{but_weak}" if how.blur else "none"
-    yield "colors", f"{_describe_colors(how.colors)}{but_weak}" if how.colors else "unchanged"
+    yield "colors", f"{describe_colors(how.colors)}{but_weak}" if how.colors else "unchanged"
     yield "padding", "color {}, {}, {} (RGB)".format(*how.fill)
     if round_.online is not None:
         yield "online", describe_online(round_.online)
-        if round_.online.views:
-            yield "colors of strong views", _describe_colors(round_.online.strong.colors)
-        if round_.online.mixing == "cutmix":
-            boxes = round_.online.strong.boxes
-            smallest, largest = (f"{area:.0%}" for area in boxes.area)
-            area = smallest if smallest == largest else f"{smallest} to {largest}"
-            yield "boxes", f"{boxes.share:.0%} of the views, {area} of the crop"
+        yield from describe_views(round_.online)
     yield "seed", f"{source.recipe.seed}"
-
-
-def _describe_colors(colors: Colors) -> str:
-    parts = []
-    if colors.jitter_share:
-        names = ("brightness", "contrast", "saturation", "hue")
-        strengths = ", ".join(f"{name} {value:g}" for name, value in zip(names, colors.jitter, strict=True))
-        parts.append(f"jitter of {colors.jitter_share:.0%} ({strengths})")
-    if colors.gray_share:
-        parts.append(f"gray {colors.gray_share:.0%}")
-    if colors.blur_share:
-        parts.append(f"blur of {colors.blur_share:.0%} ({colors.blur[0]:g} to {colors.blur[1]:g} pixels)")
-    return "; ".join(parts) or "unchanged"
