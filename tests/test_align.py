@@ -268,6 +268,17 @@ def test_equal_scores_that_cannot_be_divided_stay_plain() -> None:
     assert alignment.reached.tolist() == [0.5, 0.5] and alignment.target.tolist() == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_scores_in_half_precision_reach_their_shares_as_far_as_their_steps_allow(seed: int) -> None:
+    """Between 2 and 4, float16 has steps of 0.002, at which hundreds of these pixels change their class together."""
+    margins = np.random.default_rng(seed).normal(2.6, 1, 400_000)
+    scores = np.stack([0 * margins, -margins], axis=1).astype(np.float16)
+    found = align(scores - scores.max(1, keepdims=True), [0.6, 0.4])
+    assert found.converged and np.abs(found.reached - [0.6, 0.4]).max() <= 16 * TOLERANCE
+    step = np.bincount(np.unique(margins.astype(np.float16), return_inverse=True)[1]).max() / len(margins)
+    assert np.abs(found.reached - [0.6, 0.4]).max() <= max(TOLERANCE, step)
+
+
 def test_one_class_for_all_pixels_stays_plain() -> None:
     alignment = align(np.array([[3.0, 1, 0]] * 7), [0.2, 0.3, 0.5])
     assert not alignment.converged and alignment.weights.tolist() == [1] * 3

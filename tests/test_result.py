@@ -509,6 +509,28 @@ def test_without_a_gain_the_plain_network_stays(tmp_path: Path, call: Any) -> No
     assert len(scores_of(tmp_path / "on", 0)["aligned"]["candidates"]) == 1
 
 
+def test_without_held_out_images_the_recipe_can_insist(recipe_file: Path, tmp_path: Path, call: Any) -> None:
+    """Nothing can be scored then; everything else works, and a run that is resumed has the same bytes."""
+    changes = ["data.validation=null", "result.align=on", "rounds=[{steps: 1}]"]
+    recipe, out = load_recipe(recipe_file, changes), tmp_path / "unseen"
+    darseg.train(recipe, out)
+    content = scores_of(out, 0)
+    assert (
+        content["aligned"]["used"] and content["aligned"]["mean_iou"] is None and content["mean_iou"] is None
+    )
+    assert set(content["aligned"]["iou"].values()) == {None} and "candidates" not in content["aligned"]
+    record = darseg.load_network(out).alignment
+    assert record is not None and min(record.weights) < 1 < max(record.weights)
+    before = (out / "round_0/scores.json").read_bytes()
+    darseg.train(recipe, out)
+    assert (out / "round_0/scores.json").read_bytes() == before
+    assert "no held-out image" in darseg.write_report(out).read_text()
+    code, printed, _ = call("train", recipe_file, "--out", out, *changes)
+    assert code == 0 and "undefined" in printed
+    scores, _ = darseg.evaluate(out, role="labeled")
+    assert 0 < scores.mean_iou < 1
+
+
 def test_too_few_images_leave_the_run_as_it_was(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:
     for key, count, least in (("unlabeled", 4, 5), ("validation", 9, 10)):
         ids = (recipe_file.parent / f"{key}.txt").read_text().split()[:count]

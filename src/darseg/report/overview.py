@@ -117,8 +117,8 @@ def page_of(facts: RunFacts, data: DataFacts, pictures: Markup, *, seconds: floa
     page.section("Verdict", verdict(facts, data), heading=False)
     if facts.scored:
         page.section("Classes", _classes(page, facts))
-        if any(round_.aligned for round_ in facts.scored):
-            page.section("Result", _result(facts, data))
+    if any(round_.aligned for round_ in facts.rounds):
+        page.section("Result", _result(facts, data))
     if facts.labeled:
         page.section("Class shares", _shares(page, facts, data))
         if any(round_.labels and round_.labels.alignment for round_ in facts.labeled):
@@ -258,7 +258,7 @@ def _shares_table(classes: ClassSet, data: DataFacts, round_: RoundFacts) -> Tab
 
 
 def _result(facts: RunFacts, data: DataFacts) -> Markup:
-    with_result = [round_ for round_ in facts.scored if round_.aligned]
+    with_result = [round_ for round_ in facts.rounds if round_.aligned]
     rounds, omitted = shown(with_result, MOST_ROWS // len(facts.classes))
     entries = [
         (r.index, r.scores, r.aligned) for r in rounds if r.scores is not None and r.aligned is not None

@@ -95,7 +95,7 @@ def _table(
     titles, columns, means = ["class"], [], []
     for key, title in (("iou", "IoU"), ("precision", "precision"), ("recall", "recall")):
         for kind, scores in (("plain", plain), ("aligned", aligned.scores)):
-            if scores is not None:
+            if scores is not None and scores.confusion.any():
                 titles.append(f"{title} {kind}")
                 columns.append([figure_of(value) for value in getattr(scores, key)])
                 means.append(figure_of(scores.mean_iou) if key == "iou" else "")

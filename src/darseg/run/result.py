@@ -198,7 +198,8 @@ def describe_decision(
             "reached": _by_name(names, alignment.reached.tolist()),
         },
     }
-    if not decision.differences:
+    described |= Scores(confusions[1 + decision.chosen]).to_json(names)
+    if not decision.differences:  # no held-out image: all scores are undefined
         return described
     return (
         described
@@ -213,7 +214,6 @@ def describe_decision(
                 )
             ]
         }
-        | Scores(confusions[1 + decision.chosen]).to_json(names)
     )
 
 
