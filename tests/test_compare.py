@@ -29,7 +29,7 @@ from darseg.experiment.folder import ExperimentFolder
 from darseg.experiment.ledger import Ledger
 from darseg.experiment.plan import plan_experiment
 from darseg.run.directory import RunDirectory
-from wording import refused
+from wording import refused, says
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -592,3 +592,13 @@ def test_a_plan_measures_what_nobody_has_run(
     code, out, err = call("compare", path, tmp_path / "new", "--plan")
     assert code == 0, err
     assert "2 runs to do" in out and "a rehearsal of 2 steps" in out and not (tmp_path / "new").exists()
+
+
+def test_a_plan_names_the_variant_that_cannot_be_measured(
+    compared: tuple[Path, Path], tmp_path: Path, call
+) -> None:
+    path, _ = compared
+    broken = "{name: broken, changes: {training.learning_rate: 1.0e+30, network.head_channels: 8}}"
+    code, _, err = call("compare", path, tmp_path / "new", "--plan", f"variants=[{broken}]")
+    assert code == 2
+    says(err, "of_broken", "not finite", "without --plan")

@@ -16,7 +16,7 @@ from darseg.config.experiment import ExperimentFile, load_experiment
 from darseg.config.recipe import Recipe
 from darseg.data.files import regular_files, write_whole
 from darseg.data.manifest import Manifest, Sample
-from darseg.errors import RecipeError
+from darseg.errors import DarsegError, RecipeError, RunError
 from darseg.experiment.check import check_images
 from darseg.experiment.controls import rounds_of
 from darseg.experiment.design import Design, PlannedTrial, design_of, with_steps
@@ -249,7 +249,13 @@ def _rehearse(trial: PlannedTrial, folder: Path, threads: int) -> dict[str, Rate
     """The rates of a run's rounds, of a few steps and images."""
     recipe, numbers = _shortened(trial, folder, threads)
     run = RunDirectory(folder / "run")
-    train(recipe, run.root, console=Console(quiet=True))
+    try:
+        train(recipe, run.root, console=Console(quiet=True))
+    except DarsegError as error:
+        raise RunError(
+            f"{trial.variant} fails in its first steps, which were to be measured: {error}\nCorrect or "
+            "remove it. `darseg compare` without --plan reports it and runs the others."
+        ) from error
     times: dict[int, list[tuple[int, float]]] = {}
     for event in Journal(run.journal, None, Console(quiet=True)).events("step"):
         times.setdefault(event["round"], []).append((event["step"], event["time"]))
