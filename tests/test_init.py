@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ import yaml
 from PIL import Image
 
 from conftest import REPOSITORY
+from darseg.config.experiment import load_experiment
 from darseg.config.text import flow, load_recipe
 from darseg.data.classes import CAMVID, VOC
 from darseg.data.labels import read_label
@@ -308,15 +310,18 @@ def check_every_proposal(recipe, manifest, text: str) -> None:
         )
     assert recipe.training.batch >= 4 and recipe.training.precision in ("fp32", "bf16")
     assert [round_.labeling_ratio for round_ in recipe.rounds] == (
-        [None, 0.4, 0.65] if manifest.unlabeled else [None]
+        [None, 0.8] if manifest.unlabeled else [None]
     )
+    assert recipe.labeling.align == ("decisions" if manifest.unlabeled else "none")
+    if manifest.unlabeled:
+        first, second = (planned.steps for planned in recipe.rounds)
+        assert abs(second - 2 * first) <= 10 or first == 100  # the fewest
+        assert recipe.rounds[1].span == (0, 1)
     lines = text.splitlines()
     bare = [
         line
         for before, line in zip(["", *lines], lines, strict=False)
-        if re.match(r"\s+(- )?\w+: .", line)
-        and "#" not in before + line
-        and "labeling_ratio: 0.65" not in line
+        if re.match(r"\s+(- )?\w+: .", line) and "#" not in before + line
     ]
     assert not bare
 
@@ -646,7 +651,7 @@ def test_the_network_of_a_given_file_is_taken_over(tmp_path: Path) -> None:
         )
         training = recipe.training
         assert (training.optimizer, training.learning_rate, training.head_factor) == ("adamw", *rates)
-        assert len(recipe.rounds) == 3
+        assert len(recipe.rounds) == 2
         few_steps = (None, 1) if architecture == "dpt" else (True, 0.4)
         assert (training.one_pass, training.pseudo_weight) == few_steps
         control = load_recipe(out, ["rounds=[{steps: 3}]"])  # as the docs say how to train one
@@ -743,12 +748,48 @@ def test_crop_and_batch_fit_the_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "steps"),
-    [(0.001, (10_000, 20_000, 20_000)), (1.0, (720, 1440, 1440)), (1000.0, (100, 100, 100))],
+    ("kind", "seconds", "unlabeled", "steps"),
+    [
+        ("cpu", 0.001, 4000, (16_670, 20_000)),
+        ("cpu", 1.0, 4000, (1200, 2400)),
+        ("cpu", 1000.0, 4000, (100, 100)),
+        ("cpu", 1.0, 0, (3600,)),
+        ("cuda", 1.0, 4000, (1200, 1200, 1200)),
+        ("cuda", 0.001, 400, (4670, 4670, 4670)),
+        ("cuda", 1000.0, 4000, (100, 100, 100)),
+    ],
 )
-def test_steps_fit_the_time(seconds: float, steps: tuple[int, ...]) -> None:
-    draft = Draft(Path(), [], "", labeled=800, unlabeled=4000)
-    assert fit.steps_of_rounds(draft, batch=8, seconds=seconds, limit=3600) == steps
+def test_steps_fit_the_time(kind: str, seconds: float, unlabeled: int, steps: tuple[int, ...]) -> None:
+    draft = Draft(Path(), [], "", labeled=800, unlabeled=unlabeled)
+    assert fit.steps_of_rounds(draft, kind, batch=8, seconds=seconds, limit=3600) == steps
+
+
+def test_few_labels_get_what_won_on_neu_seg(tmp_path: Path) -> None:
+    """docs/results.md: one long round from the full rate on, aligned labels, one pass, after a third of the steps."""
+    plain(tmp_path / "in")
+    recipe = load_recipe(propose_recipe(tmp_path / "in", tmp_path / "r.yaml").recipe)
+    assert not recipe.labeling.predict_twice
+    won = load_experiment(REPOSITORY / "experiments" / "neu_seg.yaml").recipes["one_round"]
+    for section, keys in {
+        "training": ("optimizer", "learning_rate", "head_factor", "one_pass", "pseudo_weight"),
+        "labeling": ("align", "method", "strength", "bound"),
+    }.items():
+        for key in keys:
+            assert getattr(getattr(recipe, section), key) == getattr(getattr(won, section), key), key
+    (first, second), (_, longer) = won.rounds, recipe.rounds
+    assert (second.labeling_ratio, second.span) == (longer.labeling_ratio, longer.span)
+    assert fit.PARTS["cpu"] == (
+        first.steps / (first.steps + second.steps),
+        second.steps / (first.steps + second.steps),
+    )
+
+
+def test_many_large_unlabeled_images_are_predicted_twice() -> None:
+    draft = Draft(Path(), [], "", sizes=[(1000, 2000)] * 3, labeled=10, unlabeled=250)
+    spec = NetworkSpec(backbone="resnet18", classes=20, output_stride=16, head_channels=128)
+    few = replace(draft, unlabeled=100)
+    wanted = SimpleNamespace(spec=spec)
+    assert fit.predicts_twice(draft, wanted) and not fit.predicts_twice(few, wanted)  # ty: ignore
 
 
 def test_a_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:

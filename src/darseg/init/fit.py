@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 
 import torch
 from torch.nn import functional as F
 
 from darseg.data.classes import BUILT_IN
+from darseg.data.prediction import FLOAT16
 from darseg.errors import DarsegError, DataError, RecipeError, WeightsError
 from darseg.init.draft import Draft, path_from
 from darseg.model.footprint import training_memory
 from darseg.model.network import NetworkSpec
 from darseg.model.timm_backbones import import_timm
 from darseg.model.weights import load_weights, read_spec
+from darseg.pseudo.scores import scores_bytes_per_pixel
 from darseg.run.build import pick_device, place
 from darseg.run.machine import free_memory, usable_cores
 
@@ -39,10 +42,17 @@ LARGE_BATCH = 16
 """The paper's."""
 HOURS = {"cpu": 1.0, "cuda": 8.0}
 """How long all rounds of the proposal may take."""
-EPOCHS = 100, 20
-"""Aims, shortened to the hours above: epochs over the labeled images in round 0, and over the unlabeled images in each
-later round."""
+EPOCHS = 100, 40
+"""Aims for all rounds together, shortened to the hours above: epochs over the labeled images and over the unlabeled
+ones."""
+PARTS = {"cpu": (1 / 3, 2 / 3), "cuda": (1 / 3, 1 / 3, 1 / 3)}
+"""How the steps are divided among the rounds. Measured on a CPU: docs/results.md. On a GPU as many rounds as in the
+paper."""
 FEWEST_STEPS, MOST_STEPS = 100, 20_000
+"""Of a round."""
+
+DISK = 10 << 30
+"""Bytes that scores may take between the passes of labeling; more, and images are predicted twice."""
 
 LARGEST_WINDOW = {"cpu": 513, "cuda": 1025}
 """Sides of images that are predicted in one window; larger images are predicted in windows of the crop's size."""
@@ -169,7 +179,7 @@ def fit_machine(
         memory=memory,
         budget=machine.budget,
         seconds=seconds,
-        steps=steps_of_rounds(draft, batch=batch, seconds=seconds, limit=HOURS[kind] * 3600),
+        steps=steps_of_rounds(draft, kind, batch=batch, seconds=seconds, limit=HOURS[kind] * 3600),
         device=kind,
         described=machine.described,
     )
@@ -308,15 +318,21 @@ def step_seconds(spec: NetworkSpec, batch: int, crop: tuple[int, int]) -> float:
     return max(1e-3, clock() - began) / threads * batch / 2
 
 
-def steps_of_rounds(draft: Draft, *, batch: int, seconds: float, limit: float) -> tuple[int, ...]:
+def steps_of_rounds(draft: Draft, kind: str, *, batch: int, seconds: float, limit: float) -> tuple[int, ...]:
     """Steps of each round.
 
     Args:
+        kind: of the device, "cpu" or "cuda".
         seconds: of a step; limit: of all rounds together.
     """
-    aims = [EPOCHS[0] * draft.labeled / batch]
-    if draft.unlabeled:
-        aims += [EPOCHS[1] * draft.unlabeled / (batch // 2)] * 2
-    aims = [min(max(aim, FEWEST_STEPS), MOST_STEPS) for aim in aims]
-    factor = min(1.0, limit / (sum(aims) * seconds))
-    return tuple(max(FEWEST_STEPS, 10 * round(aim * factor / 10)) for aim in aims)
+    parts = PARTS[kind] if draft.unlabeled else (1.0,)
+    epochs = EPOCHS[0] * draft.labeled / batch + EPOCHS[1] * draft.unlabeled / (batch // 2)
+    together = min(epochs, limit / seconds)
+    return tuple(max(FEWEST_STEPS, 10 * round(min(part * together, MOST_STEPS) / 10)) for part in parts)
+
+
+def predicts_twice(draft: Draft, fit: Fit) -> bool:
+    """Whether the scores of all unlabeled images might take too much of the disk while decisions are aligned."""
+    heights, widths = zip(*(draft.sizes or [(0, 0)]), strict=True)
+    pixels = draft.unlabeled * median(heights) * median(widths)
+    return pixels * scores_bytes_per_pixel(fit.spec.classes, FLOAT16) > DISK

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from darseg.config.text import flow
 from darseg.init.data import quoted
 from darseg.init.draft import Draft, Form, path_from
-from darseg.init.fit import DINO, DINO_SOURCE, Fit, is_dino, takes_adamw
+from darseg.init.fit import DINO, DINO_SOURCE, Fit, is_dino, predicts_twice, takes_adamw
 from darseg.model.network import HEAD_CHANNELS
 from darseg.training.bootstrap import LEAST_HELD_OUT
 
@@ -134,6 +134,10 @@ def _training_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     cover = "one covers an image" if fit.covers else "several, as large as the crops, cover an image"
     yield "labeling:"
     yield f"  window: {flow(list(fit.window))}  # height and width of the pieces to predict; {cover}"
+    if len(fit.steps) == 2:
+        yield "  align: decisions  # the labels have the class shares of the labeled pixels, also of rare classes"
+        if predicts_twice(draft, fit):
+            yield "  predict_twice: true  # otherwise scores of all classes would wait on the disk: many gigabytes here"
 
 
 def _result_lines(draft: Draft, fit: Fit) -> Iterator[str]:
@@ -150,6 +154,9 @@ def _rounds_lines(draft: Draft, fit: Fit) -> Iterator[str]:
         yield "rounds:  # only one: later rounds learn from unlabeled images, and there are none"
         yield f"  - steps: {fit.steps[0]}  # about {minutes[0]} here ({measured})"
         return
+    if len(fit.steps) == 2:
+        yield from _two_rounds_lines(draft, fit, minutes, measured)
+        return
     first, second, third = fit.steps
     yield from _comment_lines(
         "Rounds as in the paper: round 0 learns from the labeled images; each later round first labels the unlabeled "
@@ -162,6 +169,20 @@ def _rounds_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     yield f"  - steps: {third}  # about {minutes[2]}"
     yield "    labeling_ratio: 0.65"
     yield "    scale: [0.5, 3.0]  # stronger augmentation in the last round, as in the paper"
+
+
+def _two_rounds_lines(draft: Draft, fit: Fit, minutes: Sequence[str], measured: str) -> Iterator[str]:
+    first, second = fit.steps
+    yield from _comment_lines(
+        "Round 0 learns from the labeled images; round 1 first labels the unlabeled images, then learns from all, "
+        "beginning at the full rate again. In as many steps that reached more than the paper's three rounds "
+        f"(docs/results.md). The numbers of steps are chosen by time: {measured}"
+    )
+    yield "rounds:"
+    yield f"  - steps: {first}  # about {minutes[0]}, on the {draft.labeled} labeled images only"
+    yield f"  - steps: {second}  # about {minutes[1]}, without the time to label {draft.unlabeled} images"
+    yield "    labeling_ratio: 0.8  # share of the unlabeled pixels to label, the surest ones"
+    yield "    span: [0.0, 1.0]  # the learning rate begins at its full value and falls to 0"
 
 
 def _one_line(text: str) -> str:
