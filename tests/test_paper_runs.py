@@ -247,12 +247,15 @@ def test_voc_on_dinov2(downloads, call, tmp_path: Path) -> None:
             "cityscapes_1of8_dinov2_base_unimatch_v2",
             "voc_1464_unimatch_r101",
             "voc_1464_fixmatch_r101",
+            "cityscapes_1of8_unimatch_r101",
+            "cityscapes_1of8_fixmatch_r101",
             "voc_1of8_cps_r50",
             "voc_1of8_cps_plain_r50",
         ],
         "cityscapes_1of8_dinov2_base_unimatch_v2",
         "voc_1464_unimatch_r101",
         "voc_1464_fixmatch_r101",
+        "cityscapes_1of8_unimatch_r101",
         "voc_1of8_cps_r50",
     ),
 )
@@ -281,7 +284,8 @@ def test_online_recipes(name: str, downloads, call, tmp_path: Path) -> None:
     code, _, err = call("train", RECIPES / f"{name}.yaml", *changes, "--out", tmp_path / "run")
     assert code == 0, err
     scores = json.loads((tmp_path / "run" / "round_0" / "scores.json").read_text())
-    window = "windows 49x49" if "cps" in name else "whole images" if voc else "windows 98x98"
+    dino = "dinov2" in name
+    window = "whole images" if voc and "cps" not in name else f"windows {'98x98' if dino else '49x49'}"
     assert window in scores["protocol"] and "no mirror" in scores["protocol"]
     names = (
         ("2007_000033", "2007_000042", "2008_000009")
@@ -294,7 +298,7 @@ def test_online_recipes(name: str, downloads, call, tmp_path: Path) -> None:
     events = [json.loads(line) for line in (tmp_path / "run" / "journal.jsonl").read_text().splitlines()]
     figures = [event for event in events if event["event"] == "step"]
     assert figures and all(0 <= event["accepted"] <= 1 and "loss_unlabeled" in event for event in figures)
-    assert ("loss_features" in figures[0]) == (name == "voc_1464_unimatch_r101")
+    assert ("loss_features" in figures[0]) == name.endswith("_unimatch_r101")
     assert ("loss_second" in figures[0]) == ("cps" in name)
 
 

@@ -204,6 +204,9 @@ WHOLE = "own size, whole images scaled to the nearest legal sides, no mirror"
 ADAMW = (5e-6, 40.0, AdamW(betas=(0.9, 0.999), weight_decay=0.01))
 HALF_SGD = (0.001 / 2, 10.0, SGD(momentum=0.9, weight_decay=2 * 1e-4))
 VOC_V1_STEPS = epochs_of_4_gpus(9118, 2, 80)
+STREET_SGD = (0.005 / 2, 1.0, SGD(momentum=0.9, weight_decay=2 * 1e-4))
+STREET_V1_STEPS, HARD = epochs_of_4_gpus(2603, 2, 240), (0.7, 200_000 // 2)
+SLIDING_801 = SLIDING.replace("798x798", "801x801")
 ONLINE = {
     "voc_1464_dinov2_base_unimatch_v2": Online(
         BASE, 518, 4 * 4, 4, ADAMW, None, epochs_of_4_gpus(9118, 4, 60), ("unimatch_v2", 2, 0.996), WHOLE, VOC
@@ -217,6 +220,12 @@ ONLINE = {
     ),
     "voc_1464_fixmatch_r101": Online(
         PLUS, 321, 4 * 2, None, HALF_SGD, None, VOC_V1_STEPS, ("fixmatch", 1, None), WHOLE, VOC
+    ),
+    "cityscapes_1of8_unimatch_r101": Online(
+        PLUS, 801, 4 * 2, 2, STREET_SGD, HARD, STREET_V1_STEPS, ("unimatch", 2, None), SLIDING_801, EIGHTH
+    ),
+    "cityscapes_1of8_fixmatch_r101": Online(
+        PLUS, 801, 4 * 2, 2, STREET_SGD, HARD, STREET_V1_STEPS, ("fixmatch", 1, None), SLIDING_801, EIGHTH
     ),
 }  # fmt: skip
 
@@ -422,7 +431,8 @@ def test_an_online_recipe_plans_its_settings(
     how = row.online
     assert how is not None
     assert (how.method, how.views, how.teacher and how.teacher.decay) == wanted.method
-    assert (how.batch, how.accept, how.weight, how.mixing) == (wanted.batch, Above(0.95), 1, "cutmix")
+    accept = Above(0.0 if wanted.learner == STREET_SGD else 0.95)
+    assert (how.batch, how.accept, how.weight, how.mixing) == (wanted.batch, accept, 1, "cutmix")
     assert (how.strong.colors, how.strong.boxes) == (
         Colors((0.5, 0.5, 0.5, 0.25), 0.8, 0.2),
         Boxes(0.5, (0.02, 0.4)),
