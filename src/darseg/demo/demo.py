@@ -61,7 +61,7 @@ def run_demo(
     write_scenes(out / "data", labeled=LABELED, unlabeled=UNLABELED, validation=VALIDATION, seed=DATA_SEED)
     folder = out / f"seed_{seed}"
     recipe = load_recipe(out / "recipe.yaml", [f"seed={seed}"])
-    console.rule("DARS: rounds 0, 1 and 2")
+    console.rule("DARS: rounds 0 and 1")
     dars = train(recipe, folder / "dars", console=console, after_round=after_round)
     console.rule("Control: the labeled images only, for as many steps")
     steps = sum(training_round["steps"] for training_round in dars["rounds"])
