@@ -351,7 +351,7 @@ def test_voc_as_downloaded(tmp_path: Path) -> None:
     draw_voc(tmp_path / "VOCdevkit" / "VOC2012", augmented=True)
     recipe = load_recipe(propose_recipe(tmp_path / "VOCdevkit", tmp_path / "r.yaml").recipe)
     assert recipe.data.layout == "voc" and check(recipe).images == roles(4, 6, 3)
-    assert len(recipe.rounds) == 3
+    assert len(recipe.rounds) == 2
 
 
 def test_images_without_labels_ask_for_labels(call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,7 +417,7 @@ def test_lists_that_cannot_be_read_are_refused(tmp_path: Path):
         find_samples(listed(source, "größe".encode("latin-1")))
     with refused(DataError, str(source.images), "it is a folder"):
         find_samples(replace(source, list_file=source.images))
-    with refused(DataError, str(tmp_path / "list.txt"), ".jpg, .jpeg, .jpe, .jfif, .png"):
+    with refused(DataError, str(tmp_path / "list.txt"), "names no images"):
         find_samples(listed(source, "\n  \n"))
 
 

@@ -223,19 +223,14 @@ def find_samples(source: Source, find: FindFiles = find_files) -> tuple[Sample, 
     else:
         samples = _read_list(source, source.list_file, find)
         where = source.list_file
-        if not samples:
-            raise DataError(
-                f"{where}: this list names no images. Name one in each line, or remove its key from the recipe: without "
-                "data.unlabeled, all images that have no other use are unlabeled."
-            )
     if source.every is not None:
         samples = samples[:: source.every]
     if source.except_every is not None:
         samples = [sample for index, sample in enumerate(samples) if index % source.except_every]
     if not samples:
-        raise DataError(
-            f"{where}: there are no images here. These types are read: {', '.join(IMAGE_SUFFIXES)}."
-        )
+        types = f"there are no images here. These types are read: {', '.join(IMAGE_SUFFIXES)}"
+        empty = "this list names no images. Add some, or remove its key from the recipe"
+        raise DataError(f"{where}: {types if source.list_file is None else empty}.")
     undecodable = [ascii(str(sample.image)) for sample in samples if not _is_utf8(sample.id)]
     if undecodable:
         raise DataError(

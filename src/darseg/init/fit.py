@@ -332,7 +332,7 @@ def steps_of_rounds(draft: Draft, kind: str, *, batch: int, seconds: float, limi
 
 
 def predicts_twice(draft: Draft, fit: Fit) -> bool:
-    """Whether the scores of all unlabeled images might take too much of the disk while decisions are aligned."""
+    """Whether scores that wait while decisions are aligned might take too much of the disk."""
     heights, widths = zip(*(draft.sizes or [(0, 0)]), strict=True)
     pixels = draft.unlabeled * median(heights) * median(widths)
     return pixels * scores_bytes_per_pixel(fit.spec.classes, FLOAT16) > DISK

@@ -155,7 +155,7 @@ def _rounds_lines(draft: Draft, fit: Fit) -> Iterator[str]:
         yield f"  - steps: {fit.steps[0]}  # about {minutes[0]} here ({measured})"
         return
     if len(fit.steps) == 2:
-        yield from _two_rounds_lines(draft, fit, minutes, measured)
+        yield from _two_rounds_lines(draft, fit, minutes, measured=measured)
         return
     first, second, third = fit.steps
     yield from _comment_lines(
@@ -171,7 +171,7 @@ def _rounds_lines(draft: Draft, fit: Fit) -> Iterator[str]:
     yield "    scale: [0.5, 3.0]  # stronger augmentation in the last round, as in the paper"
 
 
-def _two_rounds_lines(draft: Draft, fit: Fit, minutes: Sequence[str], measured: str) -> Iterator[str]:
+def _two_rounds_lines(draft: Draft, fit: Fit, minutes: Sequence[str], *, measured: str) -> Iterator[str]:
     first, second = fit.steps
     yield from _comment_lines(
         "Round 0 learns from the labeled images; round 1 first labels the unlabeled images, then learns from all, "

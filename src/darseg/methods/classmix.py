@@ -1,4 +1,4 @@
-"""ClassMix (Olsson et al., WACV 2021): paste half of the classes of an image, and learn every pixel of the mixture.
+"""ClassMix (Olsson et al., WACV 2021): paste half of the classes of an image, and learn all pixels.
 
 Two points are not as released. The teacher labels in eval mode, as everywhere here, not with the batch's statistics. And
 the share of confident pixels that scales the loss is that of each mixed image, not of the batch, so that micro-batches
@@ -27,7 +27,7 @@ from darseg.training.method import Learner, Method
 
 
 def classmix(learner: Learner, how: Consistency, labeled: Supervision, *, seed: Sequence[int]) -> Method:
-    """CE(labeled) + weight · mean over the strong views of CE(every pixel against the labels of the weak one).
+    """CE(labeled) + weight · mean over strong views of CE(all pixels against the weak one's labels).
 
     The loss of an image is multiplied by the share of its pixels that are accepted. Arguments as of `fixmatch`.
     """

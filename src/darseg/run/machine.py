@@ -147,13 +147,13 @@ def runs_together() -> int:
 
 
 def cache_limit(cache: bool | None, processes: int) -> int:
-    """Bytes of decoded images that one of a run's `processes` on this machine may keep (`training.cache`)."""
+    """Bytes of decoded images that one of a run's `processes` here may keep (`training.cache`)."""
     if cache is None:
         return int((free_memory() or 0) * CACHE_SHARE / (processes * runs_together()))
     return sys.maxsize if cache else 0
 
 
 def workers_for(workers: int | None, processes: int, streams: int) -> int:
-    """Threads for each of `streams` streams, in one of a run's `processes` on this machine (`training.workers`)."""
+    """Threads for each of `streams`, in one of a run's `processes` here (`training.workers`)."""
     share = max(1, usable_cores() // (processes * runs_together()))
     return -(-(workers or min(MOST_WORKERS, share)) // streams)

@@ -315,7 +315,7 @@ def describe_online(how: Consistency | Adversarial) -> str:
 
 
 def describe_views(how: Consistency | Adversarial) -> Iterator[tuple[str, str]]:
-    """What strong views are and how boxes are cut, a name and a description each; nothing without such views."""
+    """What strong views are and how boxes are cut, a name and a description each."""
     if isinstance(how, Adversarial):
         return
     yield "colors of strong views", describe_colors(how.strong.colors)

@@ -207,7 +207,7 @@ def _box_of(views: Views, view: int, row: int) -> tuple[int, int, int, int] | No
 
 
 def _learned_tile(batch: Batch, row: int, *, inside: NDArray[np.bool_]) -> Tile:
-    """What is learned from an image: classes; with a weight of the image, the most probable ones of all pixels."""
+    """What is learned from an image: classes; with a weight, the most probable ones of all pixels."""
     if batch.weights is None:
         return label_tile("label", batch.labels[row], inside=inside)
     weight = float(batch.weights[row].max())
