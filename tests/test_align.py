@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from darseg.errors import DataError, RecipeError
 from darseg.pseudo import pixel_sample
-from darseg.pseudo.align import EASED, STALLED, TOLERANCE, align
+from darseg.pseudo.align import TOLERANCE, align
 from darseg.pseudo.alignment import Alignment
 from darseg.pseudo.pixel_sample import PixelSample, pixel_hashes, sample_limit
 from wording import refused, says
@@ -91,11 +91,7 @@ def test_shares_are_reached_and_nothing_contradicts_them(
     if not alignment.converged:
         assert (weights == 1).all()
         return
-    off = np.abs(alignment.reached - alignment.target).max()
-    # A search that stalls is eased; few of these do.
-    assert off <= TOLERANCE + 2.01 / pixels or (
-        alignment.iterations > STALLED and off <= max(EASED) * TOLERANCE + 2.01 / pixels
-    )
+    assert np.abs(alignment.reached - alignment.target).max() <= TOLERANCE + 2.01 / pixels
     assert (alignment.target[~reachable] == alignment.reached[~reachable]).all()
     rest = alignment.target[reachable] / share[reachable]
     assert np.allclose(rest, rest[0])

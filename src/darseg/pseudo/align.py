@@ -25,8 +25,8 @@ TOLERANCE = 2e-4
 """How far a share may be from its target, besides two pixels: below the error of a share in a sample of 2^20 pixels."""
 
 EASED = (1, 4, 16)
-"""Factors of the tolerance that are tried one after the other: with scores rounded to float16, the next pixels that a
-class can gain or lose may be many with equal scores."""
+"""Factors of the tolerance that are tried one after the other with float16 scores: the next pixels that a class can gain
+or lose may be many with equal scores."""
 
 SWEEPS = 200
 """Sweeps over all classes before a search is given up; networks need about 5 to 40."""
@@ -68,8 +68,8 @@ def align(
         target: wanted shares, for example those of the labeled pixels; [K], sum 1.
         bound: largest weight and reciprocal of the smallest, above 1.
         strength: power of the weights, from 0 to 1.
-        tolerance: largest difference between a share and its target, besides two pixels; if equal scores of many pixels
-            do not allow it, 4 times that, and then 16 times.
+        tolerance: largest difference between a share and its target, besides two pixels; with float16 scores, of which
+            many may be equal, 4 times that if need be, and then 16 times.
         interval: lowest and highest share of each class, [K] each, around `target`. A class whose share is inside
             keeps its weight of 1, and the others move only to the ends of their intervals. Weights are not rescaled.
 
@@ -103,12 +103,15 @@ def align_by_strengths(
     for strength in strengths:
         check_settings(bound, strength, tolerance)
     wanted = _Wanted.checked(target, interval)
-    decisions = Decisions.of(checked_scores(scores_NK, len(wanted.share)), math.log(bound))
+    scores = checked_scores(scores_NK, len(wanted.share))
+    decisions = Decisions.of(scores, math.log(bound))
     plain = decisions.count(np.zeros(len(wanted.share)))
     reachable = (plain > 0) & (wanted.share > 0)
-    result, reachable = _search_eased(
-        decisions, wanted, pixels=tolerance * decisions.pixels, reachable=reachable
-    )
+    slacks = [
+        int(factor * tolerance * decisions.pixels)
+        for factor in (EASED if scores.dtype == np.float16 else (1,))
+    ]
+    result, reachable = _search_eased(decisions, wanted, slacks=slacks, reachable=reachable)
     if is_weak(reachable, wanted.share):
         result = replace(result, converged=False)
     bias = result.bias if result.converged else np.zeros(len(wanted.share))
@@ -195,12 +198,12 @@ class _Result:
 
 
 def _search_eased(
-    decisions: Decisions, wanted: _Wanted, *, pixels: float, reachable: NDArray[np.bool_]
+    decisions: Decisions, wanted: _Wanted, *, slacks: Sequence[int], reachable: NDArray[np.bool_]
 ) -> tuple[_Result, NDArray[np.bool_]]:
-    """`_search_reachable` with a slack of so many pixels, or, if equal scores do not allow it, of more."""
+    """`_search_reachable` with the first of the slacks that converges."""
     sweeps = 0
-    for factor in EASED:
-        result, within = _search_reachable(decisions, wanted, slack=int(factor * pixels), reachable=reachable)
+    for slack in slacks:
+        result, within = _search_reachable(decisions, wanted, slack=slack, reachable=reachable)
         sweeps += result.sweeps
         if result.converged or within.sum() < 2:
             break
