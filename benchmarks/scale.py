@@ -4,8 +4,9 @@
 
 For each number of images: a data set (links to a few small files), then `darseg train` with two rounds of two steps, so
 that all unlabeled images are labeled once; then the same command again, for what it takes to go on. A network with half
-the channels of a ResNet-18 and windows of one image. Seconds of the clock and of the processor of all processes, and the
-most memory of one of them. Started with `--processes 2`, the work is shared by `torchrun`.
+the channels of a ResNet-18 and windows of one image; decoded images are not kept, so that the memory is that of all else.
+Seconds of the clock and of the processor of all processes, and the most memory of one of them. Started with `--processes 2`, the work is shared
+by `torchrun`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def recipe_of(root: Path, side: int) -> dict[str, Any]:
             **{role: f"{role}.txt" for role in ("labeled", "unlabeled", "validation")},
         },
         "network": {"backbone": "resnet18_half", "weights": "none", "output_stride": 16, "head_channels": 8},
-        "training": {"crop": side, "batch": 4, "workers": 1},
+        "training": {"crop": side, "batch": 4, "workers": 1, "cache": False},
         "labeling": {"base_size": side, "window": [side, side], "mirror": False},
         "evaluation": {"base_size": side, "window": [side, side], "mirror": False},
         "result": {"align": "off"},

@@ -20,7 +20,7 @@ from darseg.data import dataset
 from darseg.data.augment import Augmentation
 from darseg.data.batches import Batch, StreamPlace, sample_index, stream_batches
 from darseg.data.classes import IGNORE, class_set
-from darseg.data.dataset import Cache, draw_example, load_example
+from darseg.data.dataset import Cache, draw_example, load_example, load_image
 from darseg.data.encoding import LabelEncoding
 from darseg.data.manifest import Sample
 from darseg.errors import DataError
@@ -283,6 +283,36 @@ def test_an_image_with_another_label_is_another_entry(samples, tmp_path):
     after = cache.load(replace(samples[0], label=label), CLASSES)
     assert (after.label == 2).all() and not (before.label == 2).all()
     assert np.array_equal(after.image, before.image)
+
+
+@pytest.mark.parametrize("first", ["image", "example"])
+def test_a_cache_decodes_an_image_once_for_both_uses(samples, monkeypatch, first: str):
+    """As in labeling, then in training on the labels."""
+    counts, cache = count_reading(monkeypatch), Cache(4 * 20 * 24)  # image and label map fit exactly
+    for use in (first, "image", "example", first):
+        if use == "image":
+            assert np.array_equal(cache.load_image(samples[0]), load_image(samples[0]))
+        else:
+            assert np.array_equal(
+                cache.load(samples[0], CLASSES).label, load_example(samples[0], CLASSES).label
+            )
+    assert counts["0"] == 1 + 4  # and once for each comparison
+    assert cache.kept == 3 * 20 * 24
+
+
+def test_a_round_drops_label_maps_and_keeps_images_within_its_limit(samples, monkeypatch):
+    sizes = [3 * (20 + index) * 24 for index in range(COUNT)]
+    counts, cache = count_reading(monkeypatch), Cache(EVERYTHING)
+    for index in (0, 1, 2):
+        cache.load(samples[index], CLASSES)
+    cache.restart(EVERYTHING)
+    assert cache.load(samples[0], CLASSES).image is cache.load_image(samples[0]) and counts["0"] == 1
+    cache.restart(sizes[0] + sizes[1] + 20 * 24)  # no room for all three
+    assert cache.kept <= sizes[0] + sizes[1] + 20 * 24
+    cache.restart(0)
+    assert cache.kept == 0
+    cache.load(samples[1], CLASSES)
+    assert cache.kept == 0 and counts["1"] == 2
 
 
 def test_examples_in_a_cache_are_read_only(samples):

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import yaml
 import forks
 from conftest import recipe_dict
 from darseg.config.text import load_recipe
+from darseg.data import dataset
 from darseg.data.classes import IGNORE
 from darseg.data.images import read_image
 from darseg.data.labels import read_label
@@ -84,6 +86,37 @@ def test_a_run_leaves_exactly_these_files(finished: Path) -> None:
     expected |= {f"round_{r}/labels/{name}.png" for r in (1, 2) for name in unlabeled}
     assert len(events) == 1
     assert files - events == expected
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"align": "decisions"}, {"align": "decisions", "predict_twice": True}]
+)
+def test_labeling_and_training_decode_an_image_once(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
+    """With `training.cache`, over all rounds; without, labeling decodes each image in every pass."""
+    decoded: Counter[str] = Counter()
+
+    def counted(path: Path, *rule: object) -> np.ndarray:
+        decoded[f"{path.parent.name}/{path.stem}"] += 1
+        return read_image(path, *rule)
+
+    monkeypatch.setattr(dataset, "read_image", counted)
+    recipe = recipe_dict(tiny_data)
+    recipe["labeling"] = recipe.get("labeling", {}) | changes
+    results = []
+    for cache in (True, False):
+        decoded.clear()
+        recipe["training"] |= {"cache": cache, "workers": 1}
+        (path := tmp_path / f"{cache}.yaml").write_text(yaml.safe_dump(recipe))
+        train(path, tmp_path / str(cache))
+        results.append(tmp_path / str(cache))
+        unlabeled = sorted(count for name, count in decoded.items() if name.startswith("u/"))
+        if cache:  # one is predicted before the run begins, to see that memory suffices
+            assert unlabeled == [1] * 5 + [2]
+        else:
+            assert len(unlabeled) == 6 and unlabeled[0] >= 3
+    assert outcome(results[0]) == outcome(results[1])
 
 
 @pytest.mark.parametrize("index", [1, 2])

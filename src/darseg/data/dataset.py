@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,13 +57,22 @@ def _check_labeled(sample: Sample) -> None:
         raise DataError(f"{sample.image}: this image has no label map, but a labeled image is needed here.")
 
 
-def load_example(sample: Sample, classes: ClassSet) -> Example:
+LoadImage = Callable[[Sample], NDArray[np.uint8]]
+"""Reads the image of a sample: `load_image`, or `Cache.load_image`."""
+
+
+def load_image(sample: Sample) -> NDArray[np.uint8]:
+    """The image of a sample, uint8 [H, W, 3]. Raises DataError if it cannot be read."""
+    return read_image(sample.image, sample.reading)
+
+
+def load_example(sample: Sample, classes: ClassSet, read: LoadImage = load_image) -> Example:
     """Read a labeled sample.
 
     Raises DataError if a file cannot be read, or if the label is missing, has another size or unknown values.
     """
     _check_labeled(sample)
-    image, label = read_image(sample.image, sample.reading), read_truth(sample)
+    image, label = read(sample), read_truth(sample)
     if image.shape[:2] != label.shape:
         raise DataError(
             f"{size_fault(sample, label.shape, image.shape[:2])} Run `darseg check` to find all such files."
@@ -85,62 +94,82 @@ Load = Callable[[Sample, ClassSet], Example]
 """Reads a labeled sample: `load_example`, or `Cache.load`."""
 
 
-LoadImage = Callable[[Sample], NDArray[np.uint8]]
-"""Reads the image of a sample: `load_image`, or `Cache.load_image`."""
-
-
-def load_image(sample: Sample) -> NDArray[np.uint8]:
-    """The image of a sample, uint8 [H, W, 3]. Raises DataError if it cannot be read."""
-    return read_image(sample.image, sample.reading)
-
-
 class Cache:
-    """Keeps decoded examples in memory, up to a number of bytes.
+    """Keeps decoded images and label maps in memory, up to a number of bytes.
 
-    Examples that do not fit are decoded each time they are needed. A cache serves one set of classes and assumes
-    that files do not change. Any number of threads may use it.
+    What does not fit is decoded each time it is needed. An image is kept once, whether it was asked for with a label
+    map or without. A cache serves one set of classes and assumes that files do not change. Any number of threads may
+    use it.
 
     Args:
         limit: bytes.
-        read, read_image: read an example and an image that are not kept.
+        read: reads an example that is not kept; None: `load_example`, with the image if that is kept.
+        read_image: reads an image that is not kept.
     """
 
-    def __init__(self, limit: int, read: Load = load_example, read_image: LoadImage = load_image) -> None:
+    def __init__(self, limit: int, read: Load | None = None, read_image: LoadImage = load_image) -> None:
         self._left, self._read, self._read_image = limit, read, read_image
-        self._kept: dict[tuple[Path, Path | None], Example] = {}
+        self._examples: dict[tuple[Path, Path | None], Example] = {}
         self._images: dict[Path, NDArray[np.uint8]] = {}
         self._lock = threading.Lock()
+
+    @property
+    def kept(self) -> int:
+        """Bytes of the images that are kept."""
+        with self._lock:
+            return sum(image.nbytes for image in self._images.values())
+
+    def restart(self, limit: int) -> None:
+        """Drop all label maps, and as many images as are beyond a new limit.
+
+        A round has label maps of its own, but the images of the round before.
+        """
+        with self._lock:
+            self._examples.clear()
+            self._left = limit - sum(image.nbytes for image in self._images.values())
+            while self._left < 0 and self._images:
+                self._left += self._images.popitem()[1].nbytes
+            self._left = max(0, self._left)
 
     def load(self, sample: Sample, classes: ClassSet) -> Example:
         """Load an example like `load_example`; the arrays of an example that is kept are read-only."""
         key = sample.image, sample.label
-        kept = self._kept.get(key)
+        kept = self._examples.get(key)
         if kept is not None:
             return kept
-        example = self._read(sample, classes)
-        confidence = example.confidence
-        arrays = [example.image, example.label, *([] if confidence is None else [confidence])]
-        size = sum(array.nbytes for array in arrays)
+        example = self._read(sample, classes) if self._read else load_example(sample, classes, self._image)
+        image, confidence = example.image, example.confidence
+        maps = [example.label, *([] if confidence is None else [confidence])]
         with self._lock:
-            if key not in self._kept and size <= self._left:
-                self._left -= size
-                for array in arrays:
-                    array.setflags(write=False)
-                self._kept[key] = example
+            if key not in self._examples and self._keep([*maps, *self._new(sample, image)]):
+                self._examples[key] = example
+                self._images.setdefault(sample.image, image)
         return example
 
     def load_image(self, sample: Sample) -> NDArray[np.uint8]:
         """Read an image without its label, uint8 [H, W, 3]; one that is kept is read-only."""
-        kept = self._images.get(sample.image)
-        if kept is not None:
-            return kept
-        image = self._read_image(sample)
+        image = self._image(sample)
         with self._lock:
-            if sample.image not in self._images and image.nbytes <= self._left:
-                self._left -= image.nbytes
-                image.setflags(write=False)
-                self._images[sample.image] = image
+            if self._keep(self._new(sample, image)):
+                self._images.setdefault(sample.image, image)
         return image
+
+    def _image(self, sample: Sample) -> NDArray[np.uint8]:
+        kept = self._images.get(sample.image)
+        return self._read_image(sample) if kept is None else kept
+
+    def _new(self, sample: Sample, image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+        return [] if sample.image in self._images else [image]
+
+    def _keep(self, arrays: Sequence[NDArray[np.uint8]]) -> bool:
+        """Whether there is room for these arrays, which are then read-only and counted."""
+        size = sum(array.nbytes for array in arrays)
+        if size > self._left:
+            return False
+        self._left -= size
+        for array in arrays:
+            array.setflags(write=False)
+        return True
 
 
 def draw_example(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from darseg.data.dataset import load_image
+from darseg.data.dataset import LoadImage, load_image
 from darseg.data.files import read_file, real, write_whole
 from darseg.data.manifest import Sample
 from darseg.data.prediction import BYTES_PER_PIXEL, SCALES, ConfidenceScale, Prediction
@@ -169,12 +169,14 @@ def network_predictor(
     scale: ConfidenceScale,
     *,
     folder: Path | None = None,
+    read: LoadImage = load_image,
 ) -> Predictor:
     """A predictor of images by a network in eval mode.
 
     Args:
         protocol: how images are predicted; None: each in one window, and its mirror.
         folder: where predictions wait for the second pass; None: images are predicted twice.
+        read: reads an image.
     """
     memory, together = Memory(), Together(network, protocol, average="logits", scale=scale)
 
@@ -183,12 +185,12 @@ def network_predictor(
         return predict_for_labeling(network, image, how, name=str(sample.image), scale=scale, memory=memory)
 
     def picture(sample: Sample) -> Picture:
-        return Picture.of(load_image(sample), str(sample.image), together.device)
+        return Picture.of(read(sample), str(sample.image), together.device)
 
     groups = Groups(
         together.images, read=picture, predict=together.predict_each, flow=flow_for(together.device)
     )
-    return Predictor(load_image, run, folder, groups=groups)
+    return Predictor(read, run, folder, groups=groups)
 
 
 def network_scores(
@@ -198,12 +200,14 @@ def network_scores(
     *,
     scores: Path | None = None,
     predictions: Path | None = None,
+    read: LoadImage = load_image,
 ) -> ScoreSource:
     """The scores of images by a network in eval mode, for aligned decisions.
 
     Args:
         protocol: how images are predicted; None: each in one window, and its mirror.
         scores, predictions: where they wait; see `ScoreSource`.
+        read: reads an image.
     """
     memory = Memory()
 
@@ -221,7 +225,7 @@ def network_scores(
         return decide(torch.from_numpy(scores), scale, name=str(sample.image), weights=weights)
 
     return ScoreSource(
-        load_image,
+        read,
         score,
         decide_scores,
         plain=network_predictor(network, protocol, scale).predict,

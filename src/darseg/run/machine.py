@@ -146,10 +146,14 @@ def runs_together() -> int:
     return max(1, int(jobs)) if jobs.isdecimal() else 1
 
 
-def cache_limit(cache: bool | None, processes: int) -> int:
-    """Bytes of decoded images that one of a run's `processes` here may keep (`training.cache`)."""
+def cache_limit(cache: bool | None, processes: int, kept: int = 0) -> int:
+    """Bytes of decoded images that one of a run's `processes` here may keep (`training.cache`).
+
+    Args:
+        kept: bytes that it keeps already, which are not free, but would be.
+    """
     if cache is None:
-        return int((free_memory() or 0) * CACHE_SHARE / (processes * runs_together()))
+        return int(((free_memory() or 0) / (processes * runs_together()) + kept) * CACHE_SHARE)
     return sys.maxsize if cache else 0
 
 

@@ -210,18 +210,19 @@ def _predictor(
 ) -> Predictor | ScoreSource:
     """The network's predictions, or its scores if decisions are aligned, and where they wait."""
     config, predictions = course.recipe.labeling, course.run.predictions(round_.index)
-    scale, waits = SCALES[config.confidence], not config.predict_twice
+    scale, waits, read = SCALES[config.confidence], not config.predict_twice, course.decoded().load_image
     if config.normalized:
-        return network_scores(network, protocol, scale)
+        return network_scores(network, protocol, scale, read=read)
     if config.align == "none":
         folder = predictions if waits else None
-        return network_predictor(network, protocol, scale, folder=folder)
+        return network_predictor(network, protocol, scale, folder=folder, read=read)
     return network_scores(
         network,
         protocol,
         scale,
         scores=course.path(round_, WAITING_SCORES) if waits else None,
         predictions=predictions,
+        read=read,
     )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from darseg.config.recipe import Recipe
 from darseg.data.augment import Augmentation
 from darseg.data.batches import StreamPlace
-from darseg.data.dataset import Cache
 from darseg.data.manifest import Sample
 from darseg.methods.adversarial import Adversarial
 from darseg.methods.consistency import Consistency
@@ -27,7 +26,7 @@ from darseg.run.dynamic import dynamic_of, keeps_confidences
 from darseg.run.formats import as_format_1, digest_format_1, earlier_digests, stage_format_1
 from darseg.run.image_classes import digest_image_classes, trained_image_classes
 from darseg.run.labeled_part import labeled_samples
-from darseg.run.machine import cache_limit, workers_for
+from darseg.run.machine import workers_for
 from darseg.run.marks import fix_excluded, report_excluded, without
 from darseg.run.online import teacher_of, with_shares
 from darseg.run.plan import LearnerSettings, Round, learner_settings, method_of, stage_of
@@ -270,7 +269,7 @@ class _Training:
     def _streams(self, feeds: Sequence[Feed]) -> Callable[[int], Sequence[Iterator[Streamed]]]:
         """First step → the streams that the method asks for."""
         course, recipe, processes = self.course, self.course.recipe, self.course.processes
-        cache = Cache(cache_limit(recipe.training.cache, processes.here_together))
+        cache = course.decoded()
         place = StreamPlace(
             rank=processes.rank,
             processes=processes.count,
