@@ -5,8 +5,8 @@
 For each number of images: a data set (links to a few small files), then `darseg train` with two rounds of two steps, so
 that all unlabeled images are labeled once; then the same command again, for what it takes to go on. A network with half
 the channels of a ResNet-18 and windows of one image; decoded images are not kept, so that the memory is that of all else.
-Seconds of the clock and of the processor of all processes, and the most memory of one of them. Started with `--processes 2`, the work is shared
-by `torchrun`.
+Seconds of the clock and of the processor of all processes, and the most memory of one of them. Started with
+`--processes 2`, the work is shared by `torchrun`.
 """
 
 from __future__ import annotations
