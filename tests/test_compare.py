@@ -594,6 +594,19 @@ def test_a_plan_measures_what_nobody_has_run(
     assert "2 runs to do" in out and "a rehearsal of 2 steps" in out and not (tmp_path / "new").exists()
 
 
+def test_a_plan_counts_the_classifier_of_images(experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("darseg.experiment.plan.REHEARSED_STEPS", 3)
+    hours = []
+    for epochs in (3, 30_000):
+        facts = {"backbone": "resnet18_half", "weights": "none", "size": 32, "batch": 2, "unlabeled_batch": 2}
+        changes = {"image_classes": facts | {"epochs": epochs, "ramp": [0, 1]}}
+        plan = plan_experiment(experiment(variants=[{"name": "judged", "changes": changes}]))
+        (judged,) = (arm for arm in plan.arms if arm.name == "judged")
+        hours.append(judged.seconds / 3600)
+    # A step of the classifier takes some milliseconds at least, and an epoch is a step of 2 images.
+    assert hours[1] - hours[0] > 30_000 * 0.002 / 3600
+
+
 def test_a_plan_names_the_variant_that_cannot_be_measured(
     compared: tuple[Path, Path], tmp_path: Path, call
 ) -> None:

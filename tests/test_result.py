@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ from darseg.model.windows import Protocol
 from darseg.pseudo.alignment import Alignment
 from darseg.report.comparison import compare_runs
 from darseg.run.browse import open_round
-from darseg.run.build import evaluation_protocol
+from darseg.run.build import evaluation_protocol, manifest_of
 from darseg.run.evaluate import evaluate_result
 from darseg.run.result import decide_result
 from darseg.run.settings import digest_settings
 from darseg.run.steps import evaluate as evaluate_step
-from darseg.run.steps.align import candidates_of, choose_images, find_candidates
+from darseg.run.steps.align import candidates_of, choose_images, find_candidates, why_off
 from darseg.training.bootstrap import counts_of_image, expanded_tail, mean_iou_of, paired_difference
 from darseg.training.scores import Scores
 from darseg.view.app import viewer_app
@@ -529,6 +530,23 @@ def test_without_held_out_images_the_recipe_can_insist(recipe_file: Path, tmp_pa
     assert code == 0 and "undefined" in printed
     scores, _ = darseg.evaluate(out, role="labeled")
     assert 0 < scores.mean_iou < 1
+
+
+def test_a_run_on_labels_alone_predicts_its_labeled_images(recipe_file: Path, tmp_path: Path) -> None:
+    """The network says too little of two classes in them as well, and validation images show it."""
+    lists = [(recipe_file.parent / f"{role}.txt").read_text() for role in ("labeled", "unlabeled")]
+    (tmp_path / "all.txt").write_text("".join(lists))
+    changes = [f"data.labeled={tmp_path / 'all.txt'}", "data.unlabeled=null", "rounds=[{steps: 1}]"]
+    recipe = load_recipe(recipe_file, changes)
+    darseg.train(recipe, tmp_path / "run")
+    content = json.loads((tmp_path / "run/round_0/result_alignment.json").read_text())
+    assert content["labeled"] is True and content["images"] == 16
+    assert scores_of(tmp_path / "run", 0)["aligned"]["used"]
+    record = darseg.load_network(tmp_path / "run").alignment
+    assert record is not None and record.source == "round 0, 16 labeled images of the run"
+    few = replace(manifest_of(recipe), labeled=manifest_of(recipe).labeled[:4])
+    assert why_off(recipe, few, [1]) == "4 labeled image(s) do not show the class shares; at least 5 are needed"
+    assert why_off(recipe, manifest_of(recipe), [1]) is None
 
 
 def test_too_few_images_leave_the_run_as_it_was(recipe_file: Path, tmp_path: Path, capsys: Any) -> None:

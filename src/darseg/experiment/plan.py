@@ -26,6 +26,7 @@ from darseg.methods.consistency import Consistency
 from darseg.run.build import manifest_of
 from darseg.run.directory import RunDirectory
 from darseg.run.folds import TRAINED_ROUND, USUAL_FOLDS, fold_count
+from darseg.run.image_classes import classifier_epoch
 from darseg.run.journal import Journal
 from darseg.run.machine import default_threads
 from darseg.run.plan import Round
@@ -60,6 +61,9 @@ class Rate:
     network_bytes: int
     weights_bytes: int
     label_bytes: float
+
+
+NOTHING = Rate(0.0, 0.0, score=0.0, network_bytes=0, weights_bytes=0, label_bytes=0.0)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def plan_experiment(
         known, before = {*rates}, torch.get_num_threads()
         try:
             for trial in missing:
-                if any(_kind(trial, planned) not in rates for planned in trial.rounds):
+                if any(kind not in rates for kind in _kinds(trial)):
                     rates = _rehearse(trial, scratch / "rehearsal" / trial.name, threads) | rates
         finally:
             torch.set_num_threads(before)
@@ -208,6 +212,26 @@ def _kind(trial: PlannedTrial, planned: Round) -> str:
     return digest_text(json.dumps(facts, sort_keys=True))
 
 
+def _kinds(trial: PlannedTrial) -> list[str]:
+    """The kinds of all that a run trains."""
+    classifier = [] if trial.recipe.image_classes is None else [_classifier_kind(trial)]
+    return [*classifier, *(_kind(trial, planned) for planned in trial.rounds)]
+
+
+def _classifier_kind(trial: PlannedTrial) -> str:
+    """A digest of what decides how long a step of the classifier of images takes."""
+    assert trial.recipe.image_classes is not None
+    usual = {"epochs": 0, "ramp": None}
+    facts = trial.recipe.image_classes.model_dump(mode="json") | usual
+    return digest_text(json.dumps({"classifier": facts}, sort_keys=True))
+
+
+def _classifier_steps(trial: PlannedTrial) -> int:
+    """How many steps a run trains its classifier of images, before its first round."""
+    config = trial.recipe.image_classes
+    return 0 if config is None else config.epochs * classifier_epoch(config, trial.labels)
+
+
 def _rates_of_finished(
     folder: ExperimentFolder, trials: Iterable[PlannedTrial], manifest: Manifest
 ) -> dict[str, Rate]:
@@ -215,6 +239,9 @@ def _rates_of_finished(
     rates: dict[str, Rate] = {}
     for trial in trials:
         run = RunDirectory(folder.run(trial.name))
+        if classified := run.read_record(0, "classify"):
+            seconds = classified.seconds / _classifier_steps(trial)
+            rates.setdefault(_classifier_kind(trial), replace(NOTHING, step=seconds))
         for planned in trial.rounds:
             images = trial.unlabeled, len(manifest.validation)
             rates.setdefault(_kind(trial, planned), _rate(run, planned, images, timed=None))
@@ -256,10 +283,14 @@ def _rehearse(trial: PlannedTrial, folder: Path, threads: int) -> dict[str, Rate
             f"{trial.variant} fails in its first steps, which were to be measured: {error}\nCorrect or "
             "remove it. `darseg compare` without --plan reports it and runs the others."
         ) from error
-    times: dict[int, list[tuple[int, float]]] = {}
-    for event in Journal(run.journal, None, Console(quiet=True)).events("step"):
+    journal, times = Journal(run.journal, None, Console(quiet=True)), {}
+    for event in journal.events("step"):
         times.setdefault(event["round"], []).append((event["step"], event["time"]))
     rates = {}
+    if recipe.image_classes is not None:
+        events = [*journal.events("classifier_step")]
+        seconds = (events[-1]["time"] - events[0]["time"]) / (events[-1]["step"] - events[0]["step"])
+        rates[_classifier_kind(trial)] = replace(NOTHING, step=seconds)
     for planned, short in zip(
         trial.rounds, rounds_of(recipe, labeled=numbers[0], unlabeled=numbers[1]), strict=True
     ):
@@ -296,7 +327,10 @@ def _shortened(trial: PlannedTrial, folder: Path, threads: int) -> tuple[Recipe,
     if labeling.cross_fit:  # as many folds might not be possible with few images, and cost no other rate
         labeling = labeling.model_copy(update={"cross_fit": USUAL_FOLDS})
     update = {"labeling": labeling, "data": data, "rounds": rounds, "threads": recipe.threads or threads}
-    update["image_classes"] = None  # its training is no round, and would take its whole time
+    if config := recipe.image_classes:
+        epochs = -(-REHEARSED_STEPS // classifier_epoch(config, len(few["labeled"])))
+        # Its unlabeled images count from the first epoch on.
+        update["image_classes"] = config.model_copy(update={"epochs": max(2, epochs), "ramp": (0, 1)})
     if judged := recipe.online.adversarial:  # self-training begins after a quarter of the few steps
         judged = judged.model_copy(update={"start": None})
         update["online"] = recipe.online.model_copy(update={"adversarial": judged})
@@ -350,9 +384,11 @@ def _cost(
 ) -> tuple[float, int]:
     """Seconds and bytes of a run whose first `shared` rounds are copied."""
     seconds, size, rate = _seconds_of_folds(trial, shared, rates=rates, manifest=manifest), 0, None
+    if shared == 0 and trial.recipe.image_classes is not None:
+        seconds += _classifier_steps(trial) * rates[_classifier_kind(trial)].step
     folds, first = fold_count(trial.recipe, len(manifest.validation)), trial.rounds[TRAINED_ROUND]
     size += folds * rates[_kind(trial, first)].weights_bytes
-    aligned = 0 if trial.recipe.result.align == "off" else min(MOST_ALIGNED, trial.unlabeled)
+    aligned = 0 if trial.recipe.result.align == "off" else min(MOST_ALIGNED, trial.unlabeled or trial.labels)
     for planned in trial.rounds:
         rate = rates[_kind(trial, planned)]
         size += rate.network_bytes + round(rate.label_bytes * trial.unlabeled)

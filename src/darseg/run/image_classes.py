@@ -89,7 +89,7 @@ def plan_classifier(recipe: Recipe, manifest: Manifest, processes: int = 1) -> C
             lines.append(f"image_classes.{name}: {size} images cannot be divided among {processes} processes")
     if lines:
         raise RecipeError(faults("The classifier of images cannot be trained so", lines))
-    epoch_steps = max(1, labeled // config.batch)
+    epoch_steps = classifier_epoch(config, labeled)
     return ClassifierPlan(
         backbone=config.backbone,
         side=config.size,
@@ -106,6 +106,11 @@ def plan_classifier(recipe: Recipe, manifest: Manifest, processes: int = 1) -> C
         learning_rate=config.learning_rate,
         optimizer=SGD(config.momentum, config.weight_decay, nesterov=config.momentum > 0),
     )
+
+
+def classifier_epoch(config: ImageClassesConfig, labeled: int) -> int:
+    """Steps of an epoch with so many labeled images."""
+    return max(1, labeled // config.batch)
 
 
 def _stage(recipe: Recipe, config: ImageClassesConfig, epoch_steps: int) -> Stage:

@@ -1,6 +1,7 @@
 """Align: class weights that give a network the labeled pixels' class shares on unlabeled images.
 
-The weights are only candidates: the evaluation decides on held-out images whether they become part of the result.
+The weights are only candidates: the evaluation decides on held-out images whether they become part of the result. A run
+on labels alone has no unlabeled images; it predicts those that it was trained on.
 """
 
 from __future__ import annotations
@@ -44,10 +45,10 @@ STRENGTHS, BOUNDS = (0.5, 1.0), (2.0, 5.0)
 """Candidates of `auto`, from the gentlest to the strongest; `on` takes the last of each."""
 
 IMAGES = 500
-"""Most unlabeled images to predict: so many show the class shares to about 2 % of each."""
+"""Most images to predict: so many show the class shares to about 2 % of each."""
 
 LEAST_IMAGES = 5
-"""Unlabeled images below which class shares are left alone: so few have shares of their own."""
+"""Images below which class shares are left alone: so few have shares of their own."""
 
 PIXELS = 1 << 19
 """Most pixels in the sample: the standard error of a share is at most 0.001, and 0.0014 with 255 classes."""
@@ -62,7 +63,8 @@ class Candidates:
         fault: why there are none.
         wanted: float [K], class shares of the labeled pixels.
         predicted: float [K], those of the plain decisions on the unlabeled images; None if they are not known.
-        images: unlabeled images that were predicted.
+        images: how many were predicted.
+        labeled: whether these were images that the network was trained on.
     """
 
     usable: tuple[Alignment, ...] = ()
@@ -70,6 +72,12 @@ class Candidates:
     wanted: tuple[float, ...] = ()
     predicted: tuple[float, ...] | None = None
     images: int = 0
+    labeled: bool = False
+
+    @property
+    def source(self) -> str:
+        """The images that the weights are from, in words."""
+        return f"{self.images} {'labeled' if self.labeled else 'unlabeled'} images of the run"
 
 
 def candidates_of(config: ResultConfig) -> list[tuple[float, float]]:
@@ -86,13 +94,11 @@ def candidates_of(config: ResultConfig) -> list[tuple[float, float]]:
 
 def why_off(recipe: Recipe, manifest: Manifest, counts: Sequence[int]) -> str | None:
     """Why a run aligns nothing though its recipe does not say off; None if there is no reason."""
-    unlabeled, held_out = len(manifest.unlabeled), len(manifest.validation)
+    role, held_out = "unlabeled" if manifest.unlabeled else "labeled", len(manifest.validation)
     if recipe.result.align == "off":
         return None
-    if unlabeled < LEAST_IMAGES:
-        return (
-            f"{unlabeled} unlabeled image(s) do not show the class shares; at least {LEAST_IMAGES} are needed"
-        )
+    if (count := len(manifest.roles()[role])) < LEAST_IMAGES:
+        return f"{count} {role} image(s) do not show the class shares; at least {LEAST_IMAGES} are needed"
     if not any(counts):
         return "no pixel is labeled, so there are no class shares"
     if recipe.result.align == "auto" and held_out < LEAST_HELD_OUT:
@@ -110,9 +116,9 @@ def align_round(course: Course, round_: Round) -> tuple[Candidates | None, StepR
         return None, None
     excluded = course.processes.from_first(lambda: read_excluded(course.run, round_.index))
     unlabeled = without(course.manifest.unlabeled, excluded)
-    if len(unlabeled) < LEAST_IMAGES:
+    if course.manifest.unlabeled and len(unlabeled) < LEAST_IMAGES:
         return Candidates(fault=f"only {len(unlabeled)} unlabeled image(s) are not marked as bad"), None
-    chosen = choose_images(unlabeled, course.recipe.seed)
+    chosen = choose_images(unlabeled or course.manifest.labeled, course.recipe.seed)
     digests = {
         "settings": digest_settings(
             protocol=evaluation_protocol(course.recipe.at(round_.index)),
@@ -162,6 +168,8 @@ def _align(course: Course, round_: Round, chosen: Sequence[Sample]) -> Work:
     def write() -> Result:
         protocol = evaluation_protocol(course.recipe.at(round_.index)).describe()
         described = {"classes": list(classes.names), "images": len(chosen), "protocol": protocol} | found
+        if not course.manifest.unlabeled:
+            described["labeled"] = True
         write_json(course.path(round_, ALIGNMENT), described)
         if found["fault"]:
             course.journal.warn(
@@ -261,7 +269,7 @@ def chosen_record(folder: Path, scores: Mapping[str, Any]) -> AlignmentRecord | 
     candidates = read_candidates(folder / ALIGNMENT)
     chosen = (aligned["strength"], aligned.get("bound"))
     found = [alignment for alignment in candidates.usable if (alignment.strength, alignment.bound) == chosen]
-    return AlignmentRecord.of(found[0], f"{candidates.images} unlabeled images of the run") if found else None
+    return AlignmentRecord.of(found[0], candidates.source) if found else None
 
 
 def read_candidates(path: Path) -> Candidates:
@@ -275,6 +283,7 @@ def read_candidates(path: Path) -> Candidates:
             wanted=tuple(content["wanted"]),
             predicted=None if predicted is None else tuple(predicted),
             images=int(content["images"]),
+            labeled=bool(content.get("labeled", False)),
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError, DataError) as error:
         raise RunError(

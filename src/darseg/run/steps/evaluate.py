@@ -88,7 +88,7 @@ class _Evaluation:
         self.course, self.round, self.protocol = course, round_, protocol
         self.aligns, self.candidates = candidates is not None, candidates or Candidates()
         self.names = course.manifest.classes.names
-        source = f"round {round_.index}, {self.candidates.images} unlabeled images of the run"
+        source = f"round {round_.index}, {self.candidates.source}"
         self.records = [AlignmentRecord.of(alignment, source) for alignment in self.candidates.usable]
 
     def run(self) -> Work:
