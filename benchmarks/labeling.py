@@ -1,12 +1,13 @@
 """Labeling: time and memory against the released procedure, bytes kept, and time against bare forward passes.
 
     .venv/bin/python benchmarks/labeling.py [--images 3] [--run RUN] [--skip memory forward …]
+    .venv/bin/python benchmarks/labeling.py --skip parts memory bytes --size 200 200 --count 48 --turns 9
 
 The released procedure is written here in plain numpy, following the released code: float64 sums of windows, every
 confidence in a Python list per class, all logits as float16 on the disk, sorting, and a second pass. Both get the same
 window logits, drawn beforehand, so the table holds no network time. --run names a finished run folder whose network and
 unlabeled images are used for the bytes kept and the end-to-end time; without it, a PSPNet with random weights and drawn
-images are used.
+images of --size are used, in windows of 361 where they are larger, or of --window.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -250,9 +252,18 @@ class Drawing:
         return (WindowLogits(512, 1024, 361, seed) for seed in range(self.count))
 
 
-def network_and_images(
-    run: Path | None, count: int
-) -> tuple[str, darseg.Network, Protocol, list[np.ndarray]]:
+@dataclass(frozen=True)
+class Case:
+    """What is predicted: the images of a run, or drawn ones of a size in windows of a side."""
+
+    run: Path | None
+    size: tuple[int, int]
+    window: int
+    stride: int
+
+
+def network_and_images(case: Case, count: int) -> tuple[str, darseg.Network, Protocol, list[np.ndarray]]:
+    run, (height, width) = case.run, case.size
     keep_memory()  # as the command line does
     if run is not None:
         recipe = darseg.load_recipe(run / "recipe.yaml")
@@ -261,14 +272,16 @@ def network_and_images(
         images = [read_image(sample.image) for sample in samples[:: max(1, len(samples) // count)][:count]]
         return f"{recipe.network.backbone} of {run.name}", network, labeling_protocol(recipe), images
     torch.manual_seed(0)
-    network = place(darseg.build_network(backbone="resnet18", classes=K, output_stride=8).eval())
-    images = [cv2.resize(draw_scene(0, index, (193, 385))[0], (1024, 512)) for index in range(count)]
-    return "PSPNet, ResNet-18, output stride 8, random weights", network, Protocol((361, 361)), images
+    network = darseg.build_network(backbone="resnet18", classes=K, output_stride=case.stride)
+    images = [cv2.resize(draw_scene(0, index, (193, 385))[0], (width, height)) for index in range(count)]
+    high, wide = (min(case.window, -(-side // 8) * 8 + 1) for side in case.size)
+    name = f"PSPNet, ResNet-18, output stride {case.stride}, random weights"
+    return name, place(network.eval()), Protocol((high, wide)), images
 
 
-def bytes_kept(run: Path | None) -> None:
+def bytes_kept(case: Case) -> None:
     """Bytes per pixel that are kept between counting and assigning, on real predictions if a run is given."""
-    name, network, protocol, images = network_and_images(run, 12)
+    name, network, protocol, images = network_and_images(case, 12)
     pixels = sum(image.shape[0] * image.shape[1] for image in images)
     print(
         "\n| bytes a pixel kept between counting and assigning | before compression | after |\n|---|---|---|"
@@ -280,9 +293,9 @@ def bytes_kept(run: Path | None) -> None:
         print(f"| {scale.name}: {name}, {len(images)} images | 3 | {sum(sizes) / pixels:.2f} |")
 
 
-def against_forward(run: Path | None, count: int) -> None:
+def against_forward(case: Case, count: int, turns: int) -> None:
     """Both passes of labeling, including reading and writing, against bare forward passes."""
-    name, network, protocol, images = network_and_images(run, count)
+    name, network, protocol, images = network_and_images(case, count)
     device = network.mean.device
     prior = np.full(network.classes, 1 / network.classes)
 
@@ -326,18 +339,18 @@ def against_forward(run: Path | None, count: int) -> None:
 
         pairs = []
         bare(), whole()
-        for _ in range(5):
+        for _ in range(turns):
             pairs.append((timed(bare), timed(whole)))
     ratios = sorted(labeled / forward for forward, labeled in pairs)
-    forward, labeled = (sorted(column)[2] / len(images) for column in zip(*pairs, strict=True))
+    forward, labeled = (sorted(column)[turns // 2] / len(images) for column in zip(*pairs, strict=True))
     height, width = images[0].shape[:2]
     print(
         f"\n| s an image, {height}x{width}, windows {protocol.window[0]}x{protocol.window[1]} | bare forward passes | "
-        "labeling end to end | ratio: median (least – most of 5) |\n|---|---|---|---|"
+        f"labeling end to end | ratio: median (least – most of {turns}) |\n|---|---|---|---|"
     )
     print(
         f"| {name}, {device.type} | {forward:.3f} | {labeled:.3f} | "
-        f"{ratios[2]:.3f} ({ratios[0]:.3f} – {ratios[-1]:.3f}) |"
+        f"{ratios[turns // 2]:.3f} ({ratios[0]:.3f} – {ratios[-1]:.3f}) |"
     )
 
 
@@ -347,11 +360,17 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 1024), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--window", type=int, default=361)
+    parser.add_argument("--stride", type=int, default=8, help="output stride of the network of drawn images")
+    parser.add_argument("--count", type=int, help="images that are labeled end to end (12 of a run, 4 drawn)")
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--skip", nargs="*", default=[], choices=["parts", "memory", "bytes", "forward"])
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    case = Case(arguments.run, tuple(arguments.size), arguments.window, arguments.stride)
     if arguments.peak:
         return peak(arguments.peak[0], int(arguments.peak[1]))
     print(
@@ -363,9 +382,9 @@ def main() -> None:
     if "memory" not in arguments.skip:
         memory()
     if "bytes" not in arguments.skip:
-        bytes_kept(arguments.run)
+        bytes_kept(case)
     if "forward" not in arguments.skip:
-        against_forward(arguments.run, 4 if arguments.run is None else 12)
+        against_forward(case, arguments.count or (4 if arguments.run is None else 12), arguments.turns)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ up is stopped. If a part fails, the exit code is 1. Whatever is there by then is
     comparison.json.gz their evidence (scripts/evidence.py)
     logs.tar.gz        what the processes printed
 
---dry does the same with tiny sizes and drawn images on the CPU; otherwise a machine without a GPU is refused.
+--dry does the same with tiny sizes and drawn images on the CPU, each part until it is finished; what is not finished
+counts as failed. Otherwise a machine without a GPU is refused.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ HERE = Path(__file__).resolve().parents[1]
 BUNDLE = HERE / ".gpu"
 PYTHON = (3, 12)  # for which the bundle's packages are
 PARTS = ("tests:150", "benchmarks:190", "comparison")
+SECONDS, DRY_SECONDS = 540, 3000
 TESTS_AT_ONCE = 8
 GRACE = 8  # seconds between asking a process to stop and killing it
 
@@ -140,7 +142,7 @@ def tests(out: Path, dry: bool) -> list[Job]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-ra", "--tb=short", "--durations=10"]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", str(min(TESTS_AT_ONCE, len(os.sched_getaffinity(0))))]
-    dry_run = {"DARSEG_GPU_DRY": "1"} if dry else {}
+    dry_run = {"DARSEG_GPU_DRY": "1", "OMP_NUM_THREADS": "1"} if dry else {}
     return [Job("tests", [[*command, "-p", "no:cacheprovider", "tests/test_gpu.py"]], dry_run)]
 
 
@@ -244,10 +246,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=540)
-    parser.add_argument("--parts", nargs="+", default=PARTS)
+    parser.add_argument("--seconds", type=float, help=f"for all parts: {SECONDS}, {DRY_SECONDS} with --dry")
+    parser.add_argument("--parts", nargs="+")
     parser.add_argument("--dry", action="store_true")
     args = parser.parse_args()
+    args.seconds = args.seconds or (DRY_SECONDS if args.dry else SECONDS)
+    args.parts = args.parts or ([part.partition(":")[0] for part in PARTS] if args.dry else PARTS)
     began = time.monotonic()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +270,7 @@ def main() -> None:
             left = args.seconds - (time.monotonic() - began) - 2 * GRACE
             seconds = min(left, float(limit)) if limit else left
             if seconds <= 0:
-                summary[part] = "no time left"
+                summary[part], failed = "no time left", failed or args.dry
                 write_summary(out, summary)
                 continue
             jobs: list[Job] = []
@@ -284,7 +288,7 @@ def main() -> None:
             at = time.monotonic()
             ended = run_jobs(jobs, logs, at + seconds, at_once=len(os.sched_getaffinity(0)))
             summary[part] = {"seconds": round(time.monotonic() - at, 1), "ended": ended}
-            failed |= any(job.failed for job in jobs)
+            failed |= any(job.failed or (args.dry and job.process is not None) for job in jobs)
             print(json.dumps({part: summary[part]}), flush=True)
             collect_logs(logs, out)
             collect_comparison(work, out)

@@ -545,7 +545,9 @@ def test_a_run_on_labels_alone_predicts_its_labeled_images(recipe_file: Path, tm
     record = darseg.load_network(tmp_path / "run").alignment
     assert record is not None and record.source == "round 0, 16 labeled images of the run"
     few = replace(manifest_of(recipe), labeled=manifest_of(recipe).labeled[:4])
-    assert why_off(recipe, few, [1]) == "4 labeled image(s) do not show the class shares; at least 5 are needed"
+    assert (
+        why_off(recipe, few, [1]) == "4 labeled image(s) do not show the class shares; at least 5 are needed"
+    )
     assert why_off(recipe, manifest_of(recipe), [1]) is None
 
 

@@ -52,12 +52,16 @@ from darseg.pseudo.labeling import (
 )
 
 
+def _auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 class ProtocolConfig(Section):
     base_size: Count | None = None
     window: Window | None = None
     mirror: StrictBool = True
     scales: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0,)
-    windows_at_once: Count | None = None  # None: by the device
+    windows_at_once: Annotated[Count | None, BeforeValidator(_auto)] = None  # None: by the device
 
 
 class LabelingConfig(ProtocolConfig):
