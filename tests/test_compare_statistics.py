@@ -313,6 +313,18 @@ def test_failed_and_missing_runs_are_reported() -> None:
     assert answer(compare_trials(evidence([], planned=6))) == ("No run of a variant has ended yet.",)
 
 
+def test_rows_without_aligned_scores_are_named() -> None:
+    def plain(trial: Trial) -> Trial:
+        assert trial.validation is not None
+        return replace(trial, validation=replace(trial.validation, aligned=None))
+
+    trials = without_test(drawn_trials(rights=(0.5, 0.8)))
+    comparison = compare_trials(evidence([plain(it) if it.variant == "dars" else it for it in trials]), 50)
+    says(warnings(comparison)[0], "No aligned scores have: dars")
+    comparison = compare_trials(evidence([plain(it) for it in trials]), 50)
+    says(warnings(comparison)[0], "No run has aligned scores", "result.align: auto")
+
+
 def test_choosing_on_test_images_causes_a_warning() -> None:
     trials = drawn_trials()
     blind = [replace(trial, validation=None) for trial in trials]

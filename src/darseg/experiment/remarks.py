@@ -214,6 +214,16 @@ def _about_scores(comparison: Comparison) -> Iterator[str]:
     for role, images in comparison.images.items():
         if images < FEW_IMAGES:
             yield f"There are only {images} {role} images. Intervals of fewer than {FEW_IMAGES} are too narrow."
+    scored = [row for row in comparison.rows if row.score("validation") is not None]
+    plain = [row for row in scored if row.score("validation", "aligned") is None]
+    if plain and len(plain) == len(scored):
+        yield (
+            "No run has aligned scores. result.align: auto in the base recipe gives them, with 10 validation images or more: "
+            "aligning the control alone may gain as much as a method."
+        )
+    elif plain:
+        names = ", ".join(dict.fromkeys(row.arm.name for row in plain))
+        yield f"No aligned scores have: {names}. Their runs looked for no class weights, or found none."
     if uncertain := uncertain_classes(comparison):
         yield (
             f"Little is known of {', '.join(uncertain)}: in at least one row, the {LEVEL:.0%} interval of the validation "
