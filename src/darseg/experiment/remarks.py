@@ -218,8 +218,8 @@ def _about_scores(comparison: Comparison) -> Iterator[str]:
     plain = [row for row in scored if row.score("validation", "aligned") is None]
     if plain and len(plain) == len(scored):
         yield (
-            "No run has aligned scores. result.align: auto in the base recipe gives them, with 10 validation images or more: "
-            "aligning the control alone may gain as much as a method."
+            "No run has aligned scores. result.align: auto in the base recipe gives them, with 10 validation images or "
+            "more: aligning the control alone may gain as much as a method."
         )
     elif plain:
         names = ", ".join(dict.fromkeys(row.arm.name for row in plain))
