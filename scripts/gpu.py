@@ -43,6 +43,7 @@ BUNDLE = HERE / ".gpu"
 PYTHON = (3, 12)  # for which the bundle's packages are
 PARTS = ("tests:150", "benchmarks:190", "comparison")
 SECONDS, DRY_SECONDS = 540, 3000
+VIEWS_SECONDS = 15
 TESTS_AT_ONCE = 8
 GRACE = 8  # seconds between asking a process to stop and killing it
 
@@ -148,7 +149,9 @@ def tests(out: Path, dry: bool) -> list[Job]:
 
 def benchmarks(out: Path, dry: bool, seconds: float) -> list[Job]:
     command = [sys.executable, "benchmarks/gpu.py", "--out", str(out / "benchmarks.json")]
-    return [Job("benchmarks", [[*command, f"--seconds={seconds:.0f}", *(["--dry"] if dry else [])]])]
+    tables = [*command, f"--seconds={seconds - VIEWS_SECONDS:.0f}", *(["--dry"] if dry else [])]
+    views = [sys.executable, "benchmarks/views.py", *(["--sides", "33", "--turns", "1"] if dry else [])]
+    return [Job("benchmarks", [tables, views])]
 
 
 def comparison(work: Path, data: Path, dry: bool) -> list[Job]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import json
 import math
 import subprocess
@@ -10,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
+import torch
 
 from conftest import REPOSITORY, thorough
 
@@ -101,3 +105,23 @@ def test_rows_that_fail_say_why_and_the_others_go_on(tmp_path: Path) -> None:
 def test_no_row_begins_after_the_time_is_up(tmp_path: Path) -> None:
     content = run(tmp_path / "gpu.json", "--only", "labeling", "--seconds", "1e-9")
     assert content["rows"] == [] and len(content["not_started"]) == 6
+
+
+def test_the_tensor_operations_that_views_are_compared_with() -> None:
+    """Another hue as colorsys has it, a blur as OpenCV has it, and a command that prints its table."""
+    sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+    from views import blurred, turned
+
+    images, turns = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0)), (0.1, -0.2)
+    found = turned(images, torch.tensor(turns)).permute(0, 2, 3, 1).reshape(2, -1, 3)
+    for turn, pixels, others in zip(turns, images.permute(0, 2, 3, 1).reshape(2, -1, 3), found, strict=True):
+        for pixel, other in zip(pixels.tolist(), others.tolist(), strict=True):
+            hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+            assert other == pytest.approx(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value), abs=1e-5)
+    image = torch.rand(1, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    smooth = blurred(image, torch.tensor([1.3]))[0].permute(1, 2, 0).numpy()
+    expected = cv2.GaussianBlur(image[0].permute(1, 2, 0).numpy(), (13, 13), 1.3)
+    assert np.allclose(smooth, expected, atol=1e-5)
+    command = [sys.executable, "benchmarks/views.py", "--sides", "33", "--turns", "1"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "| 33x33 |" in done.stdout, done.stderr
