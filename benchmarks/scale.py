@@ -1,18 +1,19 @@
 """Runs of many tiny images: start-up, labeling and going on, with their memory.
 
-    .venv/bin/python benchmarks/scale.py [--images 25000 50000 100000] [--side 33] [--processes 1]
+    .venv/bin/python benchmarks/scale.py [--images 25000 50000 100000] [--side 33] [--processes 1] [--start]
 
 For each number of images: a data set (links to a few small files), then `darseg train` with two rounds of two steps, so
 that all unlabeled images are labeled once; then the same command again, for what it takes to go on. A network with half
 the channels of a ResNet-18 and windows of one image; decoded images are not kept, so that the memory is that of all else.
 Seconds of the clock and of the processor of all processes, and the most memory of one of them. Started with
-`--processes 2`, the work is shared by `torchrun`.
+`--processes 2`, the work is shared by `torchrun`. With --start, nothing is labeled.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import tempfile
@@ -38,8 +39,8 @@ class Call:
     memory: float
 
 
-def recipe_of(root: Path, side: int) -> dict[str, Any]:
-    """Two rounds; all is as small as it can be but the number of images."""
+def recipe_of(root: Path, side: int, *, labels: bool = True) -> dict[str, Any]:
+    """Two rounds, one without labels; all is as small as it can be but the number of images."""
     return {
         "data": {
             "root": str(root),
@@ -51,7 +52,7 @@ def recipe_of(root: Path, side: int) -> dict[str, Any]:
         "labeling": {"base_size": side, "window": [side, side], "mirror": False},
         "evaluation": {"base_size": side, "window": [side, side], "mirror": False},
         "result": {"align": "off"},
-        "rounds": [{"steps": 2}, {"steps": 2, "labeling_ratio": 0.5}],
+        "rounds": [{"steps": 2}, *([{"steps": 2, "labeling_ratio": 0.5}] if labels else [])],
     }
 
 
@@ -84,19 +85,19 @@ def labeled(run: Path) -> float:
     return json.loads((run / "round_1" / "label.json").read_text())["seconds"]
 
 
-def measure(images: int, side: int, processes: int) -> list[str]:
+def measure(images: int, side: int, processes: int, *, labels: bool) -> list[str]:
     """A row of the table."""
     with tempfile.TemporaryDirectory(prefix="darseg_scale_") as name:
         folder = Path(name)
         draw_data(folder / "data", CLASSES, images, np.random.default_rng(0), side=side, truth=False)
         recipe, run = folder / "recipe.yaml", folder / "run"
-        recipe.write_text(yaml.safe_dump(recipe_of(folder / "data", side)))
+        recipe.write_text(yaml.safe_dump(recipe_of(folder / "data", side, labels=labels)))
         began = time.time()
         whole = call(recipe, run, processes)
-        begun, labeling = first_step(run, began), labeled(run)
+        begun, labeling = first_step(run, began), labeled(run) if labels else math.nan
         again = call(recipe, run, processes)
         maps = sum(1 for _ in (run / "round_1" / "labels").rglob("*.png"))
-        if maps != images:
+        if maps != (images if labels else 0):
             raise SystemExit(f"{maps} label maps of {images} images")
         return [
             f"{images:,}",
@@ -120,6 +121,7 @@ def main() -> None:
         "--side", type=int, default=33, help="pixels of an image's side, 1 + a multiple of 16"
     )
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--start", action="store_true")
     args = parser.parse_args()
     print(f"commit {commit()}, {args.processes} process(es) of one thread, images {args.side}x{args.side}\n")
     head = [
@@ -135,7 +137,8 @@ def main() -> None:
     ]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for images in args.images:
-        print(f"| {' | '.join(measure(images, args.side, args.processes))} |", flush=True)
+        row = measure(images, args.side, args.processes, labels=not args.start)
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

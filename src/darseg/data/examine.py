@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +20,7 @@ from darseg.data.manifest import Manifest, Sample
 from darseg.data.orientation import UPRIGHT, orientation_mark
 from darseg.data.pictures import PictureTally, orientation_lines, size_fault
 from darseg.data.sameness import SameTally, digest_pixels
+from darseg.data.threads import in_threads
 from darseg.errors import DataError
 
 NO_PIXELS = np.empty((0, 0, 3), np.uint8)
@@ -97,25 +96,24 @@ def examine(manifest: Manifest, advance: Callable[[], object] = lambda: None) ->
     tally, same = PictureTally(manifest), SameTally()
     values_of, unreadable = dict[LabelEncoding, set[int]](), set[LabelEncoding]()
     joined, each = list[tuple[Parts, int]](), list[NDArray[np.int64]]()
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # decoding releases the interpreter lock
-        for role, samples in manifest.roles().items():
-            counts, sizes[role] = np.zeros(256, np.int64), []
-            results = pool.map(lambda sample: _examine_sample(sample, classes), samples)
-            for sample, result in zip(samples, results, strict=True):
-                counts += result.counts
-                each += [result.counts[: len(classes)]] if role == "labeled" else []
-                entries += [*result.faults, *([result.facts] if result.facts else [])]
-                sizes[role].append(math.prod(result.size))
-                tally.add(role, sample, result.picture, turned_label=result.turned_label)
-                same.add(role, sample, image=result.same, label=result.same_label)
-                if sample.parts:
-                    joined.append((sample.parts, result.overlapping))
-                elif sample.label:
-                    encoding = sample.encoding.for_file(sample.label)
-                    values_of.setdefault(encoding, set()).update(result.values or ())
-                    unreadable |= {encoding} if result.values is None else set()
-                advance()
-            pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
+    for role, samples in manifest.roles().items():
+        counts, sizes[role] = np.zeros(256, np.int64), []
+        results = in_threads(lambda sample: _examine_sample(sample, classes), samples)
+        for sample, result in zip(samples, results, strict=True):
+            counts += result.counts
+            each += [result.counts[: len(classes)]] if role == "labeled" else []
+            entries += [*result.faults, *([result.facts] if result.facts else [])]
+            sizes[role].append(math.prod(result.size))
+            tally.add(role, sample, result.picture, turned_label=result.turned_label)
+            same.add(role, sample, image=result.same, label=result.same_label)
+            if sample.parts:
+                joined.append((sample.parts, result.overlapping))
+            elif sample.label:
+                encoding = sample.encoding.for_file(sample.label)
+                values_of.setdefault(encoding, set()).update(result.values or ())
+                unreadable |= {encoding} if result.values is None else set()
+            advance()
+        pixels[role] = np.append(counts[: len(classes)], counts[IGNORE])
     judgment = judge([entry for entry in entries if isinstance(entry, FileFacts)], classes)
     by_file = [entry if isinstance(entry, str) else open_fault(entry, judgment.strays) for entry in entries]
     faults = [*filter(None, by_file), *judgment.faults]

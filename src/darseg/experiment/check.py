@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from darseg.data.files import read_json
 from darseg.data.images import read_picture
 from darseg.data.manifest import Manifest, Sample
 from darseg.data.sameness import HELD_OUT, digest_pixels
+from darseg.data.threads import in_threads
 from darseg.errors import DataError, faults
 from darseg.experiment.design import Design
 from darseg.run.build import manifest_of
@@ -102,8 +101,7 @@ def _compare(manifests: Sequence[Manifest]) -> int:
                 if role in HELD_OUT or sample.image not in roles:
                     roles[sample.image] = (role, sample)
     entries = list(roles.values())
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        digests = list(threads.map(lambda entry: _digest(entry[1]), entries))
+    digests = list(in_threads(lambda entry: _digest(entry[1]), entries))
     trained = {
         digest: sample
         for (role, sample), digest in zip(entries, digests, strict=True)

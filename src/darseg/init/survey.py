@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from darseg.data.labels import read_raw
 from darseg.data.orientation import orientation_mark, upright_size
 from darseg.data.strays import MAIN_SHARE, Content, Shapes, Stray, find_strays, spread
 from darseg.data.tables import nearest_classes
+from darseg.data.threads import in_threads
 from darseg.errors import DataError
 from darseg.init.discover import FoundImage
 from darseg.init.names import RGB
@@ -92,28 +91,25 @@ def survey(images: Sequence[FoundImage], advance: Callable[[], object] = lambda:
     sizes: dict[Path, tuple[int, int]] = {}
     faults: dict[Path, str] = {}
     contents: dict[Path, LabelContent] = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for image, (size, content) in zip(images, pool.map(_read, images), strict=True):
-            if isinstance(size, str):
-                faults[image.image] = size
-            else:
-                sizes[image.image] = size
-            if image.label is not None and isinstance(content, str):
-                faults[image.label] = content
-            elif image.label is not None and isinstance(content, LabelContent):
-                fitting = (
-                    (size, upright_size(size, orientation_mark(image.image)))
-                    if isinstance(size, tuple)
-                    else ()
+    for image, (size, content) in zip(images, in_threads(_read, images), strict=True):
+        if isinstance(size, str):
+            faults[image.image] = size
+        else:
+            sizes[image.image] = size
+        if image.label is not None and isinstance(content, str):
+            faults[image.label] = content
+        elif image.label is not None and isinstance(content, LabelContent):
+            fitting = (
+                (size, upright_size(size, orientation_mark(image.image))) if isinstance(size, tuple) else ()
+            )
+            if isinstance(size, tuple) and content.size not in fitting:
+                faults[image.label] = (
+                    f"{image.label}: the label has {content.size[0]}x{content.size[1]} pixels, but its image "
+                    f"{image.image} has {size[0]}x{size[1]} (height x width)"
                 )
-                if isinstance(size, tuple) and content.size not in fitting:
-                    faults[image.label] = (
-                        f"{image.label}: the label has {content.size[0]}x{content.size[1]} pixels, but its image "
-                        f"{image.image} has {size[0]}x{size[1]} (height x width)"
-                    )
-                else:
-                    contents[image.label] = content
-            advance()
+            else:
+                contents[image.label] = content
+        advance()
     palettes = _Palettes.of(contents)
     if palettes.all_by_color:
         contents = {path: _in_colors(content) for path, content in contents.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import cv2
@@ -18,6 +17,7 @@ from darseg.data.dataset import read_truth
 from darseg.data.images import read_image, shrink
 from darseg.data.manifest import Sample
 from darseg.data.prediction import Prediction
+from darseg.data.threads import in_threads
 from darseg.errors import DataError
 from darseg.pseudo.labelset import ImageFacts
 from darseg.report.facts import DataFacts, RunFacts
@@ -101,8 +101,7 @@ def image_facts(round_: LabeledRound) -> dict[str, ImageFacts]:
         assert label is not None
         return sample.id, ImageFacts.of_map(label, len(round_.classes))
 
-    with ThreadPoolExecutor(2) as threads:  # decoding releases the interpreter lock
-        return dict(round_.noted) | dict(threads.map(count, samples))
+    return dict(round_.noted) | dict(in_threads(count, samples, most_threads=2))
 
 
 def choose(facts: Mapping[str, ImageFacts], prior: NDArray, names: tuple[str, ...]) -> dict[str, list[str]]:

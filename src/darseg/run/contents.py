@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from darseg.data.files import raise_if_unreadable
 from darseg.data.manifest import Manifest
+from darseg.data.threads import in_threads
 from darseg.errors import DataError, RunError, faults
 from darseg.run.directory import RunDirectory, digest_path, write_json
 from darseg.run.records import damaged, is_digest, read_object
@@ -58,9 +58,8 @@ def digest_contents(manifest: Manifest, known: Contents) -> Contents:
 
     contents: Contents = {role: {} for role in manifest.roles()}
     entries = list(files_of(manifest))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for (role, name, _), content in zip(entries, pool.map(content_of, entries), strict=True):
-            contents[role][name] = content
+    for (role, name, _), content in zip(entries, in_threads(content_of, entries), strict=True):
+        contents[role][name] = content
     return contents
 
 

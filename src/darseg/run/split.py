@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +20,7 @@ from darseg.data.dataset import read_truth
 from darseg.data.files import is_taken, named, read_file, write_whole
 from darseg.data.manifest import Sample, sample_id
 from darseg.data.splits import draw, labeled_count, sequences_of
+from darseg.data.threads import in_threads
 from darseg.errors import DataError, RecipeError, RunError, faults
 from darseg.run.build import as_recipe, manifest_of
 from darseg.run.directory import digest_text
@@ -216,13 +215,12 @@ def _count_pixels(samples: Sequence[Sample], classes: ClassSet, advance: Callabl
         line = unknown_values(values, len(classes))
         return f"{sample.label}: {line}" if line else values
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # decoding releases the interpreter lock
-        for index, counts in enumerate(threads.map(count, samples)):
-            if isinstance(counts, str):
-                problems.append(counts)
-            else:
-                pixels[index] = counts[: len(classes)]
-            advance()
+    for index, counts in enumerate(in_threads(count, samples)):
+        if isinstance(counts, str):
+            problems.append(counts)
+        else:
+            pixels[index] = counts[: len(classes)]
+        advance()
     if problems:
         raise DataError(faults(f"{len(problems)} label map(s) cannot be used", problems))
     return pixels
