@@ -274,7 +274,8 @@ def network_and_images(case: Case, count: int) -> tuple[str, darseg.Network, Pro
     torch.manual_seed(0)
     network = darseg.build_network(backbone="resnet18", classes=K, output_stride=case.stride)
     images = [cv2.resize(draw_scene(0, index, (193, 385))[0], (width, height)) for index in range(count)]
-    high, wide = (min(case.window, -(-side // 8) * 8 + 1) for side in case.size)
+    step = case.stride  # sides of windows are multiples of it, plus 1
+    high, wide = ((min(case.window - 1, side + step - 1)) // step * step + 1 for side in case.size)
     name = f"PSPNet, ResNet-18, output stride {case.stride}, random weights"
     return name, place(network.eval()), Protocol((high, wide)), images
 
