@@ -205,8 +205,8 @@ def complete(run: Path, images: int = 6) -> None:
 @each_precision
 def test_the_loss_is_finite_and_falls(name: str, precision: Any) -> None:
     """A teacher, a discriminator and counts too. The loss is of a batch that stays the same."""
-    if not GPU and (precision, name) not in (("fp32", name), ("bf16", "everything")):
-        pytest.skip("takes long on a CPU")
+    if not GPU and (precision, name) not in (("fp32", "everything"), ("bf16", "everything")):
+        pytest.skip("takes long on a CPU, where test_methods.py runs them in fewer steps")
     reports: list[StepReport] = []
     method = METHODS[name](placed(DEEPLAB))
     stage = Stage(steps=24, schedule=Schedule("constant"), report_every=1, precision=precision)
