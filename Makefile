@@ -61,7 +61,8 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Everything that only a GPU can show, in 9 minutes on a machine that may have no network: `make gpu-bundle` here fills
-# .gpu/, then the tree goes there, where `make gpu` needs Python 3.10 and torch alone. DRY=1: the same, tiny, on the CPU, as CI does it.
+# .gpu/, then the tree goes there, where `make gpu` needs Python 3.10 and torch alone. DRY=1: the same, tiny, on the CPU,
+# as CI does it.
 gpu-bundle: setup
 	$(BIN)/python scripts/gpu_bundle.py
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,6 +26,29 @@ def timed(run: Callable[[], object], clock: Callable[[], float] = time.perf_coun
     began = clock()
     run()
     return clock() - began
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a command took: seconds of the clock and of the processor, MB of its largest process."""
+
+    seconds: float
+    processor: float
+    memory: float
+
+
+def called(command: Sequence[str]) -> Call:
+    """A command, with one thread a process. Raises SystemExit with what a command that fails has printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    began = time.perf_counter()
+    with tempfile.TemporaryFile() as output:
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(child.pid, 0)
+        if status:
+            output.seek(0)
+            raise SystemExit(output.read().decode(errors="replace")[-4000:])
+    seconds = time.perf_counter() - began
+    return Call(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def resident() -> int:

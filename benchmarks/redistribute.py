@@ -2,8 +2,8 @@
 
     .venv/bin/python benchmarks/redistribute.py [--files 2000] [--side 200] [--classes 5] [--turns 3]
 
-The files hold float32 logits, drawn smooth, in which the last classes win too seldom; the first files are many links to
-a few. The commands take turns, in processes of their own with one thread.
+The files hold float32 logits, drawn smooth, in which the last classes win too seldom; most files are links to a few.
+The commands take turns, in processes of their own with one thread.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from statistics import median
 
 import cv2
 import numpy as np
-from host import commit, processor
+from host import called, commit, processor
 
 DIFFERENT = 50
 """Files that are drawn; the others are links to these."""
@@ -45,14 +44,8 @@ def measured(folder: Path, out: Path, counts: Path, options: list[str]) -> tuple
     shutil.rmtree(out, ignore_errors=True)
     command = [sys.executable, "-m", "darseg", "redistribute", str(folder), str(out)]
     command += [f"--class-counts={counts}", "--labeling-ratio=0.4", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-        if status:
-            output.seek(0)
-            raise SystemExit(output.read().decode(errors="replace")[-4000:])
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    call = called(command)
+    return call.processor, call.memory
 
 
 def main() -> None:

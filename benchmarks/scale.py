@@ -14,29 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from drawn import draw_data, train_command
-from host import commit
+from host import called, commit
 
 CLASSES = 4
-
-
-@dataclass(frozen=True)
-class Call:
-    """What a command took: seconds of the clock and of the processor, MB of its largest process."""
-
-    seconds: float
-    processor: float
-    memory: float
 
 
 def recipe_of(root: Path, side: int, *, labels: bool = True) -> dict[str, Any]:
@@ -54,21 +42,6 @@ def recipe_of(root: Path, side: int, *, labels: bool = True) -> dict[str, Any]:
         "result": {"align": "off"},
         "rounds": [{"steps": 2}, *([{"steps": 2, "labeling_ratio": 0.5}] if labels else [])],
     }
-
-
-def call(recipe: Path, run: Path, processes: int) -> Call:
-    """`darseg train`, with one thread a process. Raises SystemExit with what a command that fails has printed."""
-    command = train_command(recipe, run, processes)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    began = time.perf_counter()
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
-        if status:
-            output.seek(0)
-            raise SystemExit(output.read().decode(errors="replace")[-4000:])
-    seconds = time.perf_counter() - began
-    return Call(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
 
 
 def first_step(run: Path, began: float) -> float:
@@ -93,9 +66,10 @@ def measure(images: int, side: int, processes: int, *, labels: bool) -> list[str
         recipe, run = folder / "recipe.yaml", folder / "run"
         recipe.write_text(yaml.safe_dump(recipe_of(folder / "data", side, labels=labels)))
         began = time.time()
-        whole = call(recipe, run, processes)
+        command = train_command(recipe, run, processes)
+        whole = called(command)
         begun, labeling = first_step(run, began), labeled(run) if labels else math.nan
-        again = call(recipe, run, processes)
+        again = called(command)
         maps = sum(1 for _ in (run / "round_1" / "labels").rglob("*.png"))
         if maps != (images if labels else 0):
             raise SystemExit(f"{maps} label maps of {images} images")
